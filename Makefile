@@ -1,0 +1,72 @@
+# Every target sets up what it needs in a virtual environment inside the checkout, and does nothing
+# twice. PYTHON and TORCH choose the interpreter and the torch requirement.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+# The interpreter that everything runs with. PY=/path/to/python uses an environment of one's own.
+PY ?= $(VENV)/bin/python
+JOBS ?= $(shell nproc)
+
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
+
+.PHONY: help setup dev demo test lint format sanitize bench clean
+
+help:
+	@echo "make demo      train and audit a real recommender (about 8 minutes on two cores)"
+	@echo "make test      build and run the tests"
+	@echo "make lint      ruff, mypy --strict, clang-format"
+	@echo "make bench     the benchmarks, against the memory roofline and eager torch"
+	@echo "make sanitize  the native tests under AddressSanitizer and UBSan"
+	@echo "make clean     remove the build and the virtual environment"
+
+# ---- Set-up ----
+$(VENV)/torch-$(TORCH): pyproject.toml
+	@echo "==> virtual environment in $(VENV) ($(PYTHON), $(TORCH))"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	@echo "==> build tools, test tools and the packages that the jobs use"
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)" $$($(VENV)/bin/python tools/requirements.py)
+	@rm -f $(VENV)/torch-*; touch "$@"
+
+ifeq ($(PY),$(VENV)/bin/python)
+setup: $(VENV)/torch-$(TORCH)
+else
+setup:
+endif
+
+# ---- Build: in place, so that an edit of a Python file needs no step ----
+dev: build/dev/.stamp
+build/dev/.stamp: $(SOURCES) | setup
+	@echo "==> building the native code (build/dev)"
+	@PYTHON=$(PY) JOBS=$(JOBS) bash tools/build.sh build/dev
+	@touch $@
+
+# ---- Jobs ----
+RUN = PYTHONPATH=python $(PY)
+
+demo: dev
+	$(RUN) -m embattle train recipes/womens_reviews.yaml --out runs/demo --overwrite $(DEMO)
+	$(RUN) -m embattle audit runs/demo
+
+test: dev
+	$(RUN) -m pytest $(TESTS)
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) tools/clang_format.py --check
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) tools/clang_format.py
+
+bench: dev
+	$(RUN) -m pytest benchmarks $(BENCH)
+
+sanitize: setup
+	@PYTHON=$(PY) JOBS=$(JOBS) bash tools/sanitize.sh
+
+clean:
+	rm -rf build $(VENV) python/embattle/_C*.so

@@ -1,0 +1,112 @@
+// Argument checks, shared by both devices. Every message starts with "embattle.<op>: " and names
+// the argument and the offending value. Header-only: used by the files in ops/ and nowhere else.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "launch.h"
+#include "stable.h"
+
+namespace embattle {
+
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (i) text += ", ";
+    text += std::to_string(t.size(i));
+  }
+  return text + "]";
+}
+
+inline Dtype float_dtype(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::Double:
+      return Dtype::f64;
+    case ScalarType::Half:
+      return Dtype::f16;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    default:
+      fail("embattle.", op, ": ", name, " must be float32, float64, float16 or bfloat16, got ",
+           torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+inline Norm checked_norm(const char* op, double norm) {
+  if (norm == 1) return Norm::l1;
+  if (norm == 2) return Norm::l2;
+  if (norm == std::numeric_limits<double>::infinity()) return Norm::linf;
+  fail("embattle.", op, ": norm must be 1, 2 or inf, got ", norm);
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+
+inline void check_same_shape(const char* op, const char* name, const Tensor& t, const char* of,
+                             const Tensor& like) {
+  if (!same_shape(t, like))
+    fail("embattle.", op, ": ", name, " must have the shape of ", of, ", ", shape_of(like),
+         ", got ", shape_of(t));
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* of,
+                         const Tensor& like) {
+  if (t.is_cpu() != like.is_cpu() || t.get_device() != like.get_device())
+    fail("embattle.", op, ": ", name, " must be on the same device as ", of);
+}
+
+// Cuts x into groups. The returned struct points into `offsets` and `mask`, which must be
+// contiguous and outlive it.
+inline Groups checked_groups(const char* op, const char* name, const Tensor& x, bool token,
+                             const OptionalTensor& offsets, const OptionalTensor& mask) {
+  Groups g;
+  const int64_t dims = x.dim();
+  g.dim = dims == 0 ? 1 : x.size(dims - 1);
+  g.rows = 1;
+  for (int64_t i = 0; i + 1 < dims; ++i) g.rows *= x.size(i);
+  if (offsets) {
+    if (offsets->scalar_type() != ScalarType::Long || offsets->dim() != 1 || offsets->numel() < 1)
+      fail("embattle.", op, ": offsets must be int64 of shape [groups + 1], got ",
+           torch::headeronly::toString(offsets->scalar_type()), " ", shape_of(*offsets));
+    check_device(op, "offsets", *offsets, name, x);
+    g.groups = offsets->numel() - 1;
+    g.offsets = static_cast<const int64_t*>(offsets->const_data_ptr());
+    if (offsets->is_cpu()) {
+      if (g.offsets[0] != 0 || g.offsets[g.groups] != g.rows)
+        fail("embattle.", op, ": offsets must run from 0 to the number of rows, ", g.rows, ", got ",
+             g.offsets[0], " to ", g.offsets[g.groups]);
+      for (int64_t i = 0; i < g.groups; ++i)
+        if (g.offsets[i] > g.offsets[i + 1])
+          fail("embattle.", op, ": offsets must not decrease, got ", g.offsets[i], " then ",
+               g.offsets[i + 1], " at ", i);
+    }
+  } else if (token) {
+    g.groups = g.rows;
+    g.rows_per_group = 1;
+  } else {
+    g.groups = dims < 2 ? 1 : x.size(0);
+    g.rows_per_group = g.groups == 0 ? 0 : g.rows / g.groups;
+  }
+  if (mask) {
+    if (mask->scalar_type() != ScalarType::Bool)
+      fail("embattle.", op, ": mask must be bool, got ",
+           torch::headeronly::toString(mask->scalar_type()));
+    bool fits = mask->dim() == std::max<int64_t>(dims - 1, 0);
+    for (int64_t i = 0; fits && i < mask->dim(); ++i) fits = mask->size(i) == x.size(i);
+    if (!fits)
+      fail("embattle.", op, ": mask must have the shape of ", name,
+           " without its last dim, i.e. of ", shape_of(x), "[:-1], got ", shape_of(*mask));
+    check_device(op, "mask", *mask, name, x);
+    g.mask = static_cast<const bool*>(mask->const_data_ptr());
+  }
+  return g;
+}
+
+}  // namespace embattle

@@ -1,0 +1,40 @@
+// Everything that is needed to live on torch's stable ABI, in one place. No other file includes a
+// torch header, but for the CUDA kernels' headeronly number types.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace embattle {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// STD_TORCH_CHECK puts file and line in front of its message, which a user has no use for: throw a
+// bare std::runtime_error instead. embattle.ops turns it into a ValueError by its "embattle."
+// prefix.
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  ((text << parts), ...);
+  throw std::runtime_error(text.str());
+}
+
+// The tensor itself where it is contiguous, else a contiguous copy.
+inline Tensor packed(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline OptionalTensor packed(const OptionalTensor& t) { return t ? OptionalTensor(packed(*t)) : t; }
+
+}  // namespace embattle

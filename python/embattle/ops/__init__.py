@@ -1,0 +1,41 @@
+"""Fused ops on embedding-space perturbations, per-sample gradients and embedding tables.
+
+Every function is a thin, typed front of the op of the same name in ``torch.ops.embattle``; what
+each one means is written out in plain torch in :mod:`embattle.reference`. Names that end in ``_``
+write their first argument.
+"""
+
+from embattle.ops import _rules as _rules  # fake, autograd and vmap rules, attached to the ops
+from embattle.ops.clip import clip_and_sum, linear_grad_norm, per_sample_norm
+from embattle.ops.embedding import embedding_grad_norm, embedding_perturb, rowwise_adagrad_
+from embattle.ops.group import (
+    gaussian_noise,
+    gaussian_noise_,
+    group_norm,
+    momentum_step,
+    momentum_step_,
+    pgd_step,
+    pgd_step_,
+    project,
+    project_,
+    random_start,
+)
+
+__all__ = [
+    "clip_and_sum",
+    "embedding_grad_norm",
+    "embedding_perturb",
+    "gaussian_noise",
+    "gaussian_noise_",
+    "group_norm",
+    "linear_grad_norm",
+    "momentum_step",
+    "momentum_step_",
+    "per_sample_norm",
+    "pgd_step",
+    "pgd_step_",
+    "project",
+    "project_",
+    "random_start",
+    "rowwise_adagrad_",
+]

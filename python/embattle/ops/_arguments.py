@@ -1,0 +1,91 @@
+"""What the op wrappers share: translating the field's words into what the schemas take."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Final, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Norm: TypeAlias = str | float
+Group: TypeAlias = Literal["sample", "token"]
+Strength: TypeAlias = float | Tensor
+Bound: TypeAlias = float | Tensor | None
+
+NORMS: Final[dict[Norm, float]] = {
+    "l1": 1.0,
+    "l2": 2.0,
+    "linf": math.inf,
+    "L1": 1.0,
+    "L2": 2.0,
+    "Linf": math.inf,
+    "LINF": math.inf,
+    "inf": math.inf,
+    1: 1.0,
+    2: 2.0,
+    math.inf: math.inf,
+}
+
+
+def norm_order(op: str, norm: Norm) -> float:
+    """The order of a norm, as a float: 1, 2 or inf.
+
+    Raises:
+        ValueError: for any other norm.
+    """
+    order = NORMS.get(norm)
+    if order is None:
+        order = NORMS.get(norm.lower()) if isinstance(norm, str) else None
+    if order is None:
+        raise ValueError(f"embattle.{op}: norm must be 'l1', 'l2' or 'linf', got {norm!r}")
+    return order
+
+
+def is_token(op: str, group: Group) -> bool:
+    """Whether groups are vectors of the last dim.
+
+    Raises:
+        ValueError: when `group` is neither "sample" nor "token".
+    """
+    if group == "sample":
+        return False
+    if group == "token":
+        return True
+    raise ValueError(f"embattle.{op}: group must be 'sample' or 'token', got {group!r}")
+
+
+def strength(value: Strength) -> tuple[float, Tensor | None]:
+    """Splits a strength into the float and the per-group tensor of the schema."""
+    if isinstance(value, Tensor):
+        return 0.0, value
+    return value, None
+
+
+def bound(value: Bound, like: Tensor) -> Tensor | None:
+    """A box bound as a tensor on the device of `like`; None stays None."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=torch.float64, device=like.device)
+
+
+def draw_key(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Two 63-bit numbers for Philox, drawn on the generator's device (the CPU by default).
+
+    The CPU's default generator serves every device, so that one seed gives the same numbers
+    everywhere. Pass a CUDA generator inside a CUDA graph.
+    """
+    device = torch.device("cpu") if generator is None else generator.device
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
+
+
+def argument_error(error: RuntimeError) -> Exception:
+    """Turns a native argument check's RuntimeError into what Python users expect."""
+    text = str(error)
+    if text.startswith("embattle."):
+        return ValueError(text.split("\n", 1)[0])
+    if "Expected a value of type" in text:
+        line = re.sub(r"^embattle::(\w+)\(\)", r"embattle.\1:", text.split("\n", 1)[0])
+        return TypeError(line)
+    return error

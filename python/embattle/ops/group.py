@@ -1,0 +1,521 @@
+"""Ops on groups: steps, projections, random starts, noise and norms."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from embattle.ops._arguments import (
+    NORMS,
+    Bound,
+    Group,
+    Norm,
+    Strength,
+    argument_error,
+    bound,
+    draw_key,
+    is_token,
+    norm_order,
+    strength,
+)
+
+_ops = torch.ops.embattle
+
+
+def pgd_step(
+    delta: Tensor,
+    grad: Tensor,
+    *,
+    step_size: Strength,
+    eps: Strength,
+    norm: Norm = "l2",
+    group: Group = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    top: float = 1,
+    max_groups: int | None = None,
+    x0: Tensor | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
+    nonfinite: Tensor | None = None,
+) -> Tensor:
+    """One projected steepest-ascent step: ``P_eps(delta + step_size * u(grad))``, in one pass.
+
+    ``u`` is the direction of steepest ascent in the norm: ``sign(g)`` for linf, ``g / ||g||_2``
+    for l2, and for l1 the signs of the `top` coordinates with the largest ``|g|``, each
+    ``1 / top``. A zero gradient moves nothing; a gradient with a NaN or an Inf leaves its group's
+    delta as it was (projected) and never reaches another group. Not differentiable.
+
+    Args:
+        delta: the perturbation, any shape.
+        grad: gradient of the loss to be raised, shape of `delta`, any float dtype.
+        step_size: length of the step in the norm; a float or one value per group. Negative
+            descends.
+        eps: radius of the ball; a float or one value per group. ``math.inf`` for none.
+        norm: "l2", "linf", "l1", or 2, ``math.inf``, 1.
+        group: what has a ball of its own: "sample" (all but dim 0) or "token" (the last dim).
+        offsets: ``[groups + 1]`` int64: ragged groups of packed rows; overrides `group`.
+        mask: bool, ``delta.shape[:-1]``: rows that are False get no perturbation and do not count.
+        top: for l1: how many coordinates move; below 1 it is a fraction of the group.
+        max_groups: with ``group="token"``: only so many tokens of a sample move, those with the
+            largest gradient norm (the dual norm).
+        x0: the ball's centre, shape of `delta`. `delta` and the result are then perturbed inputs.
+        lower: lower bound of the result; a float or a tensor of the shape of `delta`.
+        upper: upper bound of the result.
+        nonfinite: int32 ``[groups]``: incremented for every group with a non-finite gradient.
+
+    Returns:
+        The new perturbation (or perturbed input, with `x0`), shape and dtype of `delta`.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or value; the message names the argument.
+
+    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks"
+    (arXiv 1706.06083), eq. in section 2.1; l1 with several coordinates: Tramer and Boneh
+    (arXiv 1904.13000), section 3.2.
+    """
+    step, step_per_group = strength(step_size)
+    radius, eps_per_group = strength(eps)
+    try:
+        out: Tensor = _ops.pgd_step(
+            delta,
+            grad,
+            step,
+            radius,
+            NORMS.get(norm) or norm_order("pgd_step", norm),
+            token=is_token("pgd_step", group),
+            offsets=offsets,
+            mask=mask,
+            step_per_group=step_per_group,
+            eps_per_group=eps_per_group,
+            top=top,
+            max_groups=-1 if max_groups is None else max_groups,
+            x0=x0,
+            lower=bound(lower, delta),
+            upper=bound(upper, delta),
+            nonfinite=nonfinite,
+        )
+    except RuntimeError as error:
+        raise argument_error(error) from None
+    return out
+
+
+def pgd_step_(
+    delta: Tensor,
+    grad: Tensor,
+    *,
+    step_size: Strength,
+    eps: Strength,
+    norm: Norm = "l2",
+    group: Group = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    top: float = 1,
+    max_groups: int | None = None,
+    x0: Tensor | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
+    nonfinite: Tensor | None = None,
+) -> Tensor:
+    """As :func:`pgd_step`, written into `delta`, which is returned."""
+    step, step_per_group = strength(step_size)
+    radius, eps_per_group = strength(eps)
+    try:
+        _ops.pgd_step_(
+            delta,
+            grad,
+            step,
+            radius,
+            NORMS.get(norm) or norm_order("pgd_step_", norm),
+            token=is_token("pgd_step_", group),
+            offsets=offsets,
+            mask=mask,
+            step_per_group=step_per_group,
+            eps_per_group=eps_per_group,
+            top=top,
+            max_groups=-1 if max_groups is None else max_groups,
+            x0=x0,
+            lower=bound(lower, delta),
+            upper=bound(upper, delta),
+            nonfinite=nonfinite,
+        )
+    except RuntimeError as error:
+        raise argument_error(error) from None
+    return delta
+
+
+def project(
+    delta: Tensor,
+    *,
+    eps: Strength,
+    norm: Norm = "l2",
+    group: Group = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    x0: Tensor | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
+) -> Tensor:
+    """The Euclidean projection on the norm ball (and box): exact, for every group on its own.
+
+    The result's norm, in float64 on the stored values, never exceeds eps, and a second projection
+    changes no bit. Differentiable with respect to `delta`.
+
+    Args:
+        delta: the perturbation, any shape; the perturbed input where `x0` is given.
+        eps, norm, group, offsets, mask, x0, lower, upper: as for :func:`pgd_step`. With a box the
+            result is the exact projection on the intersection of ball and box.
+
+    Returns:
+        Tensor of the shape and dtype of `delta`.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or value; the message names the argument.
+
+    Source: l1 threshold: Duchi et al., "Efficient Projections onto the l1-Ball" (ICML 2008).
+    """
+    radius, eps_per_group = strength(eps)
+    try:
+        out: Tensor = _ops.project(
+            delta,
+            radius,
+            NORMS.get(norm) or norm_order("project", norm),
+            token=is_token("project", group),
+            offsets=offsets,
+            mask=mask,
+            eps_per_group=eps_per_group,
+            x0=x0,
+            lower=bound(lower, delta),
+            upper=bound(upper, delta),
+        )
+    except RuntimeError as error:
+        raise argument_error(error) from None
+    return out
+
+
+def project_(
+    delta: Tensor,
+    *,
+    eps: Strength,
+    norm: Norm = "l2",
+    group: Group = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    x0: Tensor | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
+) -> Tensor:
+    """As :func:`project`, written into `delta`, which is returned. Not differentiable."""
+    radius, eps_per_group = strength(eps)
+    try:
+        _ops.project_(
+            delta,
+            radius,
+            NORMS.get(norm) or norm_order("project_", norm),
+            token=is_token("project_", group),
+            offsets=offsets,
+            mask=mask,
+            eps_per_group=eps_per_group,
+            x0=x0,
+            lower=bound(lower, delta),
+            upper=bound(upper, delta),
+        )
+    except RuntimeError as error:
+        raise argument_error(error) from None
+    return delta
+
+
+def random_start(
+    like: Tensor,
+    *,
+    eps: Strength,
+    norm: Norm = "l2",
+    group: Group = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    x0: Tensor | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A point uniform in each group's ball (then projected on the box, if there is one).
+
+    Args:
+        like: gives shape, dtype and device.
+        eps, norm, group, offsets, mask, x0, lower, upper: as for :func:`pgd_step`; eps is finite.
+        generator: what the numbers are drawn from; the CPU's default generator if None. One seed
+            gives the same numbers on every device and for any number of threads.
+
+    Returns:
+        Tensor of the shape and dtype of `like`.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or value; the message names the argument.
+    """
+    radius, eps_per_group = strength(eps)
+    try:
+        out: Tensor = _ops.random_start(
+            like,
+            draw_key(like, generator),
+            radius,
+            NORMS.get(norm) or norm_order("random_start", norm),
+            token=is_token("random_start", group),
+            offsets=offsets,
+            mask=mask,
+            eps_per_group=eps_per_group,
+            x0=x0,
+            lower=bound(lower, like),
+            upper=bound(upper, like),
+        )
+    except RuntimeError as error:
+        raise argument_error(error) from None
+    return out
+
+
+def gaussian_noise(
+    x: Tensor,
+    *,
+    std: Strength,
+    eps: Strength | None = None,
+    norm: Norm = "l2",
+    group: Group = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    x0: Tensor | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``P_eps(x + N(0, std^2))`` in one pass; without `eps`, ``x + N(0, std^2)``.
+
+    Args:
+        x: what the noise is added to: a perturbation, or a perturbed input where `x0` is given.
+        std: standard deviation; a float or one value per group.
+        eps: radius of the ball; None for no ball.
+        norm, group, offsets, mask, x0, lower, upper: as for :func:`pgd_step`.
+        generator: as for :func:`random_start`.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or value; the message names the argument.
+    """
+    deviation, std_per_group = strength(std)
+    radius, eps_per_group = strength(math.inf if eps is None else eps)
+    try:
+        out: Tensor = _ops.gaussian_noise(
+            x,
+            draw_key(x, generator),
+            deviation,
+            radius,
+            NORMS.get(norm) or norm_order("gaussian_noise", norm),
+            token=is_token("gaussian_noise", group),
+            offsets=offsets,
+            mask=mask,
+            std_per_group=std_per_group,
+            eps_per_group=eps_per_group,
+            x0=x0,
+            lower=bound(lower, x),
+            upper=bound(upper, x),
+        )
+    except RuntimeError as error:
+        raise argument_error(error) from None
+    return out
+
+
+def gaussian_noise_(
+    x: Tensor,
+    *,
+    std: Strength,
+    eps: Strength | None = None,
+    norm: Norm = "l2",
+    group: Group = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    x0: Tensor | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """As :func:`gaussian_noise`, written into `x`, which is returned."""
+    deviation, std_per_group = strength(std)
+    radius, eps_per_group = strength(math.inf if eps is None else eps)
+    try:
+        _ops.gaussian_noise_(
+            x,
+            draw_key(x, generator),
+            deviation,
+            radius,
+            NORMS.get(norm) or norm_order("gaussian_noise_", norm),
+            token=is_token("gaussian_noise_", group),
+            offsets=offsets,
+            mask=mask,
+            std_per_group=std_per_group,
+            eps_per_group=eps_per_group,
+            x0=x0,
+            lower=bound(lower, x),
+            upper=bound(upper, x),
+        )
+    except RuntimeError as error:
+        raise argument_error(error) from None
+    return x
+
+
+_STYLES = {"mi": False, "apgd": True}
+
+
+def _is_apgd(op: str, style: str) -> bool:
+    if style not in _STYLES:
+        raise ValueError(f"embattle.{op}: style must be 'mi' or 'apgd', got {style!r}")
+    return _STYLES[style]
+
+
+def momentum_step(
+    delta: Tensor,
+    velocity: Tensor,
+    grad: Tensor,
+    *,
+    decay: float,
+    step_size: Strength,
+    eps: Strength,
+    style: str = "mi",
+    norm: Norm = "l2",
+    group: Group = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    top: float = 1,
+    x0: Tensor | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
+    nonfinite: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A projected step with momentum; returns the new perturbation and the new velocity.
+
+    ``style="mi"``: ``v' = decay * v + g / ||g||_1``, ``delta' = P(delta + step_size * u(v'))``.
+    ``style="apgd"``: `velocity` holds the previous perturbation;
+    ``z = P(delta + step_size * u(g))``,
+    ``delta' = P(delta + decay * (z - delta) + (1 - decay) * (delta - velocity))``, ``v' = delta``.
+
+    Args:
+        delta: the perturbation, any shape.
+        velocity: shape of `delta`, see above; zeros (mi) or `delta` itself (apgd) at the start.
+        grad: gradient of the loss to be raised, shape of `delta`.
+        decay: mu of MI-FGSM (1 in the paper), or alpha of APGD (0.75 in the paper).
+        step_size, eps, norm, group, offsets, mask, top, x0, lower, upper, nonfinite: as for
+            :func:`pgd_step`.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or value; the message names the argument.
+
+    Source: Dong et al. (arXiv 1710.06081), eq. 6 and 7; Croce and Hein (arXiv 2003.01690), eq. 1.
+    """
+    step, step_per_group = strength(step_size)
+    radius, eps_per_group = strength(eps)
+    try:
+        out: tuple[Tensor, Tensor] = _ops.momentum_step(
+            delta,
+            velocity,
+            grad,
+            decay,
+            step,
+            radius,
+            NORMS.get(norm) or norm_order("momentum_step", norm),
+            apgd=_is_apgd("momentum_step", style),
+            token=is_token("momentum_step", group),
+            offsets=offsets,
+            mask=mask,
+            step_per_group=step_per_group,
+            eps_per_group=eps_per_group,
+            top=top,
+            x0=x0,
+            lower=bound(lower, delta),
+            upper=bound(upper, delta),
+            nonfinite=nonfinite,
+        )
+    except RuntimeError as error:
+        raise argument_error(error) from None
+    return out
+
+
+def momentum_step_(
+    delta: Tensor,
+    velocity: Tensor,
+    grad: Tensor,
+    *,
+    decay: float,
+    step_size: Strength,
+    eps: Strength,
+    style: str = "mi",
+    norm: Norm = "l2",
+    group: Group = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    top: float = 1,
+    x0: Tensor | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
+    nonfinite: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`momentum_step`, written into `delta` and `velocity`, which are returned."""
+    step, step_per_group = strength(step_size)
+    radius, eps_per_group = strength(eps)
+    try:
+        _ops.momentum_step_(
+            delta,
+            velocity,
+            grad,
+            decay,
+            step,
+            radius,
+            NORMS.get(norm) or norm_order("momentum_step_", norm),
+            apgd=_is_apgd("momentum_step_", style),
+            token=is_token("momentum_step_", group),
+            offsets=offsets,
+            mask=mask,
+            step_per_group=step_per_group,
+            eps_per_group=eps_per_group,
+            top=top,
+            x0=x0,
+            lower=bound(lower, delta),
+            upper=bound(upper, delta),
+            nonfinite=nonfinite,
+        )
+    except RuntimeError as error:
+        raise argument_error(error) from None
+    return delta, velocity
+
+
+def group_norm(
+    x: Tensor,
+    *,
+    norm: Norm = "l2",
+    group: Group = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The norm of every group, in one read.
+
+    Args:
+        x: any shape.
+        norm, group, offsets, mask: as for :func:`pgd_step`.
+
+    Returns:
+        ``[groups]``, float64 for a float64 input and float32 otherwise (half types overflow).
+
+    Raises:
+        ValueError: for a wrong shape, dtype or value; the message names the argument.
+    """
+    try:
+        out: Tensor = _ops.group_norm(
+            x,
+            NORMS.get(norm) or norm_order("group_norm", norm),
+            token=is_token("group_norm", group),
+            offsets=offsets,
+            mask=mask,
+        )
+    except RuntimeError as error:
+        raise argument_error(error) from None
+    return out

@@ -1,0 +1,19 @@
+"""Prints what the development environment needs, read from pyproject.toml: one place per fact."""
+
+import re
+from pathlib import Path
+
+TEXT = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+BUILD_TOOLS = ["cmake>=3.22", "ninja", "pybind11>=2.13", "scikit-build-core>=0.11", "numpy"]
+
+
+def extra(name: str) -> list[str]:
+    """The requirements of an extra (tomllib only came with Python 3.11)."""
+    found = re.search(rf"^{name} = \[(.*?)\]", TEXT, re.MULTILINE | re.DOTALL)
+    if not found:
+        raise SystemExit(f"pyproject.toml has no extra named {name}")
+    return re.findall(r'"([^"]+)"', found.group(1))
+
+
+if __name__ == "__main__":
+    print(" ".join(BUILD_TOOLS + extra("jobs") + extra("test") + extra("lint")).replace("'", ""))
