@@ -1,0 +1,1 @@
+export EMBATTLE_CUDA = OFF

@@ -1,0 +1,807 @@
+"""The definition of every op, in plain torch and float64: slow, clear, what the tests compare with.
+
+Every function has the signature of its namesake in :mod:`embattle.ops`. Arguments are taken as
+valid. Results have the dtype of the first argument; the arithmetic in between is float64, so that
+the reference called on ``x.double()`` is exact to about 1e-15 for whatever ``x`` holds.
+
+**Groups.** A tensor is seen as ``[rows, dim]``, where ``dim`` is its last dimension, and a group is
+a run of rows (``group="sample"``: all rows of one index of dimension 0; ``group="token"``: one row;
+``offsets``: rows ``offsets[g]`` up to ``offsets[g + 1]``). A 1-D or 0-D tensor is one group.
+``_Groups`` copies the groups into a padded ``[groups, width]`` float64 matrix; everything below
+works on such matrices.
+
+**Origin and box.** With ``x0`` the first argument and the result are inputs, ``x0 + delta``;
+without it they are ``delta``. The box bounds the result itself, and holds the origin (``lower <= x0
+<= upper``).
+
+**Storing.** ``norm(result - x0) <= eps`` holds in float64 on the *stored* values: where rounding to
+the result's dtype would leave the ball, that group is rounded towards its origin. Box bounds are
+rounded to the result's dtype.
+
+**Random numbers** come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1,
+2, 3", SC 2011). ``key``, two non-negative int64 drawn by :func:`draw_key`, gives the Philox key
+``(low32(key[0]), high32(key[0]))``. The counter of block ``n`` in stream ``s`` is ``(low32(n),
+high32(n), low32(key[1]), high32(key[1]) ^ (s << 31))``. A block yields words ``w[0..3]``.
+
+- Stream 0 serves elements, ``i`` being the index in the flattened (contiguous) tensor, masked ones
+  counted. For float32, float16 and bfloat16 results element ``i`` has word ``w[i % 4]`` of block
+  ``i // 4``, and the 24-bit integer ``m = w >> 8``; for float64 it has ``high = w[2 * (i % 2)]``,
+  ``low = w[2 * (i % 2) + 1]`` of block ``i // 2``, and the 53-bit integer ``m = (high << 21) | (low
+  >> 11)``. With ``p`` = 24 or 53 bits:
+- uniform in [0, 1): ``u = m * 2**-p``; uniform in (0, 1]: ``v = (m + 1) * 2**-p``. Both are exact.
+- sign: minus where bit 0 of ``w`` (float64: of ``low``) is set; that bit is no part of ``m``.
+- gaussian: elements ``2j`` and ``2j + 1`` form a pair (Box-Muller); with ``r = sqrt(-2 *
+  log(v[2j]))`` and ``a = 2 * pi * u[2j + 1]`` they are ``r * cos(a)`` and ``r * sin(a)``.
+- exponential: ``-log(v)``.
+- Stream 1 serves groups: the radius of group ``g`` is ``eps * U ** (1 / n)``, with ``n`` the number
+  of unmasked elements, and ``U = (m + 1) * 2**-53`` from ``high = w[0]``, ``low = w[1]`` of block
+  ``g``, whatever the dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PerGroup = float | Tensor
+Bound = float | Tensor | None
+
+_NORMS: dict[object, str] = {
+    "l1": "l1",
+    "l2": "l2",
+    "linf": "linf",
+    1: "l1",
+    2: "l2",
+    math.inf: "linf",
+}
+_DUAL = {"l1": "linf", "l2": "l2", "linf": "l1"}
+
+
+def _norm_name(norm: str | float) -> str:
+    return _NORMS[norm.lower() if isinstance(norm, str) else norm]
+
+
+# --- groups --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Which rows of a ``[rows, dim]`` tensor form which group, and which of them are unmasked."""
+
+    shape: torch.Size
+    dim: int
+    rows: Tensor  # [groups, longest]: row numbers; 0 where there is none
+    used: Tensor  # [groups, longest] bool: there is a row, and it is unmasked
+
+    @staticmethod
+    def of(x: Tensor, group: str, offsets: Tensor | None, mask: Tensor | None) -> _Groups:
+        count = math.prod(x.shape[:-1])
+        if offsets is not None:
+            lengths = offsets.diff()
+            longest = int(lengths.max()) if len(lengths) else 0
+            steps = torch.arange(longest, device=x.device)
+            used = steps < lengths[:, None]
+            rows = torch.where(used, offsets[:-1, None] + steps, 0)
+        else:
+            groups = count if group == "token" or x.dim() < 2 else x.shape[0]
+            longest = 1 if group == "token" else math.prod(x.shape[1:-1])
+            rows = torch.arange(count, device=x.device).reshape(groups, longest)
+            used = torch.ones_like(rows, dtype=torch.bool)
+        if mask is not None:
+            used = used & mask.reshape(count)[rows]
+        return _Groups(x.shape, x.shape[-1] if x.dim() else 1, rows, used)
+
+    @property
+    def valid(self) -> Tensor:
+        """[groups, width] bool: the elements that take part."""
+        return self.used[:, :, None].expand(*self.used.shape, self.dim).flatten(1)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Elements of a tensor as [groups, width] float64, 0 where there is none or masked."""
+        packed = x.reshape(math.prod(self.shape[:-1]), self.dim)[self.rows].flatten(1)
+        return torch.where(self.valid, packed.double(), 0.0)
+
+    def unpack(self, packed: Tensor, base: Tensor) -> Tensor:
+        """The inverse of :meth:`pack`; elements that take no part are those of `base`."""
+        rows = packed.reshape(*self.used.shape, self.dim)[self.used]
+        flat = base.to(packed.dtype).reshape(math.prod(self.shape[:-1]), self.dim)
+        return flat.index_put((self.rows[self.used],), rows).reshape(self.shape)
+
+    def column(self, value: PerGroup) -> Tensor:
+        """A float or one value per group as [groups, 1] in float64."""
+        column = torch.as_tensor(value, dtype=torch.float64, device=self.rows.device)
+        return column.expand(len(self.rows))[:, None]
+
+
+def _max(x: Tensor) -> Tensor:
+    return x.amax(1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
+
+
+def _norm(z: Tensor, norm: str) -> Tensor:
+    """[groups, 1] norms of the rows of z, without overflow or underflow in between."""
+    if norm == "l1":
+        return z.abs().sum(1, keepdim=True)
+    if norm == "linf":
+        return _max(z.abs())
+    largest = _max(z.abs()).detach()
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    length: Tensor = torch.linalg.vector_norm(z / scale, dim=1, keepdim=True)
+    return length * scale
+
+
+# --- projection ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Ball:
+    """Where a result has to lie: a ball round the origin, perhaps a box; as packed matrices."""
+
+    groups: _Groups
+    norm: str
+    eps: Tensor  # [groups, 1]
+    origin: Tensor  # [groups, width]
+    lower: Tensor | None  # bounds of the result, [groups, width]
+    upper: Tensor | None
+    base: Tensor  # what masked-out elements get, in the result's shape
+
+    @staticmethod
+    def of(
+        x: Tensor,
+        eps: PerGroup,
+        norm: str | float,
+        group: str,
+        offsets: Tensor | None,
+        mask: Tensor | None,
+        x0: Tensor | None,
+        lower: Bound,
+        upper: Bound,
+    ) -> _Ball:
+        groups = _Groups.of(x, group, offsets, mask)
+        base = torch.zeros_like(x) if x0 is None else x0
+
+        def bound(value: Bound, default: float) -> Tensor | None:
+            if lower is None and upper is None:
+                return None
+            if not isinstance(value, Tensor):
+                value = torch.full_like(x.detach(), default if value is None else value)
+            return groups.pack(value.to(x.dtype))
+
+        return _Ball(
+            groups,
+            _norm_name(norm),
+            groups.column(eps),
+            groups.pack(base),
+            bound(lower, -math.inf),
+            bound(upper, math.inf),
+            base,
+        )
+
+    def project(self, z: Tensor) -> Tensor:
+        """The Euclidean projection of packed deltas on the ball and the box."""
+        if self.norm == "linf":
+            z = z.clamp(-self.eps, self.eps)
+            if self.lower is not None and self.upper is not None:
+                z = z.clamp(self.lower - self.origin, self.upper - self.origin)
+            return z
+        if self.lower is not None and self.upper is not None:
+            return self._project_on_ball_and_box(z)
+        outside = _norm(z, self.norm) > self.eps
+        if self.norm == "l2":
+            length = torch.where(outside, _norm(z, "l2"), 1.0)
+            return torch.where(outside, z * (self.eps / length), z)
+        return torch.where(outside, self._shrink_l1(z), z)
+
+    def _shrink_l1(self, z: Tensor) -> Tensor:
+        """Soft threshold: sum max(|z| - t, 0) = eps, by sorting (Duchi et al., ICML 2008).
+
+        For a small ball the magnitudes are taken relative to the largest one: ``|z| - t`` would
+        cancel.
+        """
+        if not z.shape[1]:
+            return z
+        size = z.abs()
+        largest = _max(size)
+        below = size - torch.where(self.eps < largest / 2, largest, 0.0).detach()
+        ordered = below.sort(1, descending=True).values
+        count = torch.arange(1, z.shape[1] + 1, dtype=z.dtype, device=z.device)
+        thresholds = (ordered.cumsum(1) - self.eps) / count
+        kept = (ordered > thresholds).sum(1, keepdim=True).clamp_min(1)
+        return z.sign() * (below - thresholds.gather(1, kept - 1)).clamp_min(0)
+
+    def _project_on_ball_and_box(self, z: Tensor) -> Tensor:
+        """Magnitudes min(s * |z|, room) for l2, min(max(|z| - t, 0), room) for l1.
+
+        These solve the optimality conditions because the box holds the origin. Bisection on the
+        multiplier s or t finds which elements are at their bound; a closed form then gives it
+        exactly.
+        """
+        assert self.lower is not None
+        assert self.upper is not None
+        size = z.abs()
+        room = torch.where(z >= 0, self.upper - self.origin, self.origin - self.lower)
+        unit = _max(size).detach()
+        unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
+        size, room, eps = size / unit, room / unit, self.eps / unit
+
+        def shrunk(
+            by: Tensor,
+        ) -> Tensor:  # by in [0, 1], one per group; 0 leaves the vector as it is
+            smaller = size * (1 - by) if self.norm == "l2" else (size - by).clamp_min(0)
+            return torch.minimum(smaller, room)
+
+        low = torch.zeros_like(eps)
+        high = torch.ones_like(eps)
+        boxed = z.clamp(self.lower - self.origin, self.upper - self.origin)
+        fits = _norm(boxed, self.norm) <= self.eps
+        for _ in range(200):
+            middle = (low + high) / 2
+            inside = _norm(shrunk(middle), self.norm) <= eps
+            low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
+        by = high.detach()
+        free = (shrunk(by) < room) & (shrunk(by) > 0)
+        bound = torch.where(free | (shrunk(by) == 0), 0.0, room)
+        if self.norm == "l2":
+            left = (eps.square() - bound.square().sum(1, keepdim=True)).clamp_min(0)
+            total = torch.where(free, size, 0.0).square().sum(1, keepdim=True)
+            closed = 1 - (left / torch.where(total > 0, total, 1.0)).sqrt()
+        else:
+            total = torch.where(free, size, 0.0).sum(1, keepdim=True)
+            total = total + bound.sum(1, keepdim=True) - eps
+            closed = total / free.sum(1, keepdim=True).clamp_min(1)
+        by = torch.where(free.any(1, keepdim=True), closed, by)
+        return torch.where(fits, boxed, z.sign() * unit * shrunk(by))
+
+    def finish(self, z: Tensor, like: Tensor) -> Tensor:
+        """The origin plus the projection of packed deltas z, in the shape and dtype of `like`.
+
+        Elements of `like` that are already there come back bit by bit (origin + (x - origin) may
+        not).
+        """
+        z = self.project(z)
+        for _ in range(2):  # what the projection itself rounded up
+            excess = _norm(z.detach(), self.norm) / self.eps
+            z = torch.where(excess > 1, z / excess * (1 - 2.0**-52), z)
+        ideal = (self.origin + z).to(like.dtype)
+        with torch.no_grad():
+            given = self.groups.pack(like)
+            stored = torch.where(z == given - self.origin, given.to(like.dtype), ideal)
+            for attempt in range(16):
+                distance = stored.double() - self.origin
+                outside = _norm(distance, self.norm) > self.eps
+                if not outside.any():
+                    break
+                nearer = torch.nextafter(stored, self.origin.to(like.dtype))
+                move = outside & ((distance.abs() > z.abs()) | (attempt > 0)) & (distance != 0)
+                stored = torch.where(move, nearer, stored)
+            if self.lower is not None and self.upper is not None:
+                stored = torch.maximum(stored, self.lower.to(like.dtype))
+                stored = torch.minimum(stored, self.upper.to(like.dtype))
+            moved = torch.where(stored == ideal, 0.0, stored.double() - ideal.double())
+        stored = (ideal.double() + moved).to(like.dtype)
+        return self.groups.unpack(stored, self.base.to(like.dtype))
+
+
+def project(
+    delta: Tensor,
+    *,
+    eps: PerGroup,
+    norm: str | float = "l2",
+    group: str = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    x0: Tensor | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
+) -> Tensor:
+    """The Euclidean projection of every group on the ball of radius eps (and on the box).
+
+    Exact for every norm, with a box too. Differentiable with respect to delta.
+    """
+    ball = _Ball.of(delta, eps, norm, group, offsets, mask, x0, lower, upper)
+    return ball.finish(ball.groups.pack(delta) - ball.origin, delta)
+
+
+# --- steps ---------------------------------------------------------------------------------------
+
+
+def _direction(grad: Tensor, valid: Tensor, norm: str, top: float) -> Tensor:
+    """The direction of steepest ascent u(grad), of norm 1, or 0 where the gradient is 0.
+
+    l1: the signs of the k largest coordinates, each 1/k (lowest index first among equals), where k
+    is `top`, or ``max(1, floor(top * n + 0.5))`` for a fraction of the group's n unmasked elements,
+    and never more than the number of coordinates that are not 0.
+    """
+    if norm == "linf":
+        return grad.sign()
+    largest = _max(grad.abs())
+    grad = grad / torch.where(largest > 0, largest, 1.0)
+    if norm == "l2":
+        length = _norm(grad, "l2")
+        return grad / torch.where(length > 0, length, 1.0)
+    wanted = valid.sum(1, keepdim=True).double()
+    wanted = (
+        (wanted * top + 0.5).floor().clamp_min(1) if 0 < top < 1 else torch.full_like(wanted, top)
+    )
+    wanted = torch.minimum(wanted, (grad != 0).sum(1, keepdim=True).double())
+    order = grad.abs().argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(grad.shape[1], device=grad.device).expand_as(order)
+    )
+    return torch.where(rank < wanted, grad.sign() / wanted.clamp_min(1), 0.0)
+
+
+def _chosen(grad: Tensor, groups: _Groups, norm: str, finite: Tensor, max_groups: int) -> Tensor:
+    """[groups, 1] bool: the max_groups tokens of each sample with the largest dual gradient norm.
+
+    Equal norms: the lowest index first. Tokens that are masked out or have a non-finite gradient
+    come last.
+    """
+    samples = groups.shape[0] if len(groups.shape) > 1 else 1
+    size = torch.where(finite, _norm(grad, _DUAL[norm]), -1.0)
+    size = torch.where(groups.used.any(1, keepdim=True), size, -2.0)
+    size = size.reshape(samples, len(size) // samples if samples else 0)
+    order = size.argsort(dim=1, descending=True, stable=True)[:, :max_groups]
+    return torch.zeros_like(size, dtype=torch.bool).scatter(1, order, True).reshape(-1, 1)
+
+
+def _finite(grad: Tensor, nonfinite: Tensor | None) -> Tensor:
+    """[groups, 1] bool: the gradient holds no NaN or Inf; `nonfinite` counts the other groups."""
+    finite = grad.isfinite().all(1, keepdim=True)
+    if nonfinite is not None:
+        nonfinite += (~finite[:, 0]).to(nonfinite.dtype)
+    return finite
+
+
+def pgd_step(
+    delta: Tensor,
+    grad: Tensor,
+    *,
+    step_size: PerGroup,
+    eps: PerGroup,
+    norm: str | float = "l2",
+    group: str = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    top: float = 1,
+    max_groups: int | None = None,
+    x0: Tensor | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
+    nonfinite: Tensor | None = None,
+) -> Tensor:
+    """P(delta + step_size * u(grad)): steepest ascent in the given norm, then projection.
+
+    A group whose gradient is not finite keeps its (projected) delta and adds 1 to its count in
+    `nonfinite`. With `max_groups`, tokens that are not chosen get a zero delta.
+    """
+    ball = _Ball.of(delta, eps, norm, group, offsets, mask, x0, lower, upper)
+    groups = ball.groups
+    g = groups.pack(grad)
+    finite = _finite(g, nonfinite)
+    g = torch.where(finite, g, 0.0)
+    z = groups.pack(delta) - ball.origin
+    z = z + groups.column(step_size) * _direction(g, groups.valid, ball.norm, top)
+    if max_groups is not None:
+        z = torch.where(_chosen(g, groups, ball.norm, finite, max_groups), z, 0.0)
+    return ball.finish(z, delta)
+
+
+def momentum_step(
+    delta: Tensor,
+    velocity: Tensor,
+    grad: Tensor,
+    *,
+    decay: float,
+    step_size: PerGroup,
+    eps: PerGroup,
+    style: Literal["mi", "apgd"] = "mi",
+    norm: str | float = "l2",
+    group: str = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    top: float = 1,
+    x0: Tensor | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
+    nonfinite: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A step with memory; returns the new delta and the new velocity.
+
+    ``style="mi"`` (Dong et al., "Boosting adversarial attacks with momentum", CVPR 2018, eq. 6-7):
+    ``v' = decay * v + g / ||g||_1``, ``delta' = P(delta + step_size * u(v'))``. Where g is zero v'
+    is ``decay * v``; where g is not finite v stays and delta is only projected. Masked rows of v'
+    are zero.
+
+    ``style="apgd"`` (Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020,
+    eq. 3): the velocity is the previous delta (with x0: the previous input); ``z = P(delta +
+    step_size * u(g))``, ``delta' = P(delta + decay * (z - delta) + (1 - decay) * (delta - v))``,
+    ``v' = delta``. Where g is not finite delta is only projected. Masked rows of v' are zero (with
+    x0: x0).
+    """
+    ball = _Ball.of(delta, eps, norm, group, offsets, mask, x0, lower, upper)
+    groups = ball.groups
+    g = groups.pack(grad)
+    finite = _finite(g, nonfinite)
+    g = torch.where(finite, g, 0.0)
+    d = groups.pack(delta) - ball.origin
+    step = groups.column(step_size)
+    if style == "mi":
+        old = groups.pack(velocity)
+        largest = _max(g.abs())
+        g = g / torch.where(largest > 0, largest, 1.0)
+        length = _norm(g, "l1")
+        new = torch.where(finite, decay * old + g / torch.where(length > 0, length, 1.0), old)
+        z = d + step * torch.where(finite, _direction(new, groups.valid, ball.norm, top), 0.0)
+        memory = groups.unpack(new.to(velocity.dtype), torch.zeros_like(velocity))
+    else:
+        old = groups.pack(velocity) - ball.origin
+        z = ball.project(d + step * _direction(g, groups.valid, ball.norm, top))
+        z = torch.where(finite, d + decay * (z - d) + (1 - decay) * (d - old), d)
+        memory = groups.unpack(groups.pack(delta).to(velocity.dtype), ball.base.to(velocity.dtype))
+    return ball.finish(z, delta), memory
+
+
+# --- random numbers ------------------------------------------------------------------------------
+
+
+def draw_key(generator: torch.Generator | None = None) -> Tensor:
+    """int64 [2]: the key of one call's random numbers, drawn from the (default CPU) generator."""
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(2**63 - 1, (2,), generator=generator, device=device)
+
+
+def philox(key: Tensor, blocks: Tensor, stream: int = 0) -> Tensor:
+    """Philox4x32-10: the 32-bit words of blocks [n] as int64 [n, 4] (layout: above)."""
+    low = 0xFFFFFFFF
+    seed, offset = key.tolist()
+    k0, k1 = seed & low, seed >> 32 & low
+    c0, c1 = blocks & low, blocks >> 32 & low
+    c2 = torch.full_like(blocks, offset & low)
+    c3 = torch.full_like(blocks, (offset >> 32 & low) ^ stream << 31)
+    for _ in range(10):
+        # int64 products wrap around, which leaves all 64 bits of the unsigned product right
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = p1 >> 32 & low ^ c1 ^ k0, p1 & low, p0 >> 32 & low ^ c3 ^ k1, p0 & low
+        c0, c2 = c0 & low, c2 & low
+        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    return torch.stack([c0, c1, c2, c3], 1)
+
+
+@dataclass(frozen=True)
+class _Random:
+    """The random integers of n elements and float64 [n] functions of them (see above)."""
+
+    m: Tensor
+    sign: Tensor
+    bits: int
+
+    @staticmethod
+    def of(key: Tensor, n: int, dtype: torch.dtype, device: torch.device) -> _Random:
+        if dtype == torch.float64:
+            blocks = torch.arange((n + 1) // 2, device=device)
+            high, low = philox(key, blocks).reshape(-1, 2)[:n].unbind(1)
+            return _Random(high << 21 | low >> 11, 1 - 2 * (low & 1), 53)
+        words = philox(key, torch.arange((n + 3) // 4, device=device)).flatten()[:n]
+        return _Random(words >> 8, 1 - 2 * (words & 1), 24)
+
+    def uniform(self) -> Tensor:
+        return self.m.double() * 2.0**-self.bits
+
+    def exponential(self) -> Tensor:
+        return -((self.m + 1).double() * 2.0**-self.bits).log()
+
+    def gaussian(self) -> Tensor:
+        """For an even n: pairs are drawn whole."""
+        radius = (2 * self.exponential()[0::2]).sqrt()
+        angle = 2 * math.pi * self.uniform()[1::2]
+        return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).flatten()
+
+
+def _gaussian(key: Tensor, like: Tensor) -> Tensor:
+    """Standard normal float64 values in the shape of `like`, from the integers of its dtype."""
+    n = like.numel()
+    return _Random.of(key, n + n % 2, like.dtype, like.device).gaussian()[:n].reshape(like.shape)
+
+
+def random_start(
+    like: Tensor,
+    *,
+    eps: PerGroup,
+    norm: str | float = "l2",
+    group: str = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    x0: Tensor | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Uniform in the ball of radius eps round the origin, then projected on the box if any.
+
+    linf: ``eps * (2 * u - 1)``. l2: gaussians of the group divided by their l2 norm, times the
+    group's radius. l1: signed exponentials divided by their l1 norm, times the radius (Barthe et
+    al., "A probabilistic approach to the geometry of the l_p^n-ball", 2005). A direction of norm 0
+    gives 0.
+    """
+    key = draw_key(generator)
+    ball = _Ball.of(like, eps, norm, group, offsets, mask, x0, lower, upper)
+    groups = ball.groups
+    draws = _Random.of(key, like.numel(), like.dtype, like.device)
+    if ball.norm == "linf":
+        z = ball.eps * groups.pack((2 * draws.uniform() - 1).reshape(like.shape))
+        return ball.finish(z, ball.base)
+    if ball.norm == "l2":
+        z = groups.pack(_gaussian(key, like))
+    else:
+        z = groups.pack((draws.sign * draws.exponential()).reshape(like.shape))
+    high, low = philox(key, torch.arange(len(z), device=z.device), stream=1)[:, :2].unbind(1)
+    uniform = ((high << 21 | low >> 11) + 1).double() * 2.0**-53
+    count = groups.valid.sum(1).clamp_min(1)
+    radius = ball.eps * (uniform ** (1 / count.double()))[:, None]
+    length = _norm(z, ball.norm)
+    z = torch.where(ball.eps > 0, z * (radius / torch.where(length > 0, length, 1.0)), 0.0)
+    return ball.finish(z, ball.base)
+
+
+def gaussian_noise(
+    x: Tensor,
+    *,
+    std: PerGroup,
+    eps: PerGroup | None = None,
+    norm: str | float = "l2",
+    group: str = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    x0: Tensor | None = None,
+    lower: Bound = None,
+    upper: Bound = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """P(x + std * gaussian), where P projects on the ball (if eps is given) and the box (if any).
+
+    As everywhere x is a perturbation unless x0 is given: masked-out rows are zero. To add noise to
+    an input and leave masked rows as they are, pass it as x0 too.
+    """
+    key = draw_key(generator)
+    radius = math.inf if eps is None else eps
+    ball = _Ball.of(x, radius, norm, group, offsets, mask, x0, lower, upper)
+    noise = ball.groups.column(std) * ball.groups.pack(_gaussian(key, x))
+    return ball.finish(ball.groups.pack(x) - ball.origin + noise, x)
+
+
+# --- norms and clipping --------------------------------------------------------------------------
+
+
+def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    double = any(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def group_norm(
+    x: Tensor,
+    *,
+    norm: str | float = "l2",
+    group: str = "sample",
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """[groups] norms of the groups, in float32 (float64 for a float64 x); 0 for an empty group."""
+    groups = _Groups.of(x, group, offsets, mask)
+    return _norm(groups.pack(x), _norm_name(norm))[:, 0].to(_norm_dtype([x]))
+
+
+def _sample_norms(grads: Sequence[Tensor]) -> Tensor:
+    """[B] float64 norms of samples over all tensors [B, ...]."""
+    flat = [g.double().reshape(len(g), math.prod(g.shape[1:])) for g in grads]
+    return _norm(torch.cat(flat, 1), "l2")[:, 0]
+
+
+def per_sample_norm(grads: Sequence[Tensor]) -> Tensor:
+    """[B] l2 norms of each sample's gradient over all [B, ...]; float64 if any is, else float32."""
+    return _sample_norms(grads).to(_norm_dtype(grads))
+
+
+def clip_and_sum(
+    grads: Sequence[Tensor],
+    *,
+    max_norm: float | Sequence[float],
+    mode: Literal["flat", "per_layer", "automatic"] = "flat",
+    weights: Tensor | None = None,
+    gamma: float = 0.01,
+) -> tuple[list[Tensor], Tensor]:
+    """sum_b w_b * factor_b * g_b for every tensor [B, ...], and the norms.
+
+    The factor is ``min(1, C / ||g_b||)`` for "flat" (Abadi et al., "Deep learning with differential
+    privacy", CCS 2016), the same with each tensor's own norm (and C, if a sequence) for
+    "per_layer", and ``C / (||g_b|| + gamma)`` for "automatic" (Bu et al., "Automatic clipping",
+    NeurIPS 2023). It is 1 for a zero norm (even with C = 0), and 0 where the norm is not finite.
+    Whatever has factor or weight 0 adds exactly nothing.
+
+    Returns:
+        The sums, in the dtypes of the grads and without the batch dimension, and the norms: [B], or
+        [B, tensors] for "per_layer"; float32, or float64 if any grad is.
+    """
+    if mode == "per_layer":
+        norms = torch.stack([_sample_norms([g]) for g in grads], 1)
+        limit = torch.as_tensor(max_norm, dtype=norms.dtype, device=norms.device)
+        factors = _clip_factor(norms, limit.expand(len(grads)))
+    else:
+        norms = _sample_norms(grads)
+        limit = torch.as_tensor(max_norm, dtype=norms.dtype, device=norms.device)
+        if mode == "flat":
+            factor = _clip_factor(norms, limit)
+        else:
+            factor = torch.where(norms.isfinite(), limit / (norms + gamma), 0.0)
+        factors = factor[:, None].expand(len(norms), len(grads))
+    if weights is not None:
+        factors = factors * weights.double()[:, None]
+    sums = []
+    for grad, factor in zip(grads, factors.unbind(1), strict=True):
+        factor = factor.reshape(-1, *[1] * (grad.dim() - 1))
+        sums.append(torch.where(factor == 0, 0.0, factor * grad.double()).sum(0).to(grad.dtype))
+    return sums, norms.to(_norm_dtype(grads))
+
+
+def _clip_factor(norms: Tensor, limit: Tensor) -> Tensor:
+    over = norms > limit
+    factor = torch.where(over, limit / torch.where(over, norms, 1.0), 1.0)
+    return torch.where(norms.isfinite(), factor, 0.0)
+
+
+def linear_grad_norm(
+    input: Tensor,
+    grad_output: Tensor,
+    *,
+    bias: bool = False,
+    method: Literal["auto", "gram", "direct"] = "auto",
+) -> Tensor:
+    """[B] l2 norms of each sample's gradient of a linear layer's weight (and bias).
+
+    Args:
+        input: [B, *, I], what went into the layer.
+        grad_output: [B, *, O], the gradient of the loss with respect to what came out.
+        bias: whether the layer has a bias, whose gradient then counts.
+        method: how the native op computes it; the value is the same.
+    """
+    tokens = math.prod(input.shape[1:-1])
+    a = input.double().reshape(len(input), tokens, input.shape[-1])
+    g = grad_output.double().reshape(len(input), tokens, grad_output.shape[-1])
+    grads = [torch.einsum("bti,bto->bio", a, g)]
+    if bias:
+        grads.append(g.sum(1))
+    return _sample_norms(grads).to(_norm_dtype([input, grad_output]))
+
+
+# --- embeddings ----------------------------------------------------------------------------------
+
+
+def embedding_grad_norm(
+    indices: Tensor,
+    grad_output: Tensor,
+    *,
+    padding_idx: int | None = None,
+    offsets: Tensor | None = None,
+    mode: Literal["sum", "mean"] = "sum",
+    per_sample_weights: Tensor | None = None,
+) -> Tensor:
+    """[B] l2 norms of each sample's gradient of an embedding table; repeated indices are summed.
+
+    Without offsets (an embedding): indices [B, *], grad_output [B, *, D]. With offsets (an
+    embedding bag): indices [N], offsets [B + 1], grad_output [B, D], where bag b holds indices
+    ``offsets[b]`` up to ``offsets[b + 1]``, ``mode="mean"`` divides by the number of them that are
+    not padding, and per_sample_weights [N] multiplies ("sum" only). Entries equal to padding_idx
+    have no gradient.
+    """
+    samples = len(grad_output)
+    dtype = _norm_dtype([grad_output])
+    keep = indices != padding_idx if padding_idx is not None else torch.ones_like(indices).bool()
+    norms = []
+    for b in range(samples):
+        if offsets is None:
+            ids = indices[b][keep[b]]
+            rows = grad_output[b][keep[b]].double()
+        else:
+            bag = slice(int(offsets[b]), int(offsets[b + 1]))
+            ids = indices[bag][keep[bag]]
+            rows = grad_output[b].double().expand(len(ids), grad_output.shape[1])
+            if per_sample_weights is not None:
+                rows = rows * per_sample_weights[bag][keep[bag]].double()[:, None]
+            if mode == "mean":
+                rows = rows / max(len(ids), 1)
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        summed = rows.new_zeros(len(unique), rows.shape[-1]).index_add(0, inverse, rows)
+        norms.append(_norm(summed.reshape(1, -1), "l2")[0, 0])
+    return torch.stack(norms).to(dtype) if norms else grad_output.new_zeros(0, dtype=dtype)
+
+
+def embedding_perturb(weight: Tensor, indices: Tensor, delta: Tensor, inverse: Tensor) -> Tensor:
+    """[*, D]: ``weight[indices] + delta[inverse]``, and ``weight[indices]`` where inverse is -1.
+
+    Args:
+        weight: [V, D], the table.
+        indices: [*] int64, rows of the table.
+        delta: [U, D], of any float dtype.
+        inverse: [*] int64, rows of delta.
+
+    Returns:
+        In the dtype of weight. Differentiable with respect to weight and delta.
+    """
+    if not len(delta):
+        return weight[indices]
+    moved = torch.where((inverse >= 0)[..., None], delta[inverse.clamp_min(0)].double(), 0.0)
+    return (weight[indices].double() + moved).to(weight.dtype)
+
+
+def rowwise_adagrad_(
+    weight: Tensor,
+    state: Tensor,
+    indices: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    eps: float = 1e-8,
+    max_norm: float | None = None,
+) -> Tensor:
+    """A row-wise Adagrad step on the touched rows of a table, in place; returns weight.
+
+    For every row r in indices: G is the sum of its gradients, scaled by ``min(1, max_norm /
+    ||G||)``; ``state[r] += mean(G ** 2)``; ``weight[r] -= lr * G / (sqrt(state[r]) + eps)``
+    (row-wise Adagrad of Mudigere et al., "Software-hardware co-design for fast and scalable
+    training of deep learning recommendation models", ISCA 2022). A row whose G is not finite stays
+    as it is.
+
+    Args:
+        weight: [V, D].
+        state: [V].
+        indices: [*] int64.
+        grad: [*, D].
+        lr: the learning rate.
+        eps: added to the root.
+        max_norm: the clipping bound of a summed row gradient; None for none.
+    """
+    rows, inverse = torch.unique(indices.flatten(), return_inverse=True)
+    flat = grad.double().reshape(indices.numel(), weight.shape[1])
+    total = flat.new_zeros(len(rows), weight.shape[1]).index_add(0, inverse, flat)
+    finite = total.isfinite().all(1)
+    rows, total = rows[finite], total[finite]
+    if max_norm is not None:
+        limit = torch.as_tensor(max_norm, dtype=total.dtype, device=total.device)
+        total = total * _clip_factor(_norm(total, "l2"), limit)
+    with torch.no_grad():
+        mean = total.square().sum(1) / max(weight.shape[1], 1)
+        new = state[rows].double() + mean
+        step = lr * total / (new.sqrt() + eps)[:, None]
+        state[rows] = new.to(state.dtype)
+        weight[rows] = (weight[rows].double() - step).to(weight.dtype)
+    return weight
+
+
+# --- in-place forms ------------------------------------------------------------------------------
+
+
+def pgd_step_(delta: Tensor, grad: Tensor, **options: object) -> Tensor:
+    """:func:`pgd_step` written into delta."""
+    return delta.copy_(pgd_step(delta, grad, **options))  # type: ignore[arg-type]
+
+
+def project_(delta: Tensor, **options: object) -> Tensor:
+    """:func:`project` written into delta."""
+    return delta.copy_(project(delta, **options))  # type: ignore[arg-type]
+
+
+def gaussian_noise_(x: Tensor, **options: object) -> Tensor:
+    """:func:`gaussian_noise` written into x."""
+    return x.copy_(gaussian_noise(x, **options))  # type: ignore[arg-type]
+
+
+def momentum_step_(
+    delta: Tensor, velocity: Tensor, grad: Tensor, **options: object
+) -> tuple[Tensor, Tensor]:
+    """:func:`momentum_step` written into delta and velocity."""
+    new, memory = momentum_step(delta, velocity, grad, **options)  # type: ignore[arg-type]
+    return delta.copy_(new), velocity.copy_(memory)
