@@ -692,10 +692,10 @@ def embedding_grad_norm(
     """[B] l2 norms of each sample's gradient of an embedding table; repeated indices are summed.
 
     Without offsets (an embedding): indices [B, *], grad_output [B, *, D]. With offsets (an
-    embedding bag): indices [N], offsets [B + 1], grad_output [B, D], where bag b holds indices
-    ``offsets[b]`` up to ``offsets[b + 1]``, ``mode="mean"`` divides by the number of them that are
-    not padding, and per_sample_weights [N] multiplies ("sum" only). Entries equal to padding_idx
-    have no gradient.
+    embedding bag): indices [N], offsets [B] (starts) or [B + 1], grad_output [B, D], where bag b
+    holds indices ``offsets[b]`` up to ``offsets[b + 1]``, ``mode="mean"`` divides by the number of
+    them that are not padding, and per_sample_weights [N] multiplies ("sum" only). Entries equal to
+    padding_idx have no gradient.
     """
     samples = len(grad_output)
     dtype = _norm_dtype([grad_output])
@@ -706,7 +706,8 @@ def embedding_grad_norm(
             ids = indices[b][keep[b]]
             rows = grad_output[b][keep[b]].double()
         else:
-            bag = slice(int(offsets[b]), int(offsets[b + 1]))
+            end = int(offsets[b + 1]) if b + 1 < len(offsets) else len(indices)
+            bag = slice(int(offsets[b]), end)
             ids = indices[bag][keep[bag]]
             rows = grad_output[b].double().expand(len(ids), grad_output.shape[1])
             if per_sample_weights is not None:
