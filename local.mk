@@ -1,1 +1,0 @@
-export EMBATTLE_CUDA = OFF
