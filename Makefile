@@ -6,6 +6,8 @@ VENV := .venv
 # The interpreter that everything runs with. PY=/path/to/python uses an environment of one's own.
 PY ?= $(VENV)/bin/python
 JOBS ?= $(shell nproc)
+# One's own settings (for instance: export EMBATTLE_CUDA = OFF), not tracked.
+-include local.mk
 
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
@@ -20,23 +22,17 @@ help:
 	@echo "make clean     remove the build and the virtual environment"
 
 # ---- Set-up ----
-$(VENV)/torch-$(TORCH): pyproject.toml
-	@echo "==> virtual environment in $(VENV) ($(PYTHON), $(TORCH))"
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
-	@echo "==> build tools, test tools and the packages that the jobs use"
-	$(VENV)/bin/python -m pip install --quiet "$(TORCH)" $$($(VENV)/bin/python tools/requirements.py)
-	@rm -f $(VENV)/torch-*; touch "$@"
-
 ifeq ($(PY),$(VENV)/bin/python)
-setup: $(VENV)/torch-$(TORCH)
+setup:
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash tools/setup.sh
 else
 setup:
 endif
 
 # ---- Build: in place, so that an edit of a Python file needs no step ----
-dev: build/dev/.stamp
-build/dev/.stamp: $(SOURCES) | setup
+dev: setup
+	@$(MAKE) --no-print-directory build/dev/.stamp
+build/dev/.stamp: $(SOURCES)
 	@echo "==> building the native code (build/dev)"
 	@PYTHON=$(PY) JOBS=$(JOBS) bash tools/build.sh build/dev
 	@touch $@

@@ -5,7 +5,7 @@ set -euo pipefail
 dir=$1
 shift
 python=${PYTHON:-python3}
-python=$(command -v "$python")
+python=$(realpath -s "$(command -v "$python")")
 tools=$(dirname "$python")
 mkdir -p "$dir"
 export PATH="$tools:$PATH"
@@ -13,7 +13,7 @@ cmake -S . -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=Release -DEMBATTLE_CUDA="${EMBA
   -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" "$@" >"$dir/configure.log" 2>&1 \
   || { cat "$dir/configure.log"; exit 1; }
 grep -E "^-- (torch|CUDA kernels)" "$dir/configure.log" || true
-cmake --build "$dir" -j "${JOBS:-2}"
+cmake --build "$dir" --parallel "${JOBS:-2}"
 if [ -z "${KEEP_OUT_OF_TREE:-}" ]; then
   rm -f python/embattle/_C*.so
   cp "$dir"/_C*.so python/embattle/

@@ -1,4 +1,4 @@
-"""Prints what the development environment needs, read from pyproject.toml: one place per fact."""
+"""Prints what the development environment needs, a requirement a line, from pyproject.toml."""
 
 import re
 from pathlib import Path
@@ -16,4 +16,4 @@ def extra(name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(" ".join(BUILD_TOOLS + extra("jobs") + extra("test") + extra("lint")).replace("'", ""))
+    print("\n".join(BUILD_TOOLS + extra("jobs") + extra("test") + extra("lint")))

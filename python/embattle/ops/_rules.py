@@ -16,7 +16,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def register_fake(op: str) -> Callable[[_F], _F]:
     """`torch.library.register_fake`, typed."""
-    return torch.library.register_fake(op)
+    rule: Callable[[_F], _F] = torch.library.register_fake(op)
+    return rule
 
 
 def _groups(x: Tensor, token: bool, offsets: Tensor | None) -> int | torch.SymInt:
