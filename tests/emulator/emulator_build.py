@@ -1,0 +1,109 @@
+"""Compiles CUDA sources for the emulator, each file once per content and set of flags."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+BUILD = ROOT / "build" / "emulator"
+
+#: How kernels are compiled. "watch" has the compiler report every memory access to the emulator, which looks
+#: for races on shared memory (the ThreadSanitizer runtime is not linked); "asan" is AddressSanitizer and UBSan.
+VARIANTS: dict[str, tuple[list[str], list[str]]] = {
+    "watch": (["-fsanitize=thread"], []),
+    "asan": (
+        ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+        ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    ),
+}
+
+
+def compiler() -> str | None:
+    """The C++ compiler, or None where there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def _headers() -> bytes:
+    digest = hashlib.sha256()
+    for folder in (HERE, ROOT / "csrc"):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".h", ".cuh"):
+                digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
+
+
+def build(name: str, sources: Sequence[Path], variant: str, module: bool) -> Path:
+    """Compiles sources and the emulator into an executable or a Python module.
+
+    Args:
+        name: of the result.
+        sources: .cu files are compiled as kernels of the variant, .cpp files without race watching.
+        variant: a key of VARIANTS.
+        module: a pybind11 module; else an executable.
+
+    Returns:
+        The path of the result, which is built once per content.
+    """
+    cxx = compiler()
+    assert cxx is not None, "no C++ compiler"
+    compile_flags, link_flags = VARIANTS[variant]
+    # -O1 keeps the accesses that the watch is to see, and compiles fast.
+    common = [
+        "-std=c++20",
+        "-O1",
+        "-g1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fPIC",
+        "-fvisibility=hidden",
+    ]
+    common += ["-ffp-contract=off", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+    if module:
+        import pybind11
+
+        common += [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    objects = BUILD / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    headers = _headers()
+
+    def compiled(source: Path) -> Path:
+        flags = list(common)
+        if source.suffix == ".cu":
+            flags += [*compile_flags, "-x", "c++"]
+        elif variant != "watch":
+            flags += compile_flags
+        key = hashlib.sha256(headers + source.read_bytes() + " ".join([cxx, *flags]).encode())
+        target = objects / f"{source.stem}-{key.hexdigest()[:20]}.o"
+        if not target.exists():
+            scratch = target.with_suffix(f".{os.getpid()}.tmp")
+            _run([cxx, *flags, "-c", str(source), "-o", str(scratch)])
+            scratch.replace(target)
+        return target
+
+    with ThreadPoolExecutor(int(os.environ.get("JOBS", os.cpu_count() or 1))) as pool:
+        parts = list(pool.map(compiled, [HERE / "emulator.cpp", *sources]))
+    key = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:20]
+    folder = BUILD / f"{variant}-{key}"
+    target = folder / (name + (sysconfig.get_config_var("EXT_SUFFIX") if module else ""))
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = target.with_suffix(f".{os.getpid()}.tmp")
+        shared = ["-shared"] if module else []
+        _run([cxx, *shared, *link_flags, *map(str, parts), "-o", str(scratch)])
+        scratch.replace(target)
+    return target
