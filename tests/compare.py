@@ -1,0 +1,199 @@
+"""How results are run and compared: shared by the tests of the ops, the emulator and devices."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import samples
+import torch
+from embattle import ops, reference
+from samples import PRECISIONS, Call
+from torch import Tensor
+
+SEED = 1234
+
+
+def run(op: str, call: Call, source: Any = ops) -> list[Tensor]:
+    """Runs an op and returns its results as a flat list of tensors.
+
+    Args:
+        op: the name of a function of `source`.
+        call: its arguments; random ops get a generator seeded with SEED.
+        source: embattle.ops, or embattle.reference.
+    """
+    function = getattr(source, op)
+    kwargs = dict(call.kwargs)
+    if op.startswith(("random_start", "gaussian_noise")):
+        kwargs["generator"] = torch.Generator().manual_seed(SEED)
+    result = function(*call.args, **kwargs)
+    if op == "rowwise_adagrad_":
+        return [result, call.args[1]]
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for part in result for t in (part if isinstance(part, list) else [part])]
+
+
+def expected(op: str, call: Call) -> list[Tensor]:
+    """What the reference says, in float64 where the op's random numbers do not depend on dtype."""
+    if op in ("random_start", "gaussian_noise"):
+        return run(op, call.clone(), reference)
+    return run(op, copy.deepcopy(call.double()), reference)
+
+
+def groups_of(call: Call) -> reference._Groups:
+    """The groups of the first argument of a group op's call."""
+    options = call.kwargs
+    return reference._Groups.of(
+        call.args[0],
+        options.get("group", "sample"),
+        options.get("offsets"),
+        options.get("mask"),
+    )
+
+
+def distances(call: Call, result: Tensor) -> Tensor:
+    """[groups] float64: the norm of what a group op's result adds to its origin, as stored."""
+    groups = groups_of(call)
+    stored = groups.pack(result)
+    if "x0" in call.kwargs:
+        stored = stored - groups.pack(call.kwargs["x0"])
+    return reference._norm(stored, reference._norm_name(call.kwargs.get("norm", "l2")))[:, 0]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal values, NaN equal to NaN, and equal dtype and shape."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def assert_close(actual: Tensor, wanted: Tensor, scale: Tensor, terms: int, what: str) -> None:
+    """Every element is within the tolerance of its dtype, relative to |wanted| + scale.
+
+    Args:
+        actual: what an op returned.
+        wanted: float64 (or the dtype of actual), the reference's value.
+        scale: float64, broadcastable: what errors of sums are relative to.
+        terms: how many numbers the op sums.
+        what: said on failure.
+    """
+    assert actual.shape == wanted.shape, f"{what}: shape {actual.shape}, not {wanted.shape}"
+    if not actual.numel():
+        return
+    precision = PRECISIONS[actual.dtype]
+    bound = precision.tolerance(terms) * (wanted.double().abs() + scale) + 2 * precision.least
+    special = ~wanted.to(actual.dtype).isfinite()
+    same = wanted.to(actual.dtype).double().nan_to_num(nan=4.0) == actual.double().nan_to_num(nan=4)
+    good = torch.where(special, same, (actual.double() - wanted.double()).abs() <= bound)
+    if good.all():
+        return
+    where = tuple(int(i) for i in (~good).nonzero()[0])
+    error = (actual.double() - wanted.double()).abs() / (wanted.double().abs() + scale)
+    worst = float(torch.where(special, 0.0, error).nan_to_num(nan=math.inf).max())
+    raise AssertionError(
+        f"{what}: {int((~good).sum())} of {good.numel()} elements are off, first at {where}: "
+        f"{actual[where].item()!r} for {wanted[where].item()!r}; worst relative error "
+        f"{worst / precision.unit:.3g} ulp, allowed {precision.tolerance(terms) / precision.unit:.3g}"
+    )
+
+
+def _group_scale(call: Call, wanted: Tensor) -> tuple[Tensor, int]:
+    """Per element: the largest magnitude in its group, of the result or the point it came from."""
+    groups = groups_of(call)
+    size = reference._max(groups.pack(wanted).abs().nan_to_num(posinf=0.0))
+    if "eps" in call.kwargs:
+        start = groups.pack(call.args[0])
+        if "x0" in call.kwargs:
+            start = start - groups.pack(call.kwargs["x0"])
+        start = reference._max(start.abs().nan_to_num(posinf=0.0))
+        size = torch.maximum(size, torch.minimum(start, groups.column(call.kwargs["eps"])))
+    width = groups.valid.shape[1]
+    return groups.unpack(size.expand(-1, width), torch.zeros_like(wanted.double())), width
+
+
+def assert_matches_reference(op: str, call: Call, results: list[Tensor]) -> None:
+    """Compares the results of an op with the reference's.
+
+    Args:
+        op: its name; for an in-place form that of the functional one.
+        call: the arguments it had (not those that an in-place form has written).
+        results: as :func:`run` returns them.
+    """
+    wanted = expected(op, call)
+    assert len(results) == len(wanted)
+    scales: list[tuple[Tensor, int]]
+    if op in ("pgd_step", "project", "random_start", "gaussian_noise", "momentum_step"):
+        scales = [_group_scale(call, w) for w in wanted]
+    elif op == "clip_and_sum":
+        # relative to the sum of magnitudes
+        sizes = call.double().map(torch.abs)
+        sums = expected(op, sizes)[:-1]
+        terms = sum(math.prod(g.shape[1:]) for g in call.args[0])
+        batch = len(call.args[0][0])
+        scales = [(s, max(batch, terms)) for s in sums] + [(torch.zeros(()).double(), terms)]
+    elif op == "embedding_perturb":
+        weight, indices, delta, inverse = call.args
+        sizes = Call([weight.abs(), indices, delta.abs(), inverse], {})
+        scales = [(expected(op, sizes)[0], 1)]
+    elif op == "rowwise_adagrad_":
+        before = call.args[0].double()
+        scales = [(before.abs() + (wanted[0] - before).abs(), call.args[3].numel())]
+        scales.append((torch.zeros(()).double(), call.args[3].numel()))
+    else:  # norms
+        terms = sum(t.numel() for t in _tensors(call.args))
+        scales = [(torch.zeros(()).double(), terms)]
+    for index, (result, want, (scale, terms)) in enumerate(
+        zip(results, wanted, scales, strict=True)
+    ):
+        assert_close(result, want, scale, terms, f"{op}, result {index}, {result.dtype}")
+
+
+def _tensors(args: list[Any]) -> list[Tensor]:
+    return [t for a in args for t in (a if isinstance(a, list) else [a])]
+
+
+def raw_calls(function: Callable[[], Any]) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """The calls of torch.ops.embattle that a Python function makes, in order."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if func.namespace == "embattle":
+                copied = torch.utils._pytree.tree_map_only(
+                    Tensor, lambda t: t.detach().clone(), (args, kwargs)
+                )
+                calls.append((func, *copied))
+            return func(*args, **kwargs)
+
+    with Record():
+        function()
+    return calls
+
+
+def accepts(op: str, keyword: str) -> bool:
+    """Whether an op of embattle.ops has a keyword."""
+    return keyword in inspect.signature(getattr(ops, op)).parameters
+
+
+__all__ = [
+    "SEED",
+    "accepts",
+    "assert_close",
+    "assert_matches_reference",
+    "distances",
+    "expected",
+    "groups_of",
+    "raw_calls",
+    "run",
+    "same_bits",
+    "samples",
+]
