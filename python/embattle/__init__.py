@@ -20,13 +20,39 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
+    from embattle import losses as losses
+    from embattle import masking as masking
     from embattle import ops as ops
+    from embattle import schedules as schedules
+    from embattle.attacks import FGM as FGM
+    from embattle.attacks import FGSM as FGSM
+    from embattle.attacks import PGD as PGD
+    from embattle.attacks import AttackResult as AttackResult
+    from embattle.attacks import GaussianNoise as GaussianNoise
+    from embattle.attacks import NEFTune as NEFTune
+    from embattle.attacks import UniformNoise as UniformNoise
+    from embattle.objectives import AdversarialObjective as AdversarialObjective
+    from embattle.perturb import Site as Site
+    from embattle.strength import PerDim as PerDim
+    from embattle.strength import Relative as Relative
 
 __version__: str = str(_C.build_info()["version"])
 
 # Public name -> the module that defines it.
-_EXPORTS: dict[str, str] = {}
-_SUBMODULES = ("ops", "reference")
+_EXPORTS: dict[str, str] = {
+    "AdversarialObjective": "objectives",
+    "AttackResult": "attacks",
+    "FGM": "attacks",
+    "FGSM": "attacks",
+    "GaussianNoise": "attacks",
+    "NEFTune": "attacks",
+    "PGD": "attacks",
+    "PerDim": "strength",
+    "Relative": "strength",
+    "Site": "perturb",
+    "UniformNoise": "attacks",
+}
+_SUBMODULES = ("losses", "masking", "ops", "reference", "schedules")
 
 __all__ = ["__version__", *_SUBMODULES, *_EXPORTS]
 

@@ -1,0 +1,146 @@
+"""The objective: one call per batch gives the loss to backpropagate, and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from embattle.attacks.base import Attack, Judge, Predict
+from embattle.masking import Masking
+from embattle.objectives.batch import Batch
+from embattle.objectives.mixed import adversarial, mixed
+from embattle.perturb import Site
+from embattle.schedules import Constant, Schedule
+from embattle.stage import LossFn, Masks, Stage, as_sites
+
+Form: TypeAlias = Callable[[Batch], Tensor]
+
+FORMS: dict[str, Form] = {"mixed": mixed, "adversarial": adversarial}
+
+
+class AdversarialObjective:
+    """`L(theta) + lam * L_adv(theta)`, in the form you name.
+
+    One call per batch finds the perturbations and returns the loss to backpropagate:
+
+        objective = AdversarialObjective(attack, site, lam=1.0, eps_schedule=WarmUp(100))
+        loss, metrics = objective(loss_fn, labels=labels)
+        loss.backward()
+
+    Args:
+        attack: finds the perturbations.
+        sites: where.
+        form: one of `FORMS`, or a callable that takes a `Batch` and returns the loss.
+        lam: weight of the adversarial part.
+        masking: leaves samples out of the adversarial part (see `embattle.masking`).
+        eps_schedule: factor on eps and step size at each step.
+        lam_schedule: factor on `lam` at each step.
+        early_backward: differentiate the clean loss right away, share that pass with the first
+            ascent step where the attack starts at zero, and carry the gradients into the loss that
+            is returned: cheaper, and the clean graph does not wait in memory. The returned loss can
+            then be backpropagated once, and its graph shows only parameters. Turn it off where
+            parameters are sharded (FSDP2), and with a float16 gradient scaler.
+
+    Raises:
+        ValueError: unknown form, or negative lam.
+    """
+
+    def __init__(
+        self,
+        attack: Attack,
+        sites: Site | Sequence[Site],
+        *,
+        form: str | Form = "mixed",
+        lam: float = 1.0,
+        masking: Masking | None = None,
+        eps_schedule: Schedule | None = None,
+        lam_schedule: Schedule | None = None,
+        early_backward: bool = True,
+    ) -> None:
+        if isinstance(form, str) and form not in FORMS:
+            raise ValueError(
+                f"AdversarialObjective: form must be one of {', '.join(FORMS)}; got {form!r}"
+            )
+        if not lam >= 0:
+            raise ValueError(f"AdversarialObjective: lam must be at least 0, got {lam}")
+        self.attack = attack
+        self.sites = as_sites(sites)
+        self.form = FORMS[form] if isinstance(form, str) else form
+        self.name = form if isinstance(form, str) else getattr(form, "__name__", repr(form))
+        self.lam = lam
+        self.masking = masking
+        self.eps_schedule: Schedule = Constant() if eps_schedule is None else eps_schedule
+        self.lam_schedule: Schedule = Constant() if lam_schedule is None else lam_schedule
+        self.early_backward = early_backward
+        self.step = 0
+
+    def __repr__(self) -> str:
+        return f"AdversarialObjective({self.name}, lam {self.lam:g}, {self.attack!r})"
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        *,
+        mask: Masks = None,
+        offsets: Tensor | None = None,
+        labels: Tensor | None = None,
+        predictions: Predict | None = None,
+        joint: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of one batch.
+
+        Args:
+            loss_fn: as for `Attack.run`: losses `[B]`, or (losses, outputs).
+            mask, offsets, labels, predictions, joint: as for `Attack.run`.
+
+        Returns:
+            The loss (0-d), and metrics, detached: `loss`, `clean_loss`, `adversarial_loss`,
+            `clean_accuracy` and `robust_accuracy` (with outputs and labels), `eps_scale`, `lam`,
+            `masked` (samples left out, with masking) and `nonfinite` (groups).
+        """
+        stage = Stage(
+            loss_fn, self.sites, mask=mask, offsets=offsets, joint=joint, mode=self.attack.mode
+        )
+        scale, lam = self.eps_schedule(self.step), self.lam * self.lam_schedule(self.step)
+        batch = Batch(
+            stage,
+            self.attack,
+            Judge(labels, predictions),
+            scale,
+            lam,
+            self.early_backward,
+            self.masking,
+        )
+        loss = self.form(batch)
+        metrics = batch.metrics
+        metrics["loss"] = loss.detach()
+        metrics["eps_scale"] = torch.tensor(scale)
+        metrics["lam"] = torch.tensor(lam)
+        if stage.blocks:
+            metrics["nonfinite"] = torch.stack(
+                [(block.nonfinite > 0).sum() for block in stage.blocks]
+            ).sum()
+        for schedule in (self.eps_schedule, self.lam_schedule):
+            update = getattr(schedule, "update", None)
+            if update is not None:
+                update(metrics)
+        self.step += 1
+        return loss, metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a resumed run needs: the step, and the schedules' states."""
+        state: dict[str, Any] = {"step": self.step}
+        for name in ("eps_schedule", "lam_schedule"):
+            if hasattr(getattr(self, name), "state_dict"):
+                state[name] = getattr(self, name).state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.step = int(state["step"])
+        for name in ("eps_schedule", "lam_schedule"):
+            if name in state:
+                getattr(self, name).load_state_dict(state[name])

@@ -1,0 +1,189 @@
+"""One batch inside an objective: what the forms share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embattle.attacks.base import Attack, Judge
+from embattle.blocks import Block
+from embattle.carrier import carry, leaves
+from embattle.masking import Masking, Outcome
+from embattle.stage import Evaluation, Stage, call
+
+
+@dataclass
+class Batch:
+    """A stage, the attack on it, and the factors of this step.
+
+    Attributes:
+        stage: the batch's sites and loss function.
+        attack: the attack.
+        judge: knows the labels.
+        scale: factor on the attack's strengths.
+        lam: weight of the adversarial part.
+        early: whether gradients that are known already are carried (see `AdversarialObjective`).
+        masking: the policy, if any.
+        metrics: what the forms report, detached.
+    """
+
+    stage: Stage
+    attack: Attack
+    judge: Judge
+    scale: float
+    lam: float
+    early: bool
+    masking: Masking | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels, for forms that need them."""
+        if self.judge.labels is None:
+            raise ValueError("this form needs labels: objective(loss_fn, labels=...)")
+        return self.judge.labels
+
+    def outputs(self, evaluation: Evaluation) -> Tensor:
+        """The outputs, for forms that need them."""
+        if evaluation.outputs is None:
+            raise ValueError("this form needs outputs: let loss_fn return (losses, logits)")
+        return evaluation.outputs
+
+    def clean(self) -> Evaluation:
+        """Make the clean training pass, with its graph."""
+        if self.stage.mode == "same":
+            self.stage.remember_random_state()
+        evaluation = call(self.stage.loss_fn)
+        self.report("clean", evaluation)
+        return evaluation
+
+    def clean_and_first(self) -> tuple[Tensor, Evaluation, tuple[Evaluation, list[Tensor]] | None]:
+        """Make the clean training pass, and share it with the first ascent step if that is right.
+
+        Returns:
+            The mean clean loss, to be backpropagated; the detached evaluation; and evaluation and
+            gradients at zero if the attack can start from them.
+        """
+        usable = self.early and torch.is_grad_enabled()
+        shared = usable and self.attack.starts_at_zero and self.attack.steps > 0
+        shared = shared and self.attack.mode != "eval" and self.attack.ascends_losses
+        if not usable:
+            evaluation = self.clean()
+            return evaluation.losses.mean(), evaluation.detach(), None
+        if self.stage.mode == "same":
+            self.stage.remember_random_state()
+        if shared:
+            opening = self.stage.open(attach=True)
+            evaluation, values = opening.evaluation, self.stage.values(opening.calls)
+        else:
+            evaluation, values = call(self.stage.loss_fn), None
+        self.report("clean", evaluation)
+        mean = evaluation.losses.mean()
+        params = leaves(mean)
+        places = values or []
+        # A frozen embedding's output was made a leaf of its own: it is a place, not a weight.
+        params = [p for p in params if not any(p is place for place in places)]
+        grads = torch.autograd.grad(mean, [*places, *params], allow_unused=True)
+        first = None
+        if values is not None:
+            first = (evaluation.detach(), self.stage.gather(grads[: len(places)]))
+        loss = carry(mean.detach(), params, grads[len(places) :])
+        return loss, evaluation.detach(), first
+
+    def ascend(
+        self,
+        first: tuple[Evaluation, list[Tensor]] | None = None,
+        loss_fn: Callable[[], Any] | None = None,
+    ) -> None:
+        """Find the deltas; the stage's blocks hold them afterwards.
+
+        Args:
+            first: evaluation and gradients at zero, where the stage is open already.
+            loss_fn: what is ascended, if not the stage's own losses.
+        """
+        stage, attack = self.stage, self.attack
+        own = stage.loss_fn
+        if loss_fn is not None:
+            stage.loss_fn = loss_fn
+        try:
+            with stage.attacking(attack.own_generator) as generator:
+                if first is not None:
+                    attack.climb(
+                        stage, first=first, generator=generator, scale=self.scale, judge=self.judge
+                    )
+                    return
+                states: list[dict[str, Any]] = []
+
+                def start(block: Block) -> None:
+                    states.append(attack.begin(block, self.scale))
+                    attack.start(block, states[-1], generator)
+
+                opening = stage.open(start=start)
+                opened = (opening.evaluation, states) if opening.perturbed else None
+                attack.climb(
+                    stage,
+                    opened=opened if attack.steps else None,
+                    generator=generator,
+                    scale=self.scale,
+                    judge=self.judge,
+                )
+        finally:
+            stage.loss_fn = own
+
+    def perturbed(self) -> Evaluation:
+        """Make the training pass under the deltas, with its graph."""
+        with self.stage.applied():
+            evaluation = self.stage.evaluate(grad=torch.is_grad_enabled())
+        self.report("adversarial", evaluation)
+        return evaluation
+
+    def weights(self, adversarial: Evaluation, clean: Evaluation | None) -> Tensor | None:
+        """Ask the masking policy; give weights `[B]`, or None where all samples take part."""
+        if self.masking is None:
+            return None
+        stage = self.stage
+        norms = None
+        if not any(block.coupled for block in stage.blocks):
+            norms = sample_norms(stage)
+        kept = self.masking(
+            Outcome(
+                losses=adversarial.losses.detach(),
+                clean_losses=None if clean is None else clean.losses.detach(),
+                outputs=None if adversarial.outputs is None else adversarial.outputs.detach(),
+                norms=norms,
+                agreement=stage.agreement(),
+            )
+        )
+        self.metrics["masked"] = (~kept).sum()
+        return kept.to(adversarial.losses.dtype)
+
+    def mean(self, values: Tensor, weights: Tensor | None) -> Tensor:
+        """Average over the batch; a masked sample adds nothing, not even a NaN."""
+        if weights is None:
+            return values.mean()
+        return torch.where(weights > 0, values, torch.zeros_like(values)).mean()
+
+    def report(self, name: str, evaluation: Evaluation) -> None:
+        """Note the mean loss and, with labels, the accuracy of a pass."""
+        self.metrics[f"{name}_loss"] = evaluation.losses.detach().mean()
+        predicted = self.judge.predict(evaluation.detach())
+        labels = self.judge.labels
+        if predicted is not None and labels is not None and predicted.shape == labels.shape:
+            key = "robust_accuracy" if name == "adversarial" else f"{name}_accuracy"
+            self.metrics[key] = (predicted == labels).float().mean()
+
+
+def sample_norms(stage: Stage) -> Tensor:
+    """The l2 norm of each sample's whole perturbation, `[B]`."""
+    total: Tensor | None = None
+    for block in stage.blocks:
+        squared = block.norms("l2").double().square()
+        if squared.numel() != block.samples:
+            squared = squared.reshape(block.samples, -1).sum(1)
+        total = squared if total is None else total + squared
+    assert total is not None
+    return total.sqrt()

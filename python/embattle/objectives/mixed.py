@@ -1,0 +1,25 @@
+"""Clean plus adversarial loss, and adversarial loss alone."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from embattle.objectives.batch import Batch
+
+
+def mixed(batch: Batch) -> Tensor:
+    """`mean L + lam * mean L_adv` (Goodfellow et al., ICLR 2015, up to scale; APR, SIGIR 2018)."""
+    loss, clean, first = batch.clean_and_first()
+    if batch.lam == 0:
+        return loss
+    batch.ascend(first)
+    adversarial = batch.perturbed()
+    weights = batch.weights(adversarial, clean)
+    return loss + batch.lam * batch.mean(adversarial.losses, weights)
+
+
+def adversarial(batch: Batch) -> Tensor:
+    """`mean L_adv` alone (Madry et al., ICLR 2018)."""
+    batch.ascend()
+    evaluation = batch.perturbed()
+    return batch.mean(evaluation.losses, batch.weights(evaluation, None))

@@ -1,0 +1,345 @@
+"""One batch under attack: its sites, its blocks, and the forward passes of the loss function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from embattle.blocks import Block, build
+from embattle.guard import MODES, Mode, RandomState, eval_mode, frozen_statistics
+from embattle.perturb import Call, Site
+
+LossFn: TypeAlias = Callable[[], "Tensor | tuple[Tensor, Tensor]"]
+Masks: TypeAlias = "Tensor | Sequence[Tensor | None] | None"
+
+
+class Evaluation(NamedTuple):
+    """What the loss function returned: losses `[B]`, and the model's outputs if it gave them."""
+
+    losses: Tensor
+    outputs: Tensor | None
+
+    def detach(self) -> Evaluation:
+        """Cut both off the graph."""
+        outputs = None if self.outputs is None else self.outputs.detach()
+        return Evaluation(self.losses.detach(), outputs)
+
+
+class Opening(NamedTuple):
+    """The first pass of an attack: what it gave, what it recorded, and whether it was perturbed."""
+
+    evaluation: Evaluation
+    calls: list[list[Call]]
+    perturbed: bool
+
+
+def call(loss_fn: LossFn) -> Evaluation:
+    """Run the loss function and check what it returns.
+
+    Raises:
+        TypeError: not a tensor, nor a pair of losses and outputs.
+        ValueError: not one loss per sample.
+    """
+    got = loss_fn()
+    losses, outputs = got if isinstance(got, tuple) and len(got) == 2 else (got, None)
+    if not isinstance(losses, Tensor) or not (outputs is None or isinstance(outputs, Tensor)):
+        raise TypeError(
+            "loss_fn must return losses [B], or a pair (losses [B], outputs); got "
+            f"{type(got).__name__}"
+        )
+    if losses.dim() != 1:
+        raise ValueError(
+            f"loss_fn must return one loss per sample, a tensor [B]; got shape "
+            f"{tuple(losses.shape)}. Use reduction='none' and average over all other dims"
+        )
+    return Evaluation(losses, outputs)
+
+
+def as_sites(sites: Site | Sequence[Site]) -> list[Site]:
+    """Make a list of one site or several.
+
+    Raises:
+        TypeError: anything else, or none at all.
+    """
+    found = list(sites) if isinstance(sites, (list, tuple)) else [sites]
+    wrong = [one for one in found if not isinstance(one, Site)]
+    if wrong or not found:
+        what = type(wrong[0]).__name__ if wrong else "none"
+        raise TypeError(f"sites must be an embattle.Site or a sequence of them, got {what}")
+    return found  # type: ignore[return-value]
+
+
+class Stage:
+    """The sites of one batch, with the deltas that are being sought there.
+
+    Args:
+        loss_fn: runs the model on the batch; returns losses `[B]`, or `(losses, outputs)`.
+        sites: one site or several.
+        mask: bool, True where a vector takes part; one for all sites, or one (or None) for each.
+        offsets: int64 `[groups + 1]`, for packed rows: the groups' bounds in the flattened rows.
+        joint: one ball around all outputs of a sample together, instead of one for each output.
+        mode: what the model does in the attack's own passes (see `embattle.PGD`).
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        sites: Site | Sequence[Site],
+        *,
+        mask: Masks = None,
+        offsets: Tensor | None = None,
+        joint: bool = False,
+        mode: Mode = "as_is",
+    ) -> None:
+        self.loss_fn = loss_fn
+        self.sites = as_sites(sites)
+        if mask is None or isinstance(mask, Tensor):
+            self.masks: list[Tensor | None] = [mask] * len(self.sites)
+        else:
+            self.masks = list(mask)
+            if len(self.masks) != len(self.sites):
+                raise ValueError(f"{len(self.masks)} masks were given for {len(self.sites)} sites")
+        for one in self.masks:
+            if one is not None and one.dtype != torch.bool:
+                raise TypeError(f"mask must be of dtype bool, got {one.dtype}; use mask.bool()")
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
+        self.offsets, self.joint, self.mode = offsets, joint, mode
+        self.models: list[nn.Module] = []
+        for site in self.sites:
+            if site.model is not None and not any(site.model is model for model in self.models):
+                self.models.append(site.model)
+        if mode == "eval" and not self.models:
+            raise ValueError("mode='eval' needs to know the model: Site(module, model=model)")
+        self.blocks: list[Block] = []
+        self.batch = 0
+        self._replay: RandomState | None = None
+
+    @contextmanager
+    def attacking(
+        self, seed: Callable[[], torch.Generator | None] = lambda: None
+    ) -> Iterator[torch.Generator | None]:
+        """Around the attack's own passes: afterwards the model and the random state are as before.
+
+        Args:
+            seed: makes the attack's generator. What it draws from the global state stays drawn, so
+                that the next batch starts elsewhere, unless the attack raises.
+        """
+        busy = [site for site in self.sites if site.busy]
+        if busy:
+            raise RuntimeError(f"{busy[0]!r} is already in use by an attack")
+        before = RandomState.capture()
+        generator = seed()
+        state = RandomState.capture()
+        if self.mode == "same" and self._replay is None:
+            self._replay = state
+        with ExitStack() as stack:
+            stack.push(lambda kind, *_: (before if kind is not None else state).restore())
+            stack.callback(self.rest)
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(frozen_statistics(self.models))
+            if self.mode == "eval":
+                stack.enter_context(eval_mode(self.models))
+            yield generator
+
+    def rest(self) -> None:
+        """Leave the model unperturbed."""
+        for site in self.sites:
+            site.rest()
+
+    def remember_random_state(self) -> None:
+        """Replay from here in the passes of mode "same"."""
+        self._replay = RandomState.capture()
+
+    def open(
+        self, *, attach: bool = False, start: Callable[[Block], None] | None = None
+    ) -> Opening:
+        """Run the first pass, which shows the shapes, and make the blocks.
+
+        Args:
+            attach: keep the graph, so that the gradient at zero can be asked for.
+            start: called with each block, to set its delta. Where every block is one output, this
+                happens inside the pass, which is then a perturbed one (and keeps its graph).
+        """
+        if self.mode == "same" and self._replay is not None:
+            self._replay.restore()
+        inside = start is not None and not self.joint
+        inside = inside and all(site.scope == "output" for site in self.sites)
+        started: list[list[Block]] = [[] for _ in self.sites]
+        calls: list[list[Call]] = []
+        try:
+            for index, site in enumerate(self.sites):
+                begin = None
+                if inside and start is not None:
+                    begin = partial(self._begin, index, start, started[index])
+                calls.append(site.watch(attach=attach, begin=begin))
+            with torch.set_grad_enabled(attach or inside):
+                evaluation = call(self.loss_fn)
+        finally:
+            self.rest()
+        perturbed = inside and all(
+            len(blocks) == len(recorded) for blocks, recorded in zip(started, calls, strict=True)
+        )
+        if perturbed and any(calls):
+            self.blocks = [block for blocks in started for block in blocks]
+        else:
+            self.blocks = build(
+                self.sites, calls, masks=self.masks, offsets=self.offsets, joint=self.joint
+            )
+            perturbed = False
+        batch = self.batch = evaluation.losses.shape[0]
+        for block in self.blocks:
+            if not block.coupled and block.samples != batch:
+                raise ValueError(
+                    f"{batch} losses for embeddings {tuple(block.base.shape)}, which hold "
+                    f"{block.samples} samples in dim 0: samples must come first (or give offsets)"
+                )
+        if start is not None and not perturbed:
+            for block in self.blocks:
+                start(block)
+        return Opening(evaluation, calls, perturbed)
+
+    def _begin(
+        self, index: int, start: Callable[[Block], None], blocks: list[Block], value: Tensor
+    ) -> Tensor:
+        site = self.sites[index]
+        block = Block(
+            value.detach(),
+            [(index, len(blocks))],
+            group=site.group,
+            offsets=self.offsets,
+            mask=self.masks[index],
+        )
+        start(block)
+        blocks.append(block)
+        return block.delta
+
+    def values(self, calls: Sequence[Sequence[Call]]) -> list[Tensor] | None:
+        """Give the tensors at which the gradient at zero can be asked for, block by block.
+
+        Returns:
+            None if the model is compiled: its traced pass does not show them.
+
+        Raises:
+            RuntimeError: the model wrote into the embeddings, so that their gradient is lost.
+        """
+        found: list[Tensor] = []
+        for block in self.blocks:
+            for site, number in block.places:
+                one = calls[site][number]
+                if one.compiled:
+                    return None
+                if one.value._version != one.version:
+                    raise RuntimeError(
+                        f"{self.sites[site]!r}: the model changes the embeddings in place; put the "
+                        "site on a module whose output stays as it is"
+                    )
+                found.append(one.value)
+        return found
+
+    def gather(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """Turn gradients at the places, block by block, into the blocks' gradients."""
+        found, position = [], 0
+        for block in self.blocks:
+            part = grads[position : position + len(block.places)]
+            position += len(block.places)
+            found.append(
+                block.gather(
+                    [
+                        torch.zeros_like(addition) if grad is None else grad
+                        for grad, addition in zip(part, _like(block, part), strict=True)
+                    ]
+                )
+            )
+        return found
+
+    def agreement(self) -> Callable[[], Tensor] | None:
+        """Give what computes the nearest-embedding agreement, where the sites have tables."""
+        fits = all(
+            isinstance(site.module, nn.Embedding) and site.scope == "output" for site in self.sites
+        )
+        if not fits or self.joint or self.offsets is not None:
+            return None
+        tables = [cast(Tensor, site.module.weight) for site in self.sites]
+        return partial(_agreement, self.blocks, tables)
+
+    def place(self) -> None:
+        """Hand the current deltas to the sites, for the passes to come."""
+        additions: list[dict[int, Tensor]] = [{} for _ in self.sites]
+        for block in self.blocks:
+            for (index, number), addition in zip(block.places, block.additions(), strict=True):
+                additions[index][number] = addition
+        for site, found in zip(self.sites, additions, strict=True):
+            site.add([found[number] for number in range(len(found))])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Perturb the model inside the block; the deltas are constants there."""
+        for block in self.blocks:
+            block.delta = block.delta.detach()
+        self.place()
+        try:
+            yield
+        finally:
+            self.rest()
+
+    def evaluate(self, *, grad: bool) -> Evaluation:
+        """Run the loss function at the current deltas."""
+        if self.mode == "same" and self._replay is not None:
+            self._replay.restore()
+        with torch.set_grad_enabled(grad):
+            self.place()
+            return call(self.loss_fn)
+
+    def gradients(self, losses: Tensor) -> list[Tensor]:
+        """Differentiate with respect to the deltas, and nothing else.
+
+        The sum of the losses is taken: each sample's delta gets its own sample's gradient.
+        """
+        leaves = [block.delta for block in self.blocks]
+        if not losses.requires_grad:
+            raise RuntimeError(
+                "the losses do not depend on the perturbed embeddings: does loss_fn detach, or run "
+                "under torch.no_grad()?"
+            )
+        grads = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+        return [
+            torch.zeros_like(leaf) if grad is None else grad
+            for leaf, grad in zip(leaves, grads, strict=True)
+        ]
+
+
+def _like(block: Block, grads: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    """Give tensors of the shapes of the block's places, computed only if one is missing."""
+    if any(grad is None for grad in grads):
+        return block.additions()
+    return [grad for grad in grads if grad is not None]
+
+
+def _agreement(blocks: Sequence[Block], tables: Sequence[Tensor]) -> Tensor:
+    """Share of each sample's perturbed vectors whose nearest table row is the original, `[B]`."""
+    kept: Tensor | None = None
+    count: Tensor | None = None
+    for block in blocks:
+        table = tables[block.places[0][0]].detach()
+        base = block.base.reshape(block.samples, -1, block.base.shape[-1])
+        moved = base + block.delta.detach().reshape(base.shape).to(base.dtype)
+        sizes = table.float().square().sum(1)
+        mask = block.geometry["mask"]
+        same = []
+        for before, after in zip(base, moved, strict=True):  # [T, V] at a time
+            nearest = (sizes - 2 * after.float() @ table.float().T).argmin(1)
+            same.append((table[nearest] == before).all(1))
+        agree = torch.stack(same)
+        part = torch.ones_like(agree) if mask is None else mask.reshape(agree.shape)
+        hits, total = (agree & part).sum(1), part.sum(1)
+        kept = hits if kept is None else kept + hits
+        count = total if count is None else count + total
+    assert kept is not None
+    assert count is not None
+    return kept / count.clamp(min=1)

@@ -1,0 +1,144 @@
+"""How strong an attack may be: absolute, relative to the embeddings, or per dimension."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from embattle import ops
+
+To: TypeAlias = Literal["mean_norm", "group_norm", "token_norm"]
+_TO = ("mean_norm", "group_norm", "token_norm")
+_WORDS = {
+    "mean_norm": "the mean norm of the batch's groups",
+    "group_norm": "each group's own norm",
+    "token_norm": "the batch's mean token norm",
+}
+
+
+@runtime_checkable
+class Convention(Protocol):
+    """A strength that is known only when the embeddings are."""
+
+    def resolve(self, base: Tensor, *, norm: Any, geometry: dict[str, Any]) -> float | Tensor:
+        """Give the absolute strength of each group of `base`."""
+        ...
+
+
+Strength: TypeAlias = float | Tensor | Convention
+
+
+def positive(name: str, value: float) -> float:
+    """Check that `value` is a number that is not negative."""
+    if not value >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Relative:
+    """`value` times the size of the embeddings that are perturbed.
+
+    Args:
+        value: the factor, at least 0.
+        to: `"mean_norm"`: the mean over the batch of the groups' norms, one radius for all;
+            `"group_norm"`: each group's own norm; `"token_norm"`: the mean norm of the batch's
+            unmasked token vectors, whatever the groups. The norm is the attack's.
+
+    Raises:
+        ValueError: `value` is negative, or `to` is unknown.
+    """
+
+    value: float
+    to: To = "mean_norm"
+
+    def __post_init__(self) -> None:
+        positive("Relative: value", self.value)
+        if self.to not in _TO:
+            raise ValueError(f"Relative: to must be one of {', '.join(_TO)}; got {self.to!r}")
+
+    def resolve(self, base: Tensor, *, norm: Any, geometry: dict[str, Any]) -> Tensor:
+        """Give one radius per group, `[groups]`, in float32 or the type of `base`."""
+        own = ops.group_norm(base, norm=norm, **geometry)
+        if self.to == "group_norm":
+            return self.value * own
+        mask = geometry.get("mask")
+        if self.to == "token_norm":
+            norms = ops.group_norm(base, norm=norm, group="token", mask=mask)
+            counts = torch.ones_like(norms) if mask is None else mask.reshape(-1).to(norms.dtype)
+        else:
+            norms = own
+            counts = (group_sizes(base, geometry) > 0).to(own.dtype)
+        mean = (norms * counts).sum() / counts.sum().clamp(min=1)
+        return (self.value * mean).expand_as(own).contiguous()
+
+    def __str__(self) -> str:
+        return f"{self.value:g} x {_WORDS[self.to]}"
+
+
+@dataclass(frozen=True)
+class PerDim:
+    """`value / sqrt(n)`, n being the number of unmasked elements of the group.
+
+    With one group per sample this is the `alpha / sqrt(L * d)` of NEFTune (Jain et al., 2023) and
+    of FreeLB's initialisation (Zhu et al., 2020).
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        positive("PerDim: value", self.value)
+
+    def resolve(self, base: Tensor, *, norm: Any, geometry: dict[str, Any]) -> Tensor:
+        """Give one strength per group, `[groups]`."""
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        return self.value / group_sizes(base, geometry).to(dtype).clamp(min=1).sqrt()
+
+    def __str__(self) -> str:
+        return f"{self.value:g} / sqrt(elements in the group)"
+
+
+def group_sizes(base: Tensor, geometry: dict[str, Any]) -> Tensor:
+    """Count the unmasked elements of each group, `[groups]` int64."""
+    group, offsets, mask = (geometry.get(key) for key in ("group", "offsets", "mask"))
+    width = base.shape[-1] if base.dim() > 1 else base.numel()
+    rows = base.numel() // width if width else 0
+    if mask is None:
+        part = torch.ones(rows, dtype=torch.int64, device=base.device)
+    else:
+        part = mask.reshape(-1).to(torch.int64)
+    if offsets is not None:
+        total = torch.cat([part.new_zeros(1), part.cumsum(0)])
+        return (total[offsets[1:]] - total[offsets[:-1]]) * width
+    if group == "token" or base.dim() < 2:
+        return part * width
+    return part.reshape(base.shape[0], -1).sum(1) * width
+
+
+def resolve(
+    value: Strength, base: Tensor, *, norm: Any, geometry: dict[str, Any], scale: float = 1.0
+) -> float | Tensor:
+    """Turn a strength into what the ops take: a float or a tensor `[groups]`.
+
+    A single-element tensor is spread over the groups, so that it needs no read-back.
+    """
+    if isinstance(value, Convention):
+        value = value.resolve(base, norm=norm, geometry=geometry)
+    elif isinstance(value, Tensor):
+        value = value.to(base.device)
+        if value.numel() == 1:
+            value = value.reshape(1).expand(group_sizes(base, geometry).shape[0]).contiguous()
+    if isinstance(value, Tensor):
+        return value if scale == 1.0 else value * scale
+    return float(value) * scale if math.isfinite(value) else float(value)
+
+
+def words(value: Strength | None) -> str:
+    """Say a strength in words, for `repr`."""
+    if isinstance(value, Tensor):
+        return f"one of {tuple(value.shape)} values per group"
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
