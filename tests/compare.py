@@ -94,10 +94,11 @@ def assert_close(actual: Tensor, wanted: Tensor, scale: Tensor, terms: int, what
     where = tuple(int(i) for i in (~good).nonzero()[0])
     error = (actual.double() - wanted.double()).abs() / (wanted.double().abs() + scale)
     worst = float(torch.where(special, 0.0, error).nan_to_num(nan=math.inf).max())
+    ulps, allowed = worst / precision.unit, precision.tolerance(terms) / precision.unit
     raise AssertionError(
         f"{what}: {int((~good).sum())} of {good.numel()} elements are off, first at {where}: "
         f"{actual[where].item()!r} for {wanted[where].item()!r}; worst relative error "
-        f"{worst / precision.unit:.3g} ulp, allowed {precision.tolerance(terms) / precision.unit:.3g}"
+        f"{ulps:.3g} ulp, allowed {allowed:.3g}"
     )
 
 
