@@ -24,14 +24,29 @@ if TYPE_CHECKING:
     from embattle import masking as masking
     from embattle import ops as ops
     from embattle import schedules as schedules
+    from embattle.attacks import APGD as APGD
     from embattle.attacks import FGM as FGM
     from embattle.attacks import FGSM as FGSM
+    from embattle.attacks import MIFGSM as MIFGSM
     from embattle.attacks import PGD as PGD
+    from embattle.attacks import VAT as VAT
     from embattle.attacks import AttackResult as AttackResult
+    from embattle.attacks import BoxStart as BoxStart
     from embattle.attacks import GaussianNoise as GaussianNoise
+    from embattle.attacks import GaussianStart as GaussianStart
     from embattle.attacks import NEFTune as NEFTune
+    from embattle.attacks import SMARTStep as SMARTStep
     from embattle.attacks import UniformNoise as UniformNoise
+    from embattle.objectives import AWP as AWP
+    from embattle.objectives import R3F as R3F
     from embattle.objectives import AdversarialObjective as AdversarialObjective
+    from embattle.objectives import Alp as Alp
+    from embattle.objectives import Bregman as Bregman
+    from embattle.objectives import FreeAT as FreeAT
+    from embattle.objectives import Mart as Mart
+    from embattle.objectives import Smart as Smart
+    from embattle.objectives import Trades as Trades
+    from embattle.objectives import Vat as Vat
     from embattle.perturb import Site as Site
     from embattle.strength import PerDim as PerDim
     from embattle.strength import Relative as Relative
@@ -40,17 +55,32 @@ __version__: str = str(_C.build_info()["version"])
 
 # Public name -> the module that defines it.
 _EXPORTS: dict[str, str] = {
+    "APGD": "attacks",
+    "AWP": "objectives",
     "AdversarialObjective": "objectives",
+    "Alp": "objectives",
     "AttackResult": "attacks",
+    "BoxStart": "attacks",
+    "Bregman": "objectives",
     "FGM": "attacks",
     "FGSM": "attacks",
+    "FreeAT": "objectives",
     "GaussianNoise": "attacks",
+    "GaussianStart": "attacks",
+    "MIFGSM": "attacks",
+    "Mart": "objectives",
     "NEFTune": "attacks",
     "PGD": "attacks",
     "PerDim": "strength",
+    "R3F": "objectives",
     "Relative": "strength",
+    "SMARTStep": "attacks",
     "Site": "perturb",
+    "Smart": "objectives",
+    "Trades": "objectives",
     "UniformNoise": "attacks",
+    "VAT": "attacks",
+    "Vat": "objectives",
 }
 _SUBMODULES = ("losses", "masking", "ops", "reference", "schedules")
 

@@ -8,6 +8,7 @@ that the sites add.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -71,6 +72,16 @@ class Block:
             return self.samples
         return int(self.base.shape[:-1].numel())
 
+    def narrow(self, rows: Tensor) -> Block:
+        """Make a block of some of the samples, with a delta of its own."""
+        other = copy(self)
+        mask = self.geometry["mask"]
+        other.base = self.base[rows]
+        other.geometry = self.geometry | {"mask": None if mask is None else mask[rows]}
+        other.set(self.delta.detach()[rows])
+        other.nonfinite = self.nonfinite.new_zeros(other.groups)
+        return other
+
     def set(self, delta: Tensor) -> None:
         """Take over the values of `delta`."""
         self.delta = delta.detach().requires_grad_()
@@ -82,6 +93,10 @@ class Block:
     def gather(self, grads: Sequence[Tensor]) -> Tensor:
         """Turn gradients at `places` into the gradient of the block's delta."""
         return grads[0]
+
+    def spread(self, grad: Tensor) -> list[Tensor]:
+        """Turn a gradient of delta into those at `places` (not for rows, where it is a sum)."""
+        return [grad]
 
     def per_row(self, values: Tensor) -> Tensor:
         """Spread one value per sample over the rows of delta: broadcastable to its shape."""
@@ -216,8 +231,17 @@ class JointBlock(Block):
         super().__init__(torch.cat(parts, dim=1), places, mask=mask)
 
     def additions(self) -> list[Tensor]:
-        parts = torch.split(self.delta, self.sizes, dim=1)
+        return self.spread(self.delta)
+
+    def spread(self, grad: Tensor) -> list[Tensor]:
+        parts = torch.split(grad, self.sizes, dim=1)
         return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def narrow(self, rows: Tensor) -> Block:
+        other = super().narrow(rows)
+        assert isinstance(other, JointBlock)
+        other.shapes = [torch.Size([rows.numel(), *shape[1:]]) for shape in self.shapes]
+        return other
 
     def gather(self, grads: Sequence[Tensor]) -> Tensor:
         batch = self.delta.shape[0]

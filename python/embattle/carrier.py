@@ -39,14 +39,16 @@ def carry(value: Tensor, params: Sequence[Tensor], grads: Sequence[Tensor | None
 
     Args:
         value: 0-d, detached.
-        params: leaves.
+        params: leaves, or tensors whose graph leads on to leaves (those without one are left out).
         grads: d value / d param, or None; they are given away.
 
     Returns:
         A 0-d tensor, to be backpropagated at most once.
     """
-    if not params:
+    pairs = [(p, g) for p, g in zip(params, grads, strict=True) if p.requires_grad]
+    if not pairs:
         return value
+    params, grads = [p for p, _ in pairs], [g for _, g in pairs]
     result: Tensor = _Carrier.apply(value, list(grads), *params)  # type: ignore[no-untyped-call]
     return result
 

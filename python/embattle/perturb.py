@@ -18,15 +18,16 @@ class Call:
     """One call of a site's module during the forward pass that opens an attack.
 
     Attributes:
-        value: what the module returned; attached to the graph when gradients are wanted.
-        version: the version of `value` when the hook saw it.
+        value: the values of the module's output; a leaf where the gradient at zero will be asked
+            for. The model goes on with a copy, which it may change in place.
+        source: the module's output, attached to its weights.
         args: the module's positional arguments (row scope reads the indices from them).
         kwargs: the module's keyword arguments.
         compiled: the call was traced by `torch.compile`: no gradient can be asked at `value`.
     """
 
     value: Tensor
-    version: int
+    source: Tensor
     compiled: bool = False
     args: tuple[Any, ...] = field(default=(), repr=False)
     kwargs: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -84,6 +85,8 @@ class Site:
         self.scope: Scope = scope
         self.model = model
         self._additions: list[Tensor] | None = None
+        self._bases: list[Tensor] | None = None
+        self._detach = False
         self._turn = 0
         self._record: list[Call] | None = None
         self._attach = False
@@ -114,7 +117,8 @@ class Site:
         """Record the calls of the coming forward pass.
 
         Args:
-            attach: make the outputs differentiable, so that the gradient at zero can be asked for.
+            attach: give the model leaves instead of the outputs, so that the gradient at zero can
+                be asked for there. It then does not reach the module's weights: `Call.source` does.
             begin: gives for each output what is added to it at once. A compiled model does not
                 call it, and stays unperturbed in this pass.
         """
@@ -122,13 +126,26 @@ class Site:
         self._attach, self._begin = attach, begin
         return self._record
 
-    def add(self, additions: list[Tensor]) -> None:
-        """Add `additions[i]` to the output of the i-th call of the coming forward passes."""
-        self._additions, self._record, self._turn = additions, None, 0
+    def add(
+        self,
+        additions: list[Tensor],
+        bases: list[Tensor] | None = None,
+        *,
+        detach: bool = False,
+    ) -> None:
+        """Add `additions[i]` to the output of the i-th call of the coming forward passes.
+
+        Args:
+            additions: one tensor for each call.
+            bases: what they are added to, in place of the outputs.
+            detach: cut the outputs off the module's weights.
+        """
+        self._additions, self._bases, self._record, self._turn = additions, bases, None, 0
+        self._detach = detach
 
     def rest(self) -> None:
         """Leave the module's output alone again."""
-        self._additions, self._record, self._begin = None, None, None
+        self._additions, self._bases, self._record, self._begin = None, None, None, None
 
     def _hook(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -136,11 +153,14 @@ class Site:
         additions = self._additions
         if additions is not None:
             # The counter is left alone for a single call: a compiled model would guard on it.
-            addition = additions[0]
+            turn = 0
             if len(additions) > 1:
-                addition = additions[self._turn % len(additions)]
+                turn = self._turn % len(additions)
                 self._turn += 1
-            value = first_tensor(output)
+            addition = additions[turn]
+            value = first_tensor(output) if self._bases is None else self._bases[turn]
+            if self._detach:
+                value = value.detach()
             if value.shape != addition.shape:
                 raise RuntimeError(
                     f"Site: {type(module).__name__} returned shape {tuple(value.shape)} where the "
@@ -151,16 +171,17 @@ class Site:
         if self._record is not None:
             value = first_tensor(output)
             if torch.compiler.is_compiling():
-                self._record.append(Call(value.detach(), 0, True, args, kwargs))
+                self._record.append(Call(value.detach(), value, True, args, kwargs))
                 return None
             if self._begin is not None:
-                self._record.append(Call(value.detach(), 0, False, args, kwargs))
+                self._record.append(Call(value.detach(), value, False, args, kwargs))
+                value = value.detach() if self._attach else value
                 return _with_first(output, value + self._begin(value).to(value.dtype))
-            changed = self._attach and torch.is_grad_enabled() and not value.requires_grad
-            if changed:
-                value = value.detach().requires_grad_()
-            self._record.append(Call(value, value._version, False, args, kwargs))
-            return _with_first(output, value) if changed else None
+            leaf = value.detach()
+            if self._attach:
+                leaf.requires_grad_()
+            self._record.append(Call(leaf, value, False, args, kwargs))
+            return _with_first(output, leaf.clone() if self._attach else value.clone())
         return None
 
 

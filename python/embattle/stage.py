@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from functools import partial
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,9 @@ class Evaluation(NamedTuple):
 
 
 class Opening(NamedTuple):
-    """The first pass of an attack: what it gave, what it recorded, and whether it was perturbed."""
+    """The first pass of an attack: what it gave, and whether it was perturbed already."""
 
     evaluation: Evaluation
-    calls: list[list[Call]]
     perturbed: bool
 
 
@@ -117,8 +117,28 @@ class Stage:
         if mode == "eval" and not self.models:
             raise ValueError("mode='eval' needs to know the model: Site(module, model=model)")
         self.blocks: list[Block] = []
+        self.calls: list[list[Call]] = []
         self.batch = 0
         self._replay: RandomState | None = None
+
+    def by_rows(self, labels: Tensor | None) -> None:
+        """Call the loss function with the rows of the batch that it is to run.
+
+        Raises:
+            ValueError: samples cannot leave this batch one by one, or there are no labels.
+        """
+        if labels is None:
+            raise ValueError("stop_when_fooled needs labels")
+        if self.offsets is not None or any(site.scope == "row" for site in self.sites):
+            raise ValueError("stop_when_fooled: samples of packed rows or of scope 'row' stay")
+        self._by_rows: Callable[[Tensor], Any] = self.loss_fn  # type: ignore[assignment]
+        self.loss_fn = partial(self._by_rows, torch.arange(labels.shape[0], device=labels.device))
+
+    def narrow(self, rows: Tensor, blocks: list[Block]) -> Stage:
+        """Make a stage of some of the samples, which `blocks` belong to."""
+        other = copy(self)
+        other.loss_fn, other.blocks, other.batch = partial(self._by_rows, rows), blocks, len(rows)
+        return other
 
     @contextmanager
     def attacking(
@@ -162,7 +182,8 @@ class Stage:
         """Run the first pass, which shows the shapes, and make the blocks.
 
         Args:
-            attach: keep the graph, so that the gradient at zero can be asked for.
+            attach: keep the graph, with a leaf at each place instead of the way to the module's
+                weights, which `sources` give.
             start: called with each block, to set its delta. Where every block is one output, this
                 happens inside the pass, which is then a perturbed one (and keeps its graph).
         """
@@ -172,6 +193,7 @@ class Stage:
         inside = inside and all(site.scope == "output" for site in self.sites)
         started: list[list[Block]] = [[] for _ in self.sites]
         calls: list[list[Call]] = []
+        self.calls = calls
         try:
             for index, site in enumerate(self.sites):
                 begin = None
@@ -202,7 +224,7 @@ class Stage:
         if start is not None and not perturbed:
             for block in self.blocks:
                 start(block)
-        return Opening(evaluation, calls, perturbed)
+        return Opening(evaluation, perturbed)
 
     def _begin(
         self, index: int, start: Callable[[Block], None], blocks: list[Block], value: Tensor
@@ -219,28 +241,25 @@ class Stage:
         blocks.append(block)
         return block.delta
 
-    def values(self, calls: Sequence[Sequence[Call]]) -> list[Tensor] | None:
+    def values(self) -> list[Tensor] | None:
         """Give the tensors at which the gradient at zero can be asked for, block by block.
 
         Returns:
             None if the model is compiled: its traced pass does not show them.
-
-        Raises:
-            RuntimeError: the model wrote into the embeddings, so that their gradient is lost.
         """
-        found: list[Tensor] = []
-        for block in self.blocks:
-            for site, number in block.places:
-                one = calls[site][number]
-                if one.compiled:
-                    return None
-                if one.value._version != one.version:
-                    raise RuntimeError(
-                        f"{self.sites[site]!r}: the model changes the embeddings in place; put the "
-                        "site on a module whose output stays as it is"
-                    )
-                found.append(one.value)
-        return found
+        if any(call.compiled for recorded in self.calls for call in recorded):
+            return None
+        return [
+            self.calls[site][number].value for block in self.blocks for site, number in block.places
+        ]
+
+    def sources(self) -> list[Tensor]:
+        """Give the modules' own outputs at the places, attached to their weights."""
+        return [
+            self.calls[site][number].source
+            for block in self.blocks
+            for site, number in block.places
+        ]
 
     def gather(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Turn gradients at the places, block by block, into the blocks' gradients."""
@@ -268,32 +287,52 @@ class Stage:
         tables = [cast(Tensor, site.module.weight) for site in self.sites]
         return partial(_agreement, self.blocks, tables)
 
-    def place(self) -> None:
-        """Hand the current deltas to the sites, for the passes to come."""
+    @property
+    def plain(self) -> bool:
+        """Whether every site perturbs the output of a lookup, which no pass changes."""
+        return all(_is_lookup(site.module) and site.scope == "output" for site in self.sites)
+
+    def place(self, *, reuse: bool = False, detach: bool = False) -> None:
+        """Hand the current deltas to the sites, for the passes to come.
+
+        Args:
+            reuse: see `applied`.
+            detach: cut the embeddings off the modules' weights.
+        """
         additions: list[dict[int, Tensor]] = [{} for _ in self.sites]
         for block in self.blocks:
             for (index, number), addition in zip(block.places, block.additions(), strict=True):
                 additions[index][number] = addition
-        for site, found in zip(self.sites, additions, strict=True):
-            site.add([found[number] for number in range(len(found))])
+        for site, found, calls in zip(self.sites, additions, self.calls, strict=True):
+            plain = reuse and _is_lookup(site.module) and not any(call.compiled for call in calls)
+            site.add(
+                [found[number] for number in range(len(found))],
+                [call.source for call in calls] if plain else None,
+                detach=detach,
+            )
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Perturb the model inside the block; the deltas are constants there."""
+    def applied(self, *, reuse: bool = False) -> Iterator[None]:
+        """Perturb the model inside the block; the deltas are constants there.
+
+        Args:
+            reuse: perturb the outputs of the opening pass where the module is a plain lookup, so
+                that its weights' gradient is computed once for both passes.
+        """
         for block in self.blocks:
             block.delta = block.delta.detach()
-        self.place()
+        self.place(reuse=reuse)
         try:
             yield
         finally:
             self.rest()
 
-    def evaluate(self, *, grad: bool) -> Evaluation:
-        """Run the loss function at the current deltas."""
+    def evaluate(self, *, grad: bool, reuse: bool = False, detach: bool = False) -> Evaluation:
+        """Run the loss function at the current deltas (`reuse`, `detach`: see `place`)."""
         if self.mode == "same" and self._replay is not None:
             self._replay.restore()
         with torch.set_grad_enabled(grad):
-            self.place()
+            self.place(reuse=reuse, detach=detach)
             return call(self.loss_fn)
 
     def gradients(self, losses: Tensor) -> list[Tensor]:
@@ -312,6 +351,10 @@ class Stage:
             torch.zeros_like(leaf) if grad is None else grad
             for leaf, grad in zip(leaves, grads, strict=True)
         ]
+
+
+def _is_lookup(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
 def _like(block: Block, grads: Sequence[Tensor | None]) -> Sequence[Tensor]:

@@ -1,17 +1,26 @@
 """Attacks in embedding space: one loop, small hooks, keyword-only arguments."""
 
 from embattle.attacks.base import Attack
+from embattle.attacks.direction import VAT, SMARTStep
 from embattle.attacks.gradient import FGM, FGSM, PGD
+from embattle.attacks.momentum import APGD, MIFGSM
 from embattle.attacks.noise import GaussianNoise, NEFTune, UniformNoise
 from embattle.attacks.result import AttackResult
+from embattle.attacks.starts import BoxStart, GaussianStart
 
 __all__ = [
+    "APGD",
     "FGM",
     "FGSM",
+    "MIFGSM",
     "PGD",
+    "VAT",
     "Attack",
     "AttackResult",
+    "BoxStart",
     "GaussianNoise",
+    "GaussianStart",
     "NEFTune",
+    "SMARTStep",
     "UniformNoise",
 ]

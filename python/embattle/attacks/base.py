@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from embattle import losses as losses_module
 from embattle import ops
+from embattle.attacks.best import Best, better
+from embattle.attacks.judge import ASCENDS, Ascend, Judge, Predict
+from embattle.attacks.leaving import climb_leaving
 from embattle.attacks.result import AttackResult
+from embattle.attacks.starts import BoxStart, GaussianStart
 from embattle.blocks import Block
 from embattle.guard import MODES, Mode
 from embattle.perturb import Site
@@ -20,18 +23,8 @@ from embattle.stage import Evaluation, LossFn, Masks, Stage
 from embattle.strength import Strength, resolve, words
 
 Norm: TypeAlias = Literal["l2", "linf", "l1"] | float
-Predict: TypeAlias = Callable[[Tensor], Tensor]
 
 _NORMS = {"l1": "l1", "l2": "l2", "linf": "linf", 1: "l1", 2: "l2", math.inf: "linf"}
-
-
-@dataclass
-class Best:
-    """The worst-case deltas so far: per sample, or per batch where samples share a delta."""
-
-    evaluation: Evaluation
-    fooled: Tensor | None
-    deltas: list[Tensor]
 
 
 @dataclass(kw_only=True, repr=False)
@@ -42,10 +35,18 @@ class Attack:
         norm: of the ball and of the steepest ascent: "l2", "linf", "l1" (or 2, inf, 1).
         eps: radius of the ball: a number, one value per group, `Relative` or `PerDim`; inf: none.
         steps: gradient steps, each one forward pass and one backward pass to the delta alone.
-        random_start: start uniformly in the ball instead of at zero.
+        random_start: start uniformly in the ball instead of at zero; or a `GaussianStart` or
+            `BoxStart`.
         restarts: how often to start anew; the worst try of each sample counts.
         keep: "last" takes the last iterate, "best" the iterate with the largest loss (a fooled
             sample outranks one that is not), at the price of one more forward pass.
+        ascend: what is made large. "loss": what the loss function returns. From its outputs:
+            "kl", "symmetric_kl", "squared_distance": how far they are from the clean outputs
+            (TRADES, VAT, SMART; these have no gradient at zero: start at random); "dlr", "margin":
+            see `embattle.losses` (these need labels).
+        stop_when_fooled: samples that are fooled leave the batch, and cost nothing in later steps.
+            The loss function is then called with the rows that remain (an int64 tensor), and
+            labels are needed. Waits for the device at every step.
         mode: the model in the attack's passes. "as_is": as it is, each pass draws its own dropout
             masks. "same": as it is, all passes draw the same random numbers, so the same dropout
             masks. "eval": in eval mode (the site must know its model). Running statistics of
@@ -57,9 +58,11 @@ class Attack:
     norm: Norm = "l2"
     eps: Strength
     steps: int = 1
-    random_start: bool = False
+    random_start: bool | GaussianStart | BoxStart = False
     restarts: int = 1
     keep: Literal["last", "best"] = "last"
+    ascend: Ascend = "loss"
+    stop_when_fooled: bool = False
     mode: Mode = "as_is"
     generator: torch.Generator | None = field(default=None, compare=False)
 
@@ -79,6 +82,10 @@ class Attack:
             raise ValueError(f"{name}: restarts must be at least 1, got {self.restarts}")
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"{name}: restarts={self.restarts} needs random_start=True")
+        if self.ascend not in ASCENDS:
+            raise ValueError(
+                f"{name}: ascend must be one of {', '.join(ASCENDS)}; got {self.ascend!r}"
+            )
         if self.keep not in ("last", "best"):
             raise ValueError(f"{name}: keep must be 'last' or 'best', got {self.keep!r}")
         if self.mode not in MODES:
@@ -87,11 +94,16 @@ class Attack:
     def __repr__(self) -> str:
         parts = [f"{self.norm} ball of radius {words(self.eps)}", *self._words()]
         if self.random_start:
-            parts.append("random start")
+            given = self.random_start
+            parts.append("random start" if isinstance(given, bool) else str(given))
+        if self.ascend != "loss":
+            parts.append(f"ascending the {self.ascend}")
         if self.restarts > 1:
             parts.append(f"worst of {self.restarts} restarts")
         if self.keep == "best":
             parts.append("best iterate")
+        if self.stop_when_fooled:
+            parts.append("until fooled")
         if self.mode != "as_is":
             parts.append({"same": "same dropout masks", "eval": "eval mode"}[self.mode])
         return f"{type(self).__name__}({', '.join(parts)})"
@@ -107,28 +119,29 @@ class Attack:
 
     def start(self, block: Block, state: dict[str, Any], generator: torch.Generator | None) -> None:
         """Set the delta that the steps start from."""
-        if self.random_start:
-            block.set(
-                ops.random_start(
-                    block.delta.detach(),
-                    eps=state["eps"],
-                    norm=self.norm,
-                    generator=generator,
-                    **block.geometry,
-                )
+        like = block.delta.detach()
+        if isinstance(self.random_start, (GaussianStart, BoxStart)):
+            start = self.random_start.draw(
+                like,
+                block.base,
+                eps=state["eps"],
+                norm=self.norm,
+                geometry=block.geometry,
+                generator=generator,
+            )
+        elif self.random_start:
+            start = ops.random_start(
+                like, eps=state["eps"], norm=self.norm, generator=generator, **block.geometry
             )
         else:
-            block.set(torch.zeros_like(block.delta))
+            start = torch.zeros_like(like)
+        block.set(start)
 
     def step(
-        self, block: Block, grad: Tensor, state: dict[str, Any], number: int, losses: Tensor
+        self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor
     ) -> None:
-        """Make one step: `losses` and `grad` belong to the block's current delta."""
+        """Make step `number`: `values` `[B]` and `grad` belong to the block's current delta."""
         raise NotImplementedError(f"{type(self).__name__} makes no gradient steps")
-
-    def objective(self, evaluation: Evaluation, labels: Tensor | None) -> Tensor:
-        """Give the per-sample values that are ascended, `[B]`."""
-        return evaluation.losses
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -164,21 +177,29 @@ class Attack:
         """
         stage = Stage(loss_fn, sites, mask=mask, offsets=offsets, joint=joint, mode=self.mode)
         judge = Judge(labels, predictions)
+        if self.stop_when_fooled:
+            stage.by_rows(labels)
         with stage.attacking(self.own_generator) as generator:
             shared = self.starts_at_zero and self.steps > 0
-            opening = stage.open(attach=shared)
-            clean = opening.evaluation
+            clean = stage.open(attach=shared).evaluation
+            judge.clean = None if clean.outputs is None else clean.outputs.detach()
             first = None
-            if shared and (values := stage.values(opening.calls)) is not None:
-                grads = torch.autograd.grad(
-                    self.objective(clean, labels).sum(), values, allow_unused=True
-                )
+            if shared and (places := stage.values()) is not None:
+                total = judge.values(clean, self.ascend).sum()
+                grads = torch.autograd.grad(total, places, allow_unused=True)
                 first = (clean.detach(), stage.gather(grads))
             clean = clean.detach()
-            found, steps = self.climb(
-                stage, first=first, generator=generator, scale=scale, judge=judge, final=True
-            )
-            assert found is not None
+            if self.stop_when_fooled:
+                found, steps = climb_leaving(
+                    self, stage, clean, first=first, generator=generator, scale=scale, judge=judge
+                )
+            else:
+                best = self.climb(
+                    stage, first=first, generator=generator, scale=scale, judge=judge, final=True
+                )
+                assert best is not None
+                found = best
+                steps = torch.full_like(clean.losses, self.steps * self.restarts).long()
         for block in stage.blocks:
             block.delta = block.delta.detach()
         return AttackResult(
@@ -212,8 +233,6 @@ class Attack:
 
     # Whether the attack draws numbers although it starts at zero.
     draws: ClassVar[bool] = False
-    # Whether it ascends the loss function's own losses, so that a training pass can be shared.
-    ascends_losses: ClassVar[bool] = True
 
     def climb(
         self,
@@ -223,9 +242,9 @@ class Attack:
         opened: tuple[Evaluation, list[dict[str, Any]]] | None = None,
         generator: torch.Generator | None = None,
         scale: float = 1.0,
-        judge: Judge | None = None,
+        judge: Judge,
         final: bool = False,
-    ) -> tuple[Evaluation | None, Tensor]:
+    ) -> Evaluation | None:
         """Run the attack's steps on an opened stage, whose blocks then hold the deltas.
 
         Args:
@@ -234,109 +253,65 @@ class Attack:
             opened: an evaluation at the first start with its graph, and the blocks' states.
             generator: of the attack's random numbers.
             scale: factor on the strengths.
-            judge: knows the labels.
+            judge: knows the labels and the clean outputs.
             final: evaluate the deltas that are returned.
 
         Returns:
-            Evaluation of the final deltas (None unless asked for), and the steps made, `[B]`.
+            Evaluation of the final deltas (None unless asked for).
         """
-        judge = Judge(None, None) if judge is None else judge
         track = self.keep == "best" or self.restarts > 1
         best: Best | None = None
         last: Evaluation | None = None
         for restart in range(self.restarts):
-            if restart == 0 and opened is not None:
+            known = restart == 0
+            if known and opened is not None:
                 states = opened[1]
             else:
                 states = [self.begin(block, scale) for block in stage.blocks]
                 for block, state in zip(stage.blocks, states, strict=True):
                     self.start(block, state, generator)
             for number in range(self.steps):
-                if number == 0 and restart == 0 and first is not None:
-                    at, grads = first
-                else:
-                    if number == 0 and restart == 0 and opened is not None:
-                        at = opened[0]
-                    else:
-                        at = stage.evaluate(grad=True)
-                    grads = stage.gradients(self.objective(at, judge.labels))
-                    at = at.detach()
+                known = known and number == 0
+                at, grads = self.look(
+                    stage, judge, first=first if known else None, opened=opened if known else None
+                )
+                values = self.values_of(stage, judge, at)
                 if self.keep == "best":
-                    best = self._better(stage, best, at, judge)
-                values = self.objective(at, judge.labels)
+                    best = better(stage, best, values, at, judge)
                 for block, grad, state in zip(stage.blocks, grads, states, strict=True):
                     self.step(block, grad, state, number, values)
             if track or final:
                 last = stage.evaluate(grad=False).detach()
                 if track:
-                    best = self._better(stage, best, last, judge)
+                    values = self.values_of(stage, judge, last)
+                    best = better(stage, best, values, last, judge)
         if best is not None:
             for block, delta in zip(stage.blocks, best.deltas, strict=True):
                 block.set(delta)
             last = best.evaluation
-        batch = stage.batch
-        steps = torch.full((batch,), self.steps * self.restarts, dtype=torch.int64)
-        return last, steps.to(stage.blocks[0].base.device)
+        return last
 
-    def _better(self, stage: Stage, best: Best | None, now: Evaluation, judge: Judge) -> Best:
-        fooled = judge.fooled(now)
-        if best is None:
-            return Best(now, fooled, [block.delta.detach().clone() for block in stage.blocks])
-        coupled = any(block.coupled for block in stage.blocks)
-        old, new = best.evaluation.losses, now.losses
-        if coupled:
-            wins = (new.sum() > old.sum()).expand_as(new)
-        else:
-            wins = new > old
-            if fooled is not None and best.fooled is not None:
-                wins = torch.where(fooled == best.fooled, wins, fooled)
-        if fooled is not None and best.fooled is not None:
-            fooled = torch.where(wins, fooled, best.fooled)
-        outputs = now.outputs
-        if outputs is not None and best.evaluation.outputs is not None:
-            shaped = wins.reshape(-1, *[1] * (outputs.dim() - 1))
-            outputs = torch.where(shaped, outputs, best.evaluation.outputs)
-        return Best(
-            Evaluation(torch.where(wins, new, old), outputs),
-            fooled,
-            [
-                torch.where(block.per_row(wins), block.delta.detach(), delta)
-                for block, delta in zip(stage.blocks, best.deltas, strict=True)
-            ],
-        )
+    def look(
+        self,
+        stage: Stage,
+        judge: Judge,
+        *,
+        first: tuple[Evaluation, list[Tensor]] | None = None,
+        opened: tuple[Evaluation, list[dict[str, Any]]] | None = None,
+    ) -> tuple[Evaluation, list[Tensor]]:
+        """Evaluate the current deltas, with the gradients there; both detached."""
+        if first is not None:
+            return first
+        at = opened[0] if opened is not None else stage.evaluate(grad=True)
+        grads = stage.gradients(judge.values(at, self.ascend))
+        return at.detach(), grads
+
+    def values_of(self, stage: Stage, judge: Judge, at: Evaluation) -> Tensor:
+        """What counts for each sample, `[B]`: where samples share a delta, the batch's sum."""
+        values = judge.values(at, self.ascend)
+        if any(block.coupled for block in stage.blocks):
+            return values.sum().expand_as(values)
+        return values
 
     def _resolve(self, value: Strength, block: Block, scale: float) -> float | Tensor:
         return resolve(value, block.base, norm=self.norm, geometry=block.geometry, scale=scale)
-
-
-class Judge:
-    """Knows the labels, and how outputs become predictions."""
-
-    def __init__(self, labels: Tensor | None, predictions: Predict | None) -> None:
-        self.labels = labels
-        self._predict = losses_module.predict if predictions is None else predictions
-
-    def predict(self, evaluation: Evaluation) -> Tensor | None:
-        """Give the predictions, or None if the loss function returned no outputs."""
-        return None if evaluation.outputs is None else self._predict(evaluation.outputs)
-
-    def fooled(self, evaluation: Evaluation) -> Tensor | None:
-        """Give bool `[B]`: wrong now. None without labels or outputs."""
-        predicted = self.predict(evaluation)
-        if predicted is None or self.labels is None:
-            return None
-        return _any_per_sample(predicted != self.labels)
-
-    def success(self, clean: Evaluation, now: Evaluation) -> Tensor | None:
-        """Give bool `[B]`: the attack flipped the prediction (of what was right, given labels)."""
-        before, after = self.predict(clean), self.predict(now)
-        if before is None or after is None:
-            return None
-        if self.labels is None:
-            return _any_per_sample(before != after)
-        right = ~_any_per_sample(before != self.labels)
-        return right & _any_per_sample(after != self.labels)
-
-
-def _any_per_sample(wrong: Tensor) -> Tensor:
-    return wrong if wrong.dim() == 1 else wrong.flatten(1).any(1)

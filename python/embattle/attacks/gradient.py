@@ -61,7 +61,7 @@ class PGD(Attack):
         return state
 
     def step(
-        self, block: Block, grad: Tensor, state: dict[str, Any], number: int, losses: Tensor
+        self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor
     ) -> None:
         # Written in place: an addition saves nothing for its backward pass.
         ops.pgd_step_(

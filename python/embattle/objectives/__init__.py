@@ -1,6 +1,29 @@
-"""Robust objectives."""
+"""Robust objectives: one call per batch gives the loss to backpropagate, and metrics."""
 
-from embattle.objectives.base import FORMS, AdversarialObjective
+from embattle.objectives.awp import AWP
+from embattle.objectives.base import FORMS, AdversarialObjective, Form
 from embattle.objectives.batch import Batch
+from embattle.objectives.bregman import Bregman
+from embattle.objectives.consistency import R3F, Alp, Mart, Smart, Trades, Vat
+from embattle.objectives.free import FreeAT, free
+from embattle.objectives.mixed import adversarial, apr, mixed
 
-__all__ = ["FORMS", "AdversarialObjective", "Batch"]
+__all__ = [
+    "AWP",
+    "FORMS",
+    "R3F",
+    "AdversarialObjective",
+    "Alp",
+    "Batch",
+    "Bregman",
+    "Form",
+    "FreeAT",
+    "Mart",
+    "Smart",
+    "Trades",
+    "Vat",
+    "adversarial",
+    "apr",
+    "free",
+    "mixed",
+]

@@ -8,17 +8,33 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from embattle.attacks.base import Attack, Judge, Predict
+from embattle.attacks.base import Attack
+from embattle.attacks.judge import Judge, Predict
 from embattle.masking import Masking
 from embattle.objectives.batch import Batch
-from embattle.objectives.mixed import adversarial, mixed
+from embattle.objectives.consistency import R3F, Alp, Mart, Smart, Trades, Vat
+from embattle.objectives.free import FreeAT, free
+from embattle.objectives.mixed import adversarial, apr, mixed
 from embattle.perturb import Site
 from embattle.schedules import Constant, Schedule
 from embattle.stage import LossFn, Masks, Stage, as_sites
 
 Form: TypeAlias = Callable[[Batch], Tensor]
 
-FORMS: dict[str, Form] = {"mixed": mixed, "adversarial": adversarial}
+# What makes each form: one with a memory is made anew for each objective.
+FORMS: dict[str, Callable[[], Form]] = {
+    "mixed": lambda: mixed,
+    "adversarial": lambda: adversarial,
+    "apr": lambda: apr,
+    "trades": Trades,
+    "mart": Mart,
+    "alp": Alp,
+    "smart": Smart,
+    "vat": Vat,
+    "r3f": R3F,
+    "free": lambda: free,
+    "freeat": FreeAT,
+}
 
 
 class AdversarialObjective:
@@ -33,7 +49,8 @@ class AdversarialObjective:
     Args:
         attack: finds the perturbations.
         sites: where.
-        form: one of `FORMS`, or a callable that takes a `Batch` and returns the loss.
+        form: one of `FORMS`, or a callable that takes a `Batch` and returns the loss, such as
+            `Trades(divergence="squared_distance")`.
         lam: weight of the adversarial part.
         masking: leaves samples out of the adversarial part (see `embattle.masking`).
         eps_schedule: factor on eps and step size at each step.
@@ -68,7 +85,7 @@ class AdversarialObjective:
             raise ValueError(f"AdversarialObjective: lam must be at least 0, got {lam}")
         self.attack = attack
         self.sites = as_sites(sites)
-        self.form = FORMS[form] if isinstance(form, str) else form
+        self.form = FORMS[form]() if isinstance(form, str) else form
         self.name = form if isinstance(form, str) else getattr(form, "__name__", repr(form))
         self.lam = lam
         self.masking = masking
@@ -101,24 +118,42 @@ class AdversarialObjective:
             `clean_accuracy` and `robust_accuracy` (with outputs and labels), `eps_scale`, `lam`,
             `masked` (samples left out, with masking) and `nonfinite` (groups).
         """
+        batch = self.batch(
+            loss_fn, mask=mask, offsets=offsets, labels=labels, predictions=predictions, joint=joint
+        )
+        return self.finish(batch, self.form(batch))
+
+    def batch(
+        self,
+        loss_fn: LossFn,
+        *,
+        mask: Masks = None,
+        offsets: Tensor | None = None,
+        labels: Tensor | None = None,
+        predictions: Predict | None = None,
+        joint: bool = False,
+    ) -> Batch:
+        """Prepare a batch for `form` (a call of the objective does this, and `finish`)."""
         stage = Stage(
             loss_fn, self.sites, mask=mask, offsets=offsets, joint=joint, mode=self.attack.mode
         )
-        scale, lam = self.eps_schedule(self.step), self.lam * self.lam_schedule(self.step)
-        batch = Batch(
+        return Batch(
             stage,
             self.attack,
             Judge(labels, predictions),
-            scale,
-            lam,
+            self.eps_schedule(self.step),
+            self.lam * self.lam_schedule(self.step),
             self.early_backward,
             self.masking,
         )
-        loss = self.form(batch)
+
+    def finish(self, batch: Batch, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Complete the metrics, and move on by one step."""
+        stage = batch.stage
         metrics = batch.metrics
         metrics["loss"] = loss.detach()
-        metrics["eps_scale"] = torch.tensor(scale)
-        metrics["lam"] = torch.tensor(lam)
+        metrics["eps_scale"] = torch.tensor(batch.scale)
+        metrics["lam"] = torch.tensor(batch.lam)
         if stage.blocks:
             metrics["nonfinite"] = torch.stack(
                 [(block.nonfinite > 0).sum() for block in stage.blocks]

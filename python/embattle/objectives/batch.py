@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from embattle.attacks.base import Attack, Judge
+from embattle.attacks.base import Attack
+from embattle.attacks.judge import DIVERGENCES, Ascend, Judge
 from embattle.blocks import Block
 from embattle.carrier import carry, leaves
 from embattle.masking import Masking, Outcome
@@ -28,6 +29,8 @@ class Batch:
         lam: weight of the adversarial part.
         early: whether gradients that are known already are carried (see `AdversarialObjective`).
         masking: the policy, if any.
+        reuse: the opening pass was a training pass, whose lookups the next one can take over.
+        frozen: the deltas are found: `ascend` leaves them as they are.
         metrics: what the forms report, detached.
     """
 
@@ -38,6 +41,8 @@ class Batch:
     lam: float
     early: bool
     masking: Masking | None = None
+    reuse: bool = False
+    frozen: bool = False
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -68,9 +73,9 @@ class Batch:
             The mean clean loss, to be backpropagated; the detached evaluation; and evaluation and
             gradients at zero if the attack can start from them.
         """
-        usable = self.early and torch.is_grad_enabled()
+        usable = self.early and torch.is_grad_enabled() and not self.frozen
         shared = usable and self.attack.starts_at_zero and self.attack.steps > 0
-        shared = shared and self.attack.mode != "eval" and self.attack.ascends_losses
+        shared = shared and self.attack.mode != "eval" and self.attack.ascend == "loss"
         if not usable:
             evaluation = self.clean()
             return evaluation.losses.mean(), evaluation.detach(), None
@@ -78,66 +83,77 @@ class Batch:
             self.stage.remember_random_state()
         if shared:
             opening = self.stage.open(attach=True)
-            evaluation, values = opening.evaluation, self.stage.values(opening.calls)
+            evaluation, values = opening.evaluation, self.stage.values()
         else:
             evaluation, values = call(self.stage.loss_fn), None
         self.report("clean", evaluation)
         mean = evaluation.losses.mean()
-        params = leaves(mean)
         places = values or []
-        # A frozen embedding's output was made a leaf of its own: it is a place, not a weight.
-        params = [p for p in params if not any(p is place for place in places)]
+        params = [p for p in leaves(mean) if not any(p is place for place in places)]
         grads = torch.autograd.grad(mean, [*places, *params], allow_unused=True)
-        first = None
+        first, sources = None, []
         if values is not None:
             first = (evaluation.detach(), self.stage.gather(grads[: len(places)]))
-        loss = carry(mean.detach(), params, grads[len(places) :])
+            sources = self.stage.sources()
+            self.reuse = True
+        loss = carry(mean.detach(), [*sources, *params], grads)
         return loss, evaluation.detach(), first
 
     def ascend(
         self,
         first: tuple[Evaluation, list[Tensor]] | None = None,
-        loss_fn: Callable[[], Any] | None = None,
+        *,
+        ascend: Ascend | None = None,
+        clean: Evaluation | None = None,
     ) -> None:
         """Find the deltas; the stage's blocks hold them afterwards.
 
         Args:
             first: evaluation and gradients at zero, where the stage is open already.
-            loss_fn: what is ascended, if not the stage's own losses.
+            ascend: what is made large, if not what the attack says.
+            clean: the clean evaluation, for what is measured from there.
+
+        Raises:
+            ValueError: a divergence from the clean outputs cannot be ascended from zero.
         """
+        if self.frozen:
+            return
         stage, attack = self.stage, self.attack
-        own = stage.loss_fn
-        if loss_fn is not None:
-            stage.loss_fn = loss_fn
-        try:
-            with stage.attacking(attack.own_generator) as generator:
-                if first is not None:
-                    attack.climb(
-                        stage, first=first, generator=generator, scale=self.scale, judge=self.judge
-                    )
-                    return
-                states: list[dict[str, Any]] = []
-
-                def start(block: Block) -> None:
-                    states.append(attack.begin(block, self.scale))
-                    attack.start(block, states[-1], generator)
-
-                opening = stage.open(start=start)
-                opened = (opening.evaluation, states) if opening.perturbed else None
+        if ascend is not None and ascend != attack.ascend:
+            attack = copy(attack)
+            attack.ascend = ascend
+        if clean is not None:
+            self.judge.clean = self.outputs(clean).detach()
+        if attack.ascend in DIVERGENCES and attack.starts_at_zero and attack.steps:
+            raise ValueError(
+                f"the {attack.ascend} from the clean outputs has no gradient at zero: give "
+                f"{type(attack).__name__} a random_start, such as GaussianStart(0.001)"
+            )
+        with stage.attacking(attack.own_generator) as generator:
+            if first is not None:
                 attack.climb(
-                    stage,
-                    opened=opened if attack.steps else None,
-                    generator=generator,
-                    scale=self.scale,
-                    judge=self.judge,
+                    stage, first=first, generator=generator, scale=self.scale, judge=self.judge
                 )
-        finally:
-            stage.loss_fn = own
+                return
+            states: list[dict[str, Any]] = []
+
+            def start(block: Block) -> None:
+                states.append(attack.begin(block, self.scale))
+                attack.start(block, states[-1], generator)
+
+            opening = stage.open(start=start)
+            attack.climb(
+                stage,
+                opened=(opening.evaluation, states) if opening.perturbed else None,
+                generator=generator,
+                scale=self.scale,
+                judge=self.judge,
+            )
 
     def perturbed(self) -> Evaluation:
         """Make the training pass under the deltas, with its graph."""
-        with self.stage.applied():
-            evaluation = self.stage.evaluate(grad=torch.is_grad_enabled())
+        with self.stage.applied(reuse=self.reuse):
+            evaluation = self.stage.evaluate(grad=torch.is_grad_enabled(), reuse=self.reuse)
         self.report("adversarial", evaluation)
         return evaluation
 

@@ -23,3 +23,18 @@ def adversarial(batch: Batch) -> Tensor:
     batch.ascend()
     evaluation = batch.perturbed()
     return batch.mean(evaluation.losses, batch.weights(evaluation, None))
+
+
+def apr(batch: Batch) -> Tensor:
+    """Adversarial personalised ranking (He et al., SIGIR 2018, eq. 7-9): `mixed` on table rows.
+
+    One delta per distinct row of the batch, `eps * g / ||g||` with g summed over the row's
+    occurrences: `FGM(eps=0.5)` on sites of scope "row", `lam=1`, a BPR loss. Other rows are not
+    perturbed, and cost nothing; the authors' code holds a delta for the whole table.
+    """
+    for site in batch.stage.sites:
+        if site.scope != "row":
+            raise ValueError(
+                f"form 'apr' perturbs table rows: Site(..., scope='row'), not {site!r}"
+            )
+    return mixed(batch)

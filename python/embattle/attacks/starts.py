@@ -1,0 +1,70 @@
+"""Random starts other than uniform in the ball."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embattle import ops
+from embattle.strength import Strength, resolve, words
+
+
+@dataclass(frozen=True)
+class GaussianStart:
+    """Gaussian noise of standard deviation `std`, projected on the ball.
+
+    TRADES (Zhang et al., ICML 2019) starts at `0.001 * N(0, 1)`, SMART at `N(0, sigma^2)`.
+    """
+
+    std: Strength
+
+    def draw(
+        self,
+        like: Tensor,
+        base: Tensor,
+        *,
+        eps: float | Tensor,
+        norm: Any,
+        geometry: dict[str, Any],
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Draw a start of the shape of `like`."""
+        std = resolve(self.std, base, norm=norm, geometry=geometry)
+        return ops.gaussian_noise(
+            torch.zeros_like(like), std=std, eps=eps, norm=norm, generator=generator, **geometry
+        )
+
+    def __str__(self) -> str:
+        return f"gaussian start of standard deviation {words(self.std)}"
+
+
+@dataclass(frozen=True)
+class BoxStart:
+    """Uniform in `+- size` in every coordinate, projected on the ball.
+
+    FreeLB (Zhu et al., ICLR 2020) starts uniformly in `+- eps / sqrt(L * d)`:
+    `BoxStart(PerDim(eps))`; its authors' code has a magnitude of its own there.
+    """
+
+    size: Strength
+
+    def draw(
+        self,
+        like: Tensor,
+        base: Tensor,
+        *,
+        eps: float | Tensor,
+        norm: Any,
+        geometry: dict[str, Any],
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Draw a start of the shape of `like`."""
+        size = resolve(self.size, base, norm=norm, geometry=geometry)
+        box = ops.random_start(like, eps=size, norm="linf", generator=generator, **geometry)
+        return ops.project(box, eps=eps, norm=norm, **geometry)
+
+    def __str__(self) -> str:
+        return f"uniform start in +- {words(self.size)}"

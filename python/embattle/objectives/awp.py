@@ -1,0 +1,109 @@
+"""Adversarial weight perturbation, around any objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embattle.attacks.judge import Predict
+from embattle.carrier import carry, leaves
+from embattle.objectives.base import AdversarialObjective
+from embattle.stage import LossFn, Masks
+
+
+class AWP:
+    """Adversarial weight perturbation (Wu et al., NeurIPS 2020, eq. 7-11), one step.
+
+    The objective's deltas are found at the weights w. Then `v = gamma * ||w|| * g / ||g||` for each
+    parameter tensor, g being the gradient of the objective's loss; the loss to backpropagate is the
+    one at w + v, with the same deltas; the weights are put back. Costs one more training pass, and
+    a copy of the perturbed weights. As in the authors' code, biases and norms (tensors of one dim)
+    are left alone; theirs computes g on a proxy copy of the model in train mode.
+
+    Args:
+        objective: any `AdversarialObjective`, except of form "free" or "freeat", which move their
+            deltas while they train.
+        model: whose weights are perturbed (or an iterable of parameters).
+        gamma: relative size: the paper takes 0.01 with adversarial training, 0.005 with TRADES.
+        delay: calls before it sets in.
+    """
+
+    def __init__(
+        self,
+        objective: AdversarialObjective,
+        model: nn.Module | Iterable[nn.Parameter],
+        *,
+        gamma: float = 0.01,
+        delay: int = 0,
+    ) -> None:
+        if not gamma >= 0:
+            raise ValueError(f"AWP: gamma must be at least 0, got {gamma}")
+        if objective.name in ("free", "freeat"):
+            raise ValueError(f"AWP: form {objective.name!r} moves its deltas while it trains")
+        self.objective, self.gamma, self.delay = objective, gamma, delay
+        found = model.parameters() if isinstance(model, nn.Module) else model
+        self._weights = [p for p in found if p.requires_grad and p.dim() > 1]
+
+    def __repr__(self) -> str:
+        return f"AWP({self.gamma:g} x the weights' norms, {self.objective!r})"
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        *,
+        mask: Masks = None,
+        offsets: Tensor | None = None,
+        labels: Tensor | None = None,
+        predictions: Predict | None = None,
+        joint: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of one batch, as the objective does."""
+        objective = self.objective
+        batch = objective.batch(
+            loss_fn, mask=mask, offsets=offsets, labels=labels, predictions=predictions, joint=joint
+        )
+        batch.early = False
+        loss = objective.form(batch)
+        if objective.step < self.delay or self.gamma == 0 or not loss.requires_grad:
+            return objective.finish(batch, loss)
+        grads = torch.autograd.grad(loss, self._weights, allow_unused=True)
+        batch.frozen = True
+        kept = [weight.detach().clone() for weight in self._weights]
+        try:
+            with torch.no_grad():
+                for weight, grad in zip(self._weights, grads, strict=True):
+                    if grad is not None:
+                        _move(weight, grad, self.gamma)
+            loss = objective.form(batch)
+            params = leaves(loss)
+            found = torch.autograd.grad(loss, params, allow_unused=True)
+        finally:
+            with torch.no_grad():
+                for weight, before in zip(self._weights, kept, strict=True):
+                    weight.copy_(before)
+        return objective.finish(batch, carry(loss.detach(), params, found))
+
+    @property
+    def step(self) -> int:
+        """Calls so far."""
+        return self.objective.step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a resumed run needs."""
+        return self.objective.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.objective.load_state_dict(state)
+
+
+def _move(weight: Tensor, grad: Tensor, gamma: float) -> None:
+    grad = grad.to_dense() if grad.layout != torch.strided else grad
+    # The largest magnitude is divided out first, so that no tiny gradient loses its direction.
+    largest = grad.abs().amax()
+    grad = grad / torch.where(largest > 0, largest, torch.ones_like(largest))
+    norm = grad.norm()
+    weight.add_(grad * (gamma * weight.norm() / torch.where(norm > 0, norm, torch.ones_like(norm))))
