@@ -100,10 +100,15 @@ struct NormArgs {
 using Body = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* context);
 
+struct SampleNormArgs;  // launch_clip.h
+struct ClipArgs;
+
 // The CPU kernels of one SIMD level.
 struct CpuKernels {
   const char* level;
   void (*group_norm)(const NormArgs&, ParallelFor);
+  void (*per_sample_norm)(const SampleNormArgs&, ParallelFor);
+  void (*clip_and_sum)(const ClipArgs&, ParallelFor);
 };
 
 extern const CpuKernels cpu_kernels_v2;  // also the one level of machines that are not x86-64

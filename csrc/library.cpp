@@ -57,7 +57,7 @@ STABLE_TORCH_LIBRARY(embattle, m) {
   // Per-sample gradients: dim 0 of every tensor of the list is the batch.
   m.def("per_sample_norm(Tensor[] grads) -> Tensor");
   m.def(
-      "clip_and_sum(Tensor[] grads, float[] max_norm, str mode='flat', *, Tensor? weights=None, "
+      "clip_and_sum(Tensor[] grads, float[] max_norm, str mode='flat', Tensor? weights=None, "
       "float gamma=0.01) -> (Tensor[], Tensor)");
   m.def(
       "linear_grad_norm(Tensor input, Tensor grad_output, *, bool bias=False, "

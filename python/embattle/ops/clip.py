@@ -13,6 +13,14 @@ from embattle.ops._arguments import argument_error
 _ops = torch.ops.embattle
 
 
+def _not_empty(op: str, grads: Sequence[Tensor]) -> list[Tensor]:
+    # The dispatcher finds an op's device by its tensors: an empty list never reaches the op.
+    tensors = list(grads)
+    if not tensors:
+        raise ValueError(f"embattle.{op}: grads must hold at least one tensor")
+    return tensors
+
+
 def per_sample_norm(grads: Sequence[Tensor]) -> Tensor:
     """The l2 norm of each sample's whole gradient, over all tensors of a list, in one launch.
 
@@ -25,8 +33,9 @@ def per_sample_norm(grads: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: for an empty list or batch sizes that differ.
     """
+    tensors = _not_empty("per_sample_norm", grads)
     try:
-        out: Tensor = _ops.per_sample_norm(list(grads))
+        out: Tensor = _ops.per_sample_norm(tensors)
     except RuntimeError as error:
         raise argument_error(error) from None
     return out
@@ -64,12 +73,12 @@ def clip_and_sum(
     Source: Abadi et al. (arXiv 1607.00133), algorithm 1; automatic: Bu et al. (arXiv 2206.07136),
     AUTO-S.
     """
-    tensors = list(grads)
+    tensors = _not_empty("clip_and_sum", grads)
     bounds = (
         [float(max_norm)] if isinstance(max_norm, (int, float)) else [float(c) for c in max_norm]
     )
     try:
-        sums, norms = _ops.clip_and_sum(tensors, bounds, mode, weights=weights, gamma=gamma)
+        sums, norms = _ops.clip_and_sum(tensors, bounds, mode, weights, gamma)
     except RuntimeError as error:
         raise argument_error(error) from None
     return list(sums), norms

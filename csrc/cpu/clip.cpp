@@ -1,0 +1,214 @@
+// Norms of samples over a list of gradients, and their clipped sums.
+#include "level.h"
+#include "per_sample.h"
+
+namespace embattle {
+namespace {
+
+// Samples are added in blocks of eight, counted from the first: a block's sum is formed in
+// registers, in float32 for float32 and half gradients, and added to a float64 total. Which
+// samples share a block is fixed, and every column is summed on its own: any number of threads and
+// any tiling give the same bits.
+constexpr int64_t kBlock = 8;
+constexpr int64_t kTile = 1024;  // columns; a tile's totals stay in the first-level cache
+// A group of samples of this size is read from memory once and then again from the cache.
+constexpr int64_t kGroupBytes = 8 << 20;
+
+double factor_of(ClipMode mode, double norm, double bound, double gamma) {
+  if (!(norm < HUGE_VAL)) return 0;  // infinite or not a number
+  if (norm == 0) return 0;           // adds nothing, whatever the factor
+  if (mode == ClipMode::automatic) return bound / (norm + gamma);
+  return norm > bound ? bound / norm : 1;
+}
+
+// ---- total[0, n) += sum_k factors[k] * rows[k][0, n) ----
+
+template <int K, class T>
+void add_rows(const T* const* rows, const double* factors, int64_t n, double* total) {
+  int64_t i = 0;
+  if constexpr (sizeof(T) == sizeof(double)) {
+    f64x4 c[K];
+    for (int k = 0; k < K; ++k) c[k] = f64x4{} + factors[k];
+    for (; i + 4 <= n; i += 4) {
+      f64x4 sum = c[0] * load4(rows[0] + i);
+#pragma GCC unroll 8
+      for (int k = 1; k < K; ++k) sum += c[k] * load4(rows[k] + i);
+      store4(total + i, load4(total + i) + sum);
+    }
+    for (; i < n; ++i) {
+      double sum = factors[0] * rows[0][i];
+      for (int k = 1; k < K; ++k) sum += factors[k] * rows[k][i];
+      total[i] += sum;
+    }
+  } else {
+    f32x8 c[K];
+    for (int k = 0; k < K; ++k) c[k] = f32x8{} + static_cast<float>(factors[k]);
+    for (; i + 8 <= n; i += 8) {
+      f32x8 sum = c[0] * load8(rows[0] + i);
+#pragma GCC unroll 8
+      for (int k = 1; k < K; ++k) sum += c[k] * load8(rows[k] + i);
+      store4(total + i, load4(total + i) + lower(sum));
+      store4(total + i + 4, load4(total + i + 4) + upper(sum));
+    }
+    for (; i < n; ++i) {
+      float sum = c[0][0] * widened(rows[0][i]);
+      for (int k = 1; k < K; ++k) sum += c[k][0] * widened(rows[k][i]);
+      total[i] += static_cast<double>(sum);
+    }
+  }
+}
+
+// The same in float64, for factors near or beyond the ends of float32's range.
+template <class T>
+void add_rows_wide(int64_t count, const T* const* rows, const double* factors, int64_t n,
+                   double* total) {
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t i = 0; i < n; ++i)
+      total[i] += factors[k] * static_cast<double>(widened(rows[k][i]));
+}
+
+template <class T>
+void add_block(int64_t count, const T* const* rows, const double* factors, int64_t n,
+               double* total) {
+  bool wide = false;
+  for (int64_t k = 0; k < count; ++k)
+    wide |= !(fabs(factors[k]) > 0x1p-100 && fabs(factors[k]) < 0x1p+100);
+  if (wide) return add_rows_wide(count, rows, factors, n, total);
+  switch (count) {
+    case 1:
+      return add_rows<1>(rows, factors, n, total);
+    case 2:
+      return add_rows<2>(rows, factors, n, total);
+    case 3:
+      return add_rows<3>(rows, factors, n, total);
+    case 4:
+      return add_rows<4>(rows, factors, n, total);
+    case 5:
+      return add_rows<5>(rows, factors, n, total);
+    case 6:
+      return add_rows<6>(rows, factors, n, total);
+    case 7:
+      return add_rows<7>(rows, factors, n, total);
+    case 8:
+      return add_rows<8>(rows, factors, n, total);
+  }
+}
+
+// Adds the samples [begin, end) of the columns [column, column + n) of a tensor. `begin` is a
+// multiple of kBlock. Samples of factor zero are not looked at.
+template <class T>
+void add_samples(const SampleTensor& tensor, const double* factors, int64_t begin, int64_t end,
+                 int64_t column, int64_t n, double* total) {
+  const T* const grad = static_cast<const T*>(tensor.grad.data) + column;
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const T* rows[kBlock];
+    double chosen[kBlock];
+    int64_t count = 0;
+    for (int64_t b = first; b < end && b < first + kBlock; ++b) {
+      if (factors[b] == 0) continue;
+      rows[count] = grad + b * tensor.width;
+      chosen[count++] = factors[b];
+    }
+    add_block(count, rows, chosen, n, total);
+  }
+}
+
+struct Tile {
+  int64_t tensor;
+  int64_t column;  // within the tensor
+  int64_t width;
+  int64_t start;  // within all columns of the list
+};
+
+// One list under one norm per sample. norms: [batch] in float64.
+void clip(const SampleList& list, int64_t batch, ClipMode mode, double bound, double gamma,
+          const ConstData& weights, double* norms, ParallelFor parallel_for) {
+  Scratch<double> factors(batch);
+  // Wide samples are no better off in groups: then all norms come first, and a second read.
+  const bool grouped = list.bytes * kBlock <= kGroupBytes;
+  int64_t group = batch;
+  if (grouped && list.bytes > 0) group = kGroupBytes / list.bytes / kBlock * kBlock;
+  if (group > batch) group = batch;
+  const bool one_group = group >= batch;
+
+  int64_t tile_width = list.width / 8;  // several tiles even for few columns
+  tile_width = tile_width > kTile ? kTile : tile_width < 64 ? 64 : (tile_width + 15) / 16 * 16;
+  int64_t tiles = 0;
+  for (int64_t t = 0; t < list.count; ++t)
+    tiles += (list.tensors[t].width + tile_width - 1) / tile_width;
+  Scratch<Tile> tile(tiles);
+  int64_t made = 0, start = 0;
+  for (int64_t t = 0; t < list.count; ++t)
+    for (int64_t column = 0; column < list.tensors[t].width; column += tile_width) {
+      const int64_t rest = list.tensors[t].width - column;
+      const int64_t width = rest < tile_width ? rest : tile_width;
+      tile[made++] = {t, column, width, start};
+      start += width;
+    }
+  Scratch<double> totals(one_group ? 0 : list.width);
+
+  int64_t first = 0;
+  do {
+    const int64_t last = first + group < batch ? first + group : batch;
+    sample_norms(list, first, last - first, norms + first, parallel_for);
+    for (int64_t b = first; b < last; ++b) {
+      const double weight = weights.data ? element(weights, b) : 1;
+      factors[b] = weight == 0 ? 0 : weight * factor_of(mode, norms[b], bound, gamma);
+    }
+    const auto body = [&](int64_t begin, int64_t end) {
+      double local[kTile];
+      for (int64_t i = begin; i < end; ++i) {
+        const Tile& part = tile[i];
+        const SampleTensor& tensor = list.tensors[part.tensor];
+        double* const total = one_group ? local : totals.get() + part.start;
+        if (first == 0)
+          for (int64_t c = 0; c < part.width; ++c) total[c] = 0;
+        with_type(tensor.grad.dtype, [&](auto* type) {
+          using T = Element<decltype(type)>;
+          add_samples<T>(tensor, factors.get(), first, last, part.column, part.width, total);
+          if (last == batch) {
+            T* const sum = static_cast<T*>(tensor.sum.data) + part.column;
+            for (int64_t c = 0; c < part.width; ++c) narrow(total[c], sum[c]);
+          }
+        });
+      }
+    };
+    spread(parallel_for, tiles, kGrain / (1 + (last - first) * tile_width) + 1, body);
+    first = last;
+  } while (first < batch);
+}
+
+void clip_per_layer(const ClipArgs& args, ParallelFor parallel_for) {
+  // Small tensors are spread over the threads whole; the work inside a large one is.
+  const auto one = [&](int64_t t, ParallelFor inner) {
+    Scratch<double> norms(args.batch);
+    clip(SampleList(args.tensors + t, 1), args.batch, ClipMode::per_layer, args.max_norm[t], 0,
+         args.weights, norms.get(), inner);
+    for (int64_t b = 0; b < args.batch; ++b) put(args.norms, b * args.count + t, norms[b]);
+  };
+  const auto large = [&](int64_t t) { return args.batch * args.tensors[t].width > 8 * kGrain; };
+  spread(parallel_for, args.count, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      if (!large(t)) one(t, in_this_thread);
+  });
+  for (int64_t t = 0; t < args.count; ++t)
+    if (large(t)) one(t, parallel_for);
+}
+
+}  // namespace
+
+void EMBATTLE_AT_LEVEL(per_sample_norm)(const SampleNormArgs& args, ParallelFor parallel_for) {
+  Scratch<double> norms(args.batch);
+  sample_norms(SampleList(args.tensors, args.count), 0, args.batch, norms.get(), parallel_for);
+  for (int64_t b = 0; b < args.batch; ++b) put(args.norms, b, norms[b]);
+}
+
+void EMBATTLE_AT_LEVEL(clip_and_sum)(const ClipArgs& args, ParallelFor parallel_for) {
+  if (args.mode == ClipMode::per_layer) return clip_per_layer(args, parallel_for);
+  Scratch<double> norms(args.batch);
+  clip(SampleList(args.tensors, args.count), args.batch, args.mode, args.max_norm[0], args.gamma,
+       args.weights, norms.get(), parallel_for);
+  for (int64_t b = 0; b < args.batch; ++b) put(args.norms, b, norms[b]);
+}
+
+}  // namespace embattle

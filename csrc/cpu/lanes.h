@@ -1,0 +1,234 @@
+// Vectors of eight float32 (or four float64) lanes, and loads that widen half types into them. The
+// lane count is the same at every SIMD level, so that sums come out in the same order on all.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "../launch.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace embattle {
+namespace {
+
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef double f64x4 __attribute__((vector_size(32)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+
+template <class To, class From>
+[[gnu::always_inline]] inline To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// ---- One element ----
+
+inline double widened(double x) { return x; }
+inline float widened(float x) { return x; }
+inline float widened(bf16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
+inline float widened(f16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+  if (rest >= 0x7c00) return bits_as<float>(sign | 0x7f800000 | (rest << 13));
+  const float magnitude = rest < 0x0400  // subnormal: a multiple of 2^-24
+                              ? static_cast<float>(rest) * 0x1p-24f
+                              : bits_as<float>((rest << 13) + (112u << 23));
+  return bits_as<float>(sign | bits_as<uint32_t>(magnitude));
+}
+
+// Rounds to nearest, ties to even.
+inline void narrow(double x, double& out) { out = x; }
+inline void narrow(double x, float& out) { out = static_cast<float>(x); }
+
+// float64 to a half type in one rounding: the float32 in between is rounded to odd, which keeps
+// what the second rounding has to know.
+inline float rounded_to_odd(double x) {
+  float near = static_cast<float>(x);
+  if (static_cast<double>(near) == x || near != near) return near;
+  uint32_t bits = bits_as<uint32_t>(near);
+  if (bits & 1) return near;
+  const double magnitude = x < 0 ? -x : x, stored = near < 0 ? -near : near;
+  if ((bits & 0x7fffffff) == 0) return bits_as<float>((x < 0 ? 0x80000000u : 0u) | 1u);
+  bits += stored < magnitude ? 1 : -1;
+  return bits_as<float>(bits);
+}
+
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(float x, bf16& out) {
+  uint32_t bits = bits_as<uint32_t>(x);
+  if ((bits & 0x7fffffff) > 0x7f800000) {
+    out.bits = 0x7fc0;
+    return;
+  }
+  bits += 0x7fff + ((bits >> 16) & 1);
+  out.bits = static_cast<uint16_t>(bits >> 16);
+}
+inline void narrow(float x, f16& out) {
+  const uint32_t bits = bits_as<uint32_t>(x), sign = (bits >> 16) & 0x8000;
+  const uint32_t rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) {
+    out.bits = 0x7e00;
+  } else if (rest >= 0x477ff000) {  // 65520 and above
+    out.bits = static_cast<uint16_t>(sign | 0x7c00);
+  } else if (rest < 0x38800000) {  // below 2^-14: adding 0.5 rounds to a multiple of 2^-24
+    const float magnitude = bits_as<float>(rest) + 0.5f;
+    out.bits = static_cast<uint16_t>(sign | (bits_as<uint32_t>(magnitude) - 0x3f000000));
+  } else {
+    const uint32_t rounded = rest - (112u << 23) + 0xfff + ((rest >> 13) & 1);
+    out.bits = static_cast<uint16_t>(sign | (rounded >> 13));
+  }
+}
+template <class Half>
+inline void narrow_half(double x, Half& out) {
+  narrow(rounded_to_odd(x), out);
+}
+inline void narrow(double x, f16& out) { narrow_half(x, out); }
+inline void narrow(double x, bf16& out) { narrow_half(x, out); }
+
+// ---- Eight elements as float32 ----
+
+[[gnu::always_inline]] inline f32x8 load8(const float* x) {
+  f32x8 v;
+  memcpy(&v, x, sizeof(v));
+  return v;
+}
+
+[[gnu::always_inline]] inline f32x8 load8(const bf16* x) {
+  u16x8 half;
+  memcpy(&half, x, sizeof(half));
+  return bits_as<f32x8>(__builtin_convertvector(half, u32x8) << 16);
+}
+
+[[gnu::always_inline]] inline f32x8 load8(const f16* x) {
+#if defined(__F16C__)
+  return bits_as<f32x8>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+#else
+  f32x8 v;
+  for (int i = 0; i < 8; ++i) v[i] = widened(x[i]);
+  return v;
+#endif
+}
+
+[[gnu::always_inline]] inline f64x4 lower(f32x8 v) {
+  return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3), f64x4);
+}
+[[gnu::always_inline]] inline f64x4 upper(f32x8 v) {
+  return __builtin_convertvector(__builtin_shufflevector(v, v, 4, 5, 6, 7), f64x4);
+}
+
+// ---- Four elements as float64 ----
+
+[[gnu::always_inline]] inline f64x4 load4(const double* x) {
+  f64x4 v;
+  memcpy(&v, x, sizeof(v));
+  return v;
+}
+
+[[gnu::always_inline]] inline f64x4 load4(const float* x) {
+  f32x4 v;
+  memcpy(&v, x, sizeof(v));
+  return __builtin_convertvector(v, f64x4);
+}
+
+template <class Half>
+[[gnu::always_inline]] inline f64x4 load4(const Half* x) {
+  return f64x4{widened(x[0]), widened(x[1]), widened(x[2]), widened(x[3])};
+}
+
+[[gnu::always_inline]] inline void store4(double* x, f64x4 v) { memcpy(x, &v, sizeof(v)); }
+
+[[gnu::always_inline]] inline double sum_of(f64x4 v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+
+template <class Pointer>
+struct ElementOf;
+template <class T>
+struct ElementOf<const T*> {
+  using Type = T;
+};
+template <class Pointer>
+using Element = typename ElementOf<Pointer>::Type;
+
+// Calls action(static_cast<const T*>(nullptr)) with the element type of `dtype`.
+template <class Action>
+[[gnu::always_inline]] inline void with_type(Dtype dtype, const Action& action) {
+  switch (dtype) {
+    case Dtype::f32:
+      return action(static_cast<const float*>(nullptr));
+    case Dtype::f64:
+      return action(static_cast<const double*>(nullptr));
+    case Dtype::f16:
+      return action(static_cast<const f16*>(nullptr));
+    case Dtype::bf16:
+      return action(static_cast<const bf16*>(nullptr));
+  }
+}
+
+inline int64_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+}
+
+inline double element(const ConstData& x, int64_t i) {
+  double value = 0;
+  with_type(x.dtype, [&](auto* type) { value = widened(static_cast<decltype(type)>(x.data)[i]); });
+  return value;
+}
+
+inline void put(const Data& x, int64_t i, double value) {
+  if (x.dtype == Dtype::f64)
+    static_cast<double*>(x.data)[i] = value;
+  else
+    static_cast<float*>(x.data)[i] = static_cast<float>(value);
+}
+
+// ---- Sums of squares, in float64 ----
+
+[[gnu::always_inline]] inline double squares(const double* x, int64_t n) {
+  f64x4 a{}, b{}, c{}, d{};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const f64x4 p = load4(x + i), q = load4(x + i + 4), r = load4(x + i + 8), s = load4(x + i + 12);
+    a += p * p;
+    b += q * q;
+    c += r * r;
+    d += s * s;
+  }
+  double sum = sum_of((a + b) + (c + d));
+  for (; i < n; ++i) sum += x[i] * x[i];
+  return sum;
+}
+
+template <class T>
+[[gnu::always_inline]] inline double squares(const T* x, int64_t n) {
+  f64x4 a{}, b{}, c{}, d{};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const f32x8 u = load8(x + i), v = load8(x + i + 8);
+    const f64x4 p = lower(u), q = upper(u), r = lower(v), s = upper(v);
+    a += p * p;
+    b += q * q;
+    c += r * r;
+    d += s * s;
+  }
+  double sum = sum_of((a + b) + (c + d));
+  for (; i < n; ++i) {
+    const double value = widened(x[i]);
+    sum += value * value;
+  }
+  return sum;
+}
+
+}  // namespace
+}  // namespace embattle

@@ -1,0 +1,133 @@
+// Squared norms of samples over a list of tensors, shared by per_sample_norm and clip_and_sum.
+#pragma once
+
+#include <math.h>
+
+#include "../launch_clip.h"
+#include "lanes.h"
+#include "scratch.h"
+
+namespace embattle {
+namespace {
+
+// A list's columns [0, width), all tensors side by side, cut into chunks of kChunk columns. Chunks
+// depend on the shapes alone, so that sums do not depend on the number of threads.
+constexpr int64_t kChunk = 65536;
+// What is worth a thread of its own, in elements read.
+constexpr int64_t kGrain = 32768;
+
+struct SampleList {
+  const SampleTensor* tensors;
+  int64_t count;
+  int64_t width = 0;  // columns of all tensors
+  int64_t bytes = 0;  // of one sample
+  bool any_f64 = false;
+
+  SampleList(const SampleTensor* t, int64_t n) : tensors(t), count(n) {
+    for (int64_t i = 0; i < n; ++i) {
+      width += t[i].width;
+      bytes += t[i].width * bytes_of(t[i].grad.dtype);
+      any_f64 |= t[i].grad.dtype == Dtype::f64;
+    }
+  }
+};
+
+inline void in_this_thread(int64_t count, int64_t, Body body, void* context) {
+  if (count > 0) body(context, 0, count);
+}
+
+// parallel_for with a callable.
+template <class Function>
+inline void spread(ParallelFor parallel_for, int64_t count, int64_t grain, const Function& body) {
+  parallel_for(
+      count, grain < 1 ? 1 : grain,
+      [](void* context, int64_t begin, int64_t end) {
+        (*static_cast<const Function*>(context))(begin, end);
+      },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+template <class T>
+inline double largest(const T* x, int64_t n, double so_far) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double magnitude = fabs(static_cast<double>(widened(x[i])));
+    if (!(magnitude <= so_far)) so_far = magnitude;  // a NaN stays
+  }
+  return so_far;
+}
+
+// The norm of a sample whose plain sum of squares has left float64's range.
+inline double scaled_norm(const SampleList& list, int64_t sample) {
+  double scale = 0;
+  for (int64_t t = 0; t < list.count; ++t) {
+    const SampleTensor& tensor = list.tensors[t];
+    with_type(tensor.grad.dtype, [&](auto* type) {
+      using T = decltype(type);
+      scale =
+          largest(static_cast<T>(tensor.grad.data) + sample * tensor.width, tensor.width, scale);
+    });
+  }
+  if (scale == 0 || !(scale < HUGE_VAL)) return scale;
+  double sum = 0;
+  for (int64_t t = 0; t < list.count; ++t) {
+    const SampleTensor& tensor = list.tensors[t];
+    with_type(tensor.grad.dtype, [&](auto* type) {
+      using T = decltype(type);
+      const T x = static_cast<T>(tensor.grad.data) + sample * tensor.width;
+      for (int64_t i = 0; i < tensor.width; ++i) {
+        const double value = widened(x[i]) / scale;
+        sum += value * value;
+      }
+    });
+  }
+  return scale * sqrt(sum);
+}
+
+// Norms of the samples [first, first + samples) into norms[0, samples), in one read.
+inline void sample_norms(const SampleList& list, int64_t first, int64_t samples, double* norms,
+                         ParallelFor parallel_for) {
+  const int64_t chunks = list.width == 0 ? 1 : (list.width + kChunk - 1) / kChunk;
+  const int64_t chunk_width = list.width < kChunk ? list.width : kChunk;
+  // A block of samples is gone through tensor by tensor: short rows are then read in order.
+  const int64_t block = chunk_width == 0 ? samples : 1 + 4 * kGrain / (1 + chunk_width);
+  const int64_t blocks = block == 0 ? 0 : (samples + block - 1) / block;
+  Scratch<double> held(chunks > 1 ? chunks * samples : 0);
+  double* const partial = chunks > 1 ? held.get() : norms;  // [chunks, samples]
+
+  const auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t chunk = item / blocks, low = item % blocks * block;
+      const int64_t high = low + block < samples ? low + block : samples;
+      const int64_t from = chunk * kChunk;
+      const int64_t to = from + kChunk < list.width ? from + kChunk : list.width;
+      double* const sums = partial + chunk * samples;
+      for (int64_t s = low; s < high; ++s) sums[s] = 0;
+      int64_t column = 0;
+      for (int64_t t = 0; t < list.count && column < to; ++t) {
+        const SampleTensor& tensor = list.tensors[t];
+        const int64_t begin_column = column < from ? from - column : 0;
+        const int64_t end_column = column + tensor.width < to ? tensor.width : to - column;
+        column += tensor.width;
+        if (begin_column >= end_column) continue;
+        with_type(tensor.grad.dtype, [&](auto* type) {
+          using T = decltype(type);
+          const T rows = static_cast<T>(tensor.grad.data) + first * tensor.width + begin_column;
+          for (int64_t s = low; s < high; ++s)
+            sums[s] += squares(rows + s * tensor.width, end_column - begin_column);
+        });
+      }
+    }
+  };
+  const int64_t work = block * (chunk_width + 8 * list.count / chunks);
+  spread(parallel_for, chunks * blocks, kGrain / (1 + work) + 1, body);
+
+  for (int64_t s = 0; s < samples; ++s) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[chunk * samples + s];
+    const bool in_range = !list.any_f64 || (sum > 1e-280 && sum < HUGE_VAL);
+    norms[s] = in_range ? sqrt(sum) : scaled_norm(list, first + s);
+  }
+}
+
+}  // namespace
+}  // namespace embattle
