@@ -132,7 +132,7 @@ def _narrow_all(
 def _narrow(value: Any, block: Block, rows: Tensor) -> Any:
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
-    if value.shape[0] == block.samples:
+    if value.shape[0] == block.samples or not block.samples:
         return value[rows]
     return value.reshape(block.samples, -1)[rows].reshape(-1)
 
@@ -140,6 +140,7 @@ def _narrow(value: Any, block: Block, rows: Tensor) -> Any:
 def _count(whole: list[Block], blocks: list[Block], rows: Tensor) -> None:
     """Add the counts of non-finite groups of some samples to those of the batch, and clear them."""
     for all_of, some in zip(whole, blocks, strict=True):
-        counts = all_of.nonfinite.reshape(all_of.samples, -1)
-        counts[rows] += some.nonfinite.reshape(rows.numel(), -1)
+        each = all_of.groups // all_of.samples
+        counts = all_of.nonfinite.view(all_of.samples, each)
+        counts[rows] += some.nonfinite.reshape(rows.numel(), each)
         some.nonfinite.zero_()
