@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from embattle.attacks import GaussianStart as GaussianStart
     from embattle.attacks import NEFTune as NEFTune
     from embattle.attacks import SMARTStep as SMARTStep
+    from embattle.attacks import TokenSwap as TokenSwap
     from embattle.attacks import UniformNoise as UniformNoise
+    from embattle.monitor import Monitor as Monitor
     from embattle.objectives import AWP as AWP
     from embattle.objectives import R3F as R3F
     from embattle.objectives import AdversarialObjective as AdversarialObjective
@@ -69,6 +71,7 @@ _EXPORTS: dict[str, str] = {
     "GaussianStart": "attacks",
     "MIFGSM": "attacks",
     "Mart": "objectives",
+    "Monitor": "monitor",
     "NEFTune": "attacks",
     "PGD": "attacks",
     "PerDim": "strength",
@@ -77,6 +80,7 @@ _EXPORTS: dict[str, str] = {
     "SMARTStep": "attacks",
     "Site": "perturb",
     "Smart": "objectives",
+    "TokenSwap": "attacks",
     "Trades": "objectives",
     "UniformNoise": "attacks",
     "VAT": "attacks",

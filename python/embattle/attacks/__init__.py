@@ -7,6 +7,7 @@ from embattle.attacks.momentum import APGD, MIFGSM
 from embattle.attacks.noise import GaussianNoise, NEFTune, UniformNoise
 from embattle.attacks.result import AttackResult
 from embattle.attacks.starts import BoxStart, GaussianStart
+from embattle.attacks.tokens import SwapResult, TokenSwap
 
 __all__ = [
     "APGD",
@@ -22,5 +23,7 @@ __all__ = [
     "GaussianStart",
     "NEFTune",
     "SMARTStep",
+    "SwapResult",
+    "TokenSwap",
     "UniformNoise",
 ]
