@@ -102,6 +102,11 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* cont
 
 struct SampleNormArgs;  // launch_clip.h
 struct ClipArgs;
+struct LinearNormArgs;
+struct EmbeddingNormArgs;
+struct PerturbArgs;
+struct SegmentSumArgs;
+struct AdagradArgs;
 
 // The CPU kernels of one SIMD level.
 struct CpuKernels {
@@ -109,6 +114,11 @@ struct CpuKernels {
   void (*group_norm)(const NormArgs&, ParallelFor);
   void (*per_sample_norm)(const SampleNormArgs&, ParallelFor);
   void (*clip_and_sum)(const ClipArgs&, ParallelFor);
+  void (*linear_grad_norm)(const LinearNormArgs&, ParallelFor);
+  void (*embedding_grad_norm)(const EmbeddingNormArgs&, ParallelFor);
+  void (*embedding_perturb)(const PerturbArgs&, ParallelFor);
+  void (*segment_sum)(const SegmentSumArgs&, ParallelFor);
+  void (*rowwise_adagrad)(const AdagradArgs&, ParallelFor);
 };
 
 extern const CpuKernels cpu_kernels_v2;  // also the one level of machines that are not x86-64

@@ -32,4 +32,67 @@ struct ClipArgs {
   Data norms;         // [batch], or [batch, count] for per_layer; f64 if any gradient is, else f32
 };
 
+enum class LinearMethod : int { automatic, gram, direct };
+
+struct LinearNormArgs {
+  ConstData input;  // [batch, tokens, inputs]
+  ConstData grad;   // [batch, tokens, outputs]
+  int64_t batch = 0;
+  int64_t tokens = 0;
+  int64_t inputs = 0;
+  int64_t outputs = 0;
+  bool bias = false;
+  LinearMethod method = LinearMethod::automatic;
+  Data norms;  // [batch], f64 if either input is and f32 otherwise
+};
+
+struct EmbeddingNormArgs {
+  const int64_t* indices = nullptr;  // [batch, tokens], or [count] cut into bags by offsets
+  const int64_t* offsets = nullptr;  // [batch] starts of bags; or null
+  int64_t count = 0;                 // of indices, with offsets
+  int64_t batch = 0;
+  int64_t tokens = 0;  // without offsets
+  int64_t dim = 0;
+  ConstData grad;  // [batch, tokens, dim]; with offsets [batch, dim]
+  int64_t padding = -1;
+  bool mean = false;
+  ConstData weights;  // [count] or absent; with offsets only
+  Data norms;         // [batch], f64 for an f64 grad and f32 otherwise
+};
+
+// Preconditions: 0 <= indices < rows of weight, -1 <= inverse < rows of delta.
+struct PerturbArgs {
+  ConstData weight;                  // [rows, dim]
+  const int64_t* indices = nullptr;  // [count]
+  ConstData delta;                   // [any, dim]
+  const int64_t* inverse = nullptr;  // [count]
+  int64_t count = 0;
+  int64_t dim = 0;
+  Data out;  // [count, dim], dtype of weight
+};
+
+// out[r] = sum of grad[i] over inverse[i] == r. Precondition: -1 <= inverse < rows.
+struct SegmentSumArgs {
+  ConstData grad;                    // [count, dim]
+  const int64_t* inverse = nullptr;  // [count]
+  int64_t count = 0;
+  int64_t dim = 0;
+  int64_t rows = 0;
+  Data out;  // [rows, dim], dtype of grad
+};
+
+// Precondition: 0 <= indices < rows of weight.
+struct AdagradArgs {
+  Data weight;                       // [rows, dim]
+  Data state;                        // [rows]
+  const int64_t* indices = nullptr;  // [count]
+  int64_t rows = 0;
+  ConstData grad;  // [count, dim]
+  int64_t count = 0;
+  int64_t dim = 0;
+  double lr = 0;
+  double eps = 0;
+  double max_norm = 0;  // infinite: no bound
+};
+
 }  // namespace embattle

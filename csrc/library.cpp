@@ -63,7 +63,7 @@ STABLE_TORCH_LIBRARY(embattle, m) {
       "linear_grad_norm(Tensor input, Tensor grad_output, *, bool bias=False, "
       "str method='auto') -> Tensor");
   m.def(
-      "embedding_grad_norm(Tensor indices, Tensor grad_output, *, int padding_idx=-1, "
+      "embedding_grad_norm(Tensor indices, Tensor grad_output, int padding_idx=-1, "
       "Tensor? offsets=None, bool mean=False, Tensor? per_sample_weights=None) -> Tensor");
 
   // Embedding tables: cost follows the rows touched, never the table.

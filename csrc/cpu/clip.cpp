@@ -62,9 +62,7 @@ void add_rows(const T* const* rows, const double* factors, int64_t n, double* to
 template <class T>
 void add_rows_wide(int64_t count, const T* const* rows, const double* factors, int64_t n,
                    double* total) {
-  for (int64_t k = 0; k < count; ++k)
-    for (int64_t i = 0; i < n; ++i)
-      total[i] += factors[k] * static_cast<double>(widened(rows[k][i]));
+  for (int64_t k = 0; k < count; ++k) add_scaled(rows[k], factors[k], n, total);
 }
 
 template <class T>

@@ -122,6 +122,25 @@ inline void narrow(double x, bf16& out) { narrow_half(x, out); }
 #endif
 }
 
+[[gnu::always_inline]] inline void store8(float* x, f32x8 v) { memcpy(x, &v, sizeof(v)); }
+
+[[gnu::always_inline]] inline void store8(bf16* x, f32x8 v) {
+  const u32x8 bits = bits_as<u32x8>(v);
+  const u32x8 near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const u32x8 is_nan = u32x8((bits & 0x7fffffff) > 0x7f800000);
+  const u16x8 half = __builtin_convertvector((near & ~is_nan) | (0x7fc0 & is_nan), u16x8);
+  memcpy(x, &half, sizeof(half));
+}
+
+[[gnu::always_inline]] inline void store8(f16* x, f32x8 v) {
+#if defined(__F16C__)
+  const __m128i half = _mm256_cvtps_ph(bits_as<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
+  memcpy(x, &half, sizeof(half));
+#else
+  for (int i = 0; i < 8; ++i) narrow(v[i], x[i]);
+#endif
+}
+
 [[gnu::always_inline]] inline f64x4 lower(f32x8 v) {
   return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3), f64x4);
 }
@@ -191,6 +210,20 @@ inline void put(const Data& x, int64_t i, double value) {
     static_cast<double*>(x.data)[i] = value;
   else
     static_cast<float*>(x.data)[i] = static_cast<float>(value);
+}
+
+// ---- total[0, n) += factor * x[0, n), in float64 ----
+
+template <class T>
+[[gnu::always_inline]] inline void add_scaled(const T* x, double factor, int64_t n, double* total) {
+  int64_t i = 0;
+  if constexpr (sizeof(T) == 2)
+    for (; i + 8 <= n; i += 8) {
+      const f32x8 v = load8(x + i);
+      store4(total + i, load4(total + i) + factor * lower(v));
+      store4(total + i + 4, load4(total + i + 4) + factor * upper(v));
+    }
+  for (; i < n; ++i) total[i] += factor * static_cast<double>(widened(x[i]));
 }
 
 // ---- Sums of squares, in float64 ----

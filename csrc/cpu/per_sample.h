@@ -6,6 +6,7 @@
 #include "../launch_clip.h"
 #include "lanes.h"
 #include "scratch.h"
+#include "spread.h"
 
 namespace embattle {
 namespace {
@@ -13,8 +14,6 @@ namespace {
 // A list's columns [0, width), all tensors side by side, cut into chunks of kChunk columns. Chunks
 // depend on the shapes alone, so that sums do not depend on the number of threads.
 constexpr int64_t kChunk = 65536;
-// What is worth a thread of its own, in elements read.
-constexpr int64_t kGrain = 32768;
 
 struct SampleList {
   const SampleTensor* tensors;
@@ -31,21 +30,6 @@ struct SampleList {
     }
   }
 };
-
-inline void in_this_thread(int64_t count, int64_t, Body body, void* context) {
-  if (count > 0) body(context, 0, count);
-}
-
-// parallel_for with a callable.
-template <class Function>
-inline void spread(ParallelFor parallel_for, int64_t count, int64_t grain, const Function& body) {
-  parallel_for(
-      count, grain < 1 ? 1 : grain,
-      [](void* context, int64_t begin, int64_t end) {
-        (*static_cast<const Function*>(context))(begin, end);
-      },
-      const_cast<void*>(static_cast<const void*>(&body)));
-}
 
 template <class T>
 inline double largest(const T* x, int64_t n, double so_far) {

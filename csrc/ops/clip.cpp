@@ -119,10 +119,47 @@ std::tuple<std::vector<Tensor>, Tensor> clip_and_sum(const std::vector<Tensor>& 
   return {std::move(sums), std::move(norms)};
 }
 
+LinearMethod checked_method(const char* op, const std::string& method) {
+  if (method == "auto") return LinearMethod::automatic;
+  if (method == "gram") return LinearMethod::gram;
+  if (method == "direct") return LinearMethod::direct;
+  fail("embattle.", op, ": method must be 'auto', 'gram' or 'direct', got '", method, "'");
+}
+
+Tensor linear_grad_norm(const Tensor& input_, const Tensor& grad_, bool bias,
+                        const std::string& method) {
+  const char* op = "linear_grad_norm";
+  const Tensor input = packed(input_), grad = packed(grad_);
+  const int64_t dims = input.dim();
+  bool fits = dims >= 2 && grad.dim() == dims;
+  for (int64_t d = 0; fits && d + 1 < dims; ++d) fits = input.size(d) == grad.size(d);
+  if (!fits)
+    fail("embattle.", op, ": input and grad_output must have shapes [B, *, I] and [B, *, O], got ",
+         shape_of(input), " and ", shape_of(grad));
+  check_device(op, "grad_output", grad, "input", input);
+  LinearNormArgs args;
+  args.input = {input.const_data_ptr(), float_dtype(op, "input", input)};
+  args.grad = {grad.const_data_ptr(), float_dtype(op, "grad_output", grad)};
+  args.batch = input.size(0);
+  args.tokens = 1;
+  for (int64_t d = 1; d + 1 < dims; ++d) args.tokens *= input.size(d);
+  args.inputs = input.size(dims - 1);
+  args.outputs = grad.size(dims - 1);
+  args.bias = bias;
+  args.method = checked_method(op, method);
+  const bool wide = args.input.dtype == Dtype::f64 || args.grad.dtype == Dtype::f64;
+  Tensor norms =
+      torch::stable::new_empty(input, {args.batch}, wide ? ScalarType::Double : ScalarType::Float);
+  args.norms = {norms.mutable_data_ptr(), wide ? Dtype::f64 : Dtype::f32};
+  cpu_kernels().linear_grad_norm(args, torch_parallel_for);
+  return norms;
+}
+
 }  // namespace
 }  // namespace embattle
 
 STABLE_TORCH_LIBRARY_IMPL(embattle, CPU, m) {
   m.impl("per_sample_norm", TORCH_BOX(&embattle::per_sample_norm));
   m.impl("clip_and_sum", TORCH_BOX(&embattle::clip_and_sum));
+  m.impl("linear_grad_norm", TORCH_BOX(&embattle::linear_grad_norm));
 }

@@ -45,6 +45,11 @@ def _(
     return [g.new_empty(g.shape[1:]) for g in grads], norms
 
 
+@register_fake("embattle::linear_grad_norm")
+def _(input: Tensor, grad_output: Tensor, *, bias: bool = False, method: str = "auto") -> Tensor:
+    return input.new_empty([input.shape[0]], dtype=_norm_dtype([input, grad_output]))
+
+
 # ---- Gradients ----
 
 
@@ -159,18 +164,39 @@ torch.library.register_autograd("embattle::clip_and_sum", _backward, setup_conte
 # ---- vmap ----
 
 
-def _moved(x: Tensor, dim: int | None, size: int) -> Tensor:
+def moved(x: Tensor, dim: int | None, size: int) -> Tensor:
     """The mapped dim in front, whether the tensor has it or not."""
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def split(x: Tensor, size: int) -> Tensor:
+    """Splits the mapped dim off dim 0 again."""
+    return x.reshape(size, x.shape[0] // max(size, 1), *x.shape[1:])
 
 
 @register_vmap("embattle::per_sample_norm")
 def _(info: Any, in_dims: tuple[list[int | None]], grads: list[Tensor]) -> tuple[Tensor, int]:
     # More samples, and nothing else.
     size = info.batch_size
-    merged = [_moved(g, d, size).flatten(0, 1) for g, d in zip(grads, in_dims[0], strict=True)]
-    norms: Tensor = _ops.per_sample_norm(merged)
-    return norms.reshape(size, norms.shape[0] // max(size, 1)), 0
+    merged = [moved(g, d, size).flatten(0, 1) for g, d in zip(grads, in_dims[0], strict=True)]
+    return split(_ops.per_sample_norm(merged), size), 0
+
+
+@register_vmap("embattle::linear_grad_norm")
+def _(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    input: Tensor,
+    grad_output: Tensor,
+    *,
+    bias: bool = False,
+    method: str = "auto",
+) -> tuple[Tensor, int]:
+    size = info.batch_size
+    merged = [
+        moved(t, d, size).flatten(0, 1) for t, d in zip((input, grad_output), in_dims, strict=True)
+    ]
+    return split(_ops.linear_grad_norm(*merged, bias=bias, method=method), size), 0
 
 
 @register_vmap("embattle::clip_and_sum")
@@ -184,9 +210,9 @@ def _(
     gamma: float = 0.01,
 ) -> tuple[tuple[list[Tensor], Tensor], tuple[list[int], int]]:
     size = info.batch_size
-    lists = [_moved(g, d, size) for g, d in zip(grads, in_dims[0], strict=True)]
+    lists = [moved(g, d, size) for g, d in zip(grads, in_dims[0], strict=True)]
     weight_dim = in_dims[3] if len(in_dims) > 3 else None
-    per_slice = None if weights is None else _moved(weights, weight_dim, size)
+    per_slice = None if weights is None else moved(weights, weight_dim, size)
     results = [
         _ops.clip_and_sum(
             [g[i] for g in lists],

@@ -24,7 +24,7 @@ def embedding_grad_norm(
     """Per-sample l2 norm of an embedding's weight gradient, repeated indices summed first.
 
     Args:
-        indices: ``[B, *]`` int64, or ``[N]`` with `offsets` (an EmbeddingBag's ragged bags).
+        indices: ``[B, *]`` int64 or int32; with `offsets` (an EmbeddingBag's ragged bags) ``[N]``.
         grad_output: ``[B, *, D]``; with `offsets` the bags' gradient ``[B, D]``.
         padding_idx: the index whose row gets no gradient.
         offsets: ``[B]`` (starts) or ``[B + 1]`` int64; one bag is one sample.
@@ -40,6 +40,11 @@ def embedding_grad_norm(
     if mode not in ("sum", "mean"):
         raise ValueError(
             f"embattle.embedding_grad_norm: mode must be 'sum' or 'mean', got {mode!r}"
+        )
+    if padding_idx is not None and padding_idx < 0:
+        raise ValueError(
+            f"embattle.embedding_grad_norm: padding_idx must be a row of the table, got "
+            f"{padding_idx}; None for no padding"
         )
     try:
         out: Tensor = _ops.embedding_grad_norm(
