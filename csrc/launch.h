@@ -39,7 +39,7 @@ struct PerGroup {
   bool broadcast = false;
 };
 
-// The box and the centre of a perturbation.
+// The box and the centre of a perturbation, in the element type of the result.
 struct Box {
   ConstData x0;     // [rows, dim] or absent
   ConstData lower;  // one element (broadcast) or [rows, dim]; or absent
@@ -109,6 +109,11 @@ struct CpuKernels {
   void (*group_norm)(const NormArgs&, ParallelFor);
   void (*per_sample_norm)(const SampleNormArgs&, ParallelFor);
   void (*clip_and_sum)(const ClipArgs&, ParallelFor);
+  void (*project)(const ProjectArgs&, ParallelFor);
+  void (*pgd_step)(const StepArgs&, ParallelFor);
+  void (*momentum_step)(const StepArgs&, ParallelFor);
+  void (*random_start)(const NoiseArgs&, ParallelFor);
+  void (*gaussian_noise)(const NoiseArgs&, ParallelFor);
 };
 
 extern const CpuKernels cpu_kernels_v2;  // also the one level of machines that are not x86-64
