@@ -65,35 +65,34 @@ inline double length(const Cut& cut, const F& f) {
 template <class T, bool kPlain>
 struct Place {
   static constexpr bool plain = kPlain;
-  typedef T Element;
-  T* out;
-  const T* x0;                                // or null
-  const T *lower_elements, *upper_elements;   // null where a bound is one number
-  double lower_value, upper_value;
+  typedef Elements<T> Tensor;
+  Tensor out, x0, lower_elements, upper_elements;  // absent where there is none, or one number
+  double lower_value = -kInfinity, upper_value = kInfinity;
   bool boxed;
 
   Place(const Data& result, const Box& box)
-      : out(static_cast<T*>(result.data)),
-        x0(static_cast<const T*>(box.x0.data)),
-        lower_elements(box.lower_broadcast ? nullptr : static_cast<const T*>(box.lower.data)),
-        upper_elements(box.upper_broadcast ? nullptr : static_cast<const T*>(box.upper.data)),
-        lower_value(box.lower_broadcast ? value_of(*static_cast<const T*>(box.lower.data))
-                                        : -kInfinity),
-        upper_value(box.upper_broadcast ? value_of(*static_cast<const T*>(box.upper.data))
-                                        : kInfinity),
-        boxed(box.lower.data || box.upper.data) {}
+      : out(result), x0(box.x0), boxed(box.lower.data || box.upper.data) {
+    if (box.lower_broadcast)
+      lower_value = Tensor(box.lower).at(0);
+    else
+      lower_elements = Tensor(box.lower);
+    if (box.upper_broadcast)
+      upper_value = Tensor(box.upper).at(0);
+    else
+      upper_elements = Tensor(box.upper);
+  }
 
   template <class N>
   V origin(int64_t i, N n) const {
-    return kPlain || !x0 ? V{} : load(x0 + i, n);
+    return kPlain || !x0 ? V{} : x0.load(i, n);
   }
   template <class N>
   V lower(int64_t i, N n) const {
-    return lower_elements ? load(lower_elements + i, n) : splat(lower_value);
+    return lower_elements ? lower_elements.load(i, n) : splat(lower_value);
   }
   template <class N>
   V upper(int64_t i, N n) const {
-    return upper_elements ? load(upper_elements + i, n) : splat(upper_value);
+    return upper_elements ? upper_elements.load(i, n) : splat(upper_value);
   }
 
   // How far an element may be from its origin on the side of z, >= 0.
@@ -229,7 +228,7 @@ inline Multiplier find(const Cut& cut, double eps, const P& place, const F& z, d
   Multiplier found;
   found.limit = eps;
   if (kNorm == Norm::linf) {
-    if (P::plain && eps < kInfinity) found.limit = round_down<typename P::Element>(eps);
+    if (P::plain && eps < kInfinity) found.limit = place.out.round_down(eps);
     return found;
   }
   if (eps == kInfinity) return found;
@@ -252,7 +251,7 @@ inline Multiplier find(const Cut& cut, double eps, const P& place, const F& z, d
     outside = length<kNorm>(cut, [&](int64_t i, auto n) { return place.in_box(i, n, value(i, n)); });
   if (!(outside > eps)) return found;
   found.none = false;
-  const double goal = eps * aim(Type<typename P::Element>::unit, cut.count());
+  const double goal = eps * aim(place.out.unit(), cut.count());
   if (!(goal > 0)) {
     found.scale = 0;
     found.base = 0;
@@ -277,16 +276,15 @@ inline void pull_in(const Cut& cut, double eps, const P& place, double norm) {
     cut.runs(cut.begin(), cut.end(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end && (kNorm == Norm::linf || moved <= excess); ++i) {
         const double centre = place.origin(i, 1)[0];
-        const double before = __builtin_fabs(value_of(place.out[i]) - centre);
+        const double before = __builtin_fabs(place.out.at(i) - centre);
         if (before == 0 || (kNorm == Norm::linf && before <= eps)) continue;
-        place.out[i] = toward(place.out[i], centre);
-        const double gain = before - __builtin_fabs(value_of(place.out[i]) - centre);
+        place.out.move_toward(i, centre);
+        const double gain = before - __builtin_fabs(place.out.at(i) - centre);
         moved += kNorm == Norm::l2 ? gain * (before / norm) : gain;
       }
     });
-    norm = length<kNorm>(cut, [&](int64_t i, auto n) {
-      return load(place.out + i, n) - place.origin(i, n);
-    });
+    norm = length<kNorm>(
+        cut, [&](int64_t i, auto n) { return place.out.load(i, n) - place.origin(i, n); });
   }
 }
 
@@ -295,34 +293,33 @@ inline void pull_in(const Cut& cut, double eps, const P& place, double norm) {
 template <Norm kNorm, class P, class F, class E>
 inline void apply(const Cut& cut, double eps, const P& place, const F& source, const Multiplier& by,
                   const E& extra) {
-  typedef typename P::Element T;
   const bool boxed = !P::plain && place.boxed;
   const double size = totals<1, maxima_of(kNorm)>(cut, [&](int64_t i, auto n, V* acc) {
                         V z = by.template operator()<kNorm>(source.z(i, n));
                         extra(i, n);
                         if (P::plain) {
-                          add_length<kNorm>(store(place.out + i, n, z), acc[0]);
+                          add_length<kNorm>(place.out.store(i, n, z), acc[0]);
                           return;
                         }
                         const V centre = place.origin(i, n), given = source.given(i, n);
                         if (boxed) z = place.in_box(i, n, z);
-                        V x = round_to<T>(z == given - centre ? given : centre + z);
-                        if (boxed) {
+                        V x = z == given - centre ? given : centre + z;
+                        if (boxed) {  // bounds are numbers of the type: rounding stays inside
                           const V low = place.lower(i, n), high = place.upper(i, n);
                           x = x < low ? low : x;
                           x = x > high ? high : x;
                         }
-                        add_length<kNorm>(store(place.out + i, n, x) - centre, acc[0]);
+                        add_length<kNorm>(place.out.store(i, n, x) - centre, acc[0]);
                       }).v[0];
   if (cut.groups.mask)
     for_elements(
-        cut, [&](int64_t i, auto n) { store(place.out + i, n, place.origin(i, n)); }, false);
+        cut, [&](int64_t i, auto n) { place.out.store(i, n, place.origin(i, n)); }, false);
   if (eps == kInfinity) return;
   const double norm =
       kNorm == Norm::l2
           ? length_of_square(cut, size,
                              [&](int64_t i, auto n) {
-                               return load(place.out + i, n) - place.origin(i, n);
+                               return place.out.load(i, n) - place.origin(i, n);
                              })
           : size;
   if (norm > eps) pull_in<kNorm>(cut, eps, place, norm);
@@ -342,7 +339,7 @@ inline void finish(const Cut& cut, double eps, const P& place, const F& source, 
 // Puts the origin everywhere.
 template <class P>
 inline void clear(const Cut& cut, const P& place) {
-  const auto put = [&](int64_t i, auto n) { store(place.out + i, n, place.origin(i, n)); };
+  const auto put = [&](int64_t i, auto n) { place.out.store(i, n, place.origin(i, n)); };
   for_elements(cut, put);
   if (cut.groups.mask) for_elements(cut, put, false);
 }

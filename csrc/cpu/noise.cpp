@@ -76,7 +76,7 @@ struct Scaled {
   }
   template <class N>
   V z(int64_t i, N n) const {
-    return load(place.out + i, n) * scale;
+    return place.out.load(i, n) * scale;
   }
 };
 
@@ -87,7 +87,7 @@ struct Lying {
 
   template <class N>
   V given(int64_t i, N n) const {
-    return load(place.out + i, n);
+    return place.out.load(i, n);
   }
   template <class N>
   V z(int64_t i, N n) const {
@@ -95,7 +95,7 @@ struct Lying {
   }
 };
 
-template <class T>
+template <class T, bool kWide>
 void start(const NoiseArgs& args, ParallelFor parallel_for) {
   const Place<T, false> place(args.out, args.box);
   with_norm(args.norm, [&](auto of) {
@@ -107,12 +107,12 @@ void start(const NoiseArgs& args, ParallelFor parallel_for) {
       const double eps = of_group(args.eps, cut.index);
       double scale = eps;
       if (eps > 0) {
-        for_numbers<sizeof(T) == 8>(cut, kind, args.key, [&](int64_t i, auto n, V number) {
-          store(place.out + i, n, number);
+        for_numbers<kWide>(cut, kind, args.key, [&](int64_t i, auto n, V number) {
+          place.out.store(i, n, number);
         });
         if (norm != Norm::linf) {
           const double size =
-              length<norm>(cut, [&](int64_t i, auto n) { return load(place.out + i, n); });
+              length<norm>(cut, [&](int64_t i, auto n) { return place.out.load(i, n); });
           const double u =
               radius_uniform(static_cast<uint64_t>(args.key[0]),
                              static_cast<uint64_t>(args.key[1]), static_cast<uint64_t>(cut.index));
@@ -128,16 +128,17 @@ void start(const NoiseArgs& args, ParallelFor parallel_for) {
   });
 }
 
-template <class T>
+template <class T, bool kWide>
 void add_noise(const NoiseArgs& args, ParallelFor parallel_for) {
   const Place<T, false> place(args.out, args.box);
+  const Elements<T> x(args.x);
   with_norm(args.norm, [&](auto of) {
     constexpr Norm norm = decltype(of)::norm;
     for_groups(args.groups, 0, args.groups.groups, parallel_for, [&](const Cut& cut) {
       const double std = of_group(args.std, cut.index);
-      for_numbers<sizeof(T) == 8>(
+      for_numbers<kWide>(
           cut, Draw::gaussian, args.key, [&](int64_t i, auto n, V number) {
-            store(place.out + i, n, load<T>(args.x.data, i, n) + std * number);
+            place.out.store(i, n, x.load(i, n) + std * number);
           });
       finish<norm>(cut, of_group(args.eps, cut.index), place, Lying<Place<T, false>>{place});
     });
@@ -147,13 +148,15 @@ void add_noise(const NoiseArgs& args, ParallelFor parallel_for) {
 }  // namespace
 
 void EMBATTLE_AT_LEVEL(random_start)(const NoiseArgs& args, ParallelFor parallel_for) {
-  with_type(args.out.dtype,
-            [&](auto as) { start<typename decltype(as)::type>(args, parallel_for); });
+  args.out.dtype == Dtype::f64   ? start<Any, true>(args, parallel_for)
+  : args.out.dtype == Dtype::f32 ? start<float, false>(args, parallel_for)
+                                 : start<Any, false>(args, parallel_for);
 }
 
 void EMBATTLE_AT_LEVEL(gaussian_noise)(const NoiseArgs& args, ParallelFor parallel_for) {
-  with_type(args.out.dtype,
-            [&](auto as) { add_noise<typename decltype(as)::type>(args, parallel_for); });
+  args.out.dtype == Dtype::f64   ? add_noise<Any, true>(args, parallel_for)
+  : args.out.dtype == Dtype::f32 ? add_noise<float, false>(args, parallel_for)
+                                 : add_noise<Any, false>(args, parallel_for);
 }
 
 }  // namespace embattle

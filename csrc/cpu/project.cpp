@@ -6,12 +6,12 @@ namespace {
 
 template <class P>
 struct Perturbation {
-  const typename P::Element* x;
+  typename P::Tensor x;
   const P& place;
 
   template <class N>
   V given(int64_t i, N n) const {
-    return load(x + i, n);
+    return x.load(i, n);
   }
   template <class N>
   V z(int64_t i, N n) const {
@@ -21,10 +21,11 @@ struct Perturbation {
 
 template <class T, bool kPlain>
 void run(const ProjectArgs& args, ParallelFor parallel_for) {
+  typedef Place<T, kPlain> P;
+  const P place(args.out, args.box);
+  const Perturbation<P> source{typename P::Tensor(args.delta), place};
   with_norm(args.norm, [&](auto of) {
     for_groups(args.groups, 0, args.groups.groups, parallel_for, [&](const Cut& cut) {
-      const Place<T, kPlain> place(args.out, args.box);
-      const Perturbation<Place<T, kPlain>> source{static_cast<const T*>(args.delta.data), place};
       finish<decltype(of)::norm>(cut, of_group(args.eps, cut.index), place, source);
     });
   });
@@ -33,10 +34,11 @@ void run(const ProjectArgs& args, ParallelFor parallel_for) {
 }  // namespace
 
 void EMBATTLE_AT_LEVEL(project)(const ProjectArgs& args, ParallelFor parallel_for) {
-  with_type(args.delta.dtype, [&](auto as) {
-    typedef typename decltype(as)::type T;
-    is_plain(args.box) ? run<T, true>(args, parallel_for) : run<T, false>(args, parallel_for);
-  });
+  if (args.delta.dtype != Dtype::f32)
+    run<Any, false>(args, parallel_for);
+  else
+    is_plain(args.box) ? run<float, true>(args, parallel_for)
+                       : run<float, false>(args, parallel_for);
 }
 
 }  // namespace embattle

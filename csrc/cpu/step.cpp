@@ -7,47 +7,28 @@
 namespace embattle {
 namespace {
 
-struct Mixed {};  // a gradient of any element type
-
-template <class G>
-struct Gradient {
-  const ConstData& grad;
-  template <class N>
-  V operator()(int64_t i, N n) const {
-    return load<G>(grad.data, i, n);
-  }
-};
-template <>
-struct Gradient<Mixed> {
-  const ConstData& grad;
-  template <class N>
-  V operator()(int64_t i, N n) const {
-    return load(grad, i, n);
-  }
-};
-
 template <Norm kNorm, class P, class G>
 struct Stepped {
-  const typename P::Element* x;
+  const typename P::Tensor& x;
   const P& place;
-  const Gradient<G>& grad;
+  const G& grad;
   const Ascent& ascent;
 
   template <class N>
   V given(int64_t i, N n) const {
-    return load(x + i, n);
+    return x.load(i, n);
   }
   template <class N>
   V z(int64_t i, N n) const {
     const V d = given(i, n) - place.origin(i, n);
-    return ascent.moves ? d + ascent.template operator()<kNorm>(i, grad(i, n)) : d;
+    return ascent.moves ? d + ascent.template operator()<kNorm>(i, grad.load(i, n)) : d;
   }
 };
 
 template <Norm kNorm, class P, class G>
-void step(const Cut& cut, const StepArgs& args, const P& place, const Gradient<G>& grad) {
-  typedef typename P::Element T;
-  const T* x = static_cast<const T*>(args.delta.data);
+void step(const Cut& cut, const StepArgs& args, const P& place, const G& gradient) {
+  const typename P::Tensor x(args.delta);
+  const auto grad = [&](int64_t i, auto n) { return gradient.load(i, n); };
   const double step_size = of_group(args.step_size, cut.index);
   const double eps = of_group(args.eps, cut.index);
   Ascent ascent;
@@ -55,7 +36,7 @@ void step(const Cut& cut, const StepArgs& args, const P& place, const Gradient<G
   bool finite;
   if (kNorm == Norm::l2) {
     const auto sums = totals<3>(cut, [&](int64_t i, auto n, V* acc) {
-      const V g = grad(i, n), d = load(x + i, n) - place.origin(i, n);
+      const V g = grad(i, n), d = x.load(i, n) - place.origin(i, n);
       acc[0] += g * g;
       acc[1] += g * d;
       acc[2] += d * d;
@@ -74,7 +55,7 @@ void step(const Cut& cut, const StepArgs& args, const P& place, const Gradient<G
     if (finite) ascent = steepest<kNorm>(cut, step_size, args.top, grad);
   }
   if (!finite && args.nonfinite) ++args.nonfinite[cut.index];
-  finish<kNorm>(cut, eps, place, Stepped<kNorm, P, G>{x, place, grad, ascent}, known);
+  finish<kNorm>(cut, eps, place, Stepped<kNorm, P, G>{x, place, gradient, ascent}, known);
 }
 
 // ---- max_groups: which tokens of a sample move ---------------------------------------------------
@@ -107,17 +88,18 @@ constexpr Norm dual(Norm norm) {
 
 // Orders groups by the norm of their gradient: non-negative doubles sort as their bits do.
 template <Norm kNorm, class G>
-int64_t key_of(const Cut& cut, const Gradient<G>& grad) {
+int64_t key_of(const Cut& cut, const G& gradient) {
+  const auto grad = [&](int64_t i, auto n) { return gradient.load(i, n); };
   if (cut.count() == 0) return kMasked;
   if (!all_finite(cut, grad)) return kNonfinite;
   return bits(splat(length<dual(kNorm)>(cut, grad)))[0];
 }
 
-template <class T, class G, bool kPlain>
+template <class T, bool kPlain>
 void run(const StepArgs& args, ParallelFor parallel_for) {
   const Groups& groups = args.groups;
   const Place<T, kPlain> place(args.out, args.box);
-  const Gradient<G> grad{args.grad};
+  const Elements<T> grad(args.grad);
   with_norm(args.norm, [&](auto of) {
     constexpr Norm norm = decltype(of)::norm;
     if (args.max_groups < 0) {
@@ -146,13 +128,11 @@ void run(const StepArgs& args, ParallelFor parallel_for) {
 }  // namespace
 
 void EMBATTLE_AT_LEVEL(pgd_step)(const StepArgs& args, ParallelFor parallel_for) {
-  with_type(args.delta.dtype, [&](auto as) {
-    typedef typename decltype(as)::type T;
-    if (args.grad.dtype == args.delta.dtype && is_plain(args.box))
-      run<T, T, true>(args, parallel_for);
-    else
-      run<T, Mixed, false>(args, parallel_for);
-  });
+  if (args.delta.dtype != Dtype::f32 || args.grad.dtype != Dtype::f32)
+    run<Any, false>(args, parallel_for);
+  else
+    is_plain(args.box) ? run<float, true>(args, parallel_for)
+                       : run<float, false>(args, parallel_for);
 }
 
 }  // namespace embattle

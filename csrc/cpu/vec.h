@@ -160,49 +160,12 @@ inline V load(const void* data, int64_t i, N n) {
   return load(static_cast<const T*>(data) + i, n);
 }
 
-// The same from a tensor whose type is known when the program runs. Out of line: one copy is enough.
-[[maybe_unused, gnu::noinline]] V load(const ConstData& x, int64_t i, int n) {
-  switch (x.dtype) {
-    case Dtype::f32:
-      return n == kLanes ? load<float>(x.data, i, Whole{}) : load<float>(x.data, i, n);
-    case Dtype::f64:
-      return n == kLanes ? load<double>(x.data, i, Whole{}) : load<double>(x.data, i, n);
-    case Dtype::f16:
-      return n == kLanes ? load<f16>(x.data, i, Whole{}) : load<f16>(x.data, i, n);
-    case Dtype::bf16:
-      return n == kLanes ? load<bf16>(x.data, i, Whole{}) : load<bf16>(x.data, i, n);
-  }
-  return V{};
-}
-
 // Rounds x to T, writes its first n lanes, and returns what was written.
 template <class T, class N>
 inline V store(T* p, N n, V x) {
   const typename Packed<T>::type rounded = narrow<T>(x);
   std::memcpy(p, &rounded, sizeof(T) * static_cast<size_t>(n));
   return widen<T>(rounded);
-}
-
-template <class T>
-inline V round_to(V x) {
-  return widen<T>(narrow<T>(x));
-}
-
-[[maybe_unused, gnu::noinline]] void store(const Data& x, int64_t i, int n, V value) {
-  switch (x.dtype) {
-    case Dtype::f32:
-      store(static_cast<float*>(x.data) + i, n, value);
-      return;
-    case Dtype::f64:
-      store(static_cast<double*>(x.data) + i, n, value);
-      return;
-    case Dtype::f16:
-      store(static_cast<f16*>(x.data) + i, n, value);
-      return;
-    case Dtype::bf16:
-      store(static_cast<bf16*>(x.data) + i, n, value);
-      return;
-  }
 }
 
 // ---- Element types -------------------------------------------------------------------------------
@@ -261,24 +224,84 @@ inline double round_down(double x) {
   return value_of(rounded);
 }
 
-// Calls f(As<T>{}) for the type T that a tensor's elements have.
+// ---- Tensors -------------------------------------------------------------------------------------
+
+// A tensor's elements. Elements<Any> are of a type that is only known when the program runs: one
+// copy of a kernel then serves all, at the price of a call per vector.
+struct Any {};
+
 template <class T>
-struct As {
-  typedef T type;
-};
-template <class F>
-inline void with_type(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::f32:
-      return f(As<float>{});
-    case Dtype::f64:
-      return f(As<double>{});
-    case Dtype::f16:
-      return f(As<f16>{});
-    case Dtype::bf16:
-      return f(As<bf16>{});
+struct Elements {
+  T* p = nullptr;
+
+  Elements() = default;
+  explicit Elements(const Data& x) : p(static_cast<T*>(x.data)) {}
+  explicit Elements(const ConstData& x) : p(static_cast<T*>(const_cast<void*>(x.data))) {}
+  explicit operator bool() const { return p; }
+
+  template <class N>
+  V load(int64_t i, N n) const {
+    return embattle::load(p + i, n);
   }
+  // What was stored comes back.
+  template <class N>
+  V store(int64_t i, N n, V x) const {
+    return embattle::store(p + i, n, x);
+  }
+  double at(int64_t i) const { return value_of(p[i]); }
+  void move_toward(int64_t i, double goal) const { p[i] = toward(p[i], goal); }
+  double unit() const { return Type<T>::unit; }
+  double round_down(double x) const { return embattle::round_down<T>(x); }
+};
+
+// Calls f(Elements<T>) for the type T that a tensor's elements have.
+template <class F>
+inline auto with_elements(const Data& x, const F& f) {
+  switch (x.dtype) {
+    case Dtype::f32:
+      return f(Elements<float>(x));
+    case Dtype::f64:
+      return f(Elements<double>(x));
+    case Dtype::f16:
+      return f(Elements<f16>(x));
+    case Dtype::bf16:
+      break;
+  }
+  return f(Elements<bf16>(x));
 }
+
+[[maybe_unused, gnu::noinline]] V load_any(const Data& x, int64_t i, int n) {
+  return with_elements(
+      x, [&](auto e) { return n == kLanes ? e.load(i, Whole{}) : e.load(i, n); });
+}
+[[maybe_unused, gnu::noinline]] V store_any(const Data& x, int64_t i, int n, V value) {
+  return with_elements(x, [&](auto e) {
+    return n == kLanes ? e.store(i, Whole{}, value) : e.store(i, n, value);
+  });
+}
+
+template <>
+struct Elements<Any> {
+  Data x;
+
+  Elements() = default;
+  explicit Elements(const Data& data) : x(data) {}
+  explicit Elements(const ConstData& data) : x{const_cast<void*>(data.data), data.dtype} {}
+  explicit operator bool() const { return x.data; }
+
+  V load(int64_t i, int n) const { return load_any(x, i, n); }
+  V store(int64_t i, int n, V value) const { return store_any(x, i, n, value); }
+  double at(int64_t i) const { return load_any(x, i, 1)[0]; }
+  void move_toward(int64_t i, double goal) const {
+    with_elements(x, [&](auto e) { e.move_toward(i, goal); });
+  }
+  double unit() const {
+    return with_elements(x, [](auto e) { return e.unit(); });
+  }
+  double round_down(double value) const {
+    return with_elements(x, [&](auto e) { return e.round_down(value); });
+  }
+};
 
 }  // namespace
 }  // namespace embattle
