@@ -39,7 +39,7 @@ struct PerGroup {
   bool broadcast = false;
 };
 
-// The box and the centre of a perturbation.
+// The box and the centre of a perturbation, in the element type of the result.
 struct Box {
   ConstData x0;     // [rows, dim] or absent
   ConstData lower;  // one element (broadcast) or [rows, dim]; or absent
@@ -119,6 +119,11 @@ struct CpuKernels {
   void (*embedding_perturb)(const PerturbArgs&, ParallelFor);
   void (*segment_sum)(const SegmentSumArgs&, ParallelFor);
   void (*rowwise_adagrad)(const AdagradArgs&, ParallelFor);
+  void (*project)(const ProjectArgs&, ParallelFor);
+  void (*pgd_step)(const StepArgs&, ParallelFor);
+  void (*momentum_step)(const StepArgs&, ParallelFor);
+  void (*random_start)(const NoiseArgs&, ParallelFor);
+  void (*gaussian_noise)(const NoiseArgs&, ParallelFor);
 };
 
 extern const CpuKernels cpu_kernels_v2;  // also the one level of machines that are not x86-64

@@ -14,21 +14,24 @@
 
 #include "stable.h"
 
-#define EMBATTLE_STEP_OPTIONS                                                                  \
-  "float norm=2., *, bool token=False, Tensor? offsets=None, Tensor? mask=None, "              \
-  "Tensor? step_per_group=None, Tensor? eps_per_group=None, float top=1., int max_groups=-1, " \
-  "Tensor? x0=None, Tensor? lower=None, Tensor? upper=None, Tensor(n!)? nonfinite=None"
+// No argument is keyword-only: torch takes no autograd and vmap rules for keyword-only tensors.
+
+#define EMBATTLE_STEP_OPTIONS                                                    \
+  "float norm=2., bool token=False, Tensor? offsets=None, Tensor? mask=None, "   \
+  "Tensor? step_per_group=None, Tensor? eps_per_group=None, float top=1., "      \
+  "int max_groups=-1, Tensor? x0=None, Tensor? lower=None, Tensor? upper=None, " \
+  "Tensor(n!)? nonfinite=None"
 #define EMBATTLE_MOMENTUM_OPTIONS                                                \
-  "float norm=2., *, bool apgd=False, bool token=False, Tensor? offsets=None, "  \
+  "float norm=2., bool apgd=False, bool token=False, Tensor? offsets=None, "     \
   "Tensor? mask=None, Tensor? step_per_group=None, Tensor? eps_per_group=None, " \
   "float top=1., Tensor? x0=None, Tensor? lower=None, Tensor? upper=None, "      \
   "Tensor(n!)? nonfinite=None"
-#define EMBATTLE_BALL_OPTIONS                                                     \
-  "float norm=2., *, bool token=False, Tensor? offsets=None, Tensor? mask=None, " \
+#define EMBATTLE_BALL_OPTIONS                                                  \
+  "float norm=2., bool token=False, Tensor? offsets=None, Tensor? mask=None, " \
   "Tensor? eps_per_group=None, Tensor? x0=None, Tensor? lower=None, Tensor? upper=None"
-#define EMBATTLE_NOISE_OPTIONS                                                    \
-  "float norm=2., *, bool token=False, Tensor? offsets=None, Tensor? mask=None, " \
-  "Tensor? std_per_group=None, Tensor? eps_per_group=None, Tensor? x0=None, "     \
+#define EMBATTLE_NOISE_OPTIONS                                                 \
+  "float norm=2., bool token=False, Tensor? offsets=None, Tensor? mask=None, " \
+  "Tensor? std_per_group=None, Tensor? eps_per_group=None, Tensor? x0=None, "  \
   "Tensor? lower=None, Tensor? upper=None"
 
 STABLE_TORCH_LIBRARY(embattle, m) {
@@ -51,7 +54,7 @@ STABLE_TORCH_LIBRARY(embattle, m) {
       "momentum_step_(Tensor(a!) delta, Tensor(b!) velocity, Tensor grad, float decay, "
       "float step_size, float eps, " EMBATTLE_MOMENTUM_OPTIONS ") -> ()");
   m.def(
-      "group_norm(Tensor x, float norm=2., *, bool token=False, Tensor? offsets=None, "
+      "group_norm(Tensor x, float norm=2., bool token=False, Tensor? offsets=None, "
       "Tensor? mask=None) -> Tensor");
 
   // Per-sample gradients: dim 0 of every tensor of the list is the batch.

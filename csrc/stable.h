@@ -35,6 +35,20 @@ inline Tensor packed(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// An uninitialised contiguous tensor of the shape, dtype and device of `like`, which must be
+// contiguous. Straight to the C shim: torch::stable::empty_like looks an op up by name.
+inline Tensor empty_packed(const Tensor& like) {
+  int32_t dtype = 0, device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim(), like.sizes().data(),
+                                                         like.strides().data(), dtype, device_type,
+                                                         device_index, &handle));
+  return Tensor(handle);
+}
+
 inline OptionalTensor packed(const OptionalTensor& t) { return t ? OptionalTensor(packed(*t)) : t; }
 
 }  // namespace embattle

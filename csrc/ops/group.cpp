@@ -1,30 +1,36 @@
-// The group ops on the CPU: check, allocate, launch.
-#include "../checks.h"
+// The group ops on the CPU.
+#include "group_ops.h"
 #include "parallel.h"
 
 namespace embattle {
 namespace {
 
-Tensor group_norm(const Tensor& x_, double norm, bool token, const OptionalTensor& offsets_,
-                  const OptionalTensor& mask_) {
-  const char* op = "group_norm";
-  const Tensor x = packed(x_);
-  const OptionalTensor offsets = packed(offsets_), mask = packed(mask_);
-  NormArgs args;
-  args.groups = checked_groups(op, "x", x, token, offsets, mask);
-  args.norm = checked_norm(op, norm);
-  args.x = {x.const_data_ptr(), float_dtype(op, "x", x)};
-  const bool wide = args.x.dtype == Dtype::f64;
-  Tensor out = torch::stable::new_empty(x, {args.groups.groups},
-                                        wide ? ScalarType::Double : ScalarType::Float);
-  args.out = {out.mutable_data_ptr(), wide ? Dtype::f64 : Dtype::f32};
-  cpu_kernels().group_norm(args, torch_parallel_for);
-  return out;
-}
+struct Cpu {
+  static void group_norm(const NormArgs& args, const Tensor&) {
+    cpu_kernels().group_norm(args, torch_parallel_for);
+  }
+  static void project(const ProjectArgs& args, const Tensor&) {
+    cpu_kernels().project(args, torch_parallel_for);
+  }
+  static void pgd_step(const StepArgs& args, const Tensor&) {
+    cpu_kernels().pgd_step(args, torch_parallel_for);
+  }
+  static void momentum_step(const StepArgs& args, const Tensor&) {
+    cpu_kernels().momentum_step(args, torch_parallel_for);
+  }
+  static void random_start(const NoiseArgs& args, const Tensor&) {
+    cpu_kernels().random_start(args, torch_parallel_for);
+  }
+  static void gaussian_noise(const NoiseArgs& args, const Tensor&) {
+    cpu_kernels().gaussian_noise(args, torch_parallel_for);
+  }
+  static Tensor key(const Tensor& key, const Tensor& like) {
+    check_device("random_start", "key", key, "the data", like);
+    return key;
+  }
+};
 
 }  // namespace
 }  // namespace embattle
 
-STABLE_TORCH_LIBRARY_IMPL(embattle, CPU, m) {
-  m.impl("group_norm", TORCH_BOX(&embattle::group_norm));
-}
+STABLE_TORCH_LIBRARY_IMPL(embattle, CPU, m) { EMBATTLE_REGISTER_GROUP_OPS(m, embattle::Cpu); }

@@ -5,9 +5,9 @@ each one means is written out in plain torch in :mod:`embattle.reference`. Names
 write their first argument.
 """
 
-from embattle.ops import _rules as _rules  # fake, autograd and vmap rules, attached to the ops
-from embattle.ops import _rules_clip as _rules_clip
+from embattle.ops import _rules_clip as _rules_clip  # fake, autograd and vmap rules of the ops
 from embattle.ops import _rules_embedding as _rules_embedding
+from embattle.ops import _rules_group as _rules_group
 from embattle.ops.clip import clip_and_sum, linear_grad_norm, per_sample_norm
 from embattle.ops.embedding import embedding_grad_norm, embedding_perturb, rowwise_adagrad_
 from embattle.ops.group import (

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from embattle.ops._rules import register_fake
+from embattle.ops._rules import register_fake, register_vmap
 
 _ops = torch.ops.embattle
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def register_vmap(op: str) -> Callable[[_F], _F]:
-    """`torch.library.register_vmap`, typed."""
-    decorator: Callable[[_F], _F] = torch.library.register_vmap(op)
-    return decorator
 
 
 def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -1,0 +1,172 @@
+// Groups as ranges of elements: who works on what, and reductions over it in a fixed order.
+//
+// A group is cut into blocks by its size alone, and the blocks' partial results are combined in
+// their order: the bits of a result depend neither on the number of threads nor on which of them
+// did what.
+#pragma once
+
+#include "vec.h"
+
+namespace embattle {
+namespace {
+
+// A thread's share of elements that is worth waking it up for.
+constexpr int64_t kGrain = 32768;
+constexpr int kMaxBlocks = 256;
+
+template <class F>
+inline void parallel(ParallelFor parallel_for, int64_t count, int64_t grain, const F& f) {
+  if (!parallel_for || count <= grain) {
+    if (count > 0) f(int64_t{0}, count);
+    return;
+  }
+  parallel_for(
+      count, grain,
+      [](void* context, int64_t begin, int64_t end) {
+        (*static_cast<const F*>(context))(begin, end);
+      },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// Calls f(i, n) for the vectors of elements [begin, end); n is below kLanes for the last one.
+template <class F>
+inline void each(int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) f(i, Whole{});
+  if (i < end) f(i, static_cast<int>(end - i));
+}
+
+struct Cut {
+  const Groups& groups;
+  int64_t index;             // which group
+  int64_t first, last;       // its rows
+  ParallelFor parallel_for;  // null: this thread works alone
+
+  int64_t begin() const { return first * groups.dim; }
+  int64_t end() const { return last * groups.dim; }
+
+  // Elements per block.
+  int64_t block() const {
+    const int64_t even = (end() - begin() + kMaxBlocks - 1) / kMaxBlocks;
+    return even < kGrain ? kGrain : (even + 63) / 64 * 64;
+  }
+
+  // The number of elements that take part.
+  int64_t count() const {
+    if (!groups.mask) return end() - begin();
+    int64_t rows = 0;
+    for (int64_t row = first; row < last; ++row) rows += groups.mask[row];
+    return rows * groups.dim;
+  }
+
+  // Calls f(begin, end) for the runs of elements of [low, high) that take part (or do not).
+  template <class F>
+  void runs(int64_t low, int64_t high, const F& f, bool taking_part = true) const {
+    const int64_t dim = groups.dim;
+    if (!groups.mask) {
+      if (taking_part && low < high) f(low, high);
+      return;
+    }
+    for (int64_t at = low; at < high;) {
+      int64_t row = at / dim;
+      if (groups.mask[row] != taking_part) {
+        at = (row + 1) * dim;
+        continue;
+      }
+      while (row < last && groups.mask[row] == taking_part) ++row;
+      const int64_t stop = row * dim < high ? row * dim : high;
+      f(at, stop);
+      at = stop;
+    }
+  }
+
+  // Calls f(block, low, high) for every block, on any thread.
+  template <class F>
+  int blocks(const F& f) const {
+    const int64_t size = block(), from = begin(), to = end();
+    const int64_t count = (to - from + size - 1) / size;
+    parallel(parallel_for, count, parallel_for ? 1 : count, [&](int64_t b, int64_t stop) {
+      for (; b < stop; ++b) {
+        const int64_t low = from + b * size;
+        f(static_cast<int>(b), low, low + size < to ? low + size : to);
+      }
+    });
+    return static_cast<int>(count);
+  }
+};
+
+template <int K>
+struct Totals {
+  double v[K];
+};
+
+// K totals over a group: f(i, n, acc) adds to acc[0..K) what the n elements from i on give. The
+// totals whose bit is set in `kMaxima` are maxima of numbers >= 0 instead.
+template <int K, unsigned kMaxima = 0, class F>
+inline Totals<K> totals(const Cut& cut, const F& f) {
+  Totals<K> parts[kMaxBlocks];
+  const auto merge = [](double& a, double b, int k) {
+    a = kMaxima >> k & 1 ? (b > a ? b : a) : a + b;
+  };
+  const int count = cut.blocks([&](int block, int64_t low, int64_t high) {
+    Totals<K> part = {};
+    cut.runs(low, high, [&](int64_t begin, int64_t end) {
+      V even[K] = {}, odd[K] = {};
+      int64_t i = begin;
+      for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+        f(i, Whole{}, even);
+        f(i + kLanes, Whole{}, odd);
+      }
+      each(i, end, [&](int64_t at, auto n) { f(at, n, even); });
+      for (int k = 0; k < K; ++k) {
+        merge(part.v[k], kMaxima >> k & 1 ? largest(even[k]) : total(even[k]), k);
+        merge(part.v[k], kMaxima >> k & 1 ? largest(odd[k]) : total(odd[k]), k);
+      }
+    });
+    parts[block] = part;
+  });
+  Totals<K> sum = {};
+  for (int b = 0; b < count; ++b)
+    for (int k = 0; k < K; ++k) merge(sum.v[k], parts[b].v[k], k);
+  return sum;
+}
+
+// Calls f(i, n) for all vectors of the group that take part (or do not), on any thread.
+template <class F>
+inline void for_elements(const Cut& cut, const F& f, bool taking_part = true) {
+  cut.blocks([&](int, int64_t low, int64_t high) {
+    cut.runs(low, high, [&](int64_t begin, int64_t end) { each(begin, end, f); }, taking_part);
+  });
+}
+
+// Calls f(cut) for every group [from, to): few big groups one after the other with all threads on
+// each, else many groups at a time, a thread on each.
+template <class F>
+inline void for_groups(const Groups& groups, int64_t from, int64_t to, ParallelFor parallel_for,
+                       const F& f) {
+  if (to <= from) return;
+  const int64_t mean = groups.rows * groups.dim / (groups.groups > 0 ? groups.groups : 1);
+  const bool split = mean >= (to - from < 16 ? int64_t{1} << 17 : int64_t{1} << 20);
+  const auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      const int64_t first = groups.offsets ? groups.offsets[g] : g * groups.rows_per_group;
+      const int64_t last = groups.offsets ? groups.offsets[g + 1] : first + groups.rows_per_group;
+      f(Cut{groups, g, first, last, split ? parallel_for : nullptr});
+    }
+  };
+  if (split || !parallel_for)
+    body(from, to);
+  else
+    parallel(parallel_for, to - from, kGrain / (mean > 0 ? mean : 1) + 1,
+             [&](int64_t begin, int64_t end) { body(from + begin, from + end); });
+}
+
+inline double of_group(const PerGroup& value, int64_t group) {
+  if (!value.values) return value.value;
+  const int64_t i = value.broadcast ? 0 : group;
+  return value.dtype == Dtype::f64 ? static_cast<const double*>(value.values)[i]
+                                   : static_cast<const float*>(value.values)[i];
+}
+
+}  // namespace
+}  // namespace embattle

@@ -1,0 +1,44 @@
+// project and project_: one read, one write.
+#include "ball.h"
+
+namespace embattle {
+namespace {
+
+template <class P>
+struct Perturbation {
+  typename P::Tensor x;
+  const P& place;
+
+  template <class N>
+  V given(int64_t i, N n) const {
+    return x.load(i, n);
+  }
+  template <class N>
+  V z(int64_t i, N n) const {
+    return given(i, n) - place.origin(i, n);
+  }
+};
+
+template <class T, bool kPlain>
+void run(const ProjectArgs& args, ParallelFor parallel_for) {
+  typedef Place<T, kPlain> P;
+  const P place(args.out, args.box);
+  const Perturbation<P> source{typename P::Tensor(args.delta), place};
+  with_norm(args.norm, [&](auto of) {
+    for_groups(args.groups, 0, args.groups.groups, parallel_for, [&](const Cut& cut) {
+      finish<decltype(of)::norm>(cut, of_group(args.eps, cut.index), place, source);
+    });
+  });
+}
+
+}  // namespace
+
+void EMBATTLE_AT_LEVEL(project)(const ProjectArgs& args, ParallelFor parallel_for) {
+  if (args.delta.dtype != Dtype::f32)
+    run<Any, false>(args, parallel_for);
+  else
+    is_plain(args.box) ? run<float, true>(args, parallel_for)
+                       : run<float, false>(args, parallel_for);
+}
+
+}  // namespace embattle

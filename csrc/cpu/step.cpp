@@ -1,0 +1,139 @@
+// pgd_step and pgd_step_: steepest ascent and projection. l2 takes two passes, the second from
+// cache: one reduction gives ||g||, <d, g> and ||d||, hence the length of the step's result.
+#include <cstdlib>
+
+#include "ascent.h"
+
+namespace embattle {
+namespace {
+
+template <Norm kNorm, class P, class G>
+struct Stepped {
+  const typename P::Tensor& x;
+  const P& place;
+  const G& grad;
+  const Ascent& ascent;
+
+  template <class N>
+  V given(int64_t i, N n) const {
+    return x.load(i, n);
+  }
+  template <class N>
+  V z(int64_t i, N n) const {
+    const V d = given(i, n) - place.origin(i, n);
+    return ascent.moves ? d + ascent.template operator()<kNorm>(i, grad.load(i, n)) : d;
+  }
+};
+
+template <Norm kNorm, class P, class G>
+void step(const Cut& cut, const StepArgs& args, const P& place, const G& gradient) {
+  const typename P::Tensor x(args.delta);
+  const auto grad = [&](int64_t i, auto n) { return gradient.load(i, n); };
+  const double step_size = of_group(args.step_size, cut.index);
+  const double eps = of_group(args.eps, cut.index);
+  Ascent ascent;
+  double known = -1;
+  bool finite;
+  if (kNorm == Norm::l2) {
+    const auto sums = totals<3>(cut, [&](int64_t i, auto n, V* acc) {
+      const V g = grad(i, n), d = x.load(i, n) - place.origin(i, n);
+      acc[0] += g * g;
+      acc[1] += g * d;
+      acc[2] += d * d;
+    });
+    const double gg = sums.v[0];
+    finite = gg < kInfinity || all_finite(cut, grad);
+    if (finite) {
+      ascent = along(length_of_square(cut, gg, grad), step_size);
+      double square;
+      if (ascent.unit == 1 && sums.v[2] < 0x1p900 && sums.v[2] > 0x1p-900 && gg > 0x1p-900 &&
+          gg < 0x1p900 && square_of_step(sums.v[2], sums.v[1], gg, ascent.a, &square))
+        known = __builtin_sqrt(square);
+    }
+  } else {
+    finite = all_finite(cut, grad);
+    if (finite) ascent = steepest<kNorm>(cut, step_size, args.top, grad);
+  }
+  if (!finite && args.nonfinite) ++args.nonfinite[cut.index];
+  finish<kNorm>(cut, eps, place, Stepped<kNorm, P, G>{x, place, gradient, ascent}, known);
+}
+
+// ---- max_groups: which tokens of a sample move
+// ---------------------------------------------------
+
+constexpr int64_t kMasked = -2, kNonfinite = -1, kChosen = INT64_MAX;
+
+// Marks the k largest of `keys` (the lowest index first among equals) as chosen.
+void choose(int64_t* keys, int64_t count, int64_t k) {
+  if (k <= 0) return;
+  int64_t low = kMasked, high = kChosen;  // at least k keys are >= low
+  while (k < count && high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    int64_t reach = 0;
+    for (int64_t i = 0; i < count; ++i) reach += keys[i] >= middle;
+    (reach >= k ? low : high) = middle;
+  }
+  int64_t equal = k;
+  for (int64_t i = 0; i < count; ++i) equal -= k < count && keys[i] > low;
+  for (int64_t i = 0; i < count; ++i) {
+    if (k >= count || keys[i] > low)
+      keys[i] = kChosen;
+    else if (keys[i] == low && equal-- > 0)
+      keys[i] = kChosen;
+  }
+}
+
+constexpr Norm dual(Norm norm) {
+  return norm == Norm::l2 ? Norm::l2 : norm == Norm::l1 ? Norm::linf : Norm::l1;
+}
+
+// Orders groups by the norm of their gradient: non-negative doubles sort as their bits do.
+template <Norm kNorm, class G>
+int64_t key_of(const Cut& cut, const G& gradient) {
+  const auto grad = [&](int64_t i, auto n) { return gradient.load(i, n); };
+  if (cut.count() == 0) return kMasked;
+  if (!all_finite(cut, grad)) return kNonfinite;
+  return bits(splat(length<dual(kNorm)>(cut, grad)))[0];
+}
+
+template <class T, bool kPlain>
+void run(const StepArgs& args, ParallelFor parallel_for) {
+  const Groups& groups = args.groups;
+  const Place<T, kPlain> place(args.out, args.box);
+  const Elements<T> grad(args.grad);
+  with_norm(args.norm, [&](auto of) {
+    constexpr Norm norm = decltype(of)::norm;
+    if (args.max_groups < 0) {
+      for_groups(groups, 0, groups.groups, parallel_for,
+                 [&](const Cut& cut) { step<norm>(cut, args, place, grad); });
+      return;
+    }
+    int64_t* keys = static_cast<int64_t*>(std::malloc(sizeof(int64_t) * groups.groups + 1));
+    for_groups(groups, 0, groups.groups, parallel_for,
+               [&](const Cut& cut) { keys[cut.index] = key_of<norm>(cut, grad); });
+    const int64_t width = args.groups_per_sample;
+    for (int64_t at = 0; width > 0 && at < groups.groups; at += width) {
+      for (int64_t i = at; i < at + width; ++i)
+        if (keys[i] == kNonfinite && args.nonfinite) ++args.nonfinite[i];
+      choose(keys + at, width, args.max_groups);
+    }
+    StepArgs counted = args;
+    counted.nonfinite = nullptr;
+    for_groups(groups, 0, groups.groups, parallel_for, [&](const Cut& cut) {
+      keys[cut.index] == kChosen ? step<norm>(cut, counted, place, grad) : clear(cut, place);
+    });
+    std::free(keys);
+  });
+}
+
+}  // namespace
+
+void EMBATTLE_AT_LEVEL(pgd_step)(const StepArgs& args, ParallelFor parallel_for) {
+  if (args.delta.dtype != Dtype::f32 || args.grad.dtype != Dtype::f32)
+    run<Any, false>(args, parallel_for);
+  else
+    is_plain(args.box) ? run<float, true>(args, parallel_for)
+                       : run<float, false>(args, parallel_for);
+}
+
+}  // namespace embattle
