@@ -13,8 +13,7 @@
 namespace embattle {
 namespace {  // one copy per translation unit: SIMD levels must not share inline functions
 
-// ---- Random numbers
-// ------------------------------------------------------------------------------
+// ---- Random numbers ----
 
 struct Words {
   uint32_t w[4];
@@ -51,8 +50,7 @@ struct Words {
   return static_cast<double>(bits53(r.w[0], r.w[1]) + 1) * 0x1p-53;
 }
 
-// ---- Rules of groups
-// -----------------------------------------------------------------------------
+// ---- Rules of groups ----
 
 // How many coordinates an l1 step moves: `top`, or that fraction of the group's n elements.
 [[maybe_unused]] EMBATTLE_HD int64_t top_count(double top, int64_t n) {

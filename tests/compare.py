@@ -85,7 +85,7 @@ def assert_close(actual: Tensor, wanted: Tensor, scale: Tensor, terms: int, what
     if not actual.numel():
         return
     precision = PRECISIONS[actual.dtype]
-    bound = precision.tolerance(terms) * (wanted.double().abs() + scale) + 2 * precision.least
+    bound = precision.tolerance(terms) * (wanted.double().abs() + scale) + 4 * precision.least
     special = ~wanted.to(actual.dtype).isfinite()
     same = wanted.to(actual.dtype).double().nan_to_num(nan=4.0) == actual.double().nan_to_num(nan=4)
     good = torch.where(special, same, (actual.double() - wanted.double()).abs() <= bound)

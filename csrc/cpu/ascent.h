@@ -81,19 +81,24 @@ inline void select_largest(const Cut& cut, int64_t k, const F& g, Ascent* ascent
 // A power of two that brings x into the middle of the range.
 inline double middling(double x) { return x < 0x1p-900 ? 0x1p600 : x > 0x1p900 ? 0x1p-600 : 1; }
 
-// l2: the ascent along g of length `norm`.
-inline Ascent along(double norm, double step_size) {
+// l2: the ascent along g of length `norm`. A tiny norm is denormal itself, with few bits left: take
+// that of the scaled g.
+template <class F>
+inline Ascent along(const Cut& cut, double norm, double step_size, const F& g) {
   Ascent ascent;
   ascent.moves = norm > 0;
-  ascent.unit = middling(norm);
-  ascent.a = norm > 0 ? step_size / (norm * ascent.unit) : 0;
+  if (!ascent.moves) return ascent;
+  const double unit = middling(norm);
+  if (unit > 1) norm = length<Norm::l2>(cut, [&](int64_t i, auto n) { return g(i, n) * unit; });
+  ascent.unit = unit;
+  ascent.a = step_size / (unit > 1 ? norm : norm * unit);
   return ascent;
 }
 
 // The ascent of a finite g.
 template <Norm kNorm, class F>
 inline Ascent steepest(const Cut& cut, double step_size, double top, const F& g) {
-  if (kNorm == Norm::l2) return along(length<Norm::l2>(cut, g), step_size);
+  if (kNorm == Norm::l2) return along(cut, length<Norm::l2>(cut, g), step_size, g);
   Ascent ascent;
   ascent.amount = step_size;
   ascent.moves = true;

@@ -61,8 +61,7 @@ inline double length(const Cut& cut, const F& f) {
   return kNorm == Norm::l2 ? length_of_square(cut, sum, f) : sum;
 }
 
-// ---- Where results lie
-// ---------------------------------------------------------------------------
+// ---- Where results lie ----
 
 // The result and its bounds. kPlain: there is neither an origin nor a box.
 template <class T, bool kPlain>

@@ -44,7 +44,7 @@ void step(const Cut& cut, const StepArgs& args, const P& place, const G& gradien
     const double gg = sums.v[0];
     finite = gg < kInfinity || all_finite(cut, grad);
     if (finite) {
-      ascent = along(length_of_square(cut, gg, grad), step_size);
+      ascent = along(cut, length_of_square(cut, gg, grad), step_size, grad);
       double square;
       if (ascent.unit == 1 && sums.v[2] < 0x1p900 && sums.v[2] > 0x1p-900 && gg > 0x1p-900 &&
           gg < 0x1p900 && square_of_step(sums.v[2], sums.v[1], gg, ascent.a, &square))
@@ -58,8 +58,7 @@ void step(const Cut& cut, const StepArgs& args, const P& place, const G& gradien
   finish<kNorm>(cut, eps, place, Stepped<kNorm, P, G>{x, place, gradient, ascent}, known);
 }
 
-// ---- max_groups: which tokens of a sample move
-// ---------------------------------------------------
+// ---- max_groups: which tokens of a sample move ----
 
 constexpr int64_t kMasked = -2, kNonfinite = -1, kChosen = INT64_MAX;
 
@@ -67,8 +66,10 @@ constexpr int64_t kMasked = -2, kNonfinite = -1, kChosen = INT64_MAX;
 void choose(int64_t* keys, int64_t count, int64_t k) {
   if (k <= 0) return;
   int64_t low = kMasked, high = kChosen;  // at least k keys are >= low
-  while (k < count && high - low > 1) {
-    const int64_t middle = low + (high - low) / 2;
+  while (k < count && low < high - 1) {
+    // Unsigned: the distance from kMasked to kChosen is no int64.
+    const uint64_t distance = static_cast<uint64_t>(high) - static_cast<uint64_t>(low);
+    const int64_t middle = low + static_cast<int64_t>(distance / 2);
     int64_t reach = 0;
     for (int64_t i = 0; i < count; ++i) reach += keys[i] >= middle;
     (reach >= k ? low : high) = middle;
