@@ -1,6 +1,7 @@
 """The command line: `embattle train`, `embattle audit`, `embattle doctor`.
 
-Only typer is imported here; every command brings what it needs itself, so that `--help` always works.
+Only typer is imported here; every command imports what it needs itself, so that `--help` works
+without it.
 """
 
 from __future__ import annotations

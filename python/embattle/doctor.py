@@ -58,8 +58,8 @@ def examine() -> Report:
         missing += [] if found else [name]
     if missing:
         report.problems.append(
-            f"{', '.join(missing)} missing: the ops work, `embattle train` and `embattle audit` need "
-            "them: pip install 'embattle[jobs]'"
+            f"{', '.join(missing)} missing: the ops work, `embattle train` and `embattle audit` "
+            "need them: pip install 'embattle[jobs]'"
         )
     return report
 
@@ -121,13 +121,13 @@ def _devices(report: Report, torch: Any, build: Mapping[str, Any] | None) -> Non
         report.facts.append((f"GPU {index}", f"{name} (compute capability {major}.{minor})"))
         if build and not build["cuda"]:
             report.problems.append(
-                f"GPU {index} is there, but the CUDA kernels were not compiled in: install nvcc and "
-                "rebuild with EMBATTLE_CUDA=ON"
+                f"GPU {index} is there, but the CUDA kernels were not compiled in: install nvcc "
+                "and rebuild with EMBATTLE_CUDA=ON"
             )
         elif build and not runs_on(archs, major, minor):
             report.problems.append(
-                f"no kernel was compiled for GPU {index} (compute capability {major}.{minor}; there "
-                f"are {', '.join(archs)}): rebuild with CMAKE_CUDA_ARCHITECTURES={major}{minor}-real"
+                f"no kernel was compiled for GPU {index} (compute capability {major}.{minor}, not "
+                f"among {', '.join(archs)}): rebuild with CMAKE_CUDA_ARCHITECTURES={major}{minor}"
             )
 
 
@@ -152,7 +152,9 @@ def runs_on(archs: list[str], major: int, minor: int) -> bool:
 
 
 def _threads(report: Report, torch: Any) -> None:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     threads = torch.get_num_threads()
     asked = os.environ.get("OMP_NUM_THREADS")
     note = f", OMP_NUM_THREADS={asked}" if asked else ""

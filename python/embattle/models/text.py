@@ -4,49 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from embattle.data.batch import Batch
 from embattle.errors import InputError, need
 from embattle.files import replacing, write_text
 from embattle.models.pretrained import load_encoder, quiet
 
 if TYPE_CHECKING:
     from embattle.recipe import ModelRecipe
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Examples ready for the model.
-
-    Attributes:
-        inputs: the model's keyword arguments: `input_ids` and `attention_mask`, [B, T] int64.
-        labels: class numbers, [B] int64.
-        movable: which token embeddings an attacker may move, [B, T] bool; padding and special
-            tokens are out of reach.
-    """
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-    movable: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, rows: Tensor) -> Batch:
-        """The examples at `rows` ([n] int64), cut to the longest of them."""
-        width = max(1, int(self.inputs["attention_mask"][rows].sum(1).amax())) if len(rows) else 1
-        inputs = {name: x[rows, :width] for name, x in self.inputs.items()}
-        return Batch(inputs, self.labels[rows], self.movable[rows, :width])
-
-    def to(self, device: torch.device) -> Batch:
-        """The same examples on a device."""
-        inputs = {name: x.to(device) for name, x in self.inputs.items()}
-        return Batch(inputs, self.labels.to(device), self.movable.to(device))
 
 
 class TextClassifier(nn.Module):
