@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ def order_checks(
                 f"{accuracies[best]:.3f} under {best}",
             )
         )
-    for weak, strong in zip(gradient, gradient[1:], strict=False):
+    for weak, strong in pairwise(gradient):
         checks.append(
             Check(
                 f"{title}: {strong} is no weaker than {weak}",

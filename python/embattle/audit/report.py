@@ -1,118 +1,195 @@
-"""The report: one HTML file that needs nothing else; everything from outside is escaped."""
+"""What the report says: from the facts of an audit to a page."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
-from html import escape
+import math
+from collections.abc import Sequence
 from typing import Any
 
-_STYLE = """
-:root { --ink: #0f172a; --soft: #475569; --line: #e2e8f0; --bad: #c2410c; --good: #1d4ed8; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f8fafc; color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 920px; margin: 0 auto; padding: 40px 24px 64px; }
-h1 { margin: 0; font-size: 30px; letter-spacing: -0.02em; }
-h2 { margin: 44px 0 10px; font-size: 20px; }
-p { margin: 8px 0; } .soft { color: var(--soft); } small { color: var(--soft); }
-.tiles { display: grid; grid-template-columns: repeat(3, 1fr); gap: 14px; margin: 26px 0 8px; }
-.tile { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 16px 18px; }
-.tile b { display: block; font-size: 15px; font-weight: 600; color: var(--soft); }
-.tile span { font-size: 27px; font-weight: 650; font-variant-numeric: tabular-nums; }
-.tile i { font-style: normal; color: var(--soft); font-size: 17px; padding: 0 6px; }
-.standard { color: var(--bad); } .hardened { color: var(--good); }
-.scroll { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 12px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 9px 14px; text-align: right; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; font-size: 14px; color: var(--soft); }
-th:first-child, td:first-child { text-align: left; }
-tr:last-child td { border-bottom: 0; } td.text { text-align: left; max-width: 420px; }
-td.fell { color: var(--bad); font-weight: 600; }
-figure { margin: 12px 0; background: #fff; border: 1px solid var(--line); border-radius: 12px;
-  padding: 12px; }
-img { display: block; width: 100%; height: auto; }
-ul { padding-left: 22px; } li { margin: 4px 0; }
-.mark { display: inline-block; min-width: 54px; font-weight: 600; }
-.pass { color: #15803d; } .fail { color: #b91c1c; }
-pre { background: #0f172a; color: #e2e8f0; border-radius: 12px; padding: 16px 18px; font-size: 13px;
-  overflow-x: auto; }
-@media (max-width: 640px) { .tiles { grid-template-columns: 1fr; } }
-@media print { body { background: #fff; } }
-"""
+from embattle.audit import html
+from embattle.recipe import Recipe
+from embattle.train import VARIANTS
+
+UNITS = {
+    "token_norm": "in mean norms of a token embedding",
+    "mean_norm": "in mean norms of a group",
+    "absolute": "absolute",
+}
 
 
-def page(title: str, sections: Sequence[str]) -> str:
-    """A whole HTML page from sections that are HTML already."""
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        "<body><main>\n" + "\n".join(sections) + "\n</main></body>\n</html>\n"
-    )
+def summary_rows(facts: dict[str, Any]) -> list[list[str]]:
+    """The table standard against hardened: one row for no attack, and one for each attack."""
+    rows = []
+    for label in ("no attack", *_attacks(facts)):
+        row = [label]
+        for name in VARIANTS:
+            model = facts["models"][name]
+            entry = model["clean"] if label == "no attack" else model["attacks"][label]
+            row += [f"{entry[key]:.3f}" for key in ("accuracy", "f1", "auc")]
+            row.append(f"{entry['success_rate']:.1%}" if "success_rate" in entry else "")
+        rows.append(row)
+    return rows
 
 
-def heading(title: str, lead: str) -> str:
-    """The page's title and a sentence under it."""
-    return f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(lead)}</p>'
+def threat_words(recipe: Recipe) -> str:
+    """The threat in a sentence."""
+    threat = recipe.threat
+    who = "each text as a whole" if threat.group == "sample" else "each token on its own"
+    return f"{threat.norm} ball of eps {threat.eps:g} ({UNITS[threat.unit]}) around {who}"
 
 
-def section(title: str, *parts: str, note: str = "") -> str:
-    """A titled section; `parts` are HTML already, `note` is plain text."""
-    said = f'<p class="soft">{escape(note)}</p>' if note else ""
-    return f"<h2>{escape(title)}</h2>\n{said}" + "\n".join(parts)
+def document(
+    recipe: Recipe,
+    facts: dict[str, Any],
+    *,
+    curves: bytes,
+    losses: bytes,
+    samples: Sequence[Sequence[str]],
+) -> str:
+    """The whole page.
 
+    Args:
+        recipe: the job.
+        facts: what `metrics.json` holds.
+        curves: the picture of accuracy over eps, a PNG.
+        losses: the picture of the training losses, a PNG.
+        samples: rows of the table of examples: text, label, and four confidences; a leading `!`
+            marks a wrong prediction.
 
-def tiles(entries: Sequence[tuple[str, str, str]]) -> str:
-    """Tiles with a name and two figures: the standard model's and the hardened one's."""
-    cells = "".join(
-        f'<div class="tile"><b>{escape(name)}</b><span class="standard">{escape(standard)}</span>'
-        f'<i>&rarr;</i><span class="hardened">{escape(hardened)}</span></div>'
-        for name, standard, hardened in entries
-    )
-    return f'<div class="tiles">{cells}</div>'
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, text: Sequence[int] = ()) -> str:
-    """A table of plain strings; the columns in `text` are set as running text.
-
-    A cell that starts with `!` is marked (the mark itself is not shown).
+    Returns:
+        HTML.
     """
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(_cell(cell, i in text) for i, cell in enumerate(row)) + "</tr>"
-        for row in rows
+    title = f"{recipe.name}: robustness report"
+    lead = (
+        f"A model trained as usual and one hardened under the same budget, on {facts['examples']} "
+        f"{facts['part']} examples that neither has seen. Seed {facts['seed']}."
     )
-    return (
-        f'<div class="scroll"><table><thead><tr>{top}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+    environment = [[name, str(value)] for name, value in facts["environment"].items()]
+    sections = [
+        html.heading(title, lead),
+        _tiles(facts),
+        _comparison(recipe, facts),
+        html.section(
+            "Accuracy over eps",
+            html.picture(curves, "accuracy over eps, both models"),
+            note="An example that falls to a smaller eps counts as fallen at every larger one.",
+        ),
+        _deeds(facts),
+        _examples(facts, samples),
+        _trust(recipe, facts),
+        html.section("Training", html.picture(losses, "training losses, both models")),
+        html.section("Settings", html.source(recipe.to_yaml())),
+        html.section("Environment", html.table(["", ""], environment, text=[1])),
+    ]
+    return html.page(title, [part for part in sections if part])
+
+
+def _attacks(facts: dict[str, Any]) -> list[str]:
+    return list(facts["models"][VARIANTS[0]]["attacks"])
+
+
+def _tiles(facts: dict[str, Any]) -> str:
+    """The three figures at the head."""
+    models, last = facts["models"], _attacks(facts)[-1]
+
+    def pair(*keys: str) -> tuple[str, str]:
+        shown = []
+        for name in VARIANTS:
+            value = models[name]
+            for key in keys:
+                value = value[key]
+            shown.append(f"{value:.1%}")
+        return shown[0], shown[1]
+
+    return html.tiles(
+        [
+            ("Accuracy without attack", *pair("clean", "accuracy")),
+            (f"Accuracy under {last}", *pair("attacks", last, "accuracy")),
+            (f"Flipped by {last}", *pair("attacks", last, "success_rate")),
+        ]
     )
 
 
-def _cell(cell: str, text: bool) -> str:
-    kinds = [name for name, on in (("text", text), ("fell", cell.startswith("!"))) if on]
-    kind = f' class="{" ".join(kinds)}"' if kinds else ""
-    return f"<td{kind}>{escape(cell.removeprefix('!'))}</td>"
-
-
-def picture(png: bytes, caption: str) -> str:
-    """A PNG inside the page."""
-    data = base64.b64encode(png).decode()
-    said = escape(caption)
-    return f'<figure><img alt="{said}" src="data:image/png;base64,{data}"></figure>'
-
-
-def checks(entries: Sequence[Mapping[str, Any]]) -> str:
-    """The checks on the attacks, each with its verdict and figures."""
-    items = "".join(
-        f'<li><span class="mark {"pass" if entry["passed"] else "fail"}">'
-        f"{'holds' if entry['passed'] else 'FAILS'}</span>{escape(entry['name'])} "
-        f"<small>({escape(entry['detail'])})</small></li>"
-        for entry in entries
+def _comparison(recipe: Recipe, facts: dict[str, Any]) -> str:
+    columns = ["accuracy", "F1", "AUC", "flipped"]
+    return html.section(
+        "Standard against hardened",
+        html.table(
+            ["", *columns, *columns],
+            summary_rows(facts),
+            groups=[("", 1), *((name, len(columns)) for name in VARIANTS)],
+        ),
+        note=f"Attacks: {threat_words(recipe)}. F1 is the mean over the classes. Flipped: share of "
+        "the rightly classified examples that the attack turns.",
     )
-    return f'<ul style="list-style:none;padding-left:0">{items}</ul>'
 
 
-def source(text: str) -> str:
-    """Preformatted text."""
-    return f"<pre>{escape(text)}</pre>"
+def _deeds(facts: dict[str, Any]) -> str:
+    """What each attack did."""
+    models = facts["models"]
+    rows = []
+    for label in _attacks(facts):
+        for name in VARIANTS:
+            entry = models[name]["attacks"][label]
+            rows.append(
+                [
+                    f"{label}, {name}",
+                    f"{entry['perturbation_norm']:.3f}",
+                    f"{models[name]['clean']['loss']:.3f}",
+                    f"{entry['loss']:.3f}",
+                    f"{entry['success_rate']:.1%}",
+                    f"{entry['seconds']:.1f} s",
+                ]
+            )
+    norms = ", ".join(f"{models[name]['token_norm']:.3f} ({name})" for name in VARIANTS)
+    return html.section(
+        "What each attack did",
+        html.table(
+            ["attack and model", "mean norm", "loss before", "loss under it", "flipped", "time"],
+            rows,
+        ),
+        note="Mean norm: of the perturbations found, absolute. For comparison, the mean l2 norm of "
+        f"a token embedding: {norms}.",
+    )
+
+
+def _examples(facts: dict[str, Any], samples: Sequence[Sequence[str]]) -> str:
+    if not samples:
+        return ""
+    return html.section(
+        "Examples",
+        html.table(
+            ["text", "label", "before", "under attack", "before", "under attack"],
+            samples,
+            groups=[("", 2), *((name, 2) for name in VARIANTS)],
+            text=[0],
+        ),
+        note=f"Confidence in the true label, before and under {_attacks(facts)[-1]}: the first "
+        "examples that both models get right and that the attack turns on the standard one.",
+    )
+
+
+def _trust(recipe: Recipe, facts: dict[str, Any]) -> str:
+    """The honesty checks, and what they cannot show."""
+    failed = sum(not check["passed"] for check in facts["checks"])
+    total, count = len(facts["checks"]), facts["examples"]
+    verdict = f"{failed} of {total} checks fail: do not trust the figures above."
+    limits = (
+        f"The hardened model was trained against {recipe.harden.attack.label}; it is judged by "
+        f"{', '.join(_attacks(facts))}, which see everything (weights, gradients, labels), and the "
+        "worst outcome of each example counts. Still, an attack shows that an example can be "
+        "fooled, never that it cannot: accuracies under attack are upper bounds. Moving embeddings "
+        "is also more than rewriting a text allows. And this is one run with one seed: with "
+        f"{count} examples, differences below {_margin(count):.1%} say nothing."
+    )
+    return html.section(
+        "How far to trust this",
+        html.checks(facts["checks"]),
+        html.paragraph(limits),
+        note=verdict if failed else f"All {total} checks on the attacks hold.",
+    )
+
+
+def _margin(count: int) -> float:
+    """Two standard errors of the difference of two accuracies near 0.8 on `count` examples."""
+    return 2 * math.sqrt(2 * 0.8 * 0.2 / count)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from embattle import data
 from embattle import recipe as recipes
-from embattle.audit import figures, report
+from embattle.audit import figures
 from embattle.audit.evaluate import evaluate, predict, sweep
 from embattle.audit.honesty import order_checks, transfer_check, unbounded_check
 from embattle.audit.metrics import score, success_rate
+from embattle.audit.report import UNITS, document, summary_rows, threat_words
 from embattle.data.batch import Batch
 from embattle.doctor import version_of
 from embattle.errors import InputError, need
@@ -34,11 +35,6 @@ from embattle.train import VARIANTS, Run, fingerprint
 
 # Examples on which the checks that need further attacks are made.
 CHECKED = 100
-UNITS = {
-    "token_norm": "in mean norms of a token embedding",
-    "mean_norm": "in mean norms of a group",
-    "absolute": "absolute",
-}
 
 
 @dataclass
@@ -110,7 +106,7 @@ def audit(folder: Path) -> None:
     histories = {name: run.variants[name]["history"] for name in VARIANTS}
     losses = figures.losses_over_steps(histories)
     samples = _samples(examples.texts, torch.tensor(examples.labels), victims, run.classes)
-    html = _report(recipe, facts, curves, losses, samples)
+    html = document(recipe, facts, curves=curves, losses=losses, samples=samples)
     write_text(folder / "metrics.json", json.dumps(_plain(facts), indent=2) + "\n")
     with replacing(folder / "curves.png") as part:
         part.write_bytes(curves)
@@ -237,141 +233,6 @@ def _curves(recipe: Recipe, facts: dict[str, Any], labels: Sequence[int]) -> byt
     )
 
 
-def _rows(facts: dict[str, Any]) -> list[list[str]]:
-    """The table standard against hardened: one row for no attack and for each attack."""
-    models = facts["models"]
-    rows = []
-    for label in ("no attack", *models["standard"]["attacks"]):
-        row = [label]
-        for name in VARIANTS:
-            entry = (
-                models[name]["clean"] if label == "no attack" else models[name]["attacks"][label]
-            )
-            row += [f"{entry['accuracy']:.3f}", f"{entry['f1']:.3f}", f"{entry['auc']:.3f}"]
-            row.append(f"{entry['success_rate']:.1%}" if "success_rate" in entry else "")
-        rows.append(row)
-    return rows
-
-
-def _threat_words(recipe: Recipe) -> str:
-    threat = recipe.threat
-    who = "each text as a whole" if threat.group == "sample" else "each token on its own"
-    return f"{threat.norm} ball of eps {threat.eps:g} ({UNITS[threat.unit]}) around {who}"
-
-
-def _report(
-    recipe: Recipe, facts: dict[str, Any], curves: bytes, losses: bytes, samples: list[list[str]]
-) -> str:
-    models, seed = facts["models"], facts["seed"]
-    last = list(models["standard"]["attacks"])[-1]
-    clean = [models[name]["clean"]["accuracy"] for name in VARIANTS]
-    robust = [models[name]["attacks"][last]["accuracy"] for name in VARIANTS]
-    flips = [models[name]["attacks"][last]["success_rate"] for name in VARIANTS]
-    lead = (
-        f"A model trained as usual and one hardened under the same budget, on {facts['examples']} "
-        f"{facts['part']} examples that neither has seen; seed {seed}."
-    )
-    four = ["accuracy", "F1", "AUC", "flipped"]
-    did = [
-        [
-            label,
-            name,
-            f"{entry['perturbation_norm']:.3f}",
-            f"{models[name]['clean']['loss']:.3f}",
-            f"{entry['loss']:.3f}",
-            f"{entry['success_rate']:.1%}",
-            f"{entry['seconds']:.1f} s",
-        ]
-        for label in models["standard"]["attacks"]
-        for name in VARIANTS
-        for entry in [models[name]["attacks"][label]]
-    ]
-    failed = [check for check in facts["checks"] if not check["passed"]]
-    verdict = (
-        f"{len(failed)} of {len(facts['checks'])} checks fail: do not trust the figures above."
-        if failed
-        else "All checks hold."
-    )
-    train = recipe.harden.attack
-    honest = (
-        f"The hardened model was trained against {train.label}; it is judged by stronger attacks "
-        f"({', '.join(models['standard']['attacks'])}) that see everything: weights, gradients and "
-        "labels, and the worst outcome of each example counts. Still, an attack only shows that an "
-        "example can be fooled, never that it cannot: the accuracies under attack are upper bounds. "
-        "The attacker moves embeddings, which is more than rewriting a text allows. This is one "
-        f"run with one seed: with {facts['examples']} examples, differences below "
-        f"{_margin(facts['examples']):.1%} are noise."
-    )
-    sections = [
-        heading(f"{recipe.name}: robustness report", lead),
-        tiles_of(clean, robust, flips, last),
-        section(
-            "Standard against hardened",
-            report.table(
-                ["", *(f"{name[:3]}. {what}" for name in VARIANTS for what in four)], _rows(facts)
-            ),
-            note=f"Attacks: {_threat_words(recipe)}. Flipped: share of the rightly classified "
-            "examples that the attack turns.",
-        ),
-        section("Accuracy over eps", report.picture(curves, "accuracy over eps, both models")),
-        section(
-            "What each attack did",
-            report.table(
-                ["attack", "model", "mean norm", "loss before", "loss under", "flipped", "time"],
-                did,
-                text=[1],
-            ),
-            note="Mean norm: of the perturbations found, absolute. A token embedding's mean norm is "
-            + ", ".join(f"{models[name]['token_norm']:.3f} ({name})" for name in VARIANTS)
-            + ".",
-        ),
-    ]
-    if samples:
-        sections.append(
-            section(
-                "Examples",
-                report.table(
-                    ["text", "label", "standard", "attacked", "hardened", "attacked"],
-                    samples,
-                    text=[0],
-                ),
-                note=f"Confidence in the true label without attack and under {last}: the first "
-                "examples that both models get right and that the attack turns on the standard one.",
-            )
-        )
-    sections += [
-        section("How far to trust this", report.checks(facts["checks"]), note=verdict),
-        f'<p class="soft">{report.escape(honest)}</p>',
-        section("Training", report.picture(losses, "training losses, both models")),
-        section("Settings", report.source(recipe.to_yaml())),
-        section(
-            "Environment",
-            report.table(
-                ["", ""], [[k, str(v)] for k, v in facts["environment"].items()], text=[1]
-            ),
-        ),
-    ]
-    return report.page(f"{recipe.name}: robustness report", sections)
-
-
-def tiles_of(
-    clean: Sequence[float], robust: Sequence[float], flips: Sequence[float], last: str
-) -> str:
-    """The three figures at the head of the report."""
-    return report.tiles(
-        [
-            ("Accuracy without attack", *(f"{x:.1%}" for x in clean)),  # type: ignore[list-item]
-            (f"Accuracy under {last}", *(f"{x:.1%}" for x in robust)),  # type: ignore[list-item]
-            (f"Flipped by {last}", *(f"{x:.1%}" for x in flips)),  # type: ignore[list-item]
-        ]
-    )
-
-
-def _margin(count: int) -> float:
-    """Two standard errors of a difference of two accuracies near 0.8 on `count` examples."""
-    return 2 * math.sqrt(2 * 0.8 * 0.2 / count)
-
-
 def _environment() -> dict[str, Any]:
     packages = ("embattle", "torch", "transformers", "accelerate", "numpy")
     device = _device()
@@ -404,13 +265,13 @@ def _print(recipe: Recipe, facts: dict[str, Any], folder: Path) -> None:
     shown = need("rich.table").Table(
         title=f"{recipe.name}, seed {recipe.seed}, {facts['examples']} {facts['part']} examples",
         box=box.SIMPLE_HEAD,
-        caption=_threat_words(recipe),
+        caption=threat_words(recipe),
     )
     shown.add_column("")
     for name in VARIANTS:
         for what in ("acc", "F1", "AUC", "flipped"):
             shown.add_column(f"{name}\n{what}" if what == "acc" else f"\n{what}", justify="right")
-    for row in _rows(facts):
+    for row in summary_rows(facts):
         shown.add_row(*row)
     console.print(shown)
     for check in facts["checks"]:
