@@ -1,0 +1,34 @@
+"""`python -m embattle`: the command line."""
+
+from __future__ import annotations
+
+import sys
+
+_WITHOUT_TYPER = """\
+usage: embattle [train RECIPE | audit RUN_DIR | doctor]
+
+train and audit, and the full help, need typer: pip install 'embattle[jobs]'
+"""
+
+
+def main() -> None:
+    """Runs the command line; without typer, `doctor` and a short help still work."""
+    try:
+        from embattle.cli import app
+    except ModuleNotFoundError as error:
+        if error.name != "typer":
+            raise
+        if sys.argv[1:2] == ["doctor"]:
+            from embattle.doctor import examine
+
+            report = examine()
+            print("\n".join(report.lines()))
+            sys.exit(1 if report.problems else 0)
+        asked = not sys.argv[1:] or "--help" in sys.argv
+        (sys.stdout if asked else sys.stderr).write(_WITHOUT_TYPER)
+        sys.exit(0 if asked else 2)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""How easily a model is fooled: attacks, scores, checks on the attacks, and a report.
+
+    from embattle.audit import evaluate
+    results = evaluate(model, batches, site, {"PGD-20": PGD(norm="l2", eps=1.0, steps=20)})
+
+`embattle audit RUN_DIR` does all of it for a run of `embattle train`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from embattle.audit.evaluate import Attacked, evaluate, predict, sweep
+    from embattle.audit.honesty import Check
+    from embattle.audit.metrics import Scores, score
+
+__all__ = ["Attacked", "Check", "Scores", "evaluate", "predict", "score", "sweep"]
+
+_HOMES = {
+    "Attacked": "evaluate",
+    "Check": "honesty",
+    "Scores": "metrics",
+    "evaluate": "evaluate",
+    "predict": "evaluate",
+    "score": "metrics",
+    "sweep": "evaluate",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Imports lazily: scores need torchmetrics, the rest only torch."""
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(f"embattle.audit.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

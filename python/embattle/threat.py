@@ -1,0 +1,109 @@
+"""From recipes to attacks: the same threat for training and for the audit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from embattle.attacks import FGM, FGSM, PGD, Attack, UniformNoise
+from embattle.objectives import AdversarialObjective
+from embattle.perturb import Site
+from embattle.recipe import AttackRecipe, Recipe, ThreatRecipe
+from embattle.schedules import WarmUp
+from embattle.strength import Relative
+
+if TYPE_CHECKING:
+    from embattle.data.batch import Batch
+
+
+def make_attack(
+    recipe: AttackRecipe,
+    threat: ThreatRecipe,
+    generator: torch.Generator,
+    *,
+    scale: float = 1.0,
+    best: bool = False,
+) -> Attack:
+    """Builds the attack of a recipe within its threat.
+
+    Args:
+        recipe: which attack.
+        threat: norm, radius and its unit.
+        generator: source of random starts.
+        scale: factor on the radius.
+        best: whether `pgd` keeps its best iterate instead of the last.
+
+    Returns:
+        The attack.
+    """
+
+    def strength(share: float) -> float | Relative:
+        value = threat.eps * scale * share
+        return value if threat.unit == "absolute" else Relative(value, to=threat.unit)
+
+    common: dict[str, Any] = {
+        "norm": threat.norm,
+        "eps": strength(1.0),
+        "restarts": recipe.restarts,
+        "generator": generator,
+    }
+    if recipe.kind == "noise":
+        return UniformNoise(**common)
+    if recipe.kind == "pgd":
+        return PGD(
+            **common,
+            steps=recipe.steps,
+            step_size=strength(recipe.step_share),
+            random_start=recipe.random_start,
+            keep="best" if best else "last",
+        )
+    return (FGSM if recipe.kind == "fgsm" else FGM)(**common, random_start=recipe.random_start)
+
+
+class Hardening:
+    """The loss of the hardened run: clean + lam * adversarial, with eps warming up.
+
+    Args:
+        recipe: the job.
+        embedding: the module that is perturbed.
+        generator: source of random starts.
+        share_clean_pass: let the attack start from the clean pass's gradient; not possible with
+            several processes, or with a float16 gradient scaler.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        embedding: nn.Module,
+        generator: torch.Generator,
+        *,
+        share_clean_pass: bool,
+    ) -> None:
+        self.eps = recipe.threat.eps
+        self.site = Site(embedding, group=recipe.threat.group)
+        self.objective = AdversarialObjective(
+            make_attack(recipe.harden.attack, recipe.threat, generator),
+            self.site,
+            lam=recipe.harden.lam,
+            eps_schedule=WarmUp(round(recipe.harden.warmup * recipe.train.steps)),
+            early_backward=share_clean_pass,
+        )
+
+    def step(self, losses: Any, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss to differentiate at a step, and the figures to show.
+
+        Args:
+            losses: runs the model on the batch and gives one loss per example, [B].
+            batch: the batch.
+            step: number of the step, from 0; the warm-up depends on it alone.
+        """
+        self.objective.step = step
+        loss, metrics = self.objective(losses, mask=batch.movable)
+        figures = {
+            "loss": float(metrics["clean_loss"]),
+            "robust_loss": float(metrics.get("adversarial_loss", metrics["clean_loss"])),
+            "eps": self.eps * float(metrics["eps_scale"]),
+        }
+        return loss, figures

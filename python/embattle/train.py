@@ -1,0 +1,417 @@
+"""The training job: one model as usual, one hardened, both under the same budget.
+
+The two runs share the data, the order of the batches, the first weights and the number of optimiser
+steps; they differ in the loss alone. Accelerate brings devices, processes and mixed precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embattle import data
+from embattle import recipe as recipes
+from embattle.checkpoint import (
+    Checkpoint,
+    model_tensors,
+    optimizer_tensors,
+    random_tensors,
+    restore_model,
+    restore_optimizer,
+    restore_random,
+)
+from embattle.data.batch import Batch
+from embattle.errors import InputError, Interrupted, need
+from embattle.files import write_text
+from embattle.models import TextClassifier, build
+from embattle.progress import bar, say
+from embattle.recipe import Recipe
+from embattle.threat import Hardening
+
+VARIANTS = ("standard", "hardened")
+
+
+@dataclass
+class Run:
+    """What a run folder says about itself, in `run.json`.
+
+    Attributes:
+        classes: the labels by class number.
+        counts: examples of each class in each part.
+        fingerprint: SHA-256 over all examples; the audit checks that the data is still the same.
+        variants: what is known about each finished model.
+    """
+
+    classes: list[str]
+    counts: dict[str, list[int]]
+    fingerprint: str
+    variants: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Writes `run.json`, all of it or nothing."""
+        write_text(folder / "run.json", json.dumps({"format": 1, **vars(self)}, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """Reads `run.json`.
+
+        Raises:
+            InputError: if the folder is no run.
+        """
+        try:
+            facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            return cls(facts["classes"], facts["counts"], facts["fingerprint"], facts["variants"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{folder} is not a run folder (no readable run.json); "
+                "give a folder that `embattle train` wrote"
+            ) from error
+
+
+def fingerprint(splits: data.Splits) -> str:
+    """A hash that changes with any text, label, or assignment to a part."""
+    parts = {name: [part.texts, part.labels] for name, part in splits.parts.items()}
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def train(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Trains both models and leaves them in a folder.
+
+    Nothing is written before the data and the model are there.
+
+    Args:
+        recipe: the job.
+        out: the run's folder; it must not hold anything, unless one of the next two says so.
+        resume: continue the run that is there; start one if there is none.
+        overwrite: replace the run that is there.
+
+    Raises:
+        InputError: about whatever the user can mend.
+        Interrupted: on Ctrl-C or SIGTERM, after a checkpoint was written.
+    """
+    began = time.monotonic()
+    accelerator = _accelerator(recipe)
+    first = accelerator.is_main_process
+    old = _inspect(recipe, out, resume=resume, overwrite=overwrite)
+    if old is not None and set(old.variants) >= set(VARIANTS):
+        if first:
+            say(f"{out} is complete; nothing to do (--overwrite trains it again)")
+        return
+    if first:
+        say(f"{recipe.name}: reading data and model")
+    with accelerator.main_process_first():
+        splits = data.load(recipe.data, recipe.seed)
+        probe = build(recipe.model, len(splits.classes), recipe.seed)
+    run = Run(splits.classes, splits.counts(), fingerprint(splits))
+    if old is not None:
+        if old.fingerprint != run.fingerprint:
+            raise InputError(
+                f"the data is not what {out} was begun with; restore it, or use --overwrite"
+            )
+        run = old
+    parts = {
+        name: probe.encode(splits.parts[name].texts, splits.parts[name].labels)
+        for name in ("train", "validation")
+    }
+    fresh = old is None
+    if first and fresh:
+        if overwrite and out.exists():
+            shutil.rmtree(out)
+        write_text(out / "recipe.yaml", recipe.to_yaml())
+        run.write(out)
+    accelerator.wait_for_everyone()
+    try:
+        for variant in VARIANTS:
+            if variant not in run.variants:
+                run.variants[variant] = Fit(recipe, variant, parts, run, out, accelerator).go()
+                if first:
+                    run.write(out)
+                accelerator.wait_for_everyone()
+    except InputError:
+        if first and fresh and not run.variants:
+            shutil.rmtree(out)
+        raise
+    if first:
+        say(f"trained in {time.monotonic() - began:.0f} s: {out}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def _accelerator(recipe: Recipe) -> Any:
+    """Accelerate's view of the devices and processes.
+
+    Raises:
+        InputError: if processes were started that do not know of each other, or the batch cannot
+            be divided among them.
+    """
+    accelerate = need("accelerate")
+    accelerator = accelerate.Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision=recipe.train.precision
+    )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != accelerator.num_processes:
+        raise InputError(
+            f"{world} processes were started but each is alone (Accelerate sees "
+            f"{accelerator.num_processes}); start them with torchrun"
+        )
+    if recipe.train.batch_size % world:
+        raise InputError(
+            f"train.batch_size: {recipe.train.batch_size} cannot be divided among {world} processes"
+        )
+    return accelerator
+
+
+def _inspect(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool) -> Run | None:
+    """The run to continue, or None if one is to be started; raises InputError if neither may be."""
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other; give one")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out: {out} is a file; choose another folder")
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    run = Run.read(out) if (out / "run.json").is_file() else None
+    if run is None:
+        raise InputError(f"--out: {out} holds other files; choose a new or empty folder")
+    if overwrite:
+        return None
+    if not resume:
+        raise InputError(f"--out: {out} holds a run; use --resume, --overwrite, or another folder")
+    changed = recipes.differences(recipes.load(out / "recipe.yaml"), recipe)
+    if changed:
+        raise InputError(
+            f"the recipe is not the one {out} was begun with ({'; '.join(changed)}); "
+            "use --overwrite or another --out"
+        )
+    return run
+
+
+class Fit:
+    """One model's training, from its first weights or from a checkpoint to its files.
+
+    Args:
+        recipe: the job.
+        variant: `standard` or `hardened`.
+        parts: the encoded `train` and `validation` parts.
+        run: for the number of classes.
+        out: the run's folder.
+        accelerator: Accelerate's object.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        variant: str,
+        parts: dict[str, Batch],
+        run: Run,
+        out: Path,
+        accelerator: Any,
+    ) -> None:
+        self.recipe, self.variant, self.parts, self.out = recipe, variant, parts, out
+        self.accelerator = accelerator
+        self.checkpoint = out / variant / "checkpoint.safetensors"
+        rank = accelerator.process_index
+        torch.manual_seed(recipe.seed + rank)
+        self.generator = torch.Generator().manual_seed(recipe.seed + 1000 + rank)
+        self.bare: TextClassifier = build(recipe.model, len(run.classes), recipe.seed)
+        self.hardening: Hardening | None = None
+        if variant == "hardened":
+            alone = accelerator.num_processes == 1 and recipe.train.precision != "fp16"
+            self.hardening = Hardening(
+                recipe, self.bare.embedding, self.generator, share_clean_pass=alone
+            )
+        trained = [p for p in self.bare.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=0.0, weight_decay=recipe.train.weight_decay, fused=True
+        )
+        self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        if self.checkpoint.is_file():
+            self._restore()
+
+    def go(self) -> dict[str, Any]:
+        """Trains to the end and saves the model.
+
+        Returns:
+            What `run.json` keeps about it.
+
+        Raises:
+            Interrupted: after a checkpoint was written.
+            InputError: if the loss is no longer a number.
+        """
+        steps, every = self.recipe.train.steps, self.recipe.train.checkpoint_every
+        start = len(self.history)
+        began = time.monotonic() - self.seconds
+        first = self.accelerator.is_main_process
+        with _stop_requests() as stop, bar(self.variant, steps, start=start, shown=first) as show:
+            for step in range(start, steps):
+                figures = self._step(step)
+                self.history.append(figures)
+                self.seconds = time.monotonic() - began
+                show(step + 1, figures)
+                last = step + 1 == steps
+                if self._agreed(stop()) and not last:
+                    self._save_checkpoint()
+                    raise Interrupted(
+                        f"stopped after step {step + 1} of {steps} ({self.variant}); the same "
+                        "command with --resume goes on from there"
+                    )
+                if every and (step + 1) % every == 0 and not last:
+                    self._save_checkpoint()
+        facts = {
+            "seconds": round(self.seconds, 1),
+            "validation_accuracy": self._validate(),
+            "history": self.history,
+        }
+        if first:
+            folder = self.out / self.variant
+            self.bare.save(folder)
+            write_text(folder / "recipe.yaml", self.recipe.to_yaml())
+            self.checkpoint.unlink(missing_ok=True)
+        return facts
+
+    def _step(self, step: int) -> dict[str, float]:
+        """One optimiser step."""
+        rate = self.recipe.train.learning_rate * _rate(step, self.recipe)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = self._batch(step)
+
+        def losses() -> Tensor:
+            logits = self.model(**batch.inputs)
+            return F.cross_entropy(logits.float(), batch.labels, reduction="none")
+
+        if self.hardening is None:
+            loss = losses().mean()
+            figures = {"loss": float(loss.detach())}
+        else:
+            loss, figures = self.hardening.step(losses, batch, step)
+        if not math.isfinite(float(loss.detach())):
+            raise InputError(
+                f"the {self.variant} loss is no longer a number at step {step + 1}: lower "
+                "train.learning_rate or threat.eps, or raise harden.warmup"
+            )
+        self.accelerator.backward(loss)
+        bound = self.recipe.train.max_grad_norm
+        if bound is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), bound)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return figures
+
+    def _batch(self, step: int) -> Batch:
+        """This process's share of the step's batch, on the device."""
+        part = self.parts["train"]
+        size = min(self.recipe.train.batch_size, len(part))
+        epoch, position = divmod(step, len(part) // size)
+        shuffle = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(part), generator=shuffle)
+        rows = order[position * size : (position + 1) * size]
+        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        return part.take(mine).to(self.accelerator.device)
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """Accuracy on the validation part."""
+        part = self.parts["validation"]
+        self.bare.eval()
+        right = 0
+        for batch in part.split(100):
+            batch = batch.to(self.accelerator.device)
+            right += int((self.bare(**batch.inputs).argmax(-1) == batch.labels).sum())
+        return right / len(part)
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether any process was asked to stop; all give the same answer."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        flag = torch.tensor([float(stop)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
+
+    def _save_checkpoint(self) -> None:
+        """Writes the state at a step boundary; random states of all processes included."""
+        tensors = {**model_tensors(self.bare), **optimizer_tensors(self.optimizer.optimizer)}
+        for name, state in random_tensors(self.generator).items():
+            mine = state.to(self.accelerator.device)[None]
+            tensors[name] = self.accelerator.gather(mine)
+        facts = {
+            "variant": self.variant,
+            "processes": self.accelerator.num_processes,
+            "history": self.history,
+            "seconds": self.seconds,
+        }
+        if self.accelerator.scaler is not None:
+            facts["scaler"] = self.accelerator.scaler.state_dict()
+        if self.accelerator.is_main_process:
+            Checkpoint(tensors, facts).save(self.checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self) -> None:
+        saved = Checkpoint.load(self.checkpoint)
+        if saved.facts["processes"] != self.accelerator.num_processes:
+            raise InputError(
+                f"{self.checkpoint} was written by {saved.facts['processes']} processes; continue "
+                "with as many"
+            )
+        restore_model(self.bare, saved.tensors)
+        restore_optimizer(self.optimizer.optimizer, saved.tensors)
+        rank = self.accelerator.process_index
+        restore_random(
+            self.generator,
+            {k: x[rank] for k, x in saved.tensors.items() if k.startswith("random.")},
+        )
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved.facts["scaler"])
+        self.history = saved.facts["history"]
+        self.seconds = saved.facts["seconds"]
+
+
+def _rate(step: int, recipe: Recipe) -> float:
+    """Linear growth over the warm-up, then linear decay; the last step's rate is above 0."""
+    steps = recipe.train.steps
+    warm = round(recipe.train.warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    return (steps - step) / max(1, steps - warm)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Any]:
+    """Lets Ctrl-C and SIGTERM finish the step first; a second Ctrl-C stops at once.
+
+    Yields:
+        A function that tells whether a stop was asked for.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
