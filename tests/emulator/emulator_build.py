@@ -15,8 +15,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "emulator"
 
-#: How kernels are compiled. "watch" has the compiler report every memory access to the emulator, which looks
-#: for races on shared memory (the ThreadSanitizer runtime is not linked); "asan" is AddressSanitizer and UBSan.
+#: How kernels are compiled. "watch" has the compiler report every memory access to the emulator,
+#: which looks for races on shared memory (the ThreadSanitizer runtime is not linked); "asan" is
+#: AddressSanitizer and UBSan.
 VARIANTS: dict[str, tuple[list[str], list[str]]] = {
     "watch": (["-fsanitize=thread"], []),
     "asan": (

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embattle.ops._rules import register_fake
-from embattle.ops._rules_clip import moved, register_vmap, split
+from embattle.ops._rules import register_fake, register_vmap
+from embattle.ops._rules_clip import moved, split
 
 _ops = torch.ops.embattle
 

@@ -34,9 +34,7 @@ for _name in ("pgd_step_", "project_", "gaussian_noise_", "momentum_step_"):
 
 
 @register_fake("embattle::momentum_step")
-def _(
-    delta: Tensor, velocity: Tensor, *args: object, **options: object
-) -> tuple[Tensor, Tensor]:
+def _(delta: Tensor, velocity: Tensor, *args: object, **options: object) -> tuple[Tensor, Tensor]:
     return _like(delta), _like(velocity)
 
 
@@ -64,9 +62,7 @@ def _(
 def _named(op: str, args: tuple[Any, ...]) -> dict[str, Any]:
     """All arguments by name: the dispatcher drops trailing ones that have their default value."""
     arguments = getattr(_ops, op).default._schema.arguments
-    return {
-        a.name: args[i] if i < len(args) else a.default_value for i, a in enumerate(arguments)
-    }
+    return {a.name: args[i] if i < len(args) else a.default_value for i, a in enumerate(arguments)}
 
 
 # ---- Gradient of the projection ----
@@ -249,12 +245,7 @@ def _one_by_one(name: str, written: bool) -> Callable[..., Out]:
         if written and in_dims[0] is None:
             raise ValueError(f"embattle.{name}: x is written, and has to be mapped")
         outs = [
-            op(
-                *[
-                    a if d is None else a.select(d, i)
-                    for a, d in zip(args, in_dims, strict=True)
-                ]
-            )
+            op(*[a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)])
             for i in range(info.batch_size)
         ]
         return (None, None) if written else (torch.stack(outs), 0)
