@@ -7,17 +7,32 @@ used, so that ``import embattle`` costs little beyond torch itself.
 from __future__ import annotations
 
 import importlib
+import os as _os
+import sys as _sys
 from typing import TYPE_CHECKING
 
 import torch as _torch  # the native library needs torch's libraries loaded
 
+
+def _only_asks() -> bool:
+    """Whether this is `embattle doctor` or `--help`, which must work without the library."""
+    words = _sys.orig_argv
+    named = any(_os.path.basename(word) == "embattle" for word in words[:-1])
+    return named and words[-1] in ("doctor", "--help", "-h")
+
+
+__version__ = "unknown"
 try:
     from embattle import _C
+
+    __version__ = str(_C.build_info()["version"])
 except ImportError as error:
-    raise ImportError(
-        f"embattle's native library cannot be loaded with torch {_torch.__version__} ({error}). "
-        "Build it against the torch that is installed: pip install --no-build-isolation ."
-    ) from error
+    if not _only_asks():
+        raise ImportError(
+            f"embattle's native library cannot be loaded with torch {_torch.__version__} "
+            f"({error}). Build it against the torch that is installed: "
+            "pip install --no-build-isolation ."
+        ) from error
 
 if TYPE_CHECKING:
     from embattle import losses as losses
@@ -52,8 +67,6 @@ if TYPE_CHECKING:
     from embattle.perturb import Site as Site
     from embattle.strength import PerDim as PerDim
     from embattle.strength import Relative as Relative
-
-__version__: str = str(_C.build_info()["version"])
 
 # Public name -> the module that defines it.
 _EXPORTS: dict[str, str] = {

