@@ -1,0 +1,608 @@
+"""Per-sample gradient clipping of a whole model in one backward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils._pytree import tree_leaves
+
+from embattle.clipping import noise as dp
+from embattle.clipping import parallel
+from embattle.clipping.combine import Use, dense_norms, simplify, unit_norms, weighted_gradient
+from embattle.clipping.install import stand_ins
+from embattle.clipping.layer import Layer, in_use
+from embattle.clipping.tape import IsolationCheck, Listener, Tape
+from embattle.clipping.units import Units
+from embattle.clipping.uses import DenseUse
+
+Mode = Literal["flat", "per_layer", "automatic"]
+Weights = Tensor | Callable[[Tensor], Tensor] | None
+
+
+@dataclass(frozen=True)
+class ClipResult:
+    """What one `PerSampleClipper.backward` found; tensors on the model's device, no gradient.
+
+    Attributes:
+        norms: [units], or [units, parameters] for "per_layer": norms before clipping, float64. A
+            unit is a sample, or a user where users were given.
+        factors: what the gradients were multiplied by, same shape: 1 if unclipped, 0 if not finite.
+        users: [units] the users' ids, in the order of norms; None without users.
+        names: the parameters, in the order of norms' second dimension.
+    """
+
+    norms: Tensor
+    factors: Tensor
+    users: Tensor | None
+    names: tuple[str, ...]
+
+
+class PerSampleClipper:
+    """Bounds what any one sample, or user, can do to a model.
+
+    Inside ``with clipper:`` run the model, then call `backward` with one loss per sample. It leaves
+    in ``.grad`` what ``loss.backward()`` would, had every sample's gradient g_b been replaced by
+    ``w_b * factor_b * g_b``; autograd computes no weight gradients, and per-sample gradients are
+    not held in memory (book-keeping: Bu et al., ICML 2023, arXiv 2210.00038). The model itself is
+    not changed: forwards are exchanged for the duration of the ``with`` block.
+
+    Layers with their own rule: Linear, Embedding, EmbeddingBag, LayerNorm, RMSNorm, Conv1d, Conv2d,
+    MultiheadAttention, RNN, GRU, LSTM, transformers' Conv1D. Any other module with parameters of
+    its own goes through torch.func, per-sample gradients of that module in memory, with one log
+    line. A parameter used anywhere else raises. What is computed in the block must be
+    differentiated once only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        max_norm: float | Sequence[float],
+        mode: Mode = "flat",
+        weights: Weights = None,
+        *,
+        gamma: float = 0.01,
+        reduction: Literal["mean", "sum"] = "mean",
+        expected_batch_size: float | None = None,
+        batch_dim: int | Mapping[str, int] = 0,
+        broadcast: Iterable[str] = (),
+        check: bool = True,
+        noise_multiplier: float = 0.0,
+        row_selection: dp.RowSelection | None = None,
+        generator: torch.Generator | None = None,
+        process_group: Any = None,
+    ) -> None:
+        """Prepares a clipper; the model stays as it is.
+
+        Args:
+            model: any module, also one wrapped in DistributedDataParallel or torch.compile.
+            max_norm: C, the largest l2 norm of a sample's gradient; for "per_layer" also one number
+                for each trained parameter, in the order of ``model.parameters()``. 0 lets nothing
+                through, inf clips nothing.
+            mode: "flat": factor ``min(1, C / ||g_b||)`` over all parameters together; "per_layer":
+                the same for each parameter by itself; "automatic": ``C / (||g_b|| + gamma)``.
+            weights: [B] factors w_b of the samples, or a function from the losses to them; 0
+                removes a sample, whatever its gradient. `backward` can override it.
+            gamma: of "automatic".
+            reduction: "mean" divides the sum by the number of samples (of users, where given), over
+                all ranks; "sum" does not.
+            expected_batch_size: what "mean" divides by instead.
+            batch_dim: where the samples are in the inputs of the layers, or a mapping from module
+                name (and whatever is inside) to it. Attention and recurrent layers know by
+                themselves.
+            broadcast: names of modules whose input is the same for all samples and lacks the batch
+                dimension (positions as [T]). A batch dimension of size 1 needs no mention.
+            check: whether the first `backward` verifies, at the price of one more partial backward
+                pass, that the losses of half of the samples leave the others' rows alone. Not done
+                under torch.compile and reentrant checkpointing.
+            noise_multiplier: standard deviation of Gaussian noise on the sum, in units of C (of the
+                root of the summed squares for "per_layer"). Weights must then not exceed 1.
+            row_selection: which rows of sparse tables get noise; default: all, made dense, with a
+                warning.
+            generator: source of the noise; default: torch's own for the parameter's device.
+            process_group: whose ranks hold the other parts of the batch; default: the one of
+                DistributedDataParallel if model is wrapped in it, else no reduction.
+
+        Raises:
+            ValueError: an option out of range.
+        """
+        if mode not in ("flat", "per_layer", "automatic"):
+            raise ValueError(
+                f"PerSampleClipper: mode must be 'flat', 'per_layer' or 'automatic', got {mode!r}"
+            )
+        if reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"PerSampleClipper: reduction must be 'mean' or 'sum', got {reduction!r}"
+            )
+        for name, value in (("gamma", gamma), ("noise_multiplier", noise_multiplier)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"PerSampleClipper: {name} must be finite and >= 0, got {value}")
+        self.model = model
+        self.mode: Mode = mode
+        self.max_norm = self._checked_bound(max_norm, mode)
+        self.weights = weights
+        self.gamma = gamma
+        self.reduction = reduction
+        self.expected_batch_size = expected_batch_size
+        self.noise_multiplier = noise_multiplier
+        self.row_selection = row_selection
+        self.generator = generator
+        self._ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        core: Any = model.module if self._ddp is not None else model
+        compiled: Any = getattr(core, "_orig_mod", None)
+        self._core: nn.Module = core if compiled is None else compiled
+        self._compiled = compiled is not None
+        self._group = process_group if self._ddp is None else self._ddp.process_group
+        self._batch_dims = {"": batch_dim} if isinstance(batch_dim, int) else dict(batch_dim)
+        self._broadcast = tuple(broadcast)
+        known = dict(self._core.named_modules())
+        for name in (*self._batch_dims, *self._broadcast):
+            if name not in known:
+                raise ValueError(f"PerSampleClipper: the model has no module named {name!r}")
+        self._check = check
+        self._tape = Tape()
+        self._tape.check = check
+        self._layers: list[tuple[nn.Module, Layer]] = []
+        self._layers_for: tuple[object, ...] | None = None
+        self._stack: ExitStack | None = None
+        self._pending: dict[Parameter, Tensor] = {}
+
+    @staticmethod
+    def _checked_bound(max_norm: float | Sequence[float], mode: str) -> float | tuple[float, ...]:
+        values = [max_norm] if isinstance(max_norm, (int, float)) else list(max_norm)
+        for value in values:
+            if not value >= 0:
+                raise ValueError(f"PerSampleClipper: max_norm must be >= 0, got {value}")
+        if isinstance(max_norm, (int, float)):
+            return float(max_norm)
+        if mode != "per_layer":
+            raise ValueError(
+                f"PerSampleClipper: max_norm must be one number for mode {mode!r}, got "
+                f"{len(values)}"
+            )
+        return tuple(float(value) for value in values)
+
+    # --- entering and leaving ---------------------------------------------------------------------
+
+    def __enter__(self) -> PerSampleClipper:
+        """Exchanges the forwards.
+
+        Raises:
+            RuntimeError: another clipper is at work on the model.
+            ValueError: a layer couples the samples of a batch.
+        """
+        if self._stack is not None:
+            raise RuntimeError("PerSampleClipper: already entered; leave the with block first")
+        with ExitStack() as stack:
+            self._install(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Puts the model's own forwards back."""
+        stack, self._stack = self._stack, None
+        self._tape.batch_size = None
+        if stack is not None:
+            stack.close()
+
+    def _install(self, stack: ExitStack) -> None:
+        for module in self._core.modules():
+            if in_use(module):
+                raise RuntimeError(
+                    "PerSampleClipper: the model is inside another clipper's with block"
+                )
+        current = tuple(
+            (id(module), module.training, *(p is not None and p.requires_grad for p in own))
+            for module in self._core.modules()
+            if (own := tuple(module._parameters.values())) or not self._layers
+        )
+        if current != self._layers_for:
+            self._layers = stand_ins(self._core, self._tape, self._batch_dims, self._broadcast)
+            self._layers_for = current
+        if self._ddp is not None:
+            stack.enter_context(self._ddp.no_sync())
+        for _, layer in self._layers:
+            layer.put_in()
+            stack.callback(layer.take_out)
+        hook = self._core.register_forward_pre_hook(
+            self._note_batch, prepend=True, with_kwargs=True
+        )
+        stack.callback(hook.remove)
+        for name, parameter in self._core.named_parameters():
+            if parameter.requires_grad:
+                handle = parameter.register_hook(_refusal(name))  # type: ignore[no-untyped-call]
+                stack.callback(handle.remove)
+
+    def _note_batch(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._tape.inside:
+            return
+        dim = self._batch_dims.get("", 0)
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.dim() > dim:
+                self._tape.batch_size = leaf.shape[dim]
+                return
+
+    def expect(self, batch_size: int) -> None:
+        """Says how many samples the next forward passes hold, if the model is not called whole."""
+        self._tape.batch_size = batch_size
+
+    # --- the backward pass ------------------------------------------------------------------------
+
+    def backward(
+        self,
+        losses: Tensor,
+        *,
+        weights: Weights = None,
+        users: Tensor | None = None,
+        scale: float = 1.0,
+        max_norm: float | Sequence[float] | None = None,
+        scaler: Any = None,
+        retain_graph: bool = False,
+        last: bool = True,
+    ) -> ClipResult:
+        """Adds the clipped gradients to ``.grad``.
+
+        Args:
+            losses: [B], one per sample, computed inside the with block; sums of several losses of
+                the same sample (clean and adversarial) have their joint gradient clipped.
+            weights: see the constructor.
+            users: [B] integers: samples with the same one are a unit, and the norm of their summed
+                gradient is bounded. Weights then apply before clipping.
+            scale: multiplies the result, not the norms: 1/k for each of k accumulated batches.
+            max_norm: overrides the constructor's for this call.
+            scaler: a torch.amp.GradScaler: the backward pass runs on scaled losses, norms are those
+                of unscaled gradients, and the result is scaled, as scaler.step expects. If more
+                than half of the units are not finite the result is made so, for the scaler to
+                notice.
+            retain_graph: keep the graph for another backward.
+            last: whether this is the last batch before the optimiser's step: ranks are reduced and
+                noise is added then only.
+
+        Returns:
+            Norms and factors.
+
+        Raises:
+            RuntimeError: outside of the with block, or a parameter was used where it cannot be
+                followed.
+            ValueError: losses, weights or users have a wrong shape, or samples are coupled.
+        """
+        if self._stack is None:
+            raise RuntimeError("PerSampleClipper: call backward inside 'with clipper:'")
+        self._check_losses(losses)
+        samples = len(losses)
+        weights = self._resolve_weights(self.weights if weights is None else weights, losses)
+        units = self._units(samples, users, weights)
+        loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
+        named = [(n, p) for n, p in self._core.named_parameters() if p.requires_grad]
+        bound = self.max_norm if max_norm is None else self._checked_bound(max_norm, self.mode)
+        if not isinstance(bound, float) and len(bound) != len(named):
+            raise ValueError(
+                f"PerSampleClipper: max_norm has {len(bound)} numbers for {len(named)} trained "
+                f"parameters"
+            )
+        if samples:
+            self._verify_isolation(losses)
+        uses = self._listen(losses, loss_scale, retain_graph)
+        with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
+            merged = {p: simplify(uses.pop(p), units) for _, p in named if p in uses}
+            norms = self._norms(named, merged, units, losses) / loss_scale
+            factors = self._factors(norms, bound)
+            self._clean(named, merged, factors, norms, units)
+            divisor = self._divisor(units.count, losses.device)
+            final = factors
+            if scaler is not None:
+                final = _noticeable(factors, norms)
+            self._store(
+                named, merged, final, weights, units, scale / divisor, bound, loss_scale, last
+            )
+        names = tuple(name for name, _ in named)
+        return ClipResult(norms, factors, units.ids, names)
+
+    @staticmethod
+    def _check_losses(losses: Tensor) -> None:
+        if losses.dim() != 1:
+            raise ValueError(
+                f"PerSampleClipper: losses must have shape [B], got {tuple(losses.shape)}; use "
+                "reduction='none' and average over whatever is not the batch"
+            )
+        if not losses.requires_grad and len(losses):
+            raise ValueError(
+                "PerSampleClipper: losses depend on no trained parameter; compute them inside the "
+                "with "
+                "block, with gradients enabled"
+            )
+
+    def _resolve_weights(self, weights: Weights, losses: Tensor) -> Tensor | None:
+        if weights is None:
+            return None
+        found = weights(losses.detach()) if callable(weights) else weights
+        if found.shape != losses.shape:
+            raise ValueError(
+                f"PerSampleClipper: weights must have the losses' shape {tuple(losses.shape)}, got "
+                f"{tuple(found.shape)}"
+            )
+        found = found.detach().to(losses.device, torch.float64)
+        if self.noise_multiplier and bool((found.abs() > 1).any()):
+            raise ValueError(
+                f"PerSampleClipper: with noise, weights must lie in [-1, 1], got "
+                f"{float(found.max())}: "
+                "larger ones would exceed the bound that the noise is made for"
+            )
+        return found
+
+    @staticmethod
+    def _units(samples: int, users: Tensor | None, weights: Tensor | None) -> Units:
+        if users is None:
+            return Units(samples)
+        if users.shape != (samples,) or users.is_floating_point():
+            raise ValueError(
+                f"PerSampleClipper: users must be {samples} integers, got {users.dtype} of shape "
+                f"{tuple(users.shape)}"
+            )
+        return Units(samples, users, weights)
+
+    def _verify_isolation(self, losses: Tensor) -> None:
+        samples = len(losses)
+        if not self._check or self._compiled or samples < 2:
+            return
+        listener = IsolationCheck(samples)
+        half = torch.zeros_like(losses)
+        half[samples // 2 :] = 1
+        self._tape.listener = listener
+        try:
+            torch.autograd.grad(
+                losses, self._tape.anchor, half, retain_graph=True, allow_unused=True
+            )
+        except RuntimeError as error:
+            # Reentrant checkpointing allows no backward pass to chosen inputs.
+            if "checkpoint" not in str(error).lower():
+                raise
+        finally:
+            self._tape.listener = None
+        listener.verify()
+        self._check = False
+
+    def _listen(
+        self, losses: Tensor, loss_scale: float, retain_graph: bool
+    ) -> dict[Parameter, list[Use]]:
+        listener = Listener(len(losses))
+        if not len(losses):
+            return listener.uses
+        self._tape.listener = listener
+        try:
+            ones = torch.full_like(losses, loss_scale)
+            torch.autograd.backward(losses, ones, retain_graph=retain_graph)
+        finally:
+            self._tape.listener = None
+        return listener.uses
+
+    # --- norms and factors ------------------------------------------------------------------------
+
+    def _norms(
+        self,
+        named: Sequence[tuple[str, Parameter]],
+        uses: Mapping[Parameter, list[Use]],
+        units: Units,
+        losses: Tensor,
+    ) -> Tensor:
+        """[units], or [units, parameters]."""
+        zero = torch.zeros(units.count, dtype=torch.float64, device=losses.device)
+        if self.mode == "per_layer":
+            columns = []
+            for _, p in named:
+                found = uses.get(p)
+                if found is None:
+                    columns.append(zero)
+                elif isinstance(found[0], DenseUse):
+                    columns.append(dense_norms([found[0].grad], units))
+                else:
+                    columns.append(unit_norms(found, units, p.shape))
+            return torch.stack(columns, 1)
+        small = []
+        parts = []
+        for p, found in uses.items():
+            first = found[0]
+            if len(found) == 1 and isinstance(first, DenseUse):
+                small.append(first.grad)
+            else:
+                parts.append(unit_norms(found, units, p.shape))
+        if small:
+            parts.append(dense_norms(small, units))
+        if not parts:
+            return zero
+        if len(parts) == 1:
+            return parts[0]
+        total: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        return total
+
+    def _factors(self, norms: Tensor, bound: float | tuple[float, ...]) -> Tensor:
+        limit = torch.as_tensor(bound, dtype=norms.dtype, device=norms.device)
+        if self.mode == "automatic":
+            factors = limit / (norms + self.gamma)
+        else:
+            over = norms > limit
+            factors = torch.where(over, limit / torch.where(over, norms, 1.0), 1.0)
+        return torch.where(norms.isfinite(), factors, 0.0)
+
+    @staticmethod
+    def _clean(
+        named: Sequence[tuple[str, Parameter]],
+        uses: dict[Parameter, list[Use]],
+        factors: Tensor,
+        norms: Tensor,
+        units: Units,
+    ) -> None:
+        """Sets what the non-finite samples left to zero, where a factor of zero would give NaN."""
+        bad = ~norms.isfinite()
+        if not bool(bad.any()):
+            return
+        for column, (_, p) in enumerate(named):
+            if p not in uses:
+                continue
+            marked = bad if bad.dim() == 1 else bad[:, column]
+            if units.of_sample is not None:
+                marked = marked[units.of_sample]
+            uses[p] = [use.cleaned(marked) for use in uses[p]]
+
+    def _divisor(self, count: int, device: torch.device) -> float:
+        if self.reduction == "sum":
+            return 1.0
+        if self.expected_batch_size is not None:
+            return self.expected_batch_size
+        if self._group is not None:
+            count = parallel.total(count, device, self._group)
+        return float(max(count, 1))
+
+    # --- gradients --------------------------------------------------------------------------------
+
+    def _store(
+        self,
+        named: Sequence[tuple[str, Parameter]],
+        uses: dict[Parameter, list[Use]],
+        factors: Tensor,
+        weights: Tensor | None,
+        units: Units,
+        scale: float,
+        bound: float | tuple[float, ...],
+        loss_scale: float,
+        last: bool,
+    ) -> None:
+        noisy = self.noise_multiplier > 0 and last
+        selected = self._selected_rows(named, uses, factors, units, last)
+        found: dict[Parameter, Tensor] = {}
+        for column, (_, p) in enumerate(named):
+            if p not in uses:
+                continue
+            own = (
+                units.sample_factors(factors if factors.dim() == 1 else factors[:, column]) * scale
+            )
+            if weights is not None and units.of_sample is None:
+                own = own * weights
+            # Uses are let go as soon as they are spent.
+            found[p] = weighted_gradient(uses.pop(p), own.to(_factor_dtype(p)), p)
+        std = self.noise_multiplier * self._sensitivity(bound, len(named)) * scale * loss_scale
+        if self._group is not None:
+            found = self._reduced(named, found, std if noisy else 0.0, last)
+        elif noisy:
+            for name, p in named:
+                grad = found.get(p)
+                grad = torch.zeros_like(p) if grad is None else grad
+                if p in selected:
+                    found[p] = dp.restrict(grad, selected[p], std, self.generator)
+                else:
+                    dense = dp.densify(grad, name)
+                    found[p] = dense + dp.normal(dense, std, self.generator)
+        for p, grad in found.items():
+            if p.grad is None:
+                p.grad = grad
+            elif p.grad.layout == torch.strided:
+                p.grad.add_(grad)
+            else:
+                p.grad = (p.grad + grad) if grad.layout != torch.strided else grad + p.grad
+
+    def _selected_rows(
+        self,
+        named: Sequence[tuple[str, Parameter]],
+        uses: Mapping[Parameter, list[Use]],
+        factors: Tensor,
+        units: Units,
+        last: bool,
+    ) -> dict[Parameter, Tensor]:
+        if self.row_selection is None or not self.noise_multiplier:
+            return {}
+        if self._group is not None or not last or self.mode == "per_layer":
+            raise ValueError(
+                "PerSampleClipper: row_selection needs the whole batch in one backward on one "
+                "rank, and a "
+                "mode other than 'per_layer': its row counts are not kept across batches or ranks"
+            )
+        tables = [
+            p
+            for _, p in named
+            if p in uses and all(getattr(use, "sparse", False) for use in uses[p])
+        ]
+        rows = dp.select_rows(
+            self.row_selection,
+            [uses[p] for p in tables],
+            [len(p) for p in tables],
+            units,
+            factors > 0,
+            self.generator,
+        )
+        return dict(zip(tables, rows, strict=True))
+
+    def _reduced(
+        self,
+        named: Sequence[tuple[str, Parameter]],
+        found: dict[Parameter, Tensor],
+        std: float,
+        last: bool,
+    ) -> dict[Parameter, Tensor]:
+        """Keeps the gradients until the last batch, then sums them over ranks."""
+        for p, grad in found.items():
+            kept = self._pending.get(p)
+            self._pending[p] = grad if kept is None else grad + kept
+        if not last:
+            return {}
+        held, self._pending = self._pending, {}
+        if std and torch.distributed.get_rank(self._group) == 0:
+            # Once for all ranks, before they are summed.
+            for name, p in named:
+                own = held.get(p)
+                dense = torch.zeros_like(p) if own is None else dp.densify(own, name)
+                held[p] = dense + dp.normal(dense, std, self.generator)
+        parameters = [p for _, p in named]
+        sums = parallel.reduce_gradients(
+            [held.get(p) for p in parameters], [p.detach() for p in parameters], self._group
+        )
+        return {p: g for p, g in zip(parameters, sums, strict=True) if g is not None}
+
+    def _sensitivity(self, bound: float | tuple[float, ...], parameters: int) -> float:
+        """The largest norm of what one unit adds to the sum."""
+        if not isinstance(bound, float):
+            return math.sqrt(sum(c * c for c in bound))
+        return bound * math.sqrt(parameters) if self.mode == "per_layer" else bound
+
+    @property
+    def effective_noise_multiplier(self) -> float:
+        """The noise multiplier to account for: that of the sum and of the row selection together.
+
+        Hand it to an accountant, for instance Opacus' ``RDPAccountant().step(noise_multiplier=...,
+        sample_rate=...)``, once per optimiser step.
+        """
+        if self.row_selection is None or not self.noise_multiplier:
+            return self.noise_multiplier
+        both = self.noise_multiplier**-2 + self.row_selection.noise_multiplier**-2
+        return float(both**-0.5)
+
+
+def _refusal(name: str) -> Callable[[Tensor], None]:
+    def refuse(_: Tensor) -> None:
+        raise RuntimeError(
+            f"PerSampleClipper: parameter '{name}' is used where its per-sample gradients cannot "
+            f"be "
+            "followed: outside of its module's forward, or in a forward compiled before the with "
+            "block. "
+            "Use it through a module (for tied weights, an nn.Linear whose weight is the table's), "
+            "or "
+            "freeze it"
+        )
+
+    return refuse
+
+
+def _factor_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def _noticeable(factors: Tensor, norms: Tensor) -> Tensor:
+    """Factors that are NaN if most units overflowed, so that a loss scaler lowers its scale."""
+    bad = ~norms.isfinite()
+    lost = bad.double().mean() > 0.5
+    return torch.where(lost, torch.full_like(factors, math.nan), factors)

@@ -1,0 +1,105 @@
+"""What the forward replacements of all layers have in common."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embattle.clipping.tape import Tape
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """function.apply, typed."""
+    out: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    return out
+
+
+# Where a module keeps what stands in for its forward.
+_PLACE = "_embattle_clipping_layer"
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return vars(self)[_PLACE](*args, **kwargs)
+
+
+@functools.cache
+def _stand_in_class(own: type, compiling: bool) -> type:
+    forward: Any = _forward
+    if compiling:
+        # Breaks the graph here: what it does in the backward pass has side effects.
+        forward = torch.compiler.disable(_forward)
+    return type(own.__name__, (own,), {"forward": forward, "__module__": own.__module__})
+
+
+def in_use(module: nn.Module) -> bool:
+    """Whether something stands in for module's forward now."""
+    return _PLACE in vars(module)
+
+
+class Layer:
+    """Stands in for a module's forward while its gradients are clipped.
+
+    Attributes:
+        module: the module.
+        tape: the clipper's state.
+        name: the module's name in the model, or its class where it is the model.
+        batch_dim: where the samples are in its inputs.
+        broadcast: whether its input is the same for all samples and has no batch dimension.
+    """
+
+    def __init__(
+        self, module: Any, tape: Tape, name: str, batch_dim: int = 0, broadcast: bool = False
+    ) -> None:
+        self.module = module
+        self.tape = tape
+        self.name = name or type(module).__name__
+        self.batch_dim = batch_dim
+        self.broadcast = broadcast
+        self.original = module.forward
+        self._kept: Any = None
+
+    def put_in(self) -> None:
+        """Makes the module call this instead of its own forward.
+
+        The module gets a subclass of its class rather than another forward: that is what
+        torch.compile looks at to tell the two states apart.
+        """
+        module = self.module
+        self.original = module.forward
+        self._kept = vars(module).pop("forward", None)
+        vars(module)[_PLACE] = self
+        module.__class__ = _stand_in_class(type(module), "torch._dynamo" in sys.modules)
+
+    def take_out(self) -> None:
+        """Undoes `put_in`."""
+        module = self.module
+        module.__class__ = type(module).__mro__[1]
+        del vars(module)[_PLACE]
+        if self._kept is not None:
+            module.forward = self._kept
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the replacement, or the module's own forward inside of torch.func."""
+        if self.tape.inside:
+            return self.original(*args, **kwargs)
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The replacement."""
+        raise NotImplementedError
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Whether this class can stand in for module."""
+        raise NotImplementedError
+
+    def spread(self, x: Tensor, features: int) -> Tensor:
+        """See Tape.spread."""
+        return self.tape.spread(
+            x, self.batch_dim, features, declared=self.broadcast, name=self.name
+        )
+
