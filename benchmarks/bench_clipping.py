@@ -1,0 +1,301 @@
+"""Cost of per-sample clipping: a training step with it over the plain step, and the memory it takes.
+
+Every step is forward, backward and SGD. All the ways of one model take turns in one process, so that
+a slow moment hits all of them; the figures are ratios of medians. Memory is the largest amount of
+live tensors during a step beyond what is there before it (parameters, their gradients, optimiser).
+
+    python benchmarks/bench_clipping.py                      # all models, plain and clipped
+    python benchmarks/bench_clipping.py --models mlp text --peers --json out.json
+
+--peers adds Opacus (hooks and ghost clipping) where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from embattle.clipping import PerSampleClipper
+
+Step = Callable[[], None]
+Batch = tuple[list[Tensor], Tensor]
+
+
+class Dlrm(nn.Module):
+    """Tables and an MLP over what they give."""
+
+    def __init__(self, tables: int, rows: int, width: int, sparse: bool) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(
+            nn.Embedding(rows, width, sparse=sparse) for _ in range(tables)
+        )
+        self.mlp = nn.Sequential(
+            nn.Linear(tables * width, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 2)
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found = [table(column) for table, column in zip(self.tables, ids.unbind(1), strict=True)]
+        return self.mlp(torch.cat(found, 1))
+
+
+class Text(nn.Module):
+    """The mean of word vectors and an MLP."""
+
+    def __init__(self, rows: int, width: int, sparse: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, width, sparse=sparse)
+        self.mlp = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, 2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.mlp(self.table(ids).mean(1))
+
+
+class Encoder(nn.Module):
+    """A transformer of MiniLM-L6's size with random weights, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertForSequenceClassification
+
+        config = BertConfig(
+            hidden_size=384,
+            num_hidden_layers=6,
+            num_attention_heads=12,
+            intermediate_size=1536,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        self.bert = BertForSequenceClassification(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.bert(input_ids=ids).logits
+
+
+def ids_batch(samples: int, length: int, rows: int) -> Batch:
+    """Word ids as they come: a few words make up most of the text."""
+    ids = (torch.rand(samples, length).pow(3) * rows).long()
+    return [ids], torch.randint(2, (samples,))
+
+
+def mlp_batch(samples: int) -> Batch:
+    return [torch.randn(samples, 256)], torch.randint(2, (samples,))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 2)
+    )
+
+
+# name -> the plain model, the model that is clipped, the batch, and the bound on the ratio.
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Callable[[], Batch], float]] = {
+    "mlp": (mlp, mlp, lambda: mlp_batch(512), 1.10),
+    "dlrm-1k": (
+        lambda: Dlrm(8, 1000, 16, False),
+        lambda: Dlrm(8, 1000, 16, False),
+        lambda: ids_batch(512, 8, 1000),
+        1.30,
+    ),
+    "text-10k": (
+        lambda: Text(10_000, 64, False),
+        lambda: Text(10_000, 64, False),
+        lambda: ids_batch(512, 32, 10_000),
+        1.25,
+    ),
+    "dlrm-100k-sparse": (
+        lambda: Dlrm(8, 100_000, 16, False),
+        lambda: Dlrm(8, 100_000, 16, True),
+        lambda: ids_batch(512, 8, 100_000),
+        0.60,
+    ),
+    "text-100k-sparse": (
+        lambda: Text(100_000, 64, False),
+        lambda: Text(100_000, 64, True),
+        lambda: ids_batch(512, 32, 100_000),
+        0.60,
+    ),
+    "encoder": (Encoder, Encoder, lambda: ids_batch(16, 64, 30_000), 1.25),
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """The largest number of bytes of live tensors made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.live.pop(key, 0)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        import weakref
+
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if not isinstance(leaf, Tensor) or leaf.layout != torch.strided:
+                continue
+            storage = leaf.untyped_storage()
+            key = storage._cdata
+            if key not in self.live:
+                self.live[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._forget, key)
+        return out
+
+
+def plain_step(model: nn.Module, batch: Batch) -> Step:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    inputs, labels = batch
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(*inputs), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def clipped_step(model: nn.Module, batch: Batch) -> Step:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    clipper = PerSampleClipper(model, max_norm=0.1)
+    inputs, labels = batch
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with clipper:
+            clipper.backward(F.cross_entropy(model(*inputs), labels, reduction="none"))
+        optimizer.step()
+
+    return step
+
+
+def opacus_step(model: nn.Module, batch: Batch, ghost: bool) -> Step:
+    """A step as Opacus' users write it, without noise."""
+    from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+    inputs, labels = batch
+    base = torch.optim.SGD(model.parameters(), lr=0.01)
+    options = {"noise_multiplier": 0.0, "max_grad_norm": 0.1, "expected_batch_size": len(labels)}
+    if ghost:
+        wrapped = GradSampleModuleFastGradientClipping(
+            model, max_grad_norm=0.1, use_ghost_clipping=True
+        )
+        optimizer = DPOptimizerFastGradientClipping(base, **options)
+        criterion = DPLossFastGradientClipping(wrapped, optimizer, nn.CrossEntropyLoss())
+    else:
+        wrapped = GradSampleModule(model)
+        optimizer = DPOptimizer(base, **options)
+        criterion = nn.CrossEntropyLoss()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        criterion(wrapped(*inputs), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def measure(steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
+    """Times of all steps in turns, after two rounds to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    rounds, end = 0, time.perf_counter() + seconds
+    while rounds < 5 or time.perf_counter() < end:
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if rounds > 1:
+                times[name].append(time.perf_counter() - start)
+        rounds += 1
+    return times
+
+
+def peak(step: Step) -> int:
+    """Bytes of live tensors a step needs at most; for CUDA what its allocator says."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as live:
+        step()
+    return live.peak
+
+
+def run(name: str, peers: bool, seconds: float) -> dict[str, Any]:
+    """Ratios and memory of one model."""
+    plain, clipped, make_batch, bound = MODELS[name]
+    torch.manual_seed(0)
+    batch = make_batch()
+    steps = {"plain": plain_step(plain(), batch), "embattle": clipped_step(clipped(), batch)}
+    if peers:
+        for ghost in (False, True):
+            label = "opacus ghost" if ghost else "opacus hooks"
+            try:
+                step = opacus_step(plain(), batch, ghost)
+                step()
+            except Exception as error:
+                print(f"{name}: {label} does not run: {type(error).__name__}: {error}"[:200])
+                continue
+            steps[label] = step
+    times = measure(steps, seconds)
+    medians = {label: statistics.median(t) for label, t in times.items()}
+    memory = {label: peak(step) for label, step in steps.items()}
+    return {
+        "model": name,
+        "plain_ms": 1000 * medians["plain"],
+        "rounds": len(times["plain"]),
+        "ratio": {label: m / medians["plain"] for label, m in medians.items()},
+        "peak_mb": {label: m / 1e6 for label, m in memory.items()},
+        "bound": bound,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--peers", action="store_true", help="Opacus as well")
+    parser.add_argument("--seconds", type=float, default=5.0, help="per model, about")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results = []
+    for name in args.models:
+        result = run(name, args.peers, args.seconds)
+        results.append(result)
+        shown = ", ".join(
+            f"{label} {ratio:.2f} ({result['peak_mb'][label]:.1f} MB)"
+            for label, ratio in result["ratio"].items()
+        )
+        print(f"{name}: plain {result['plain_ms']:.2f} ms; {shown}; bound {result['bound']}")
+    if args.json:
+        about = {
+            "torch": torch.__version__,
+            "machine": platform.processor() or platform.machine(),
+            "threads": args.threads,
+        }
+        with open(args.json, "w") as file:
+            json.dump({"about": about, "results": results}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
