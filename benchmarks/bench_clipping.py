@@ -1,11 +1,11 @@
-"""Cost of per-sample clipping: a training step with it over the plain step, and the memory it takes.
+"""Cost of per-sample clipping: a training step with it over the plain step, and its memory.
 
-Every step is forward, backward and SGD. All the ways of one model take turns in one process, so that
-a slow moment hits all of them; the figures are ratios of medians. Memory is the largest amount of
-live tensors during a step beyond what is there before it (parameters, their gradients, optimiser).
+Every step is forward, backward and SGD. All the ways of one model take turns in one process, so
+that a slow moment hits all of them; the figures are ratios of medians. Memory is the largest amount
+of live tensors made during a step.
 
     python benchmarks/bench_clipping.py                      # all models, plain and clipped
-    python benchmarks/bench_clipping.py --models mlp text --peers --json out.json
+    python benchmarks/bench_clipping.py --models mlp text-10k --peers --json out.json
 
 --peers adds Opacus (hooks and ghost clipping) where it is installed.
 """
@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from embattle.clipping import PerSampleClipper
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from embattle.clipping import PerSampleClipper
 
 Step = Callable[[], None]
 Batch = tuple[list[Tensor], Tensor]
@@ -37,11 +36,13 @@ class Dlrm(nn.Module):
 
     def __init__(self, tables: int, rows: int, width: int, sparse: bool) -> None:
         super().__init__()
-        self.tables = nn.ModuleList(
-            nn.Embedding(rows, width, sparse=sparse) for _ in range(tables)
-        )
+        self.tables = nn.ModuleList(nn.Embedding(rows, width, sparse=sparse) for _ in range(tables))
         self.mlp = nn.Sequential(
-            nn.Linear(tables * width, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 2)
+            nn.Linear(tables * width, 128),
+            nn.ReLU(),
+            nn.Linear(128, 64),
+            nn.ReLU(),
+            nn.Linear(64, 2),
         )
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -99,7 +100,9 @@ def mlp() -> nn.Module:
 
 
 # name -> the plain model, the model that is clipped, the batch, and the bound on the ratio.
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Callable[[], Batch], float]] = {
+MODELS: dict[
+    str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], Callable[[], Batch], float]
+] = {
     "mlp": (mlp, mlp, lambda: mlp_batch(512), 1.10),
     "dlrm-1k": (
         lambda: Dlrm(8, 1000, 16, False),

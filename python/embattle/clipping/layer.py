@@ -27,11 +27,11 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 @functools.cache
-def _stand_in_class(own: type, compiling: bool) -> type:
+def _stand_in_class(own: Any, compiling: bool) -> Any:
     forward: Any = _forward
     if compiling:
         # Breaks the graph here: what it does in the backward pass has side effects.
-        forward = torch.compiler.disable(_forward)
+        forward = torch.compiler.disable(_forward)  # type: ignore[no-untyped-call]
     return type(own.__name__, (own,), {"forward": forward, "__module__": own.__module__})
 
 
@@ -72,7 +72,8 @@ class Layer:
         self.original = module.forward
         self._kept = vars(module).pop("forward", None)
         vars(module)[_PLACE] = self
-        module.__class__ = _stand_in_class(type(module), "torch._dynamo" in sys.modules)
+        own: Any = type(module)
+        module.__class__ = _stand_in_class(own, "torch._dynamo" in sys.modules)
 
     def take_out(self) -> None:
         """Undoes `put_in`."""
@@ -102,4 +103,3 @@ class Layer:
         return self.tape.spread(
             x, self.batch_dim, features, declared=self.broadcast, name=self.name
         )
-
