@@ -35,6 +35,7 @@ except ImportError as error:
         ) from error
 
 if TYPE_CHECKING:
+    from embattle import clipping as clipping
     from embattle import losses as losses
     from embattle import masking as masking
     from embattle import ops as ops
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
     from embattle.attacks import SMARTStep as SMARTStep
     from embattle.attacks import TokenSwap as TokenSwap
     from embattle.attacks import UniformNoise as UniformNoise
+    from embattle.clipping import ClipResult as ClipResult
+    from embattle.clipping import PerSampleClipper as PerSampleClipper
+    from embattle.clipping import RowSelection as RowSelection
     from embattle.monitor import Monitor as Monitor
     from embattle.objectives import AWP as AWP
     from embattle.objectives import R3F as R3F
@@ -77,6 +81,7 @@ _EXPORTS: dict[str, str] = {
     "AttackResult": "attacks",
     "BoxStart": "attacks",
     "Bregman": "objectives",
+    "ClipResult": "clipping",
     "FGM": "attacks",
     "FGSM": "attacks",
     "FreeAT": "objectives",
@@ -88,8 +93,10 @@ _EXPORTS: dict[str, str] = {
     "NEFTune": "attacks",
     "PGD": "attacks",
     "PerDim": "strength",
+    "PerSampleClipper": "clipping",
     "R3F": "objectives",
     "Relative": "strength",
+    "RowSelection": "clipping",
     "SMARTStep": "attacks",
     "Site": "perturb",
     "Smart": "objectives",
@@ -99,7 +106,7 @@ _EXPORTS: dict[str, str] = {
     "VAT": "attacks",
     "Vat": "objectives",
 }
-_SUBMODULES = ("losses", "masking", "ops", "reference", "schedules")
+_SUBMODULES = ("clipping", "losses", "masking", "ops", "reference", "schedules")
 
 __all__ = ["__version__", *_SUBMODULES, *_EXPORTS]
 
