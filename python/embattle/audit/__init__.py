@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from embattle.audit.evaluate import Attacked, evaluate, predict, sweep
     from embattle.audit.honesty import Check
-    from embattle.audit.metrics import Scores, score
+    from embattle.audit.metrics import Scores, score, success_rate
 
-__all__ = ["Attacked", "Check", "Scores", "evaluate", "predict", "score", "sweep"]
+__all__ = ["Attacked", "Check", "Scores", "evaluate", "predict", "score", "success_rate", "sweep"]
 
 _HOMES = {
     "Attacked": "evaluate",
@@ -24,6 +24,7 @@ _HOMES = {
     "evaluate": "evaluate",
     "predict": "evaluate",
     "score": "metrics",
+    "success_rate": "metrics",
     "sweep": "evaluate",
 }
 

@@ -24,7 +24,7 @@ from embattle.audit.metrics import score, success_rate
 from embattle.audit.report import UNITS, document, summary_rows, threat_words
 from embattle.data.batch import Batch
 from embattle.doctor import version_of
-from embattle.errors import InputError, need
+from embattle.errors import InputError
 from embattle.files import replacing, write_text
 from embattle.models import TextClassifier, load
 from embattle.perturb import Site
@@ -260,20 +260,18 @@ def _plain(value: Any) -> Any:
 
 def _print(recipe: Recipe, facts: dict[str, Any], folder: Path) -> None:
     """The table, the checks and the path, as text."""
-    box = need("rich.box")
-    console = need("rich.console").Console(width=None)
-    shown = need("rich.table").Table(
-        title=f"{recipe.name}, seed {recipe.seed}, {facts['examples']} {facts['part']} examples",
-        box=box.SIMPLE_HEAD,
-        caption=threat_words(recipe),
-    )
-    shown.add_column("")
-    for name in VARIANTS:
-        for what in ("acc", "F1", "AUC", "flipped"):
-            shown.add_column(f"{name}\n{what}" if what == "acc" else f"\n{what}", justify="right")
-    for row in summary_rows(facts):
-        shown.add_row(*row)
-    console.print(shown)
+    say(f"{recipe.name}, seed {recipe.seed}, {facts['examples']} {facts['part']} examples")
+    say(f"attacks: {threat_words(recipe)}")
+    rows = summary_rows(facts)
+    first = max(len(row[0]) for row in rows)
+    columns = "".join(f"{name:>7}" for name in ("acc", "F1", "AUC")) + f"{'flipped':>9}"
+    say("")
+    say(" " * first + "".join(f"{name:^{len(columns)}}" for name in VARIANTS).rstrip())
+    say(" " * first + columns * len(VARIANTS))
+    for row in rows:
+        cells = "".join(f"{cell:>{9 if i % 4 == 3 else 7}}" for i, cell in enumerate(row[1:]))
+        say(f"{row[0]:<{first}}{cells}".rstrip())
+    say("")
     for check in facts["checks"]:
         if not check["passed"]:
             say(f"check fails: {check['name']} ({check['detail']})")
