@@ -1,0 +1,64 @@
+"""Clipped gradients under DistributedDataParallel: two ranks give what one process does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from embattle.clipping import PerSampleClipper
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(9, 3, sparse=True)
+        self.out = nn.Linear(3, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.table(ids).tanh()).square().sum((1, 2))
+
+
+def batch() -> Tensor:
+    return torch.randint(9, (6, 4), generator=torch.Generator().manual_seed(1))
+
+
+def dense(model: nn.Module) -> list[Tensor]:
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return [g.to_dense() if g.is_sparse else g for g in grads]
+
+
+def rank_main(rank: int, where: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{where}/init", rank=rank, world_size=2)
+    model = DistributedDataParallel(Model())
+    # Ranks hold different numbers of samples.
+    own = batch()[:2] if rank == 0 else batch()[2:]
+    clipper = PerSampleClipper(model, 0.3)
+    with clipper:
+        clipper.backward(model(own))
+    torch.save(dense(model), f"{where}/mean{rank}.pt")
+    model.zero_grad()
+    with PerSampleClipper(model, 0.3, reduction="sum") as summing:
+        summing.backward(model(own[:1]), last=False)
+        summing.backward(model(own[1:]))
+    torch.save(dense(model), f"{where}/sum{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    mp.spawn(rank_main, (str(tmp_path),), nprocs=2)
+    model = Model()
+    with PerSampleClipper(model, 0.3) as clipper:
+        clipper.backward(model(batch()))
+    wanted = dense(model)
+    for rank in range(2):
+        mean = torch.load(tmp_path / f"mean{rank}.pt", weights_only=True)
+        summed = torch.load(tmp_path / f"sum{rank}.pt", weights_only=True)
+        for found, total, exact in zip(mean, summed, wanted, strict=True):
+            torch.testing.assert_close(found, exact)
+            torch.testing.assert_close(total, exact * 6)

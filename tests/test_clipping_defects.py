@@ -1,0 +1,295 @@
+"""What clippers elsewhere get wrong, what must be refused, and what has to work together."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from clipping_cases import SAMPLES, Apply, assert_close, clipped_sum, gradients
+from embattle.clipping import PerSampleClipper, RowSelection
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def loop(model: nn.Module, x: Tensor, samples: list[int] | None = None) -> list[list[Tensor]]:
+    """Gradients of single samples, of the losses used below."""
+    found = []
+    for b in range(len(x)) if samples is None else samples:
+        loss = model(x[b : b + 1]).square().sum()
+        found.append(list(torch.autograd.grad(loss, list(model.parameters()))))
+    return found
+
+
+def losses(model: nn.Module, *batch: Tensor) -> Tensor:
+    return model(*batch).flatten(1).square().sum(1)
+
+
+def mlp(**options: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).to(**options)
+
+
+def test_duplicates_that_cancel_have_norm_zero() -> None:
+    table = nn.Embedding(4, 3)
+    signs = torch.tensor([1.0, -1.0])[:, None] * 1e3
+    with PerSampleClipper(table, 1.0) as clipper:
+        out = table(torch.tensor([[2, 2], [1, 3]]))
+        result = clipper.backward((out * signs).flatten(1).sum(1))
+    assert result.norms[0] == 0
+    assert result.factors[0] == 1
+    assert float(result.norms[1]) == pytest.approx(1e3 * math.sqrt(6))
+    assert table.weight.grad is not None
+    assert table.weight.grad.isfinite().all()
+
+
+def test_tokens_that_nearly_cancel() -> None:
+    """A Gram matrix in float32 loses such a norm."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64, bias=False)
+    x = torch.randn(4, 1, 64).repeat(1, 2, 1)
+    x[:, 1] += 1e-3 * torch.randn(4, 64)
+    sign = torch.tensor([1.0, -1.0])[:, None]
+    coefficients = torch.randn(4, 1, 64)
+    with PerSampleClipper(layer, 1e-3) as clipper:
+        result = clipper.backward((layer(x) * sign * coefficients).flatten(1).sum(1))
+    exact = torch.einsum("bti,bto->boi", x.double(), (sign * coefficients).double())
+    assert_close([result.norms], [exact.flatten(1).norm(dim=1)], 1e-4)
+
+
+# 1e38 overflows in the weight's norm alone, so that per_layer rightly keeps the bias
+@pytest.mark.parametrize(
+    ("value", "mode"),
+    [
+        (math.inf, "flat"),
+        (math.nan, "flat"),
+        (1e38, "flat"),
+        (math.inf, "per_layer"),
+        (math.nan, "per_layer"),
+        (math.nan, "automatic"),
+    ],
+)
+def test_non_finite_samples_add_nothing(value: float, mode: str) -> None:
+    model = mlp()
+    x = torch.randn(4, 3)
+    x[1] = value
+    with PerSampleClipper(model, 0.5, mode, reduction="sum") as clipper:
+        result = clipper.backward(model[0](x).square().sum(1))
+    assert not bool(result.norms.reshape(4, -1)[1].isfinite().all())
+    wanted, _ = clipped_sum(
+        [
+            [*torch.autograd.grad(model[0](x[b]).square().sum(), list(model[0].parameters()))]
+            for b in (0, 2, 3)
+        ],
+        0.5,
+        mode,
+    )
+    assert_close(gradients(model)[:2], wanted, 1e-5)
+
+
+def test_weight_zero_removes_a_non_finite_sample() -> None:
+    model = mlp()
+    x = torch.randn(3, 3)
+    x[2] = math.nan
+    with PerSampleClipper(model, 0.5) as clipper:
+        clipper.backward(losses(model, x), weights=torch.tensor([1.0, 1.0, 0.0]))
+    assert all(g.isfinite().all() for g in gradients(model))
+
+
+def test_parameters_used_elsewhere_raise() -> None:
+    table = nn.Embedding(5, 3)
+    model = Apply(lambda m, i: m.f(m.table(i)) @ m.table.weight.t(), table=table, f=nn.Linear(3, 3))
+    with (
+        PerSampleClipper(model, 1.0) as clipper,
+        pytest.raises(RuntimeError, match=r"'table\.weight' is used where"),
+    ):
+        clipper.backward(losses(model, torch.tensor([1, 2, 3])))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_coupled_samples_raise() -> None:
+    table = nn.Embedding(SAMPLES, 3)
+    model = Apply(
+        lambda m, i: m.table(i) + m.pos(torch.arange(SAMPLES)), table=table, pos=nn.Embedding(9, 3)
+    )
+    ids = torch.randint(SAMPLES, (SAMPLES, SAMPLES))
+    with (
+        PerSampleClipper(model, 1.0) as clipper,
+        pytest.raises(ValueError, match="in layer 'pos' the losses of some samples"),
+    ):
+        clipper.backward(losses(model, ids))
+    linear = mlp()
+    x = torch.randn(4, 3)
+    with PerSampleClipper(linear, 1.0) as clipper:
+        out = linear(x)
+        in_batch = F.cross_entropy(out @ out.t(), torch.arange(4), reduction="none")
+        with pytest.raises(ValueError, match="losses of some samples depend"):
+            clipper.backward(in_batch)
+    with (
+        pytest.raises(ValueError, match=r"BatchNorm1d\) normalises over the batch"),
+        PerSampleClipper(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), 1.0),
+    ):
+        pytest.fail("entered")
+
+
+def test_wrong_calls_raise() -> None:
+    model = mlp()
+    x = torch.randn(4, 3)
+    clipper = PerSampleClipper(model, 1.0)
+    with pytest.raises(RuntimeError, match="inside 'with clipper:'"):
+        clipper.backward(losses(model, x))
+    with pytest.raises(ValueError, match="max_norm must be >= 0, got -1"):
+        PerSampleClipper(model, -1)
+    with pytest.raises(ValueError, match="max_norm must be >= 0, got nan"):
+        PerSampleClipper(model, math.nan)
+    with pytest.raises(ValueError, match="no module named 'nowhere'"):
+        PerSampleClipper(model, 1.0, broadcast=["nowhere"])
+    with clipper:
+        with pytest.raises(ValueError, match=r"shape \[B\], got \(\)"):
+            clipper.backward(losses(model, x).mean())
+        with pytest.raises(ValueError, match="weights must have the losses' shape"):
+            clipper.backward(losses(model, x), weights=torch.ones(3))
+        with pytest.raises(ValueError, match="saw 4 rows in its batch dimension for 3 losses"):
+            clipper.backward(losses(model, x)[:3])
+        with (
+            pytest.raises(RuntimeError, match="inside another clipper"),
+            PerSampleClipper(model, 1),
+        ):
+            pytest.fail("entered")
+
+
+def test_second_derivatives_raise() -> None:
+    model = mlp()
+    x = torch.randn(4, 3, requires_grad=True)
+    with PerSampleClipper(model, 1.0) as clipper:
+        (g,) = torch.autograd.grad(losses(model, x).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            clipper.backward(g.square().sum(1))
+
+
+def test_inner_attack_leaves_no_trace() -> None:
+    """An attack's gradients to the input record nothing; clean and adversarial clip jointly."""
+    model = mlp(dtype=torch.float64)
+    x = torch.randn(4, 3, dtype=torch.float64)
+
+    def step(x: Tensor) -> Tensor:
+        delta = torch.zeros_like(x, requires_grad=True)
+        (g,) = torch.autograd.grad(losses(model, x + delta).sum(), delta)
+        return x + 0.1 * g.sign()
+
+    singles = []
+    for b in range(4):
+        one = x[b : b + 1]
+        loss = (losses(model, one) + 2 * losses(model, step(one))).sum()
+        singles.append(list(torch.autograd.grad(loss, list(model.parameters()))))
+    wanted, _ = clipped_sum(singles, 1.0)
+    with PerSampleClipper(model, 1.0, reduction="sum") as clipper:
+        clipper.backward(losses(model, x) + 2 * losses(model, step(x)))
+    assert_close(gradients(model), wanted, 1e-10)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant: bool) -> None:
+    model = mlp(dtype=torch.float64)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    wanted, _ = clipped_sum(loop(model, x), 0.5)
+    with PerSampleClipper(model, 0.5, reduction="sum") as clipper:
+        hidden = model[1](model[0](x))
+        out = checkpoint(model[2], hidden, use_reentrant=reentrant)
+        clipper.backward(out.square().sum(1))
+    assert_close(gradients(model), wanted, 1e-10)
+
+
+def test_loss_scaling() -> None:
+    model = mlp()
+    x = torch.randn(4, 3)
+    wanted, norms = clipped_sum(loop(model, x), 0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    clipper = PerSampleClipper(model, 0.5, reduction="sum")
+    with clipper:
+        result = clipper.backward(losses(model, x), scaler=scaler)
+    assert_close([result.norms], [norms], 1e-5)
+    assert_close([g / 1024 for g in gradients(model)], wanted, 1e-5)
+    with clipper:
+        clipper.backward(losses(model, x * math.inf), scaler=scaler)
+    assert not gradients(model)[0].isfinite().all()
+
+
+def test_autocast() -> None:
+    model = nn.Sequential(nn.LayerNorm(3), mlp())
+    x = torch.randn(8, 4, 3)
+    wanted, norms = clipped_sum(loop(model, x), 0.5)
+    with (
+        PerSampleClipper(model, 0.5, reduction="sum") as clipper,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        result = clipper.backward(losses(model, x).float())
+    assert_close([result.norms], [norms], 0.05)
+    assert_close(gradients(model), wanted, 0.1)
+    assert all(p.grad is None or p.grad.dtype == p.dtype for p in model.parameters())
+
+
+def test_noise_has_the_promised_deviation() -> None:
+    layer = nn.Linear(100, 100, bias=False)
+    clipper = PerSampleClipper(
+        layer, 0.5, noise_multiplier=2.0, generator=torch.Generator().manual_seed(0)
+    )
+    with clipper:
+        clipper.backward(losses(layer, torch.zeros(10, 100)))
+    noise = gradients(layer)[0]
+    assert float(noise.std()) == pytest.approx(2.0 * 0.5 / 10, rel=0.05)
+    with clipper, pytest.raises(ValueError, match="weights must lie in"):
+        clipper.backward(losses(layer, torch.zeros(10, 100)), weights=torch.full((10,), 2.0))
+
+
+def test_noise_on_selected_rows() -> None:
+    table = nn.Embedding(1000, 4, sparse=True)
+    selection = RowSelection(threshold=5.0, noise_multiplier=1.0)
+    clipper = PerSampleClipper(
+        table,
+        1.0,
+        noise_multiplier=1.0,
+        row_selection=selection,
+        generator=torch.Generator().manual_seed(0),
+    )
+    with clipper:
+        clipper.backward(losses(table, torch.tensor([[7]] * 50 + [[3]])))
+    assert table.weight.grad is not None
+    rows = table.weight.grad.coalesce().indices()[0].tolist()
+    assert 7 in rows
+    assert 3 not in rows
+    assert len(rows) < 5
+    assert clipper.effective_noise_multiplier == pytest.approx(math.sqrt(0.5))
+
+
+def test_noise_makes_sparse_dense_with_a_warning() -> None:
+    table = nn.Embedding(10, 2, sparse=True)
+    with (
+        PerSampleClipper(table, 1.0, noise_multiplier=1.0) as clipper,
+        pytest.warns(UserWarning, match="sparse gradient of 'weight' dense"),
+    ):
+        clipper.backward(losses(table, torch.tensor([[1], [2]])))
+    assert table.weight.grad is not None
+    assert not table.weight.grad.is_sparse
+
+
+def test_sparse_gradient_follows_the_batch() -> None:
+    table = nn.Embedding(50_000, 4, sparse=True)
+    with PerSampleClipper(table, 1.0) as clipper:
+        clipper.backward(losses(table, torch.tensor([[1, 5], [5, 9]])))
+    assert table.weight.grad is not None
+    assert table.weight.grad.coalesce().indices()[0].tolist() == [1, 5, 9]
+
+
+def test_compiled_model() -> None:
+    model = mlp()
+    x = torch.randn(4, 3)
+    wanted, _ = clipped_sum(loop(model, x), 0.5)
+    compiled = torch.compile(model, backend="aot_eager")
+    plain = compiled(x).detach()
+    with PerSampleClipper(compiled, 0.5, reduction="sum") as clipper:
+        clipper.backward(losses(compiled, x))
+    assert_close(gradients(model), wanted, 1e-5)
+    assert torch.equal(compiled(x), plain)
