@@ -21,6 +21,8 @@ from embattle.ops._arguments import (
     strength,
 )
 
+# Called with positional arguments in the order of the schemas in csrc/library.cpp: binding sixteen
+# keywords takes longer than a small op itself.
 _ops = torch.ops.embattle
 
 
@@ -79,23 +81,23 @@ def pgd_step(
     step, step_per_group = strength(step_size)
     radius, eps_per_group = strength(eps)
     try:
-        out: Tensor = _ops.pgd_step(
+        out: Tensor = _ops.pgd_step.default(
             delta,
             grad,
             step,
             radius,
             NORMS.get(norm) or norm_order("pgd_step", norm),
-            token=is_token("pgd_step", group),
-            offsets=offsets,
-            mask=mask,
-            step_per_group=step_per_group,
-            eps_per_group=eps_per_group,
-            top=top,
-            max_groups=-1 if max_groups is None else max_groups,
-            x0=x0,
-            lower=bound(lower, delta),
-            upper=bound(upper, delta),
-            nonfinite=nonfinite,
+            is_token("pgd_step", group),
+            offsets,
+            mask,
+            step_per_group,
+            eps_per_group,
+            top,
+            -1 if max_groups is None else max_groups,
+            x0,
+            bound(lower, delta),
+            bound(upper, delta),
+            nonfinite,
         )
     except RuntimeError as error:
         raise argument_error(error) from None
@@ -123,23 +125,23 @@ def pgd_step_(
     step, step_per_group = strength(step_size)
     radius, eps_per_group = strength(eps)
     try:
-        _ops.pgd_step_(
+        _ops.pgd_step_.default(
             delta,
             grad,
             step,
             radius,
             NORMS.get(norm) or norm_order("pgd_step_", norm),
-            token=is_token("pgd_step_", group),
-            offsets=offsets,
-            mask=mask,
-            step_per_group=step_per_group,
-            eps_per_group=eps_per_group,
-            top=top,
-            max_groups=-1 if max_groups is None else max_groups,
-            x0=x0,
-            lower=bound(lower, delta),
-            upper=bound(upper, delta),
-            nonfinite=nonfinite,
+            is_token("pgd_step_", group),
+            offsets,
+            mask,
+            step_per_group,
+            eps_per_group,
+            top,
+            -1 if max_groups is None else max_groups,
+            x0,
+            bound(lower, delta),
+            bound(upper, delta),
+            nonfinite,
         )
     except RuntimeError as error:
         raise argument_error(error) from None
@@ -178,17 +180,17 @@ def project(
     """
     radius, eps_per_group = strength(eps)
     try:
-        out: Tensor = _ops.project(
+        out: Tensor = _ops.project.default(
             delta,
             radius,
             NORMS.get(norm) or norm_order("project", norm),
-            token=is_token("project", group),
-            offsets=offsets,
-            mask=mask,
-            eps_per_group=eps_per_group,
-            x0=x0,
-            lower=bound(lower, delta),
-            upper=bound(upper, delta),
+            is_token("project", group),
+            offsets,
+            mask,
+            eps_per_group,
+            x0,
+            bound(lower, delta),
+            bound(upper, delta),
         )
     except RuntimeError as error:
         raise argument_error(error) from None
@@ -210,17 +212,17 @@ def project_(
     """As :func:`project`, written into `delta`, which is returned. Not differentiable."""
     radius, eps_per_group = strength(eps)
     try:
-        _ops.project_(
+        _ops.project_.default(
             delta,
             radius,
             NORMS.get(norm) or norm_order("project_", norm),
-            token=is_token("project_", group),
-            offsets=offsets,
-            mask=mask,
-            eps_per_group=eps_per_group,
-            x0=x0,
-            lower=bound(lower, delta),
-            upper=bound(upper, delta),
+            is_token("project_", group),
+            offsets,
+            mask,
+            eps_per_group,
+            x0,
+            bound(lower, delta),
+            bound(upper, delta),
         )
     except RuntimeError as error:
         raise argument_error(error) from None
@@ -256,18 +258,18 @@ def random_start(
     """
     radius, eps_per_group = strength(eps)
     try:
-        out: Tensor = _ops.random_start(
+        out: Tensor = _ops.random_start.default(
             like,
             draw_key(like, generator),
             radius,
             NORMS.get(norm) or norm_order("random_start", norm),
-            token=is_token("random_start", group),
-            offsets=offsets,
-            mask=mask,
-            eps_per_group=eps_per_group,
-            x0=x0,
-            lower=bound(lower, like),
-            upper=bound(upper, like),
+            is_token("random_start", group),
+            offsets,
+            mask,
+            eps_per_group,
+            x0,
+            bound(lower, like),
+            bound(upper, like),
         )
     except RuntimeError as error:
         raise argument_error(error) from None
@@ -306,20 +308,20 @@ def gaussian_noise(
     deviation, std_per_group = strength(std)
     radius, eps_per_group = strength(math.inf if eps is None else eps)
     try:
-        out: Tensor = _ops.gaussian_noise(
+        out: Tensor = _ops.gaussian_noise.default(
             x,
             draw_key(x, generator),
             deviation,
             radius,
             NORMS.get(norm) or norm_order("gaussian_noise", norm),
-            token=is_token("gaussian_noise", group),
-            offsets=offsets,
-            mask=mask,
-            std_per_group=std_per_group,
-            eps_per_group=eps_per_group,
-            x0=x0,
-            lower=bound(lower, x),
-            upper=bound(upper, x),
+            is_token("gaussian_noise", group),
+            offsets,
+            mask,
+            std_per_group,
+            eps_per_group,
+            x0,
+            bound(lower, x),
+            bound(upper, x),
         )
     except RuntimeError as error:
         raise argument_error(error) from None
@@ -344,20 +346,20 @@ def gaussian_noise_(
     deviation, std_per_group = strength(std)
     radius, eps_per_group = strength(math.inf if eps is None else eps)
     try:
-        _ops.gaussian_noise_(
+        _ops.gaussian_noise_.default(
             x,
             draw_key(x, generator),
             deviation,
             radius,
             NORMS.get(norm) or norm_order("gaussian_noise_", norm),
-            token=is_token("gaussian_noise_", group),
-            offsets=offsets,
-            mask=mask,
-            std_per_group=std_per_group,
-            eps_per_group=eps_per_group,
-            x0=x0,
-            lower=bound(lower, x),
-            upper=bound(upper, x),
+            is_token("gaussian_noise_", group),
+            offsets,
+            mask,
+            std_per_group,
+            eps_per_group,
+            x0,
+            bound(lower, x),
+            bound(upper, x),
         )
     except RuntimeError as error:
         raise argument_error(error) from None
@@ -415,7 +417,7 @@ def momentum_step(
     step, step_per_group = strength(step_size)
     radius, eps_per_group = strength(eps)
     try:
-        out: tuple[Tensor, Tensor] = _ops.momentum_step(
+        out: tuple[Tensor, Tensor] = _ops.momentum_step.default(
             delta,
             velocity,
             grad,
@@ -423,17 +425,17 @@ def momentum_step(
             step,
             radius,
             NORMS.get(norm) or norm_order("momentum_step", norm),
-            apgd=_is_apgd("momentum_step", style),
-            token=is_token("momentum_step", group),
-            offsets=offsets,
-            mask=mask,
-            step_per_group=step_per_group,
-            eps_per_group=eps_per_group,
-            top=top,
-            x0=x0,
-            lower=bound(lower, delta),
-            upper=bound(upper, delta),
-            nonfinite=nonfinite,
+            _is_apgd("momentum_step", style),
+            is_token("momentum_step", group),
+            offsets,
+            mask,
+            step_per_group,
+            eps_per_group,
+            top,
+            x0,
+            bound(lower, delta),
+            bound(upper, delta),
+            nonfinite,
         )
     except RuntimeError as error:
         raise argument_error(error) from None
@@ -463,7 +465,7 @@ def momentum_step_(
     step, step_per_group = strength(step_size)
     radius, eps_per_group = strength(eps)
     try:
-        _ops.momentum_step_(
+        _ops.momentum_step_.default(
             delta,
             velocity,
             grad,
@@ -471,17 +473,17 @@ def momentum_step_(
             step,
             radius,
             NORMS.get(norm) or norm_order("momentum_step_", norm),
-            apgd=_is_apgd("momentum_step_", style),
-            token=is_token("momentum_step_", group),
-            offsets=offsets,
-            mask=mask,
-            step_per_group=step_per_group,
-            eps_per_group=eps_per_group,
-            top=top,
-            x0=x0,
-            lower=bound(lower, delta),
-            upper=bound(upper, delta),
-            nonfinite=nonfinite,
+            _is_apgd("momentum_step_", style),
+            is_token("momentum_step_", group),
+            offsets,
+            mask,
+            step_per_group,
+            eps_per_group,
+            top,
+            x0,
+            bound(lower, delta),
+            bound(upper, delta),
+            nonfinite,
         )
     except RuntimeError as error:
         raise argument_error(error) from None
@@ -509,12 +511,12 @@ def group_norm(
         ValueError: for a wrong shape, dtype or value; the message names the argument.
     """
     try:
-        out: Tensor = _ops.group_norm(
+        out: Tensor = _ops.group_norm.default(
             x,
             NORMS.get(norm) or norm_order("group_norm", norm),
-            token=is_token("group_norm", group),
-            offsets=offsets,
-            mask=mask,
+            is_token("group_norm", group),
+            offsets,
+            mask,
         )
     except RuntimeError as error:
         raise argument_error(error) from None
