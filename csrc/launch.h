@@ -81,7 +81,8 @@ struct NoiseArgs {
   Norm norm = Norm::l2;
   ConstData x;  // [rows, dim]; absent for random_start
   Data out;
-  const int64_t* key = nullptr;  // [2]
+  const int64_t* key = nullptr;  // [2]; on the device, or:
+  bool key_on_host = false;      // CUDA only: the launcher reads it before it returns
   PerGroup std;
   PerGroup eps;  // infinite: no ball
   Box box;

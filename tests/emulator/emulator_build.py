@@ -70,6 +70,7 @@ def build(name: str, sources: Sequence[Path], variant: str, module: bool) -> Pat
         "-Wall",
         "-Wextra",
         "-Werror",
+        "-Wno-unknown-pragmas",
         "-fPIC",
         "-fvisibility=hidden",
     ]

@@ -1,0 +1,128 @@
+// random_start and gaussian_noise.
+#include "plan.h"
+#include "random.cuh"
+
+namespace embattle::cuda {
+namespace {
+
+template <class T, Norm kNorm, bool kFull>
+__global__ void __launch_bounds__(512, 1) draw_kernel(const __grid_constant__ GroupParams p) {
+  EMBATTLE_DYNAMIC_SHARED(shared);
+  Team team(p.shape, reinterpret_cast<TeamScratch*>(shared), p.team_global, p.team_slots);
+  using G = Group<T, kFull>;
+  using A = typename G::A;
+  using Chunk = typename G::Chunk;
+  constexpr Draw kStart = kNorm == Norm::linf ? Draw::uniform
+                          : kNorm == Norm::l2 ? Draw::gaussian
+                                              : Draw::exponential;
+  int64_t key[2];
+  for (int i = 0; i < 2; ++i) key[i] = p.key ? p.key[i] : p.key_value[i];
+  for (int64_t index = team.index; index < p.groups.groups; index += team.count) {
+    G group(p, team, shared, index);
+    group.prefetch(p.x);
+    // Draws are kept like inputs; those that do not fit are drawn again in each pass.
+    const auto drawn = [&](int64_t c, unsigned valid, Chunk& z) {
+      if (p.start)
+        draw<T, kStart>(key, c, z);
+      else
+        draw<T, Draw::gaussian>(key, c, z);
+#pragma unroll
+      for (int i = 0; i < G::kElements; ++i)
+        if (!(valid >> i & 1)) z[i] = 0;
+    };
+    double length = 0;
+    group.each([&](int k, int64_t c, unsigned valid) {
+      if (valid == 0) return;
+      const bool keep = k < p.resident;
+      if (!keep && !(p.start && kNorm != Norm::linf)) return;
+      Chunk z;
+      drawn(c, valid, z);
+#pragma unroll
+      for (int i = 0; i < G::kElements; ++i) {
+        if (keep) reinterpret_cast<A*>(group.draw_slot(k))[i] = z[i];
+        length += kNorm == Norm::l1 ? double(magnitude(z[i])) : double(z[i]) * double(z[i]);
+      }
+    });
+    async_wait();
+    const double eps = value_of(p.eps, index);
+    A factor;
+    if (!p.start) {
+      factor = A(value_of(p.std, index));
+    } else if constexpr (kNorm == Norm::linf) {
+      factor = A(eps);
+    } else {
+      length = team.sum(length);
+      if (kNorm == Norm::l2) length = sqrt(length);
+      const double n = group.count_valid();
+      factor = A(length > 0 && eps > 0 ? eps * draw_radius(key, index, n) / length : 0.0);
+    }
+    const bool centred = p.start && kNorm == Norm::linf;
+    const auto source = [&](int k, int64_t c, unsigned valid, typename G::V& x) {
+      group.fetch_values(k, c, valid, x);
+      if (valid == 0) return;
+      Chunk z;
+      if (k < p.resident) {
+        load_pack<A>(group.draw_slot(k), z);
+      } else {
+        drawn(c, valid, z);
+      }
+#pragma unroll
+      for (int i = 0; i < G::kElements; ++i) {
+        if (centred) z[i] = valid >> i & 1 ? 2 * z[i] - 1 : A(0);
+        x.v[i] = fused(factor, z[i], x.v[i]);
+      }
+    };
+    const Projection projection = group.template project<kNorm>(source, eps);
+    group.template store<kNorm>(source, projection);
+  }
+}
+
+template <class T, bool kFull>
+int run(const NoiseArgs& args, bool start, const Context& context) {
+  Limits limits;
+  cudaError_t error = Limits::of_current_device(&limits);
+  if (error != cudaSuccess) return error;
+  using G = Group<T, kFull>;
+  GroupParams p;
+  set_ball(p, args.groups, args.out, args.eps, args.box, G::kElements);
+  if (!start) p.x = stream_of(args.x, G::kElements);
+  p.std = args.std;
+  p.start = start;
+  if (args.key_on_host) {
+    // Such numbers would be the same at every replay of a graph.
+    cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+    error = cudaStreamIsCapturing(static_cast<cudaStream_t>(context.stream), &capturing);
+    if (error != cudaSuccess) return error;
+    if (capturing != cudaStreamCaptureStatusNone) return cudaErrorStreamCaptureUnsupported;
+    for (int i = 0; i < 2; ++i) p.key_value[i] = args.key[i];
+  } else {
+    p.key = args.key;
+  }
+  const Plan plan = plan_groups(p, limits, G::kElements, {&p.x}, sizeof(typename G::A));
+  void* workspace = nullptr;
+  if (plan.workspace) {
+    workspace = context.allocate(context.self, plan.workspace);
+    if (!workspace) return cudaErrorMemoryAllocation;
+  }
+  return with_norm(args.norm, [&](auto norm) {
+    return launch(draw_kernel<T, decltype(norm)::value, kFull>, p, plan, context, workspace);
+  });
+}
+
+int run(const NoiseArgs& args, bool start, const Context& context) {
+  if (args.groups.groups == 0) return cudaSuccess;
+  return with_type(args.out.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    if constexpr (sizeof(T) < 8) {
+      if (!any(args.box)) return run<T, false>(args, start, context);
+    }
+    return run<T, true>(args, start, context);
+  });
+}
+
+}  // namespace
+
+int random_start(const NoiseArgs& args, const Context& context) { return run(args, true, context); }
+int gaussian_noise(const NoiseArgs& args, const Context& context) { return run(args, false, context); }
+
+}  // namespace embattle::cuda

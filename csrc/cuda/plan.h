@@ -1,0 +1,227 @@
+// Host side of the group kernels: how many threads work on a group, what shared memory holds, launching.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "group.cuh"
+#include "kernels.h"
+
+namespace embattle::cuda {
+
+struct Limits {
+  int multiprocessors = 1, major = 8, shared_per_block = 0, shared_per_multiprocessor = 0;
+
+  static cudaError_t of_current_device(Limits* limits) {
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+      if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+    };
+    ask(&limits->multiprocessors, cudaDevAttrMultiProcessorCount);
+    ask(&limits->major, cudaDevAttrComputeCapabilityMajor);
+    ask(&limits->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    ask(&limits->shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    return error;
+  }
+};
+
+inline bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+inline Stream stream_of(const ConstData& d, int elements, bool broadcast = false) {
+  Stream s;
+  s.data = d.data;
+  s.type = d.dtype;
+  s.aligned = aligned(d.data, size_t(std::min(16, elements * bytes_of(d.dtype))));
+  s.broadcast = broadcast;
+  return s;
+}
+
+struct Plan {
+  int threads = 128;
+  int64_t grid = 0;
+  size_t shared = 0;
+  bool cooperative = false;
+  size_t workspace = 0;
+};
+
+// How many threads, blocks and bytes of shared memory a group gets. Fills in p.shape, p.resident and the
+// slots of the streams that are to be kept in shared memory; `draws` is the size of a random value there,
+// or 0.
+inline Plan plan_groups(GroupParams& p, const Limits& limits, int elements,
+                        std::initializer_list<Stream*> kept, int draws = 0) {
+  const Groups& g = p.groups;
+  // Ragged groups: their sizes are on the device; most are expected below four times the average, and
+  // longer ones are right all the same.
+  const int64_t average = g.groups ? (g.rows + g.groups - 1) / g.groups : 0;
+  const int64_t rows = g.offsets ? std::min(4 * average, g.rows) : g.rows_per_group;
+  const int64_t numel = rows * g.dim;
+  const int64_t chunks = std::max<int64_t>(1, !g.offsets && numel % elements == 0
+                                                  ? numel / elements
+                                                  : numel / elements + 2);
+  int64_t per_chunk = 0;
+  for (const Stream* s : kept)
+    if (s->data) per_chunk += elements * bytes_of(s->type);
+  per_chunk += elements * draws;
+
+  Plan plan;
+  const int64_t head = sizeof(TeamScratch);
+  // Two blocks of a multiprocessor overlap one's loads with the other's arithmetic.
+  const int64_t half = limits.shared_per_multiprocessor / 2 - 1024 - head;
+  const int64_t whole = limits.shared_per_block - head;
+  const int64_t budget = std::min(half, whole);
+  int64_t room = budget;
+  const auto each_holds = [&](int64_t threads) { return (chunks + threads - 1) / threads; };
+  if (chunks <= 128) {
+    int lanes = 1;
+    while (lanes < 32 && lanes < chunks) lanes *= 2;
+    p.shape.lanes = lanes;
+    plan.threads = 128;
+    const int64_t teams = plan.threads / lanes;
+    plan.grid = (g.groups + teams - 1) / teams;
+    p.resident = int(each_holds(lanes));
+  } else {
+    plan.threads = chunks <= 512 ? 128 : chunks <= 4096 ? 256 : 512;
+    p.shape.lanes = plan.threads;
+    const bool clusters = limits.major >= 9;
+    const int64_t total = chunks * per_chunk;
+    int64_t blocks = 1;
+    if (clusters) {
+      while (blocks < kMaxCluster && blocks * budget < total) blocks *= 2;
+      // Few long groups: use the whole device.
+      while (blocks < kMaxCluster && g.groups * blocks * 2 <= 2 * limits.multiprocessors &&
+             chunks >= blocks * 2 * plan.threads * 4)
+        blocks *= 2;
+    }
+    if (blocks * budget < total) room = whole;
+    const bool lonely = g.groups * blocks < limits.multiprocessors && chunks > blocks * plan.threads * 4;
+    if (blocks * room < total || lonely) {
+      // Blocks at large. They meet in global memory, so all must be resident: a cooperative launch.
+      const int64_t at_once = std::max<int64_t>(
+          1, std::min<int64_t>(limits.shared_per_multiprocessor / (budget + head + 1024),
+                               2048 / plan.threads));
+      const int64_t fit = at_once * limits.multiprocessors;
+      const int64_t wanted = std::max((total + budget - 1) / budget,
+                                      std::min(fit / std::max<int64_t>(g.groups, 1),
+                                               chunks / (plan.threads * 4)));
+      blocks = std::min(fit, std::max<int64_t>(wanted, 1));
+      const int64_t teams = std::min(g.groups, fit / blocks);
+      room = budget;
+      plan.cooperative = blocks > 1;
+      plan.grid = teams * blocks;
+      if (plan.cooperative)
+        plan.workspace = size_t(teams) * (sizeof(TeamGlobal) + 2 * size_t(blocks) * sizeof(Sums));
+    } else {
+      p.shape.cluster = blocks > 1;
+      plan.grid = g.groups * blocks;
+    }
+    p.shape.blocks = int(blocks);
+    p.resident = int(std::min<int64_t>(
+        each_holds(blocks * plan.threads),
+        per_chunk ? room / (plan.threads * per_chunk) : int64_t(1) << 20));
+  }
+  // A grid has at most 2^31 - 1 blocks; teams then take several groups.
+  const int64_t most = ((int64_t(1) << 31) - 1) / p.shape.blocks * p.shape.blocks;
+  plan.grid = std::min(plan.grid, most);
+
+  int64_t at = 0;
+  for (Stream* s : kept) {
+    if (!s->data || p.resident == 0) continue;
+    s->slot = int(at);
+    at += int64_t(p.resident) * plan.threads * elements * bytes_of(s->type);
+  }
+  if (draws) {
+    p.draws = int(at);
+    at += int64_t(p.resident) * plan.threads * elements * draws;
+  }
+  plan.shared = size_t(head + at);
+  return plan;
+}
+
+template <class Kernel>
+cudaError_t launch(Kernel* kernel, GroupParams& p, const Plan& plan, const Context& context,
+                   void* workspace) {
+  if (plan.grid == 0) return cudaSuccess;
+  cudaStream_t stream = static_cast<cudaStream_t>(context.stream);
+  if (plan.cooperative) {
+    const size_t teams = size_t(plan.grid) / size_t(p.shape.blocks);
+    p.team_global = static_cast<TeamGlobal*>(workspace);
+    p.team_slots = reinterpret_cast<Sums*>(p.team_global + teams);
+    const cudaError_t error = cudaMemsetAsync(workspace, 0, teams * sizeof(TeamGlobal), stream);
+    if (error != cudaSuccess) return error;
+  }
+  if (plan.shared > (48 << 10)) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (p.shape.cluster) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = unsigned(p.shape.blocks);
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  if (plan.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count].val.cooperative = 1;
+    ++count;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(plan.grid));
+  config.blockDim = dim3(unsigned(plan.threads));
+  config.dynamicSmemBytes = plan.shared;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = count;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, p);
+  return error != cudaSuccess ? error : cudaGetLastError();
+}
+
+// Calls f(type_tag) with the element type that a Dtype stands for.
+template <class F>
+auto with_type(Dtype type, F f) {
+  switch (type) {
+    case Dtype::f32:
+      return f(float{});
+    case Dtype::f64:
+      return f(double{});
+    case Dtype::f16:
+      return f(Half{});
+    default:
+      return f(BFloat16{});
+  }
+}
+
+template <class F>
+auto with_norm(Norm norm, F f) {
+  switch (norm) {
+    case Norm::l1:
+      return f(std::integral_constant<Norm, Norm::l1>{});
+    case Norm::l2:
+      return f(std::integral_constant<Norm, Norm::l2>{});
+    default:
+      return f(std::integral_constant<Norm, Norm::linf>{});
+  }
+}
+
+inline size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// What every group op says of its output, its ball and its box.
+inline void set_ball(GroupParams& p, const Groups& groups, const Data& out, const PerGroup& eps,
+                     const Box& box, int elements) {
+  p.groups = groups;
+  p.out = out.data;
+  p.out_type = out.dtype;
+  p.out_aligned = aligned(out.data, size_t(std::min(16, elements * bytes_of(out.dtype))));
+  p.eps = eps;
+  p.x0 = stream_of(box.x0, elements);
+  p.lower = stream_of(box.lower, elements, box.lower_broadcast);
+  p.upper = stream_of(box.upper, elements, box.upper_broadcast);
+}
+
+inline bool any(const Box& box) { return box.x0.data || box.lower.data || box.upper.data; }
+
+}  // namespace embattle::cuda

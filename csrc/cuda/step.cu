@@ -1,0 +1,122 @@
+// pgd_step and project.
+#include "plan.h"
+#include "select.cuh"
+
+namespace embattle::cuda {
+namespace {
+
+template <class T, Norm kNorm, bool kFull>
+__global__ void __launch_bounds__(512, 1) step_kernel(const __grid_constant__ GroupParams p) {
+  EMBATTLE_DYNAMIC_SHARED(shared);
+  Team team(p.shape, reinterpret_cast<TeamScratch*>(shared), p.team_global, p.team_slots);
+  using G = Group<T, kFull>;
+  using A = typename G::A;
+  for (int64_t index = team.index; index < p.groups.groups; index += team.count) {
+    G group(p, team, shared, index);
+    group.prefetch(p.x);
+    group.prefetch(p.grad);
+    async_wait();
+    Direction<A> u;
+    if (p.grad.data) {
+      bool finite = true;
+      const auto gradient = [&](int k, int64_t c, unsigned valid, typename G::Chunk& g) {
+        group.fetch_gradient(k, c, valid, g);
+      };
+      u = group.template direction<kNorm>(gradient, value_of(p.step, index), &finite);
+      if (p.nonfinite && group.leads() && !finite) ++p.nonfinite[index];
+    }
+    const bool still = p.chosen && !p.chosen[index];
+    const auto source = [&](int k, int64_t c, unsigned valid, typename G::V& x) {
+      group.fetch_values(k, c, valid, x);
+      if (still) {
+#pragma unroll
+        for (int i = 0; i < G::kElements; ++i) x.v[i] = 0;
+      } else if (u.moving) {
+        typename G::Chunk g;
+        group.fetch_gradient(k, c, valid, g);
+#pragma unroll
+        for (int i = 0; i < G::kElements; ++i)
+          x.v[i] = G::template moved<kNorm>(u, x.v[i], g[i], c * G::kElements + i);
+      }
+    };
+    const Projection projection = group.template project<kNorm>(source, value_of(p.eps, index));
+    group.template store<kNorm>(source, projection);
+  }
+}
+
+template <class T, bool kFull>
+int run(GroupParams& p, Norm norm, const StepArgs* step, const Context& context) {
+  Limits limits;
+  cudaError_t error = Limits::of_current_device(&limits);
+  if (error != cudaSuccess) return error;
+  const Plan plan = plan_groups(p, limits, Group<T, kFull>::kElements, {&p.x, &p.grad});
+  // The workspace: what blocks at large meet in, then what max_groups needs.
+  const bool choose = step && step->max_groups >= 0;
+  const size_t teams = rounded(plan.workspace);
+  const size_t scores = choose ? rounded(select_workspace(*step, limits)) : 0;
+  void* workspace = nullptr;
+  if (teams + scores) {
+    workspace = context.allocate(context.self, teams + scores);
+    if (!workspace) return cudaErrorMemoryAllocation;
+  }
+  if (choose) {
+    unsigned char* chosen = nullptr;
+    error = select_groups(*step, limits, static_cast<unsigned char*>(workspace) + teams, &chosen,
+                          context);
+    if (error != cudaSuccess) return error;
+    p.chosen = chosen;
+  }
+  return with_norm(norm, [&](auto tag) {
+    return launch(step_kernel<T, decltype(tag)::value, kFull>, p, plan, context, workspace);
+  });
+}
+
+}  // namespace
+
+int pgd_step(const StepArgs& args, const Context& context) {
+  if (args.groups.groups == 0) return cudaSuccess;
+  return with_type(args.delta.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const auto prepared = [&](int elements) {
+      GroupParams p;
+      set_ball(p, args.groups, args.out, args.eps, args.box, elements);
+      p.x = stream_of(args.delta, elements);
+      p.grad = stream_of(args.grad, elements);
+      p.step = args.step_size;
+      p.top = args.top;
+      p.nonfinite = args.nonfinite;
+      return p;
+    };
+    if constexpr (sizeof(T) < 8) {
+      if (args.grad.dtype == args.delta.dtype && !any(args.box)) {
+        GroupParams p = prepared(Group<T, false>::kElements);
+        return run<T, false>(p, args.norm, &args, context);
+      }
+    }
+    GroupParams p = prepared(Group<T, true>::kElements);
+    return run<T, true>(p, args.norm, &args, context);
+  });
+}
+
+int project(const ProjectArgs& args, const Context& context) {
+  if (args.groups.groups == 0) return cudaSuccess;
+  return with_type(args.delta.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const auto prepared = [&](int elements) {
+      GroupParams p;
+      set_ball(p, args.groups, args.out, args.eps, args.box, elements);
+      p.x = stream_of(args.delta, elements);
+      return p;
+    };
+    if constexpr (sizeof(T) < 8) {
+      if (!any(args.box)) {
+        GroupParams p = prepared(Group<T, false>::kElements);
+        return run<T, false>(p, args.norm, nullptr, context);
+      }
+    }
+    GroupParams p = prepared(Group<T, true>::kElements);
+    return run<T, true>(p, args.norm, nullptr, context);
+  });
+}
+
+}  // namespace embattle::cuda

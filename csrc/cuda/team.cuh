@@ -1,0 +1,180 @@
+// A team: the threads that work on one group together, and how they agree on a number.
+//
+//   lanes of a warp   power of two up to 32; short groups, several teams in a block
+//   a block
+//   a cluster         blocks that see each other's shared memory (compute capability 9.0 and up)
+//   blocks at large   of a cooperative launch, through global memory
+//
+// All sums are formed in an order that depends on the team's shape alone: results are deterministic.
+#pragma once
+
+#include "device.cuh"
+
+namespace embattle::cuda {
+
+constexpr int kMaxWarps = 16;
+constexpr int kMaxCluster = 8;
+
+// Two sums and a maximum, agreed on together.
+struct Sums {
+  double a = 0, b = 0;
+  double m = 0;
+};
+enum : int { kSumA = 1, kSumB = 2, kMax = 4 };
+
+// In shared memory, at the front of a block's dynamic part. Two of each, used in turn: a round's writes
+// then cannot overtake the reads of the round before.
+struct TeamScratch {
+  Sums warps[2][kMaxWarps];
+  Sums blocks[2][kMaxCluster];
+};
+static_assert(sizeof(TeamScratch) % 16 == 0);
+
+// In global memory, for each team of blocks at large; zeroed before the launch.
+struct TeamGlobal {
+  unsigned arrived;
+  unsigned padding[31];
+};
+
+struct Shape {
+  int lanes = 32;        // threads of a team inside one block: a power of two <= 32, or the block
+  int blocks = 1;        // of a team
+  bool cluster = false;  // how they meet, where there are several
+};
+
+class Team {
+ public:
+  // All threads of the block call it. `global` and `slots` ([teams][2][blocks]) serve blocks at large.
+  __device__ Team(const Shape& shape, TeamScratch* scratch, TeamGlobal* global, Sums* slots)
+      : shape_(shape), scratch_(scratch) {
+    const int threads = int(blockDim.x);
+    if (shape.lanes <= 32) {
+      const int lane = int(threadIdx.x) & 31, first = lane & ~(shape.lanes - 1);
+      mask_ = (shape.lanes == 32 ? 0xffffffffu : (1u << shape.lanes) - 1) << first;
+      rank = lane - first;
+      size = shape.lanes;
+      index = int64_t(blockIdx.x) * (threads / shape.lanes) + threadIdx.x / shape.lanes;
+      count = int64_t(gridDim.x) * (threads / shape.lanes);
+      return;
+    }
+    block_ = shape.blocks == 1 ? 0 : int(blockIdx.x % unsigned(shape.blocks));
+    rank = block_ * threads + int(threadIdx.x);
+    size = shape.blocks * threads;
+    index = blockIdx.x / unsigned(shape.blocks);
+    count = gridDim.x / unsigned(shape.blocks);
+    if (shape.blocks > 1 && !shape.cluster) {
+      global_ = global + index;
+      slots_ = slots + index * 2 * shape.blocks;
+    }
+    if (shape.cluster) cluster_sync();  // the others have started: their shared memory is there
+  }
+
+  int rank, size;        // of this thread in its team
+  int64_t index, count;  // of this team in the grid
+
+  // The sums and the maximum over the team, the same bits in every thread. kWhich says which members of
+  // Sums are wanted; the others are undefined. All threads of the team call it.
+  template <int kWhich>
+  __device__ __forceinline__ Sums agree(const Sums& s) {
+    turn_ ^= 1;
+    if (shape_.lanes <= 32) return agree_lanes<kWhich>(s, mask_, shape_.lanes);
+    if (shape_.blocks == 1) return agree_block<kWhich>(s, scratch_->warps[turn_]);
+    if (shape_.cluster) return agree_cluster<kWhich>(s, scratch_, turn_, shape_.blocks, block_);
+    return agree_blocks<kWhich>(s, scratch_, turn_, shape_.blocks, block_, slots_, global_, ++round_);
+  }
+
+  __device__ double sum(double a) {
+    Sums s;
+    s.a = a;
+    return agree<kSumA>(s).a;
+  }
+  __device__ double max(double m) {
+    Sums s;
+    s.m = m;
+    return agree<kMax>(s).m;
+  }
+
+ private:
+  template <int kWhich>
+  static __device__ Sums joined(Sums s, const Sums& t) {
+    if constexpr (bool(kWhich & kSumA)) s.a += t.a;
+    if constexpr (bool(kWhich & kSumB)) s.b += t.b;
+    if constexpr (bool(kWhich & kMax)) s.m = larger(s.m, t.m);
+    return s;
+  }
+  template <int kWhich>
+  static __device__ Sums shuffled(const Sums& s, unsigned mask, int bits) {
+    Sums t = s;
+    if constexpr (bool(kWhich & kSumA)) t.a = __shfl_xor_sync(mask, s.a, bits);
+    if constexpr (bool(kWhich & kSumB)) t.b = __shfl_xor_sync(mask, s.b, bits);
+    if constexpr (bool(kWhich & kMax)) t.m = __shfl_xor_sync(mask, s.m, bits);
+    return t;
+  }
+  // From the second-level cache: another block has just written it.
+  static __device__ Sums fresh(const Sums* p) {
+    Sums s;
+    s.a = __ldcg(&p->a);
+    s.b = __ldcg(&p->b);
+    s.m = __ldcg(&p->m);
+    return s;
+  }
+
+  // Not inlined: a kernel agrees in several places, and these are long.
+
+  template <int kWhich>
+  static __device__ EMBATTLE_NOINLINE Sums agree_lanes(Sums s, unsigned mask, int lanes) {
+    for (int o = lanes / 2; o; o /= 2) s = joined<kWhich>(s, shuffled<kWhich>(s, mask, o));
+    return s;
+  }
+
+  template <int kWhich>
+  static __device__ EMBATTLE_NOINLINE Sums agree_block(Sums s, Sums* parts) {
+    s = agree_lanes<kWhich>(s, 0xffffffffu, 32);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = s;
+    __syncthreads();
+    s = parts[0];
+    for (int w = 1; w < int(blockDim.x) / 32; ++w) s = joined<kWhich>(s, parts[w]);
+    return s;
+  }
+
+  template <int kWhich>
+  static __device__ EMBATTLE_NOINLINE Sums agree_cluster(Sums s, TeamScratch* scratch, int turn,
+                                                         int blocks, int block) {
+    s = agree_block<kWhich>(s, scratch->warps[turn]);
+    if (int(threadIdx.x) < blocks) in_block(scratch, threadIdx.x)->blocks[turn][block] = s;
+    cluster_sync();
+    s = scratch->blocks[turn][0];
+    for (int b = 1; b < blocks; ++b) s = joined<kWhich>(s, scratch->blocks[turn][b]);
+    return s;
+  }
+
+  template <int kWhich>
+  static __device__ EMBATTLE_NOINLINE Sums agree_blocks(Sums s, TeamScratch* scratch, int turn,
+                                                        int blocks, int block, Sums* slots,
+                                                        TeamGlobal* global, unsigned round) {
+    s = agree_block<kWhich>(s, scratch->warps[turn]);
+    slots += turn * blocks;
+    if (threadIdx.x == 0) slots[block] = s;
+    blocks_sync(&global->arrived, unsigned(blocks), round);
+    if (threadIdx.x < 32) {  // each lane a stretch, then the lanes together
+      Sums t;
+      t.m = fresh(slots).m;
+      for (int b = int(threadIdx.x); b < blocks; b += 32) t = joined<kWhich>(t, fresh(slots + b));
+      t = agree_lanes<kWhich>(t, 0xffffffffu, 32);
+      if (threadIdx.x == 0) scratch->blocks[turn][0] = t;
+    }
+    __syncthreads();
+    return scratch->blocks[turn][0];
+  }
+
+  Shape shape_;
+  TeamScratch* scratch_;
+  unsigned mask_ = 0xffffffffu;
+  int block_ = 0;
+  int turn_ = 0;
+  unsigned round_ = 0;
+  TeamGlobal* global_ = nullptr;
+  Sums* slots_ = nullptr;
+};
+
+}  // namespace embattle::cuda
