@@ -1,5 +1,5 @@
-// What the kernels need of the device beyond plain C++, each thing in two spellings: CUDA's, and that of
-// the emulator in tests/emulator, which runs the same sources on the CPU.
+// What the kernels need of the device beyond plain C++, each thing in two spellings: CUDA's, and
+// that of the emulator in tests/emulator, which runs the same sources on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,8 +25,8 @@
 
 namespace embattle::cuda {
 
-// Copies kBytes (4, 8 or 16, both ends aligned to it) to shared memory in the background; visible to this
-// thread after async_wait(), to the block after a barrier behind that.
+// Copies kBytes (4, 8 or 16, both ends aligned to it) to shared memory in the background; visible
+// to this thread after async_wait(), to the block after a barrier behind that.
 template <int kBytes>
 __device__ __forceinline__ void async_copy(void* shared, const void* global) {
 #ifdef __CUDACC__
@@ -81,8 +81,9 @@ __device__ __forceinline__ T* in_block(T* p, unsigned rank) {
 #endif
 }
 
-// A barrier among `blocks` blocks of a cooperative launch, through a counter in global memory that starts
-// at 0 and only grows. `round` counts the barriers from 1. All threads of the blocks call it.
+// A barrier among `blocks` blocks of a cooperative launch, through a counter in global memory that
+// starts at 0 and only grows. `round` counts the barriers from 1. All threads of the blocks call
+// it.
 __device__ __forceinline__ void blocks_sync(unsigned* counter, unsigned blocks, unsigned round) {
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -123,6 +123,8 @@ int run(const NoiseArgs& args, bool start, const Context& context) {
 }  // namespace
 
 int random_start(const NoiseArgs& args, const Context& context) { return run(args, true, context); }
-int gaussian_noise(const NoiseArgs& args, const Context& context) { return run(args, false, context); }
+int gaussian_noise(const NoiseArgs& args, const Context& context) {
+  return run(args, false, context);
+}
 
 }  // namespace embattle::cuda

@@ -1,17 +1,18 @@
-// What the kernels over groups have in common: how a team goes through its group, and how the group is
-// projected on the ball and stored.
+// What the kernels over groups have in common: how a team goes through its group, and how the group
+// is projected on the ball and stored.
 //
-// A group is cut into chunks of kElements elements that start at multiples of kElements in the whole
-// tensor, so that full chunks are aligned; a chunk at a group's edge is shared with the neighbour and
-// partly valid. Thread `rank` of a team of `size` has chunks rank, rank + size, ... of its group.
+// A group is cut into chunks of kElements elements that start at multiples of kElements in the
+// whole tensor, so that full chunks are aligned; a chunk at a group's edge is shared with the
+// neighbour and partly valid. Thread `rank` of a team of `size` has chunks rank, rank + size, ...
+// of its group.
 //
-// Every input is read from global memory once: at the start each thread copies its chunks to its own slots
-// in shared memory, in the background, and all passes over the group read them there. Chunks beyond
-// what fits are read again in each pass, from the second-level cache with luck. Threads never read each
-// other's slots: no barrier is needed for them.
+// Every input is read from global memory once: at the start each thread copies its chunks to its
+// own slots in shared memory, in the background, and all passes over the group read them there.
+// Chunks beyond what fits are read again in each pass, from the second-level cache with luck.
+// Threads never read each other's slots: no barrier is needed for them.
 //
-// Two profiles: plain (float arithmetic; one dtype for all inputs; no origin, no box), and full (double
-// arithmetic, a gradient of any dtype, origin, box). Sums are double in both.
+// Two profiles: plain (float arithmetic; one dtype for all inputs; no origin, no box), and full
+// (double arithmetic, a gradient of any dtype, origin, box). Sums are double in both.
 #pragma once
 
 #include "number.cuh"
@@ -55,7 +56,7 @@ constexpr double kInfinity = __builtin_huge_val();
 
 // How much an l2 or l1 ball is shrunk so that rounding in the sums cannot leave it.
 template <class T>
-constexpr double kInside = sizeof(T) == 8 ? 1 - 1e-14 : 1 - 1e-13;
+constexpr double kInside = sizeof(T) == 8 ? 1 - 1e-15 : 1 - 1e-13;
 
 // The steepest ascent direction of a group, as numbers that give each element's part.
 template <class A>
@@ -63,7 +64,8 @@ struct Direction {
   bool moving = false;
   A scale = 1;  // power of two that brings the gradient into range
   A factor = 0;
-  unsigned long long key = 0;  // l1: elements with larger bits move, and those with these bits up to `last`
+  unsigned long long key =
+      0;  // l1: elements with larger bits move, and those with these bits up to `last`
   int64_t last = 0;
 };
 
@@ -99,7 +101,8 @@ __device__ __forceinline__ unsigned long long bits_of(A x) {
     return (unsigned long long)__double_as_longlong(x);
 }
 
-// A power of two that brings magnitudes up to `largest` to where A neither overflows nor loses bits.
+// A power of two that brings magnitudes up to `largest` to where A neither overflows nor loses
+// bits.
 template <class A>
 __device__ __forceinline__ A range_scale(double largest) {
   if constexpr (sizeof(A) == 4)
@@ -130,13 +133,14 @@ class Group {
     chunks_ = end_ > begin_ ? (end_ + kElements - 1) / kElements - first_ : 0;
   }
 
-  // f(k, chunk, valid) for each of this thread's chunks: its number in the thread, its number in the
-  // tensor, and which of its elements belong to the group and are not masked out.
+  // f(k, chunk, valid) for each of this thread's chunks: its number in the thread, its number in
+  // the tensor, and which of its elements belong to the group and are not masked out.
   template <class F>
   __device__ __forceinline__ void each(F f) const {
     int k = 0;
 #pragma unroll 1  // a chunk's own elements and the other warps hide the latency; registers stay few
-    for (int64_t at = team_.rank; at < chunks_; at += team_.size, ++k) f(k, first_ + at, valid(first_ + at));
+    for (int64_t at = team_.rank; at < chunks_; at += team_.size, ++k)
+      f(k, first_ + at, valid(first_ + at));
   }
 
   // Starts copying this thread's chunks of an input to shared memory.
@@ -185,7 +189,8 @@ class Group {
   }
 
   // A chunk of the gradient, which in the full profile may be of another type.
-  __device__ __forceinline__ void fetch_gradient(int k, int64_t c, unsigned valid, Chunk& out) const {
+  __device__ __forceinline__ void fetch_gradient(int k, int64_t c, unsigned valid,
+                                                 Chunk& out) const {
     fetch<!kFull>(p_.grad, k, c, valid, out);
   }
 
@@ -217,20 +222,22 @@ class Group {
     }
   }
 
-  // ---- Directions ----------------------------------------------------------------------------------
+  // ---- Directions
+  // ----------------------------------------------------------------------------------
 
   // How a gradient's magnitudes go into a maximum: non-finite ones as infinity.
   __device__ __forceinline__ static double extent(A g) {
     return is_finite(g) ? double(magnitude(g)) : kInfinity;
   }
 
-  // The direction of steepest ascent of what source(k, chunk, valid, values) gives. Sets `finite` to
-  // whether all of it is finite; where not, nothing moves.
+  // The direction of steepest ascent of what source(k, chunk, valid, values) gives. Sets `finite`
+  // to whether all of it is finite; where not, nothing moves.
   template <Norm kNorm, class Source>
   __device__ Direction<A> direction(Source source, double step, bool* finite) {
     Direction<A> u;
     Sums s;
-    [[maybe_unused]] int64_t first = 0;  // the first of this thread's elements with its largest magnitude
+    [[maybe_unused]] int64_t first =
+        0;  // the first of this thread's elements with its largest magnitude
     each([&](int k, int64_t c, unsigned valid) {
       Chunk g;
       source(k, c, valid, g);
@@ -257,7 +264,8 @@ class Group {
         each([&](int k, int64_t c, unsigned valid) {
           Chunk g;
           source(k, c, valid, g);
-          for (int i = 0; i < kElements; ++i) squares += double(g[i] * u.scale) * double(g[i] * u.scale);
+          for (int i = 0; i < kElements; ++i)
+            squares += double(g[i] * u.scale) * double(g[i] * u.scale);
         });
         length = sqrt(team_.sum(squares));
       }
@@ -287,7 +295,8 @@ class Group {
     }
   }
 
-  // ---- Projection ----------------------------------------------------------------------------------
+  // ---- Projection
+  // ----------------------------------------------------------------------------------
 
   // The projection of what source(k, chunk, valid, values) gives on the ball and the box.
   template <Norm kNorm, class Source>
@@ -300,7 +309,8 @@ class Group {
       if (!(eps < kInfinity)) return result;
       [[maybe_unused]] const bool boxed = kFull && (p_.lower.data || p_.upper.data);
       const A unit = kNorm == Norm::l2 && sizeof(T) == 8 ? range_scale<A>(extent_of(source)) : A(1);
-      const double radius = eps * double(unit), bound = kNorm == Norm::l2 ? radius * radius : radius;
+      const double radius = eps * double(unit),
+                   bound = kNorm == Norm::l2 ? radius * radius : radius;
       // a: of what would be stored as it is; b: of the values themselves; m: the largest.
       Sums s;
       each([&](int k, int64_t c, unsigned valid) {
@@ -352,7 +362,12 @@ class Group {
       const A eps = A(p.eps);
       v = v > eps ? eps : v < -eps ? -eps : v;
     } else if constexpr (kNorm == Norm::l2) {
-      if (p.fit == Fit::scaled) v = mul_toward_zero(v, toward_zero<A>(p.scale));
+      if (p.fit == Fit::scaled) {
+        if (sizeof(A) == 8 || p.scale > 0x1p-100)
+          v = mul_toward_zero(v, toward_zero<A>(p.scale));
+        else  // below float's range, the product perhaps not
+          v = toward_zero<A>(double(v) * p.scale);
+      }
     } else {
       if (p.fit == Fit::shifted) {
         const double rest = larger(double(magnitude(v)) - p.base - p.shift, 0.0);
@@ -379,7 +394,7 @@ class Group {
       return p.fit == Fit::inside ? Round<T>::nearest(v) : toward_zero<T>(v);
     } else {
       const A v = image<kNorm>(p, x, i);
-      const double most = kNorm == Norm::linf            ? p.eps
+      const double most = kNorm == Norm::linf    ? p.eps
                           : p.fit == Fit::inside ? kInfinity
                                                  : magnitude(v);
       return settled(x, i, v, most);
@@ -402,7 +417,8 @@ class Group {
   // Writes a chunk's valid elements, and `base` (or zero) to those that are masked out.
   template <class U>
   __device__ __forceinline__ void write(void* out, bool aligned, int64_t c, unsigned valid,
-                                        const Pack<U, kElements>& values, const Stream& base) const {
+                                        const Pack<U, kElements>& values,
+                                        const Stream& base) const {
     U* to = static_cast<U*>(out) + c * kElements;
     if (valid == kAllValid && aligned) {
       constexpr int kPiece = 16 / int(sizeof(U)) < kElements ? 16 / int(sizeof(U)) : kElements;
@@ -429,7 +445,8 @@ class Group {
   }
 
   __device__ unsigned char* draw_slot(int k) const {
-    return slots_ + p_.draws + (int64_t(k) * blockDim.x + threadIdx.x) * int64_t(sizeof(A) * kElements);
+    return slots_ + p_.draws +
+           (int64_t(k) * blockDim.x + threadIdx.x) * int64_t(sizeof(A) * kElements);
   }
 
   __device__ bool leads() const { return team_.rank == 0; }
@@ -453,16 +470,16 @@ class Group {
 
   __device__ __forceinline__ unsigned valid(int64_t c) const {
     const unsigned bits = in_range(c);
-    return p_.groups.mask ? unmasked(bits, p_.groups.mask + row_, p_.groups.dim, c * kElements - begin_,
-                                     small_)
+    return p_.groups.mask ? unmasked(bits, p_.groups.mask + row_, p_.groups.dim,
+                                     c * kElements - begin_, small_)
                           : bits;
   }
 
   // Rare or long things, not inlined.
 
   // `at`: the chunk's first element, counted from the group's; `mask`: of the group's first row.
-  static __device__ EMBATTLE_NOINLINE unsigned unmasked(unsigned bits, const bool* mask, int64_t dim,
-                                                        int64_t at, bool small) {
+  static __device__ EMBATTLE_NOINLINE unsigned unmasked(unsigned bits, const bool* mask,
+                                                        int64_t dim, int64_t at, bool small) {
     int i = at < 0 ? int(-at) : 0;
     at += i;
     // 32-bit division is several times cheaper.
@@ -506,7 +523,8 @@ class Group {
 
   template <class U>
   static __device__ EMBATTLE_NOINLINE void write_some(U* to, const Pack<U, kElements>& values,
-                                                      unsigned here, unsigned valid, const U* base) {
+                                                      unsigned here, unsigned valid,
+                                                      const U* base) {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
       if (!(here >> i & 1)) continue;
@@ -514,8 +532,8 @@ class Group {
     }
   }
 
-  __device__ __forceinline__ void fetch_or(const Stream& s, int k, int64_t c, unsigned valid, A other,
-                                           Chunk& out) const {
+  __device__ __forceinline__ void fetch_or(const Stream& s, int k, int64_t c, unsigned valid,
+                                           A other, Chunk& out) const {
     if (s.data && !s.broadcast) return fetch<true>(s, k, c, valid, out);
     const A value = s.data ? load_one<A>(s.data, dtype_of<T>, 0) : other;
 #pragma unroll
@@ -562,8 +580,8 @@ class Group {
     return team_.max(m);
   }
 
-  // The scale s with sum min(s |v|, room)^2 = radius^2. In q = s^2 the sum is concave and piecewise linear:
-  // Newton's iteration from below rises to the root and ends on its piece.
+  // The scale s with sum min(s |v|, room)^2 = radius^2. In q = s^2 the sum is concave and piecewise
+  // linear: Newton's iteration from below rises to the root and ends on its piece.
   template <class Source>
   __device__ double scale_in_box(Source source, double radius, double squares, double unit) {
     double q = radius * radius / squares;
@@ -590,15 +608,15 @@ class Group {
     return sqrt(q);
   }
 
-  // The threshold with sum max(|v| - shift, 0) = eps: Newton's iteration from below (Michelot, "A finite
-  // algorithm for finding the projection of a point onto the canonical simplex", 1986). For a small ball
-  // magnitudes are taken relative to the largest: the differences are then exact.
+  // The threshold with sum max(|v| - shift, 0) = eps: Newton's iteration from below (Michelot, "A
+  // finite algorithm for finding the projection of a point onto the canonical simplex", 1986). For
+  // a small ball magnitudes are taken relative to the largest: the differences are then exact.
   template <class Source>
   __device__ void shift(Source source, double eps, const Sums& all, Projection& result) {
     const double n = count_valid();
     result.base = eps < all.m / 2 ? all.m : 0;
-    double t = larger(all.m - result.base - eps, (all.b - eps) / n - result.base);
-    if (result.base == 0) t = larger(t, 0.0);
+    double t = -eps;  // relative to the largest; the mean would be rounded
+    if (result.base == 0) t = larger(larger(all.m - eps, (all.b - eps) / n), 0.0);
     for (int round = 0; round < 1000; ++round) {
       Sums s;
       each([&](int k, int64_t c, unsigned valid) {
@@ -622,8 +640,8 @@ class Group {
     result.shift = t;
   }
 
-  // The threshold with sum min(max(|v| - shift, 0), room) = eps: Newton's iteration, kept inside a shrinking
-  // bracket as the sum is neither convex nor concave.
+  // The threshold with sum min(max(|v| - shift, 0), room) = eps: Newton's iteration, kept inside a
+  // shrinking bracket as the sum is neither convex nor concave.
   template <class Source>
   __device__ double shift_in_box(Source source, double eps, double largest) {
     double low = 0, high = largest, t = 0;
@@ -645,9 +663,9 @@ class Group {
         low = t;
       } else {
         high = t;
-        if (s.a >= eps * (1 - 3e-14)) break;
+        if (s.a >= eps * (1 - 3e-15)) break;
       }
-      double next = s.b > 0 ? t + (s.a - eps * (1 - 1e-14)) / s.b : high;
+      double next = s.b > 0 ? t + (s.a - eps * (1 - 1e-15)) / s.b : high;
       if (!(next > low && next < high)) next = low + (high - low) / 2;
       if (!(next > low && next < high)) break;
       t = next;
@@ -655,18 +673,20 @@ class Group {
     return high < largest || t == largest ? high : t;
   }
 
-  // l1: which `top` coordinates of the gradient move, all by the same. On entry u.key has the bits of the
-  // largest magnitude.
+  // l1: which `top` coordinates of the gradient move, all by the same. On entry u.key has the bits
+  // of the largest magnitude.
   template <class Source>
   __device__ void choose_coordinates(Source source, double step, Direction<A>& u) {
-    // Chosen are the elements with larger bits than `key`, and those with these bits up to `last`. Which
-    // they are is found by counting: first key, bit by bit from the top; then last, by bisection.
+    // Chosen are the elements with larger bits than `key`, and those with these bits up to `last`.
+    // Which they are is found by counting: first key, bit by bit from the top; then last, by
+    // bisection.
     const unsigned long long largest = u.key;
     unsigned long long key = 0;
     int64_t low = begin_, high = end_ - 1;
     double n = 0, wanted = -1;
     for (int bit = int(sizeof(A)) * 8 - 2;;) {
-      unsigned long long than = key;  // this round counts elements with larger bits, and these up to `last`
+      unsigned long long than =
+          key;  // this round counts elements with larger bits, and these up to `last`
       int64_t last = -1;
       if (wanted >= 0 && bit >= 0) {
         if ((key | 1ull << bit) > largest) {

@@ -1,7 +1,8 @@
 // The CUDA launchers, for the torch-facing side: no CUDA header needed to call them.
 //
-// A launcher enqueues everything on one stream and returns at once: no synchronisation, no allocation but
-// one workspace at most. It returns 0, or a cudaError_t that error_text() puts into words.
+// A launcher enqueues everything on one stream and returns at once: no synchronisation, no
+// allocation but one workspace at most. It returns 0, or a cudaError_t that error_text() puts into
+// words.
 #pragma once
 
 #include <cstddef>
@@ -12,8 +13,8 @@ namespace embattle::cuda {
 
 struct Context {
   void* stream = nullptr;  // a cudaStream_t
-  // Device memory of at least `bytes`, 256-byte aligned, that lives until the stream has passed this call;
-  // asked for once per launcher, at most.
+  // Device memory of at least `bytes`, 256-byte aligned, that lives until the stream has passed
+  // this call; asked for once per launcher, at most.
   void* (*allocate)(void* self, size_t bytes) = nullptr;
   void* self = nullptr;
 };

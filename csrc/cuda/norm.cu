@@ -81,9 +81,8 @@ __device__ __forceinline__ long long rank_key(double score) {
 }
 
 // One block chooses for one sample, [tokens] scores: the k largest, the first ones among equals.
-__global__ void __launch_bounds__(256)
-    choose_kernel(const double* scores, unsigned char* chosen, int64_t tokens, int64_t k,
-                  int64_t samples) {
+__global__ void __launch_bounds__(256) choose_kernel(const double* scores, unsigned char* chosen,
+                                                     int64_t tokens, int64_t k, int64_t samples) {
   EMBATTLE_DYNAMIC_SHARED(shared);
   Shape shape;
   shape.lanes = int(blockDim.x);
@@ -104,8 +103,7 @@ __global__ void __launch_bounds__(256)
         if (count([&](long long key, int64_t) { return key >= candidate; }) >= double(k))
           limit = candidate;
       }
-      const double needed =
-          double(k) - count([&](long long key, int64_t) { return key > limit; });
+      const double needed = double(k) - count([&](long long key, int64_t) { return key > limit; });
       int64_t low = 0, high = tokens - 1;
       while (low < high) {
         const int64_t middle = low + (high - low) / 2;
@@ -165,8 +163,8 @@ cudaError_t select_groups(const StepArgs& args, const Limits& limits, void* work
   Norm dual;
   GroupParams p = dual_norm(args, &dual);
   auto* scores = static_cast<double*>(workspace);
-  *chosen = static_cast<unsigned char*>(workspace) +
-            rounded(size_t(args.groups.groups) * sizeof(double));
+  *chosen =
+      static_cast<unsigned char*>(workspace) + rounded(size_t(args.groups.groups) * sizeof(double));
   p.scores = scores;
   const int failed = run(p, dual, limits, context,
                          static_cast<unsigned char*>(workspace) + scores_bytes(args), nullptr);
@@ -178,8 +176,8 @@ cudaError_t select_groups(const StepArgs& args, const Limits& limits, void* work
   config.dynamicSmemBytes = sizeof(TeamScratch);
   config.stream = static_cast<cudaStream_t>(context.stream);
   const cudaError_t error =
-      cudaLaunchKernelEx(&config, choose_kernel, static_cast<const double*>(scores), *chosen, tokens,
-                         args.max_groups, samples);
+      cudaLaunchKernelEx(&config, choose_kernel, static_cast<const double*>(scores), *chosen,
+                         tokens, args.max_groups, samples);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 

@@ -32,11 +32,14 @@ __host__ __device__ inline int bytes_of(Dtype t) {
   return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2;
 }
 
-// ---- From memory -----------------------------------------------------------------------------------
+// ---- From memory
+// -----------------------------------------------------------------------------------
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(BFloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
+__device__ __forceinline__ float widen(BFloat16 x) {
+  return __uint_as_float(unsigned(x.bits) << 16);
+}
 __device__ __forceinline__ float widen(Half x) {
 #ifdef __CUDACC__
   return __half2float(__ushort_as_half(x.bits));
@@ -52,7 +55,8 @@ __device__ __forceinline__ float widen(Half x) {
 #endif
 }
 
-// ---- To memory -------------------------------------------------------------------------------------
+// ---- To memory
+// -------------------------------------------------------------------------------------
 
 // To the nearest, ties to even. From double by way of float where T is a half type, as torch does.
 template <class T>
@@ -75,7 +79,8 @@ struct Round<Half> {
 #ifdef __CUDACC__
     return {__half_as_ushort(__float2half_rn(x))};
 #else
-    const unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
+    const unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000u,
+                   size = bits & 0x7fffffffu;
     if (size > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
     if (size >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // rounds to beyond the largest
     if (size < 0x38800000u) {                                    // subnormal: a multiple of 2^-24
@@ -99,7 +104,9 @@ __device__ __forceinline__ Half step_down(Half x) { return {uint16_t(x.bits - 1)
 __device__ __forceinline__ BFloat16 step_down(BFloat16 x) { return {uint16_t(x.bits - 1)}; }
 
 // The neighbour of x away from zero; x is neither zero nor infinite nor a NaN.
-__device__ __forceinline__ float step_up(float x) { return __uint_as_float(__float_as_uint(x) + 1); }
+__device__ __forceinline__ float step_up(float x) {
+  return __uint_as_float(__float_as_uint(x) + 1);
+}
 __device__ __forceinline__ double step_up(double x) {
   return __longlong_as_double(__double_as_longlong(x) + 1);
 }
@@ -131,7 +138,8 @@ __device__ __forceinline__ T step_toward(T x, double to) {
   return (to < value) == (value > 0) ? step_down(x) : step_up(x);
 }
 
-// ---- Vectors of elements ---------------------------------------------------------------------------
+// ---- Vectors of elements
+// ---------------------------------------------------------------------------
 
 // kCount elements as one aligned load or store of up to 16 bytes each.
 template <class T, int kCount>

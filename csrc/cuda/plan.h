@@ -1,4 +1,5 @@
-// Host side of the group kernels: how many threads work on a group, what shared memory holds, launching.
+// Host side of the group kernels: how many threads work on a group, what shared memory holds,
+// launching.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +27,9 @@ struct Limits {
   }
 };
 
-inline bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+inline bool aligned(const void* p, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
 
 inline Stream stream_of(const ConstData& d, int elements, bool broadcast = false) {
   Stream s;
@@ -45,20 +48,19 @@ struct Plan {
   size_t workspace = 0;
 };
 
-// How many threads, blocks and bytes of shared memory a group gets. Fills in p.shape, p.resident and the
-// slots of the streams that are to be kept in shared memory; `draws` is the size of a random value there,
-// or 0.
+// How many threads, blocks and bytes of shared memory a group gets. Fills in p.shape, p.resident
+// and the slots of the streams that are to be kept in shared memory; `draws` is the size of a
+// random value there, or 0.
 inline Plan plan_groups(GroupParams& p, const Limits& limits, int elements,
                         std::initializer_list<Stream*> kept, int draws = 0) {
   const Groups& g = p.groups;
-  // Ragged groups: their sizes are on the device; most are expected below four times the average, and
-  // longer ones are right all the same.
+  // Ragged groups: their sizes are on the device; most are expected below four times the average,
+  // and longer ones are right all the same.
   const int64_t average = g.groups ? (g.rows + g.groups - 1) / g.groups : 0;
   const int64_t rows = g.offsets ? std::min(4 * average, g.rows) : g.rows_per_group;
   const int64_t numel = rows * g.dim;
-  const int64_t chunks = std::max<int64_t>(1, !g.offsets && numel % elements == 0
-                                                  ? numel / elements
-                                                  : numel / elements + 2);
+  const int64_t chunks = std::max<int64_t>(
+      1, !g.offsets && numel % elements == 0 ? numel / elements : numel / elements + 2);
   int64_t per_chunk = 0;
   for (const Stream* s : kept)
     if (s->data) per_chunk += elements * bytes_of(s->type);
@@ -94,16 +96,17 @@ inline Plan plan_groups(GroupParams& p, const Limits& limits, int elements,
         blocks *= 2;
     }
     if (blocks * budget < total) room = whole;
-    const bool lonely = g.groups * blocks < limits.multiprocessors && chunks > blocks * plan.threads * 4;
+    const bool lonely =
+        g.groups * blocks < limits.multiprocessors && chunks > blocks * plan.threads * 4;
     if (blocks * room < total || lonely) {
       // Blocks at large. They meet in global memory, so all must be resident: a cooperative launch.
       const int64_t at_once = std::max<int64_t>(
           1, std::min<int64_t>(limits.shared_per_multiprocessor / (budget + head + 1024),
                                2048 / plan.threads));
       const int64_t fit = at_once * limits.multiprocessors;
-      const int64_t wanted = std::max((total + budget - 1) / budget,
-                                      std::min(fit / std::max<int64_t>(g.groups, 1),
-                                               chunks / (plan.threads * 4)));
+      const int64_t wanted =
+          std::max((total + budget - 1) / budget,
+                   std::min(fit / std::max<int64_t>(g.groups, 1), chunks / (plan.threads * 4)));
       blocks = std::min(fit, std::max<int64_t>(wanted, 1));
       const int64_t teams = std::min(g.groups, fit / blocks);
       room = budget;
@@ -116,9 +119,9 @@ inline Plan plan_groups(GroupParams& p, const Limits& limits, int elements,
       plan.grid = g.groups * blocks;
     }
     p.shape.blocks = int(blocks);
-    p.resident = int(std::min<int64_t>(
-        each_holds(blocks * plan.threads),
-        per_chunk ? room / (plan.threads * per_chunk) : int64_t(1) << 20));
+    p.resident =
+        int(std::min<int64_t>(each_holds(blocks * plan.threads),
+                              per_chunk ? room / (plan.threads * per_chunk) : int64_t(1) << 20));
   }
   // A grid has at most 2^31 - 1 blocks; teams then take several groups.
   const int64_t most = ((int64_t(1) << 31) - 1) / p.shape.blocks * p.shape.blocks;
@@ -151,8 +154,8 @@ cudaError_t launch(Kernel* kernel, GroupParams& p, const Plan& plan, const Conte
     if (error != cudaSuccess) return error;
   }
   if (plan.shared > (48 << 10)) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute attributes[2];

@@ -38,8 +38,8 @@ struct Raw {
   bool minus;
 };
 
-// Elements kCount * chunk up to kCount * (chunk + 1) of a tensor with elements T: uniform in [0, 1), standard
-// normal, or a signed standard exponential.
+// Elements kCount * chunk up to kCount * (chunk + 1) of a tensor with elements T: uniform in [0,
+// 1), standard normal, or a signed standard exponential.
 template <class T, Draw kDraw, int kCount, class A>
 __device__ __forceinline__ void draw(const int64_t (&key)[2], int64_t chunk, A (&out)[kCount]) {
   constexpr bool kWide = sizeof(T) == 8;

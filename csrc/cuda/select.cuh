@@ -7,8 +7,8 @@ namespace embattle::cuda {
 
 size_t select_workspace(const StepArgs& args, const Limits& limits);
 
-// Sets *chosen to [groups] bytes inside the workspace: 1 where the group is among the args.max_groups of its
-// sample with the largest gradient in the dual norm.
+// Sets *chosen to [groups] bytes inside the workspace: 1 where the group is among the
+// args.max_groups of its sample with the largest gradient in the dual norm.
 cudaError_t select_groups(const StepArgs& args, const Limits& limits, void* workspace,
                           unsigned char** chosen, const Context& context);
 

@@ -5,7 +5,8 @@
 //   a cluster         blocks that see each other's shared memory (compute capability 9.0 and up)
 //   blocks at large   of a cooperative launch, through global memory
 //
-// All sums are formed in an order that depends on the team's shape alone: results are deterministic.
+// All sums are formed in an order that depends on the team's shape alone: results are
+// deterministic.
 #pragma once
 
 #include "device.cuh"
@@ -22,8 +23,8 @@ struct Sums {
 };
 enum : int { kSumA = 1, kSumB = 2, kMax = 4 };
 
-// In shared memory, at the front of a block's dynamic part. Two of each, used in turn: a round's writes
-// then cannot overtake the reads of the round before.
+// In shared memory, at the front of a block's dynamic part. Two of each, used in turn: a round's
+// writes then cannot overtake the reads of the round before.
 struct TeamScratch {
   Sums warps[2][kMaxWarps];
   Sums blocks[2][kMaxCluster];
@@ -44,7 +45,8 @@ struct Shape {
 
 class Team {
  public:
-  // All threads of the block call it. `global` and `slots` ([teams][2][blocks]) serve blocks at large.
+  // All threads of the block call it. `global` and `slots` ([teams][2][blocks]) serve blocks at
+  // large.
   __device__ Team(const Shape& shape, TeamScratch* scratch, TeamGlobal* global, Sums* slots)
       : shape_(shape), scratch_(scratch) {
     const int threads = int(blockDim.x);
@@ -72,15 +74,16 @@ class Team {
   int rank, size;        // of this thread in its team
   int64_t index, count;  // of this team in the grid
 
-  // The sums and the maximum over the team, the same bits in every thread. kWhich says which members of
-  // Sums are wanted; the others are undefined. All threads of the team call it.
+  // The sums and the maximum over the team, the same bits in every thread. kWhich says which
+  // members of Sums are wanted; the others are undefined. All threads of the team call it.
   template <int kWhich>
   __device__ __forceinline__ Sums agree(const Sums& s) {
     turn_ ^= 1;
     if (shape_.lanes <= 32) return agree_lanes<kWhich>(s, mask_, shape_.lanes);
     if (shape_.blocks == 1) return agree_block<kWhich>(s, scratch_->warps[turn_]);
     if (shape_.cluster) return agree_cluster<kWhich>(s, scratch_, turn_, shape_.blocks, block_);
-    return agree_blocks<kWhich>(s, scratch_, turn_, shape_.blocks, block_, slots_, global_, ++round_);
+    return agree_blocks<kWhich>(s, scratch_, turn_, shape_.blocks, block_, slots_, global_,
+                                ++round_);
   }
 
   __device__ double sum(double a) {

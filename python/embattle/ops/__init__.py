@@ -8,6 +8,7 @@ write their first argument.
 from embattle.ops import _rules_clip as _rules_clip  # fake, autograd and vmap rules of the ops
 from embattle.ops import _rules_embedding as _rules_embedding
 from embattle.ops import _rules_group as _rules_group
+from embattle.ops._no_cuda import register as _register
 from embattle.ops.clip import clip_and_sum, linear_grad_norm, per_sample_norm
 from embattle.ops.embedding import embedding_grad_norm, embedding_perturb, rowwise_adagrad_
 from embattle.ops.group import (
@@ -22,6 +23,8 @@ from embattle.ops.group import (
     project_,
     random_start,
 )
+
+_library = _register()  # kept: the registrations live as long as it does
 
 __all__ = [
     "clip_and_sum",

@@ -1,0 +1,178 @@
+// The CUDA launchers, run by the emulator, as a Python module. Tensors come as (address, dtype)
+// pairs or None; emulated.py makes them from torch tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "cuda/kernels.h"
+#include "emulator.h"
+
+namespace py = pybind11;
+using namespace embattle;
+
+namespace {
+
+using Pointer = std::optional<std::pair<uintptr_t, int>>;
+
+ConstData in(const Pointer& p) {
+  if (!p) return {};
+  return {reinterpret_cast<const void*>(p->first), Dtype(p->second)};
+}
+Data out(const Pointer& p) {
+  if (!p) return {};
+  return {reinterpret_cast<void*>(p->first), Dtype(p->second)};
+}
+
+// A number, or (address, dtype, broadcast).
+PerGroup per_group(const py::object& o) {
+  PerGroup p;
+  if (py::isinstance<py::tuple>(o)) {
+    const auto t = o.cast<std::tuple<uintptr_t, int, bool>>();
+    p.values = reinterpret_cast<const void*>(std::get<0>(t));
+    p.dtype = Dtype(std::get<1>(t));
+    p.broadcast = std::get<2>(t);
+  } else {
+    p.value = o.cast<double>();
+  }
+  return p;
+}
+
+Groups groups_of(const py::dict& d) {
+  Groups g;
+  g.rows = d["rows"].cast<int64_t>();
+  g.dim = d["dim"].cast<int64_t>();
+  g.groups = d["groups"].cast<int64_t>();
+  g.rows_per_group = d["rows_per_group"].cast<int64_t>();
+  g.offsets = reinterpret_cast<const int64_t*>(d["offsets"].cast<uintptr_t>());
+  g.mask = reinterpret_cast<const bool*>(d["mask"].cast<uintptr_t>());
+  return g;
+}
+
+Box box_of(const py::dict& d) {
+  Box b;
+  b.x0 = in(d["x0"].cast<Pointer>());
+  b.lower = in(d["lower"].cast<Pointer>());
+  b.upper = in(d["upper"].cast<Pointer>());
+  b.lower_broadcast = d["lower_broadcast"].cast<bool>();
+  b.upper_broadcast = d["upper_broadcast"].cast<bool>();
+  return b;
+}
+
+StepArgs step_of(const py::dict& d) {
+  StepArgs a;
+  a.groups = groups_of(d);
+  a.norm = Norm(d["norm"].cast<int>());
+  a.delta = in(d["delta"].cast<Pointer>());
+  a.velocity = in(d["velocity"].cast<Pointer>());
+  a.grad = in(d["grad"].cast<Pointer>());
+  a.out = out(d["out"].cast<Pointer>());
+  a.velocity_out = out(d["velocity_out"].cast<Pointer>());
+  a.step_size = per_group(d["step_size"]);
+  a.eps = per_group(d["eps"]);
+  a.box = box_of(d);
+  a.top = d["top"].cast<double>();
+  a.max_groups = d["max_groups"].cast<int64_t>();
+  a.groups_per_sample = d["groups_per_sample"].cast<int64_t>();
+  a.decay = d["decay"].cast<double>();
+  a.apgd = d["apgd"].cast<bool>();
+  a.nonfinite = reinterpret_cast<int32_t*>(d["nonfinite"].cast<uintptr_t>());
+  return a;
+}
+
+ProjectArgs project_of(const py::dict& d) {
+  ProjectArgs a;
+  a.groups = groups_of(d);
+  a.norm = Norm(d["norm"].cast<int>());
+  a.delta = in(d["delta"].cast<Pointer>());
+  a.out = out(d["out"].cast<Pointer>());
+  a.eps = per_group(d["eps"]);
+  a.box = box_of(d);
+  return a;
+}
+
+NoiseArgs noise_of(const py::dict& d) {
+  NoiseArgs a;
+  a.groups = groups_of(d);
+  a.norm = Norm(d["norm"].cast<int>());
+  a.x = in(d["x"].cast<Pointer>());
+  a.out = out(d["out"].cast<Pointer>());
+  a.key = reinterpret_cast<const int64_t*>(d["key"].cast<uintptr_t>());
+  a.key_on_host = d["key_on_host"].cast<bool>();
+  a.std = per_group(d["std"]);
+  a.eps = per_group(d["eps"]);
+  a.box = box_of(d);
+  return a;
+}
+
+NormArgs norm_of(const py::dict& d) {
+  NormArgs a;
+  a.groups = groups_of(d);
+  a.norm = Norm(d["norm"].cast<int>());
+  a.x = in(d["x"].cast<Pointer>());
+  a.out = out(d["out"].cast<Pointer>());
+  return a;
+}
+
+// Calls a launcher with a workspace exactly as long as it asks for, filled with NaNs.
+template <class Args>
+void call(int (*launcher)(const Args&, const cuda::Context&), const Args& args) {
+  std::vector<std::unique_ptr<unsigned char[]>> workspaces;
+  cuda::Context context;
+  context.self = &workspaces;
+  context.allocate = [](void* self, size_t bytes) -> void* {
+    auto& all = *static_cast<std::vector<std::unique_ptr<unsigned char[]>>*>(self);
+    if (!all.empty()) throw std::logic_error("a launcher asked for a second workspace");
+    auto memory = std::make_unique<unsigned char[]>(bytes + 256);
+    std::fill_n(memory.get(), bytes + 256, (unsigned char)0xff);
+    auto at = (reinterpret_cast<uintptr_t>(memory.get()) + 255) / 256 * 256;
+    all.push_back(std::move(memory));
+    return reinterpret_cast<void*>(at);
+  };
+  const int error = launcher(args, context);
+  const std::string what = emu::take_error();
+  if (error || !what.empty())
+    throw std::runtime_error(std::string(cuda::error_text(error)) + ": " + what);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(emulated_kernels, m) {
+  m.def("group_norm", [](const py::dict& d) { call(cuda::group_norm, norm_of(d)); });
+  m.def("project", [](const py::dict& d) { call(cuda::project, project_of(d)); });
+  m.def("pgd_step", [](const py::dict& d) { call(cuda::pgd_step, step_of(d)); });
+  m.def("momentum_step", [](const py::dict& d) { call(cuda::momentum_step, step_of(d)); });
+  m.def("random_start", [](const py::dict& d) { call(cuda::random_start, noise_of(d)); });
+  m.def("gaussian_noise", [](const py::dict& d) { call(cuda::gaussian_noise, noise_of(d)); });
+
+  m.def(
+      "set_order",
+      [](const std::string& order, uint32_t seed) {
+        emu::set_order(order == "forward"   ? emu::Order::forward
+                       : order == "reverse" ? emu::Order::reverse
+                                            : emu::Order::random,
+                       seed);
+      },
+      py::arg("order"), py::arg("seed") = 0);
+  m.def(
+      "set_device",
+      [](int multiprocessors, int major, int shared_per_block, int shared_per_multiprocessor) {
+        emu::device().multiprocessors = multiprocessors;
+        emu::device().capability_major = major;
+        emu::device().shared_per_block = shared_per_block;
+        emu::device().shared_per_multiprocessor = shared_per_multiprocessor;
+      },
+      py::arg("multiprocessors") = 4, py::arg("major") = 9, py::arg("shared_per_block") = 227 << 10,
+      py::arg("shared_per_multiprocessor") = 228 << 10);
+  m.def("take_counters", [] {
+    const emu::Counters c = emu::counters();
+    emu::counters() = {};
+    return py::dict(py::arg("launches") = c.launches, py::arg("blocks") = c.blocks,
+                    py::arg("threads") = c.threads, py::arg("clusters") = c.cluster_launches,
+                    py::arg("cooperative") = c.cooperative_launches,
+                    py::arg("largest_shared") = c.largest_shared);
+  });
+}
