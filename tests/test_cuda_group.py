@@ -1,7 +1,8 @@
 """The CUDA kernels of the group ops against the reference, run by the emulator.
 
-Every sample of every op runs in one dtype and fibre order or another; the kernels' paths (lanes of a warp,
-a block, clusters, blocks at large, groups that shared memory does not hold) are forced by small devices.
+Every sample of every op runs in one dtype and fibre order or another; the kernels' paths (lanes of
+a warp, a block, clusters, blocks at large, groups that shared memory does not hold) are forced by
+small devices.
 """
 
 from __future__ import annotations
@@ -95,9 +96,7 @@ def test_long_groups_take_every_path(device: str, norm: str, order: tuple[str, i
 
 @pytest.mark.parametrize("norm", samples.NORMS)
 @pytest.mark.parametrize("dtype", samples.DTYPES, ids=lambda d: str(d)[6:])
-def test_a_projection_lies_in_the_ball_and_projects_to_itself(
-    dtype: torch.dtype, norm: str
-) -> None:
+def test_a_projection_lies_in_its_ball_and_is_idempotent(dtype: torch.dtype, norm: str) -> None:
     g = torch.Generator().manual_seed(3)
     for scale in (1e-3, 1.0, 1e3):
         delta = (torch.randn(7, 613, generator=g) * scale).to(dtype)

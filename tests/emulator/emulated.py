@@ -1,4 +1,4 @@
-"""The group ops with the signatures of embattle.ops, computed by the CUDA kernels in the emulator."""
+"""The group ops with the signatures of embattle.ops, by the CUDA kernels in the emulator."""
 
 from __future__ import annotations
 

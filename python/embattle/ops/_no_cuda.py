@@ -1,7 +1,7 @@
-"""What CUDA tensors meet where an op has no CUDA kernel in this build: an error that helps, or the CPU.
+"""What CUDA tensors meet where an op has no CUDA kernel: an error that helps, or the CPU.
 
-With ``EMBATTLE_CPU_FALLBACK=1`` such an op copies its tensors to the CPU, runs there and copies the results
-back, with one warning per process.
+With ``EMBATTLE_CPU_FALLBACK=1`` such an op copies its tensors to the CPU, runs there and copies the
+results back, with one warning per process.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def _missing(op: str) -> RuntimeError:
 
     if _C.build_info()["cuda"]:
         return RuntimeError(
-            f"embattle.{op}: there is no CUDA kernel for it yet. Set {_FALLBACK}=1 to run it on the "
-            f"CPU, which copies its tensors there and back."
+            f"embattle.{op}: there is no CUDA kernel for it yet. Set {_FALLBACK}=1 to run it on "
+            f"the CPU, which copies its tensors there and back."
         )
     return RuntimeError(
         f"embattle.{op}: this build has no CUDA kernels. Rebuild where nvcc is on the PATH, with "
@@ -86,10 +86,11 @@ def _device_of(values: Any) -> torch.device:
 
 def register() -> torch.library.Library:
     """Gives every op that has no CUDA kernel the implementation above; keep what it returns."""
-    library = torch.library.Library("embattle", "IMPL")
+    library = torch.library.Library("embattle", "IMPL")  # type: ignore[no-untyped-call]
     for name in torch._C._dispatch_get_all_op_names():
         has = torch._C._dispatch_has_kernel_for_dispatch_key
         if name.startswith("embattle::") and not has(name, "CUDA") and has(name, "CPU"):
             op = name.removeprefix("embattle::")
-            library.impl(op, through_the_cpu(getattr(torch.ops.embattle, op).default), "CUDA")
+            run = through_the_cpu(getattr(torch.ops.embattle, op).default)
+            library.impl(op, run, "CUDA")  # type: ignore[no-untyped-call]
     return library
