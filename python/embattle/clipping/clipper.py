@@ -20,7 +20,7 @@ from embattle.clipping.install import stand_ins
 from embattle.clipping.layer import Layer, in_use
 from embattle.clipping.tape import IsolationCheck, Listener, Tape
 from embattle.clipping.units import Units
-from embattle.clipping.uses import DenseUse
+from embattle.clipping.uses import DenseUse, RowUse
 
 Mode = Literal["flat", "per_layer", "automatic"]
 Weights = Tensor | Callable[[Tensor], Tensor] | None
@@ -410,6 +410,9 @@ class PerSampleClipper:
             first = found[0]
             if len(found) == 1 and isinstance(first, DenseUse):
                 small.append(first.grad)
+            elif len(found) == 1 and units.of_sample is None and _one_row(first):
+                # Nothing to add up: the norm of the row's gradient, with all the others' in one op.
+                small.append(first.grad[:, 0])
             else:
                 parts.append(unit_norms(found, units, p.shape))
         if small:
@@ -595,6 +598,11 @@ def _refusal(name: str) -> Callable[[Tensor], None]:
         )
 
     return refuse
+
+
+def _one_row(use: Use) -> bool:
+    """Whether each sample uses one row of a table, and no row is padding."""
+    return isinstance(use, RowUse) and use.indices.shape[1] == 1 and use.padding_idx is None
 
 
 def _factor_dtype(parameter: Tensor) -> torch.dtype:
