@@ -12,7 +12,7 @@ pytest.importorskip("torchmetrics")
 
 from embattle.attacks import PGD, UniformNoise
 from embattle.audit import html
-from embattle.audit.evaluate import evaluate, predict, sweep
+from embattle.audit.evaluation import evaluate, predict, sweep
 from embattle.audit.honesty import order_checks, transfer_check, unbounded_check
 from embattle.audit.metrics import score, success_rate
 from embattle.data.batch import Batch
@@ -142,3 +142,10 @@ def test_a_report_escapes_what_comes_from_outside() -> None:
     )
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 12
+
+
+def test_the_public_names_are_what_they_say() -> None:
+    import embattle.audit as audit
+
+    for name in audit.__all__:
+        assert getattr(audit, name).__name__ == name

@@ -11,21 +11,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from embattle.audit.evaluate import Attacked, evaluate, predict, sweep
+    from embattle.audit.evaluation import Attacked, evaluate, predict, sweep
     from embattle.audit.honesty import Check
     from embattle.audit.metrics import Scores, score, success_rate
 
 __all__ = ["Attacked", "Check", "Scores", "evaluate", "predict", "score", "success_rate", "sweep"]
 
 _HOMES = {
-    "Attacked": "evaluate",
+    "Attacked": "evaluation",
     "Check": "honesty",
     "Scores": "metrics",
-    "evaluate": "evaluate",
-    "predict": "evaluate",
+    "evaluate": "evaluation",
+    "predict": "evaluation",
     "score": "metrics",
     "success_rate": "metrics",
-    "sweep": "evaluate",
+    "sweep": "evaluation",
 }
 
 

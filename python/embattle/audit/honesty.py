@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embattle.attacks import Attack
-from embattle.audit.evaluate import evaluate, examined
+from embattle.audit.evaluation import evaluate, examined
 from embattle.data.batch import Batch
 from embattle.perturb import Site
 
@@ -79,7 +79,7 @@ def unbounded_check(
 
     Args:
         title: the model's name.
-        model, batches, site: see `embattle.audit.evaluate.evaluate`.
+        model, batches, site: see `embattle.audit.evaluation.evaluate`.
         attack: with a radius far beyond the size of the embeddings.
 
     Returns:

@@ -18,7 +18,7 @@ from torch import Tensor
 from embattle import data
 from embattle import recipe as recipes
 from embattle.audit import figures
-from embattle.audit.evaluate import evaluate, predict, sweep
+from embattle.audit.evaluation import evaluate, predict, sweep
 from embattle.audit.honesty import order_checks, transfer_check, unbounded_check
 from embattle.audit.metrics import score, success_rate
 from embattle.audit.report import UNITS, document, summary_rows, threat_words
