@@ -50,7 +50,6 @@ def _groups(x: Tensor, token: bool, offsets: Tensor | None) -> int | torch.SymIn
 def _(
     x: Tensor,
     norm: float = 2.0,
-    *,
     token: bool = False,
     offsets: Tensor | None = None,
     mask: Tensor | None = None,
