@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embattle.ops._rules import register_fake, register_vmap
+from embattle.ops._rules import outside_autograd, register_fake, register_vmap
 
 _ops = torch.ops.embattle
 
@@ -221,3 +221,9 @@ def _(
     sums = [torch.stack([r[0][i] for r in results]) for i in range(len(grads))]
     norms = torch.stack([r[1] for r in results])
     return (sums, norms), ([0] * len(grads), 0)
+
+
+outside_autograd(
+    "per_sample_norm",
+    "linear_grad_norm",
+)
