@@ -191,12 +191,14 @@ class _Ball:
         if self.lower is not None and self.upper is not None:
             return self._project_on_ball_and_box(z)
         outside = _norm(z, self.norm) > self.eps
+        eps = torch.where(outside, self.eps, 0.0)  # an infinite one would make gradients NaN
         if self.norm == "l2":
             length = torch.where(outside, _norm(z, "l2"), 1.0)
-            return torch.where(outside, z * (self.eps / length), z)
-        return torch.where(outside, self._shrink_l1(z), z)
+            return torch.where(outside, z * (eps / length), z)
+        return torch.where(outside, self._shrink_l1(z, eps), z)
 
-    def _shrink_l1(self, z: Tensor) -> Tensor:
+    @staticmethod
+    def _shrink_l1(z: Tensor, eps: Tensor) -> Tensor:
         """Soft threshold: sum max(|z| - t, 0) = eps, by sorting (Duchi et al., ICML 2008).
 
         For a small ball the magnitudes are taken relative to the largest one: ``|z| - t`` would
@@ -206,10 +208,10 @@ class _Ball:
             return z
         size = z.abs()
         largest = _max(size)
-        below = size - torch.where(self.eps < largest / 2, largest, 0.0).detach()
+        below = size - torch.where(eps < largest / 2, largest, 0.0).detach()
         ordered = below.sort(1, descending=True).values
         count = torch.arange(1, z.shape[1] + 1, dtype=z.dtype, device=z.device)
-        thresholds = (ordered.cumsum(1) - self.eps) / count
+        thresholds = (ordered.cumsum(1) - eps) / count
         kept = (ordered > thresholds).sum(1, keepdim=True).clamp_min(1)
         return z.sign() * (below - thresholds.gather(1, kept - 1)).clamp_min(0)
 
@@ -265,7 +267,7 @@ class _Ball:
         z = self.project(z)
         for _ in range(2):  # what the projection itself rounded up
             excess = _norm(z.detach(), self.norm) / self.eps
-            z = torch.where(excess > 1, z / excess * (1 - 2.0**-52), z)
+            z = z * torch.where(excess > 1, (1 - 2.0**-52) / excess, 1.0)
         ideal = (self.origin + z).to(like.dtype)
         with torch.no_grad():
             given = self.groups.pack(like)

@@ -89,3 +89,12 @@ def argument_error(error: RuntimeError) -> Exception:
         line = re.sub(r"^embattle::(\w+)\(\)", r"embattle.\1:", text.split("\n", 1)[0])
         return TypeError(line)
     return error
+
+
+def written(*tensors: Tensor) -> None:
+    """Tells autograd that an op wrote these tensors, so that it refuses stale saved values."""
+    if torch.compiler.is_compiling():
+        return  # the compiled graph writes them by copy_, which tells
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)

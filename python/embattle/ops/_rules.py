@@ -24,3 +24,15 @@ def register_vmap(op: str) -> Callable[[_F], _F]:
     """`torch.library.register_vmap`, typed."""
     rule: Callable[[_F], _F] = torch.library.register_vmap(op)
     return rule
+
+
+_autograd: Any = torch.library.Library("embattle", "IMPL")  # type: ignore[no-untyped-call]
+
+
+def outside_autograd(*ops: str) -> None:
+    """Makes what the ops return constants to autograd, whatever their inputs require.
+
+    Without this their results would require a gradient, which the backward pass cannot give.
+    """
+    for op in ops:
+        _autograd.impl(op, torch.library.fallthrough_kernel, "Autograd")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embattle.ops._rules import register_fake, register_vmap
+from embattle.ops._rules import outside_autograd, register_fake, register_vmap
 
 _ops = torch.ops.embattle
 
@@ -64,7 +64,8 @@ def _inner(grads: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Tens
     out = grads[0].new_zeros([grads[0].shape[0]], dtype=dtype)
     for g, cotangent in zip(grads, cotangents, strict=True):
         if cotangent is not None:
-            out = out + (g.to(dtype) * cotangent.to(dtype)).flatten(1).sum(1)
+            product = g.to(dtype) * cotangent.to(dtype)
+            out = out + product.reshape(*product.shape, 1).flatten(1).sum(1)
     return out
 
 
@@ -85,10 +86,11 @@ def _one_norm(
     finite = norms.isfinite()
     safe = torch.where(finite & (norms > 0), norms, 1.0)
     if automatic:
-        factor = bound / (safe + gamma)
-        slope = -factor / (safe + gamma)
+        padded = torch.where(finite, norms, 1.0) + gamma
+        factor = bound / padded
+        slope = -factor / padded
     else:
-        clipped = safe > bound
+        clipped = norms > bound
         factor = torch.where(clipped, bound / safe, 1.0)
         slope = torch.where(clipped, -factor / safe, 0.0)
     factor = torch.where(finite, factor, 0.0)
@@ -219,3 +221,9 @@ def _(
     sums = [torch.stack([r[0][i] for r in results]) for i in range(len(grads))]
     norms = torch.stack([r[1] for r in results])
     return (sums, norms), ([0] * len(grads), 0)
+
+
+outside_autograd(
+    "per_sample_norm",
+    "linear_grad_norm",
+)

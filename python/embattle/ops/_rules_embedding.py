@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embattle.ops._rules import register_fake, register_vmap
+from embattle.ops._rules import outside_autograd, register_fake, register_vmap
 from embattle.ops._rules_clip import moved, split
 
 _ops = torch.ops.embattle
@@ -173,3 +173,9 @@ def _(
     inverse = _shifted(moved(inverse, in_dims[1], size), rows, size)
     out: Tensor = _ops.embedding_perturb_backward(grad_output, inverse, rows * size)
     return out.reshape(size, rows, out.shape[1]), 0
+
+
+outside_autograd(
+    "embedding_grad_norm",
+    "rowwise_adagrad_",
+)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embattle.ops._rules import register_fake, register_vmap
+from embattle.ops._rules import outside_autograd, register_fake, register_vmap
 
 _ops = torch.ops.embattle
 
@@ -50,7 +50,6 @@ def _groups(x: Tensor, token: bool, offsets: Tensor | None) -> int | torch.SymIn
 def _(
     x: Tensor,
     norm: float = 2.0,
-    *,
     token: bool = False,
     offsets: Tensor | None = None,
     mask: Tensor | None = None,
@@ -278,3 +277,15 @@ for _name, _tensors, _written in (
     register_vmap(f"embattle::{_name}")(_merged(_name, _tensors, _written))
 for _name in ("random_start", "gaussian_noise", "gaussian_noise_"):
     register_vmap(f"embattle::{_name}")(_one_by_one(_name, _name.endswith("_")))
+
+outside_autograd(
+    "pgd_step",
+    "pgd_step_",
+    "project_",
+    "random_start",
+    "gaussian_noise",
+    "gaussian_noise_",
+    "momentum_step",
+    "momentum_step_",
+    "group_norm",
+)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from embattle.ops._arguments import argument_error
+from embattle.ops._arguments import argument_error, written
 
 _ops = torch.ops.embattle
 
@@ -130,4 +130,5 @@ def rowwise_adagrad_(
         )
     except RuntimeError as error:
         raise argument_error(error) from None
+    written(weight, state)
     return weight

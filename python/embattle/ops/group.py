@@ -19,6 +19,7 @@ from embattle.ops._arguments import (
     is_token,
     norm_order,
     strength,
+    written,
 )
 
 # Called with positional arguments in the order of the schemas in csrc/library.cpp: binding sixteen
@@ -145,6 +146,7 @@ def pgd_step_(
         )
     except RuntimeError as error:
         raise argument_error(error) from None
+    written(delta)
     return delta
 
 
@@ -226,6 +228,7 @@ def project_(
         )
     except RuntimeError as error:
         raise argument_error(error) from None
+    written(delta)
     return delta
 
 
@@ -363,6 +366,7 @@ def gaussian_noise_(
         )
     except RuntimeError as error:
         raise argument_error(error) from None
+    written(x)
     return x
 
 
@@ -487,6 +491,7 @@ def momentum_step_(
         )
     except RuntimeError as error:
         raise argument_error(error) from None
+    written(delta, velocity)
     return delta, velocity
 
 
