@@ -11,13 +11,14 @@ JOBS ?= $(shell nproc)
 
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help setup dev demo test lint format sanitize bench clean
+.PHONY: help setup dev demo test lint format sanitize bench gpu-check clean
 
 help:
 	@echo "make demo      train and audit a real recommender (about 8 minutes on two cores)"
 	@echo "make test      build and run the tests"
 	@echo "make lint      ruff, mypy --strict, clang-format"
 	@echo "make bench     the benchmarks, against the memory roofline and eager torch"
+	@echo "make gpu-check OUT=dir  test and measure the CUDA kernels on the GPU at hand"
 	@echo "make sanitize  the native tests under AddressSanitizer and UBSan"
 	@echo "make clean     remove the build and the virtual environment"
 
@@ -60,6 +61,13 @@ format: setup
 
 bench: dev
 	$(RUN) -m pytest benchmarks $(BENCH)
+
+# SYSTEM_PYTHON=1: no virtual environment and no network, with the python3 that is there.
+gpu-check: PYTHON_FOR_GPU = $(if $(SYSTEM_PYTHON),$(PYTHON),$(PY))
+gpu-check: $(if $(SYSTEM_PYTHON),,setup)
+	@$(PYTHON_FOR_GPU) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-check: torch sees no GPU here: nothing was run')"
+	@PYTHON=$$(command -v $(PYTHON_FOR_GPU)) JOBS=$(JOBS) EMBATTLE_CUDA=ON bash tools/build.sh build/gpu -DCMAKE_CUDA_ARCHITECTURES=native
+	$(PYTHON_FOR_GPU) tools/gpu_check.py --out $(or $(OUT),runs/gpu-check)
 
 sanitize: setup
 	@PYTHON=$(PY) JOBS=$(JOBS) bash tools/sanitize.sh

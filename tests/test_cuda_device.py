@@ -1,0 +1,85 @@
+"""The group ops on a real GPU: the reference, graph capture, two streams, two devices."""
+
+from __future__ import annotations
+
+import pytest
+import samples
+import torch
+from compare import assert_matches_reference, run, same_bits
+from embattle import _C, ops
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and _C.build_info()["cuda"]),
+    reason="needs a GPU and a build with CUDA kernels",
+)
+
+
+def on_gpu(call: samples.Call, device: str = "cuda") -> samples.Call:
+    return call.map(lambda t: t.detach().to(device))
+
+
+@pytest.mark.parametrize("dtype", samples.DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("op", samples.GROUP_OPS)
+def test_a_gpu_matches_the_reference(op: str, dtype: torch.dtype) -> None:
+    for sample in samples.for_op(op):
+        results = run(op, on_gpu(sample.call(dtype)))
+        assert_matches_reference(op, sample.call(dtype), [r.cpu() for r in results])
+
+
+@pytest.mark.parametrize("op", samples.GROUP_OPS)
+def test_results_are_the_same_in_every_run(op: str) -> None:
+    for sample in samples.for_op(op):
+        first, second = (run(op, on_gpu(sample.call())) for _ in range(2))
+        assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("norm", samples.NORMS)
+@pytest.mark.parametrize("shape", [(256, 32, 128), (4, 512, 768), (2, 3_000_001)])
+def test_a_captured_step_gives_the_same_bits(norm: str, shape: tuple[int, ...]) -> None:
+    delta, grad = torch.randn(2, *shape, device="cuda")
+    want = ops.pgd_step(delta, grad, step_size=0.3, eps=1.0, norm=norm)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = ops.pgd_step(delta, grad, step_size=0.3, eps=1.0, norm=norm)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert same_bits(result, want)
+
+
+def test_noise_under_capture_is_fresh_or_refused() -> None:
+    x = torch.zeros(4, 100, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(1)
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        noise = ops.gaussian_noise(x, std=1.0, generator=generator)
+    graph.replay()
+    first = noise.clone()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not torch.equal(first, noise)
+    with pytest.raises(RuntimeError, match="generator"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ops.gaussian_noise(x, std=1.0)
+
+
+def test_two_streams_do_not_disturb_each_other() -> None:
+    inputs = [torch.randn(2, 8, 200_000, device="cuda") for _ in range(2)]
+    want = [ops.pgd_step(d, g, step_size=0.3, eps=1.0, norm="l1") for d, g in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    results: list[torch.Tensor] = []
+    for _ in range(20):
+        for (d, g), stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(ops.pgd_step(d, g, step_size=0.3, eps=1.0, norm="l1"))
+    torch.cuda.synchronize()
+    for i, result in enumerate(results):
+        assert same_bits(result, want[i % 2])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_device_of_the_data_counts_not_the_current_one() -> None:
+    x = torch.randn(4, 1000, device="cuda:1")
+    result = ops.project(x, eps=1.0)
+    assert result.device == x.device
+    assert same_bits(result.cpu(), ops.project(x.to("cuda:0"), eps=1.0).cpu())
