@@ -195,8 +195,9 @@ inline void find_l1_boxed(const Cut& cut, double most, double aim, const P& plac
                           Multiplier* found) {
   const double base = aim < most / 2 ? most : 0;
   double low = -base, high = most - base;  // sum above aim; at or below it
-  double tau = low;
-  for (int pass = 0; pass < 200; ++pass) {
+  // The root where the largest element is alone and has room: no step finds it from 1e30 away.
+  double tau = base > 0 ? -aim : low;
+  for (int pass = 0; pass < 1000; ++pass) {
     const auto sums = totals<2>(cut, [&](int64_t i, auto n, V* acc) {
       const V value = z(i, n);
       const V left = abs(value) - base - tau;
@@ -213,7 +214,7 @@ inline void find_l1_boxed(const Cut& cut, double most, double aim, const P& plac
     const double half = low + (high - low) / 2;
     const double next = newton > low && newton < high && pass % 3 != 2 ? newton : half;
     if (!(next > low && next < high)) break;
-    if (__builtin_fabs(next - tau) <= 0x1p-52 * __builtin_fabs(high + base)) {
+    if (__builtin_fabs(next - tau) <= 0x1p-52 * __builtin_fabs(next)) {
       tau = next;
       high = next;
       break;
@@ -273,10 +274,16 @@ inline Multiplier find(const Cut& cut, double eps, const P& place, const F& z, d
 // -------------------------------------------------------------------------------------
 
 // Moves stored elements towards their origin by one unit in the last place, in their order, until
-// the norm (linf: every element) is no longer above eps. `norm` is what it is now.
+// the norm (linf: every element) is no longer above eps. `norm` is what it is now. That takes a
+// round or two; where a group is far out all the same, its elements are scaled now and then.
 template <Norm kNorm, class P>
 inline void pull_in(const Cut& cut, double eps, const P& place, double norm) {
-  while (norm > eps) {
+  for (int round = 1; norm > eps; ++round) {
+    if (kNorm != Norm::linf && round % 16 == 0)
+      for_elements(cut, [&](int64_t i, auto n) {
+        const V centre = place.origin(i, n);
+        place.out.store(i, n, centre + (place.out.load(i, n) - centre) * (eps / norm));
+      });
     double excess = norm - eps, moved = 0;
     cut.runs(cut.begin(), cut.end(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end && (kNorm == Norm::linf || moved <= excess); ++i) {
