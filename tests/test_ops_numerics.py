@@ -1,7 +1,7 @@
 """Every op against its definition in float64, on every sample.
 
-A sample is run in float32 and, in turn, in one of the other dtypes: its neighbours in the table, which
-differ from it in one thing, take the others.
+A sample is run in float32 and, in turn, in one of the other dtypes: its neighbours in the table,
+which differ from it in one thing, take the others.
 """
 
 from __future__ import annotations
