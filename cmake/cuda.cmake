@@ -5,16 +5,14 @@ file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cuda/*.cpp)
 set(use_cuda ${EMBATTLE_CUDA})
 if(EMBATTLE_CUDA STREQUAL "AUTO")
   find_program(nvcc_program nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin)
-  # A CPU-only torch has no CUDA tensors to run them on. ON compiles them for it all the same: one library
-  # serves both kinds of torch.
-  file(GLOB torch_cuda "${torch_dir}/lib/libtorch_cuda.so")
-  if(nvcc_program AND cuda_sources AND torch_cuda)
+  # A CPU-only torch is no reason against them: one library serves both kinds of torch.
+  if(nvcc_program AND cuda_sources)
     set(use_cuda ON)
     message(STATUS "CUDA kernels: on (found ${nvcc_program})")
   else()
     set(use_cuda OFF)
-    message(STATUS "CUDA kernels: off (no nvcc, or a torch without CUDA; the CPU kernels are "
-                   "built; EMBATTLE_CUDA=ON insists)")
+    message(STATUS "CUDA kernels: off (no nvcc found; the CPU kernels are built; "
+                   "EMBATTLE_CUDA=ON insists)")
   endif()
 endif()
 if(NOT use_cuda OR NOT cuda_sources)
