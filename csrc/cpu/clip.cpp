@@ -10,7 +10,7 @@ namespace {
 // samples share a block is fixed, and every column is summed on its own: any number of threads and
 // any tiling give the same bits.
 constexpr int64_t kBlock = 8;
-constexpr int64_t kTile = 1024;  // columns; a tile's totals stay in the first-level cache
+constexpr int64_t kTile = 4096;  // columns; long enough for the prefetcher to pay
 // A group of samples of this size is read from memory once and then again from the cache.
 constexpr int64_t kGroupBytes = 8 << 20;
 
@@ -24,10 +24,15 @@ double factor_of(ClipMode mode, double norm, double bound, double gamma) {
 // ---- total[0, n) += sum_k factors[k] * rows[k][0, n) ----
 
 template <int K, class T>
-void add_rows(const T* const* rows, const double* factors, int64_t n, double* total) {
+void add_rows(const T* const* given, const double* factors, int64_t n, double* total) {
+  // Copies that the stores below cannot reach, so that the pointers stay in registers.
+  const T* rows[K];
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) rows[k] = given[k];
   int64_t i = 0;
   if constexpr (sizeof(T) == sizeof(double)) {
     f64x4 c[K];
+#pragma GCC unroll 8
     for (int k = 0; k < K; ++k) c[k] = f64x4{} + factors[k];
     for (; i + 4 <= n; i += 4) {
       f64x4 sum = c[0] * load4(rows[0] + i);
@@ -42,6 +47,7 @@ void add_rows(const T* const* rows, const double* factors, int64_t n, double* to
     }
   } else {
     f32x8 c[K];
+#pragma GCC unroll 8
     for (int k = 0; k < K; ++k) c[k] = f32x8{} + static_cast<float>(factors[k]);
     for (; i + 8 <= n; i += 8) {
       f32x8 sum = c[0] * load8(rows[0] + i);

@@ -7,7 +7,7 @@
 
 #include "../launch.h"
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -107,9 +107,14 @@ inline void narrow(double x, bf16& out) { narrow_half(x, out); }
 }
 
 [[gnu::always_inline]] inline f32x8 load8(const bf16* x) {
+#if defined(__AVX2__)
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return bits_as<f32x8>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+#else
   u16x8 half;
   memcpy(&half, x, sizeof(half));
   return bits_as<f32x8>(__builtin_convertvector(half, u32x8) << 16);
+#endif
 }
 
 [[gnu::always_inline]] inline f32x8 load8(const f16* x) {
@@ -244,7 +249,7 @@ template <class T>
 }
 
 template <class T>
-[[gnu::always_inline]] inline double squares(const T* x, int64_t n) {
+[[gnu::always_inline]] inline double squares_wide(const T* x, int64_t n) {
   f64x4 a{}, b{}, c{}, d{};
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
@@ -261,6 +266,31 @@ template <class T>
     sum += value * value;
   }
   return sum;
+}
+
+// Blocks of 512 are summed in float32, 16 squares in a lane, and added in float64. A block that
+// comes near the ends of float32's range is done again in float64.
+template <class T>
+[[gnu::always_inline]] inline double squares(const T* x, int64_t n) {
+  double sum = 0;
+  int64_t i = 0;
+  while (i + 32 <= n) {
+    const int64_t start = i, stop = i + 512 < n ? i + 512 : n;
+    f32x8 a{}, b{}, c{}, d{};
+    for (; i + 32 <= stop; i += 32) {
+      const f32x8 p = load8(x + i), q = load8(x + i + 8);
+      const f32x8 r = load8(x + i + 16), s = load8(x + i + 24);
+      a += p * p;
+      b += q * q;
+      c += r * r;
+      d += s * s;
+    }
+    const f32x8 lanes = (a + b) + (c + d);
+    const double block = sum_of(lower(lanes) + upper(lanes));
+    const bool moderate = block > 1e-25 && block < 1e+37;
+    sum += __builtin_expect(moderate, true) ? block : squares_wide(x + start, i - start);
+  }
+  return sum + squares_wide(x + i, n - i);
 }
 
 }  // namespace
