@@ -7,7 +7,7 @@
 
 #include "../launch.h"
 
-#if defined(__F16C__) || defined(__AVX2__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -146,11 +146,19 @@ inline void narrow(double x, bf16& out) { narrow_half(x, out); }
 #endif
 }
 
+[[gnu::always_inline]] inline f64x4 widened4(f32x4 v) {
+#if defined(__AVX__)
+  return bits_as<f64x4>(_mm256_cvtps_pd(bits_as<__m128>(v)));  // convertvector makes two of it
+#else
+  return __builtin_convertvector(v, f64x4);
+#endif
+}
+
 [[gnu::always_inline]] inline f64x4 lower(f32x8 v) {
-  return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3), f64x4);
+  return widened4(__builtin_shufflevector(v, v, 0, 1, 2, 3));
 }
 [[gnu::always_inline]] inline f64x4 upper(f32x8 v) {
-  return __builtin_convertvector(__builtin_shufflevector(v, v, 4, 5, 6, 7), f64x4);
+  return widened4(__builtin_shufflevector(v, v, 4, 5, 6, 7));
 }
 
 // ---- Four elements as float64 ----
@@ -164,7 +172,7 @@ inline void narrow(double x, bf16& out) { narrow_half(x, out); }
 [[gnu::always_inline]] inline f64x4 load4(const float* x) {
   f32x4 v;
   memcpy(&v, x, sizeof(v));
-  return __builtin_convertvector(v, f64x4);
+  return widened4(v);
 }
 
 template <class Half>
