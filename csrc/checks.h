@@ -42,6 +42,16 @@ inline Norm checked_norm(const char* op, double norm) {
   fail("embattle.", op, ": norm must be 1, 2 or inf, got ", norm);
 }
 
+// Python's None reaches an op as a tensor that is not defined.
+inline void check_defined(const char* op, const char* name, const Tensor& t) {
+  if (!t.defined()) fail("embattle.", op, ": ", name, " must be a tensor, got NoneType");
+}
+
+inline Tensor checked_packed(const char* op, const char* name, const Tensor& t) {
+  check_defined(op, name, t);
+  return packed(t);
+}
+
 inline bool same_shape(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
   for (int64_t i = 0; i < a.dim(); ++i)
@@ -51,6 +61,8 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
 
 inline void check_same_shape(const char* op, const char* name, const Tensor& t, const char* of,
                              const Tensor& like) {
+  check_defined(op, name, t);
+  check_defined(op, of, like);
   if (!same_shape(t, like))
     fail("embattle.", op, ": ", name, " must have the shape of ", of, ", ", shape_of(like),
          ", got ", shape_of(t));
@@ -60,6 +72,15 @@ inline void check_device(const char* op, const char* name, const Tensor& t, cons
                          const Tensor& like) {
   if (t.is_cpu() != like.is_cpu() || t.get_device() != like.get_device())
     fail("embattle.", op, ": ", name, " must be on the same device as ", of);
+}
+
+// A tensor that is written must have memory for each of its elements.
+inline void check_writable(const char* op, const char* name, const Tensor& t) {
+  if (t.is_contiguous()) return;
+  for (int64_t i = 0; i < t.dim(); ++i)
+    if (t.stride(i) == 0 && t.size(i) > 1)
+      fail("embattle.", op, ": ", name,
+           " is written, but several of its elements share memory (it is expanded): pass a clone");
 }
 
 // Cuts x into groups. The returned struct points into `offsets` and `mask`, which must be

@@ -107,7 +107,8 @@ void EMBATTLE_AT_LEVEL(rowwise_adagrad)(const AdagradArgs& args, ParallelFor par
           S& state = states[runs.key(run)];
           const double mean = dim > 0 ? factor * factor * square / static_cast<double>(dim) : 0;
           const double sum = static_cast<double>(widened(state)) + mean;
-          const double step = args.lr * factor / (sqrt(sum) + args.eps);
+          const double root = sqrt(sum) + args.eps;
+          const double step = root == 0 ? 0 : args.lr * factor / root;  // with eps 0: no 0 / 0
           narrow(sum, state);
           W* const weight = weights + runs.key(run) * dim;
           for (int64_t c = 0; c < dim; ++c)

@@ -7,7 +7,7 @@
 
 #include "../launch.h"
 
-#if defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -107,9 +107,14 @@ inline void narrow(double x, bf16& out) { narrow_half(x, out); }
 }
 
 [[gnu::always_inline]] inline f32x8 load8(const bf16* x) {
+#if defined(__AVX2__)
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return bits_as<f32x8>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+#else
   u16x8 half;
   memcpy(&half, x, sizeof(half));
   return bits_as<f32x8>(__builtin_convertvector(half, u32x8) << 16);
+#endif
 }
 
 [[gnu::always_inline]] inline f32x8 load8(const f16* x) {
@@ -141,11 +146,19 @@ inline void narrow(double x, bf16& out) { narrow_half(x, out); }
 #endif
 }
 
+[[gnu::always_inline]] inline f64x4 widened4(f32x4 v) {
+#if defined(__AVX__)
+  return bits_as<f64x4>(_mm256_cvtps_pd(bits_as<__m128>(v)));  // convertvector makes two of it
+#else
+  return __builtin_convertvector(v, f64x4);
+#endif
+}
+
 [[gnu::always_inline]] inline f64x4 lower(f32x8 v) {
-  return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3), f64x4);
+  return widened4(__builtin_shufflevector(v, v, 0, 1, 2, 3));
 }
 [[gnu::always_inline]] inline f64x4 upper(f32x8 v) {
-  return __builtin_convertvector(__builtin_shufflevector(v, v, 4, 5, 6, 7), f64x4);
+  return widened4(__builtin_shufflevector(v, v, 4, 5, 6, 7));
 }
 
 // ---- Four elements as float64 ----
@@ -159,7 +172,7 @@ inline void narrow(double x, bf16& out) { narrow_half(x, out); }
 [[gnu::always_inline]] inline f64x4 load4(const float* x) {
   f32x4 v;
   memcpy(&v, x, sizeof(v));
-  return __builtin_convertvector(v, f64x4);
+  return widened4(v);
 }
 
 template <class Half>
@@ -244,7 +257,7 @@ template <class T>
 }
 
 template <class T>
-[[gnu::always_inline]] inline double squares(const T* x, int64_t n) {
+[[gnu::always_inline]] inline double squares_wide(const T* x, int64_t n) {
   f64x4 a{}, b{}, c{}, d{};
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
@@ -261,6 +274,31 @@ template <class T>
     sum += value * value;
   }
   return sum;
+}
+
+// Blocks of 512 are summed in float32, 16 squares in a lane, and added in float64. A block that
+// comes near the ends of float32's range is done again in float64.
+template <class T>
+[[gnu::always_inline]] inline double squares(const T* x, int64_t n) {
+  double sum = 0;
+  int64_t i = 0;
+  while (i + 32 <= n) {
+    const int64_t start = i, stop = i + 512 < n ? i + 512 : n;
+    f32x8 a{}, b{}, c{}, d{};
+    for (; i + 32 <= stop; i += 32) {
+      const f32x8 p = load8(x + i), q = load8(x + i + 8);
+      const f32x8 r = load8(x + i + 16), s = load8(x + i + 24);
+      a += p * p;
+      b += q * q;
+      c += r * r;
+      d += s * s;
+    }
+    const f32x8 lanes = (a + b) + (c + d);
+    const double block = sum_of(lower(lanes) + upper(lanes));
+    const bool moderate = block > 1e-25 && block < 1e+37;
+    sum += __builtin_expect(moderate, true) ? block : squares_wide(x + start, i - start);
+  }
+  return sum + squares_wide(x + i, n - i);
 }
 
 }  // namespace

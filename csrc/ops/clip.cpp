@@ -129,7 +129,8 @@ LinearMethod checked_method(const char* op, const std::string& method) {
 Tensor linear_grad_norm(const Tensor& input_, const Tensor& grad_, bool bias,
                         const std::string& method) {
   const char* op = "linear_grad_norm";
-  const Tensor input = packed(input_), grad = packed(grad_);
+  const Tensor input = checked_packed(op, "input", input_);
+  const Tensor grad = checked_packed(op, "grad_output", grad_);
   const int64_t dims = input.dim();
   bool fits = dims >= 2 && grad.dim() == dims;
   for (int64_t d = 0; fits && d + 1 < dims; ++d) fits = input.size(d) == grad.size(d);

@@ -8,6 +8,7 @@ namespace {
 
 // Indices as contiguous int64.
 Tensor checked_indices(const char* op, const char* name, const Tensor& t) {
+  check_defined(op, name, t);
   if (t.scalar_type() == ScalarType::Int)
     return packed(torch::stable::to(t, std::make_optional(ScalarType::Long)));
   if (t.scalar_type() != ScalarType::Long)
@@ -33,6 +34,8 @@ void check_range(const char* op, const char* name, const Tensor& indices, int64_
 
 // Rows of dim numbers, one for each index.
 void check_rows(const char* op, const char* name, const Tensor& t, const Tensor& indices) {
+  check_defined(op, name, t);
+  check_defined(op, "indices", indices);
   bool fits = t.dim() == indices.dim() + 1;
   for (int64_t d = 0; fits && d < indices.dim(); ++d) fits = t.size(d) == indices.size(d);
   if (!fits)
@@ -41,6 +44,7 @@ void check_rows(const char* op, const char* name, const Tensor& t, const Tensor&
 }
 
 void check_table(const char* op, const char* name, const Tensor& t) {
+  check_defined(op, name, t);
   if (t.dim() != 2)
     fail("embattle.", op, ": ", name, " must have shape [rows, D], got ", shape_of(t));
 }
@@ -49,7 +53,8 @@ Tensor embedding_grad_norm(const Tensor& indices_, const Tensor& grad_, int64_t 
                            const OptionalTensor& offsets_, bool mean,
                            const OptionalTensor& weights_) {
   const char* op = "embedding_grad_norm";
-  const Tensor indices = checked_indices(op, "indices", indices_), grad = packed(grad_);
+  const Tensor indices = checked_indices(op, "indices", indices_);
+  const Tensor grad = checked_packed(op, "grad_output", grad_);
   check_device(op, "indices", indices, "grad_output", grad);
   EmbeddingNormArgs args;
   args.grad = {grad.const_data_ptr(), float_dtype(op, "grad_output", grad)};
@@ -87,11 +92,12 @@ Tensor embedding_grad_norm(const Tensor& indices_, const Tensor& grad_, int64_t 
     args.dim = grad.size(grad.dim() - 1);
     args.tokens = 1;
     for (int64_t d = 1; d < indices.dim(); ++d) args.tokens *= indices.size(d);
-    if (mean) fail("embattle.", op, ": mode 'mean' needs offsets");
+    if (mean) fail("embattle.", op, ": mode 'mean' needs offsets, got none");
   }
   if (weights_) {
     if (!offsets_ || mean)
-      fail("embattle.", op, ": per_sample_weights needs offsets and mode 'sum'");
+      fail("embattle.", op, ": per_sample_weights needs offsets and mode 'sum', got ",
+           mean ? "mode 'mean'" : "no offsets");
     weights = packed(*weights_);
     check_same_shape(op, "per_sample_weights", *weights, "indices", indices);
     check_device(op, "per_sample_weights", *weights, "grad_output", grad);
@@ -163,6 +169,7 @@ void rowwise_adagrad_(const Tensor& weight_, const Tensor& state_, const Tensor&
                       const std::optional<double>& max_norm) {
   const char* op = "rowwise_adagrad_";
   check_table(op, "weight", weight_);
+  check_defined(op, "state", state_);
   if (state_.dim() != 1 || state_.size(0) != weight_.size(0))
     fail("embattle.", op, ": state must have one number for each row of weight, [", weight_.size(0),
          "], got ", shape_of(state_));
@@ -179,6 +186,8 @@ void rowwise_adagrad_(const Tensor& weight_, const Tensor& state_, const Tensor&
   check_device(op, "indices", indices, "weight", weight_);
   check_device(op, "grad", grad, "weight", weight_);
   check_range(op, "indices", indices, 0, weight_.size(0));
+  check_writable(op, "weight", weight_);
+  check_writable(op, "state", state_);
   // A table that is not contiguous is copied and written back.
   Tensor weight = packed(weight_), state = packed(state_);
   AdagradArgs args;

@@ -68,7 +68,7 @@ struct Placed {
          const OptionalTensor& eps_per_group, const OptionalTensor& x0_,
          const OptionalTensor& lower_, const OptionalTensor& upper_)
       : op(op),
-        x(packed(given)),
+        x(checked_packed(op, name, given)),
         offsets(packed(offsets_)),
         mask(packed(mask_)),
         norm(checked_norm(op, order)),
@@ -111,11 +111,7 @@ struct Written {
   Written(const Tensor& packed_like) : target(packed_like), memory(empty_packed(packed_like)) {}
   Written(const char* op, const char* name, const Tensor& argument, const Tensor& packed_argument)
       : target(argument), memory(packed_argument), copy_back(!argument.is_contiguous()) {
-    for (int64_t i = 0; copy_back && i < argument.dim(); ++i)
-      if (argument.stride(i) == 0 && argument.size(i) > 1)
-        fail("embattle.", op, ": ", name,
-             " is written, but several of its elements share memory (it is expanded): pass "
-             "a clone");
+    check_writable(op, name, argument);
   }
 
   Data data(Dtype dtype) { return {memory.mutable_data_ptr(), dtype}; }
@@ -141,7 +137,7 @@ struct Step {
 
   Step(Placed placed_, const Tensor& grad_, bool token, const StepOptions& options)
       : placed(std::move(placed_)),
-        grad(packed(grad_)),
+        grad(checked_packed(placed.op, "grad", grad_)),
         step_size(placed.op, "step_size", options.step_size, options.step_per_group, placed.x,
                   placed.groups.groups) {
     const char* op = placed.op;
@@ -164,7 +160,8 @@ struct Step {
       if (options.max_groups < 0)
         fail("embattle.", op, ": max_groups must not be negative, got ", options.max_groups);
       if (!token || placed.offsets)
-        fail("embattle.", op, ": max_groups needs group='token' without offsets");
+        fail("embattle.", op, ": max_groups needs group='token' without offsets, got ",
+             placed.offsets ? "offsets" : "group='sample'");
       args.groups_per_sample =
           placed.x.dim() < 2 ? 1 : placed.groups.groups / std::max<int64_t>(placed.x.size(0), 1);
     }
@@ -173,7 +170,8 @@ struct Step {
       if (n.scalar_type() != ScalarType::Int || n.dim() != 1 || n.size(0) != args.groups.groups ||
           !n.is_contiguous())
         fail("embattle.", op, ": nonfinite must be contiguous int32 of shape [", args.groups.groups,
-             "], got ", torch::headeronly::toString(n.scalar_type()), " ", shape_of(n));
+             "], got ", torch::headeronly::toString(n.scalar_type()), " ", shape_of(n),
+             n.is_contiguous() ? "" : ", not contiguous");
       check_device(op, "nonfinite", n, "delta", placed.x);
       args.nonfinite = static_cast<int32_t*>(n.mutable_data_ptr());
     }
@@ -188,7 +186,7 @@ struct GroupOps {
   static Tensor group_norm(const Tensor& x_, double norm, bool token,
                            const OptionalTensor& offsets_, const OptionalTensor& mask_) {
     const char* op = "group_norm";
-    const Tensor x = packed(x_);
+    const Tensor x = checked_packed(op, "x", x_);
     const OptionalTensor offsets = packed(offsets_), mask = packed(mask_);
     NormArgs args;
     args.groups = checked_groups(op, "x", x, token, offsets, mask);
@@ -318,6 +316,8 @@ struct GroupOps {
                      upper),
               grad, token, {step_size, step_per_group, top, -1, nonfinite});
     const Tensor velocity = checked_velocity(op, velocity_, step.placed.x);
+    if (velocity_.const_data_ptr() == delta.const_data_ptr() && delta.numel() > 0)
+      fail("embattle.", op, ": velocity is written beside delta, got delta itself: pass a clone");
     run_momentum(step, decay, apgd, velocity, Written(op, "delta", delta, step.placed.x),
                  Written(op, "velocity", velocity_, velocity));
   }

@@ -764,7 +764,7 @@ def rowwise_adagrad_(
         indices: [*] int64.
         grad: [*, D].
         lr: the learning rate.
-        eps: added to the root.
+        eps: added to the root; where both are zero so is the gradient, and the row stays.
         max_norm: the clipping bound of a summed row gradient; None for none.
     """
     rows, inverse = torch.unique(indices.flatten(), return_inverse=True)
@@ -778,7 +778,8 @@ def rowwise_adagrad_(
     with torch.no_grad():
         mean = total.square().sum(1) / max(weight.shape[1], 1)
         new = state[rows].double() + mean
-        step = lr * total / (new.sqrt() + eps)[:, None]
+        root = new.sqrt() + eps
+        step = lr * total / torch.where(root == 0, 1.0, root)[:, None]
         state[rows] = new.to(state.dtype)
         weight[rows] = (weight[rows].double() - step).to(weight.dtype)
     return weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from numbers import Real
 from typing import Final, Literal, TypeAlias
 
 import torch
@@ -67,15 +68,37 @@ def bound(value: Bound, like: Tensor) -> Tensor | None:
     """A box bound as a tensor on the device of `like`; None stays None."""
     if value is None or isinstance(value, Tensor):
         return value
+    if not isinstance(value, (float, Real)):
+        return value  # refused by the schema, which knows the argument's name
     return torch.full((), value, dtype=torch.float64, device=like.device)
 
 
-def draw_key(like: Tensor, generator: torch.Generator | None) -> Tensor:
+def budget(op: str, max_groups: int | None) -> int:
+    """How many groups of a sample move, as the schema takes it: -1 for all.
+
+    Raises:
+        ValueError: for a negative number.
+    """
+    if max_groups is None:
+        return -1
+    if isinstance(max_groups, int) and max_groups < 0:
+        raise ValueError(f"embattle.{op}: max_groups must not be negative, got {max_groups}")
+    return max_groups
+
+
+def draw_key(op: str, generator: torch.Generator | None) -> Tensor:
     """Two 63-bit numbers for Philox, drawn on the generator's device (the CPU by default).
 
     The CPU's default generator serves every device, so that one seed gives the same numbers
     everywhere. Pass a CUDA generator inside a CUDA graph.
+
+    Raises:
+        TypeError: when `generator` is none.
     """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"embattle.{op}: generator must be a torch.Generator or None, got {generator!r}"
+        )
     device = torch.device("cpu") if generator is None else generator.device
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 
@@ -85,6 +108,10 @@ def argument_error(error: RuntimeError) -> Exception:
     text = str(error)
     if text.startswith("embattle."):
         return ValueError(text.split("\n", 1)[0])
+    if "There were no tensor arguments" in text:
+        op = text.split("schema embattle::", 1)[1].split(".", 1)[0]
+        names = [a.name for a in getattr(torch.ops.embattle, op).default._schema.arguments]
+        return TypeError(f"embattle.{op}: {names[0]} must be a tensor, got None")
     if "Expected a value of type" in text:
         line = re.sub(r"^embattle::(\w+)\(\)", r"embattle.\1:", text.split("\n", 1)[0])
         return TypeError(line)

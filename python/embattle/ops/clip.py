@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -13,12 +13,35 @@ from embattle.ops._arguments import argument_error
 _ops = torch.ops.embattle
 
 
-def _not_empty(op: str, grads: Sequence[Tensor]) -> list[Tensor]:
+def _listed(op: str, grads: Sequence[Tensor]) -> list[Tensor]:
+    # A tensor is a sequence too, of its samples: what it would give is not what was meant.
+    if isinstance(grads, Tensor) or not isinstance(grads, Iterable):
+        raise TypeError(
+            f"embattle.{op}: grads must be a sequence of tensors, got {type(grads).__name__}"
+        )
     # The dispatcher finds an op's device by its tensors: an empty list never reaches the op.
     tensors = list(grads)
     if not tensors:
-        raise ValueError(f"embattle.{op}: grads must hold at least one tensor")
+        raise ValueError(f"embattle.{op}: grads must hold at least one tensor, got an empty list")
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"embattle.{op}: grads[{index}] must be a tensor, got {type(tensor).__name__}"
+            )
     return tensors
+
+
+def _bounds(op: str, max_norm: float | Sequence[float]) -> list[float]:
+    try:
+        if isinstance(max_norm, (int, float)) or not isinstance(max_norm, Iterable):
+            return [float(max_norm)]
+        if not isinstance(max_norm, str):
+            return [float(bound) for bound in max_norm]
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(
+        f"embattle.{op}: max_norm must be a number, or one for each tensor, got {max_norm!r}"
+    )
 
 
 def per_sample_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -33,7 +56,7 @@ def per_sample_norm(grads: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: for an empty list or batch sizes that differ.
     """
-    tensors = _not_empty("per_sample_norm", grads)
+    tensors = _listed("per_sample_norm", grads)
     try:
         out: Tensor = _ops.per_sample_norm(tensors)
     except RuntimeError as error:
@@ -73,10 +96,8 @@ def clip_and_sum(
     Source: Abadi et al. (arXiv 1607.00133), algorithm 1; automatic: Bu et al. (arXiv 2206.07136),
     AUTO-S.
     """
-    tensors = _not_empty("clip_and_sum", grads)
-    bounds = (
-        [float(max_norm)] if isinstance(max_norm, (int, float)) else [float(c) for c in max_norm]
-    )
+    tensors = _listed("clip_and_sum", grads)
+    bounds = _bounds("clip_and_sum", max_norm)
     try:
         sums, norms = _ops.clip_and_sum(tensors, bounds, mode, weights, gamma)
     except RuntimeError as error:

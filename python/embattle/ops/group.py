@@ -15,6 +15,7 @@ from embattle.ops._arguments import (
     Strength,
     argument_error,
     bound,
+    budget,
     draw_key,
     is_token,
     norm_order,
@@ -94,7 +95,7 @@ def pgd_step(
             step_per_group,
             eps_per_group,
             top,
-            -1 if max_groups is None else max_groups,
+            budget("pgd_step", max_groups),
             x0,
             bound(lower, delta),
             bound(upper, delta),
@@ -138,7 +139,7 @@ def pgd_step_(
             step_per_group,
             eps_per_group,
             top,
-            -1 if max_groups is None else max_groups,
+            budget("pgd_step_", max_groups),
             x0,
             bound(lower, delta),
             bound(upper, delta),
@@ -263,7 +264,7 @@ def random_start(
     try:
         out: Tensor = _ops.random_start.default(
             like,
-            draw_key(like, generator),
+            draw_key("random_start", generator),
             radius,
             NORMS.get(norm) or norm_order("random_start", norm),
             is_token("random_start", group),
@@ -313,7 +314,7 @@ def gaussian_noise(
     try:
         out: Tensor = _ops.gaussian_noise.default(
             x,
-            draw_key(x, generator),
+            draw_key("gaussian_noise", generator),
             deviation,
             radius,
             NORMS.get(norm) or norm_order("gaussian_noise", norm),
@@ -351,7 +352,7 @@ def gaussian_noise_(
     try:
         _ops.gaussian_noise_.default(
             x,
-            draw_key(x, generator),
+            draw_key("gaussian_noise_", generator),
             deviation,
             radius,
             NORMS.get(norm) or norm_order("gaussian_noise_", norm),
