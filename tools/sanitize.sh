@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # Builds the CPU library with AddressSanitizer and UndefinedBehaviorSanitizer in a folder of its own
-# and runs the native tests on it once. PYTHON: the interpreter; TESTS: which tests.
+# and runs native tests on it once: every wrong argument, every op for several numbers of threads, and
+# the samples whose shapes, layouts and options reach every loop. PYTHON: the interpreter; TESTS and
+# SELECT: which tests instead ("SELECT=" for all of them).
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 dir=build/sanitize
+select="test_ops_errors or threads or what_the_reference_says and"
+select+=" (plain or budget or top or box-tensor or nonfinite or mixed or odd or bag or many)"
 echo "==> building with sanitizers ($dir)"
 EMBATTLE_CUDA=OFF KEEP_OUT_OF_TREE=1 PYTHON=$python bash tools/build.sh "$dir" -DEMBATTLE_SANITIZE=ON
 rm -rf "$dir/python"
@@ -17,4 +21,5 @@ echo "==> native tests under ASan and UBSan"
 ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
   LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libubsan.so)" \
   PYTHONPATH="$dir/python" OMP_NUM_THREADS=2 \
-  "$python" -m pytest -q -p no:cacheprovider ${TESTS:-tests/test_ops_numerics.py tests/test_ops_errors.py}
+  "$python" -m pytest -q -p no:cacheprovider -k "${SELECT-$select}" \
+  ${TESTS:-tests/test_ops_errors.py tests/test_ops_properties.py tests/test_ops_numerics.py}
