@@ -38,6 +38,7 @@ inline int64_t find_equal(const Cut& cut, double size, int64_t nth, const F& g) 
     for (int64_t i = begin; i < end && nth > 0; i += kLanes) {
       const int n = end - i < kLanes ? static_cast<int>(end - i) : kLanes;
       const V value = abs(n == kLanes ? g(i, Whole{}) : g(i, n));
+      if (total(value == size ? splat(1) : V{}) == 0) continue;  // whole vectors at a time
       for (int k = 0; k < n && nth > 0; ++k)
         if (value[k] == size && --nth == 0) found = i + k;
     }

@@ -82,13 +82,14 @@ struct Cut {
 
   // Calls f(block, low, high) for every block, on any thread.
   template <class F>
-  int blocks(const F& f) const {
+  int blocks(const F& f, bool backwards = false) const {
     const int64_t size = block(), from = begin(), to = end();
     const int64_t count = (to - from + size - 1) / size;
     parallel(parallel_for, count, parallel_for ? 1 : count, [&](int64_t b, int64_t stop) {
       for (; b < stop; ++b) {
-        const int64_t low = from + b * size;
-        f(static_cast<int>(b), low, low + size < to ? low + size : to);
+        const int64_t at = backwards ? count - 1 - b : b;
+        const int64_t low = from + at * size;
+        f(static_cast<int>(at), low, low + size < to ? low + size : to);
       }
     });
     return static_cast<int>(count);

@@ -1,5 +1,6 @@
 // momentum_step and momentum_step_: MI-FGSM and APGD, with their memory.
 #include "ascent.h"
+#include "plain.h"
 
 namespace embattle {
 namespace {
@@ -73,6 +74,19 @@ void step(const Cut& cut, const StepArgs& args, const P& place) {
   const auto grad = [&](int64_t i, auto n) { return gradient.load(i, n); };
   const bool finite = all_finite(cut, grad);
   if (!finite && args.nonfinite) ++args.nonfinite[cut.index];
+  const auto clear_memory = [&] {
+    const auto put = [&](int64_t i, auto n) {
+      memory.store(i, n, args.apgd ? place.origin(i, n) : V{});
+    };
+    if (cut.groups.mask) for_elements(cut, put, false);
+  };
+  if (!finite && is_plain(args.box)) {  // as project does it, to the bit
+    const Elements<Any>& kept = args.apgd ? x : velocity;
+    for_elements(cut, [&](int64_t i, auto n) { memory.store(i, n, kept.load(i, n)); });
+    if (plain_project<kNorm>(
+            cut, {args.groups, args.norm, args.delta, args.out, args.eps, args.box}, place))
+      return clear_memory();
+  }
   const Memory common{place, x, velocity, gradient, args.decay, finite};
   if (args.apgd) {
     Averaged<kNorm> source{common};
@@ -92,10 +106,7 @@ void step(const Cut& cut, const StepArgs& args, const P& place) {
     finish<kNorm>(cut, eps, place, source, -1,
                   [&](int64_t i, auto n) { memory.store(i, n, next(i, n)); });
   }
-  if (cut.groups.mask)
-    for_elements(
-        cut, [&](int64_t i, auto n) { memory.store(i, n, args.apgd ? place.origin(i, n) : V{}); },
-        false);
+  clear_memory();
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // project and project_: one read, one write.
-#include "ball.h"
+#include "plain.h"
 
 namespace embattle {
 namespace {
@@ -24,9 +24,13 @@ void run(const ProjectArgs& args, ParallelFor parallel_for) {
   typedef Place<T, kPlain> P;
   const P place(args.out, args.box);
   const Perturbation<P> source{typename P::Tensor(args.delta), place};
+  const bool plain = is_plain(args.box);
   with_norm(args.norm, [&](auto of) {
     for_groups(args.groups, 0, args.groups.groups, parallel_for, [&](const Cut& cut) {
-      finish<decltype(of)::norm>(cut, of_group(args.eps, cut.index), place, source);
+      constexpr Norm norm = decltype(of)::norm;
+      if constexpr (!is_boxed_float<P>)
+        if (plain && plain_project<norm>(cut, args, place)) return;
+      finish<norm>(cut, of_group(args.eps, cut.index), place, source);
     });
   });
 }

@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "ascent.h"
+#include "plain.h"
 
 namespace embattle {
 namespace {
@@ -26,7 +27,7 @@ struct Stepped {
 };
 
 template <Norm kNorm, class P, class G>
-void step(const Cut& cut, const StepArgs& args, const P& place, const G& gradient) {
+void step_in_double(const Cut& cut, const StepArgs& args, const P& place, const G& gradient) {
   const typename P::Tensor x(args.delta);
   const auto grad = [&](int64_t i, auto n) { return gradient.load(i, n); };
   const double step_size = of_group(args.step_size, cut.index);
@@ -55,7 +56,19 @@ void step(const Cut& cut, const StepArgs& args, const P& place, const G& gradien
     if (finite) ascent = steepest<kNorm>(cut, step_size, args.top, grad);
   }
   if (!finite && args.nonfinite) ++args.nonfinite[cut.index];
+  if constexpr (!is_boxed_float<P>)  // as project does it, to the bit
+    if (!finite && is_plain(args.box) &&
+        plain_project<kNorm>(
+            cut, {args.groups, args.norm, args.delta, args.out, args.eps, args.box}, place))
+      return;
   finish<kNorm>(cut, eps, place, Stepped<kNorm, P, G>{x, place, gradient, ascent}, known);
+}
+
+template <Norm kNorm, class P, class G>
+void step(const Cut& cut, const StepArgs& args, const P& place, const G& gradient) {
+  if constexpr (!is_boxed_float<P>)
+    if (is_plain(args.box) && plain_step<kNorm>(cut, args, place)) return;
+  step_in_double<kNorm>(cut, args, place, gradient);
 }
 
 // ---- max_groups: which tokens of a sample move ----

@@ -7,7 +7,7 @@
 
 #include "level.h"
 
-#if defined(__F16C__) || defined(__AVX__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -104,13 +104,27 @@ template <>
 inline V narrow<double>(V x) {
   return x;
 }
+// By name where the compiler would convert halves of vectors. (A mask of all lanes costs nothing;
+// the plain forms make gcc 12 warn of what its own header leaves undefined.)
 template <>
 inline V widen<float>(Floats x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<V>(_mm512_maskz_cvtps_pd(0xff, reinterpret_cast<__m256>(x)));
+#elif defined(__AVX__)
+  return reinterpret_cast<V>(_mm256_cvtps_pd(reinterpret_cast<__m128>(x)));
+#else
   return __builtin_convertvector(x, V);
+#endif
 }
 template <>
 inline Floats narrow<float>(V x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_maskz_cvtpd_ps(0xff, reinterpret_cast<__m512d>(x)));
+#elif defined(__AVX__)
+  return reinterpret_cast<Floats>(_mm256_cvtpd_ps(reinterpret_cast<__m256d>(x)));
+#else
   return __builtin_convertvector(x, Floats);
+#endif
 }
 
 template <>

@@ -1,0 +1,266 @@
+// Float lanes: the fast paths of float32, float16 and bfloat16. Products are rounded to float32 and
+// summed in fours before they go on in double, so that a sum of numbers >= 0 is within 3 units of
+// roundoff (kSumError) of the exact one, however long it is. Callers see to over- and underflow: a
+// sum that is not finite, or so small that squares may have vanished, is theirs to take again in
+// double lanes.
+#pragma once
+
+#include "ball.h"
+
+namespace embattle {
+namespace {
+
+constexpr int kFloats = 2 * kLanes;
+constexpr double kSumError = 3.5 * 0x1p-24;  // relative; float32's roundoff and some of double's
+
+typedef float F __attribute__((vector_size(4 * kFloats)));
+typedef int32_t J __attribute__((vector_size(4 * kFloats)));
+typedef uint32_t U __attribute__((vector_size(4 * kFloats)));
+typedef uint16_t H __attribute__((vector_size(2 * kFloats)));
+
+// The number of elements of a whole vector, as Whole is for doubles.
+struct All {
+  constexpr operator int() const { return kFloats; }
+};
+
+inline F all(float x) { return x - F{}; }
+inline F abs(F x) { return reinterpret_cast<F>(reinterpret_cast<U>(x) & 0x7fffffffu); }
+inline F with_sign(F size, F sign) {
+  return reinterpret_cast<F>(reinterpret_cast<U>(size) | (reinterpret_cast<U>(sign) & 0x80000000u));
+}
+inline F clamped(F x, F limit) {  // a NaN stays
+  x = x > limit ? limit : x;
+  return x < -limit ? -limit : x;
+}
+
+// The sum of neighbouring halves, in double.
+inline V halves(F x) {
+#if defined(__AVX512F__)
+  const __m512d y = reinterpret_cast<__m512d>(x);
+  const __m256 low = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, y, 0));
+  const __m256 high = _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, y, 1));
+  return widen<float>(reinterpret_cast<Floats>(low)) + widen<float>(reinterpret_cast<Floats>(high));
+#elif defined(__AVX__)
+  const __m256 y = reinterpret_cast<__m256>(x);
+  const __m128 low = _mm256_castps256_ps128(y), high = _mm256_extractf128_ps(y, 1);
+  return widen<float>(reinterpret_cast<Floats>(low)) + widen<float>(reinterpret_cast<Floats>(high));
+#else
+  Floats half[2];
+  std::memcpy(half, &x, sizeof(x));
+  return widen<float>(half[0]) + widen<float>(half[1]);
+#endif
+}
+
+// Sixteen bits to and from 32, by name where the compiler would take detours.
+inline U spread_out(H x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(x)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<U>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
+#else
+  return __builtin_convertvector(x, U);
+#endif
+}
+inline H packed_up(U x) {  // of numbers below 2^16
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i y = reinterpret_cast<__m256i>(x);
+  return reinterpret_cast<H>(
+      _mm_packus_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1)));
+#else
+  return __builtin_convertvector(x, H);
+#endif
+}
+
+// ---- Memory ----
+
+template <class T>
+struct Bulk;  // kFloats elements as they are stored
+template <>
+struct Bulk<float> {
+  typedef F type;
+  static F wide(F x) { return x; }
+  static F narrowed(F x) { return x; }
+};
+template <>
+struct Bulk<bf16> {
+  typedef H type;
+  static F wide(H x) { return reinterpret_cast<F>(spread_out(x) << 16); }
+  static H narrowed(F x) {
+    const U b = reinterpret_cast<U>(x);
+    const U near = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    return packed_up((b << 1) > 0xff000000u ? (b >> 16) | 0x40u : near);
+  }
+};
+template <>
+struct Bulk<f16> {
+  typedef H type;
+#if defined(__AVX512F__)
+  static F wide(H x) {
+    return reinterpret_cast<F>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(x)));
+  }
+  static H narrowed(F x) {
+    return reinterpret_cast<H>(
+        _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__F16C__)
+  static F wide(H x) { return reinterpret_cast<F>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(x))); }
+  static H narrowed(F x) {
+    return reinterpret_cast<H>(
+        _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+  }
+#else  // as in vec.h
+  static F wide(H x) {
+    const U h = spread_out(x);
+    const U size = (h & 0x7fffu) << 13;
+    const U finite = reinterpret_cast<U>(reinterpret_cast<F>(size) * 0x1p112f);
+    const U value = size >= 0x0f800000u ? size | 0x7f800000u : finite;
+    return reinterpret_cast<F>(value | ((h & 0x8000u) << 16));
+  }
+  static H narrowed(F x) {
+    const U b = reinterpret_cast<U>(x);
+    const U size = b & 0x7fffffffu;
+    const U small = reinterpret_cast<U>(reinterpret_cast<F>(size) + 0.5f) - 0x3f000000u;
+    const U normal = (size + 0xc8000fffu + ((size >> 13) & 1u)) >> 13;
+    const U special = size > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
+    const U value = size >= 0x47800000u ? special : size < 0x38800000u ? small : normal;
+    return packed_up(value | ((b >> 16) & 0x8000u));
+  }
+#endif
+};
+
+// n elements; the lanes beyond n are zero.
+template <class T, class N>
+inline F fetch(const T* p, N n) {
+  typename Bulk<T>::type x{};
+  std::memcpy(&x, p, sizeof(T) * static_cast<size_t>(n));
+  return Bulk<T>::wide(x);
+}
+
+// Writes past the cache. Precondition: `to` is aligned to the vector.
+template <class Words>
+inline void put_past_cache(void* to, Words x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(x) == 64)
+    return _mm512_stream_si512(static_cast<__m512i*>(to), reinterpret_cast<__m512i>(x));
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(x) == 32)
+    return _mm256_stream_si256(static_cast<__m256i*>(to), reinterpret_cast<__m256i>(x));
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof(x) == 16)
+    return _mm_stream_si128(static_cast<__m128i*>(to), reinterpret_cast<__m128i>(x));
+#endif
+  std::memcpy(to, &x, sizeof(x));
+}
+
+// Where results go: through the cache, or past it where they are too many to stay there.
+template <class T>
+struct Sink {
+  static constexpr int64_t kManyBytes = int64_t{8} << 20;
+  T* p;
+  bool past_cache = false;
+
+  // `from` is where the input lies: lines that were read to be written are in the cache already.
+  Sink(const Data& out, const void* from, const Groups& groups) : p(static_cast<T*>(out.data)) {
+#if defined(__SSE2__)
+    const int64_t row = groups.dim * static_cast<int64_t>(sizeof(T));
+    past_cache = out.data != from && groups.rows * row >= kManyBytes && row % 64 == 0 &&
+                 reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
+#else
+    (void)from, (void)groups;
+#endif
+  }
+
+  // What was stored comes back.
+  template <class N>
+  F store(int64_t i, N n, F x) const {
+    const typename Bulk<T>::type words = Bulk<T>::narrowed(x);
+    if (static_cast<int>(n) == kFloats && past_cache)
+      put_past_cache(p + i, words);
+    else
+      std::memcpy(p + i, &words, sizeof(T) * static_cast<size_t>(n));
+    return Bulk<T>::wide(words);
+  }
+
+  void settle() const {
+#if defined(__SSE2__)
+    if (past_cache) _mm_sfence();
+#endif
+  }
+};
+
+// ---- Loops ----
+
+// Lambdas that loops call for every vector.
+#define EMBATTLE_INLINE __attribute__((always_inline))
+
+// Whether a group is so small that one thread takes it in one go.
+inline bool is_short(const Cut& cut) {
+  return !cut.parallel_for && !cut.groups.mask && cut.end() - cut.begin() <= kGrain;
+}
+
+// K sums over a group: given(i, n, terms) gives K vectors of terms of the elements from i on.
+// `settle()` is called on the thread that did a block. kBackwards: from the last element to the
+// first, chunk by chunk, so that a second pass begins with what the first one has left in the
+// cache.
+template <int K, bool kBackwards = false, class Fn, class S>
+inline Totals<K> float_sums(const Cut& cut, const Fn& given, const S& settle) {
+  constexpr int64_t kChunk = 4096;
+  const auto add = [&](int64_t begin, int64_t end, double* to) {
+    const Fn f = given;  // a copy of one's own: what it holds stays in registers
+    V acc[K] = {};
+    int64_t i = begin;
+    for (; i + 4 * kFloats <= end; i += 4 * kFloats) {
+      F a[K], b[K], c[K], d[K];
+      f(i, All{}, a);
+      f(i + kFloats, All{}, b);
+      f(i + 2 * kFloats, All{}, c);
+      f(i + 3 * kFloats, All{}, d);
+      for (int k = 0; k < K; ++k) acc[k] += halves((a[k] + b[k]) + (c[k] + d[k]));
+    }
+    for (; i + kFloats <= end; i += kFloats) {
+      F a[K];
+      f(i, All{}, a);
+      for (int k = 0; k < K; ++k) acc[k] += halves(a[k]);
+    }
+    if (i < end) {
+      F a[K];
+      f(i, static_cast<int>(end - i), a);
+      for (int k = 0; k < K; ++k) acc[k] += halves(a[k]);
+    }
+    for (int k = 0; k < K; ++k) to[k] += total(acc[k]);
+  };
+  const auto run = [&](int64_t begin, int64_t end, double* to) {
+    while (end > begin) {
+      const int64_t start = kBackwards && end - begin > kChunk ? end - kChunk : begin;
+      add(start, end, to);
+      end = start;
+    }
+  };
+  Totals<K> sum = {};
+  if (is_short(cut)) {
+    run(cut.begin(), cut.end(), sum.v);
+    settle();
+    return sum;
+  }
+  Totals<K> parts[kMaxBlocks];
+  const int count = cut.blocks(
+      [&](int block, int64_t low, int64_t high) {
+        parts[block] = {};
+        cut.runs(low, high, [&](int64_t begin, int64_t end) { run(begin, end, parts[block].v); });
+        settle();
+      },
+      kBackwards);
+  for (int b = 0; b < count; ++b)
+    for (int k = 0; k < K; ++k) sum.v[k] += parts[b].v[k];
+  return sum;
+}
+
+template <int K, class Fn>
+inline Totals<K> float_sums(const Cut& cut, const Fn& f) {
+  return float_sums<K>(cut, f, [] {});
+}
+
+}  // namespace
+}  // namespace embattle

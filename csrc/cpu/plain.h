@@ -1,0 +1,245 @@
+// The step and the projection in float lanes, where there is neither an origin nor a box. Each
+// function returns false, with nothing written, where float32 does not do: numbers so large or
+// small that their squares over- or underflow, sums that cancel, gradients that are not finite. The
+// double path then takes the group.
+#pragma once
+
+#include <type_traits>
+
+#include "floats.h"
+
+namespace embattle {
+namespace {
+
+// Kernels of float32 know when they are compiled whether there is a box.
+template <class P>
+constexpr bool is_boxed_float = std::is_same_v<P, Place<float, false>>;
+
+// Zeros in the rows that take no part.
+template <class T>
+inline void clear_masked(const Cut& cut, T* out) {
+  if (!cut.groups.mask) return;
+  cut.blocks([&](int, int64_t low, int64_t high) {
+    cut.runs(
+        low, high,
+        [&](int64_t begin, int64_t end) {
+          std::memset(static_cast<void*>(out + begin), 0,
+                      sizeof(T) * static_cast<size_t>(end - begin));
+        },
+        false);
+  });
+}
+
+// Sees to it that what was stored lies in the l1 or l2 ball. `sum` is the sum of its sizes or
+// squares in float lanes: where that leaves a doubt, the norm is taken in double.
+template <Norm kNorm, class P>
+inline void keep_inside(const Cut& cut, double eps, const P& place, double sum) {
+  if (eps == kInfinity) return;
+  const double vanished = static_cast<double>(cut.end() - cut.begin()) * 0x1p-148;
+  if (sum * (1 + kSumError) + vanished <= (kNorm == Norm::l2 ? eps * eps : eps)) return;
+  const double norm = length<kNorm>(
+      cut, [&](int64_t i, auto n) { return place.out.load(i, n) - place.origin(i, n); });
+  if (norm > eps) pull_in<kNorm>(cut, eps, place, norm);
+}
+
+// What the projection scales to: so far inside that keep_inside has no doubt.
+template <class T>
+inline double float_aim(const Cut& cut, double eps) {
+  return eps * aim(Type<T>::unit, cut.count()) * (1 - 2 * kSumError);
+}
+
+inline bool fits_float(double x) {
+  const double size = __builtin_fabs(x);
+  return size == 0 || (size > 0x1p-60 && size < 0x1p60);
+}
+
+template <class T>
+inline void copy_group(const Cut& cut, const T* x, const Sink<T>& out) {
+  if (x == out.p) return;
+  cut.blocks([&](int, int64_t low, int64_t high) {
+    cut.runs(low, high, [&](int64_t begin, int64_t end) {
+      int64_t i = begin;
+      for (; out.past_cache && i + kFloats <= end; i += kFloats) {
+        typename Bulk<T>::type words;
+        std::memcpy(&words, x + i, sizeof(words));
+        put_past_cache(out.p + i, words);
+      }
+      std::memcpy(static_cast<void*>(out.p + i), x + i, sizeof(T) * static_cast<size_t>(end - i));
+    });
+    out.settle();
+  });
+}
+
+// ---- linf ----
+
+template <class T>
+inline bool project_linf(const Cut& cut, double eps, const T* x, const Sink<T>& out) {
+  const F limit = all(static_cast<float>(eps < kInfinity ? round_down<T>(eps) : eps));
+  float_sums<1>(
+      cut,
+      [=](int64_t i, auto n, F* acc) EMBATTLE_INLINE {
+        out.store(i, n, clamped(fetch(x + i, n), limit));
+        acc[0] = F{};
+      },
+      [&] { out.settle(); });
+  return true;
+}
+
+template <class T>
+inline bool step_linf(const Cut& cut, double step_size, double eps, const T* x, const T* grad,
+                      const Sink<T>& out) {
+  const float amount = static_cast<float>(step_size);
+  if (amount != step_size && !(__builtin_fabs(step_size) <= 4 * eps)) return false;
+  if (!(__builtin_fabs(step_size) < 0x1p100)) return false;
+  const auto poison = [](F g) { return g * 0.f; };  // not zero where g is not finite
+  // In place a step cannot be taken back: look first.
+  if (x == out.p && float_sums<1>(cut, [=](int64_t i, auto n, F* acc) EMBATTLE_INLINE {
+                      acc[0] = poison(fetch(grad + i, n));
+                    }).v[0] != 0)
+    return false;
+  const F limit = all(static_cast<float>(eps < kInfinity ? round_down<T>(eps) : eps));
+  const U step = reinterpret_cast<U>(all(amount));
+  const double doubt =
+      float_sums<1>(
+          cut,
+          [=](int64_t i, auto n, F* acc) EMBATTLE_INLINE {
+            const F g = fetch(grad + i, n);
+            const U signs = reinterpret_cast<U>(g) & 0x80000000u;
+            const U moved = reinterpret_cast<U>(g != 0) & (step ^ signs);
+            out.store(i, n, clamped(fetch(x + i, n) + reinterpret_cast<F>(moved), limit));
+            acc[0] = poison(g);
+          },
+          [&] { out.settle(); })
+          .v[0];
+  return doubt == 0;
+}
+
+// ---- l2 ----
+
+template <class T, class P>
+inline bool project_l2(const Cut& cut, double eps, const T* x, const Sink<T>& out, const P& place) {
+  if (eps == kInfinity) {
+    copy_group(cut, x, out);
+    return true;
+  }
+  const double n = static_cast<double>(cut.end() - cut.begin());
+  const double square = float_sums<1>(cut, [=](int64_t i, auto w, F* acc) EMBATTLE_INLINE {
+                          const F d = fetch(x + i, w);
+                          acc[0] = d * d;
+                        }).v[0];
+  if (!(square >= n * 0x1p-120 && square < kInfinity)) return false;
+  double norm = __builtin_sqrt(square);
+  if (norm <= eps * (1 + kSumError) && norm * (1 + kSumError) > eps)
+    norm = length<Norm::l2>(cut, [&](int64_t i, auto w) { return load(x + i, w); });
+  if (norm <= eps) {
+    copy_group(cut, x, out);
+    return true;
+  }
+  const double scale = float_aim<T>(cut, eps) / norm;
+  if (scale == 0 || !fits_float(scale)) return false;
+  const F s = all(static_cast<float>(scale));
+  const double size = float_sums<1, true>(
+                          cut,
+                          [=](int64_t i, auto w, F* acc) EMBATTLE_INLINE {
+                            const F z = out.store(i, w, fetch(x + i, w) * s);
+                            acc[0] = z * z;
+                          },
+                          [&] { out.settle(); })
+                          .v[0];
+  keep_inside<Norm::l2>(cut, eps, place, size);
+  return true;
+}
+
+template <class T, class P>
+inline bool step_l2(const Cut& cut, double step_size, double eps, const T* x, const T* grad,
+                    const Sink<T>& out, const P& place) {
+  const double n = static_cast<double>(cut.end() - cut.begin());
+  const auto sums = float_sums<3>(cut, [=](int64_t i, auto w, F* acc) EMBATTLE_INLINE {
+    const F g = fetch(grad + i, w), d = fetch(x + i, w);
+    acc[0] = g * g;
+    acc[1] = g * d;
+    acc[2] = d * d;
+  });
+  const double gg = sums.v[0], dd = sums.v[2];
+  if (!(gg >= n * 0x1p-100 && gg < kInfinity && dd < kInfinity)) return false;
+  const double length_g = __builtin_sqrt(gg), a = step_size / length_g;
+  const double reach = __builtin_sqrt(dd) + __builtin_fabs(a) * length_g;
+  const double square = dd + 2 * a * sums.v[1] + a * a * gg;
+  // The error of the sums is relative to reach^2.
+  if (!(square >= 0.25 * reach * reach && square >= n * 0x1p-120 && square < kInfinity))
+    return false;
+  const double norm = __builtin_sqrt(square);
+  const double scale = norm > eps ? float_aim<T>(cut, eps) / norm : 1;
+  if (scale == 0 || !fits_float(scale) || !fits_float(scale * a)) return false;
+  const F s = all(static_cast<float>(scale)), t = all(static_cast<float>(scale * a));
+  const double size = float_sums<1, true>(
+                          cut,
+                          [=](int64_t i, auto w, F* acc) EMBATTLE_INLINE {
+                            const F z =
+                                out.store(i, w, fetch(x + i, w) * s + fetch(grad + i, w) * t);
+                            acc[0] = z * z;
+                          },
+                          [&] { out.settle(); })
+                          .v[0];
+  keep_inside<Norm::l2>(cut, eps, place, size);
+  return true;
+}
+
+// ---- Any norm and type ----
+
+template <Norm kNorm, class T, class P>
+inline bool plain_project_of(const Cut& cut, const ProjectArgs& args, const P& place) {
+  const T* x = static_cast<const T*>(args.delta.data);
+  const Sink<T> out(args.out, x, cut.groups);
+  const double eps = of_group(args.eps, cut.index);
+  bool done = false;
+  if (kNorm == Norm::linf) done = project_linf(cut, eps, x, out);
+  if (kNorm == Norm::l2) done = project_l2(cut, eps, x, out, place);
+  if (done) clear_masked(cut, out.p);
+  return done;
+}
+
+template <Norm kNorm, class T, class P>
+inline bool plain_step_of(const Cut& cut, const StepArgs& args, const P& place) {
+  const T* x = static_cast<const T*>(args.delta.data);
+  const T* grad = static_cast<const T*>(args.grad.data);
+  const Sink<T> out(args.out, x, cut.groups);
+  const double step_size = of_group(args.step_size, cut.index);
+  const double eps = of_group(args.eps, cut.index);
+  bool done = false;
+  if (kNorm == Norm::linf) done = step_linf(cut, step_size, eps, x, grad, out);
+  if (kNorm == Norm::l2) done = step_l2(cut, step_size, eps, x, grad, out, place);
+  if (done) clear_masked(cut, out.p);
+  return done;
+}
+
+// Calls f(T*) for the type that the elements have, where float lanes serve it.
+template <class P, class F>
+inline bool with_short_type(Dtype dtype, const F& f) {
+  if (dtype == Dtype::f32) return f(static_cast<float*>(nullptr));
+  if constexpr (!std::is_same_v<typename P::Tensor, Elements<float>>) {
+    if (dtype == Dtype::f16) return f(static_cast<f16*>(nullptr));
+    if (dtype == Dtype::bf16) return f(static_cast<bf16*>(nullptr));
+  }
+  return false;
+}
+
+// Projects the group if float lanes do.
+template <Norm kNorm, class P>
+inline bool plain_project(const Cut& cut, const ProjectArgs& args, const P& place) {
+  return with_short_type<P>(args.delta.dtype, [&](auto* type) {
+    return plain_project_of<kNorm, std::remove_pointer_t<decltype(type)>>(cut, args, place);
+  });
+}
+
+// Steps and projects the group if float lanes do.
+template <Norm kNorm, class P>
+inline bool plain_step(const Cut& cut, const StepArgs& args, const P& place) {
+  if (args.delta.dtype != args.grad.dtype) return false;
+  return with_short_type<P>(args.delta.dtype, [&](auto* type) {
+    return plain_step_of<kNorm, std::remove_pointer_t<decltype(type)>>(cut, args, place);
+  });
+}
+
+}  // namespace
+}  // namespace embattle
