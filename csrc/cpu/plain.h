@@ -42,6 +42,10 @@ inline void keep_inside(const Cut& cut, double eps, const P& place, double sum) 
   if (norm > eps) pull_in<kNorm>(cut, eps, place, norm);
 }
 
+// Fewer elements than this go to the double path: float sums would only reach eps to some ulps, and
+// of a handful of numbers a user expects the digits.
+constexpr int64_t kFewest = 64;
+
 // What the projection scales to: so far inside that keep_inside has no doubt.
 template <class T>
 inline double float_aim(const Cut& cut, double eps) {
@@ -122,6 +126,7 @@ inline bool project_l2(const Cut& cut, double eps, const T* x, const Sink<T>& ou
     copy_group(cut, x, out);
     return true;
   }
+  if (cut.end() - cut.begin() < kFewest) return false;
   const double n = static_cast<double>(cut.end() - cut.begin());
   const double square = float_sums<1>(cut, [=](int64_t i, auto w, F* acc) EMBATTLE_INLINE {
                           const F d = fetch(x + i, w);
@@ -153,6 +158,7 @@ inline bool project_l2(const Cut& cut, double eps, const T* x, const Sink<T>& ou
 template <class T, class P>
 inline bool step_l2(const Cut& cut, double step_size, double eps, const T* x, const T* grad,
                     const Sink<T>& out, const P& place) {
+  if (cut.end() - cut.begin() < kFewest) return false;
   const double n = static_cast<double>(cut.end() - cut.begin());
   const auto sums = float_sums<3>(cut, [=](int64_t i, auto w, F* acc) EMBATTLE_INLINE {
     const F g = fetch(grad + i, w), d = fetch(x + i, w);
