@@ -11,13 +11,14 @@ JOBS ?= $(shell nproc)
 
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help setup dev demo test lint format sanitize bench gpu-check clean
+.PHONY: help setup dev demo test lint format sanitize bench cuda-check gpu-check clean
 
 help:
 	@echo "make demo      train and audit a real recommender (about 8 minutes on two cores)"
 	@echo "make test      build and run the tests"
 	@echo "make lint      ruff, mypy --strict, clang-format"
 	@echo "make bench     the benchmarks, against the memory roofline and eager torch"
+	@echo "make cuda-check  spills and 128-bit loads of the CUDA kernels; needs nvcc, no GPU"
 	@echo "make gpu-check OUT=dir  test and measure the CUDA kernels on the GPU at hand"
 	@echo "make sanitize  the native tests under AddressSanitizer and UBSan"
 	@echo "make clean     remove the build and the virtual environment"
@@ -61,6 +62,10 @@ format: setup
 
 bench: dev
 	$(RUN) -m pytest benchmarks $(BENCH)
+
+# ARCH: the compute capability without the dot.
+cuda-check: setup
+	$(PY) tools/check_cuda_kernels.py --arch $(or $(ARCH),90)
 
 # SYSTEM_PYTHON=1: no virtual environment and no network, with the python3 that is there.
 gpu-check: PYTHON_FOR_GPU = $(if $(SYSTEM_PYTHON),$(PYTHON),$(PY))

@@ -78,5 +78,16 @@ struct Words {
   return 1 - 3 * u / root;
 }
 
+// ---- Per-sample clipping ----
+
+// What a sample of this norm counts: clipped to `bound`, or scaled by bound / (norm + gamma). A
+// sample that is not finite counts nothing, and a zero one adds nothing whatever its factor.
+[[maybe_unused]] EMBATTLE_HD double clip_factor(bool automatic, double norm, double bound,
+                                                double gamma) {
+  if (!(norm < __builtin_huge_val()) || norm == 0) return 0;
+  if (automatic) return bound / (norm + gamma);
+  return norm > bound ? bound / norm : 1;
+}
+
 }  // namespace
 }  // namespace embattle

@@ -49,6 +49,7 @@ struct LinearNormArgs {
 struct EmbeddingNormArgs {
   const int64_t* indices = nullptr;  // [batch, tokens], or [count] cut into bags by offsets
   const int64_t* offsets = nullptr;  // [batch] starts of bags; or null
+  bool closed = false;               // offsets has one more, where the last bag ends
   int64_t count = 0;                 // of indices, with offsets
   int64_t batch = 0;
   int64_t tokens = 0;  // without offsets

@@ -23,7 +23,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = "(float|double|Half|BFloat16)"
 #: Kernels on the paths that are to run at memory speed: no spills, and 16-byte accesses.
-HOT = re.compile(rf"step_kernel<{DTYPES}, \(?\w*\)?\w*, false>|norm_kernel<|draw_kernel<.*false>")
+HOT = re.compile(
+    rf"step_kernel<{DTYPES}, \(?\w*\)?\w*, false>|norm_kernel<|draw_kernel<.*false>"
+    r"|piece_norm_kernel|clipped_sum_kernel|perturb_kernel<"
+)
 #: Instructions that move 16 bytes from global memory: into registers, or on to shared memory.
 WIDE = re.compile(r"\b(LDG\.E[.\w]*\.128|LDGSTS\.E[.\w]*\.128)\b")
 

@@ -1,4 +1,5 @@
 // Norms of samples over a list of gradients, and their clipped sums.
+#include "../formulas.h"
 #include "level.h"
 #include "per_sample.h"
 
@@ -13,13 +14,6 @@ constexpr int64_t kBlock = 4;
 constexpr int64_t kTile = 1024;  // columns; a tile's totals stay in the first-level cache
 // A group of samples of this size is read from memory once and then again from the cache.
 constexpr int64_t kGroupBytes = 8 << 20;
-
-double factor_of(ClipMode mode, double norm, double bound, double gamma) {
-  if (!(norm < HUGE_VAL)) return 0;  // infinite or not a number
-  if (norm == 0) return 0;           // adds nothing, whatever the factor
-  if (mode == ClipMode::automatic) return bound / (norm + gamma);
-  return norm > bound ? bound / norm : 1;
-}
 
 // ---- total[0, n) += sum_k factors[k] * rows[k][0, n) ----
 
@@ -150,7 +144,9 @@ void clip(const SampleList& list, int64_t batch, ClipMode mode, double bound, do
     sample_norms(list, first, last - first, norms + first, parallel_for);
     for (int64_t b = first; b < last; ++b) {
       const double weight = weights.data ? element(weights, b) : 1;
-      factors[b] = weight == 0 ? 0 : weight * factor_of(mode, norms[b], bound, gamma);
+      factors[b] = weight == 0
+                       ? 0
+                       : weight * clip_factor(mode == ClipMode::automatic, norms[b], bound, gamma);
     }
     const auto body = [&](int64_t begin, int64_t end) {
       double local[kTile];

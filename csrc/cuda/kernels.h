@@ -7,7 +7,7 @@
 
 #include <cstddef>
 
-#include "../launch.h"
+#include "../launch_clip.h"
 
 namespace embattle::cuda {
 
@@ -27,5 +27,12 @@ int project(const ProjectArgs&, const Context&);
 int random_start(const NoiseArgs&, const Context&);
 int gaussian_noise(const NoiseArgs&, const Context&);
 int group_norm(const NormArgs&, const Context&);
+int per_sample_norm(const SampleNormArgs&, const Context&);
+int clip_and_sum(const ClipArgs&, const Context&);
+int linear_grad_norm(const LinearNormArgs&, const Context&);
+int embedding_grad_norm(const EmbeddingNormArgs&, const Context&);
+int embedding_perturb(const PerturbArgs&, const Context&);
+int segment_sum(const SegmentSumArgs&, const Context&);
+int rowwise_adagrad(const AdagradArgs&, const Context&);
 
 }  // namespace embattle::cuda

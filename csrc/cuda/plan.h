@@ -2,34 +2,12 @@
 // launching.
 #pragma once
 
-#include <algorithm>
 #include <initializer_list>
 
 #include "group.cuh"
-#include "kernels.h"
+#include "launching.h"
 
 namespace embattle::cuda {
-
-struct Limits {
-  int multiprocessors = 1, major = 8, shared_per_block = 0, shared_per_multiprocessor = 0;
-
-  static cudaError_t of_current_device(Limits* limits) {
-    int device = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    const auto ask = [&](int* value, cudaDeviceAttr attribute) {
-      if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
-    };
-    ask(&limits->multiprocessors, cudaDevAttrMultiProcessorCount);
-    ask(&limits->major, cudaDevAttrComputeCapabilityMajor);
-    ask(&limits->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    ask(&limits->shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    return error;
-  }
-};
-
-inline bool aligned(const void* p, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
-}
 
 inline Stream stream_of(const ConstData& d, int elements, bool broadcast = false) {
   Stream s;
@@ -182,35 +160,6 @@ cudaError_t launch(Kernel* kernel, GroupParams& p, const Plan& plan, const Conte
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, p);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
-
-// Calls f(type_tag) with the element type that a Dtype stands for.
-template <class F>
-auto with_type(Dtype type, F f) {
-  switch (type) {
-    case Dtype::f32:
-      return f(float{});
-    case Dtype::f64:
-      return f(double{});
-    case Dtype::f16:
-      return f(Half{});
-    default:
-      return f(BFloat16{});
-  }
-}
-
-template <class F>
-auto with_norm(Norm norm, F f) {
-  switch (norm) {
-    case Norm::l1:
-      return f(std::integral_constant<Norm, Norm::l1>{});
-    case Norm::l2:
-      return f(std::integral_constant<Norm, Norm::l2>{});
-    default:
-      return f(std::integral_constant<Norm, Norm::linf>{});
-  }
-}
-
-inline size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // What every group op says of its output, its ball and its box.
 inline void set_ball(GroupParams& p, const Groups& groups, const Data& out, const PerGroup& eps,

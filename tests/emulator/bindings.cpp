@@ -117,6 +117,88 @@ NormArgs norm_of(const py::dict& d) {
   return a;
 }
 
+// A list of (gradient, width, sum or None).
+std::vector<SampleTensor> list_of(const py::dict& d) {
+  std::vector<SampleTensor> tensors;
+  for (const auto& [grad, width, sum] :
+       d["tensors"].cast<std::vector<std::tuple<Pointer, int64_t, Pointer>>>())
+    tensors.push_back({in(grad), width, out(sum)});
+  return tensors;
+}
+
+LinearNormArgs linear_of(const py::dict& d) {
+  LinearNormArgs a;
+  a.input = in(d["input"].cast<Pointer>());
+  a.grad = in(d["grad"].cast<Pointer>());
+  a.batch = d["batch"].cast<int64_t>();
+  a.tokens = d["tokens"].cast<int64_t>();
+  a.inputs = d["inputs"].cast<int64_t>();
+  a.outputs = d["outputs"].cast<int64_t>();
+  a.bias = d["bias"].cast<bool>();
+  a.method = LinearMethod(d["method"].cast<int>());
+  a.norms = out(d["norms"].cast<Pointer>());
+  return a;
+}
+
+const int64_t* indices_of(const py::dict& d, const char* name) {
+  return reinterpret_cast<const int64_t*>(d[name].cast<uintptr_t>());
+}
+
+EmbeddingNormArgs embedding_of(const py::dict& d) {
+  EmbeddingNormArgs a;
+  a.indices = indices_of(d, "indices");
+  a.offsets = indices_of(d, "offsets");
+  a.closed = d["closed"].cast<bool>();
+  a.count = d["count"].cast<int64_t>();
+  a.batch = d["batch"].cast<int64_t>();
+  a.tokens = d["tokens"].cast<int64_t>();
+  a.dim = d["dim"].cast<int64_t>();
+  a.grad = in(d["grad"].cast<Pointer>());
+  a.padding = d["padding"].cast<int64_t>();
+  a.mean = d["mean"].cast<bool>();
+  a.weights = in(d["weights"].cast<Pointer>());
+  a.norms = out(d["norms"].cast<Pointer>());
+  return a;
+}
+
+PerturbArgs perturb_of(const py::dict& d) {
+  PerturbArgs a;
+  a.weight = in(d["weight"].cast<Pointer>());
+  a.indices = indices_of(d, "indices");
+  a.delta = in(d["delta"].cast<Pointer>());
+  a.inverse = indices_of(d, "inverse");
+  a.count = d["count"].cast<int64_t>();
+  a.dim = d["dim"].cast<int64_t>();
+  a.out = out(d["out"].cast<Pointer>());
+  return a;
+}
+
+SegmentSumArgs segment_of(const py::dict& d) {
+  SegmentSumArgs a;
+  a.grad = in(d["grad"].cast<Pointer>());
+  a.inverse = indices_of(d, "inverse");
+  a.count = d["count"].cast<int64_t>();
+  a.dim = d["dim"].cast<int64_t>();
+  a.rows = d["rows"].cast<int64_t>();
+  a.out = out(d["out"].cast<Pointer>());
+  return a;
+}
+
+AdagradArgs adagrad_of(const py::dict& d) {
+  AdagradArgs a;
+  a.weight = out(d["weight"].cast<Pointer>());
+  a.state = out(d["state"].cast<Pointer>());
+  a.indices = indices_of(d, "indices");
+  a.rows = d["rows"].cast<int64_t>();
+  a.grad = in(d["grad"].cast<Pointer>());
+  a.count = d["count"].cast<int64_t>();
+  a.dim = d["dim"].cast<int64_t>();
+  a.lr = d["lr"].cast<double>();
+  a.eps = d["eps"].cast<double>();
+  a.max_norm = d["max_norm"].cast<double>();
+  return a;
+}
+
 // Calls a launcher with a workspace exactly as long as it asks for, filled with NaNs.
 template <class Args>
 void call(int (*launcher)(const Args&, const cuda::Context&), const Args& args) {
@@ -147,6 +229,37 @@ PYBIND11_MODULE(emulated_kernels, m) {
   m.def("momentum_step", [](const py::dict& d) { call(cuda::momentum_step, step_of(d)); });
   m.def("random_start", [](const py::dict& d) { call(cuda::random_start, noise_of(d)); });
   m.def("gaussian_noise", [](const py::dict& d) { call(cuda::gaussian_noise, noise_of(d)); });
+
+  m.def("per_sample_norm", [](const py::dict& d) {
+    const auto tensors = list_of(d);
+    SampleNormArgs a;
+    a.tensors = tensors.data();
+    a.count = int64_t(tensors.size());
+    a.batch = d["batch"].cast<int64_t>();
+    a.norms = out(d["norms"].cast<Pointer>());
+    call(cuda::per_sample_norm, a);
+  });
+  m.def("clip_and_sum", [](const py::dict& d) {
+    const auto tensors = list_of(d);
+    const auto bounds = d["max_norm"].cast<std::vector<double>>();
+    ClipArgs a;
+    a.tensors = tensors.data();
+    a.count = int64_t(tensors.size());
+    a.batch = d["batch"].cast<int64_t>();
+    a.mode = ClipMode(d["mode"].cast<int>());
+    a.max_norm = bounds.data();
+    a.gamma = d["gamma"].cast<double>();
+    a.weights = in(d["weights"].cast<Pointer>());
+    a.norms = out(d["norms"].cast<Pointer>());
+    call(cuda::clip_and_sum, a);
+  });
+  m.def("linear_grad_norm", [](const py::dict& d) { call(cuda::linear_grad_norm, linear_of(d)); });
+  m.def("embedding_grad_norm",
+        [](const py::dict& d) { call(cuda::embedding_grad_norm, embedding_of(d)); });
+  m.def("embedding_perturb",
+        [](const py::dict& d) { call(cuda::embedding_perturb, perturb_of(d)); });
+  m.def("segment_sum", [](const py::dict& d) { call(cuda::segment_sum, segment_of(d)); });
+  m.def("rowwise_adagrad", [](const py::dict& d) { call(cuda::rowwise_adagrad, adagrad_of(d)); });
 
   m.def(
       "set_order",

@@ -159,8 +159,10 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __nanosleep(unsigned) { emu::spin(); }
 
+// Not watched for races: that is what they are for.
+#define EMU_UNWATCHED __attribute__((no_sanitize("thread"), noinline))
 template <class T>
-T atomicAdd(T* p, T value) {
+EMU_UNWATCHED T atomicAdd(T* p, T value) {
   static_assert(std::is_integral_v<T>, "float atomics depend on the order of threads");
   emu::atomic_access(p, sizeof(T));
   const T old = *p;
@@ -168,7 +170,7 @@ T atomicAdd(T* p, T value) {
   return old;
 }
 template <class T>
-T atomicMax(T* p, T value) {
+EMU_UNWATCHED T atomicMax(T* p, T value) {
   static_assert(std::is_integral_v<T>);
   emu::atomic_access(p, sizeof(T));
   const T old = *p;
@@ -176,7 +178,7 @@ T atomicMax(T* p, T value) {
   return old;
 }
 template <class T>
-T atomicCAS(T* p, T expected, T value) {
+EMU_UNWATCHED T atomicCAS(T* p, T expected, T value) {
   static_assert(std::is_integral_v<T>);
   emu::atomic_access(p, sizeof(T));
   const T old = *p;

@@ -1,10 +1,11 @@
-"""The group ops with the signatures of embattle.ops, by the CUDA kernels in the emulator."""
+"""The ops with the signatures of embattle.ops, by the CUDA kernels in the emulator."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,6 @@ from torch import Tensor
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _NORMS = {"l1": 1, "l2": 2, "linf": 3}
-_SOURCES = ["step.cu", "norm.cu", "draw.cu", "momentum.cu"]
 
 
 @cache
@@ -24,7 +24,7 @@ def kernels() -> ModuleType:
     """The compiled launchers; EMBATTLE_EMULATOR chooses the variant ("watch" or "asan")."""
     variant = os.environ.get("EMBATTLE_EMULATOR", "watch")
     sources = [build.HERE / "bindings.cpp"]
-    sources += [build.ROOT / "csrc" / "cuda" / name for name in _SOURCES]
+    sources += sorted((build.ROOT / "csrc" / "cuda").glob("*.cu"))
     path = build.build("emulated_kernels", sources, variant, module=True)
     spec = importlib.util.spec_from_file_location("emulated_kernels", path)
     assert spec is not None
@@ -176,3 +176,185 @@ def random_start(like: Tensor, *, norm: str | float = "l2", **options: Any) -> T
 
 def gaussian_noise(x: Tensor, *, norm: str | float = "l2", **options: Any) -> Tensor:
     return _noise("gaussian_noise", x, norm, options)
+
+
+class _Held:
+    """Addresses of contiguous tensors, which live as long as this."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def address(self, t: Tensor | None) -> int:
+        if t is None:
+            return 0
+        self.tensors.append(t.contiguous())
+        return self.tensors[-1].data_ptr()
+
+    def pointer(self, t: Tensor | None) -> tuple[int, int] | None:
+        return None if t is None else (self.address(t), _DTYPES[t.dtype])
+
+    def norms(self, sizes: Sequence[int], inputs: Sequence[Tensor]) -> Tensor:
+        return torch.full(sizes, -7.0, dtype=reference._norm_dtype(inputs))
+
+
+def _list(held: _Held, grads: Sequence[Tensor], sums: Sequence[Tensor | None]) -> list[Any]:
+    return [
+        (held.pointer(g), math.prod(g.shape[1:]), held.pointer(s))
+        for g, s in zip(grads, sums, strict=True)
+    ]
+
+
+def per_sample_norm(grads: Sequence[Tensor]) -> Tensor:
+    held = _Held()
+    norms = held.norms([len(grads[0])], grads)
+    kernels().per_sample_norm(
+        {
+            "tensors": _list(held, grads, [None] * len(grads)),
+            "batch": len(grads[0]),
+            "norms": held.pointer(norms),
+        }
+    )
+    return norms
+
+
+def clip_and_sum(
+    grads: Sequence[Tensor],
+    *,
+    max_norm: float | Sequence[float],
+    mode: str = "flat",
+    weights: Tensor | None = None,
+    gamma: float = 0.01,
+) -> tuple[list[Tensor], Tensor]:
+    held = _Held()
+    sums = [torch.full(g.shape[1:], -7.0, dtype=g.dtype) for g in grads]
+    each = mode == "per_layer"
+    bounds = [max_norm] if isinstance(max_norm, (int, float)) else list(max_norm)
+    if each and len(bounds) == 1:
+        bounds *= len(grads)
+    norms = held.norms([len(grads[0]), *([len(grads)] if each else [])], grads)
+    kernels().clip_and_sum(
+        {
+            "tensors": _list(held, grads, sums),
+            "batch": len(grads[0]),
+            "mode": ["flat", "per_layer", "automatic"].index(mode),
+            "max_norm": bounds,
+            "gamma": gamma,
+            "weights": held.pointer(weights),
+            "norms": held.pointer(norms),
+        }
+    )
+    return sums, norms
+
+
+def linear_grad_norm(
+    input: Tensor, grad_output: Tensor, *, bias: bool = False, method: str = "auto"
+) -> Tensor:
+    held = _Held()
+    norms = held.norms([len(input)], [input, grad_output])
+    kernels().linear_grad_norm(
+        {
+            "input": held.pointer(input),
+            "grad": held.pointer(grad_output),
+            "batch": len(input),
+            "tokens": math.prod(input.shape[1:-1]),
+            "inputs": input.shape[-1],
+            "outputs": grad_output.shape[-1],
+            "bias": bias,
+            "method": ["auto", "gram", "direct"].index(method),
+            "norms": held.pointer(norms),
+        }
+    )
+    return norms
+
+
+def embedding_grad_norm(
+    indices: Tensor,
+    grad_output: Tensor,
+    *,
+    padding_idx: int | None = None,
+    offsets: Tensor | None = None,
+    mode: str = "sum",
+    per_sample_weights: Tensor | None = None,
+) -> Tensor:
+    held = _Held()
+    batch = len(grad_output)
+    norms = held.norms([batch], [grad_output])
+    kernels().embedding_grad_norm(
+        {
+            "indices": held.address(indices),
+            "offsets": held.address(offsets),
+            "closed": offsets is not None and len(offsets) == batch + 1,
+            "count": indices.numel(),
+            "batch": batch,
+            "tokens": 0 if offsets is not None else math.prod(indices.shape[1:]),
+            "dim": grad_output.shape[-1],
+            "grad": held.pointer(grad_output),
+            "padding": -1 if padding_idx is None else padding_idx,
+            "mean": mode == "mean",
+            "weights": held.pointer(per_sample_weights),
+            "norms": held.pointer(norms),
+        }
+    )
+    return norms
+
+
+def embedding_perturb(weight: Tensor, indices: Tensor, delta: Tensor, inverse: Tensor) -> Tensor:
+    held = _Held()
+    out = torch.full((*indices.shape, weight.shape[1]), -7.0, dtype=weight.dtype)
+    kernels().embedding_perturb(
+        {
+            "weight": held.pointer(weight),
+            "indices": held.address(indices),
+            "delta": held.pointer(delta),
+            "inverse": held.address(inverse),
+            "count": indices.numel(),
+            "dim": weight.shape[1],
+            "out": held.pointer(out),
+        }
+    )
+    return out
+
+
+def segment_sum(grad: Tensor, inverse: Tensor, rows: int) -> Tensor:
+    """The gradient with respect to delta of embedding_perturb; delta has that many rows."""
+    held = _Held()
+    out = torch.full((rows, grad.shape[-1]), -7.0, dtype=grad.dtype)
+    kernels().segment_sum(
+        {
+            "grad": held.pointer(grad),
+            "inverse": held.address(inverse),
+            "count": inverse.numel(),
+            "dim": grad.shape[-1],
+            "rows": rows,
+            "out": held.pointer(out),
+        }
+    )
+    return out
+
+
+def rowwise_adagrad_(
+    weight: Tensor,
+    state: Tensor,
+    indices: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    eps: float = 1e-8,
+    max_norm: float | None = None,
+) -> Tensor:
+    held = _Held()
+    kernels().rowwise_adagrad(
+        {
+            "weight": held.pointer(weight),
+            "state": held.pointer(state),
+            "indices": held.address(indices),
+            "rows": len(weight),
+            "grad": held.pointer(grad),
+            "count": indices.numel(),
+            "dim": weight.shape[1],
+            "lr": lr,
+            "eps": eps,
+            "max_norm": math.inf if max_norm is None else max_norm,
+        }
+    )
+    return weight

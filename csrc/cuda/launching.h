@@ -1,0 +1,88 @@
+// Host side of every kernel: what the device has, enqueueing, element types.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels.h"
+#include "number.cuh"
+
+namespace embattle::cuda {
+
+struct Limits {
+  int multiprocessors = 1, major = 8, shared_per_block = 0, shared_per_multiprocessor = 0;
+
+  static cudaError_t of_current_device(Limits* limits) {
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+      if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+    };
+    ask(&limits->multiprocessors, cudaDevAttrMultiProcessorCount);
+    ask(&limits->major, cudaDevAttrComputeCapabilityMajor);
+    ask(&limits->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    ask(&limits->shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    return error;
+  }
+};
+
+inline bool aligned(const void* p, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+// Enqueues a kernel on the context's stream. Nothing where there are no blocks; grids are cut off
+// at the most that a device takes, so kernels go on in strides of the grid.
+template <class... Params, class... Args>
+cudaError_t enqueue(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
+                    const Context& context, const Args&... args) {
+  if (blocks <= 0) return cudaSuccess;
+  if (shared > (48 << 10)) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(std::min<int64_t>(blocks, (int64_t(1) << 31) - 1)));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(context.stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Params(args)...);
+  return error != cudaSuccess ? error : cudaGetLastError();
+}
+
+// Calls f(type_tag) with the element type that a Dtype stands for.
+template <class F>
+auto with_type(Dtype type, F f) {
+  switch (type) {
+    case Dtype::f32:
+      return f(float{});
+    case Dtype::f64:
+      return f(double{});
+    case Dtype::f16:
+      return f(Half{});
+    default:
+      return f(BFloat16{});
+  }
+}
+
+template <class F>
+auto with_norm(Norm norm, F f) {
+  switch (norm) {
+    case Norm::l1:
+      return f(std::integral_constant<Norm, Norm::l1>{});
+    case Norm::l2:
+      return f(std::integral_constant<Norm, Norm::l2>{});
+    default:
+      return f(std::integral_constant<Norm, Norm::linf>{});
+  }
+}
+
+inline size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// The smallest power of two that is at least n, and at most `most`.
+inline int power_of_two(int64_t n, int most) {
+  int p = 1;
+  while (p < most && p < n) p *= 2;
+  return p;
+}
+
+}  // namespace embattle::cuda

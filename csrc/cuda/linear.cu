@@ -1,0 +1,265 @@
+// linear_grad_norm: per-sample norms of a linear layer's weight gradient W_b = A_b^T G_b, without
+// W_b in memory. A bias is one more input that is always 1.
+//
+//   Gram form:   ||W||^2 = sum_{t,s} <a_t, a_s> <g_t, g_s>
+//   direct form: W in tiles of registers, squared and dropped
+//
+// Both run in float for float and half inputs. Rounding errors are relative to the trace,
+// sum_t ||a_t||^2 ||g_t||^2, which a first kernel takes in double: where the result is far smaller,
+// tokens cancel, and two more launches, in which all other samples return at once, take the direct
+// form in double.
+#include "launching.h"
+#include "rows.cuh"
+#include "team.cuh"
+
+namespace embattle::cuda {
+namespace {
+
+constexpr int kTile = 32;     // tokens or columns of a tile's side
+constexpr int kDepth = 16;    // of what is summed over, in shared memory at once
+constexpr int kSide = 4;      // of what a thread has of a tile
+constexpr int kThreads = 64;  // (kTile / kSide)^2
+
+struct LinearParams {
+  LinearNormArgs args;
+  int64_t splits = 1;             // blocks of a sample
+  double* traces = nullptr;       // [batch, tokens]; negative where float cannot hold such numbers
+  double* partial = nullptr;      // [batch, splits]
+  unsigned char* redo = nullptr;  // [batch]: tokens cancel
+  bool tiled = false;             // there are partials; else the trace is the result
+  bool exact = false;             // no result needs to be looked at again
+  bool second = false;            // the second time: only samples with redo
+};
+
+// ---- The trace ----
+
+__device__ __forceinline__ double squares(Team& team, const void* data, Dtype type, int64_t at,
+                                          int64_t n) {
+  double sum = 0;
+  const bool vector = n % 4 == 0 && aligned_to(data, 16);
+  for (int64_t c = 4 * team.rank; c < n; c += 4 * team.size) {
+    double x[4];
+    load_part(data, type, at + c, n - c, vector, x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum += x[i] * x[i];
+  }
+  return team.sum(sum);
+}
+
+// A warp for each token.
+__global__ void __launch_bounds__(256) trace_kernel(const __grid_constant__ LinearParams p) {
+  Team team(Shape{}, nullptr, nullptr, nullptr);
+  const LinearNormArgs& a = p.args;
+  const auto moderate = [](double x) { return x == 0 || (x > 1e-25 && x < 1e+30); };
+  for (int64_t token = team.index; token < a.batch * a.tokens; token += team.count) {
+    const double in = squares(team, a.input.data, a.input.dtype, token * a.inputs, a.inputs);
+    const double out = squares(team, a.grad.data, a.grad.dtype, token * a.outputs, a.outputs);
+    const double product = (in + (a.bias ? 1 : 0)) * out;
+    if (team.rank == 0) p.traces[token] = moderate(in) && moderate(out) ? product : -product;
+  }
+}
+
+// ---- Tiles ----
+
+// sum[i][j] = sum over k of x(k, row i) y(k, row j), for this thread's rows. x and y give elements
+// by (k, row of the tile). shared: [2][kDepth][kTile + 1]. All threads of the block call it.
+template <class C, class X, class Y>
+__device__ __forceinline__ void products(int64_t depth, bool along, X x, Y y, C* shared,
+                                         C (&sum)[kSide][kSide]) {
+  C* const left = shared;
+  C* const right = shared + kDepth * (kTile + 1);
+  const int row = int(threadIdx.x) / (kTile / kSide) * kSide;
+  const int column = int(threadIdx.x) % (kTile / kSide) * kSide;
+#pragma unroll
+  for (int i = 0; i < kSide; ++i)
+#pragma unroll
+    for (int j = 0; j < kSide; ++j) sum[i][j] = 0;
+  for (int64_t begin = 0; begin < depth; begin += kDepth) {
+    __syncthreads();  // the last tile has been read
+    // `along`: elements with neighbouring k are neighbours in memory; else those of neighbour rows.
+#pragma unroll
+    for (int n = int(threadIdx.x); n < kDepth * kTile; n += kThreads) {
+      const int k = along ? n % kDepth : n / kTile, r = along ? n / kDepth : n % kTile;
+      const bool there = begin + k < depth;
+      left[k * (kTile + 1) + r] = there ? x(begin + k, r) : C(0);
+      right[k * (kTile + 1) + r] = there ? y(begin + k, r) : C(0);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+      C u[kSide], v[kSide];
+#pragma unroll
+      for (int i = 0; i < kSide; ++i) u[i] = left[k * (kTile + 1) + row + i];
+#pragma unroll
+      for (int j = 0; j < kSide; ++j) v[j] = right[k * (kTile + 1) + column + j];
+#pragma unroll
+      for (int i = 0; i < kSide; ++i)
+#pragma unroll
+        for (int j = 0; j < kSide; ++j) sum[i][j] = fused(u[i], v[j], sum[i][j]);
+    }
+  }
+}
+
+// The tile's share of the squared norm, of this thread. Tiles of the Gram form: pairs with s <= t.
+template <class C, bool kGram>
+__device__ double tile_square(const LinearNormArgs& a, int64_t sample, int64_t tile, C* shared) {
+  const int64_t inputs = a.inputs + (a.bias ? 1 : 0);
+  const int64_t input_at = sample * a.tokens * a.inputs, grad_at = sample * a.tokens * a.outputs;
+  const auto input = [&](int64_t token, int64_t i) {
+    if (token >= a.tokens || i >= inputs) return C(0);
+    return i == a.inputs
+               ? C(1)
+               : load_one<C>(a.input.data, a.input.dtype, input_at + token * a.inputs + i);
+  };
+  const auto grad = [&](int64_t token, int64_t o) {
+    if (token >= a.tokens || o >= a.outputs) return C(0);
+    return load_one<C>(a.grad.data, a.grad.dtype, grad_at + token * a.outputs + o);
+  };
+  C first[kSide][kSide];
+  double square = 0;
+  if constexpr (kGram) {
+    // Tile number -> (t, s): tiles (0,0) (1,0) (1,1) (2,0) ...
+    int64_t t = int64_t((sqrt(8.0 * double(tile) + 1) - 1) / 2);
+    while (t * (t + 1) / 2 > tile) --t;
+    while ((t + 1) * (t + 2) / 2 <= tile) ++t;
+    const int64_t s = tile - t * (t + 1) / 2;
+    C second[kSide][kSide];
+    products<C>(
+        inputs, true, [&](int64_t k, int r) { return input(t * kTile + r, k); },
+        [&](int64_t k, int r) { return input(s * kTile + r, k); }, shared, first);
+    products<C>(
+        a.outputs, true, [&](int64_t k, int r) { return grad(t * kTile + r, k); },
+        [&](int64_t k, int r) { return grad(s * kTile + r, k); }, shared, second);
+#pragma unroll
+    for (int i = 0; i < kSide; ++i)
+#pragma unroll
+      for (int j = 0; j < kSide; ++j) square += double(first[i][j]) * double(second[i][j]);
+    return t == s ? square : 2 * square;
+  } else {
+    const int64_t across = (a.outputs + kTile - 1) / kTile;
+    const int64_t i0 = tile / across * kTile, o0 = tile % across * kTile;
+    products<C>(
+        a.tokens, false, [&](int64_t k, int r) { return input(k, i0 + r); },
+        [&](int64_t k, int r) { return grad(k, o0 + r); }, shared, first);
+#pragma unroll
+    for (int i = 0; i < kSide; ++i)
+#pragma unroll
+      for (int j = 0; j < kSide; ++j) square += double(first[i][j]) * double(first[i][j]);
+    return square;
+  }
+}
+
+template <class C, bool kGram>
+__global__ void __launch_bounds__(kThreads)
+    tile_kernel(const __grid_constant__ LinearParams p, int64_t tiles) {
+  EMBATTLE_DYNAMIC_SHARED(shared);
+  Shape shape;
+  shape.lanes = kThreads;
+  Team team(shape, reinterpret_cast<TeamScratch*>(shared), nullptr, nullptr);
+  C* const slabs = reinterpret_cast<C*>(shared + sizeof(TeamScratch));
+  for (int64_t unit = blockIdx.x; unit < p.args.batch * p.splits; unit += gridDim.x) {
+    const int64_t sample = unit / p.splits;
+    if (p.second && !p.redo[sample]) continue;
+    double square = 0;
+    for (int64_t tile = unit % p.splits; tile < tiles; tile += p.splits)
+      square += tile_square<C, kGram>(p.args, sample, tile, slabs);
+    square = team.sum(square);
+    if (threadIdx.x == 0) p.partial[unit] = square;
+  }
+}
+
+// A warp for each sample.
+__global__ void __launch_bounds__(256)
+    linear_finish_kernel(const __grid_constant__ LinearParams p) {
+  Team team(Shape{}, nullptr, nullptr, nullptr);
+  const LinearNormArgs& a = p.args;
+  for (int64_t sample = team.index; sample < a.batch; sample += team.count) {
+    if (p.second && !p.redo[sample]) continue;
+    Sums s;  // a: the trace; b: the partials; m: 1 where float cannot hold such numbers
+    for (int64_t t = team.rank; t < a.tokens; t += 32) {
+      const double trace = p.traces[sample * a.tokens + t];
+      s.a += magnitude(trace);
+      if (trace < 0) s.m = 1;
+    }
+    if (p.tiled)
+      for (int64_t i = team.rank; i < p.splits; i += 32) s.b += p.partial[sample * p.splits + i];
+    s = team.agree<kSumA | kSumB | kMax>(s);
+    double square = s.a;
+    if (p.tiled && s.a > 0) square = s.b;
+    const bool redo = p.tiled && !p.exact && s.a > 0 && s.a < __builtin_huge_val() &&
+                      (s.m != 0 || !(square * 16 > s.a));
+    if (team.rank != 0) continue;
+    if (p.redo && !p.second) p.redo[sample] = redo;
+    store_one(a.norms.data, a.norms.dtype, sample, sqrt(square));
+  }
+}
+
+// ---- Host ----
+
+template <class C, bool kGram>
+cudaError_t run_tiles(const LinearParams& p, int64_t tiles, const Context& context) {
+  const size_t shared = sizeof(TeamScratch) + 2 * kDepth * (kTile + 1) * sizeof(C);
+  return enqueue(tile_kernel<C, kGram>, p.args.batch * p.splits, kThreads, shared, context, p,
+                 tiles);
+}
+
+}  // namespace
+
+int linear_grad_norm(const LinearNormArgs& args, const Context& context) {
+  if (args.batch == 0) return cudaSuccess;
+  Limits limits;
+  cudaError_t error = Limits::of_current_device(&limits);
+  if (error != cudaSuccess) return error;
+  const bool wide = args.input.dtype == Dtype::f64 || args.grad.dtype == Dtype::f64;
+  const int64_t inputs = args.inputs + (args.bias ? 1 : 0);
+  const bool gram = args.method == LinearMethod::gram ||
+                    (args.method == LinearMethod::automatic &&
+                     args.tokens * (args.inputs + args.outputs) <= 2 * args.inputs * args.outputs);
+  const auto sides = [](int64_t n) { return (n + kTile - 1) / kTile; };
+  const int64_t pairs = sides(args.tokens) * (sides(args.tokens) + 1) / 2;
+  const int64_t direct = sides(inputs) * sides(args.outputs);
+
+  LinearParams p;
+  p.args = args;
+  p.tiled = args.tokens > 1;
+  p.exact = !gram && wide;
+  // Several blocks for a sample where samples alone do not fill the device.
+  const int64_t wanted = 16 * int64_t(limits.multiprocessors) / args.batch;
+  p.splits = std::max<int64_t>(1, std::min(wanted, std::max(pairs, direct)));
+
+  const size_t traces = rounded(size_t(args.batch * args.tokens) * sizeof(double));
+  const size_t partial = p.tiled ? rounded(size_t(args.batch * p.splits) * sizeof(double)) : 0;
+  const size_t redo = p.tiled ? rounded(size_t(args.batch)) : 0;
+  unsigned char* workspace = nullptr;
+  if (traces + partial + redo) {
+    workspace =
+        static_cast<unsigned char*>(context.allocate(context.self, traces + partial + redo));
+    if (!workspace) return cudaErrorMemoryAllocation;
+    p.traces = reinterpret_cast<double*>(workspace);
+  }
+  if (p.tiled) {
+    p.partial = reinterpret_cast<double*>(workspace + traces);
+    p.redo = workspace + traces + partial;
+  }
+  const int64_t finish_blocks = (args.batch + 7) / 8;
+  error = enqueue(trace_kernel, (args.batch * args.tokens + 7) / 8, 256, 0, context, p);
+  if (error == cudaSuccess && p.tiled) {
+    if (gram)
+      error = wide ? run_tiles<double, true>(p, pairs, context)
+                   : run_tiles<float, true>(p, pairs, context);
+    else
+      error = wide ? run_tiles<double, false>(p, direct, context)
+                   : run_tiles<float, false>(p, direct, context);
+  }
+  if (error == cudaSuccess)
+    error = enqueue(linear_finish_kernel, finish_blocks, 256, 0, context, p);
+  if (error != cudaSuccess || !p.tiled || p.exact) return error;
+  p.second = true;
+  error = run_tiles<double, false>(p, direct, context);
+  p.exact = true;
+  if (error == cudaSuccess)
+    error = enqueue(linear_finish_kernel, finish_blocks, 256, 0, context, p);
+  return error;
+}
+
+}  // namespace embattle::cuda

@@ -1,0 +1,72 @@
+// Positions that hold the same key, in the order of the batch.
+#pragma once
+
+#include "device.cuh"
+
+namespace embattle::cuda {
+
+constexpr long long kNoKey = 0x7fffffffffffffffll;  // sorted last
+
+// Sorts n pairs in shared memory by key, equal keys by position. n is a power of two. All threads
+// of the block call it; what they have written before need not be behind a barrier.
+__device__ inline void sort_pairs(long long* keys, int* positions, int n) {
+  for (int span = 2; span <= n; span *= 2) {
+    for (int step = span / 2; step > 0; step /= 2) {
+      __syncthreads();
+      for (int i = int(threadIdx.x); i < n / 2; i += int(blockDim.x)) {
+        const int low = 2 * i - (i & (step - 1)), high = low + step;
+        const long long a = keys[low], b = keys[high];
+        const int at = positions[low], bt = positions[high];
+        const bool above = a > b || (a == b && at > bt);
+        if (above == ((low & span) == 0)) {
+          keys[low] = b;
+          keys[high] = a;
+          positions[low] = bt;
+          positions[high] = at;
+        }
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// Runs of equal keys in sorted pairs.
+template <class Key, class Position>
+struct SortedRuns {
+  const Key* keys;
+  const Position* positions;
+  int64_t count;
+  // The first of its key, which is none of those that are left out.
+  __device__ __forceinline__ bool head(int64_t i) const {
+    return keys[i] != kNoKey && (i == 0 || keys[i - 1] != keys[i]);
+  }
+  // The next item with the key of item i, or -1.
+  __device__ __forceinline__ int64_t next(int64_t i) const {
+    return i + 1 < count && keys[i + 1] == keys[i] ? i + 1 : -1;
+  }
+  __device__ __forceinline__ int64_t position(int64_t i) const { return positions[i]; }
+  // Whether item j has the key of item i, which comes before it.
+  __device__ __forceinline__ bool together(int64_t i, int64_t j) const {
+    return j < count && keys[j] == keys[i];
+  }
+};
+
+// The same in indices as they come, for what shared memory cannot hold: a search for every answer.
+struct ScannedRuns {
+  const int64_t* indices;
+  int64_t count, padding;
+  __device__ __forceinline__ bool head(int64_t i) const {
+    if (indices[i] == padding) return false;
+    for (int64_t j = 0; j < i; ++j)
+      if (indices[j] == indices[i]) return false;
+    return true;
+  }
+  __device__ __forceinline__ int64_t next(int64_t i) const {
+    for (int64_t j = i + 1; j < count; ++j)
+      if (indices[j] == indices[i]) return j;
+    return -1;
+  }
+  __device__ __forceinline__ int64_t position(int64_t i) const { return i; }
+};
+
+}  // namespace embattle::cuda

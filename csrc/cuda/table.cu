@@ -1,0 +1,199 @@
+// Sums of gradients by row of a table: the backward of embedding_perturb, and rowwise_adagrad_.
+//
+// The batch is sorted by row; some lanes of a warp have each run of equal rows, a whole block a
+// long one. A row is summed in double and in the order of the batch (a long one in the block's
+// shares), by one team: no atomics, the same bits every time.
+#include "rows.cuh"
+#include "sort.cuh"
+#include "team.cuh"
+
+namespace embattle::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kLong = 64;   // items of a run that a block works on
+constexpr int kFlight = 4;  // rows that a thread loads at once
+
+struct TableParams {
+  SortedIndices runs;
+  Rows grad;
+  Rows out;    // the sums, or the table
+  Data state;  // rowwise_adagrad_ only
+  int lanes = 32;
+  double lr = 0, eps = 0, max_norm = 0;
+};
+
+// A run, as the threads that work on it see it.
+class Run {
+ public:
+  // held: [teams][lanes][kStep], where the block's teams meet.
+  __device__ Run(const TableParams& p, Team& team, int64_t item, bool whole_block, double* held)
+      : p_(p), team_(team), item_(item), whole_(whole_block), held_(held) {}
+
+  __device__ int64_t row() const { return p_.runs.keys[item_]; }
+  __device__ int64_t width() const { return int64_t(p_.lanes) * kStep; }
+  // This thread's first column.
+  __device__ int64_t column() const { return int64_t(team_.rank) * kStep; }
+  // Of the threads with the same columns, the one that writes.
+  __device__ bool writes() const { return !whole_ || int(threadIdx.x) < p_.lanes; }
+
+  // The sums of columns [c, c + kStep). All threads of the run call it, also for columns beyond the
+  // last.
+  __device__ __forceinline__ void total(int64_t c, double (&sum)[kStep]) const {
+    const int teams = kThreads / p_.lanes, team = int(threadIdx.x) / p_.lanes;
+    const int64_t stride = whole_ ? teams : 1;
+#pragma unroll
+    for (int e = 0; e < kStep; ++e) sum[e] = 0;
+    if (c < p_.grad.dim) {
+      bool more = true;
+      for (int64_t i = item_ + (whole_ ? team : 0); more; i += kFlight * stride) {
+        double x[kFlight][kStep];
+#pragma unroll
+        for (int f = 0; f < kFlight; ++f) {
+          more = more && p_.runs.together(item_, i + f * stride);
+#pragma unroll
+          for (int e = 0; e < kStep; ++e) x[f][e] = 0;
+          if (more) p_.grad.load(p_.runs.position(i + f * stride), c, x[f]);
+        }
+#pragma unroll
+        for (int f = 0; f < kFlight; ++f)
+#pragma unroll
+          for (int e = 0; e < kStep; ++e) sum[e] += x[f][e];
+      }
+    }
+    if (!whole_) return;
+#pragma unroll
+    for (int e = 0; e < kStep; ++e) held_[threadIdx.x * kStep + e] = sum[e];
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < kStep; ++e) {
+      sum[e] = 0;
+      for (int t = 0; t < teams; ++t) sum[e] += held_[(t * p_.lanes + team_.rank) * kStep + e];
+    }
+    __syncthreads();
+  }
+
+  // Over the lanes that have a row's columns.
+  __device__ double over_lanes(double x) const { return team_.sum(x); }
+
+  // What these threads have read before has been read by all of them.
+  __device__ void sync() const {
+    if (whole_)
+      __syncthreads();
+    else
+      team_.sum(0);
+  }
+
+ private:
+  const TableParams& p_;
+  Team& team_;
+  int64_t item_;
+  bool whole_;
+  double* held_;
+};
+
+// f(run) for every run. All threads of the block call it.
+template <class F>
+__device__ __forceinline__ void each_run(const TableParams& p, double* held, F f) {
+  Shape shape;
+  shape.lanes = p.lanes;
+  Team team(shape, nullptr, nullptr, nullptr);
+  const int teams = kThreads / p.lanes;
+  const SortedIndices& runs = p.runs;
+  const auto is_long = [&](int64_t i) { return runs.together(i, i + kLong - 1); };
+  for (int64_t begin = int64_t(blockIdx.x) * teams; begin < runs.count;
+       begin += int64_t(gridDim.x) * teams) {
+    const int64_t item = begin + int(threadIdx.x) / p.lanes;
+    const bool head = item < runs.count && runs.head(item);
+    const bool for_block = head && is_long(item);
+    if (head && !for_block) f(Run(p, team, item, false, held));
+    if (!__syncthreads_or(for_block)) continue;
+    for (int64_t i = begin; i < begin + teams && i < runs.count; ++i)
+      if (runs.head(i) && is_long(i)) f(Run(p, team, i, true, held));
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    segment_sum_kernel(const __grid_constant__ TableParams p) {
+  EMBATTLE_DYNAMIC_SHARED(shared);
+  each_run(p, reinterpret_cast<double*>(shared), [&](const Run& run) {
+    for (int64_t c = run.column(); c - run.column() < p.grad.dim; c += run.width()) {
+      double sum[kStep];
+      run.total(c, sum);
+      if (run.writes() && c < p.grad.dim) p.out.store(run.row(), c, sum);
+    }
+  });
+}
+
+__global__ void __launch_bounds__(kThreads) adagrad_kernel(const __grid_constant__ TableParams p) {
+  EMBATTLE_DYNAMIC_SHARED(shared);
+  each_run(p, reinterpret_cast<double*>(shared), [&](const Run& run) {
+    double sum[kStep] = {}, square = 0;
+    for (int64_t c = run.column(); c - run.column() < p.grad.dim; c += run.width()) {
+      run.total(c, sum);
+#pragma unroll
+      for (int e = 0; e < kStep; ++e) square += sum[e] * sum[e];
+    }
+    square = run.over_lanes(square);
+    if (!is_finite(square)) return;  // one bad sample must not destroy a row
+    const int64_t row = run.row();
+    const double norm = sqrt(square);
+    const double factor = norm > p.max_norm ? p.max_norm / norm : 1;
+    const double mean = p.grad.dim > 0 ? factor * factor * square / double(p.grad.dim) : 0;
+    const double state = load_one<double>(p.state.data, p.state.dtype, row) + mean;
+    const double step = p.lr * factor / (sqrt(state) + p.eps);
+    run.sync();  // before the state is written
+    if (run.writes() && run.column() == 0) store_one(p.state.data, p.state.dtype, row, state);
+    const bool kept = p.grad.dim <= run.width();  // the sums are still there
+    for (int64_t c = run.column(); c - run.column() < p.grad.dim; c += run.width()) {
+      if (!kept) run.total(c, sum);
+      if (!run.writes() || c >= p.grad.dim) continue;
+      double weight[kStep];
+      p.out.load(row, c, weight);
+#pragma unroll
+      for (int e = 0; e < kStep; ++e) weight[e] -= step * sum[e];
+      p.out.store(row, c, weight);
+    }
+  });
+}
+
+int run(TableParams& p, void (*kernel)(TableParams), const int64_t* indices, int64_t rows,
+        const ConstData& grad, int64_t count, int64_t dim, const Context& context) {
+  if (count == 0) return cudaSuccess;
+  void* const workspace = context.allocate(context.self, sort_workspace(count));
+  if (!workspace) return cudaErrorMemoryAllocation;
+  const cudaError_t error = sort_indices(indices, count, rows, workspace, &p.runs, context);
+  if (error != cudaSuccess) return error;
+  p.grad = Rows::of(grad.data, grad.dtype, dim);
+  p.lanes = power_of_two((dim + kStep - 1) / kStep, 32);
+  const int teams = kThreads / p.lanes;
+  return enqueue(kernel, (count + teams - 1) / teams, kThreads, kThreads * kStep * sizeof(double),
+                 context, p);
+}
+
+}  // namespace
+
+int segment_sum(const SegmentSumArgs& args, const Context& context) {
+  // All bits zero is the number zero in every dtype.
+  const size_t bytes = size_t(args.rows * args.dim) * size_t(bytes_of(args.out.dtype));
+  if (bytes == 0) return cudaSuccess;
+  const cudaError_t error =
+      cudaMemsetAsync(args.out.data, 0, bytes, static_cast<cudaStream_t>(context.stream));
+  if (error != cudaSuccess) return error;
+  TableParams p;
+  p.out = Rows::of(args.out.data, args.out.dtype, args.dim);
+  return run(p, segment_sum_kernel, args.inverse, args.rows, args.grad, args.count, args.dim,
+             context);
+}
+
+int rowwise_adagrad(const AdagradArgs& args, const Context& context) {
+  TableParams p;
+  p.out = Rows::of(args.weight.data, args.weight.dtype, args.dim);
+  p.state = args.state;
+  p.lr = args.lr;
+  p.eps = args.eps;
+  p.max_norm = args.max_norm;
+  return run(p, adagrad_kernel, args.indices, args.rows, args.grad, args.count, args.dim, context);
+}
+
+}  // namespace embattle::cuda

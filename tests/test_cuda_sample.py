@@ -1,0 +1,176 @@
+"""The CUDA kernels on per-sample gradients and embedding tables, run by the emulator."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import samples
+import torch
+from compare import assert_close, assert_matches_reference, run, same_bits
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "emulator"))
+import emulated
+import emulator_build
+
+pytestmark = pytest.mark.skipif(emulator_build.compiler() is None, reason="needs a C++ compiler")
+
+ORDERS = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
+OPS = samples.OPS[len(samples.GROUP_OPS) :]
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    yield
+    emulated.kernels().set_device()
+    emulated.kernels().set_order("forward")
+
+
+def cases() -> Iterator[tuple[str, samples.Sample, torch.dtype, tuple[str, int]]]:
+    """Each sample in two dtypes; dtypes and orders take turns."""
+    turn = 0
+    for op in OPS:
+        for sample in samples.for_op(op):
+            for _ in range(2):
+                yield op, sample, samples.DTYPES[turn % 4], ORDERS[turn // 2 % 4]
+                turn += 1
+            turn += 1
+
+
+@pytest.mark.parametrize(
+    ("op", "sample", "dtype", "order"),
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[1].name}-{str(case[2])[6:]}-{case[3][0]}")
+        for case in cases()
+    ],
+)
+def test_a_kernel_matches_the_reference(
+    op: str, sample: samples.Sample, dtype: torch.dtype, order: tuple[str, int]
+) -> None:
+    emulated.kernels().set_order(*order)
+    call = sample.call(dtype)
+    assert_matches_reference(op, call, run(op, call.clone(), emulated))
+
+
+# --- paths that short inputs do not reach ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"{o[0]}{o[1]}")
+def test_a_long_list_takes_several_launches_and_tiles(order: tuple[str, int]) -> None:
+    kernels = emulated.kernels()
+    kernels.set_device(multiprocessors=1)
+    kernels.set_order(*order)
+    g = torch.Generator().manual_seed(1)
+    widths = [1 + i % 3 for i in range(70)]
+    widths[3], widths[66], widths[67] = 20_001, 1024, 0
+    for mode in ("flat", "per_layer"):
+        grads = [torch.randn(5, w, generator=g) for w in widths]
+        grads[66][3, 7] = torch.nan
+        call = samples.Call([grads], {"max_norm": 1.5, "mode": mode})
+        kernels.take_counters()
+        assert_matches_reference("clip_and_sum", call, run("clip_and_sum", call.clone(), emulated))
+        assert kernels.take_counters()["launches"] == (5 if mode == "flat" else 6)
+
+
+@pytest.mark.parametrize("dtype", samples.DTYPES, ids=lambda d: str(d)[6:])
+def test_clipped_sums_are_the_same_bits_in_every_order_and_at_every_address(
+    dtype: torch.dtype,
+) -> None:
+    g = torch.Generator().manual_seed(2)
+    grad = torch.randn(37, 129, generator=g).to(dtype)
+    results = []
+    for order in ORDERS:
+        emulated.kernels().set_order(*order)
+        for offset in (0, 1, 3):
+            memory = torch.empty(grad.numel() + 4, dtype=dtype)
+            view = memory[offset : offset + grad.numel()].view(grad.shape).copy_(grad)
+            results.append(emulated.clip_and_sum([view], max_norm=3.0))
+    for sums, norms in results[1:]:
+        assert same_bits(sums[0], results[0][0][0])
+        assert same_bits(norms, results[0][1])
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"{o[0]}{o[1]}")
+@pytest.mark.parametrize("method", ["gram", "direct"])
+def test_linear_norms_where_tokens_cancel_are_taken_again(
+    method: str, order: tuple[str, int]
+) -> None:
+    emulated.kernels().set_order(*order)
+    g = torch.Generator().manual_seed(3)
+    a, b = torch.randn(3, 40, 70, generator=g), torch.randn(3, 40, 33, generator=g)
+    a[1, 20:], b[1, 20:] = a[1, :20], -b[1, :20]
+    b[1, 0] *= 1 + 2.0**-12
+    a[2] *= 1e-30  # squares that float32 cannot hold
+    for bias in (False, True):
+        call = samples.Call([a, b], {"method": method, "bias": bias})
+        results = run("linear_grad_norm", call.clone(), emulated)
+        assert_matches_reference("linear_grad_norm", call, results)
+    b[1, 20:] = -b[1, :20]  # nothing is left
+    assert emulated.linear_grad_norm(a, b, method=method)[1] < 1e-10
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"{o[0]}{o[1]}")
+def test_samples_that_shared_memory_cannot_sort(order: tuple[str, int]) -> None:
+    kernels = emulated.kernels()
+    kernels.set_device(shared_per_block=2048)
+    kernels.set_order(*order)
+    g = torch.Generator().manual_seed(4)
+    indices = torch.randint(0, 40, (3, 150), generator=g)
+    grad = torch.randn(3, 150, 5, generator=g)
+    call = samples.Call([indices, grad], {"padding_idx": 7})
+    assert_matches_reference(
+        "embedding_grad_norm", call, run("embedding_grad_norm", call.clone(), emulated)
+    )
+    kernels.set_device()
+    # One bag far beyond the average.
+    offsets = torch.tensor([*range(30), 430])
+    bags = samples.Call([torch.randint(0, 9, (430,), generator=g), torch.randn(30, 6)], {})
+    bags.kwargs["offsets"] = offsets
+    results = run("embedding_grad_norm", bags.clone(), emulated)
+    assert_matches_reference("embedding_grad_norm", bags, results)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"{o[0]}{o[1]}")
+@pytest.mark.parametrize("dtype", samples.DTYPES, ids=lambda d: str(d)[6:])
+def test_segment_sums(dtype: torch.dtype, order: tuple[str, int]) -> None:
+    emulated.kernels().set_order(*order)
+    g = torch.Generator().manual_seed(5)
+    # Few and many items, short and long runs, one pass of the sort and three, untouched rows.
+    for count, rows, dim in ((0, 3, 4), (7, 4, 1), (300, 3, 13), (900, 5, 150), (5000, 70_000, 2)):
+        inverse = torch.randint(-1, rows, (count,), generator=g)
+        inverse[inverse == 1] = -1
+        if rows > 1000:
+            inverse[::3] = 65_537  # hot, and its lowest digits are those of others
+        grad = torch.randn(count, dim, generator=g).to(dtype)
+        kept = inverse >= 0
+        want = torch.zeros(rows, dim, dtype=torch.float64)
+        want.index_add_(0, inverse[kept], grad[kept].double())
+        size = torch.zeros(rows, dim, dtype=torch.float64)
+        size.index_add_(0, inverse[kept], grad[kept].double().abs())
+        assert_close(emulated.segment_sum(grad, inverse, rows), want, size, count, str(dtype))
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"{o[0]}{o[1]}")
+def test_a_step_of_hot_rows(order: tuple[str, int]) -> None:
+    emulated.kernels().set_order(*order)
+    g = torch.Generator().manual_seed(6)
+    for dim in (6, 200):
+        indices = torch.randint(0, 4, (500,), generator=g) * 97
+        call = samples.Call(
+            [
+                torch.randn(300, dim, generator=g),
+                torch.rand(300, generator=g),
+                indices,
+                torch.randn(500, dim, generator=g),
+            ],
+            {"lr": 0.1, "max_norm": 3.0},
+        )
+        call.args[3][5, 1] = torch.nan
+        changed = call.clone()
+        assert_matches_reference(
+            "rowwise_adagrad_", call, run("rowwise_adagrad_", changed, emulated)
+        )
+        bad = int(indices[5])
+        assert same_bits(changed.args[0][bad], call.args[0][bad])
