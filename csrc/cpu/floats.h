@@ -28,7 +28,8 @@ inline F abs(F x) { return reinterpret_cast<F>(reinterpret_cast<U>(x) & 0x7fffff
 inline F with_sign(F size, F sign) {
   return reinterpret_cast<F>(reinterpret_cast<U>(size) | (reinterpret_cast<U>(sign) & 0x80000000u));
 }
-inline F clamped(F x, F limit) {  // a NaN stays
+inline F larger(F a, F b) { return a > b ? a : b; }  // b where a is NaN
+inline F clamped(F x, F limit) {                     // a NaN stays
   x = x > limit ? limit : x;
   return x < -limit ? -limit : x;
 }
@@ -49,6 +50,12 @@ inline V halves(F x) {
   std::memcpy(half, &x, sizeof(x));
   return widen<float>(half[0]) + widen<float>(half[1]);
 #endif
+}
+
+inline double largest(F x) {
+  float most = x[0];
+  for (int k = 1; k < kFloats; ++k) most = x[k] > most ? x[k] : most;
+  return most;
 }
 
 // Sixteen bits to and from 32, by name where the compiler would take detours.
@@ -161,6 +168,8 @@ struct Sink {
   T* p;
   bool past_cache = false;
 
+  explicit Sink(T* to) : p(to) {}  // in place
+
   // `from` is where the input lies: lines that were read to be written are in the cache already.
   Sink(const Data& out, const void* from, const Groups& groups) : p(static_cast<T*>(out.data)) {
 #if defined(__SSE2__)
@@ -200,16 +209,19 @@ inline bool is_short(const Cut& cut) {
   return !cut.parallel_for && !cut.groups.mask && cut.end() - cut.begin() <= kGrain;
 }
 
-// K sums over a group: given(i, n, terms) gives K vectors of terms of the elements from i on.
-// `settle()` is called on the thread that did a block. kBackwards: from the last element to the
-// first, chunk by chunk, so that a second pass begins with what the first one has left in the
-// cache.
-template <int K, bool kBackwards = false, class Fn, class S>
+// K sums over a group: given(i, n, terms) gives K vectors of terms of the elements from i on. The
+// sums whose bit is set in `kMaxima` are maxima of numbers >= 0 instead. `settle()` is called on
+// the thread that did a block. kBackwards: from the last element to the first, chunk by chunk, so
+// that a second pass begins with what the first one has left in the cache.
+template <int K, bool kBackwards = false, unsigned kMaxima = 0, class Fn, class S>
 inline Totals<K> float_sums(const Cut& cut, const Fn& given, const S& settle) {
   constexpr int64_t kChunk = 4096;
+  const auto is_most = [](int k) { return kMaxima >> k & 1; };
+  const auto merge = [=](double& a, double b, int k) { a = is_most(k) ? (b > a ? b : a) : a + b; };
   const auto add = [&](int64_t begin, int64_t end, double* to) {
     const Fn f = given;  // a copy of one's own: what it holds stays in registers
     V acc[K] = {};
+    F most[K] = {};
     int64_t i = begin;
     for (; i + 4 * kFloats <= end; i += 4 * kFloats) {
       F a[K], b[K], c[K], d[K];
@@ -217,19 +229,24 @@ inline Totals<K> float_sums(const Cut& cut, const Fn& given, const S& settle) {
       f(i + kFloats, All{}, b);
       f(i + 2 * kFloats, All{}, c);
       f(i + 3 * kFloats, All{}, d);
-      for (int k = 0; k < K; ++k) acc[k] += halves((a[k] + b[k]) + (c[k] + d[k]));
+      for (int k = 0; k < K; ++k)
+        if (is_most(k))
+          most[k] = larger(larger(larger(a[k], b[k]), larger(c[k], d[k])), most[k]);
+        else
+          acc[k] += halves((a[k] + b[k]) + (c[k] + d[k]));
     }
-    for (; i + kFloats <= end; i += kFloats) {
+    const auto one = [&](auto n) EMBATTLE_INLINE {
       F a[K];
-      f(i, All{}, a);
-      for (int k = 0; k < K; ++k) acc[k] += halves(a[k]);
-    }
-    if (i < end) {
-      F a[K];
-      f(i, static_cast<int>(end - i), a);
-      for (int k = 0; k < K; ++k) acc[k] += halves(a[k]);
-    }
-    for (int k = 0; k < K; ++k) to[k] += total(acc[k]);
+      f(i, n, a);
+      for (int k = 0; k < K; ++k)
+        if (is_most(k))
+          most[k] = larger(a[k], most[k]);
+        else
+          acc[k] += halves(a[k]);
+    };
+    for (; i + kFloats <= end; i += kFloats) one(All{});
+    if (i < end) one(static_cast<int>(end - i));
+    for (int k = 0; k < K; ++k) merge(to[k], is_most(k) ? largest(most[k]) : total(acc[k]), k);
   };
   const auto run = [&](int64_t begin, int64_t end, double* to) {
     while (end > begin) {
@@ -253,13 +270,13 @@ inline Totals<K> float_sums(const Cut& cut, const Fn& given, const S& settle) {
       },
       kBackwards);
   for (int b = 0; b < count; ++b)
-    for (int k = 0; k < K; ++k) sum.v[k] += parts[b].v[k];
+    for (int k = 0; k < K; ++k) merge(sum.v[k], parts[b].v[k], k);
   return sum;
 }
 
-template <int K, class Fn>
+template <int K, unsigned kMaxima = 0, class Fn>
 inline Totals<K> float_sums(const Cut& cut, const Fn& f) {
-  return float_sums<K>(cut, f, [] {});
+  return float_sums<K, false, kMaxima>(cut, f, [] {});
 }
 
 }  // namespace

@@ -4,75 +4,10 @@
 // double path then takes the group.
 #pragma once
 
-#include <type_traits>
-
-#include "floats.h"
+#include "plain_l1.h"
 
 namespace embattle {
 namespace {
-
-// Kernels of float32 know when they are compiled whether there is a box.
-template <class P>
-constexpr bool is_boxed_float = std::is_same_v<P, Place<float, false>>;
-
-// Zeros in the rows that take no part.
-template <class T>
-inline void clear_masked(const Cut& cut, T* out) {
-  if (!cut.groups.mask) return;
-  cut.blocks([&](int, int64_t low, int64_t high) {
-    cut.runs(
-        low, high,
-        [&](int64_t begin, int64_t end) {
-          std::memset(static_cast<void*>(out + begin), 0,
-                      sizeof(T) * static_cast<size_t>(end - begin));
-        },
-        false);
-  });
-}
-
-// Sees to it that what was stored lies in the l1 or l2 ball. `sum` is the sum of its sizes or
-// squares in float lanes: where that leaves a doubt, the norm is taken in double.
-template <Norm kNorm, class P>
-inline void keep_inside(const Cut& cut, double eps, const P& place, double sum) {
-  if (eps == kInfinity) return;
-  const double vanished = static_cast<double>(cut.end() - cut.begin()) * 0x1p-148;
-  if (sum * (1 + kSumError) + vanished <= (kNorm == Norm::l2 ? eps * eps : eps)) return;
-  const double norm = length<kNorm>(
-      cut, [&](int64_t i, auto n) { return place.out.load(i, n) - place.origin(i, n); });
-  if (norm > eps) pull_in<kNorm>(cut, eps, place, norm);
-}
-
-// Fewer elements than this go to the double path: float sums would only reach eps to some ulps, and
-// of a handful of numbers a user expects the digits.
-constexpr int64_t kFewest = 64;
-
-// What the projection scales to: so far inside that keep_inside has no doubt.
-template <class T>
-inline double float_aim(const Cut& cut, double eps) {
-  return eps * aim(Type<T>::unit, cut.count()) * (1 - 2 * kSumError);
-}
-
-inline bool fits_float(double x) {
-  const double size = __builtin_fabs(x);
-  return size == 0 || (size > 0x1p-60 && size < 0x1p60);
-}
-
-template <class T>
-inline void copy_group(const Cut& cut, const T* x, const Sink<T>& out) {
-  if (x == out.p) return;
-  cut.blocks([&](int, int64_t low, int64_t high) {
-    cut.runs(low, high, [&](int64_t begin, int64_t end) {
-      int64_t i = begin;
-      for (; out.past_cache && i + kFloats <= end; i += kFloats) {
-        typename Bulk<T>::type words;
-        std::memcpy(&words, x + i, sizeof(words));
-        put_past_cache(out.p + i, words);
-      }
-      std::memcpy(static_cast<void*>(out.p + i), x + i, sizeof(T) * static_cast<size_t>(end - i));
-    });
-    out.settle();
-  });
-}
 
 // ---- linf ----
 
@@ -201,6 +136,7 @@ inline bool plain_project_of(const Cut& cut, const ProjectArgs& args, const P& p
   bool done = false;
   if (kNorm == Norm::linf) done = project_linf(cut, eps, x, out);
   if (kNorm == Norm::l2) done = project_l2(cut, eps, x, out, place);
+  if (kNorm == Norm::l1) done = project_l1(cut, eps, Moved<T, false>{x}, out, place);
   if (done) clear_masked(cut, out.p);
   return done;
 }
@@ -215,6 +151,7 @@ inline bool plain_step_of(const Cut& cut, const StepArgs& args, const P& place) 
   bool done = false;
   if (kNorm == Norm::linf) done = step_linf(cut, step_size, eps, x, grad, out);
   if (kNorm == Norm::l2) done = step_l2(cut, step_size, eps, x, grad, out, place);
+  if (kNorm == Norm::l1) done = step_l1(cut, step_size, eps, args.top, x, grad, out, place);
   if (done) clear_masked(cut, out.p);
   return done;
 }
