@@ -36,23 +36,27 @@ struct Moved {
   }
 };
 
-// About the tau of the group: Newton's method on a sample of one element in `kShare`. Short groups
+// Which threshold the pieces of a group suggest: Newton's method on a sample, from 0. Short groups
 // begin at 0.
 template <class T>
 inline double guess_tau(const Cut& cut, double eps, const T* x) {
-  constexpr int64_t kPiece = 2 * kFloats, kShare = 16, kMost = 4096;
-  const int64_t n = cut.end() - cut.begin();
-  if (n < 2048 || cut.groups.mask) return 0;
+  constexpr int64_t kPiece = 2 * kFloats, kShare = 16, kFewestPieces = 16, kMost = 4096;
+  const int64_t n = cut.end() - cut.begin(), dim = cut.groups.dim;
+  if (n < 1024) return 0;
   F sample[kMost / kFloats];
-  const int64_t wanted = n / kShare < kMost ? n / kShare : kMost;
-  const int64_t pieces = wanted / kPiece, stride = n / pieces;
+  int64_t pieces = n / kShare / kPiece;
+  pieces = pieces < kFewestPieces ? kFewestPieces : pieces;
+  pieces = pieces > kMost / kPiece ? kMost / kPiece : pieces;
+  const int64_t stride = n / pieces;
   int count = 0;
   for (int64_t p = 0; p < pieces; ++p) {
-    const T* from = x + cut.begin() + p * stride;
-    sample[count++] = abs(fetch(from, All{}));
-    sample[count++] = abs(fetch(from + kFloats, All{}));
+    const int64_t at = cut.begin() + p * stride;
+    const bool* mask = cut.groups.mask;
+    if (mask && !(mask[at / dim] && mask[(at + kPiece - 1) / dim])) continue;
+    sample[count++] = abs(fetch(x + at, All{}));
+    sample[count++] = abs(fetch(x + at + kFloats, All{}));
   }
-  const double goal = eps * static_cast<double>(count * kFloats) / static_cast<double>(n);
+  const double goal = eps * static_cast<double>(count * kFloats) / static_cast<double>(cut.count());
   float tau = 0;
   for (int pass = 0; pass < 20; ++pass) {
     const F t = all(tau);
@@ -60,7 +64,7 @@ inline double guess_tau(const Cut& cut, double eps, const T* x) {
     for (int k = 0; k < count; k += 2)
       for (int j = 0; j < 2; ++j) {
         const F left = sample[k + j] - t;
-        over[j] += left > 0 ? left : F{};
+        over[j] += larger(F{}, left);
         active[j] += left > 0 ? all(1) : F{};
       }
     const double many = total(halves(active[0] + active[1]));
@@ -69,6 +73,50 @@ inline double guess_tau(const Cut& cut, double eps, const T* x) {
     tau = next;
   }
   return tau;
+}
+
+// The threshold `base + at` as two floats: the difference from the first is exact where it is
+// small, so that what is left of |z| is good to some units in its own last place.
+struct Threshold {
+  F high, low;
+
+  Threshold(double base, double at) {
+    const float near = static_cast<float>(base + at);
+    high = all(near);
+    low = all(static_cast<float>(base - near + at));
+  }
+  EMBATTLE_INLINE F left_of(F z) const { return larger(F{}, abs(z) - high - low); }
+};
+
+// The sum of what is left at a threshold, and of how many elements.
+struct Left {
+  double at = 0, sum = 0, count = 0;
+};
+
+// at: base + at is the threshold that leaves `goal`. The sum falls in it and is convex: Newton's
+// steps from the left do not pass the root, and one from the right lands on the left. `look(at)`
+// gives what is left; `seen` is what the caller knows; the root is not below `least`.
+template <class L>
+inline double find_threshold(Left seen, double least, double goal, const L& look) {
+  Left before;
+  for (int pass = 0; pass < 100; ++pass) {
+    double at = least;
+    if (seen.count > 0) {
+      const double excess = seen.sum - goal, step = excess / seen.count;
+      at = seen.at + step > least ? seen.at + step : least;
+      if (at == seen.at || __builtin_fabs(excess) <= 0x1p-25 * goal) return at;
+      // By how much the step will miss, from how fast the count falls. Where that is next to
+      // nothing it is the last one, and goes a little beyond.
+      if (before.count > 0) {
+        const double bend = (before.count - seen.count) / (seen.at - before.at);
+        const double miss = 0.5 * __builtin_fabs(bend) * step * step;
+        if (miss <= 0x1p-22 * goal) return at + 1.5 * miss / seen.count;
+      }
+    }
+    before = seen;
+    seen = look(at);
+  }
+  return seen.at;
 }
 
 // Precondition of `true`: eps is neither so small nor so large that sums would over- or underflow.
@@ -86,82 +134,47 @@ inline bool project_l1(const Cut& cut, double eps, const Moved<T, kMoved>& z, co
   const double extent = static_cast<double>(cut.end() - cut.begin());
   if (extent < kFewest || !(eps > extent * 0x1p-110 && eps < 0x1p100)) return false;
 
-  // The first pass: the norm, the largest, and a step from the guess.
-  float t = static_cast<float>(guess_tau(cut, eps, z.x));
-  const F guess = all(t);
+  const double guess = guess_tau(cut, eps, z.x);
+  const F tau = all(static_cast<float>(guess));
   const auto first = float_sums<4, 8u>(cut, [=](int64_t i, auto n, F* acc) EMBATTLE_INLINE {
     const F size = abs(z(i, n));
-    const F left = size - guess;
-    acc[0] = left > 0 ? left : F{};
+    const F left = size - tau;
+    acc[0] = larger(F{}, left);
     acc[1] = left > 0 ? all(1) : F{};
     acc[2] = size;
     acc[3] = size;
   });
-  double over = first.v[0], active = first.v[1], norm = first.v[2];
+  double norm = first.v[2];
   const double most = first.v[3];
   if (!(norm < kInfinity)) return false;
   if (norm <= eps * (1 + kSumError) && norm * (1 + kSumError) > eps)
     norm = length<Norm::l1>(cut, [&](int64_t i, auto n) { return z.wide(i, n); });
   if (norm <= eps) return copy(norm);
 
-  // `base` as in find_l1. The root is not below `least`, whence Newton's method gets to it.
-  const double goal = eps * aim(Type<T>::unit, static_cast<int64_t>(active)) * (1 - 2 * kSumError);
+  // `base` as in find_l1. The largest alone would have to leave the goal at `least`.
+  const double goal =
+      eps * aim(Type<T>::unit, static_cast<int64_t>(first.v[1])) * (1 - 2 * kSumError);
   const double base = goal < most / 2 ? most : 0;
   const double least = base > 0 ? -goal : most > goal ? most - goal : 0;
-  const F origin = all(static_cast<float>(base));
-  double before = 0, active_before = 0, at = t - base;
-  double tau = least;
-  bool is_known = active > 0;  // what the last pass saw, at `at`
-  for (int pass = 0; pass < 100; ++pass) {
-    if (pass > 0) {
-      t = static_cast<float>(tau);
-      at = t;
-      const F limit = all(t);
-      const auto sums = float_sums<2>(cut, [=](int64_t i, auto n, F* acc) EMBATTLE_INLINE {
-        const F left = abs(z(i, n)) - origin - limit;
-        acc[0] = left > 0 ? left : F{};
-        acc[1] = left > 0 ? all(1) : F{};
-      });
-      over = sums.v[0];
-      active = sums.v[1];
-      is_known = active > 0;
-    }
-    if (!is_known) {  // beyond the largest
-      tau = least;
-      active_before = 0;
-      continue;
-    }
-    const double excess = over - goal, step = excess / active;
-    tau = at + step > least ? at + step : least;
-    if (pass > 0 && (__builtin_fabs(step) <= 0x1p-24 * __builtin_fabs(at) ||
-                     __builtin_fabs(excess) <= 0x1p-25 * goal))
-      break;
-    // What the step leaves over, from how fast the number of terms falls: a last correction where
-    // it is next to nothing.
-    if (active_before > 0 && at != before) {
-      const double bend = 0.5 * (active_before - active) / (at - before) * step * step;
-      if (__builtin_fabs(bend) <= 0x1p-21 * goal) {
-        tau += 1.5 * __builtin_fabs(bend) / active;
-        break;
-      }
-    }
-    before = at;
-    active_before = active;
-  }
-
-  t = static_cast<float>(tau);
-  if (static_cast<double>(t) < tau) t = toward(t, kInfinity);
-  const F limit = all(t);
+  const auto look = [&](double at) {
+    const Threshold threshold(base, at);
+    const auto sums = float_sums<2>(cut, [=](int64_t i, auto n, F* acc) EMBATTLE_INLINE {
+      acc[0] = threshold.left_of(z(i, n));
+      acc[1] = acc[0] > 0 ? all(1) : F{};
+    });
+    return Left{at, sums.v[0], sums.v[1]};
+  };
+  const double at = find_threshold({guess - base, first.v[0], first.v[1]}, least, goal, look);
+  const Threshold threshold(base, at);
   const double size = float_sums<1, true>(
                           cut,
                           [=](int64_t i, auto n, F* acc) EMBATTLE_INLINE {
                             const F x = z(i, n);
-                            const F left = abs(x) - origin - limit;
-                            acc[0] = abs(out.store(i, n, with_sign(left > 0 ? left : F{}, x)));
+                            acc[0] = abs(out.store(i, n, with_sign(threshold.left_of(x), x)));
                           },
                           [&] { out.settle(); })
                           .v[0];
-  // Thresholds add up: where many equal elements made the correction wrong, go on from there.
+  // Where many equal elements made the last step wrong, go on from there: thresholds add up.
   if (size > eps * (1 + 8 * Type<T>::unit) && size * (1 + kSumError) < norm)
     return project_l1(cut, eps, Moved<T, false>{out.p}, Sink<T>(out.p), place);
   keep_inside<Norm::l1>(cut, eps, place, size);
