@@ -216,6 +216,20 @@ def _cases() -> dict[str, Callable[[], Case]]:
         )
 
     @case
+    def embedding_tables() -> Case:
+        def forward(m: Any, i: Tensor, j: Tensor) -> Tensor:
+            return m.f(torch.cat([m.a(i), m.b(i), m.c(j).mean(1), m.d(j).sum(1)], 1))
+
+        parts = {
+            "a": nn.Embedding(5, 3),
+            "b": nn.Embedding(9, 3, padding_idx=2),
+            "c": nn.Embedding(6, 3, padding_idx=0),
+            "d": nn.Embedding(6, 2),
+            "f": nn.Linear(11, 2),
+        }
+        return Case(Apply(forward, **parts), [ids(5), ids(6, 4)])
+
+    @case
     def tied_head() -> Case:
         table, head = nn.Embedding(9, 4, padding_idx=0), nn.Linear(4, 9)
         head.weight = table.weight

@@ -15,7 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from embattle.clipping import noise as dp
 from embattle.clipping import parallel
-from embattle.clipping.combine import Use, dense_norms, simplify, unit_norms, weighted_gradient
+from embattle.clipping.combine import (
+    Use,
+    dense_norms,
+    simplify,
+    small_tables,
+    unit_norms,
+    weighted_gradient,
+)
 from embattle.clipping.install import stand_ins
 from embattle.clipping.layer import Layer, in_use
 from embattle.clipping.tape import IsolationCheck, Listener, Tape
@@ -149,7 +156,8 @@ class PerSampleClipper:
         self._tape = Tape()
         self._tape.check = check
         self._layers: list[tuple[nn.Module, Layer]] = []
-        self._layers_for: tuple[object, ...] | None = None
+        self._layers_for: list[object] | None = None
+        self._named: list[tuple[str, Parameter]] = []
         self._stack: ExitStack | None = None
         self._pending: dict[Parameter, Tensor] = {}
 
@@ -192,17 +200,19 @@ class PerSampleClipper:
             stack.close()
 
     def _install(self, stack: ExitStack) -> None:
-        for module in self._core.modules():
+        current: list[object] = []
+        for module in _modules(self._core):
             if in_use(module):
                 raise RuntimeError(
                     "PerSampleClipper: the model is inside another clipper's with block"
                 )
-        current = tuple(
-            (id(module), module.training, *(p is not None and p.requires_grad for p in own))
-            for module in self._core.modules()
-            if (own := tuple(module._parameters.values())) or not self._layers
-        )
+            own = module._parameters
+            if own:
+                current += (module, module.training, "forward" in vars(module))
+                for p in own.values():
+                    current += (id(p), p is not None and p.requires_grad)
         if current != self._layers_for:
+            self._named = [(n, p) for n, p in self._core.named_parameters() if p.requires_grad]
             self._layers = stand_ins(self._core, self._tape, self._batch_dims, self._broadcast)
             self._layers_for = current
         if self._ddp is not None:
@@ -214,10 +224,6 @@ class PerSampleClipper:
             self._note_batch, prepend=True, with_kwargs=True
         )
         stack.callback(hook.remove)
-        for name, parameter in self._core.named_parameters():
-            if parameter.requires_grad:
-                handle = parameter.register_hook(_refusal(name))  # type: ignore[no-untyped-call]
-                stack.callback(handle.remove)
 
     def _note_batch(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         if self._tape.inside:
@@ -279,7 +285,7 @@ class PerSampleClipper:
         weights = self._resolve_weights(self.weights if weights is None else weights, losses)
         units = self._units(samples, users, weights)
         loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
-        named = [(n, p) for n, p in self._core.named_parameters() if p.requires_grad]
+        named = self._named
         bound = self.max_norm if max_norm is None else self._checked_bound(max_norm, self.mode)
         if not isinstance(bound, float) and len(bound) != len(named):
             raise ValueError(
@@ -288,10 +294,12 @@ class PerSampleClipper:
             )
         if samples:
             self._verify_isolation(losses)
-        uses = self._listen(losses, loss_scale, retain_graph)
+        uses = self._listen(losses, named, loss_scale, retain_graph)
         with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
             merged = {p: simplify(uses.pop(p), units) for _, p in named if p in uses}
-            norms = self._norms(named, merged, units, losses) / loss_scale
+            norms = self._norms(named, merged, units, losses)
+            if loss_scale != 1:
+                norms = norms / loss_scale
             factors = self._factors(norms, bound)
             self._clean(named, merged, factors, norms, units)
             divisor = self._divisor(units.count, losses.device)
@@ -369,17 +377,36 @@ class PerSampleClipper:
         self._check = False
 
     def _listen(
-        self, losses: Tensor, loss_scale: float, retain_graph: bool
+        self,
+        losses: Tensor,
+        named: Sequence[tuple[str, Parameter]],
+        loss_scale: float,
+        retain_graph: bool,
     ) -> dict[Parameter, list[Use]]:
         listener = Listener(len(losses))
         if not len(losses):
             return listener.uses
+        # Whatever autograd itself leaves in .grad was used where nobody listens.
+        before = [p.grad for _, p in named]
+        for _, p in named:
+            p.grad = None
         self._tape.listener = listener
+        stray = None
         try:
             ones = torch.full_like(losses, loss_scale)
             torch.autograd.backward(losses, ones, retain_graph=retain_graph)
+            stray = next((name for name, p in named if p.grad is not None), None)
         finally:
             self._tape.listener = None
+            for (_, p), grad in zip(named, before, strict=True):
+                p.grad = grad
+        if stray is not None:
+            raise RuntimeError(
+                f"PerSampleClipper: parameter '{stray}' is used where its per-sample gradients "
+                "cannot be followed: outside of its module's forward, or in a forward compiled "
+                "before the with block. Use it through a module (for tied weights, an nn.Linear "
+                "whose weight is the table's), or freeze it"
+            )
         return listener.uses
 
     # --- norms and factors ------------------------------------------------------------------------
@@ -425,13 +452,17 @@ class PerSampleClipper:
         return total
 
     def _factors(self, norms: Tensor, bound: float | tuple[float, ...]) -> Tensor:
-        limit = torch.as_tensor(bound, dtype=norms.dtype, device=norms.device)
+        limit: float | Tensor = (
+            bound
+            if isinstance(bound, float)
+            else torch.as_tensor(bound, dtype=norms.dtype, device=norms.device)
+        )
         if self.mode == "automatic":
             factors = limit / (norms + self.gamma)
         else:
-            over = norms > limit
-            factors = torch.where(over, limit / torch.where(over, norms, 1.0), 1.0)
-        return torch.where(norms.isfinite(), factors, 0.0)
+            factors = (limit / norms).clamp_(max=1)
+        # Norms that are not finite: NaN gives NaN here, Inf gives 0, or NaN without a bound.
+        return factors.nan_to_num_(nan=0.0)
 
     @staticmethod
     def _clean(
@@ -442,9 +473,9 @@ class PerSampleClipper:
         units: Units,
     ) -> None:
         """Sets what the non-finite samples left to zero, where a factor of zero would give NaN."""
-        bad = ~norms.isfinite()
-        if not bool(bad.any()):
+        if math.isfinite(float(norms.sum())):
             return
+        bad = ~norms.isfinite()
         for column, (_, p) in enumerate(named):
             if p not in uses:
                 continue
@@ -479,16 +510,22 @@ class PerSampleClipper:
         noisy = self.noise_multiplier > 0 and last
         selected = self._selected_rows(named, uses, factors, units, last)
         found: dict[Parameter, Tensor] = {}
-        for column, (_, p) in enumerate(named):
-            if p not in uses:
-                continue
-            own = (
-                units.sample_factors(factors if factors.dim() == 1 else factors[:, column]) * scale
-            )
-            if weights is not None and units.of_sample is None:
-                own = own * weights
-            # Uses are let go as soon as they are spent.
-            found[p] = weighted_gradient(uses.pop(p), own.to(_factor_dtype(p)), p)
+        outside = weights if units.of_sample is None else None
+
+        def final(factor: Tensor, dtype: torch.dtype) -> Tensor:
+            own = units.sample_factors(factor) * scale
+            return (own if outside is None else own * outside).to(dtype)
+
+        shared: dict[torch.dtype, Tensor] = {}
+        columns = {p: column for column, (_, p) in enumerate(named) if p in uses}
+        if factors.dim() == 1:
+            shared = {t: final(factors, t) for t in {_factor_dtype(p) for p in columns}}
+            found = small_tables(uses, shared)
+        # First those that give back most memory: uses are let go as soon as they are spent.
+        for p in sorted(uses, key=lambda p: p.numel() - sum(u.grad.numel() for u in uses[p])):
+            dtype = _factor_dtype(p)
+            own = shared[dtype] if shared else final(factors[:, columns[p]], dtype)
+            found[p] = weighted_gradient(uses.pop(p), own, p)
         std = self.noise_multiplier * self._sensitivity(bound, len(named)) * scale * loss_scale
         if self._group is not None:
             found = self._reduced(named, found, std if noisy else 0.0, last)
@@ -585,19 +622,16 @@ class PerSampleClipper:
         return float(both**-0.5)
 
 
-def _refusal(name: str) -> Callable[[Tensor], None]:
-    def refuse(_: Tensor) -> None:
-        raise RuntimeError(
-            f"PerSampleClipper: parameter '{name}' is used where its per-sample gradients cannot "
-            f"be "
-            "followed: outside of its module's forward, or in a forward compiled before the with "
-            "block. "
-            "Use it through a module (for tied weights, an nn.Linear whose weight is the table's), "
-            "or "
-            "freeze it"
-        )
-
-    return refuse
+def _modules(root: nn.Module) -> list[nn.Module]:
+    """All modules of a model, each once; plainer than Module.modules, which a step can feel."""
+    found = {id(root): root}
+    stack = [root]
+    while stack:
+        for child in stack.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                stack.append(child)
+    return list(found.values())
 
 
 def _one_row(use: Use) -> bool:

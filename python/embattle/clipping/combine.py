@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from embattle import ops
 from embattle.clipping.units import Units
@@ -63,12 +64,7 @@ def _merge_rows(uses: list[RowUse]) -> list[RowUse]:
     """Embeddings with different padding rows: the padding of each has a zero gradient."""
     if len(uses) < 2:
         return uses
-    grads = [
-        use.grad
-        if use.padding_idx is None
-        else use.grad.masked_fill((use.indices == use.padding_idx)[..., None], 0)
-        for use in uses
-    ]
+    grads = [use.masked() for use in uses]
     paddings = {use.padding_idx for use in uses}
     return [
         RowUse(
@@ -114,9 +110,7 @@ def _cross(x: Tensor, indices: Tensor, grad: Tensor, rows: Tensor) -> Tensor:
 
 
 def _tied_norms(linear: LinearUse, row: RowUse, units: Units) -> Tensor:
-    rows = row.grad
-    if row.padding_idx is not None:
-        rows = rows.masked_fill((row.indices == row.padding_idx)[..., None], 0)
+    rows = row.masked()
 
     def norms(x: Tensor, indices: Tensor, grad: Tensor, rows: Tensor) -> Tensor:
         layer = ops.linear_grad_norm(x, grad).double()
@@ -163,6 +157,57 @@ def unit_norms(uses: list[Use], units: Units, shape: torch.Size) -> Tensor:
             return _tied_norms(linear, row, units)
     whole = torch.stack([use.dense(shape) for use in uses if not isinstance(use, BagUse)])
     return dense_norms([whole.sum(0)], units)
+
+
+# Elements of tables, and of gradients of their rows, that are worked on as one.
+_TOGETHER = 1 << 18
+
+
+def small_tables(
+    uses: dict[Parameter, list[Use]], factors: Mapping[torch.dtype, Tensor]
+) -> dict[Parameter, Tensor]:
+    """Weighted gradients of small dense tables of the same width, all tables in one pass.
+
+    Takes the tables out of uses where there are two or more; what is left is not for here. The
+    gradients are parts of one tensor.
+
+    Args:
+        uses: what `simplify` left.
+        factors: [B] factors of the samples, by dtype.
+    """
+    groups: dict[tuple[int, torch.dtype], list[tuple[Parameter, RowUse]]] = {}
+    for p, own in uses.items():
+        use = own[0]
+        if (
+            len(own) == 1
+            and isinstance(use, RowUse)
+            and not use.sparse
+            and not use.grad.is_cuda  # index_add_ would sum there in an order of its own
+            and use.grad.dtype == p.dtype
+            and p.dtype in factors
+            and max(p.numel(), use.grad.numel()) <= _TOGETHER // 2
+        ):
+            groups.setdefault((p.shape[1], p.dtype), []).append((p, use))
+    found: dict[Parameter, Tensor] = {}
+    for (width, dtype), members in groups.items():
+        while members:
+            taken, rows, size = [], 0, 0
+            while members and max(rows * width, size) <= _TOGETHER:
+                p, use = members.pop()
+                taken.append((p, use, rows))
+                rows += len(p)
+                size += use.grad.numel()
+            if len(taken) < 2:
+                continue
+            grad = torch.cat([use.masked() for _, use, _ in taken], 1)
+            grad *= factors[dtype][:, None, None]
+            places = torch.cat([use.indices + first for _, use, first in taken], 1)
+            whole = grad.new_zeros(rows, width)
+            whole.index_add_(0, places.flatten(), grad.flatten(0, 1))
+            for p, _, first in taken:
+                found[p] = whole[first : first + len(p)]
+                del uses[p]
+    return found
 
 
 def weighted_gradient(uses: list[Use], factor: Tensor, parameter: Tensor) -> Tensor:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from embattle.clipping.layer import Layer, apply
+from embattle.clipping.layer import Layer, apply, once
 from embattle.clipping.uses import BagUse, RowUse
 
 
@@ -26,7 +25,7 @@ class _Embedding(torch.autograd.Function):
         return F.embedding(indices, weight, module.padding_idx, module.max_norm, module.norm_type)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
         if grad is not None:
             ctx.layer.record(*ctx.saved_tensors, grad)
@@ -103,7 +102,7 @@ class _EmbeddingBag(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 6

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from embattle.clipping.layer import Layer, apply
+from embattle.clipping.layer import Layer, apply, once
 from embattle.clipping.uses import DenseUse
 
 _log = logging.getLogger("embattle.clipping")
@@ -31,7 +30,7 @@ class _PerSample(torch.autograd.Function):
         return value.expand(samples, *value.shape)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
         listener = ctx.layer.tape.listener
         if grad is not None and listener is not None:

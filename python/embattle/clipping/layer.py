@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from embattle.clipping.tape import Tape
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """once_differentiable, without its cost where no second derivative is asked for."""
+    guarded = once_differentiable(backward)
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
@@ -26,12 +38,24 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return vars(self)[_PLACE](*args, **kwargs)
 
 
+# Breaks the graph of torch.compile: what a stand-in does in the backward pass has side effects.
+_outside_of_graphs: Any = None
+
+
+def _forward_or_break(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return _outside_of_graphs(self, *args, **kwargs)
+    return vars(self)[_PLACE](*args, **kwargs)
+
+
 @functools.cache
-def _stand_in_class(own: Any, compiling: bool) -> Any:
+def _stand_in_class(own: Any, compiler_loaded: bool) -> Any:
+    global _outside_of_graphs
     forward: Any = _forward
-    if compiling:
-        # Breaks the graph here: what it does in the backward pass has side effects.
-        forward = torch.compiler.disable(_forward)  # type: ignore[no-untyped-call]
+    if compiler_loaded:
+        if _outside_of_graphs is None:
+            _outside_of_graphs = torch.compiler.disable(_forward)  # type: ignore[no-untyped-call]
+        forward = _forward_or_break
     return type(own.__name__, (own,), {"forward": forward, "__module__": own.__module__})
 
 

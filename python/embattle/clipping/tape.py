@@ -19,13 +19,11 @@ class Listener:
     Attributes:
         samples: B, the number of losses.
         uses: parameter -> its uses, in the order of the backward pass.
-        folded: whether some layer saw several rows per sample in its batch dimension.
     """
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
         self.uses: dict[Parameter, list[Use]] = {}
-        self.folded = False
 
     def add(self, parameter: Parameter, use: Use, name: str) -> None:
         """Keeps a use of parameter; name is the layer's."""
@@ -51,8 +49,10 @@ class Listener:
                 f"has no "
                 "batch dimension; give the layer one row per sample"
             )
-        x = x.movedim(min(batch_dim, outer - 1), 0)
-        if len(x) != self.samples:
+        if batch_dim:
+            x = x.movedim(min(batch_dim, outer - 1), 0)
+            outer = x.dim() - features
+        if x.shape[0] != self.samples:
             if not len(x) or len(x) % self.samples:
                 raise ValueError(
                     f"PerSampleClipper: layer '{name}' saw {len(x)} rows in its batch dimension "
@@ -61,7 +61,10 @@ class Listener:
                     f"dimension, or "
                     "name the layer in broadcast if its input is the same for all samples"
                 )
-            self.folded = True
+        elif outer == 1:
+            return x.unsqueeze(1)
+        elif outer == 2:
+            return x
         return x.reshape(self.samples, -1, *x.shape[x.dim() - features :])
 
 

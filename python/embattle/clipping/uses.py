@@ -111,6 +111,12 @@ class RowUse:
             [self.grad],
         )
 
+    def masked(self) -> Tensor:
+        """grad, zero at padding."""
+        if self.padding_idx is None:
+            return self.grad
+        return self.grad.masked_fill((self.indices == self.padding_idx)[..., None], 0)
+
     def weighted(self, factor: Tensor, rows: int) -> Tensor:
         """sum_b factor_b g_b, [rows, D]; a sparse tensor, not coalesced, where sparse."""
         if not self.sparse:
@@ -150,9 +156,7 @@ class RowUse:
     def dense(self, shape: torch.Size) -> Tensor:
         """[B, *shape] per-sample gradients."""
         whole = self.grad.new_zeros(len(self.grad), *shape)
-        kept = self.grad
-        if self.padding_idx is not None:
-            kept = kept.masked_fill((self.indices == self.padding_idx)[..., None], 0)
+        kept = self.masked()
         return whole.scatter_add_(1, self.indices[..., None].expand_as(kept), kept)
 
 
