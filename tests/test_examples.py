@@ -6,8 +6,6 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -42,6 +40,5 @@ def test_adversarial_ranking() -> None:
 
 
 def test_huggingface_trainer() -> None:
-    pytest.importorskip("transformers")
     history = load("huggingface_trainer").main(steps=10)
     assert any("adversarial_loss" in entry for entry in history)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import embattle as eb
+import lightning
 import pytest
 import torch
 import toys
+import transformers
 from torch import nn
 
 
 def tiny_bert(**options: Any) -> Any:
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=60,
@@ -44,7 +46,6 @@ class Rows(torch.utils.data.Dataset):
 
 
 def trainer(folder: Path, accumulate: int = 1, **options: Any) -> Any:
-    transformers = pytest.importorskip("transformers")
     from embattle.integrations.transformers import AdversarialTrainer
 
     arguments = transformers.TrainingArguments(
@@ -95,7 +96,6 @@ def test_gradient_accumulation_gives_the_same_model(tmp_path: Path) -> None:
 
 
 def test_the_mixin_goes_before_any_trainer(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     from embattle.integrations.transformers import AdversarialTrainerMixin
 
     class Mine(AdversarialTrainerMixin, transformers.Trainer):
@@ -108,7 +108,6 @@ def test_the_mixin_goes_before_any_trainer(tmp_path: Path) -> None:
 
 
 def test_accelerate() -> None:
-    accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)
     model = toys.encoder(dtype=torch.float32)
     site = eb.Site(model.embedding)
@@ -128,7 +127,6 @@ def test_accelerate() -> None:
 
 @pytest.mark.parametrize("manual", [False, True])
 def test_lightning(tmp_path: Path, manual: bool) -> None:
-    lightning = pytest.importorskip("lightning")
     from embattle.integrations.lightning import AdversarialModule
 
     class Robust(AdversarialModule, lightning.LightningModule):
@@ -184,7 +182,6 @@ def test_lightning(tmp_path: Path, manual: bool) -> None:
 
 def test_tied_embeddings_and_checkpointing() -> None:
     """A tied table gets both of its gradients; checkpointed layers see the perturbed embeddings."""
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2,

@@ -274,6 +274,28 @@ def test_eps_follows_its_schedule() -> None:
     assert resumed.step == 3
 
 
+def test_steps_follow_their_schedule() -> None:
+    model = toys.encoder()
+    loss_fn = toys.classify(model, *toys.text_batch())
+    site = eb.Site(model.embedding)
+    objective = eb.AdversarialObjective(
+        eb.PGD(eps=0.8, steps=4),
+        site,
+        form="adversarial",
+        steps_schedule=eb.schedules.WarmUp(4, start=0.0),
+    )
+    for steps in (1, 1, 2, 3, 4, 4):
+        _, metrics = objective(loss_fn)
+        alone = eb.PGD(eps=0.8, steps=steps).run(loss_fn, site)
+        assert metrics["steps"].item() == steps
+        assert torch.allclose(metrics["adversarial_loss"], alone.losses.mean())
+    noise = eb.AdversarialObjective(
+        eb.UniformNoise(eps=0.1), site, steps_schedule=eb.schedules.Cosine(3)
+    )
+    assert noise(loss_fn)[1]["steps"].item() == 0
+    assert len(eb.APGD(eps=1.0, steps=20).with_steps(0.5)._checks) < 10
+
+
 def test_adaptive_eps_grows_while_the_target_holds() -> None:
     schedule = eb.schedules.Adaptive(target=0.6, start=0.2, grow=0.3, shrink=0.5, every=2)
     good, bad = {"robust_accuracy": torch.tensor(0.9)}, {"robust_accuracy": torch.tensor(0.2)}

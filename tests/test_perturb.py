@@ -412,3 +412,193 @@ def test_tuple_outputs_keep_their_rest() -> None:
     result = eb.FGM(eps=1.0).run(loss, eb.Site(module))
     assert torch.allclose(result.losses, torch.full((3,), (math.sqrt(8) + 1) ** 2))
     assert set(seen) == {"kept"}
+
+
+def test_embeddings_are_looked_up_once_per_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens are not looked up again; a loss function that draws others is."""
+    model = toys.encoder()
+    tokens, labels = toys.text_batch()
+    looked = 0
+    plain = nn.Embedding.forward
+
+    def counted(self: nn.Embedding, indices: torch.Tensor) -> torch.Tensor:
+        nonlocal looked
+        looked += 1
+        return plain(self, indices)
+
+    site = eb.Site(model.embedding)
+    attack = eb.PGD(eps=0.5, steps=3)
+    loss_fn = toys.classify(model, tokens, labels)
+    expected = attack.run(toys.classify(model, tokens, labels), site)
+    monkeypatch.setattr(nn.Embedding, "forward", counted)
+    result = attack.run(loss_fn, site)
+    assert looked == 1
+    assert torch.equal(result.deltas[0], expected.deltas[0])
+    assert "forward" not in model.embedding.__dict__
+    attack.run(lambda: eb.losses.cross_entropy(model(tokens.clone()), labels), site)
+    assert looked == 1 + 4  # another tensor each time: only its values are the same
+    objective = eb.AdversarialObjective(attack, site)
+    looked = 0
+    objective(loss_fn)[0].backward()
+    assert looked == 1
+    kept = tokens.clone()
+    tokens.add_(0)  # written: it may hold other tokens now
+    attack.run(loss_fn, site)
+    assert looked == 2
+    assert torch.equal(tokens, kept)
+
+
+def test_a_changing_batch_is_looked_up_anew() -> None:
+    embedding = nn.Embedding(9, 2).double()
+    draws = iter(torch.tensor([[0, 1], [2, 3], [4, 5]]))
+    seen: list[torch.Tensor] = []
+
+    def loss() -> torch.Tensor:
+        out = embedding(next(draws))
+        seen.append(out.detach())
+        return out.square().sum(1)
+
+    result = eb.PGD(eps=0.1, steps=2, step_size=0.05).run(loss, eb.Site(embedding))
+    assert torch.allclose(seen[2], embedding(torch.tensor([4, 5])) + result.deltas[0])
+
+
+def test_jagged_batches_have_a_ball_per_sample() -> None:
+    torch.manual_seed(0)
+    embedding, head = nn.Embedding(30, 5).double(), nn.Linear(5, 1).double()
+    parts = [torch.randint(0, 30, (n,)) for n in (2, 4, 3)]
+    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged)
+
+    def loss() -> torch.Tensor:
+        hidden = embedding(jagged).tanh()
+        return head(torch.stack([one.mean(0) for one in hidden.unbind()])).squeeze(-1)
+
+    for attack in (
+        eb.PGD(eps=0.4, steps=3),
+        eb.PGD(eps=0.4, steps=2, random_start=True, keep="best"),
+    ):
+        result = attack.run(loss, eb.Site(embedding))
+        assert result.deltas[0].shape == (9, 5)
+        assert result.norms[0].shape == (3,)
+        assert torch.all(result.losses > result.clean_losses)
+        with result.applied():
+            assert torch.allclose(loss(), result.losses)
+    zero = eb.PGD(eps=0.4, steps=3)
+    jointly = zero.run(loss, eb.Site(embedding)).deltas[0].split([2, 4, 3])
+    for part, delta in zip(parts, jointly, strict=True):
+        alone = zero.run(
+            lambda part=part: head(embedding(part[None]).tanh().mean(1)).squeeze(-1),
+            eb.Site(embedding),
+        )
+        assert torch.allclose(alone.deltas[0][0], delta)
+    objective = eb.AdversarialObjective(zero, eb.Site(embedding))
+    objective(loss)[0].backward()
+    assert torch.all(embedding.weight.grad[torch.cat(parts)].norm(dim=1) > 0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("random", [False, True])
+def test_a_checkpoint_around_the_site_is_refused(reentrant: bool, random: bool) -> None:
+    """It would run the embedding again in the backward pass, when nothing perturbs it."""
+    from torch.utils.checkpoint import checkpoint
+
+    model = toys.encoder()
+    tokens, _ = toys.text_batch()
+    site = eb.Site(model.embedding)
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        def part(scale: torch.Tensor) -> torch.Tensor:
+            return model(tokens) * scale
+
+        return checkpoint(part, weight, use_reentrant=reentrant).square().sum(1)
+
+    with pytest.raises(RuntimeError, match="checkpoint"):
+        eb.PGD(eps=0.1, steps=2, random_start=random).run(loss, site)
+    assert not site.busy
+    with torch.no_grad():
+        loss()  # a resting site minds nothing
+    loss().sum().backward()
+
+
+def test_projections_of_dense_features_and_bags() -> None:
+    torch.manual_seed(0)
+    dense, bag, head = nn.Linear(4, 3), nn.EmbeddingBag(10, 3), nn.Linear(6, 1)
+    features, tokens = torch.randn(5, 4), torch.randint(0, 10, (5, 4))
+
+    def loss() -> torch.Tensor:
+        both = torch.cat([dense(features), bag(tokens)], 1)
+        return head(both.tanh()).squeeze(-1).square()
+
+    sites = [eb.Site(dense), eb.Site(bag)]
+    for joint in (False, True):
+        result = eb.PGD(eps=0.3, steps=3, keep="best").run(loss, sites, joint=joint)
+        assert torch.all(result.losses >= result.clean_losses)
+        assert torch.any(result.losses > result.clean_losses)
+    module = nn.ModuleList([dense, bag, head])
+    grads = []
+    for early in (False, True):
+        module.zero_grad()
+        objective = eb.AdversarialObjective(eb.PGD(eps=0.3, steps=2), sites, early_backward=early)
+        objective(loss)[0].backward()
+        grads.append([p.grad.clone() for p in module.parameters()])
+    for one, other in zip(*grads, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what would wait for the device: values read back, sizes that depend on them."""
+
+    names = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        if name in self.names:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("attack", "seeds"),
+    [
+        (eb.PGD(eps=eb.Relative(0.3), steps=3, keep="best"), 0),
+        (eb.PGD(eps=0.3, steps=2, norm="linf", random_start=True, restarts=2), 1),
+        (eb.MIFGSM(eps=0.3, steps=2), 0),
+        (eb.APGD(eps=0.3, steps=7), 1),
+    ],
+)
+def test_nothing_waits_for_the_device_until_it_is_read(attack: eb.PGD, seeds: int) -> None:
+    """A random start reads its seed, from a generator of the CPU."""
+    model = toys.encoder()
+    tokens, labels = toys.text_batch()
+    loss_fn = toys.classify(model, tokens, labels)
+    site = eb.Site(model.embedding, group="token")
+    with Reads() as reads:
+        result = attack.run(loss_fn, site, mask=tokens != 0, labels=labels)
+        assert reads.found == ["_local_scalar_dense"] * seeds
+        objective = eb.AdversarialObjective(attack, site)
+        objective(loss_fn, mask=tokens != 0, labels=labels)
+        assert reads.found == ["_local_scalar_dense"] * 2 * seeds
+        float(result.losses.sum())
+    assert len(reads.found) == 2 * seeds + 1
+
+
+def test_weights_are_frozen_in_passes_for_the_delta_only() -> None:
+    model = toys.encoder()
+    model.head.bias.requires_grad_(False)
+    tokens, labels = toys.text_batch()
+    flags: list[bool] = []
+
+    def loss() -> torch.Tensor:
+        flags.append(model.head.weight.requires_grad)
+        return eb.losses.cross_entropy(model(tokens), labels)
+
+    site = eb.Site(model.embedding, model=model)
+    objective = eb.AdversarialObjective(eb.PGD(eps=0.3, steps=3), site)
+    objective(loss)[0].backward()
+    assert flags == [True, False, False, True]
+    assert model.head.weight.requires_grad
+    assert not model.head.bias.requires_grad

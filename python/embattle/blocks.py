@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embattle import ops
-from embattle.perturb import Call, Site
+from embattle.perturb import Addition, Call, Site, is_plain
 
 Place = tuple[int, int]  # which site, which of its calls
 
@@ -90,6 +91,10 @@ class Block:
         """Give what is added at each of `places`."""
         return [self.delta]
 
+    def fused(self) -> list[Addition] | None:
+        """Give what makes the perturbed outputs in passes that leave weights alone, if it can."""
+        return None
+
     def gather(self, grads: Sequence[Tensor]) -> Tensor:
         """Turn gradients at `places` into the gradient of the block's delta."""
         return grads[0]
@@ -162,6 +167,11 @@ class RowBlock(Block):
             part.reshape(i.shape) for part, i in zip(torch.split(full, sizes), indices, strict=True)
         ]
         self._arguments = found
+        self._plain = is_plain(module)
+        if self._plain:
+            self._moving = [
+                torch.where(inverse < rows.numel(), inverse, -1) for inverse in self.inverses
+            ]
         weight: Tensor = module.weight.detach()  # type: ignore[operator]
         places = [(index, i) for i in range(len(calls))]
         super().__init__(weight[rows], places, group="token")
@@ -172,7 +182,24 @@ class RowBlock(Block):
             for inverse, arguments in zip(self.inverses, self._arguments, strict=True)
         ]
 
+    def fused(self) -> list[Addition] | None:
+        if not self._plain:
+            return None
+        weight = cast(Tensor, self.module.weight).detach()
+        return [
+            partial(_perturbed_rows, weight, arguments["input"], self.delta, moving)
+            for arguments, moving in zip(self._arguments, self._moving, strict=True)
+        ]
+
     def gather(self, grads: Sequence[Tensor]) -> Tensor:
+        if self._plain:
+            sums = [
+                torch.ops.embattle.embedding_perturb_backward(
+                    grad.to(self.delta.dtype), moving, self.groups
+                )
+                for grad, moving in zip(grads, self._moving, strict=True)
+            ]
+            return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
         with torch.enable_grad():
             outputs = self.additions()
         (grad,) = torch.autograd.grad(outputs, self.delta, list(grads))
@@ -198,6 +225,13 @@ class RowBlock(Block):
                 padding_idx=None if self.module.padding_idx is None else delta.shape[0] + 1,
             )
         return F.embedding(inverse, table)
+
+
+def _perturbed_rows(
+    weight: Tensor, indices: Tensor, delta: Tensor, inverse: Tensor, output: Tensor
+) -> Tensor:
+    """Give the perturbed rows of a table in one pass, in place of `output`."""
+    return ops.embedding_perturb(weight, indices, delta, inverse)
 
 
 class JointBlock(Block):
@@ -295,7 +329,7 @@ def build(
                 call.value.detach(),
                 [(index, number)],
                 group=site.group,
-                offsets=offsets,
+                offsets=offsets if call.offsets is None else call.offsets,
                 mask=masks[index],
             )
             for number, call in enumerate(recorded)

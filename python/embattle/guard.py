@@ -1,4 +1,4 @@
-"""Leave the model as it was: random state, train/eval mode and batch-norm statistics."""
+"""Leave the model as it was: random state, modes, batch-norm statistics and gradient flags."""
 
 from __future__ import annotations
 
@@ -92,3 +92,24 @@ def eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def frozen_weights(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Turn the weights' `requires_grad` off: passes for the delta alone then save less.
+
+    Done only where nothing else can be told by the flags: not with sharded or otherwise special
+    parameters, not in distributed runs, not while parametrised weights are cached.
+    """
+    weights = [p for model in models for p in model.parameters() if p.requires_grad]
+    cached = getattr(torch.nn.utils.parametrize, "_cache_enabled", 0)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if cached or distributed or any(type(p) is not nn.Parameter for p in weights):
+        weights = []
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)

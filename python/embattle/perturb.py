@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 Group = Literal["sample", "token"]
 Scope = Literal["output", "row"]
+# What a site adds: a tensor, or what makes the perturbed output from the output.
+Addition: TypeAlias = Tensor | Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -31,6 +33,16 @@ class Call:
     compiled: bool = False
     args: tuple[Any, ...] = field(default=(), repr=False)
     kwargs: dict[str, Any] = field(default_factory=dict, repr=False)
+    offsets: Tensor | None = field(default=None, repr=False)
+    key: tuple[object, ...] | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # `args` keeps the inputs alive: until then no other tensor can have their address.
+        self.key = None if self.compiled else _key(self.args, self.kwargs)
+
+    def repeats(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a later call has the very same inputs, unchanged since (not merely equal)."""
+        return self.key is not None and self.key == _key(args, kwargs)
 
 
 class Site:
@@ -84,13 +96,13 @@ class Site:
         self.group: Group = "token" if scope == "row" else group
         self.scope: Scope = scope
         self.model = model
-        self._additions: list[Tensor] | None = None
-        self._bases: list[Tensor] | None = None
-        self._detach = False
+        self._additions: Sequence[Addition] | None = None
+        self._calls: list[Call] | None = None
+        self._detach = self._attached = self._graph = False
         self._turn = 0
         self._record: list[Call] | None = None
         self._attach = False
-        self._begin: Callable[[Tensor], Tensor] | None = None
+        self._begin: Callable[[Call], Tensor] | None = None
         self._handle = module.register_forward_hook(self._hook, with_kwargs=True)
 
     def remove(self) -> None:
@@ -113,39 +125,67 @@ class Site:
         """Whether an attack is using the site now."""
         return self._additions is not None or self._record is not None
 
-    def watch(self, *, attach: bool, begin: Callable[[Tensor], Tensor] | None = None) -> list[Call]:
+    def watch(
+        self, *, attach: bool, begin: Callable[[Call], Tensor] | None = None, graph: bool = False
+    ) -> list[Call]:
         """Record the calls of the coming forward pass.
 
         Args:
             attach: give the model leaves instead of the outputs, so that the gradient at zero can
                 be asked for there. It then does not reach the module's weights: `Call.source` does.
-            begin: gives for each output what is added to it at once. A compiled model does not
-                call it, and stays unperturbed in this pass.
+            begin: gives for each call what is added to its output at once. A compiled model does
+                not call it, and stays unperturbed in this pass.
+            graph: the pass keeps its graph.
         """
         self._additions, self._record, self._turn = None, [], 0
-        self._attach, self._begin = attach, begin
+        self._attach, self._begin, self._graph = attach, begin, graph
         return self._record
 
     def add(
         self,
-        additions: list[Tensor],
-        bases: list[Tensor] | None = None,
+        additions: Sequence[Addition],
+        calls: list[Call] | None = None,
         *,
+        attached: bool = False,
         detach: bool = False,
+        graph: bool = False,
     ) -> None:
-        """Add `additions[i]` to the output of the i-th call of the coming forward passes.
+        """Perturb the output of the i-th call of the coming forward passes by `additions[i]`.
 
         Args:
-            additions: one tensor for each call.
-            bases: what they are added to, in place of the outputs.
+            additions: one for each call.
+            calls: the opening's calls. Their outputs stand in for those of later calls with the
+                very same inputs, and an `nn.Embedding` is not looked up again.
+            attached: take the outputs of `calls` attached to the module's weights.
             detach: cut the outputs off the module's weights.
+            graph: the passes keep their graphs.
         """
-        self._additions, self._bases, self._record, self._turn = additions, bases, None, 0
-        self._detach = detach
+        self._additions, self._calls, self._record, self._turn = additions, calls, None, 0
+        self._attached, self._detach, self._graph = attached, detach, graph
+        if calls is not None and is_plain(self.module) and "forward" not in self.module.__dict__:
+            self.module.forward = self._look_up
 
     def rest(self) -> None:
         """Leave the module's output alone again."""
-        self._additions, self._bases, self._record, self._begin = None, None, None, None
+        self._additions, self._calls, self._record, self._begin = None, None, None, None
+        if self.module.__dict__.get("forward") == self._look_up:
+            del self.module.forward
+
+    def _known(
+        self, turn: int, args: tuple[Any, ...], kwargs: dict[str, Any], otherwise: Tensor | None
+    ) -> Tensor | None:
+        """Give the opening's output where this call repeats it."""
+        if self._calls is None or not self._calls[turn].repeats(args, kwargs):
+            return otherwise
+        call = self._calls[turn]
+        return call.source if self._attached else call.value.detach()
+
+    def _look_up(self, input: Tensor) -> Tensor:
+        """Stand in for the forward method of an `nn.Embedding` while deltas are placed."""
+        known = self._known(self._turn % len(self._additions or [0]), (input,), {}, None)
+        if known is not None:
+            return known
+        return nn.Embedding.forward(cast(nn.Embedding, self.module), input)
 
     def _hook(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -157,36 +197,68 @@ class Site:
             if len(additions) > 1:
                 turn = self._turn % len(additions)
                 self._turn += 1
-            addition = additions[turn]
-            value = first_tensor(output) if self._bases is None else self._bases[turn]
-            if self._detach:
-                value = value.detach()
-            if value.shape != addition.shape:
-                raise RuntimeError(
-                    f"Site: {type(module).__name__} returned shape {tuple(value.shape)} where the "
-                    f"perturbation has {tuple(addition.shape)}: the loss function must run the "
-                    "same batch at every call"
-                )
-            return _with_first(output, value + addition.to(value.dtype))
+            return self._perturb(turn, additions[turn], args, kwargs, output)
         if self._record is not None:
-            value = first_tensor(output)
+            value, offsets = rows_of(output)
             if torch.compiler.is_compiling():
-                self._record.append(Call(value.detach(), value, True, args, kwargs))
+                self._record.append(Call(value.detach(), value, True, args, kwargs, offsets))
                 return None
-            if self._begin is not None:
-                self._record.append(Call(value.detach(), value, False, args, kwargs))
-                value = value.detach() if self._attach else value
-                return _with_first(output, value + self._begin(value).to(value.dtype))
+            self._refuse_checkpoints()
             leaf = value.detach()
-            if self._attach:
+            if self._attach and self._begin is None:
                 leaf.requires_grad_()
-            self._record.append(Call(leaf, value, False, args, kwargs))
-            return _with_first(output, leaf.clone() if self._attach else value.clone())
+            call = Call(leaf, value, False, args, kwargs, offsets)
+            self._record.append(call)
+            if self._begin is not None:
+                value = leaf if self._attach else value
+                return _with_rows(output, value + self._begin(call).to(value.dtype))
+            return _with_rows(output, leaf.clone() if self._attach else value.clone())
         return None
 
+    def _perturb(
+        self,
+        turn: int,
+        addition: Addition,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        value, _ = rows_of(output)
+        if not torch.compiler.is_compiling():
+            self._refuse_checkpoints()
+            value = cast(Tensor, self._known(turn, args, kwargs, value))
+        if self._detach:
+            value = value.detach()
+        if not isinstance(addition, Tensor):
+            return _with_rows(output, addition(value))
+        if value.shape != addition.shape:
+            raise RuntimeError(
+                f"Site: {type(self.module).__name__} returned shape {tuple(value.shape)} where the "
+                f"perturbation has {tuple(addition.shape)}: the loss function must run the "
+                "same batch at every call"
+            )
+        return _with_rows(output, value + addition.to(value.dtype))
 
-def first_tensor(output: Any) -> Tensor:
-    """Find the embeddings in what a module returned."""
+    def _refuse_checkpoints(self) -> None:
+        """Stop where the module would be run again, unperturbed, in the backward pass."""
+        hooks = _saved_tensors_hooks()
+        inside = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+        # A reentrant checkpoint runs its segment without a graph, although the pass has one.
+        if inside or (self._graph and not torch.is_grad_enabled()):
+            raise RuntimeError(
+                f"Site: {type(self.module).__name__} is called inside a gradient checkpoint (or "
+                "under no_grad), which runs it again in the backward pass, without the "
+                "perturbation: put the site's module outside the checkpointed part"
+            )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is an `nn.Embedding` whose rows depend on its weight and indices alone."""
+    return type(module) is nn.Embedding and module.max_norm is None
+
+
+def rows_of(output: Any) -> tuple[Tensor, Tensor | None]:
+    """Find the embeddings in what a module returned; of a jagged tensor its rows and offsets."""
     value = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(
@@ -194,12 +266,42 @@ def first_tensor(output: Any) -> Tensor:
             f"one; got {type(value).__name__}"
             + (f" of {value.dtype}" if isinstance(value, Tensor) else "")
         )
-    return value
+    if not value.is_nested:
+        return value, None
+    if value.layout != torch.jagged:
+        raise TypeError("Site: nested tensors must be of layout torch.jagged")
+    return value.values(), value.offsets()  # type: ignore[attr-defined]
 
 
-def _with_first(output: Any, value: Tensor) -> Any:
+def _with_rows(output: Any, value: Tensor) -> Any:
+    first = output[0] if isinstance(output, (tuple, list)) else output
+    if first.is_nested:
+        value = torch.nested.nested_tensor_from_jagged(
+            value, first.offsets(), first.lengths(), first._ragged_idx
+        )
     if isinstance(output, tuple) and hasattr(output, "_replace"):
         return type(output)(value, *output[1:])
     if isinstance(output, (tuple, list)):
         return type(output)([value, *output[1:]])
     return value
+
+
+def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...] | None:
+    """Tell inputs from any others while they live: address, layout and version of each tensor."""
+    found: list[object] = []
+    for value in (*args, *kwargs, *kwargs.values()):
+        if not isinstance(value, Tensor):
+            found.append(value if isinstance(value, (str, int, float)) else id(value))
+        elif type(value) is Tensor and not value.is_inference():
+            found.append(
+                (value.data_ptr(), value.shape, value.stride(), value.dtype, value._version)
+            )
+        else:
+            return None
+    return tuple(found)
+
+
+def _saved_tensors_hooks() -> tuple[Any, Any] | None:
+    """Give the saved-tensors hooks in force, where this torch tells."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if top is None else top(False)

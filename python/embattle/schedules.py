@@ -1,4 +1,4 @@
-"""Schedules: a factor for each step, on eps and step size, or on lambda."""
+"""Schedules: a factor for each step: on eps and step size, on lambda, or on the attack's steps."""
 
 from __future__ import annotations
 

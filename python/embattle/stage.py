@@ -6,17 +6,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from embattle.blocks import Block, build
-from embattle.guard import MODES, Mode, RandomState, eval_mode, frozen_statistics
-from embattle.perturb import Call, Site
+from embattle.guard import (
+    MODES,
+    Mode,
+    RandomState,
+    eval_mode,
+    frozen_statistics,
+    frozen_weights,
+)
+from embattle.perturb import Addition, Call, Site, is_plain
 
 LossFn: TypeAlias = Callable[[], "Tensor | tuple[Tensor, Tensor]"]
 Masks: TypeAlias = "Tensor | Sequence[Tensor | None] | None"
+# Where a pass takes the unperturbed embeddings from: from the modules, or from the opening pass
+# (where inputs are the same), with or without the way to the modules' weights.
+Lookups: TypeAlias = Literal["fresh", "attached", "detached"]
 
 
 class Evaluation(NamedTuple):
@@ -84,6 +94,7 @@ class Stage:
         offsets: int64 `[groups + 1]`, for packed rows: the groups' bounds in the flattened rows.
         joint: one ball around all outputs of a sample together, instead of one for each output.
         mode: what the model does in the attack's own passes (see `embattle.PGD`).
+        compile: `torch.compile` the loss function for all passes but the opening one.
     """
 
     def __init__(
@@ -95,8 +106,10 @@ class Stage:
         offsets: Tensor | None = None,
         joint: bool = False,
         mode: Mode = "as_is",
+        compile: bool = False,
     ) -> None:
         self.loss_fn = loss_fn
+        self.compile = compile
         self.sites = as_sites(sites)
         if mask is None or isinstance(mask, Tensor):
             self.masks: list[Tensor | None] = [mask] * len(self.sites)
@@ -116,6 +129,8 @@ class Stage:
                 self.models.append(site.model)
         if mode == "eval" and not self.models:
             raise ValueError("mode='eval' needs to know the model: Site(module, model=model)")
+        if compile and not self.models:
+            raise ValueError("compile=True needs to know the model: Site(module, model=model)")
         self.blocks: list[Block] = []
         self.calls: list[list[Call]] = []
         self.batch = 0
@@ -133,6 +148,12 @@ class Stage:
             raise ValueError("stop_when_fooled: samples of packed rows or of scope 'row' stay")
         self._by_rows: Callable[[Tensor], Any] = self.loss_fn  # type: ignore[assignment]
         self.loss_fn = partial(self._by_rows, torch.arange(labels.shape[0], device=labels.device))
+
+    @property
+    def quick_loss_fn(self) -> LossFn:
+        """The loss function, compiled if that is asked for."""
+        # Compiled code belongs to the function's code: a new closure for each batch finds it again.
+        return torch.compile(self.loss_fn) if self.compile else self.loss_fn
 
     def narrow(self, rows: Tensor, blocks: list[Block]) -> Stage:
         """Make a stage of some of the samples, which `blocks` belong to."""
@@ -163,6 +184,7 @@ class Stage:
             stack.callback(self.rest)
             stack.enter_context(torch.enable_grad())
             stack.enter_context(frozen_statistics(self.models))
+            stack.enter_context(frozen_weights(self.models))
             if self.mode == "eval":
                 stack.enter_context(eval_mode(self.models))
             yield generator
@@ -199,7 +221,8 @@ class Stage:
                 begin = None
                 if inside and start is not None:
                     begin = partial(self._begin, index, start, started[index])
-                calls.append(site.watch(attach=attach, begin=begin))
+                graph = attach or inside
+                calls.append(site.watch(attach=attach, begin=begin, graph=graph))
             with torch.set_grad_enabled(attach or inside):
                 evaluation = call(self.loss_fn)
         finally:
@@ -227,14 +250,14 @@ class Stage:
         return Opening(evaluation, perturbed)
 
     def _begin(
-        self, index: int, start: Callable[[Block], None], blocks: list[Block], value: Tensor
+        self, index: int, start: Callable[[Block], None], blocks: list[Block], call: Call
     ) -> Tensor:
         site = self.sites[index]
         block = Block(
-            value.detach(),
+            call.value.detach(),
             [(index, len(blocks))],
             group=site.group,
-            offsets=self.offsets,
+            offsets=self.offsets if call.offsets is None else call.offsets,
             mask=self.masks[index],
         )
         start(block)
@@ -292,48 +315,60 @@ class Stage:
         """Whether every site perturbs the output of a lookup, which no pass changes."""
         return all(_is_lookup(site.module) and site.scope == "output" for site in self.sites)
 
-    def place(self, *, reuse: bool = False, detach: bool = False) -> None:
+    def place(
+        self, *, lookups: Lookups = "fresh", detach: bool = False, graph: bool = False
+    ) -> None:
         """Hand the current deltas to the sites, for the passes to come.
 
         Args:
-            reuse: see `applied`.
+            lookups: where the embeddings come from, if the module is a lookup.
             detach: cut the embeddings off the modules' weights.
+            graph: the passes keep their graphs.
         """
-        additions: list[dict[int, Tensor]] = [{} for _ in self.sites]
+        additions: list[dict[int, Addition]] = [{} for _ in self.sites]
         for block in self.blocks:
-            for (index, number), addition in zip(block.places, block.additions(), strict=True):
+            found = block.fused() if lookups == "detached" else None
+            for (index, number), addition in zip(
+                block.places, block.additions() if found is None else found, strict=True
+            ):
                 additions[index][number] = addition
-        for site, found, calls in zip(self.sites, additions, self.calls, strict=True):
-            plain = reuse and _is_lookup(site.module) and not any(call.compiled for call in calls)
+        for site, each, calls in zip(self.sites, additions, self.calls, strict=True):
+            fits = is_plain if lookups == "detached" else _is_lookup
+            known = lookups != "fresh" and fits(site.module)
+            known = known and not self.compile and not any(call.compiled for call in calls)
             site.add(
-                [found[number] for number in range(len(found))],
-                [call.source for call in calls] if plain else None,
+                [each[number] for number in range(len(each))],
+                calls if known else None,
+                attached=lookups == "attached",
                 detach=detach,
+                graph=graph,
             )
 
     @contextmanager
-    def applied(self, *, reuse: bool = False) -> Iterator[None]:
+    def applied(self, *, lookups: Lookups = "fresh") -> Iterator[None]:
         """Perturb the model inside the block; the deltas are constants there.
 
         Args:
-            reuse: perturb the outputs of the opening pass where the module is a plain lookup, so
-                that its weights' gradient is computed once for both passes.
+            lookups: "attached" perturbs the outputs of the opening pass where the module is a
+                lookup, so that its weights' gradient is computed once for both passes.
         """
         for block in self.blocks:
             block.delta = block.delta.detach()
-        self.place(reuse=reuse)
+        self.place(lookups=lookups)
         try:
             yield
         finally:
             self.rest()
 
-    def evaluate(self, *, grad: bool, reuse: bool = False, detach: bool = False) -> Evaluation:
-        """Run the loss function at the current deltas (`reuse`, `detach`: see `place`)."""
+    def evaluate(
+        self, *, grad: bool, lookups: Lookups = "fresh", detach: bool = False
+    ) -> Evaluation:
+        """Run the loss function at the current deltas (`lookups`, `detach`: see `place`)."""
         if self.mode == "same" and self._replay is not None:
             self._replay.restore()
         with torch.set_grad_enabled(grad):
-            self.place(reuse=reuse, detach=detach)
-            return call(self.loss_fn)
+            self.place(lookups=lookups, detach=detach, graph=grad)
+            return call(self.quick_loss_fn)
 
     def gradients(self, losses: Tensor) -> list[Tensor]:
         """Differentiate with respect to the deltas, and nothing else.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -53,6 +53,8 @@ class Attack:
             batch norms never change during an attack, and the global random state is put back.
         generator: source of the attack's own random numbers; torch's CPU generator by default,
             which then advances by one draw per run.
+        compile: `torch.compile` the loss function, model and all, for all passes but the opening
+            one (which shows where the embeddings are). The site must know its model.
     """
 
     norm: Norm = "l2"
@@ -65,6 +67,7 @@ class Attack:
     stop_when_fooled: bool = False
     mode: Mode = "as_is"
     generator: torch.Generator | None = field(default=None, compare=False)
+    compile: bool = False
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -143,6 +146,11 @@ class Attack:
         """Make step `number`: `values` `[B]` and `grad` belong to the block's current delta."""
         raise NotImplementedError(f"{type(self).__name__} makes no gradient steps")
 
+    def with_steps(self, share: float) -> Attack:
+        """Give the attack with `share` of its steps, rounded up; one at least."""
+        steps = min(self.steps, 1) if share <= 0 else math.ceil(round(share * self.steps, 9))
+        return self if steps == self.steps else replace(self, steps=steps)
+
     # --- the loop --------------------------------------------------------------------------------
 
     def run(
@@ -175,7 +183,15 @@ class Attack:
         Returns:
             The result; the model is as it was.
         """
-        stage = Stage(loss_fn, sites, mask=mask, offsets=offsets, joint=joint, mode=self.mode)
+        stage = Stage(
+            loss_fn,
+            sites,
+            mask=mask,
+            offsets=offsets,
+            joint=joint,
+            mode=self.mode,
+            compile=self.compile,
+        )
         judge = Judge(labels, predictions)
         if self.stop_when_fooled:
             stage.by_rows(labels)
@@ -281,7 +297,7 @@ class Attack:
                 for block, grad, state in zip(stage.blocks, grads, states, strict=True):
                     self.step(block, grad, state, number, values)
             if track or final:
-                last = stage.evaluate(grad=False).detach()
+                last = stage.evaluate(grad=False, lookups="detached").detach()
                 if track:
                     values = self.values_of(stage, judge, last)
                     best = better(stage, best, values, last, judge)
@@ -302,7 +318,7 @@ class Attack:
         """Evaluate the current deltas, with the gradients there; both detached."""
         if first is not None:
             return first
-        at = opened[0] if opened is not None else stage.evaluate(grad=True)
+        at = opened[0] if opened is not None else stage.evaluate(grad=True, lookups="detached")
         grads = stage.gradients(judge.values(at, self.ascend))
         return at.detach(), grads
 

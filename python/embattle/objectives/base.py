@@ -36,6 +36,8 @@ FORMS: dict[str, Callable[[], Form]] = {
     "freeat": FreeAT,
 }
 
+_SCHEDULES = ("eps_schedule", "lam_schedule", "steps_schedule")
+
 
 class AdversarialObjective:
     """`L(theta) + lam * L_adv(theta)`, in the form you name.
@@ -55,11 +57,14 @@ class AdversarialObjective:
         masking: leaves samples out of the adversarial part (see `embattle.masking`).
         eps_schedule: factor on eps and step size at each step.
         lam_schedule: factor on `lam` at each step.
+        steps_schedule: share of the attack's steps that is made (rounded up, one at least).
         early_backward: differentiate the clean loss right away, share that pass with the first
             ascent step where the attack starts at zero, and carry the gradients into the loss that
             is returned: cheaper, and the clean graph does not wait in memory. The returned loss can
             then be backpropagated once, and its graph shows only parameters. Turn it off where
             parameters are sharded (FSDP2), and with a float16 gradient scaler.
+        compile: `torch.compile` the loss function, model and all, for every pass but one that
+            opens an attack. The sites must know their model.
 
     Raises:
         ValueError: unknown form, or negative lam.
@@ -75,7 +80,9 @@ class AdversarialObjective:
         masking: Masking | None = None,
         eps_schedule: Schedule | None = None,
         lam_schedule: Schedule | None = None,
+        steps_schedule: Schedule | None = None,
         early_backward: bool = True,
+        compile: bool = False,
     ) -> None:
         if isinstance(form, str) and form not in FORMS:
             raise ValueError(
@@ -91,7 +98,9 @@ class AdversarialObjective:
         self.masking = masking
         self.eps_schedule: Schedule = Constant() if eps_schedule is None else eps_schedule
         self.lam_schedule: Schedule = Constant() if lam_schedule is None else lam_schedule
+        self.steps_schedule: Schedule = Constant() if steps_schedule is None else steps_schedule
         self.early_backward = early_backward
+        self.compile = compile
         self.step = 0
 
     def __repr__(self) -> str:
@@ -116,7 +125,7 @@ class AdversarialObjective:
         Returns:
             The loss (0-d), and metrics, detached: `loss`, `clean_loss`, `adversarial_loss`,
             `clean_accuracy` and `robust_accuracy` (with outputs and labels), `eps_scale`, `lam`,
-            `masked` (samples left out, with masking) and `nonfinite` (groups).
+            `steps`, `masked` (samples left out, with masking) and `nonfinite` (groups).
         """
         batch = self.batch(
             loss_fn, mask=mask, offsets=offsets, labels=labels, predictions=predictions, joint=joint
@@ -134,12 +143,19 @@ class AdversarialObjective:
         joint: bool = False,
     ) -> Batch:
         """Prepare a batch for `form` (a call of the objective does this, and `finish`)."""
+        attack = self.attack.with_steps(self.steps_schedule(self.step))
         stage = Stage(
-            loss_fn, self.sites, mask=mask, offsets=offsets, joint=joint, mode=self.attack.mode
+            loss_fn,
+            self.sites,
+            mask=mask,
+            offsets=offsets,
+            joint=joint,
+            mode=attack.mode,
+            compile=self.compile or attack.compile,
         )
         return Batch(
             stage,
-            self.attack,
+            attack,
             Judge(labels, predictions),
             self.eps_schedule(self.step),
             self.lam * self.lam_schedule(self.step),
@@ -158,8 +174,9 @@ class AdversarialObjective:
             metrics["nonfinite"] = torch.stack(
                 [(block.nonfinite > 0).sum() for block in stage.blocks]
             ).sum()
-        for schedule in (self.eps_schedule, self.lam_schedule):
-            update = getattr(schedule, "update", None)
+        metrics["steps"] = torch.tensor(batch.attack.steps)
+        for name in _SCHEDULES:
+            update = getattr(getattr(self, name), "update", None)
             if update is not None:
                 update(metrics)
         self.step += 1
@@ -168,7 +185,7 @@ class AdversarialObjective:
     def state_dict(self) -> dict[str, Any]:
         """Give what a resumed run needs: the step, and the schedules' states."""
         state: dict[str, Any] = {"step": self.step}
-        for name in ("eps_schedule", "lam_schedule"):
+        for name in _SCHEDULES:
             if hasattr(getattr(self, name), "state_dict"):
                 state[name] = getattr(self, name).state_dict()
         return state
@@ -176,6 +193,6 @@ class AdversarialObjective:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         self.step = int(state["step"])
-        for name in ("eps_schedule", "lam_schedule"):
+        for name in _SCHEDULES:
             if name in state:
                 getattr(self, name).load_state_dict(state[name])

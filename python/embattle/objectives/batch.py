@@ -14,7 +14,7 @@ from embattle.attacks.judge import DIVERGENCES, Ascend, Judge
 from embattle.blocks import Block
 from embattle.carrier import carry, leaves
 from embattle.masking import Masking, Outcome
-from embattle.stage import Evaluation, Stage, call
+from embattle.stage import Evaluation, Lookups, Stage, call
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Batch:
         """Make the clean training pass, with its graph."""
         if self.stage.mode == "same":
             self.stage.remember_random_state()
-        evaluation = call(self.stage.loss_fn)
+        evaluation = call(self.stage.quick_loss_fn)
         self.report("clean", evaluation)
         return evaluation
 
@@ -85,7 +85,7 @@ class Batch:
             opening = self.stage.open(attach=True)
             evaluation, values = opening.evaluation, self.stage.values()
         else:
-            evaluation, values = call(self.stage.loss_fn), None
+            evaluation, values = call(self.stage.quick_loss_fn), None
         self.report("clean", evaluation)
         mean = evaluation.losses.mean()
         places = values or []
@@ -152,8 +152,9 @@ class Batch:
 
     def perturbed(self) -> Evaluation:
         """Make the training pass under the deltas, with its graph."""
-        with self.stage.applied(reuse=self.reuse):
-            evaluation = self.stage.evaluate(grad=torch.is_grad_enabled(), reuse=self.reuse)
+        lookups: Lookups = "attached" if self.reuse else "fresh"
+        with self.stage.applied(lookups=lookups):
+            evaluation = self.stage.evaluate(grad=torch.is_grad_enabled(), lookups=lookups)
         self.report("adversarial", evaluation)
         return evaluation
 

@@ -84,7 +84,9 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
             if number == 0 and opening.perturbed:
                 evaluation = opening.evaluation
             else:
-                evaluation = stage.evaluate(grad=True, detach=plain)
+                evaluation = stage.evaluate(
+                    grad=True, lookups="detached" if plain else "fresh", detach=plain
+                )
             mean = evaluation.losses.mean()
             if not params:
                 deltas = [block.delta for block in stage.blocks]

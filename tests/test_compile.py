@@ -1,0 +1,59 @@
+"""`compile=True`: the same numbers from compiled passes."""
+
+from __future__ import annotations
+
+import embattle as eb
+import pytest
+import torch
+import toys
+from torch import Tensor, nn
+
+
+class Small(nn.Module):
+    """Little to compile, with dropout-free layers whose weights get gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.hidden = nn.Embedding(40, 8), nn.Linear(8, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.hidden(self.embedding(tokens)).tanh().mean(1))
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.parametrize("form", ["mixed", "free"])
+def test_a_compiled_objective_gives_the_same_gradients(form: str) -> None:
+    model = Small()
+    tokens, labels = toys.text_batch()
+    site = eb.Site(model.embedding, model=model)
+    found = []
+    for compiled in (False, True):
+        objective = eb.AdversarialObjective(
+            eb.PGD(eps=0.4, steps=3), site, form=form, compile=compiled
+        )
+        for _ in range(2):  # a new closure for each batch, as in a loop
+            model.zero_grad()
+            loss, metrics = objective(toys.classify(model, tokens, labels), mask=tokens != 0)
+            loss.backward()
+        grads = [p.grad.clone() for p in model.parameters()]
+        found.append([loss.detach(), metrics["adversarial_loss"], *grads])
+    for eager, other in zip(*found, strict=True):
+        assert torch.allclose(eager, other, atol=1e-5)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+
+
+def test_a_compiled_attack_needs_its_model() -> None:
+    model = toys.encoder()
+    with pytest.raises(ValueError, match="model=model"):
+        eb.PGD(eps=0.4, compile=True).run(
+            toys.classify(model, *toys.text_batch()), eb.Site(model.embedding)
+        )
