@@ -18,7 +18,7 @@ help:
 	@echo "make test      build and run the tests"
 	@echo "make lint      ruff, mypy --strict, clang-format"
 	@echo "make bench     the benchmarks, against the memory roofline and eager torch"
-	@echo "make cuda-check  spills and 128-bit loads of the CUDA kernels; needs nvcc, no GPU"
+	@echo "make cuda-check  spills and 128-bit accesses of the CUDA kernels; needs nvcc, no GPU"
 	@echo "make gpu-check OUT=dir  test and measure the CUDA kernels on the GPU at hand"
 	@echo "make sanitize  the native tests under AddressSanitizer and UBSan"
 	@echo "make clean     remove the build and the virtual environment"
@@ -63,9 +63,8 @@ format: setup
 bench: dev
 	$(RUN) -m pytest benchmarks $(BENCH)
 
-# ARCH: the compute capability without the dot.
-cuda-check: setup
-	$(PY) tools/check_cuda_kernels.py --arch $(or $(ARCH),90)
+cuda-check: dev
+	$(PY) tools/check_cuda_kernels.py --build build/dev
 
 # SYSTEM_PYTHON=1: no virtual environment and no network, with the python3 that is there.
 gpu-check: PYTHON_FOR_GPU = $(if $(SYSTEM_PYTHON),$(PYTHON),$(PY))

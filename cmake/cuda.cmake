@@ -30,8 +30,11 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 add_library(embattle_cuda OBJECT ${cuda_sources})
 target_link_libraries(embattle_cuda PRIVATE embattle_torch CUDA::cudart_static)
 target_compile_options(embattle_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra -Werror=all-warnings>
+  $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra -Werror=all-warnings -Xptxas=-v>
   $<$<COMPILE_LANGUAGE:CXX>:${strict_flags}>)
+# What ptxas reports is kept beside each object, for `make cuda-check`.
+set_property(TARGET embattle_cuda PROPERTY CUDA_COMPILER_LAUNCHER
+  sh "${CMAKE_CURRENT_SOURCE_DIR}/cmake/keep_ptxas_report.sh" ${CMAKE_CUDA_COMPILER_LAUNCHER})
 target_sources(_C PRIVATE $<TARGET_OBJECTS:embattle_cuda>)
 target_link_libraries(_C PRIVATE CUDA::cudart_static ${CMAKE_DL_LIBS} rt pthread)
 

@@ -1,4 +1,4 @@
-"""The group ops on a real GPU: the reference, graph capture, two streams, two devices."""
+"""Every op on a real GPU: the reference, the CPU, graph capture, two streams, two devices."""
 
 from __future__ import annotations
 
@@ -19,18 +19,57 @@ def on_gpu(call: samples.Call, device: str = "cuda") -> samples.Call:
 
 
 @pytest.mark.parametrize("dtype", samples.DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("op", samples.GROUP_OPS)
+@pytest.mark.parametrize("op", samples.OPS)
 def test_a_gpu_matches_the_reference(op: str, dtype: torch.dtype) -> None:
     for sample in samples.for_op(op):
         results = run(op, on_gpu(sample.call(dtype)))
         assert_matches_reference(op, sample.call(dtype), [r.cpu() for r in results])
 
 
-@pytest.mark.parametrize("op", samples.GROUP_OPS)
+@pytest.mark.parametrize("op", samples.OPS)
 def test_results_are_the_same_in_every_run(op: str) -> None:
     for sample in samples.for_op(op):
         first, second = (run(op, on_gpu(sample.call())) for _ in range(2))
         assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("op", samples.OPS)
+def test_a_captured_call_gives_the_same_bits(op: str) -> None:
+    if op in ("random_start", "gaussian_noise"):
+        pytest.skip("fresh numbers at every replay: a test of their own")
+    for sample in samples.for_op(op)[::5]:
+        call = on_gpu(sample.call())
+        want = run(op, call.clone())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = run(op, call)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(same_bits(a, b) for a, b in zip(results, want, strict=True)), sample.name
+
+
+@pytest.mark.parametrize("op", samples.OPS)
+def test_a_second_stream_gives_the_same_bits(op: str) -> None:
+    stream = torch.cuda.Stream()
+    for sample in samples.for_op(op)[::5]:
+        call = on_gpu(sample.call())
+        other = call.clone()
+        torch.cuda.synchronize()
+        want = run(op, call)
+        with torch.cuda.stream(stream):
+            results = run(op, other)
+        torch.cuda.synchronize()
+        assert all(same_bits(a, b) for a, b in zip(results, want, strict=True)), sample.name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("op", samples.OPS)
+def test_a_second_device_gives_the_same_bits(op: str) -> None:
+    for sample in samples.for_op(op)[::5]:
+        results = run(op, on_gpu(sample.call(), "cuda:1"))
+        assert all(r.device.index == 1 for r in results)
+        want = run(op, on_gpu(sample.call(), "cuda:0"))
+        assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(results, want, strict=True))
 
 
 @pytest.mark.parametrize("norm", samples.NORMS)

@@ -1,10 +1,11 @@
-"""Fails where a CUDA kernel that has to be fast spills registers or lacks 128-bit loads.
+"""Fails where a CUDA kernel that has to be fast spills registers or lacks 128-bit accesses.
 
-    python tools/check_cuda_kernels.py [--arch 90] [--out TABLE.md]
+    python tools/check_cuda_kernels.py [--build build/dev] [--out TABLE.md]
 
-Compiles csrc/cuda/*.cu for one architecture, reads what ptxas reports, and disassembles with
-cuobjdump (nvcc's, or that of the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm). Prints
-a table of all kernels.
+Reads what the build left: the report of ptxas beside every object (cmake/keep_ptxas_report.sh), and
+the machine code in the objects, by cuobjdump (nvcc's, or that of the packages nvidia-cuda-cuobjdump
+and nvidia-cuda-nvdisasm). Prints a table of all kernels. Exits with 1 for a fault, with 2 where it
+cannot tell.
 """
 
 from __future__ import annotations
@@ -16,146 +17,222 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-DTYPES = "(float|double|Half|BFloat16)"
-#: Kernels on the paths that are to run at memory speed: no spills, and 16-byte accesses.
-HOT = re.compile(
-    rf"step_kernel<{DTYPES}, \(?\w*\)?\w*, false>|norm_kernel<|draw_kernel<.*false>"
-    r"|piece_norm_kernel|clipped_sum_kernel|perturb_kernel<"
+DTYPE = "(float|double|Half|BFloat16)"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is asked of the kernels whose readable names match."""
+
+    names: re.Pattern[str]
+    loads: bool  # 16 bytes at a time, into registers or on to shared memory
+    stores: bool
+    spill: int = 0  # bytes that are put up with
+
+
+#: Kernels on the paths that are to run at memory speed; the first rule that fits counts.
+RULES = (
+    # Eight elements of two inputs and the l1 search: 16 bytes too many for sm_100's 128 registers.
+    Rule(re.compile(r"^step_kernel<(Half|BFloat16), l1, false>"), True, True, spill=16),
+    Rule(re.compile(r"^segment_sum_kernel<double>"), True, True, spill=4),
+    Rule(re.compile(rf"^step_kernel<{DTYPE}, \w+, false>"), loads=True, stores=True),
+    Rule(re.compile(rf"^draw_kernel<{DTYPE}, \w+, false>"), loads=True, stores=True),
+    Rule(re.compile(r"^norm_kernel<"), loads=True, stores=False),
+    Rule(re.compile(r"^(piece_norm|clipped_sum|trace|embedding_norm)_kernel"), True, False),
+    Rule(re.compile(r"^(perturb|segment_sum|adagrad)_kernel"), loads=True, stores=True),
 )
-#: Instructions that move 16 bytes from global memory: into registers, or on to shared memory.
-WIDE = re.compile(r"\b(LDG\.E[.\w]*\.128|LDGSTS\.E[.\w]*\.128)\b")
+LOAD = re.compile(r"\b(LDG|LDGSTS)\.E[.\w]*\.128\b")
+STORE = re.compile(r"\bSTG\.E[.\w]*\.128\b")
+
+
+@dataclass
+class Code:
+    """What the compiler made of a kernel for one architecture."""
+
+    registers: int = 0
+    spilled: int = 0  # bytes
+    loads: int | None = None  # of 128 bits; None: not looked at
+    stores: int | None = None
 
 
 @dataclass
 class Kernel:
-    """What the compiler made of a kernel."""
+    """A kernel by its readable name."""
 
     name: str
-    registers: int = 0
-    spilled: int = 0
-    wide_loads: int | None = None
+    code: dict[str, Code] = field(default_factory=dict)  # by architecture
 
     @property
-    def hot(self) -> bool:
-        return HOT.search(self.name) is not None
+    def rule(self) -> Rule | None:
+        return next((rule for rule in RULES if rule.names.search(self.name)), None)
 
     @property
     def faults(self) -> list[str]:
+        if self.rule is None:
+            return []
         faults = []
-        if self.hot and self.spilled:
-            faults.append(f"spills {self.spilled} bytes")
-        if self.hot and self.wide_loads == 0:
-            faults.append("has no 128-bit loads")
+        for arch, code in sorted(self.code.items()):
+            if code.spilled > self.rule.spill:
+                faults.append(f"{arch}: spills {code.spilled} bytes")
+            if self.rule.loads and code.loads == 0:
+                faults.append(f"{arch}: no 128-bit loads")
+            if self.rule.stores and code.stores == 0:
+                faults.append(f"{arch}: no 128-bit stores")
         return faults
 
 
-def readable(name: str) -> str:
-    """A kernel's name without namespaces and arguments."""
-    found = re.search(r"(\w+)(<.*>)?\(", name.replace("(anonymous namespace)::", ""))
-    text = (found.group(1) + (found.group(2) or "")) if found else name
-    return re.sub(r"embattle::(cuda::)?|\(embattle::Norm\)", "", text).replace("(Norm)", "")
+Codes = dict[tuple[str, str], Code]  # by mangled name and architecture
 
 
-def demangled(names: list[str]) -> list[str]:
-    done = subprocess.run(
-        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
-    )
-    return [readable(line) for line in done.stdout.splitlines()]
+def read_report(text: str) -> Codes:
+    """What ptxas -v says of the kernels, not of the functions that they call."""
+    codes: Codes = {}
+    current, properties = "", ""
+    code = Code()
+    for line in text.splitlines():
+        if found := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            current = properties = found[1]
+            code = codes[current, found[2]] = Code()
+        elif found := re.search(r"Function properties for '?(\w+)", line):
+            properties = found[1]
+        elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            if properties == current:
+                code.spilled = max(int(found[1]), int(found[2]))
+        elif found := re.search(r"Used (\d+) registers", line):
+            code.registers = int(found[1])
+    return codes
 
 
-def report(log: str) -> dict[str, Kernel]:
-    """Kernels by mangled name, from the report of ptxas -v; called functions do not count."""
+def read_sass(text: str, codes: Codes) -> None:
+    """Counts the 128-bit accesses in a listing of cuobjdump -sass."""
+    arch = ""
+    code: Code | None = None
+    for line in text.splitlines():
+        if found := re.search(r"^\s*code for (sm_\w+)", line):
+            arch = found[1]
+        elif found := re.search(r"^\s*Function : (\w+)", line):
+            code = codes.get((found[1], arch))
+            if code is not None:
+                code.loads = code.stores = 0
+        elif code is not None and LOAD.search(line):
+            code.loads = (code.loads or 0) + 1
+        elif code is not None and STORE.search(line):
+            code.stores = (code.stores or 0) + 1
+
+
+def readable(demangled: str) -> str:
+    """A kernel's name without return type, namespaces and arguments."""
+    text = re.sub(r"\(\w+::Norm\)|\(embattle::Norm\)", "", demangled)
+    text = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|\w+::", "", text)
+    text = re.sub(r"^void ", "", text)
+    norms = {"1": "l1", "2": "l2", "3": "linf"}
+    text = re.sub(r"(?<=, )([123])(?=[,>])", lambda m: norms[m[1]], text)
+    found = re.match(r"(\w+(<[^()]*>)?)", text)
+    return found[1] if found else demangled
+
+
+def gather(codes: Codes, names: dict[str, str]) -> list[Kernel]:
+    """Kernels with all their architectures, sorted by name."""
     kernels: dict[str, Kernel] = {}
-    current: Kernel | None = None
-    properties = ""
-    for line in log.splitlines():
-        if found := re.search(r"Compiling entry function '(\w+)'", line):
-            current = kernels[found.group(1)] = Kernel(found.group(1))
-        elif found := re.search(r"Function properties for (\w+)", line):
-            properties = found.group(1)
-        elif current and (found := re.search(r"(\d+) bytes spill stores", line)):
-            if properties == current.name:
-                current.spilled = int(found.group(1))
-        elif current and (found := re.search(r"Used (\d+) registers", line)):
-            current.registers = int(found.group(1))
-    return kernels
+    for (mangled, arch), code in codes.items():
+        name = names[mangled]
+        kernels.setdefault(name, Kernel(name)).code[arch] = code
+    return sorted(kernels.values(), key=lambda k: k.name)
 
 
-def count_wide_loads(cubin: Path, kernels: dict[str, Kernel]) -> bool:
-    """Fills in wide_loads. False where there is no cuobjdump."""
+def table(kernels: list[Kernel]) -> str:
+    """Markdown: registers, spilled bytes, 128-bit loads and stores for each architecture."""
+    archs = sorted({arch for k in kernels for arch in k.code}, key=lambda a: (len(a), a))
+    lines = [
+        "Registers / spilled bytes / 128-bit loads / 128-bit stores.",
+        "",
+        "| kernel | " + " | ".join(archs) + " | |",
+        "|---|" + "---|" * (len(archs) + 1),
+    ]
+
+    def cell(code: Code | None) -> str:
+        if code is None:
+            return "-"
+        wide = ("?" if n is None else str(n) for n in (code.loads, code.stores))
+        return " / ".join([str(code.registers), str(code.spilled), *wide])
+
+    for k in kernels:
+        verdict = "; ".join(k.faults) or ("hot" if k.rule else "")
+        cells = " | ".join(cell(k.code.get(arch)) for arch in archs)
+        lines.append(f"| {k.name} | {cells} | {verdict} |")
+    return "\n".join(lines)
+
+
+def cuobjdump() -> str | None:
+    """The path of the tool, or None."""
     packaged = Path(sysconfig.get_paths()["purelib"]).glob("nvidia/**/bin/cuobjdump")
-    tool = shutil.which("cuobjdump") or next((str(p) for p in packaged), None)
-    if tool is None:
-        return False
+    return shutil.which("cuobjdump") or next((str(p) for p in packaged), None)
+
+
+def disassemble(tool: str, path: Path) -> str:
     # cuobjdump calls nvdisasm, which lies beside it.
-    path = f"{Path(tool).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    sass = subprocess.run(
-        [tool, "-sass", str(cubin)],
+    search = f"{Path(tool).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    done = subprocess.run(
+        [tool, "-sass", str(path)],
         capture_output=True,
         text=True,
-        check=True,
-        env={**os.environ, "PATH": path},
+        env={**os.environ, "PATH": search},
     )
-    current: Kernel | None = None
-    for line in sass.stdout.splitlines():
-        if found := re.search(r"Function : (\w+)", line):
-            current = kernels.get(found.group(1))
-            if current:
-                current.wide_loads = 0
-        elif current and WIDE.search(line):
-            current.wide_loads = (current.wide_loads or 0) + 1
-    return True
+    if done.returncode:
+        raise RuntimeError(f"{tool} -sass {path}: {done.stderr.strip()}")
+    return done.stdout
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--arch", default="90", help="compute capability without the dot")
+    parser.add_argument("--build", type=Path, default=Path("build/dev"), help="the build's folder")
     parser.add_argument("--out", type=Path, help="write the table there, too")
-    options = parser.parse_args()
-    if shutil.which("nvcc") is None:
-        print("check_cuda_kernels: nvcc is not on the PATH", file=sys.stderr)
+    options = parser.parse_args(arguments)
+
+    def unable(why: str) -> int:
+        print(f"check_cuda_kernels: {why}", file=sys.stderr)
         return 2
-    kernels: list[Kernel] = []
-    disassembled = True
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-            cubin = Path(folder) / f"{source.stem}.cubin"
-            command = ["nvcc", "-std=c++20", "-O3", f"-arch=sm_{options.arch}", "-Xptxas", "-v"]
-            done = subprocess.run(
-                [*command, "-cubin", str(source), "-o", str(cubin)], capture_output=True, text=True
-            )
-            if done.returncode:
-                print(done.stderr, file=sys.stderr)
-                return 2
-            found = report(done.stderr)
-            disassembled &= count_wide_loads(cubin, found)
-            kernels += found.values()
-    for kernel, name in zip(kernels, demangled([k.name for k in kernels]), strict=True):
-        kernel.name = name
-    lines = ["| kernel | registers | spilled bytes | 128-bit loads | |", "|---|---|---|---|---|"]
-    for k in kernels:
-        loads = "?" if k.wide_loads is None else k.wide_loads
-        verdict = "; ".join(k.faults) or ("hot" if k.hot else "")
-        lines.append(f"| {k.name} | {k.registers} | {k.spilled} | {loads} | {verdict} |")
-    table = "\n".join(lines)
-    print(table)
-    if options.out:
-        options.out.write_text(table + "\n")
-    if not disassembled:
-        print(
-            "check_cuda_kernels: no cuobjdump, so loads were not checked: "
-            "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm",
-            file=sys.stderr,
+
+    reports = sorted(options.build.glob("CMakeFiles/embattle_cuda.dir/**/*.cu.o.ptxas"))
+    if not reports:
+        return unable(
+            f"{options.build} holds no CUDA kernels: build where nvcc is on the PATH, with "
+            "EMBATTLE_CUDA=ON"
         )
-        return 2
-    faults = [f"{k.name} {', '.join(k.faults)}" for k in kernels if k.faults]
+    tool = cuobjdump()
+    if tool is None:
+        return unable(
+            "there is no cuobjdump, so accesses cannot be checked: "
+            "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+        )
+    codes: Codes = {}
+    for path in reports:
+        found = read_report(path.read_text())
+        read_sass(disassemble(tool, path.with_suffix("")), found)
+        codes |= found
+    mangled = sorted({name for name, _ in codes})
+    done = subprocess.run(
+        ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
+    )
+    names = dict(zip(mangled, map(readable, done.stdout.splitlines()), strict=True))
+    kernels = gather(codes, names)
+    text = table(kernels)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+    unseen = [f"{names[m]} ({arch})" for (m, arch), code in codes.items() if code.loads is None]
+    if unseen:
+        return unable(f"cuobjdump did not list {', '.join(unseen[:5])}")
+    unused = [r.names.pattern for r in RULES if not any(r.names.search(k.name) for k in kernels)]
+    if unused:
+        return unable(f"no kernel is named like {' or '.join(unused)}")
+    faults = [f"{k.name}: {fault}" for k in kernels for fault in k.faults]
     for fault in faults:
         print(f"check_cuda_kernels: {fault}", file=sys.stderr)
+    print(f"{len(kernels)} kernels, {sum(k.rule is not None for k in kernels)} of them hot")
     return 1 if faults else 0
 
 

@@ -1,10 +1,13 @@
 """Prints what the development environment needs, a requirement a line, from pyproject.toml."""
 
 import re
+import shutil
 from pathlib import Path
 
 TEXT = (Path(__file__).parent.parent / "pyproject.toml").read_text()
 BUILD_TOOLS = ["cmake>=3.22", "ninja", "pybind11>=2.13", "scikit-build-core>=0.11", "numpy"]
+#: For `make cuda-check`, where there is a CUDA compiler; no compiler comes with them.
+CUDA_TOOLS = ["nvidia-cuda-cuobjdump>=13", "nvidia-cuda-nvdisasm>=13"]
 
 
 def extra(name: str) -> list[str]:
@@ -16,4 +19,5 @@ def extra(name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(BUILD_TOOLS + extra("jobs") + extra("test") + extra("lint")))
+    cuda = CUDA_TOOLS if shutil.which("nvcc") else []
+    print("\n".join(BUILD_TOOLS + cuda + extra("jobs") + extra("test") + extra("lint")))

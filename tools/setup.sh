@@ -18,7 +18,7 @@ if ! command -v "${CXX:-c++}" >/dev/null; then
   exit 1
 fi
 
-wanted="$("$python" -c 'import sys; print(sys.base_prefix, *sys.version_info[:3])') $torch $(cksum <pyproject.toml)"
+wanted="$("$python" -c 'import sys; print(sys.base_prefix, *sys.version_info[:3])') $torch $(cksum <pyproject.toml) $(command -v nvcc || true)"
 [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit 0
 
 # Another interpreter or another torch: start over, so that nothing of the old one is left.

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #include <cooperative_groups.h>
@@ -46,6 +47,19 @@ __device__ __forceinline__ void async_wait() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 #else
   emu::async_wait();
+#endif
+}
+
+// Writes 16 bytes to global memory at once; both ends are aligned to that. Plain assignments next
+// to a scalar version of the same store are merged with it by the compiler, and split.
+__device__ __forceinline__ void store_16(void* global, const void* from) {
+#ifdef __CUDACC__
+  const uint4 v = *static_cast<const uint4*>(from);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+#else
+  std::memcpy(global, from, 16);
 #endif
 }
 

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kMostPairs = 8192;  // of a sample, that shared memory holds
+constexpr int kStep = 4;          // elements of a row that a thread has at once
 
 // ---- embedding_perturb ----
 
@@ -165,7 +166,7 @@ int embedding_grad_norm(const EmbeddingNormArgs& args, const Context& context) {
   if (args.batch == 0) return cudaSuccess;
   NormParams p;
   p.args = args;
-  p.grad = Rows::of(args.grad.data, args.grad.dtype, args.dim);
+  p.grad = Rows::of(args.grad.data, args.grad.dtype, args.dim, kStep);
   p.lanes = power_of_two((args.dim + kStep - 1) / kStep, 32);
   // The lengths of bags are on the device: most are expected below four times the average, and
   // longer ones are right all the same.

@@ -2,6 +2,8 @@
 // vectors of 16 bytes where they are aligned; which elements a thread has does not depend on that.
 #pragma once
 
+#include <algorithm>
+
 #include "number.cuh"
 
 namespace embattle::cuda {
@@ -77,27 +79,36 @@ __device__ __forceinline__ void store_one(void* data, Dtype type, int64_t at, do
   }
 }
 
-// The inverse of load_part.
+// values[0, kCount) to `to`, or the first `left` of them. `vector`: the place is aligned for kCount
+// elements (or 16 bytes), and left is at least kCount.
+template <class T, int kCount>
+__device__ __forceinline__ void store_typed(T* to, int64_t left, bool vector,
+                                            const double (&values)[kCount]) {
+  constexpr int kPiece = 16 / int(sizeof(T)) < kCount ? 16 / int(sizeof(T)) : kCount;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kPiece) {
+    Pack<T, kPiece> pack;
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) pack.at[j] = Round<T>::nearest(values[i + j]);
+    if (vector) {
+      if constexpr (sizeof pack == 16)
+        store_16(to + i, &pack);
+      else
+        *reinterpret_cast<Pack<T, kPiece>*>(to + i) = pack;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j)
+        if (j < left - i) to[i + j] = pack.at[j];
+    }
+  }
+}
+
+// The inverse of load_part; `vector` as for store_typed.
 template <int kCount>
 __device__ __forceinline__ void store_part(void* data, Dtype type, int64_t at, int64_t left,
                                            bool vector, const double (&values)[kCount]) {
   const auto store = [&](auto tag) {
-    using T = decltype(tag);
-    constexpr int kPiece = 16 / int(sizeof(T)) < kCount ? 16 / int(sizeof(T)) : kCount;
-    T* const to = static_cast<T*>(data) + at;
-#pragma unroll
-    for (int i = 0; i < kCount; i += kPiece) {
-      Pack<T, kPiece> pack;
-#pragma unroll
-      for (int j = 0; j < kPiece; ++j) pack.at[j] = Round<T>::nearest(values[i + j]);
-      if (vector && left - i >= kPiece) {
-        *reinterpret_cast<Pack<T, kPiece>*>(to + i) = pack;
-      } else {
-#pragma unroll
-        for (int j = 0; j < kPiece; ++j)
-          if (j < left - i) to[i + j] = pack.at[j];
-      }
-    }
+    store_typed(static_cast<decltype(tag)*>(data) + at, left, vector, values);
   };
   switch (type) {
     case Dtype::f32:
@@ -111,26 +122,44 @@ __device__ __forceinline__ void store_part(void* data, Dtype type, int64_t at, i
   }
 }
 
-// A table's rows in steps of kStep elements.
-constexpr int kStep = 4;
-
+// A table's rows, in steps of as many elements as some type (the table's own, mostly) has in 16
+// bytes.
 struct Rows {
   const void* data = nullptr;
   Dtype type = Dtype::f32;
   int64_t dim = 0;
   bool vector = false;  // every step of every row is aligned
 
-  static Rows of(const void* data, Dtype type, int64_t dim) {
-    const size_t step = size_t(kStep * bytes_of(type) < 16 ? kStep * bytes_of(type) : 16);
-    return {data, type, dim, dim % kStep == 0 && aligned_to(data, step)};
+  template <class T>
+  static constexpr int kStep = 16 / int(sizeof(T));
+
+  static Rows of(const void* data, Dtype type, int64_t dim, int step) {
+    const size_t bytes = size_t(std::min(16, step * bytes_of(type)));
+    return {data, type, dim, dim % step == 0 && aligned_to(data, bytes)};
   }
-  __device__ __forceinline__ void load(int64_t row, int64_t column, double (&out)[kStep]) const {
+
+  // A step of a table whose type is T, zero beyond the last column.
+  template <class T>
+  __device__ __forceinline__ Pack<T, kStep<T>> raw(int64_t row, int64_t column) const {
+    return raw_part<kStep<T>>(static_cast<const T*>(data) + row * dim + column, dim - column,
+                              vector);
+  }
+  template <int kCount>
+  __device__ __forceinline__ void load(int64_t row, int64_t column, double (&out)[kCount]) const {
     load_part(data, type, row * dim + column, dim - column, vector, out);
   }
   // Precondition: data may be written.
+  template <int kCount>
   __device__ __forceinline__ void store(int64_t row, int64_t column,
-                                        const double (&values)[kStep]) const {
+                                        const double (&values)[kCount]) const {
     store_part(const_cast<void*>(data), type, row * dim + column, dim - column, vector, values);
+  }
+  // The same for a table whose type is T.
+  template <class T, int kCount>
+  __device__ __forceinline__ void store_as(int64_t row, int64_t column,
+                                           const double (&values)[kCount]) const {
+    store_typed(static_cast<T*>(const_cast<void*>(data)) + row * dim + column, dim - column, vector,
+                values);
   }
 };
 

@@ -23,9 +23,12 @@ struct TableParams {
   double lr = 0, eps = 0, max_norm = 0;
 };
 
-// A run, as the threads that work on it see it.
+// A run, as the threads that work on it see it; T is the gradient's element type.
+template <class T>
 class Run {
  public:
+  static constexpr int kStep = Rows::kStep<T>;
+
   // held: [teams][lanes][kStep], where the block's teams meet.
   __device__ Run(const TableParams& p, Team& team, int64_t item, bool whole_block, double* held)
       : p_(p), team_(team), item_(item), whole_(whole_block), held_(held) {}
@@ -47,18 +50,16 @@ class Run {
     if (c < p_.grad.dim) {
       bool more = true;
       for (int64_t i = item_ + (whole_ ? team : 0); more; i += kFlight * stride) {
-        double x[kFlight][kStep];
+        Pack<T, kStep> x[kFlight];
 #pragma unroll
         for (int f = 0; f < kFlight; ++f) {
           more = more && p_.runs.together(item_, i + f * stride);
-#pragma unroll
-          for (int e = 0; e < kStep; ++e) x[f][e] = 0;
-          if (more) p_.grad.load(p_.runs.position(i + f * stride), c, x[f]);
+          x[f] = more ? p_.grad.raw<T>(p_.runs.position(i + f * stride), c) : Pack<T, kStep>{};
         }
 #pragma unroll
         for (int f = 0; f < kFlight; ++f)
 #pragma unroll
-          for (int e = 0; e < kStep; ++e) sum[e] += x[f][e];
+          for (int e = 0; e < kStep; ++e) sum[e] += double(widen(x[f].at[e]));
       }
     }
     if (!whole_) return;
@@ -93,7 +94,7 @@ class Run {
 };
 
 // f(run) for every run. All threads of the block call it.
-template <class F>
+template <class T, class F>
 __device__ __forceinline__ void each_run(const TableParams& p, double* held, F f) {
   Shape shape;
   shape.lanes = p.lanes;
@@ -103,31 +104,37 @@ __device__ __forceinline__ void each_run(const TableParams& p, double* held, F f
   const auto is_long = [&](int64_t i) { return runs.together(i, i + kLong - 1); };
   for (int64_t begin = int64_t(blockIdx.x) * teams; begin < runs.count;
        begin += int64_t(gridDim.x) * teams) {
-    const int64_t item = begin + int(threadIdx.x) / p.lanes;
-    const bool head = item < runs.count && runs.head(item);
-    const bool for_block = head && is_long(item);
-    if (head && !for_block) f(Run(p, team, item, false, held));
-    if (!__syncthreads_or(for_block)) continue;
-    for (int64_t i = begin; i < begin + teams && i < runs.count; ++i)
-      if (runs.head(i) && is_long(i)) f(Run(p, team, i, true, held));
+    const int64_t own = begin + int(threadIdx.x) / p.lanes;
+    const bool head = own < runs.count && runs.head(own), for_block = head && is_long(own);
+    // First every team its own run, then the block the long ones, one after another.
+    const int64_t end = smaller(begin + teams, runs.count);
+    for (int64_t i = begin - 1; i < end; ++i) {
+      const bool alone = i < begin;
+      if (alone ? head && !for_block : runs.head(i) && is_long(i))
+        f(Run<T>(p, team, alone ? own : i, !alone, held));
+      if (alone && !__syncthreads_or(for_block)) break;
+    }
   }
 }
 
+template <class T>
 __global__ void __launch_bounds__(kThreads)
     segment_sum_kernel(const __grid_constant__ TableParams p) {
   EMBATTLE_DYNAMIC_SHARED(shared);
-  each_run(p, reinterpret_cast<double*>(shared), [&](const Run& run) {
+  each_run<T>(p, reinterpret_cast<double*>(shared), [&](const Run<T>& run) {
     for (int64_t c = run.column(); c - run.column() < p.grad.dim; c += run.width()) {
-      double sum[kStep];
+      double sum[Run<T>::kStep];
       run.total(c, sum);
-      if (run.writes() && c < p.grad.dim) p.out.store(run.row(), c, sum);
+      if (run.writes() && c < p.grad.dim) p.out.store_as<T>(run.row(), c, sum);
     }
   });
 }
 
+template <class T>
 __global__ void __launch_bounds__(kThreads) adagrad_kernel(const __grid_constant__ TableParams p) {
   EMBATTLE_DYNAMIC_SHARED(shared);
-  each_run(p, reinterpret_cast<double*>(shared), [&](const Run& run) {
+  constexpr int kStep = Run<T>::kStep;
+  each_run<T>(p, reinterpret_cast<double*>(shared), [&](const Run<T>& run) {
     double sum[kStep] = {}, square = 0;
     for (int64_t c = run.column(); c - run.column() < p.grad.dim; c += run.width()) {
       run.total(c, sum);
@@ -158,17 +165,26 @@ __global__ void __launch_bounds__(kThreads) adagrad_kernel(const __grid_constant
 }
 
 int run(TableParams& p, void (*kernel)(TableParams), const int64_t* indices, int64_t rows,
-        const ConstData& grad, int64_t count, int64_t dim, const Context& context) {
+        int64_t count, const Context& context) {
   if (count == 0) return cudaSuccess;
   void* const workspace = context.allocate(context.self, sort_workspace(count));
   if (!workspace) return cudaErrorMemoryAllocation;
   const cudaError_t error = sort_indices(indices, count, rows, workspace, &p.runs, context);
   if (error != cudaSuccess) return error;
-  p.grad = Rows::of(grad.data, grad.dtype, dim);
-  p.lanes = power_of_two((dim + kStep - 1) / kStep, 32);
+  const int step = 16 / bytes_of(p.grad.type);
+  p.lanes = power_of_two((p.grad.dim + step - 1) / step, 32);
   const int teams = kThreads / p.lanes;
-  return enqueue(kernel, (count + teams - 1) / teams, kThreads, kThreads * kStep * sizeof(double),
+  return enqueue(kernel, (count + teams - 1) / teams, kThreads, kThreads * step * sizeof(double),
                  context, p);
+}
+
+// The gradient, and the table or the sums in steps of as many elements.
+TableParams params_of(const ConstData& grad, const Data& out, int64_t dim) {
+  const int step = 16 / bytes_of(grad.dtype);
+  TableParams p;
+  p.grad = Rows::of(grad.data, grad.dtype, dim, step);
+  p.out = Rows::of(out.data, out.dtype, dim, step);
+  return p;
 }
 
 }  // namespace
@@ -180,20 +196,21 @@ int segment_sum(const SegmentSumArgs& args, const Context& context) {
   const cudaError_t error =
       cudaMemsetAsync(args.out.data, 0, bytes, static_cast<cudaStream_t>(context.stream));
   if (error != cudaSuccess) return error;
-  TableParams p;
-  p.out = Rows::of(args.out.data, args.out.dtype, args.dim);
-  return run(p, segment_sum_kernel, args.inverse, args.rows, args.grad, args.count, args.dim,
-             context);
+  TableParams p = params_of(args.grad, args.out, args.dim);
+  return with_type(args.grad.dtype, [&](auto tag) {
+    return run(p, segment_sum_kernel<decltype(tag)>, args.inverse, args.rows, args.count, context);
+  });
 }
 
 int rowwise_adagrad(const AdagradArgs& args, const Context& context) {
-  TableParams p;
-  p.out = Rows::of(args.weight.data, args.weight.dtype, args.dim);
+  TableParams p = params_of(args.grad, args.weight, args.dim);
   p.state = args.state;
   p.lr = args.lr;
   p.eps = args.eps;
   p.max_norm = args.max_norm;
-  return run(p, adagrad_kernel, args.indices, args.rows, args.grad, args.count, args.dim, context);
+  return with_type(args.grad.dtype, [&](auto tag) {
+    return run(p, adagrad_kernel<decltype(tag)>, args.indices, args.rows, args.count, context);
+  });
 }
 
 }  // namespace embattle::cuda
