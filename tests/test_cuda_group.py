@@ -1,32 +1,18 @@
 """The CUDA kernels of the group ops against the reference, run by the emulator.
 
-Every sample of every op runs in one dtype and fibre order or another; the kernels' paths (lanes of
-a warp, a block, clusters, blocks at large, groups that shared memory does not hold) are forced by
-small devices.
+Their paths (lanes of a warp, a block, clusters, blocks at large, groups that shared memory does not
+hold) are forced by small devices.
 """
 
 from __future__ import annotations
-
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import samples
 import torch
 from compare import assert_matches_reference, distances, run, same_bits
+from emulated_case import IN_EMULATOR, ORDERS, emulated
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "emulator"))
-import emulated
-import emulator_build
-
-pytestmark = pytest.mark.skipif(emulator_build.compiler() is None, reason="needs a C++ compiler")
-
-ORDERS = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
-CUDA = SimpleNamespace(
-    **{op: getattr(emulated, op) for op in (*samples.GROUP_OPS, "pgd_step_")},
-)
+pytestmark = IN_EMULATOR
 
 #: Devices on which longer groups leave shared memory: multiprocessors, capability, bytes of it.
 DEVICES = {
@@ -35,39 +21,6 @@ DEVICES = {
     "no_clusters": {"multiprocessors": 3, "major": 8, "shared_per_block": 8192},
     "no_clusters_overflow": {"multiprocessors": 1, "major": 8, "shared_per_block": 4096},
 }
-
-
-@pytest.fixture(autouse=True)
-def _device() -> Iterator[None]:
-    yield
-    emulated.kernels().set_device()
-    emulated.kernels().set_order("forward")
-
-
-def cases() -> Iterator[tuple[str, samples.Sample, torch.dtype, tuple[str, int]]]:
-    """Each sample in two dtypes; dtypes and orders take turns."""
-    turn = 0
-    for op in samples.GROUP_OPS:
-        for sample in samples.for_op(op):
-            for _ in range(2):
-                yield op, sample, samples.DTYPES[turn % 4], ORDERS[turn // 2 % 4]
-                turn += 1
-            turn += 1
-
-
-@pytest.mark.parametrize(
-    ("op", "sample", "dtype", "order"),
-    [
-        pytest.param(*case, id=f"{case[0]}-{case[1].name}-{str(case[2])[6:]}-{case[3][0]}")
-        for case in cases()
-    ],
-)
-def test_a_kernel_matches_the_reference(
-    op: str, sample: samples.Sample, dtype: torch.dtype, order: tuple[str, int]
-) -> None:
-    emulated.kernels().set_order(*order)
-    call = sample.call(dtype)
-    assert_matches_reference(op, call, run(op, call.clone(), CUDA))
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"{o[0]}{o[1]}")
@@ -85,11 +38,11 @@ def test_long_groups_take_every_path(device: str, norm: str, order: tuple[str, i
         options = {"eps": 2.0, "step_size": 0.7, "norm": norm}
         for extra in ({}, {"mask": mask}, {"x0": x0, "lower": -4.0, "upper": 4.0}):
             call = samples.Call([delta, grad], {**options, **extra})
-            assert_matches_reference("pgd_step", call, run("pgd_step", call.clone(), CUDA))
+            assert_matches_reference("pgd_step", call, run("pgd_step", call.clone(), emulated))
         call = samples.Call([delta], {"norm": norm})
-        assert_matches_reference("group_norm", call, run("group_norm", call.clone(), CUDA))
+        assert_matches_reference("group_norm", call, run("group_norm", call.clone(), emulated))
         call = samples.Call([delta], {"norm": norm, "eps": 1.5})
-        assert_matches_reference("random_start", call, run("random_start", call.clone(), CUDA))
+        assert_matches_reference("random_start", call, run("random_start", call.clone(), emulated))
     counters = kernels.take_counters()
     assert counters["clusters" if DEVICES[device]["major"] >= 9 else "cooperative"] > 0
 

@@ -2,59 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import samples
 import torch
 from compare import assert_close, assert_matches_reference, run, same_bits
+from emulated_case import IN_EMULATOR, ORDERS, emulated
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "emulator"))
-import emulated
-import emulator_build
-
-pytestmark = pytest.mark.skipif(emulator_build.compiler() is None, reason="needs a C++ compiler")
-
-ORDERS = (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2))
-OPS = samples.OPS[len(samples.GROUP_OPS) :]
-
-
-@pytest.fixture(autouse=True)
-def _device() -> Iterator[None]:
-    yield
-    emulated.kernels().set_device()
-    emulated.kernels().set_order("forward")
-
-
-def cases() -> Iterator[tuple[str, samples.Sample, torch.dtype, tuple[str, int]]]:
-    """Each sample in two dtypes; dtypes and orders take turns."""
-    turn = 0
-    for op in OPS:
-        for sample in samples.for_op(op):
-            for _ in range(2):
-                yield op, sample, samples.DTYPES[turn % 4], ORDERS[turn // 2 % 4]
-                turn += 1
-            turn += 1
-
-
-@pytest.mark.parametrize(
-    ("op", "sample", "dtype", "order"),
-    [
-        pytest.param(*case, id=f"{case[0]}-{case[1].name}-{str(case[2])[6:]}-{case[3][0]}")
-        for case in cases()
-    ],
-)
-def test_a_kernel_matches_the_reference(
-    op: str, sample: samples.Sample, dtype: torch.dtype, order: tuple[str, int]
-) -> None:
-    emulated.kernels().set_order(*order)
-    call = sample.call(dtype)
-    assert_matches_reference(op, call, run(op, call.clone(), emulated))
-
-
-# --- paths that short inputs do not reach ---------------------------------------------------------
+pytestmark = IN_EMULATOR
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"{o[0]}{o[1]}")
