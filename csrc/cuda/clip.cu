@@ -70,7 +70,7 @@ __device__ double scaled_squares(Team& team, const T* x, int64_t n, double scale
       sum += v * v;
     }
   };
-  if (aligned_to(x, 16)) {
+  if (aligned(x, 16)) {
 #pragma unroll 4
     for (int64_t c = team.rank; c < full; c += team.size)
       add(raw_pack<kCount>(x + c * kCount, true));
@@ -173,7 +173,7 @@ __device__ void sum_tile(const T* grad, T* sum, int64_t width, int64_t tile, int
   const int groups = kThreads / lanes;
   const int64_t begin = tile * lanes * kCount, column = begin + lane * kCount;
   const int64_t left = width - column;
-  const bool vector = width % kCount == 0 && aligned_to(grad, 16);
+  const bool vector = width % kCount == 0 && aligned(grad, 16);
   double total[kCount] = {};
   if (left > 0) {
     for (int64_t b = group; b < batch; b += kFlight * groups) {

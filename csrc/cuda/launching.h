@@ -25,10 +25,6 @@ struct Limits {
   }
 };
 
-inline bool aligned(const void* p, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
-}
-
 // Enqueues a kernel on the context's stream. Nothing where there are no blocks; grids are cut off
 // at the most that a device takes, so kernels go on in strides of the grid.
 template <class... Params, class... Args>

@@ -36,7 +36,7 @@ struct LinearParams {
 __device__ __forceinline__ double squares(Team& team, const void* data, Dtype type, int64_t at,
                                           int64_t n) {
   double sum = 0;
-  const bool vector = n % 4 == 0 && aligned_to(data, 16);
+  const bool vector = n % 4 == 0 && aligned(data, 16);
   for (int64_t c = 4 * team.rank; c < n; c += 4 * team.size) {
     double x[4];
     load_part(data, type, at + c, n - c, vector, x);

@@ -12,6 +12,10 @@
 
 namespace embattle::cuda {
 
+__host__ __device__ inline bool aligned(const void* p, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
 struct Half {
   uint16_t bits;
 };

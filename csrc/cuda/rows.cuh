@@ -8,10 +8,6 @@
 
 namespace embattle::cuda {
 
-__host__ __device__ inline bool aligned_to(const void* p, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
-}
-
 // x[0, kCount) as it is in memory. `vector`: x is aligned for one access.
 template <int kCount, class T>
 __device__ __forceinline__ Pack<T, kCount> raw_pack(const T* x, bool vector) {
@@ -135,7 +131,7 @@ struct Rows {
 
   static Rows of(const void* data, Dtype type, int64_t dim, int step) {
     const size_t bytes = size_t(std::min(16, step * bytes_of(type)));
-    return {data, type, dim, dim % step == 0 && aligned_to(data, bytes)};
+    return {data, type, dim, dim % step == 0 && aligned(data, bytes)};
   }
 
   // A step of a table whose type is T, zero beyond the last column.
