@@ -290,6 +290,19 @@ def _arguments(module: nn.Module, call: Call) -> dict[str, Any]:
     return found
 
 
+def output_block(
+    site: Site, call: Call, place: Place, *, offsets: Tensor | None, mask: Tensor | None
+) -> Block:
+    """Make the block of one call's output; a jagged output brings its own offsets."""
+    return Block(
+        call.value.detach(),
+        [place],
+        group=site.group,
+        offsets=offsets if call.offsets is None else call.offsets,
+        mask=mask,
+    )
+
+
 def build(
     sites: Sequence[Site],
     calls: Sequence[Sequence[Call]],
@@ -325,13 +338,7 @@ def build(
             blocks.append(RowBlock(site.module, recorded, index, [masks[index]] * len(recorded)))
             continue
         blocks.extend(
-            Block(
-                call.value.detach(),
-                [(index, number)],
-                group=site.group,
-                offsets=offsets if call.offsets is None else call.offsets,
-                mask=masks[index],
-            )
+            output_block(site, call, (index, number), offsets=offsets, mask=masks[index])
             for number, call in enumerate(recorded)
         )
     return blocks

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from embattle.blocks import Block, build
+from embattle.blocks import Block, build, output_block
 from embattle.guard import (
     MODES,
     Mode,
@@ -252,12 +252,11 @@ class Stage:
     def _begin(
         self, index: int, start: Callable[[Block], None], blocks: list[Block], call: Call
     ) -> Tensor:
-        site = self.sites[index]
-        block = Block(
-            call.value.detach(),
-            [(index, len(blocks))],
-            group=site.group,
-            offsets=self.offsets if call.offsets is None else call.offsets,
+        block = output_block(
+            self.sites[index],
+            call,
+            (index, len(blocks)),
+            offsets=self.offsets,
             mask=self.masks[index],
         )
         start(block)
