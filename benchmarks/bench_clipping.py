@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
@@ -217,15 +218,26 @@ def opacus_step(model: nn.Module, batch: Batch, ghost: bool) -> Step:
 
 
 def measure(steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
-    """Times of all steps in turns, after two rounds to warm up."""
+    """Times per step of all ways in turns, after two rounds to warm up.
+
+    A turn is some 20 ms of steps in a row, as in training: single steps in turns would pay for the
+    memory that the step before them gave back or took.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
+    repeats = {}
+    for name, step in steps.items():
+        step()
+        start = time.perf_counter()
+        step()
+        repeats[name] = max(1, math.ceil(0.02 / (time.perf_counter() - start)))
     rounds, end = 0, time.perf_counter() + seconds
     while rounds < 5 or time.perf_counter() < end:
         for name, step in steps.items():
             start = time.perf_counter()
-            step()
+            for _ in range(repeats[name]):
+                step()
             if rounds > 1:
-                times[name].append(time.perf_counter() - start)
+                times[name].append((time.perf_counter() - start) / repeats[name])
         rounds += 1
     return times
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,7 +28,7 @@ from embattle.clipping.install import stand_ins
 from embattle.clipping.layer import Layer, in_use
 from embattle.clipping.tape import IsolationCheck, Listener, Tape
 from embattle.clipping.units import Units
-from embattle.clipping.uses import DenseUse, RowUse
+from embattle.clipping.uses import DenseUse, LinearUse, RowUse
 
 Mode = Literal["flat", "per_layer", "automatic"]
 Weights = Tensor | Callable[[Tensor], Tensor] | None
@@ -431,11 +432,22 @@ class PerSampleClipper:
                 else:
                     columns.append(unit_norms(found, units, p.shape))
             return torch.stack(columns, 1)
+        # The norm of a bias that is used nowhere else comes with its weight's, from the same read.
+        alone = {id(found[0]) for found in uses.values() if len(found) == 1}
+        joined = {
+            id(found[0].bias)
+            for found in uses.values()
+            if len(found) == 1 and isinstance(found[0], LinearUse) and id(found[0].bias) in alone
+        }
         small = []
         parts = []
         for p, found in uses.items():
             first = found[0]
-            if len(found) == 1 and isinstance(first, DenseUse):
+            if id(first) in joined:
+                continue
+            if len(found) == 1 and isinstance(first, LinearUse):
+                parts.append(first.norms(units, bias=id(first.bias) in joined))
+            elif len(found) == 1 and isinstance(first, DenseUse):
                 small.append(first.grad)
             elif len(found) == 1 and units.of_sample is None and _one_row(first):
                 # Nothing to add up: the norm of the row's gradient, with all the others' in one op.
@@ -446,10 +458,8 @@ class PerSampleClipper:
             parts.append(dense_norms(small, units))
         if not parts:
             return zero
-        if len(parts) == 1:
-            return parts[0]
-        total: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
-        return total
+        # Squares could leave the range; torch.linalg.vector_norm takes longer.
+        return functools.reduce(torch.hypot, parts)
 
     def _factors(self, norms: Tensor, bound: float | tuple[float, ...]) -> Tensor:
         limit: float | Tensor = (

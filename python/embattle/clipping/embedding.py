@@ -22,6 +22,8 @@ class _Embedding(torch.autograd.Function):
         ctx.save_for_backward(indices)
         ctx.layer = layer
         ctx.set_materialize_grads(False)
+        if module.max_norm is None:
+            return torch.embedding(weight, indices)
         return F.embedding(indices, weight, module.padding_idx, module.max_norm, module.norm_type)
 
     @staticmethod

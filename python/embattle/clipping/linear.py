@@ -68,10 +68,7 @@ class _Taken:
         if listener is None:
             return
         out = listener.layout(grad, self.batch_dim, 1, name)
-        if x is not None:
-            used = self.rows or (0, out.shape[-1])
-            x = listener.layout(x, self.batch_dim, 1, name)
-            listener.add(self.weight, LinearUse(x, out, used, self.transposed), name)
+        shift = None
         if self.bias is not None and self.bias.requires_grad:
             summed = out.flatten(1) if out.shape[1] == 1 else out.sum(1)
             rows = self.bias_rows
@@ -79,7 +76,12 @@ class _Taken:
                 whole = summed.new_zeros(len(summed), len(self.bias))
                 whole[:, rows[0] : rows[1]] = summed
                 summed = whole
-            listener.add(self.bias, DenseUse(summed), name)
+            shift = DenseUse(summed)
+            listener.add(self.bias, shift, name)
+        if x is not None:
+            used = self.rows or (0, out.shape[-1])
+            x = listener.layout(x, self.batch_dim, 1, name)
+            listener.add(self.weight, LinearUse(x, out, used, self.transposed, shift), name)
 
 
 def linear(

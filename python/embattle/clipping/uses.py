@@ -45,16 +45,20 @@ class LinearUse:
         grad: [B, T, O], in x's dtype.
         rows: the half-open range of the weight's rows in use; O of them.
         transposed: whether the weight is stored as [I, O]; then rows covers everything.
+        bias: the use of the bias that was added in the same application, if any.
     """
 
     x: Tensor
     grad: Tensor
     rows: tuple[int, int]
     transposed: bool = False
+    bias: DenseUse | None = None
 
-    def norms(self, units: Units) -> Tensor:
-        """[units] norms of the weight's gradient."""
-        return units.gather(lambda x, grad: ops.linear_grad_norm(x, grad), [self.x], [self.grad])
+    def norms(self, units: Units, *, bias: bool = False) -> Tensor:
+        """[units] norms of the weight's gradient; with bias: of the weight's and the bias'."""
+        return units.gather(
+            lambda x, grad: ops.linear_grad_norm(x, grad, bias=bias), [self.x], [self.grad]
+        )
 
     def weighted(self, factor: Tensor) -> Tensor:
         """sum_b factor_b g_b, [O, I] (or [I, O] where transposed)."""
