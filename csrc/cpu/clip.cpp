@@ -13,13 +13,15 @@ namespace {
 constexpr int64_t kBlock = 4;
 constexpr int64_t kTile = 1024;  // columns; a tile's totals stay in the first-level cache
 // A group of samples of this size is read from memory once and then again from the cache.
-constexpr int64_t kGroupBytes = 8 << 20;
+constexpr int64_t kGroupBytes = 4 << 20;
 
 // ---- total[0, n) += sum_k factors[k] * rows[k][0, n) ----
+//
+// Meanwhile what lies `ahead` elements behind each row is fetched into the cache.
 
 template <int K, class T>
 [[gnu::noinline]] void add_rows(const T* const* given, const double* factors, int64_t n,
-                                double* total) {
+                                double* total, int64_t ahead) {
   // Copies that the stores below cannot reach, so that the pointers stay in registers.
   const T* rows[K];
 #pragma GCC unroll 8
@@ -44,13 +46,21 @@ template <int K, class T>
     f32x8 c[K];
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) c[k] = f32x8{} + static_cast<float>(factors[k]);
-    for (; i + 8 <= n; i += 8) {
-      f32x8 sum = c[0] * load8(rows[0] + i);
+    const auto add8 = [&](int64_t at) __attribute__((always_inline)) {
+      f32x8 sum = c[0] * load8(rows[0] + at);
 #pragma GCC unroll 8
-      for (int k = 1; k < K; ++k) sum += c[k] * load8(rows[k] + i);
-      store4(total + i, load4(total + i) + lower(sum));
-      store4(total + i + 4, load4(total + i + 4) + upper(sum));
+      for (int k = 1; k < K; ++k) sum += c[k] * load8(rows[k] + at);
+      store4(total + at, load4(total + at) + lower(sum));
+      store4(total + at + 4, load4(total + at + 4) + upper(sum));
+    };
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (; i + kLine <= n; i += kLine) {
+#pragma GCC unroll 8
+      for (int k = 0; k < K; ++k) __builtin_prefetch(rows[k] + ahead + i, 0, 2);
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kLine; j += 8) add8(i + j);
     }
+    for (; i + 8 <= n; i += 8) add8(i);
     for (; i < n; ++i) {
       float sum = c[0][0] * widened(rows[0][i]);
       for (int k = 1; k < K; ++k) sum += c[k][0] * widened(rows[k][i]);
@@ -67,29 +77,29 @@ void add_rows_wide(int64_t count, const T* const* rows, const double* factors, i
 }
 
 template <class T>
-void add_block(int64_t count, const T* const* rows, const double* factors, int64_t n,
-               double* total) {
+void add_block(int64_t count, const T* const* rows, const double* factors, int64_t n, double* total,
+               int64_t ahead) {
   bool wide = false;
   for (int64_t k = 0; k < count; ++k)
     wide |= !(fabs(factors[k]) > 0x1p-100 && fabs(factors[k]) < 0x1p+100);
   if (wide) return add_rows_wide(count, rows, factors, n, total);
   switch (count) {
     case 1:
-      return add_rows<1>(rows, factors, n, total);
+      return add_rows<1>(rows, factors, n, total, ahead);
     case 2:
-      return add_rows<2>(rows, factors, n, total);
+      return add_rows<2>(rows, factors, n, total, ahead);
     case 3:
-      return add_rows<3>(rows, factors, n, total);
+      return add_rows<3>(rows, factors, n, total, ahead);
     case 4:
-      return add_rows<4>(rows, factors, n, total);
+      return add_rows<4>(rows, factors, n, total, ahead);
   }
 }
 
 // Adds the samples [begin, end) of the columns [column, column + n) of a tensor. `begin` is a
-// multiple of kBlock. Samples of factor zero are not looked at.
+// multiple of kBlock. Samples of factor zero are not looked at. The samples `ahead` are fetched.
 template <class T>
 void add_samples(const SampleTensor& tensor, const double* factors, int64_t begin, int64_t end,
-                 int64_t column, int64_t n, double* total) {
+                 int64_t column, int64_t n, double* total, int64_t ahead) {
   const T* const grad = static_cast<const T*>(tensor.grad.data) + column;
   for (int64_t first = begin; first < end; first += kBlock) {
     const T* rows[kBlock];
@@ -100,7 +110,7 @@ void add_samples(const SampleTensor& tensor, const double* factors, int64_t begi
       rows[count] = grad + b * tensor.width;
       chosen[count++] = factors[b];
     }
-    add_block(count, rows, chosen, n, total);
+    add_block(count, rows, chosen, n, total, ahead * tensor.width);
   }
 }
 
@@ -138,10 +148,23 @@ void clip(const SampleList& list, int64_t batch, ClipMode mode, double bound, do
     }
   Scratch<double> totals(one_group ? 0 : list.width);
 
+  // The norms of the next group are taken while this one is added: the one waits for memory, the
+  // other for the cache.
+  Scratch<double> parts(one_group ? 0 : tiles * group);
+  const auto take_squares = [&](int64_t t, int64_t begin, int64_t end) {
+    const SampleTensor& tensor = list.tensors[tile[t].tensor];
+    with_type(tensor.grad.dtype, [&](auto* type) {
+      const auto rows = static_cast<decltype(type)>(tensor.grad.data) + tile[t].column;
+      for (int64_t b = begin; b < end; ++b)
+        parts[t * (end - begin) + b - begin] = squares(rows + b * tensor.width, tile[t].width);
+    });
+  };
+  const auto until = [&](int64_t begin) { return begin + group < batch ? begin + group : batch; };
+
+  sample_norms(list, 0, until(0), norms, parallel_for);
   int64_t first = 0;
   do {
-    const int64_t last = first + group < batch ? first + group : batch;
-    sample_norms(list, first, last - first, norms + first, parallel_for);
+    const int64_t last = until(first), next = until(last);
     for (int64_t b = first; b < last; ++b) {
       const double weight = weights.data ? element(weights, b) : 1;
       factors[b] = weight == 0
@@ -158,15 +181,18 @@ void clip(const SampleList& list, int64_t batch, ClipMode mode, double bound, do
           for (int64_t c = 0; c < part.width; ++c) total[c] = 0;
         with_type(tensor.grad.dtype, [&](auto* type) {
           using T = Element<decltype(type)>;
-          add_samples<T>(tensor, factors.get(), first, last, part.column, part.width, total);
+          add_samples<T>(tensor, factors.get(), first, last, part.column, part.width, total,
+                         next - last);
           if (last == batch) {
             T* const sum = static_cast<T*>(tensor.sum.data) + part.column;
             for (int64_t c = 0; c < part.width; ++c) narrow(total[c], sum[c]);
           }
         });
+        if (last < batch) take_squares(i, last, next);
       }
     };
-    spread(parallel_for, tiles, kGrain / (1 + (last - first) * tile_width) + 1, body);
+    spread(parallel_for, tiles, kGrain / (1 + (next - first) * tile_width) + 1, body);
+    if (last < batch) norms_from_parts(list, last, next - last, parts.get(), tiles, norms + last);
     first = last;
   } while (first < batch);
 }

@@ -67,6 +67,17 @@ inline double scaled_norm(const SampleList& list, int64_t sample) {
   return scale * sqrt(sum);
 }
 
+// Norms of the samples [first, first + samples) from sums of squares, parts[count, samples].
+inline void norms_from_parts(const SampleList& list, int64_t first, int64_t samples,
+                             const double* parts, int64_t count, double* norms) {
+  for (int64_t s = 0; s < samples; ++s) {
+    double sum = 0;
+    for (int64_t part = 0; part < count; ++part) sum += parts[part * samples + s];
+    const bool in_range = !list.any_f64 || (sum > 1e-280 && sum < HUGE_VAL);
+    norms[s] = in_range ? sqrt(sum) : scaled_norm(list, first + s);
+  }
+}
+
 // Norms of the samples [first, first + samples) into norms[0, samples), in one read.
 inline void sample_norms(const SampleList& list, int64_t first, int64_t samples, double* norms,
                          ParallelFor parallel_for) {
@@ -105,12 +116,7 @@ inline void sample_norms(const SampleList& list, int64_t first, int64_t samples,
   const int64_t work = block * (chunk_width + 8 * list.count / chunks);
   spread(parallel_for, chunks * blocks, kGrain / (1 + work) + 1, body);
 
-  for (int64_t s = 0; s < samples; ++s) {
-    double sum = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[chunk * samples + s];
-    const bool in_range = !list.any_f64 || (sum > 1e-280 && sum < HUGE_VAL);
-    norms[s] = in_range ? sqrt(sum) : scaled_norm(list, first + s);
-  }
+  norms_from_parts(list, first, samples, partial, chunks, norms);
 }
 
 }  // namespace
