@@ -409,6 +409,35 @@ def test_vmap_over_one_argument_alone(which: int) -> None:
         assert torch.equal(results[i], wanted)
 
 
+@pytest.mark.parametrize("dim", [0, -1])
+@pytest.mark.parametrize("op", [op for op in ops.__all__ if op.endswith("_")])
+def test_vmap_of_an_op_in_place_is_a_loop(op: str, dim: int) -> None:
+    g = torch.Generator().manual_seed(0)
+
+    def shaken(t: Tensor) -> Tensor:
+        return t + 0.1 * torch.rand(t.shape, generator=g) if t.is_floating_point() else t
+
+    calls = [_batch_call(op, 3).map(shaken) for _ in range(4)]
+    stacked, _ = _stack(calls, lambda t: dim)
+    random = op == "gaussian_noise_"
+
+    def one(*tensors: Tensor) -> tuple[Tensor, ...]:
+        fresh = [t.clone() for t in tensors]
+        left = iter(fresh)
+        own = calls[0].map(lambda t: next(left))
+        getattr(ops, op)(*own.args, **own.kwargs)
+        return tuple(t for t in fresh if t.is_floating_point())
+
+    mapped = torch.func.vmap(one, in_dims=dim, randomness="different" if random else "error")
+    results = mapped(*_tensors(stacked))
+    for i, call in enumerate(calls):
+        for result, wanted in zip(results, one(*_tensors(call)), strict=True):
+            if random:
+                assert not torch.equal(result[i], _tensors(call)[0])
+            else:
+                assert_close(result[i], wanted, wanted.abs().max().double(), 32, f"{op}, call {i}")
+
+
 # --- autocast -------------------------------------------------------------------------------------
 
 

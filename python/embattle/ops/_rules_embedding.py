@@ -175,6 +175,32 @@ def _(
     return out.reshape(size, rows, out.shape[1]), 0
 
 
+@register_vmap("embattle::rowwise_adagrad_")
+def _(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    weight: Tensor,
+    state: Tensor,
+    indices: Tensor,
+    grad: Tensor,
+    **options: Any,
+) -> tuple[None, None]:
+    size = info.batch_size
+    written = []
+    for name, table, dim in (("weight", weight, in_dims[0]), ("state", state, in_dims[1])):
+        if dim is None:
+            raise ValueError(f"embattle.rowwise_adagrad_: {name} is written, and has to be mapped")
+        written.append(table.movedim(dim, 0))
+    rows = written[0].shape[1]
+    flat = [table.flatten(0, 1) for table in written]
+    places = _shifted(moved(indices, in_dims[2], size), rows, size)
+    _ops.rowwise_adagrad_(*flat, places, moved(grad, in_dims[3], size), **options)
+    for table, own in zip(written, flat, strict=True):
+        if own.data_ptr() != table.data_ptr():
+            table.copy_(own.reshape(table.shape))
+    return None, None
+
+
 outside_autograd(
     "embedding_grad_norm",
     "rowwise_adagrad_",
