@@ -20,9 +20,8 @@ from embattle.clipping.combine import (
     Use,
     dense_norms,
     simplify,
-    small_tables,
     unit_norms,
-    weighted_gradient,
+    weighted_gradients,
 )
 from embattle.clipping.install import stand_ins
 from embattle.clipping.layer import Layer, in_use
@@ -519,7 +518,6 @@ class PerSampleClipper:
     ) -> None:
         noisy = self.noise_multiplier > 0 and last
         selected = self._selected_rows(named, uses, factors, units, last)
-        found: dict[Parameter, Tensor] = {}
         outside = weights if units.of_sample is None else None
 
         def final(factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -527,15 +525,18 @@ class PerSampleClipper:
             return (own if outside is None else own * outside).to(dtype)
 
         shared: dict[torch.dtype, Tensor] = {}
-        columns = {p: column for column, (_, p) in enumerate(named) if p in uses}
-        if factors.dim() == 1:
-            shared = {t: final(factors, t) for t in {_factor_dtype(p) for p in columns}}
-            found = small_tables(uses, shared)
-        # First those that give back most memory: uses are let go as soon as they are spent.
-        for p in sorted(uses, key=lambda p: p.numel() - sum(u.grad.numel() for u in uses[p])):
-            dtype = _factor_dtype(p)
-            own = shared[dtype] if shared else final(factors[:, columns[p]], dtype)
-            found[p] = weighted_gradient(uses.pop(p), own, p)
+        own: dict[Parameter, Tensor] = {}
+        for column, (_, p) in enumerate(named):
+            if p not in uses:
+                continue
+            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            if factors.dim() == 2:
+                own[p] = final(factors[:, column], dtype)
+                continue
+            if dtype not in shared:
+                shared[dtype] = final(factors, dtype)
+            own[p] = shared[dtype]
+        found = weighted_gradients(uses, own)
         std = self.noise_multiplier * self._sensitivity(bound, len(named)) * scale * loss_scale
         if self._group is not None:
             found = self._reduced(named, found, std if noisy else 0.0, last)
@@ -647,10 +648,6 @@ def _modules(root: nn.Module) -> list[nn.Module]:
 def _one_row(use: Use) -> bool:
     """Whether each sample uses one row of a table, and no row is padding."""
     return isinstance(use, RowUse) and use.indices.shape[1] == 1 and use.padding_idx is None
-
-
-def _factor_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 def _noticeable(factors: Tensor, norms: Tensor) -> Tensor:

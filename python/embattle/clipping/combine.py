@@ -159,37 +159,72 @@ def unit_norms(uses: list[Use], units: Units, shape: torch.Size) -> Tensor:
     return dense_norms([whole.sum(0)], units)
 
 
+def _order(parameter: Parameter, uses: Sequence[Use]) -> tuple[bool, int]:
+    """Sorts parameters so that the peak of memory stays low when uses go as gradients come.
+
+    First those that give back more than their gradient takes, the least need first; then the
+    others, the largest growth first.
+    """
+    held = [
+        [t.numel() for t in (getattr(use, "x", None), use.grad) if t is not None] for use in uses
+    ]
+    growth = parameter.numel() - sum(map(sum, held))
+    need = parameter.numel() + max(map(min, held))  # beside the gradient: a scaled copy
+    return (growth > 0, growth - need if growth > 0 else need)
+
+
+def weighted_gradients(
+    uses: dict[Parameter, list[Use]], factors: Mapping[Parameter, Tensor]
+) -> dict[Parameter, Tensor]:
+    """sum_b factor_b g_b of all parameters; empties uses as it goes.
+
+    Args:
+        uses: what `simplify` left.
+        factors: [B] factors of the samples for each parameter; the same tensor where they agree.
+    """
+    # Tables come last: what the other layers hold is gone then.
+    tables = {p: uses.pop(p) for p in list(uses) if _is_small_table(p, uses[p])}
+    found = {}
+    for p in sorted(uses, key=lambda p: _order(p, uses[p])):
+        found[p] = weighted_gradient(uses.pop(p), factors[p], p)
+    found |= _small_tables(tables, factors)
+    for p, own in tables.items():
+        found[p] = weighted_gradient(own, factors[p], p)
+    return found
+
+
 # Elements of tables, and of gradients of their rows, that are worked on as one.
 _TOGETHER = 1 << 18
 
 
-def small_tables(
-    uses: dict[Parameter, list[Use]], factors: Mapping[torch.dtype, Tensor]
+def _is_small_table(parameter: Parameter, uses: Sequence[Use]) -> bool:
+    use = uses[0]
+    return (
+        len(uses) == 1
+        and isinstance(use, RowUse)
+        and not use.sparse
+        and not use.grad.is_cuda  # index_add_ would sum there in an order of its own
+        and use.grad.dtype == parameter.dtype
+        and parameter.dtype in (torch.float32, torch.float64)
+        and max(parameter.numel(), use.grad.numel()) <= _TOGETHER // 2
+    )
+
+
+def _small_tables(
+    uses: dict[Parameter, list[Use]], factors: Mapping[Parameter, Tensor]
 ) -> dict[Parameter, Tensor]:
-    """Weighted gradients of small dense tables of the same width, all tables in one pass.
+    """Weighted gradients of small tables of the same width and factors, all tables in one pass.
 
     Takes the tables out of uses where there are two or more; what is left is not for here. The
     gradients are parts of one tensor.
-
-    Args:
-        uses: what `simplify` left.
-        factors: [B] factors of the samples, by dtype.
     """
-    groups: dict[tuple[int, torch.dtype], list[tuple[Parameter, RowUse]]] = {}
+    groups: dict[tuple[int, torch.dtype, int], list[tuple[Parameter, RowUse]]] = {}
     for p, own in uses.items():
         use = own[0]
-        if (
-            len(own) == 1
-            and isinstance(use, RowUse)
-            and not use.sparse
-            and not use.grad.is_cuda  # index_add_ would sum there in an order of its own
-            and use.grad.dtype == p.dtype
-            and p.dtype in factors
-            and max(p.numel(), use.grad.numel()) <= _TOGETHER // 2
-        ):
-            groups.setdefault((p.shape[1], p.dtype), []).append((p, use))
+        assert isinstance(use, RowUse)
+        groups.setdefault((p.shape[1], p.dtype, id(factors[p])), []).append((p, use))
     found: dict[Parameter, Tensor] = {}
-    for (width, dtype), members in groups.items():
+    for (width, _, _), members in groups.items():
         while members:
             taken, rows, size = [], 0, 0
             while members and max(rows * width, size) <= _TOGETHER:
@@ -200,7 +235,7 @@ def small_tables(
             if len(taken) < 2:
                 continue
             grad = torch.cat([use.masked() for _, use, _ in taken], 1)
-            grad *= factors[dtype][:, None, None]
+            grad *= factors[taken[0][0]][:, None, None]
             places = torch.cat([use.indices + first for _, use, first in taken], 1)
             whole = grad.new_zeros(rows, width)
             whole.index_add_(0, places.flatten(), grad.flatten(0, 1))

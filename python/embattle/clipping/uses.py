@@ -23,7 +23,7 @@ from embattle.clipping.units import Units
 # Largest temporary of an unfolded convolution input, in elements.
 _CHUNK = 1 << 24
 # The same of the scaled gradient of rows on their way to a dense table.
-_ROWS_CHUNK = 1 << 19
+_ROWS_CHUNK = 1 << 17
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
@@ -151,6 +151,7 @@ class RowUse:
             if padding >= 0:
                 scaled.masked_fill_((indices[part] == padding)[..., None], 0)
             table.index_add_(0, indices[part].flatten(), scaled.flatten(0, 1))
+            del scaled  # before the next one
         return table
 
     def cleaned(self, bad: Tensor) -> RowUse:
