@@ -269,6 +269,32 @@ def _cases() -> dict[str, Callable[[], Case]]:
             [ids(6, 4), ids(6, 3)],
         )
 
+    def ragged(**options: Any) -> Callable[[], Case]:
+        """1-D indices and offsets; each sample's bag has as many words as its length says."""
+
+        def build() -> Case:
+            last = options.get("include_last_offset", False)
+
+            def forward(m: Any, i: Tensor, length: Tensor, gate: Tensor) -> Tensor:
+                inside = torch.arange(i.shape[1]) < length[:, None]
+                ends = length.cumsum(0)
+                offsets = torch.cat([ends.new_zeros(1), ends if last else ends[:-1]])
+                weights = (i[inside] * 0.1 * gate[0]).to(m.bag.weight.dtype)
+                given = {"per_sample_weights": weights} if m.bag.mode == "sum" else {}
+                return m.bag(i[inside], offsets, **given)
+
+            lengths = torch.tensor([3, 1, 0, 4, 4, 2])
+            return Case(
+                Apply(forward, bag=nn.EmbeddingBag(6, 3, padding_idx=1, **options)),
+                [ids(6, 4), lengths, torch.ones(SAMPLES)],
+            )
+
+        return build
+
+    made["bag_offsets_sum"] = ragged(mode="sum")
+    made["bag_offsets_mean"] = ragged(mode="mean", include_last_offset=True)
+    made["bag_offsets_max"] = ragged(mode="max")
+
     @case
     def bag_per_feature() -> Case:
         return Case(

@@ -31,14 +31,14 @@ def tasks(quick: bool) -> list[Task]:
     if quick:
         ratings, few = sources.drawn_ratings(), Push(6)
         return [
-            RatingTask(ratings, {"average": few}, 3),
-            RankingTask(ratings, {"average": few, "flood": Push(2, 20)}, 3),
+            RatingTask(ratings, {"average": few, "flood": Push(2, 20)}, 3),
+            RankingTask(ratings, {"average": few}, 3),
             ReviewTask(sources.drawn_reviews(), 3),
         ]
     ratings = sources.movielens()
     return [
-        RatingTask(ratings, {"average": Push(50)}, 20),
-        RankingTask(ratings, {"average": Push(50), "flood": Push(5, 200)}, 20),
+        RatingTask(ratings, {"average": Push(50), "flood": Push(5, 200)}, 20),
+        RankingTask(ratings, {"average": Push(50)}, 16),
         ReviewTask(sources.reviews(), 12),
     ]
 

@@ -175,11 +175,11 @@ class RankingTask(Recommender):
     about = (
         "Matrix factorisation with the BPR loss on ratings of 4 and 5, one random negative for "
         "each event; each user's last two events validate and test (leave-one-out, all other "
-        "items as candidates); SGD with momentum 0.9, batches of 32 users with all their events."
+        "items as candidates); Adagrad, batches of 32 users with all their events."
     )
     quality = "HR@10"
     smaller_is_better = False
-    rates = (1.0, 3.0, 10.0)
+    rates = (0.05, 0.15)
 
     def __init__(self, ratings: Ratings, pushes: dict[str, Push], epochs: int) -> None:
         super().__init__(ratings, pushes, epochs)
@@ -198,7 +198,7 @@ class RankingTask(Recommender):
         model = Factors(data.user_count, data.item_count, self.width, 0.0)
         model.user_bias.requires_grad_(False)  # it cancels in the difference
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=rate, momentum=0.9, weight_decay=1e-5)
+        optimizer = torch.optim.Adagrad(trained, lr=rate)
         stepper = Stepper(model, optimizer, clip)
         figures, norms = [], []
         for _ in range(epochs):
