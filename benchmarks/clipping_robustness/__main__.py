@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -41,6 +40,13 @@ def tasks(quick: bool) -> list[Task]:
         RankingTask(ratings, {"average": Push(50)}, 16),
         ReviewTask(sources.reviews(), 12),
     ]
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What gives these figures again."""
+    words = ["python benchmarks/clipping_robustness", *(["--quick"] if options.quick else [])]
+    words.append(f"--seeds {options.seeds} --tolerance {options.tolerance:g} --shares")
+    return " ".join([*words, *(f"{share:g}" for share in options.shares)])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -80,8 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     record = {
         "about": {
             "date": datetime.date.today().isoformat(),
-            "command": "python benchmarks/clipping_robustness "
-            + " ".join(sys.argv[1:] if arguments is None else arguments),
+            "command": _command(options),
             "seconds": time.monotonic() - began,
             "seeds": options.seeds,
             "shares": options.shares,

@@ -60,11 +60,10 @@ def figure(record: dict[str, Any]) -> bytes:
     panels = [
         (task, attack) for task in record["tasks"] for attack in task["attacks"] if attack != "none"
     ]
-    canvas = need("matplotlib.figure").Figure(
-        figsize=(3.6 * len(panels), 3.8), layout="constrained"
-    )
+    rows = -(-len(panels) // 3)
+    canvas = need("matplotlib.figure").Figure(figsize=(10.8, 3.6 * rows), layout="constrained")
     for place, (task, attack) in enumerate(panels, 1):
-        axes = canvas.add_subplot(1, len(panels), place)
+        axes = canvas.add_subplot(rows, 3, place)
         quality = task["quality"]
         harm = next((f for f in task["arms"][0]["figures"][attack] if f != quality), quality)
         for unit, colour in COLOURS.items():
