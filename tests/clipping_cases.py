@@ -274,6 +274,42 @@ def _cases() -> dict[str, Callable[[], Case]]:
             [ids(6, 4), ids(6, 3)],
         )
 
+    class Scaled(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input + 1) * 3.0
+
+    class Squashed(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.embedding(input, self.weight.tanh(), self.padding_idx)
+
+    @case
+    def embedding_subclass_tied() -> Case:
+        table, head = Scaled(9, 4, padding_idx=2), nn.Linear(4, 9)
+        head.weight = table.weight
+        return Case(
+            Apply(lambda m, i: m.head(m.table(i).tanh()), table=table, head=head), [ids(8, 5)]
+        )
+
+    @case
+    def embedding_subclass_functional() -> Case:
+        return Case(Squashed(6, 4, padding_idx=2), [ids(6, 5)])
+
+    @case
+    def embedding_inside_functional() -> Case:
+        def forward(m: Any, i: Tensor) -> Tensor:
+            return m.table(i) * m.gain
+
+        parts = {"table": nn.Embedding(6, 4, padding_idx=2), "gain": nn.Parameter(torch.randn(4))}
+        return Case(Apply(forward, **parts), [ids(6, 5)])
+
+    @case
+    def bag_inside_functional() -> Case:
+        def forward(m: Any, i: Tensor) -> Tensor:
+            return m.table(i) * m.gain
+
+        table = nn.EmbeddingBag(6, 4, padding_idx=2)
+        return Case(Apply(forward, table=table, gain=nn.Parameter(torch.randn(4))), [ids(6, 5)])
+
     def ragged(**options: Any) -> Callable[[], Case]:
         """1-D indices and offsets; each sample's bag has as many words as its length says."""
 

@@ -75,6 +75,41 @@ def test_library_models_equal_the_loop(name: str, mode: str) -> None:
     assert 0 < int((result.factors < 1).sum()) < result.factors.numel()
 
 
+@pytest.mark.parametrize("name", ["bart", "gpt2"])
+def test_language_models_equal_the_loop(name: str) -> None:
+    """Tied tables, subclassed embeddings with padding and offsets, Conv1D; one loss a sequence."""
+    transformers = pytest.importorskip("transformers")
+    from test_libraries import encoder_decoder
+
+    torch.manual_seed(0)
+    if name == "gpt2":
+        sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**sizes, **off, bos_token_id=0, eos_token_id=0)
+        ).double()
+    else:
+        model = encoder_decoder(name).double()
+    source, target = torch.randint(1, 40, (SAMPLES, 6)), torch.randint(1, 40, (SAMPLES, 4))
+
+    def losses(rows: list[int]) -> Tensor:
+        if name == "gpt2":
+            logits, labels = model(input_ids=target[rows]).logits[:, :-1], target[rows][:, 1:]
+        else:
+            logits, labels = model(source[rows], labels=target[rows]).logits, target[rows]
+        each = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return each.sum(1)
+
+    trained = list(model.parameters())
+    singles = [list(torch.autograd.grad(losses([b]).sum(), trained)) for b in range(SAMPLES)]
+    _, norms = clipped_sum(singles, 1.0)
+    wanted, _ = clipped_sum(singles, float(norms.median()))
+    with PerSampleClipper(model, float(norms.median()), reduction="sum") as clipper:
+        result = clipper.backward(losses(list(range(SAMPLES))))
+    assert_close([result.norms], [norms], 1e-10)
+    assert_close(gradients(model), wanted, 1e-10)
+
+
 # --- with an adversarial objective -------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from embattle.clipping.attention import AttentionLayer
 from embattle.clipping.conv import ConvLayer
-from embattle.clipping.embedding import EmbeddingBagLayer, EmbeddingLayer
+from embattle.clipping.embedding import DerivedEmbeddingLayer, EmbeddingBagLayer, EmbeddingLayer
 from embattle.clipping.functional import BroadcastParameterLayer, FunctionalLayer
 from embattle.clipping.layer import Layer
 from embattle.clipping.linear import LinearLayer, TransposedLinearLayer
@@ -19,6 +19,7 @@ from embattle.clipping.tape import Tape
 _KINDS: tuple[type[Layer], ...] = (
     LinearLayer,
     EmbeddingLayer,
+    DerivedEmbeddingLayer,
     EmbeddingBagLayer,
     LayerNormLayer,
     RMSNormLayer,
