@@ -567,6 +567,14 @@ def _cases() -> dict[str, Callable[[], Case]]:
         return Case(Apply(forward, f=nn.Linear(3, 4), gain=nn.Parameter(torch.randn(4))), [x(3)])
 
     @case
+    def parameter_list() -> Case:
+        def forward(m: Any, a: Tensor) -> Tensor:
+            return m.f(a) @ m.held[0] + m.held[1]
+
+        held = nn.ParameterList([torch.randn(4, 2), torch.randn(2)])
+        return Case(Apply(forward, f=nn.Linear(3, 4), held=held), [x(5, 3)])
+
+    @case
     def lora() -> Case:
         base = nn.Linear(4, 5)
         base.requires_grad_(False)

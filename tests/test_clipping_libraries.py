@@ -33,7 +33,7 @@ def adapted(targets: list[str]) -> nn.Module:
     config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, task_type="SEQ_CLS")
     model = peft.get_peft_model(bert(), config).double()
     for name, p in model.named_parameters():
-        if "lora_B" in name or "embedding_A" in name:
+        if "lora_B" in name or "lora_embedding" in name:
             nn.init.normal_(p)
     return model
 
@@ -43,6 +43,7 @@ LIBRARY_MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert, eager attention": lambda: bert(attn_implementation="eager"),
     "lora": lambda: adapted(["query", "value"]),
     "lora, all layers": lambda: adapted(["query", "key", "value", "dense"]),
+    "lora, embeddings": lambda: adapted(["query", "word_embeddings"]),
 }
 
 
