@@ -5,20 +5,31 @@ that a slow moment hits all of them; the figures are ratios of medians. Memory i
 of live tensors made during a step.
 
     python benchmarks/bench_clipping.py                      # all models, plain and clipped
-    python benchmarks/bench_clipping.py --models mlp text-10k --peers --json out.json
+    python benchmarks/bench_clipping.py --peers --out benchmarks/results
 
---peers adds Opacus (hooks and ghost clipping) where it is installed.
+--peers adds Opacus (hooks and ghost clipping) where it is installed, and --fastdp FOLDER fastDP out
+of a checkout of github.com/awslabs/fast-differential-privacy, which is on no package index. A peer
+is left out where its per-sample gradients alone would take more than 8 GB. --out writes
+bench_clipping_<date>.json and .md, and replaces the models that were measured in files of the same
+day. Given for every peer is also how far its first update is from ours, relative to ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
+import io
 import json
 import math
+import os
 import platform
 import statistics
+import sys
 import time
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,10 +75,15 @@ class Text(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A transformer of MiniLM-L6's size with random weights, and a classifier."""
+    """A transformer of MiniLM-L6's size with random weights, and a classifier.
 
-    def __init__(self) -> None:
+    With `explicit`, positions and segments are given for every sample rather than broadcast: the
+    peers need that (Opacus' issue 841).
+    """
+
+    def __init__(self, explicit: bool = False) -> None:
         super().__init__()
+        self.explicit = explicit
         from transformers import BertConfig, BertForSequenceClassification
 
         config = BertConfig(
@@ -78,10 +94,14 @@ class Encoder(nn.Module):
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
-        self.bert = BertForSequenceClassification(config)
+        self.encoder = BertForSequenceClassification(config)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.bert(input_ids=ids).logits
+        given = {}
+        if self.explicit:
+            positions = torch.arange(ids.shape[1]).repeat(len(ids), 1)
+            given = {"position_ids": positions, "token_type_ids": torch.zeros_like(ids)}
+        return self.encoder(input_ids=ids, **given).logits
 
 
 def ids_batch(samples: int, length: int, rows: int) -> Batch:
@@ -217,6 +237,64 @@ def opacus_step(model: nn.Module, batch: Batch, ghost: bool) -> Step:
     return step
 
 
+def fastdp_step(model: nn.Module, batch: Batch) -> Step:
+    """A step as fastDP's users write it, with noise of deviation 0, which it draws all the same."""
+    from fastDP import PrivacyEngine
+
+    inputs, labels = batch
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = PrivacyEngine(
+            model,
+            batch_size=len(labels),
+            sample_size=1_000_000,
+            epochs=1,
+            noise_multiplier=0.0,
+            max_grad_norm=0.1,
+            clipping_mode="MixOpt",
+            clipping_fn="Abadi",
+        )
+        engine.attach(optimizer)
+
+    def step() -> None:
+        F.cross_entropy(model(*inputs), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+PEERS: dict[str, Callable[[nn.Module, Batch], Step]] = {
+    "opacus hooks": lambda model, batch: opacus_step(model, batch, False),
+    "opacus ghost": lambda model, batch: opacus_step(model, batch, True),
+    "fastdp": fastdp_step,
+}
+
+
+# What a peer trains instead of the plain model.
+PEER_MODELS: dict[str, Callable[[], nn.Module]] = {"encoder": lambda: Encoder(explicit=True)}
+
+
+def too_large(label: str, model: nn.Module, batch: Batch) -> float:
+    """GB of what a peer materialises for each sample, where that is above 8; else 0."""
+    inputs, labels = batch
+    rows = [len(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)]
+    needed = 0
+    if label == "opacus hooks":
+        needed = 4 * len(labels) * sum(p.numel() for p in model.parameters())
+    elif label == "fastdp" and rows:  # one-hot words in int64, then as floats
+        needed = 12 * inputs[0].numel() * max(rows)
+    return needed / 1e9 if needed > 8e9 else 0.0
+
+
+def first_update(model: nn.Module, step: Step) -> Tensor:
+    """What one step adds to all parameters, in one vector."""
+    before = [p.detach().clone() for p in model.parameters()]
+    step()
+    moved = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+    return torch.cat([m.flatten() for m in moved])
+
+
 def measure(steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
     """Times per step of all ways in turns, after two rounds to warm up.
 
@@ -255,22 +333,36 @@ def peak(step: Step) -> int:
     return live.peak
 
 
-def run(name: str, peers: bool, seconds: float) -> dict[str, Any]:
-    """Ratios and memory of one model."""
+def run(name: str, peers: list[str], seconds: float) -> dict[str, Any]:
+    """Ratios, memory and updates of one model."""
     plain, clipped, make_batch, bound = MODELS[name]
     torch.manual_seed(0)
     batch = make_batch()
-    steps = {"plain": plain_step(plain(), batch), "embattle": clipped_step(clipped(), batch)}
-    if peers:
-        for ghost in (False, True):
-            label = "opacus ghost" if ghost else "opacus hooks"
-            try:
-                step = opacus_step(plain(), batch, ghost)
-                step()
-            except Exception as error:
-                print(f"{name}: {label} does not run: {type(error).__name__}: {error}"[:200])
-                continue
-            steps[label] = step
+
+    def fresh(make: Callable[[], nn.Module]) -> nn.Module:
+        torch.manual_seed(1)
+        return make()
+
+    steps = {"plain": plain_step(fresh(plain), batch)}
+    ours = fresh(clipped)
+    steps["embattle"] = clipped_step(ours, batch)
+    update = first_update(ours, steps["embattle"])
+    apart, absent = {}, {}
+    for label in peers:
+        model = fresh(PEER_MODELS.get(name, plain))
+        size = too_large(label, model, batch)
+        if size:
+            absent[label] = f"{size:.0f} GB for single samples"
+            continue
+        try:
+            steps[label] = PEERS[label](model, batch)
+            found = first_update(model, steps[label])
+            steps[label]()
+        except Exception as error:
+            steps.pop(label, None)
+            absent[label] = f"{type(error).__name__}: {error}"[:160]
+            continue
+        apart[label] = float((found - update).norm() / update.norm())
     times = measure(steps, seconds)
     medians = {label: statistics.median(t) for label, t in times.items()}
     memory = {label: peak(step) for label, step in steps.items()}
@@ -280,36 +372,108 @@ def run(name: str, peers: bool, seconds: float) -> dict[str, Any]:
         "rounds": len(times["plain"]),
         "ratio": {label: m / medians["plain"] for label, m in medians.items()},
         "peak_mb": {label: m / 1e6 for label, m in memory.items()},
+        "apart": apart,
+        "absent": absent,
         "bound": bound,
     }
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The table, and what is left out of it."""
+    about, results = record["about"], record["results"]
+    labels = ["embattle", *about["peers"]]
+    heads = ["model", "plain, ms", "plain, MB", *labels]
+    lines = [
+        "# Cost of per-sample clipping",
+        "",
+        f"{about['date']}, torch {about['torch']}, {about['threads']} threads, {about['machine']}; "
+        f"commit {about['commit']}. Each cell: time over the plain step's (ratio of medians), peak "
+        "memory over the plain step's. The goal for the time ratio is in brackets. `*`: the first "
+        "update differs from ours by more than 1%.",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|" + "---|" * len(heads),
+    ]
+    notes = []
+    for result in results:
+        memory = result["peak_mb"]
+        cells = [result["model"], f"{result['plain_ms']:.2f}", f"{memory['plain']:.1f}"]
+        for label in labels:
+            if label not in result["ratio"]:
+                cells.append("-")
+                notes.append(f"- {label}, {result['model']}: {result['absent'].get(label)}")
+                continue
+            cell = f"{result['ratio'][label]:.2f}, {memory[label] / memory['plain']:.2f}"
+            if label == "embattle":
+                cell += f" [{result['bound']:.2f}]"
+            if result["apart"].get(label, 0.0) > 0.01:
+                cell += f" *{100 * result['apart'][label]:.0f}%"
+            cells.append(cell)
+        lines.append("| " + " | ".join(cells) + " |")
+    if notes:
+        lines += ["", "Left out:", "", *notes]
+    return "\n".join(lines) + "\n"
+
+
+def commit() -> str:
+    """The checkout's commit, from git's own files."""
+    git = Path(__file__).parent.parent / ".git"
+    try:
+        if git.is_file():
+            git = Path(git.read_text().split(":", 1)[1].strip())
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head[:12]
+        common = git / "commondir"
+        root = (git / common.read_text().strip()) if common.is_file() else git
+        return (root / head[5:]).read_text().strip()[:12]
+    except OSError:
+        return "unknown"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--peers", action="store_true", help="Opacus as well")
+    parser.add_argument("--fastdp", type=Path, help="a checkout of fastDP: measure it as well")
     parser.add_argument("--seconds", type=float, default=5.0, help="per model, about")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--out", type=Path, help="folder for the dated JSON and Markdown")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore", message=".*backward hook.*")
+    peers = ["opacus hooks", "opacus ghost"] if args.peers else []
+    if args.fastdp:
+        sys.path.append(os.fspath(args.fastdp))
+        peers.append("fastdp")
     results = []
     for name in args.models:
-        result = run(name, args.peers, args.seconds)
+        result = run(name, peers, args.seconds)
         results.append(result)
         shown = ", ".join(
             f"{label} {ratio:.2f} ({result['peak_mb'][label]:.1f} MB)"
             for label, ratio in result["ratio"].items()
         )
         print(f"{name}: plain {result['plain_ms']:.2f} ms; {shown}; bound {result['bound']}")
-    if args.json:
+        for label, why in result["absent"].items():
+            print(f"  {label} is left out: {why}")
+    if args.out:
+        today = datetime.date.today().isoformat()
         about = {
+            "date": today,
             "torch": torch.__version__,
             "machine": platform.processor() or platform.machine(),
             "threads": args.threads,
+            "peers": peers,
+            "commit": commit(),
         }
-        with open(args.json, "w") as file:
-            json.dump({"about": about, "results": results}, file, indent=1)
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"bench_clipping_{today}.json"
+        kept = json.loads(path.read_text())["results"] if path.exists() else []
+        every = {result["model"]: result for result in [*kept, *results]}
+        record = {"about": about, "results": [every[name] for name in MODELS if name in every]}
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        path.with_suffix(".md").write_text(markdown(record))
 
 
 if __name__ == "__main__":

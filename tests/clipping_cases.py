@@ -56,9 +56,14 @@ class Case:
             for x, dim in zip(self.batch, self.dims(), strict=True)
         ]
 
-    def losses(self, batch: list[Tensor], samples: int) -> Tensor:
-        """One non-linear loss per sample of whatever the model returns; samples first or second."""
-        out = self.model(*batch)
+    def losses(
+        self, batch: list[Tensor], samples: int, run: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """One non-linear loss per sample of whatever the model returns; samples first or second.
+
+        `run` calls the model, where it is not just called.
+        """
+        out = (self.model if run is None else run)(*batch)
         if out.shape[0] != samples:
             out = out.movedim(self.options.get("batch_dim", 1), 0)
         return (out.reshape(samples, -1).sin() * 3 + out.reshape(samples, -1).square()).sum(1)
@@ -268,6 +273,68 @@ def _cases() -> dict[str, Callable[[], Case]]:
             Apply(lambda m, i, j: m.bag(i) * m.bag(j), bag=nn.EmbeddingBag(6, 3, mode="mean")),
             [ids(6, 4), ids(6, 3)],
         )
+
+    class Scaled(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input + 1) * 3.0
+
+    class Squashed(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.embedding(input, self.weight.tanh(), self.padding_idx)
+
+    @case
+    def embedding_subclass_tied() -> Case:
+        table, head = Scaled(9, 4, padding_idx=2), nn.Linear(4, 9)
+        head.weight = table.weight
+        return Case(
+            Apply(lambda m, i: m.head(m.table(i).tanh()), table=table, head=head), [ids(8, 5)]
+        )
+
+    @case
+    def embedding_subclass_functional() -> Case:
+        return Case(Squashed(6, 4, padding_idx=2), [ids(6, 5)])
+
+    @case
+    def embedding_inside_functional() -> Case:
+        def forward(m: Any, i: Tensor) -> Tensor:
+            return m.table(i) * m.gain
+
+        parts = {"table": nn.Embedding(6, 4, padding_idx=2), "gain": nn.Parameter(torch.randn(4))}
+        return Case(Apply(forward, **parts), [ids(6, 5)])
+
+    @case
+    def bag_inside_functional() -> Case:
+        def forward(m: Any, i: Tensor) -> Tensor:
+            return m.table(i) * m.gain
+
+        table = nn.EmbeddingBag(6, 4, padding_idx=2)
+        return Case(Apply(forward, table=table, gain=nn.Parameter(torch.randn(4))), [ids(6, 5)])
+
+    def ragged(**options: Any) -> Callable[[], Case]:
+        """1-D indices and offsets; each sample's bag has as many words as its length says."""
+
+        def build() -> Case:
+            last = options.get("include_last_offset", False)
+
+            def forward(m: Any, i: Tensor, length: Tensor, gate: Tensor) -> Tensor:
+                inside = torch.arange(i.shape[1]) < length[:, None]
+                ends = length.cumsum(0)
+                offsets = torch.cat([ends.new_zeros(1), ends if last else ends[:-1]])
+                weights = (i[inside] * 0.1 * gate[0]).to(m.bag.weight.dtype)
+                given = {"per_sample_weights": weights} if m.bag.mode == "sum" else {}
+                return m.bag(i[inside], offsets, **given)
+
+            lengths = torch.tensor([3, 1, 0, 4, 4, 2])
+            return Case(
+                Apply(forward, bag=nn.EmbeddingBag(6, 3, padding_idx=1, **options)),
+                [ids(6, 4), lengths, torch.ones(SAMPLES)],
+            )
+
+        return build
+
+    made["bag_offsets_sum"] = ragged(mode="sum")
+    made["bag_offsets_mean"] = ragged(mode="mean", include_last_offset=True)
+    made["bag_offsets_max"] = ragged(mode="max")
 
     @case
     def bag_per_feature() -> Case:
@@ -498,6 +565,14 @@ def _cases() -> dict[str, Callable[[], Case]]:
             return m.f(a) * m.gain
 
         return Case(Apply(forward, f=nn.Linear(3, 4), gain=nn.Parameter(torch.randn(4))), [x(3)])
+
+    @case
+    def parameter_list() -> Case:
+        def forward(m: Any, a: Tensor) -> Tensor:
+            return m.f(a) @ m.held[0] + m.held[1]
+
+        held = nn.ParameterList([torch.randn(4, 2), torch.randn(2)])
+        return Case(Apply(forward, f=nn.Linear(3, 4), held=held), [x(5, 3)])
 
     @case
     def lora() -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from clipping_cases import (
 )
 from embattle.clipping import ClipResult, PerSampleClipper
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 WEIGHTS = torch.tensor([1.0, 0.0, 0.5, 1.0, 2.0, 1.0], dtype=torch.float64)
 USERS = torch.tensor([4, 7, 4, 4, 9, 7])
@@ -118,6 +120,42 @@ def test_mean_scale_and_accumulation() -> None:
     with clipper:
         clipper.backward(case.losses(case.batch, SAMPLES))
     assert_close(gradients(case.model), [w / 20 for w in wanted], 1e-10)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_accumulation_and_checkpointing(name: str) -> None:
+    """A batch in two parts, the second one recomputed in its backward pass."""
+    case = make(name)
+    singles = single_gradients(case)
+    _, norms = clipped_sum(singles, 1.0)
+    wanted, _ = clipped_sum(singles, bound(norms))
+    clipper = PerSampleClipper(case.model, bound(norms), reduction="sum", **case.options)
+    case.model.zero_grad()
+    with clipper:
+        first = clipper.backward(case.losses(case.part([0, 1]), 2))
+        again = partial(checkpoint, case.model, use_reentrant=False)
+        second = clipper.backward(case.losses(case.part([2, 3, 4, 5]), 4, again))
+    assert_close(gradients(case.model), wanted, 1e-10)
+    assert_close([torch.cat([first.norms, second.norms])], [norms], 1e-10)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["recommender", "conv2d", "tied_head", "positions_parameter"],
+)
+def test_compiled(name: str) -> None:
+    case = make(name)
+    singles = single_gradients(case)
+    _, norms = clipped_sum(singles, 1.0)
+    wanted, _ = clipped_sum(singles, bound(norms))
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(case.model, backend="aot_eager")
+    compiled(*case.batch)
+    case.model.zero_grad()
+    with PerSampleClipper(compiled, bound(norms), reduction="sum", **case.options) as clipper:
+        result = clipper.backward(case.losses(case.batch, SAMPLES, compiled))
+    assert_close(gradients(case.model), wanted, 1e-10)
+    assert_close([result.norms], [norms], 1e-10)
 
 
 def test_weights_from_losses() -> None:

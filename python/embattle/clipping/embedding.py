@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from embattle.clipping.functional import FunctionalLayer
 from embattle.clipping.layer import Layer, apply, once
 from embattle.clipping.uses import BagUse, RowUse
 
@@ -71,6 +73,59 @@ class EmbeddingLayer(Layer):
     def accepts(cls, module: nn.Module) -> bool:
         """Whether module is a plain embedding."""
         return type(module).forward is nn.Embedding.forward
+
+
+class _LookUps(TorchFunctionMode):
+    """Lets a layer do the look-ups in its table that its module's forward asks for."""
+
+    def __init__(self, layer: DerivedEmbeddingLayer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.seen = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        module = self.layer.module
+        if (
+            func is F.embedding
+            and len(args) > 1
+            and args[1] is module.weight
+            and (args[2] if len(args) > 2 else kwargs.get("padding_idx")) == module.padding_idx
+        ):
+            self.seen = True
+            return self.layer.look_up(self.layer.spread(args[0], 0))
+        return func(*args, **kwargs)
+
+
+class DerivedEmbeddingLayer(EmbeddingLayer):
+    """A subclass of torch.nn.Embedding that does something before or after the look-up.
+
+    Where its forward uses the table in another way altogether it goes through torch.func.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._other: FunctionalLayer | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own."""
+        if self._other is None:
+            with _LookUps(self) as look_ups:
+                out = self.original(*args, **kwargs)
+            if look_ups.seen:
+                return out
+            self._other = FunctionalLayer(
+                self.module, self.tape, self.name, self.batch_dim, self.broadcast
+            )
+            self._other.original = self.original
+        return self._other.forward(*args, **kwargs)
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Whether module is an embedding with a forward of its own."""
+        return isinstance(module, nn.Embedding)
 
 
 class _EmbeddingBag(torch.autograd.Function):

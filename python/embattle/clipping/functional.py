@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from embattle.clipping.layer import Layer, apply, once
@@ -70,6 +73,29 @@ def _swapped(module: nn.Module, values: dict[Parameter, Tensor]) -> Iterator[Non
             held[name] = parameter
 
 
+class _Padding(TorchFunctionMode):
+    """Embeddings keep their padding row without gradient; under vmap torch forgets about it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is not F.embedding:
+            return func(*args, **kwargs)
+        return _embedding(*args, **kwargs)
+
+
+def _embedding(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """As F.embedding."""
+    rows = F.embedding(input, weight, None, *args, **kwargs)
+    if padding_idx is None:
+        return rows
+    place = padding_idx if padding_idx >= 0 else len(weight) + padding_idx
+    return torch.where((input == place).unsqueeze(-1), rows.detach(), rows)
+
+
 class FunctionalLayer(Layer):
     """Per-sample gradients through torch.func.vmap over the samples.
 
@@ -104,7 +130,7 @@ class FunctionalLayer(Layer):
                 x if dim is None else x.unsqueeze(dim) for x, dim in zip(inputs, dims, strict=True)
             ]
             call_args, call_kwargs = tree_unflatten(inputs, spec)
-            with _swapped(self.module, dict(zip(trained, own, strict=True))):
+            with _swapped(self.module, dict(zip(trained, own, strict=True))), _Padding():
                 out = self.original(*call_args, **call_kwargs)
             outs, out_spec = tree_flatten(out)
             form[:] = [out_spec, [None if isinstance(x, Tensor) else x for x in outs]]
@@ -113,7 +139,10 @@ class FunctionalLayer(Layer):
 
         self.tape.inside += 1
         try:
-            mapped = torch.vmap(one, in_dims=(dims, 0), randomness="different")(leaves, values)
+            with warnings.catch_warnings():
+                # Operators without a batching rule: the log line has said that this layer is slow.
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                mapped = torch.vmap(one, in_dims=(dims, 0), randomness="different")(leaves, values)
         except (RuntimeError, ValueError) as error:
             raise RuntimeError(
                 f"PerSampleClipper: layer '{self.name}' ({type(self.module).__name__}) has no "

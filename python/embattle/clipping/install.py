@@ -8,7 +8,7 @@ from torch import nn
 
 from embattle.clipping.attention import AttentionLayer
 from embattle.clipping.conv import ConvLayer
-from embattle.clipping.embedding import EmbeddingBagLayer, EmbeddingLayer
+from embattle.clipping.embedding import DerivedEmbeddingLayer, EmbeddingBagLayer, EmbeddingLayer
 from embattle.clipping.functional import BroadcastParameterLayer, FunctionalLayer
 from embattle.clipping.layer import Layer
 from embattle.clipping.linear import LinearLayer, TransposedLinearLayer
@@ -19,6 +19,7 @@ from embattle.clipping.tape import Tape
 _KINDS: tuple[type[Layer], ...] = (
     LinearLayer,
     EmbeddingLayer,
+    DerivedEmbeddingLayer,
     EmbeddingBagLayer,
     LayerNormLayer,
     RMSNormLayer,
@@ -51,6 +52,13 @@ def _complete(kind: type[Layer], module: nn.Module) -> bool:
         "weight",
         "bias",
     }
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    """Whether module is a mere container, whose parameters the module around it uses."""
+    return isinstance(module, (nn.ParameterList, nn.ParameterDict)) and any(
+        p.requires_grad for p in module.parameters()
+    )
 
 
 def _refuse_batch_statistics(module: nn.Module, name: str) -> None:
@@ -93,6 +101,9 @@ def stand_ins(
         batch_dim = _batch_dim(batch_dims, name)
         attention = isinstance(module, nn.MultiheadAttention)
         parametrized = hasattr(module, "parametrizations")
+        if any(_holds_parameters(child) for child in module.children()):
+            found.append((module, FunctionalLayer(module, tape, name, batch_dim, name in spread)))
+            return
         if own or attention or parametrized:
             kind = _kind(module, own, batch_dim)
             found.append((module, kind(module, tape, name, batch_dim, name in spread)))

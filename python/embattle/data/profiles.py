@@ -3,11 +3,14 @@
 Templates of profile injection ("shilling") attacks, which need no access to the model. A profile
 gives the target the highest rating and hides it among filler items:
 
-- `random`: fillers rated as the whole data set is, N(mean, standard deviation) (Lam and Riedl,
-  "Shilling recommender systems for fun and profit", WWW 2004);
-- `average`: each filler rated as others rate it, N(its mean, its standard deviation) (the same);
-- `bandwagon`: `random`, and the most rated items get the highest rating (Mobasher et al., "Toward
-  trustworthy recommender systems", ACM TOIT 7(4), 2007).
+- `random`: fillers rated as the whole data set is, N(mean, standard deviation);
+- `average`: each filler rated as others rate it, N(its mean, its standard deviation);
+- `bandwagon`: `random`, and the most rated items get the highest rating.
+
+The names are the literature's: Lam and Riedl, "Shilling recommender systems for fun and profit",
+WWW 2004, pages 393-402; Mobasher, Burke, Bhaumik and Williams, "Toward trustworthy recommender
+systems: an analysis of attack models and algorithm robustness", ACM TOIT 7(4), 2007. The templates
+here are our reading of them, defined by this text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Robust objectives: one call per batch gives the loss to backpropagate, and metrics."""
 
 from embattle.objectives.awp import AWP
-from embattle.objectives.base import FORMS, AdversarialObjective, Form
+from embattle.objectives.base import FORMS, AdversarialObjective, Form, Parts
 from embattle.objectives.batch import Batch
 from embattle.objectives.bregman import Bregman
 from embattle.objectives.consistency import R3F, Alp, Mart, Smart, Trades, Vat
@@ -19,6 +19,7 @@ __all__ = [
     "Form",
     "FreeAT",
     "Mart",
+    "Parts",
     "Smart",
     "Trades",
     "Vat",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -36,7 +37,35 @@ FORMS: dict[str, Callable[[], Form]] = {
     "freeat": FreeAT,
 }
 
+# The forms that add a clean and an adversarial loss of each sample, or take the latter alone.
+_ADDITIVE = ("mixed", "adversarial", "apr")
+
 _SCHEDULES = ("eps_schedule", "lam_schedule", "steps_schedule")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What each sample adds to an objective, with its graph.
+
+    Attributes:
+        clean: clean losses `[B]`; None for the form "adversarial".
+        adversarial: losses under the perturbations, `[B]`.
+        kept: `[B]` factors of the adversarial losses, 0 for a masked sample; None without masking.
+        lam: weight of the adversarial part.
+    """
+
+    clean: Tensor | None
+    adversarial: Tensor
+    kept: Tensor | None
+    lam: float
+
+    @property
+    def summed(self) -> Tensor:
+        """Each sample's share of the objective, `[B]`: the mean of it is what a call returns."""
+        part = self.adversarial
+        if self.kept is not None:
+            part = torch.where(self.kept > 0, part, torch.zeros_like(part))
+        return part if self.clean is None else self.clean + self.lam * part
 
 
 class AdversarialObjective:
@@ -131,6 +160,46 @@ class AdversarialObjective:
             loss_fn, mask=mask, offsets=offsets, labels=labels, predictions=predictions, joint=joint
         )
         return self.finish(batch, self.form(batch))
+
+    def parts(
+        self,
+        loss_fn: LossFn,
+        *,
+        mask: Masks = None,
+        offsets: Tensor | None = None,
+        labels: Tensor | None = None,
+        predictions: Predict | None = None,
+        joint: bool = False,
+    ) -> tuple[Parts, dict[str, Tensor]]:
+        """Compute the losses of one batch sample by sample, for `PerSampleClipper.backward`.
+
+        As a call of the objective, but nothing is averaged, and no gradients are carried
+        (`early_backward` does not apply).
+
+        Args:
+            loss_fn, mask, offsets, labels, predictions, joint: as for a call.
+
+        Returns:
+            The parts, and metrics as for a call.
+
+        Raises:
+            ValueError: the form is none of "mixed", "adversarial" and "apr".
+        """
+        if self.name not in _ADDITIVE:
+            raise ValueError(
+                f"AdversarialObjective.parts: form must be one of {', '.join(_ADDITIVE)}; got "
+                f"{self.name!r}, whose samples have no losses to add"
+            )
+        batch = self.batch(
+            loss_fn, mask=mask, offsets=offsets, labels=labels, predictions=predictions, joint=joint
+        )
+        clean = None if self.name == "adversarial" else batch.clean()
+        batch.ascend()
+        adversarial = batch.perturbed()
+        kept = batch.weights(adversarial, clean)
+        parts = Parts(None if clean is None else clean.losses, adversarial.losses, kept, batch.lam)
+        _, metrics = self.finish(batch, parts.summed.mean())
+        return parts, metrics
 
     def batch(
         self,
