@@ -73,7 +73,7 @@ def cases(
 ) -> dict[str, Step]:
     """The training steps that are compared."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    sites = [eb.Site(module) for module in modules]
+    sites = [eb.Site(module, model=model) for module in modules]
     usual = Usual(modules)
 
     def finish(loss: Tensor) -> None:
