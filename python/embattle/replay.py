@@ -23,7 +23,7 @@ class _Drawn:
     after: Tensor
 
 
-class DropoutMasks(TorchDispatchMode):
+class DropoutMasks(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Around passes that start from the same random state: later ones copy the masks of the first.
 
     Drawing is a sixth of an encoder's forward pass on a CPU; the copies give the same bits. A draw
@@ -33,7 +33,7 @@ class DropoutMasks(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._drawn: list[_Drawn] = []
         self._turn = 0
         self._passes = 0
@@ -50,12 +50,12 @@ class DropoutMasks(TorchDispatchMode):
 
     def __enter__(self) -> DropoutMasks:
         self._turn = 0
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self._passes += 1
-        super().__exit__(*exc)
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
