@@ -1,29 +1,81 @@
 """What adversarial training costs: ratios of medians to one clean training step of the same run.
 
-    python benchmarks/attack_cost.py [--model encoder|mf|deepfm|all] [--rounds 5] [--out FILE]
+    python benchmarks/attack_cost.py [--model NAME] [--rounds 3] [--out FILE.json]
 
 The cases of a model are run in turn, round after round, so that a machine that slows down slows
 all of them. "usual" is the loop as it is commonly written: `loss.backward()` in every ascent step,
 which computes the gradients of all weights too, and separate torch calls for norms and projection.
+"own" is the share of the step outside the model's forward and backward passes and the optimizer.
+With `--out` the samples are added to those that FILE holds for the same commit and machine, and a
+table is written beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import embattle as eb
 import torch
 import torch.nn.functional as F
+from embattle.guard import Mode
 from torch import Tensor, nn
 
 Step = Callable[[], None]
 EPS, SIZE, STEPS = 0.3, 0.12, 3
+
+# Upper bounds: of the ratio to the clean step, and of that to the usual loop.
+BARS = {
+    "PGD-3 adversarial only": 2.75,
+    "PGD-3 mixed from zero": 3.0,
+    "PGD-3 mixed, random start": 3.55,
+    "FreeLB-3": 2.75,
+    "FGM mixed": 1.9,
+}
+ENCODERS = ("encoder", "same_masks")
+USUAL_BAR = 0.75
+
+
+class Passes:
+    """Adds up the time inside the model's passes and the optimizer, and leaves out the hooks'."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._depth = 0
+
+    def timed(self, function: Callable[..., Any], *, inside: bool = True) -> Callable[..., Any]:
+        """Count the calls of a function (`inside=False`: take them out of the pass around them)."""
+
+        @wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if inside == (self._depth > 0):  # part of a pass already; or a hook outside of any
+                return function(*args, **kwargs)
+            before = self._depth
+            self._depth = int(inside)
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += (time.perf_counter() - start) * (1 if inside else -1)
+                self._depth = before
+
+        return counted
+
+
+PASSES = Passes()
+torch.autograd.grad = PASSES.timed(torch.autograd.grad)
+Tensor.backward = PASSES.timed(Tensor.backward)  # type: ignore[method-assign]
+eb.Site._hook = PASSES.timed(eb.Site._hook, inside=False)  # type: ignore[method-assign]
 
 
 class Usual:
@@ -33,7 +85,7 @@ class Usual:
         self.deltas: list[Tensor] = []
         self.active, self.turn = False, 0
         for module in modules:
-            module.register_forward_hook(self._add)
+            module.register_forward_hook(PASSES.timed(self._add, inside=False))
 
     def _add(self, module: nn.Module, arguments: object, output: Tensor) -> Tensor | None:
         if not self.active:
@@ -70,23 +122,26 @@ def cases(
     modules: list[nn.Module],
     losses: Callable[[], Tensor],
     mask: Tensor | None,
+    mode: Mode = "as_is",
 ) -> dict[str, Step]:
     """The training steps that are compared."""
+    losses = PASSES.timed(losses)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    sites = [eb.Site(module) for module in modules]
+    update, clear = PASSES.timed(optimizer.step), PASSES.timed(optimizer.zero_grad)
+    sites = [eb.Site(module, model=model) for module in modules]
     usual = Usual(modules)
 
     def finish(loss: Tensor) -> None:
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        update()
+        clear()
 
     def robust(form: str, attack: eb.attacks.Attack) -> Step:
         objective = eb.AdversarialObjective(attack, sites, form=form)
         return lambda: finish(objective(losses, mask=mask)[0])
 
     def pgd(**options: object) -> eb.PGD:
-        return eb.PGD(eps=EPS, step_size=SIZE, steps=STEPS, **options)  # type: ignore[arg-type]
+        return eb.PGD(eps=EPS, step_size=SIZE, steps=STEPS, mode=mode, **options)  # type: ignore[arg-type]
 
     def usual_mixed_step() -> None:
         robust_loss = usual.run(losses, model, STEPS)
@@ -100,12 +155,12 @@ def cases(
         "PGD-3 mixed, random start": robust("mixed", pgd(random_start=True)),
         "PGD-3 mixed, usual": usual_mixed_step,
         "FreeLB-3": robust("free", pgd()),
-        "FGM mixed": robust("mixed", eb.FGM(eps=EPS)),
+        "FGM mixed": robust("mixed", eb.FGM(eps=EPS, mode=mode)),
     }
 
 
-def encoder() -> dict[str, Step]:
-    """A MiniLM-size encoder, batch 16 x 64 tokens."""
+def encoder(mode: Mode = "as_is") -> dict[str, Step]:
+    """A MiniLM-size encoder, batch 16 x 64 tokens; every pass draws its own dropout masks."""
     import transformers
 
     config = transformers.BertConfig(
@@ -124,7 +179,12 @@ def encoder() -> dict[str, Step]:
         logits = model(input_ids=tokens, attention_mask=mask).logits
         return F.cross_entropy(logits, labels, reduction="none")
 
-    return cases(model, [model.get_input_embeddings()], losses, mask.bool())
+    return cases(model, [model.get_input_embeddings()], losses, mask.bool(), mode)
+
+
+def same_masks() -> dict[str, Step]:
+    """The same encoder; the passes of a step have the same dropout masks."""
+    return {n: step for n, step in encoder("same").items() if not n.endswith("usual")}
 
 
 class Factors(nn.Module):
@@ -173,53 +233,128 @@ def deepfm() -> dict[str, Step]:
     return cases(model, [model.embedding], losses, None)
 
 
-def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each case, round by round; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each case, in all and of its own, round by round; the first round warms up."""
+    times: dict[str, dict[str, list[float]]] = {n: {"seconds": [], "own": []} for n in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
+            PASSES.seconds = 0.0
             start = time.perf_counter()
             step()
+            took = time.perf_counter() - start
             if number:
-                times[name].append(time.perf_counter() - start)
+                times[name]["seconds"].append(took)
+                times[name]["own"].append(took - PASSES.seconds)
     return times
+
+
+def usual_of(case: str) -> str | None:
+    """The usual loop that does what a case does."""
+    for form in ("PGD-3 adversarial only", "PGD-3 mixed"):
+        if case.startswith(form) and not case.endswith("usual"):
+            return f"{form}, usual"
+    return None
+
+
+def table(name: str, times: dict[str, dict[str, list[float]]]) -> list[str]:
+    """Lines of a Markdown table."""
+    median = {case: statistics.median(each["seconds"]) for case, each in times.items()}
+    lines = [
+        f"{MODELS[name].__doc__}  Clean step {1e3 * median['clean']:.1f} ms; "
+        f"{len(times['clean']['seconds'])} rounds.",
+        "",
+        "| step | ratio to clean | bar | ratio to the usual loop | own |",
+        "|---|---|---|---|---|",
+    ]
+    for case, each in times.items():
+        usual = usual_of(case)
+        usual = usual if usual in times else None
+        bar = BARS.get(case) if name in ENCODERS else None
+        against = "" if usual is None else f"{median[case] / median[usual]:.2f}"
+        if usual is not None and name not in ENCODERS:
+            against += f" (bar {USUAL_BAR})"
+        share = statistics.median(each["own"]) / median[case]
+        lines.append(
+            f"| {case} | {median[case] / median['clean']:.2f} | {bar or ''} | {against} | "
+            f"{100 * share:.1f} % |"
+        )
+    return lines
+
+
+def origin(threads: int) -> dict[str, Any]:
+    """What the figures belong to: the machine, the versions, the commit."""
+
+    def git(*words: str) -> str:
+        run = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+        return run.stdout.strip()
+
+    info = Path("/proc/cpuinfo")
+    names = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in names if line.startswith("model name")]
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "changed": bool(git("status", "--porcelain", "python", "csrc", "benchmarks/*.py")),
+        "machine": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "embattle": eb.__version__,
+    }
+
+
+def save(path: Path, where: dict[str, Any], found: dict[str, Any]) -> None:
+    """Add the samples to a file, and write its tables beside it."""
+    record: dict[str, Any] = {"origin": where, "models": {}}
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before["origin"] == where:
+            record = before
+    for name, times in found.items():
+        known = record["models"].setdefault(name, {})
+        for case, each in times.items():
+            for kind, seconds in each.items():
+                rounded = [round(one, 6) for one in seconds]
+                known.setdefault(case, {}).setdefault(kind, []).extend(rounded)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=None, separators=(",", ":")) + "\n")
+    lines = ["# What adversarial training costs", ""]
+    lines += ["Ratios of medians, cases in turn: `python benchmarks/attack_cost.py`.", ""]
+    lines += [", ".join(f"{key} {value}" for key, value in record["origin"].items()) + ".", ""]
+    for name, times in record["models"].items():
+        lines += [*table(name, times), ""]
+    path.with_suffix(".md").write_text("\n".join(lines))
+
+
+MODELS: dict[str, Callable[[], dict[str, Step]]] = {
+    "encoder": encoder,
+    "same_masks": same_masks,
+    "mf": mf,
+    "deepfm": deepfm,
+}
 
 
 def main() -> None:
     """Measure, print and perhaps write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    models = {"encoder": encoder, "mf": mf, "deepfm": deepfm}
-    parser.add_argument("--model", choices=[*models, "all"], default="all")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
+    parser.add_argument("--rounds", type=int, default=3, help="of the encoders; others have 10 x")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    record: dict[str, object] = {
-        "torch": torch.__version__,
-        "embattle": eb.__version__,
-        "machine": platform.processor() or platform.machine(),
-        "threads": options.threads,
-        "rounds": options.rounds,
-    }
-    for name, make in models.items():
-        if options.model not in (name, "all"):
-            continue
-        rounds = options.rounds if name == "encoder" else 10 * options.rounds
-        times = measure(make(), rounds)
-        clean = statistics.median(times["clean"])
-        print(f"{make.__doc__}  clean step {1e3 * clean:.1f} ms")
-        for case, seconds in times.items():
-            median = statistics.median(seconds)
-            print(f"  {case:32s} {median / clean:5.2f}   ({1e3 * median:.1f} ms)")
-        record[name] = {
-            case: {"median_s": statistics.median(seconds), "seconds": seconds}
-            for case, seconds in times.items()
-        }
+    found: dict[str, Any] = {}
+    for name, make in MODELS.items():
+        if options.model in (name, "all"):
+            rounds = options.rounds * (1 if name in ENCODERS else 10)
+            found[name] = measure(make(), rounds)
+            print("\n".join(table(name, found[name])), end="\n\n")
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        save(options.out, origin(options.threads), found)
 
 
 if __name__ == "__main__":

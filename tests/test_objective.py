@@ -336,3 +336,45 @@ def test_objective_says_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="-1"):
         eb.AdversarialObjective(eb.FGM(eps=1.0), site, lam=-1)
     assert "mixed" in repr(eb.AdversarialObjective(eb.FGM(eps=1.0), site))
+
+
+class Shared(nn.Module):
+    """Autograd gives `one` and `two` the same tensor, and `bias` an expanded number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(10, 4)
+        self.one, self.two = (nn.Parameter(torch.randn(4)) for _ in range(2))
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return (self.embedding(tokens).mean(1) * (self.one + self.two)).tanh().sum(1)
+
+
+@pytest.mark.parametrize("form", ["mixed", "free"])
+def test_gradients_that_share_memory_are_carried(form: str) -> None:
+    model = Shared()
+    tokens = torch.randint(0, 10, (5, 3))
+    steps = 2
+
+    def losses() -> Tensor:
+        return model(tokens) + model.bias.sum()
+
+    attack = eb.PGD(eps=0.3, step_size=0.2, steps=steps)
+    loss, _ = eb.AdversarialObjective(attack, eb.Site(model.embedding), form=form)(losses)
+    (0.25 * loss).backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    # The deltas of each pass, from attacks of fewer steps.
+    counts = range(steps) if form == "free" else (0, steps)
+    total = torch.zeros(())
+    for count in counts:
+        site = eb.Site(model.embedding)
+        at = eb.PGD(eps=0.3, step_size=0.2, steps=count).run(losses, site)
+        with at.applied():
+            total = total + losses().mean()
+        site.remove()
+    (0.25 * total / (steps if form == "free" else 1)).backward()
+    for one, parameter in zip(found, model.parameters(), strict=True):
+        assert torch.allclose(one, parameter.grad, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,16 +23,50 @@ class _Carrier(torch.autograd.Function):
         if held is None:
             raise RuntimeError("this loss was backpropagated before; call the objective anew")
         ctx.held = None
-        # The gradients are ours alone: they are scaled in place, and handed over without a copy.
+        # The gradients are given away: they are scaled in place, and handed over without a copy.
         if grad.device.type != "cpu" or grad.item() != 1.0:
-            for one in held:
-                if one is not None and one.layout == torch.strided:
-                    one.mul_(grad.to(one.dtype))
             held = [
-                one * grad if one is not None and one.layout != torch.strided else one
-                for one in held
+                one if one is None else one.mul_(factor) if mine else (one * factor).to(one.dtype)
+                for one, mine in zip(held, _exclusive(held), strict=True)
+                for factor in [grad if one is None else grad.to(one.dtype)]
             ]
         return (None, None, *held)
+
+
+def _exclusive(grads: Sequence[Tensor | None]) -> list[bool]:
+    """Tell which gradients have memory of their own, and so may be written.
+
+    Autograd gives both terms of a sum the same tensor, and a sum's terms an expanded number.
+    """
+    plain = [g if type(g) is Tensor and g.layout == torch.strided else None for g in grads]
+    storages = [None if g is None else g.untyped_storage() for g in plain]
+    users = Counter(s.data_ptr() for s in storages if s is not None)
+    return [
+        g is not None
+        and s is not None
+        and s.nbytes() == g.numel() * g.element_size()
+        and users[s.data_ptr()] == 1
+        for g, s in zip(plain, storages, strict=True)
+    ]
+
+
+def add_up(total: list[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Add gradients to those so far (an empty list at first), in place where that is safe."""
+    if not total:
+        return list(grads)
+    found: list[Tensor | None] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for one, grad, mine in zip(total, grads, _exclusive(total), strict=True):
+        if one is None or grad is None:
+            found.append(grad if one is None else one)
+        elif mine and grad.layout == torch.strided:
+            pairs.append((one, grad))
+            found.append(one)
+        else:
+            found.append(one + grad)
+    if pairs:
+        torch._foreach_add_([one for one, _ in pairs], [grad for _, grad in pairs])
+    return found
 
 
 def carry(value: Tensor, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:

@@ -21,6 +21,7 @@ from embattle.guard import (
     frozen_weights,
 )
 from embattle.perturb import Addition, Call, Site, is_plain
+from embattle.replay import DropoutMasks
 
 LossFn: TypeAlias = Callable[[], "Tensor | tuple[Tensor, Tensor]"]
 Masks: TypeAlias = "Tensor | Sequence[Tensor | None] | None"
@@ -135,6 +136,7 @@ class Stage:
         self.calls: list[list[Call]] = []
         self.batch = 0
         self._replay: RandomState | None = None
+        self._masks: DropoutMasks | None = None
 
     def by_rows(self, labels: Tensor | None) -> None:
         """Call the loss function with the rows of the batch that it is to run.
@@ -178,7 +180,7 @@ class Stage:
         generator = seed()
         state = RandomState.capture()
         if self.mode == "same" and self._replay is None:
-            self._replay = state
+            self._remember(state)
         with ExitStack() as stack:
             stack.push(lambda kind, *_: (before if kind is not None else state).restore())
             stack.callback(self.rest)
@@ -195,8 +197,27 @@ class Stage:
             site.rest()
 
     def remember_random_state(self) -> None:
-        """Replay from here in the passes of mode "same"."""
-        self._replay = RandomState.capture()
+        """Replay from here in the passes of mode "same", the next one included."""
+        if self.mode == "same":
+            self._remember(RandomState.capture())
+
+    def _remember(self, state: RandomState) -> None:
+        self._replay = state
+        self._masks = None if self.compile else DropoutMasks()
+
+    def forget_masks(self) -> None:
+        """Free the dropout masks: later passes draw them anew."""
+        self._masks = None
+
+    def run(self, loss_fn: LossFn) -> Evaluation:
+        """Call the loss function; in mode "same" with the random numbers of the first pass."""
+        if self._replay is None:
+            return call(loss_fn)
+        self._replay.restore()
+        if self._masks is None or self._masks.idle:
+            return call(loss_fn)
+        with self._masks:
+            return call(loss_fn)
 
     def open(
         self, *, attach: bool = False, start: Callable[[Block], None] | None = None
@@ -209,8 +230,6 @@ class Stage:
             start: called with each block, to set its delta. Where every block is one output, this
                 happens inside the pass, which is then a perturbed one (and keeps its graph).
         """
-        if self.mode == "same" and self._replay is not None:
-            self._replay.restore()
         inside = start is not None and not self.joint
         inside = inside and all(site.scope == "output" for site in self.sites)
         started: list[list[Block]] = [[] for _ in self.sites]
@@ -224,7 +243,7 @@ class Stage:
                 graph = attach or inside
                 calls.append(site.watch(attach=attach, begin=begin, graph=graph))
             with torch.set_grad_enabled(attach or inside):
-                evaluation = call(self.loss_fn)
+                evaluation = self.run(self.loss_fn)
         finally:
             self.rest()
         perturbed = inside and all(
@@ -363,11 +382,9 @@ class Stage:
         self, *, grad: bool, lookups: Lookups = "fresh", detach: bool = False
     ) -> Evaluation:
         """Run the loss function at the current deltas (`lookups`, `detach`: see `place`)."""
-        if self.mode == "same" and self._replay is not None:
-            self._replay.restore()
         with torch.set_grad_enabled(grad):
             self.place(lookups=lookups, detach=detach, graph=grad)
-            return call(self.quick_loss_fn)
+            return self.run(self.quick_loss_fn)
 
     def gradients(self, losses: Tensor) -> list[Tensor]:
         """Differentiate with respect to the deltas, and nothing else.

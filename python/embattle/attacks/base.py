@@ -48,9 +48,10 @@ class Attack:
             The loss function is then called with the rows that remain (an int64 tensor), and
             labels are needed. Waits for the device at every step.
         mode: the model in the attack's passes. "as_is": as it is, each pass draws its own dropout
-            masks. "same": as it is, all passes draw the same random numbers, so the same dropout
-            masks. "eval": in eval mode (the site must know its model). Running statistics of
-            batch norms never change during an attack, and the global random state is put back.
+            masks. "same": as it is, all passes have the same random numbers, so the same dropout
+            masks (drawn only once on a CPU). "eval": in eval mode (the site must know its model).
+            Running statistics of batch norms never change during an attack, and the global random
+            state is put back.
         generator: source of the attack's own random numbers; torch's CPU generator by default,
             which then advances by one draw per run.
         compile: `torch.compile` the loss function, model and all, for all passes but the opening
@@ -216,6 +217,7 @@ class Attack:
                 assert best is not None
                 found = best
                 steps = torch.full_like(clean.losses, self.steps * self.restarts).long()
+        stage.forget_masks()
         for block in stage.blocks:
             block.delta = block.delta.detach()
         return AttackResult(

@@ -14,7 +14,7 @@ from embattle.attacks.judge import DIVERGENCES, Ascend, Judge
 from embattle.blocks import Block
 from embattle.carrier import carry, leaves
 from embattle.masking import Masking, Outcome
-from embattle.stage import Evaluation, Lookups, Stage, call
+from embattle.stage import Evaluation, Lookups, Stage
 
 
 @dataclass
@@ -60,9 +60,8 @@ class Batch:
 
     def clean(self) -> Evaluation:
         """Make the clean training pass, with its graph."""
-        if self.stage.mode == "same":
-            self.stage.remember_random_state()
-        evaluation = call(self.stage.quick_loss_fn)
+        self.stage.remember_random_state()
+        evaluation = self.stage.run(self.stage.quick_loss_fn)
         self.report("clean", evaluation)
         return evaluation
 
@@ -79,13 +78,12 @@ class Batch:
         if not usable:
             evaluation = self.clean()
             return evaluation.losses.mean(), evaluation.detach(), None
-        if self.stage.mode == "same":
-            self.stage.remember_random_state()
+        self.stage.remember_random_state()
         if shared:
             opening = self.stage.open(attach=True)
             evaluation, values = opening.evaluation, self.stage.values()
         else:
-            evaluation, values = call(self.stage.quick_loss_fn), None
+            evaluation, values = self.stage.run(self.stage.quick_loss_fn), None
         self.report("clean", evaluation)
         mean = evaluation.losses.mean()
         places = values or []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from embattle.blocks import Block
-from embattle.carrier import carry, leaves
+from embattle.carrier import add_up, carry, leaves
 from embattle.objectives.batch import Batch
 from embattle.stage import Evaluation
 
@@ -73,8 +73,7 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
     params: list[Tensor] = []
     losses: list[Tensor] = []
     evaluation: Evaluation | None = None
-    if stage.mode == "same":
-        stage.remember_random_state()
+    stage.remember_random_state()
     # The weights of a plain lookup get their gradient in one go, from the sum over the passes.
     plain = stage.plain
     try:
@@ -92,12 +91,14 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
                 deltas = [block.delta for block in stage.blocks]
                 params = [p for p in leaves(mean) if not any(p is d for d in deltas)]
             deltas = [block.delta for block in stage.blocks]
-            grads = torch.autograd.grad(mean, [*deltas, *params], allow_unused=True)
-            total = _sum(total, grads, 1 / count)
+            # A share of the mean is differentiated, so that the sum is the average as it is.
+            grads = torch.autograd.grad(mean / count, [*deltas, *params], allow_unused=True)
+            steps = [None if g is None else g * count for g in grads[: len(deltas)]]
+            total = add_up(total, grads)
             losses.append(mean.detach())
             if number < count - 1 or kept is not None:
                 values = attack.values_of(stage, batch.judge, evaluation.detach())
-                for block, grad, state in zip(stage.blocks, grads, states, strict=False):
+                for block, grad, state in zip(stage.blocks, steps, states, strict=True):
                     attack.step(
                         block,
                         torch.zeros_like(block.delta) if grad is None else grad,
@@ -120,26 +121,3 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
             places.extend(g.to(s.dtype) for g, s in zip(spread, found, strict=True))
     value = torch.stack(losses).mean()
     return carry(value, [*sources, *params], [*places, *total[len(stage.blocks) :]])
-
-
-def _sum(
-    total: list[Tensor | None], grads: tuple[Tensor | None, ...], factor: float
-) -> list[Tensor | None]:
-    """Add `factor * grads` to `total`, in place; sparse gradients out of place."""
-    if not total:
-        return [None if g is None else g * factor for g in grads]
-    both = [(t, g) for t, g in zip(total, grads, strict=True) if t is not None and g is not None]
-    dense = [(t, g) for t, g in both if t.layout == torch.strided and g.layout == torch.strided]
-    if dense:
-        torch._foreach_add_([t for t, _ in dense], [g for _, g in dense], alpha=factor)
-    found: list[Tensor | None] = []
-    for t, g in zip(total, grads, strict=True):
-        if g is None:
-            found.append(t)
-        elif t is None:
-            found.append(g * factor)
-        elif t.layout == torch.strided and g.layout == torch.strided:
-            found.append(t)
-        else:
-            found.append(t + g * factor)
-    return found
