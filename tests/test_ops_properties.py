@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import samples
 import torch
-from compare import assert_close, distances, run, same_bits
+from compare import assert_close, assert_matches_reference, distances, run, same_bits
 from embattle import ops, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -411,6 +411,24 @@ def test_half_precision_draws_the_same_numbers_as_float32(op: str) -> None:
     ]
     assert torch.allclose(draws[0], draws[1].float(), rtol=2e-3, atol=1e-6)
     assert torch.allclose(draws[0], draws[2].float(), rtol=1.6e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 7, 331), (2, 1, 140_001)])
+def test_long_draws_are_those_of_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Groups that begin between blocks of words, cross the stretches drawn at once, or outgrow the
+    buffer that they are drawn into."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    mask = torch.ones(shape[:-1], dtype=torch.bool)
+    mask[0, 1:3] = False
+    for norm in NORMS:
+        for options in ({"norm": norm}, {"norm": norm, "mask": mask}):
+            start = Call([x], {"eps": 1.5, **options})
+            assert_matches_reference("random_start", start, run("random_start", start.clone()))
+            assert_inside(start, run("random_start", start.clone())[0])
+            noise = Call([x], {"std": 0.5, "eps": 7.0, **options})
+            assert_matches_reference("gaussian_noise", noise, run("gaussian_noise", noise.clone()))
+            assert_inside(noise, run("gaussian_noise", noise.clone())[0])
 
 
 # --- per-sample gradients -------------------------------------------------------------------------

@@ -140,26 +140,35 @@ inline void for_elements(const Cut& cut, const F& f, bool taking_part = true) {
   });
 }
 
-// Calls f(cut) for every group [from, to): few big groups one after the other with all threads on
-// each, else many groups at a time, a thread on each.
+// Calls f(begin, end, team) for shares of the groups [from, to): few big groups one after the other
+// with all threads on each (team: how to call them), else many groups at a time, a thread on each
+// share (team: null).
 template <class F>
-inline void for_groups(const Groups& groups, int64_t from, int64_t to, ParallelFor parallel_for,
+inline void for_shares(const Groups& groups, int64_t from, int64_t to, ParallelFor parallel_for,
                        const F& f) {
   if (to <= from) return;
   const int64_t mean = groups.rows * groups.dim / (groups.groups > 0 ? groups.groups : 1);
   const bool split = mean >= (to - from < 16 ? int64_t{1} << 17 : int64_t{1} << 20);
-  const auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      const int64_t first = groups.offsets ? groups.offsets[g] : g * groups.rows_per_group;
-      const int64_t last = groups.offsets ? groups.offsets[g + 1] : first + groups.rows_per_group;
-      f(Cut{groups, g, first, last, split ? parallel_for : nullptr});
-    }
-  };
   if (split || !parallel_for)
-    body(from, to);
+    f(from, to, split ? parallel_for : nullptr);
   else
     parallel(parallel_for, to - from, kGrain / (mean > 0 ? mean : 1) + 1,
-             [&](int64_t begin, int64_t end) { body(from + begin, from + end); });
+             [&](int64_t begin, int64_t end) { f(from + begin, from + end, ParallelFor{}); });
+}
+
+inline Cut cut_of(const Groups& groups, int64_t g, ParallelFor team) {
+  const int64_t first = groups.offsets ? groups.offsets[g] : g * groups.rows_per_group;
+  const int64_t last = groups.offsets ? groups.offsets[g + 1] : first + groups.rows_per_group;
+  return {groups, g, first, last, team};
+}
+
+// Calls f(cut) for every group [from, to).
+template <class F>
+inline void for_groups(const Groups& groups, int64_t from, int64_t to, ParallelFor parallel_for,
+                       const F& f) {
+  for_shares(groups, from, to, parallel_for, [&](int64_t begin, int64_t end, ParallelFor team) {
+    for (int64_t g = begin; g < end; ++g) f(cut_of(groups, g, team));
+  });
 }
 
 inline double of_group(const PerGroup& value, int64_t group) {

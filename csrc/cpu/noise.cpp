@@ -2,19 +2,17 @@
 // element's place in the tensor alone; the layout is told in python/embattle/reference.py.
 #include <cmath>
 
-#include "ball.h"
+#include "draw.h"
+#include "plain.h"
+#include "scratch.h"
 
 namespace embattle {
 namespace {
 
-enum class Draw { uniform, gaussian, exponential };  // in (-1, 1), N(0, 1), signed
-
-constexpr int64_t kChunk = 256;
-
-// Numbers of elements [begin, end), of which there are at most kChunk; begin is a multiple of 4.
-// kWide: 53 bits of two words each, else 24 bits of one.
-template <bool kWide>
-inline void draw(Draw kind, const int64_t* key, int64_t begin, int64_t end, double* to) {
+// Numbers of elements [begin, end) in double; begin is a multiple of 4. kWide: 53 bits of two words
+// each, else 24 bits of one.
+template <bool kWide, Draw kDraw>
+inline void draw_in_double(const int64_t* key, int64_t begin, int64_t end, double* to) {
   constexpr int per_block = kWide ? 2 : 4;
   constexpr double ulp = kWide ? 0x1p-53 : 0x1p-24;
   for (int64_t i = begin; i < end; i += per_block) {
@@ -29,10 +27,10 @@ inline void draw(Draw kind, const int64_t* key, int64_t begin, int64_t end, doub
     }
     for (int k = 0; k < per_block; k += 2) {
       double* pair = to + (i - begin) + k;
-      if (kind == Draw::uniform) {
+      if (kDraw == Draw::uniform) {
         pair[0] = 2 * (m[k] * ulp) - 1;
         pair[1] = 2 * (m[k + 1] * ulp) - 1;
-      } else if (kind == Draw::exponential) {
+      } else if (kDraw == Draw::exponential) {
         for (int j = 0; j < 2; ++j) {
           const double size = -::log((m[k + j] + 1) * ulp);
           pair[j] = negative[k + j] ? -size : size;
@@ -47,19 +45,25 @@ inline void draw(Draw kind, const int64_t* key, int64_t begin, int64_t end, doub
   }
 }
 
-// Calls f(i, n, numbers) for the vectors of elements that take part.
-template <bool kWide, class F>
-inline void for_numbers(const Cut& cut, Draw kind, const int64_t* key, const F& f) {
+// Calls f(i, n, numbers) for the vectors of elements that take part. Numbers of 24 bits come from
+// float lanes, but for groups so small that their errors would not average out.
+template <bool kWide, Draw kDraw, class F>
+inline void for_numbers(const Cut& cut, const int64_t* key, const F& f) {
+  const bool in_floats = !kWide && cut.end() - cut.begin() >= kFewest;
   cut.blocks([&](int, int64_t low, int64_t high) {
     cut.runs(low, high, [&](int64_t begin, int64_t end) {
-      double numbers[kChunk + 4];
-      for (int64_t at = begin; at < end;) {
+      stretches(begin, end, [&](int64_t at, int64_t stop) {
         const int64_t start = at & ~int64_t{3};
-        const int64_t stop = start + kChunk < end ? start + kChunk : end;
-        draw<kWide>(kind, key, start, stop, numbers);
-        each(at, stop, [&](int64_t i, auto n) { f(i, n, load(numbers + (i - start), n)); });
-        at = stop;
-      }
+        if (in_floats) {
+          float numbers[kStretch + kSet];
+          draw<kDraw>(key, start, stop, numbers);
+          each(at, stop, [&](int64_t i, auto n) { f(i, n, load(numbers + (i - start), n)); });
+        } else {
+          double numbers[kStretch + 4];
+          draw_in_double<kWide, kDraw>(key, start, stop, numbers);
+          each(at, stop, [&](int64_t i, auto n) { f(i, n, load(numbers + (i - start), n)); });
+        }
+      });
     });
   });
 }
@@ -95,50 +99,219 @@ struct Lying {
   }
 };
 
+constexpr Draw start_of(Norm norm) {
+  return norm == Norm::linf ? Draw::uniform : norm == Norm::l2 ? Draw::gaussian : Draw::exponential;
+}
+
+// The radius of a group, as a share of eps.
+inline double radius_of(const Cut& cut, const int64_t* key) {
+  const double u = radius_uniform(static_cast<uint64_t>(key[0]), static_cast<uint64_t>(key[1]),
+                                  static_cast<uint64_t>(cut.index));
+  const int64_t count = cut.count();
+  return ::pow(u, 1 / static_cast<double>(count > 1 ? count : 1));
+}
+
+// ---- Float lanes, where there is neither an origin nor a box ----
+
+// What float lanes need for groups of up to kBuffer elements: they are drawn into a buffer, which
+// stays in cache, and written once.
+constexpr int64_t kBuffer = int64_t{1} << 17;
+struct Buffer {
+  Scratch<float> memory;
+
+  Buffer(const Groups& groups, int64_t begin, int64_t end) : memory(most(groups, begin, end)) {}
+  // Where the elements of a group lie, by their place in the tensor.
+  float* at(const Cut& cut) { return memory.get() + 4 - cut.begin(); }
+
+ private:
+  static int64_t most(const Groups& groups, int64_t begin, int64_t end) {
+    int64_t extent = 0;
+    for (int64_t g = begin; g < end; ++g) {
+      const Cut cut = cut_of(groups, g, nullptr);
+      const int64_t own = cut.end() - cut.begin();
+      if (own > extent && own <= kBuffer) extent = own;
+    }
+    return extent + 4 + kSet;
+  }
+};
+
+// Calls f(i, n, numbers) for the float vectors of elements that take part, and settle() on the
+// thread that did a block.
+template <Draw kDraw, class Fn, class S>
+inline void for_floats(const Cut& cut, const int64_t* key, const Fn& f, const S& settle) {
+  cut.blocks([&](int, int64_t low, int64_t high) {
+    cut.runs(low, high, [&](int64_t begin, int64_t end) {
+      stretches(begin, end, [&](int64_t at, int64_t stop) {
+        const int64_t start = at & ~int64_t{3};
+        float numbers[kStretch + kSet];
+        draw<kDraw>(key, start, stop, numbers);
+        int64_t i = at;
+        for (; i + kFloats <= stop; i += kFloats) f(i, All{}, fetch(numbers + (i - start), All{}));
+        const int rest = static_cast<int>(stop - i);
+        if (rest > 0) f(i, rest, fetch(numbers + (i - start), rest));
+      });
+    });
+    settle();
+  });
+}
+
+// Draws the group into a buffer, and returns the sum of squares (l1: of sizes).
+template <Norm kNorm>
+inline double fill(const Cut& cut, const int64_t* key, float* buffer) {
+  double sum = 0;
+  cut.runs(cut.begin(), cut.end(), [&](int64_t begin, int64_t end) {
+    stretches(begin, end, [&](int64_t at, int64_t stop) {
+      // Numbers before `at` are drawn once more, and are the same again.
+      const int64_t start = at & ~int64_t{3};
+      draw<start_of(kNorm)>(key, start, stop, buffer + start);
+      const auto part = [&](int64_t i, auto n) EMBATTLE_INLINE {
+        const F z = fetch(buffer + i, n);
+        return kNorm == Norm::l2 ? z * z : abs(z);
+      };
+      V acc = {};
+      int64_t i = at;
+      for (; i + 4 * kFloats <= stop; i += 4 * kFloats)
+        acc += halves((part(i, All{}) + part(i + kFloats, All{})) +
+                      (part(i + 2 * kFloats, All{}) + part(i + 3 * kFloats, All{})));
+      for (; i + kFloats <= stop; i += kFloats) acc += halves(part(i, All{}));
+      if (i < stop) acc += halves(part(i, static_cast<int>(stop - i)));
+      sum += total(acc);
+    });
+  });
+  return sum;
+}
+
+// As in plain.h, `false` means that nothing was written.
+template <Norm kNorm, class T, class P>
+inline bool start_in_floats(const Cut& cut, const NoiseArgs& args, double eps, const P& place,
+                            Buffer& buffer) {
+  const int64_t extent = cut.end() - cut.begin();
+  if (!fits_float(eps)) return false;
+  const Sink<T> out(args.out, nullptr, cut.groups);
+  if (kNorm == Norm::linf) {
+    const F most = all(static_cast<float>(eps)),
+            limit = all(static_cast<float>(round_down<T>(eps)));
+    for_floats<Draw::uniform>(
+        cut, args.key,
+        [=](int64_t i, auto n, F u) EMBATTLE_INLINE { out.store(i, n, clamped(u * most, limit)); },
+        [&] { out.settle(); });
+    return true;
+  }
+  if (extent < kFewest || extent > kBuffer || cut.parallel_for) return false;
+  const float* const numbers = buffer.at(cut);
+  const double sum = fill<kNorm>(cut, args.key, buffer.at(cut));
+  const double size = kNorm == Norm::l2 ? __builtin_sqrt(sum) : sum;
+  double radius = eps * radius_of(cut, args.key);
+  const double most = float_aim<T>(cut, eps);
+  radius = radius < most ? radius : most;
+  if (!(size > 0) || !fits_float(radius / size)) return false;
+  const F scale = all(static_cast<float>(radius / size));
+  const double stored = float_sums<1, true>(
+                            cut,
+                            [=](int64_t i, auto n, F* acc) EMBATTLE_INLINE {
+                              const F z = out.store(i, n, fetch(numbers + i, n) * scale);
+                              acc[0] = kNorm == Norm::l2 ? z * z : abs(z);
+                            },
+                            [&] { out.settle(); })
+                            .v[0];
+  keep_inside<kNorm>(cut, eps, place, stored);
+  return true;
+}
+
+template <Norm kNorm, class T, class P>
+inline bool add_in_floats(const Cut& cut, const NoiseArgs& args, const P& place) {
+  const double std = of_group(args.std, cut.index), eps = of_group(args.eps, cut.index);
+  if (cut.end() - cut.begin() < kFewest || !fits_float(std)) return false;
+  const T* x = static_cast<const T*>(args.x.data);
+  const Sink<T> past(args.out, x, cut.groups);
+  const Sink<T> out = eps == kInfinity ? past : Sink<T>(past.p);
+  const F factor = all(static_cast<float>(std));
+  for_floats<Draw::gaussian>(
+      cut, args.key,
+      [=](int64_t i, auto n, F number)
+          EMBATTLE_INLINE { out.store(i, n, fused(factor, number, fetch(x + i, n))); },
+      [&] { out.settle(); });
+  if (eps == kInfinity) return true;
+  ProjectArgs project;
+  project.groups = args.groups;
+  project.norm = kNorm;
+  project.delta = {args.out.data, args.out.dtype};
+  project.out = args.out;
+  project.eps = args.eps;
+  if (!plain_project_of<kNorm, T>(cut, project, place))
+    finish<kNorm>(cut, eps, place, Lying<P>{place});
+  return true;
+}
+
+// ---- Any place ----
+
+template <bool kWide, Norm kNorm, class P>
+void start_in_double(const Cut& cut, const NoiseArgs& args, double eps, const P& place) {
+  for_numbers<kWide, start_of(kNorm)>(
+      cut, args.key, [&](int64_t i, auto n, V number) { place.out.store(i, n, number); });
+  double scale = eps;
+  if (kNorm != Norm::linf) {
+    const double size = length<kNorm>(cut, [&](int64_t i, auto n) { return place.out.load(i, n); });
+    scale = size > 0 ? eps * radius_of(cut, args.key) / size : 0;
+  }
+  finish<kNorm>(cut, eps, place, Scaled<P>{place, scale});
+}
+
+template <bool kWide, Norm kNorm, class P>
+void add_in_double(const Cut& cut, const NoiseArgs& args, const P& place) {
+  const typename P::Tensor x(args.x);
+  const double std = of_group(args.std, cut.index);
+  for_numbers<kWide, Draw::gaussian>(cut, args.key, [&](int64_t i, auto n, V number) {
+    place.out.store(i, n, x.load(i, n) + std * number);
+  });
+  finish<kNorm>(cut, of_group(args.eps, cut.index), place, Lying<P>{place});
+}
+
 template <class T, bool kWide>
 void start(const NoiseArgs& args, ParallelFor parallel_for) {
-  const Place<T, false> place(args.out, args.box);
+  typedef Place<T, false> P;
+  const P place(args.out, args.box);
+  const bool plain = is_plain(args.box);
   with_norm(args.norm, [&](auto of) {
     constexpr Norm norm = decltype(of)::norm;
-    constexpr Draw kind = norm == Norm::linf ? Draw::uniform
-                          : norm == Norm::l2 ? Draw::gaussian
-                                             : Draw::exponential;
-    for_groups(args.groups, 0, args.groups.groups, parallel_for, [&](const Cut& cut) {
-      const double eps = of_group(args.eps, cut.index);
-      double scale = eps;
-      if (eps > 0) {
-        for_numbers<kWide>(cut, kind, args.key,
-                           [&](int64_t i, auto n, V number) { place.out.store(i, n, number); });
-        if (norm != Norm::linf) {
-          const double size =
-              length<norm>(cut, [&](int64_t i, auto n) { return place.out.load(i, n); });
-          const double u =
-              radius_uniform(static_cast<uint64_t>(args.key[0]), static_cast<uint64_t>(args.key[1]),
-                             static_cast<uint64_t>(cut.index));
-          const int64_t count = cut.count();
-          const double root = ::pow(u, 1 / static_cast<double>(count > 1 ? count : 1));
-          scale = size > 0 ? eps * root / size : 0;
+    const auto share = [&](int64_t begin, int64_t end, ParallelFor team) {
+      Buffer buffer(args.groups, plain ? begin : end, end);
+      for (int64_t g = begin; g < end; ++g) {
+        const Cut cut = cut_of(args.groups, g, team);
+        const double eps = of_group(args.eps, g);
+        if (!(eps > 0)) {
+          clear(cut, place);
+          continue;
         }
-        finish<norm>(cut, eps, place, Scaled<Place<T, false>>{place, scale});
-      } else {
-        clear(cut, place);
+        const bool done = plain && with_short_type<P>(args.out.dtype, [&](auto* type) {
+                            typedef std::remove_pointer_t<decltype(type)> Short;
+                            if (!start_in_floats<norm, Short>(cut, args, eps, place, buffer))
+                              return false;
+                            clear_masked(cut, static_cast<Short*>(args.out.data));
+                            return true;
+                          });
+        if (!done) start_in_double<kWide, norm>(cut, args, eps, place);
       }
-    });
+    };
+    for_shares(args.groups, 0, args.groups.groups, parallel_for, share);
   });
 }
 
 template <class T, bool kWide>
 void add_noise(const NoiseArgs& args, ParallelFor parallel_for) {
-  const Place<T, false> place(args.out, args.box);
-  const Elements<T> x(args.x);
+  typedef Place<T, false> P;
+  const P place(args.out, args.box);
+  const bool plain = is_plain(args.box);
   with_norm(args.norm, [&](auto of) {
     constexpr Norm norm = decltype(of)::norm;
     for_groups(args.groups, 0, args.groups.groups, parallel_for, [&](const Cut& cut) {
-      const double std = of_group(args.std, cut.index);
-      for_numbers<kWide>(cut, Draw::gaussian, args.key, [&](int64_t i, auto n, V number) {
-        place.out.store(i, n, x.load(i, n) + std * number);
-      });
-      finish<norm>(cut, of_group(args.eps, cut.index), place, Lying<Place<T, false>>{place});
+      const bool done = plain && with_short_type<P>(args.out.dtype, [&](auto* type) {
+                          typedef std::remove_pointer_t<decltype(type)> Short;
+                          if (!add_in_floats<norm, Short>(cut, args, place)) return false;
+                          clear_masked(cut, static_cast<Short*>(args.out.data));
+                          return true;
+                        });
+      if (!done) add_in_double<kWide, norm>(cut, args, place);
     });
   });
 }

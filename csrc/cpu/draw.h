@@ -1,0 +1,226 @@
+// Random numbers in float lanes; their layout is told in python/embattle/reference.py. Philox runs
+// on the low halves of 64-bit lanes, a block of four words in each, so that a multiplication gives
+// both halves of its product at once.
+#pragma once
+
+#include "floats.h"
+
+namespace embattle {
+namespace {
+
+enum class Draw { uniform, gaussian, exponential };  // in (-1, 1), N(0, 1), signed
+
+typedef uint64_t L __attribute__((vector_size(8 * kLanes)));
+
+// Elements that kLanes blocks serve.
+constexpr int kSet = 4 * kLanes;
+// A call draws within one such stretch of the tensor, and writes up to kSet - 1 numbers more than
+// it was asked for.
+constexpr int64_t kStretch = 1024;
+
+// a * b + c; one rounding where the processor has it.
+inline F fused(F a, F b, F c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F>(_mm512_fmadd_ps(
+      reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+  return reinterpret_cast<F>(_mm256_fmadd_ps(
+      reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+  return a * b + c;
+#endif
+}
+inline F fused(F a, float b, float c) { return fused(a, all(b), all(c)); }
+inline F fused(F a, F b, float c) { return fused(a, b, all(c)); }
+
+inline F root(F x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F>(_mm512_maskz_sqrt_ps(0xffff, reinterpret_cast<__m512>(x)));
+#elif defined(__AVX__)
+  return reinterpret_cast<F>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<F>(_mm_sqrt_ps(reinterpret_cast<__m128>(x)));
+#else
+  for (int k = 0; k < kFloats; ++k) x[k] = __builtin_sqrtf(x[k]);
+  return x;
+#endif
+}
+
+// The low halves of a times m.
+inline L product(L a, uint32_t m) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<L>(
+      _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), _mm512_set1_epi64(m)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<L>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(m)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<L>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), _mm_set1_epi64x(m)));
+#else
+  return (a & 0xffffffffu) * m;
+#endif
+}
+
+// The low halves of `even` and of `odd` in turn.
+inline U in_turn(L even, L odd) {
+  const L high = odd << 32;
+#if defined(__AVX512F__)
+  return reinterpret_cast<U>(_mm512_mask_mov_epi32(reinterpret_cast<__m512i>(even), 0xaaaa,
+                                                   reinterpret_cast<__m512i>(high)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<U>(
+      _mm256_blend_epi32(reinterpret_cast<__m256i>(even), reinterpret_cast<__m256i>(high), 0xaa));
+#else
+  return reinterpret_cast<U>((even & 0xffffffffu) | high);
+#endif
+}
+
+// a and b in turn, by pairs of blocks: the numbers of the first half of a set's blocks and those of
+// the second, in order, if the lanes hold the blocks as `counters` has them.
+inline void in_order(F a, F b, F* first, F* second) {
+#if defined(__AVX512F__)
+  *first = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+  *second =
+      __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+#elif defined(__AVX__)
+  *first = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+  *second = __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+#else
+  *first = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  *second = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+inline L counters(uint64_t block) {
+  L x;
+  for (int k = 0; k < kLanes; ++k) x[k] = block + (k % 2) * (kLanes / 2) + k / 2;
+  return x;
+}
+
+constexpr uint32_t kMultiply0 = 0xD2511F53u, kMultiply1 = 0xCD9E8D57u;
+constexpr uint32_t kAdd0 = 0x9E3779B9u, kAdd1 = 0xBB67AE85u;
+
+// The words of kSets * kLanes blocks of stream 0, those of even and odd elements in turn. Three of
+// the four words of a counter are the same for all blocks: two rounds are partly worked out once.
+// Precondition: no multiple of 2^32 lies among the blocks but at their beginning.
+template <int kSets>
+inline void philox_sets(const int64_t* key, uint64_t block, U (*to)[2]) {
+  uint32_t k0 = static_cast<uint32_t>(key[0]);
+  uint32_t k1 = static_cast<uint32_t>(static_cast<uint64_t>(key[0]) >> 32);
+  const uint32_t c2 = static_cast<uint32_t>(key[1]);
+  const uint32_t c3 = static_cast<uint32_t>(static_cast<uint64_t>(key[1]) >> 32);
+  const auto high = [](uint64_t x) { return static_cast<uint32_t>(x >> 32); };
+  const uint64_t first1 = uint64_t{c2} * kMultiply1;
+  const uint32_t one0 = high(first1) ^ high(block) ^ k0, one1 = static_cast<uint32_t>(first1);
+  const uint64_t one2 = c3 ^ k1;
+  k0 += kAdd0, k1 += kAdd1;
+  const uint64_t second0 = uint64_t{one0} * kMultiply0;
+  const uint64_t two0 = one1 ^ k0, two2 = high(second0) ^ k1, two3 = second0 & 0xffffffffu;
+  L w0[kSets], w1[kSets], w2[kSets], w3[kSets];
+  for (int s = 0; s < kSets; ++s) {
+    const L p0 = product(counters(block + static_cast<uint64_t>(s * kLanes)), kMultiply0);
+    const L p1 = product((p0 >> 32) ^ one2, kMultiply1);
+    w0[s] = (p1 >> 32) ^ two0;
+    w1[s] = p1;
+    w2[s] = p0 ^ two2;
+    w3[s] = L{} + two3;
+  }
+#pragma GCC unroll 8
+  for (int round = 2; round < 10; ++round) {
+    k0 += kAdd0, k1 += kAdd1;
+    for (int s = 0; s < kSets; ++s) {
+      const L p0 = product(w0[s], kMultiply0), p1 = product(w2[s], kMultiply1);
+      w0[s] = (p1 >> 32) ^ (w1[s] ^ uint64_t{k0});
+      w1[s] = p1;
+      w2[s] = (p0 >> 32) ^ (w3[s] ^ uint64_t{k1});
+      w3[s] = p0;
+    }
+  }
+  for (int s = 0; s < kSets; ++s) {
+    to[s][0] = in_turn(w0[s], w2[s]);
+    to[s][1] = in_turn(w1[s], w3[s]);
+  }
+}
+
+// -kTimes * log((m + 1) * 2^-24) of m < 2^24, by the logarithm of 1 + f in [2/3, 4/3): a minimax
+// polynomial, off by 3e-8 of the value.
+template <int kTimes>
+inline F minus_log(U m) {
+  constexpr float t = -kTimes;
+  const F x = __builtin_convertvector(reinterpret_cast<J>(m), F) + 1.f;
+  const J away = reinterpret_cast<J>(reinterpret_cast<U>(x) - 0x3f2aaaabu);
+  const F exponent = __builtin_convertvector((away >> 23) - 24, F);
+  const U scaled = reinterpret_cast<U>(x) - (reinterpret_cast<U>(away) & 0xff800000u);
+  const F f = reinterpret_cast<F>(scaled) - 1.f;
+  const F f2 = f * f;
+  const F a = fused(f, t * 0.33333198f, t * -0.49999936f);
+  const F b = fused(f, t * 0.20011169f, t * -0.25007819f);
+  const F c = fused(f, t * 0.13995806f, t * -0.16415960f);
+  const F d = fused(f, t * 0.14026363f, t * -0.15388546f);
+  const F curve = fused(f2 * f2, fused(d, f2, c), fused(b, f2, a));
+  return fused(curve, f2, fused(exponent, all(t * 0.69314718f), f * t));
+}
+
+// The cosine and sine of 2 pi m / 2^24, m being the upper 24 bits of w: polynomials in the distance
+// to the nearest quarter of the circle, off by 3e-8.
+inline void circle(U w, F* cosine, F* sine) {
+  const U quarter = w + 0x20000000u;  // in its two uppermost bits
+  const F t = __builtin_convertvector(reinterpret_cast<J>((w & 0xffffff00u) << 2), F) *
+              static_cast<float>(1.5707963267948966 * 0x1p-32);
+  const F t2 = t * t;
+  const F s3 = fused(t2, fused(t2, -1.9517300e-4f, 8.3321781e-3f), -0.16666655f) * t2;
+  const F s = fused(s3, t, t);
+  const F c = fused(t2, fused(t2, fused(t2, -1.3597823e-3f, 4.1656295e-2f), -0.49999895f), 1.f);
+  const auto odd = reinterpret_cast<J>(quarter << 1) < 0;
+  const F x = odd ? s : c, y = odd ? c : s;
+  *cosine = reinterpret_cast<F>(reinterpret_cast<U>(x) ^ ((quarter ^ quarter << 1) & 0x80000000u));
+  *sine = reinterpret_cast<F>(reinterpret_cast<U>(y) ^ (quarter & 0x80000000u));
+}
+
+// What an element's word gives where it gives one number.
+template <Draw kDraw>
+inline F number_of(U w) {
+  if (kDraw == Draw::uniform)
+    return __builtin_convertvector(reinterpret_cast<J>(w >> 8), F) * 0x1p-23f - 1.f;
+  return reinterpret_cast<F>(reinterpret_cast<U>(minus_log<1>(w >> 8)) ^ (w << 31));
+}
+
+// Numbers of elements [begin, end). Preconditions: begin is a multiple of 4, all lie in one stretch
+// (begin / kStretch == (end - 1) / kStretch), and `to` has room for kSet - 1 more.
+template <Draw kDraw>
+inline void draw(const int64_t* key, int64_t begin, int64_t end, float* to) {
+  constexpr int kAtOnce = 4;  // sets: hides the latency of multiplications
+  const int sets = static_cast<int>((end - begin + kSet - 1) / kSet);
+  const uint64_t block = static_cast<uint64_t>(begin) / 4;
+  U words[kStretch / kSet + 1][2];
+  int done = 0;
+  for (; done + kAtOnce <= sets; done += kAtOnce)
+    philox_sets<kAtOnce>(key, block + static_cast<uint64_t>(done * kLanes), words + done);
+  for (; done < sets; ++done)
+    philox_sets<1>(key, block + static_cast<uint64_t>(done * kLanes), words + done);
+  for (int s = 0; s < sets; ++s) {
+    F even, odd, numbers[2];
+    if constexpr (kDraw == Draw::gaussian) {
+      const F radius = root(minus_log<2>(words[s][0] >> 8));
+      circle(words[s][1], &even, &odd);
+      even *= radius;
+      odd *= radius;
+    } else {
+      even = number_of<kDraw>(words[s][0]);
+      odd = number_of<kDraw>(words[s][1]);
+    }
+    in_order(even, odd, &numbers[0], &numbers[1]);
+    std::memcpy(to + s * kSet, numbers, sizeof(numbers));
+  }
+}
+
+// Calls f(begin, end) for the stretches of [begin, end).
+template <class Fn>
+inline void stretches(int64_t begin, int64_t end, const Fn& f) {
+  for (int64_t stop; begin < end; begin = stop) {
+    stop = (begin / kStretch + 1) * kStretch;
+    if (stop > end) stop = end;
+    f(begin, stop);
+  }
+}
+
+}  // namespace
+}  // namespace embattle
