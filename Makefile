@@ -11,7 +11,7 @@ JOBS ?= $(shell nproc)
 
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help setup dev demo test lint format sanitize bench cuda-check gpu-check clean
+.PHONY: help setup dev demo test lint format sanitize bench cuda-check gpu-check emulator-asan clean
 
 help:
 	@echo "make demo      train and audit a real recommender (about 8 minutes on two cores)"
@@ -21,6 +21,7 @@ help:
 	@echo "make cuda-check  spills and 128-bit accesses of the CUDA kernels; needs nvcc, no GPU"
 	@echo "make gpu-check OUT=dir  test and measure the CUDA kernels on the GPU at hand"
 	@echo "make sanitize  the native tests under AddressSanitizer and UBSan"
+	@echo "make emulator-asan  the CUDA kernels in the emulator under AddressSanitizer and UBSan"
 	@echo "make clean     remove the build and the virtual environment"
 
 # ---- Set-up ----
@@ -75,6 +76,9 @@ gpu-check: $(if $(SYSTEM_PYTHON),,setup)
 
 sanitize: setup
 	@PYTHON=$(PY) JOBS=$(JOBS) bash tools/sanitize.sh
+
+emulator-asan: dev
+	@PYTHON=$(PY) JOBS=$(JOBS) bash tools/emulator_asan.sh
 
 clean:
 	rm -rf build $(VENV) python/embattle/_C*.so

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import embattle as eb
 import pytest
 import samples
 import torch
+import toys
 from compare import assert_matches_reference, run, same_bits
 from embattle import _C, ops
 
@@ -122,3 +124,27 @@ def test_the_device_of_the_data_counts_not_the_current_one() -> None:
     result = ops.project(x, eps=1.0)
     assert result.device == x.device
     assert same_bits(result.cpu(), ops.project(x.to("cuda:0"), eps=1.0).cpu())
+
+
+@pytest.mark.parametrize("norm", samples.NORMS)
+def test_an_attack_finds_on_a_gpu_what_it_finds_on_the_cpu(norm: str) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        model = toys.encoder().to(device)
+        tokens, labels = (t.to(device) for t in toys.text_batch())
+        site = eb.Site(model.embedding)
+        attack = eb.PGD(norm=norm, eps=0.5, step_size=0.2, steps=4)
+        adversary = attack.run(toys.classify(model, tokens, labels), site, mask=tokens != 0)
+        found.append(adversary.deltas[0].detach().cpu())
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
+
+
+def test_the_gradient_to_a_perturbed_table_is_that_of_the_cpu() -> None:
+    call = samples.for_op("embedding_perturb")[0].call(torch.float64)
+    grads = []
+    for device in ("cpu", "cuda"):
+        weight, indices, delta, inverse = (t.to(device) for t in call.args)
+        delta = delta.requires_grad_()
+        ops.embedding_perturb(weight, indices, delta, inverse).square().sum().backward()
+        grads.append(delta.grad.cpu())
+    torch.testing.assert_close(*grads)

@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <memory>
+#include <cstring>
+#include <new>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "cuda/kernels.h"
@@ -199,20 +201,27 @@ AdagradArgs adagrad_of(const py::dict& d) {
   return a;
 }
 
+// Device memory: freed as it was allocated.
+struct Workspace {
+  static constexpr std::align_val_t kAlignment{256};
+  void* memory;
+  explicit Workspace(size_t bytes) : memory(::operator new(bytes, kAlignment)) {
+    std::memset(memory, 0xff, bytes);
+  }
+  Workspace(Workspace&& other) noexcept : memory(std::exchange(other.memory, nullptr)) {}
+  ~Workspace() { ::operator delete(memory, kAlignment); }
+};
+
 // Calls a launcher with a workspace exactly as long as it asks for, filled with NaNs.
 template <class Args>
 void call(int (*launcher)(const Args&, const cuda::Context&), const Args& args) {
-  std::vector<std::unique_ptr<unsigned char[]>> workspaces;
+  std::optional<Workspace> workspace;
   cuda::Context context;
-  context.self = &workspaces;
+  context.self = &workspace;
   context.allocate = [](void* self, size_t bytes) -> void* {
-    auto& all = *static_cast<std::vector<std::unique_ptr<unsigned char[]>>*>(self);
-    if (!all.empty()) throw std::logic_error("a launcher asked for a second workspace");
-    auto memory = std::make_unique<unsigned char[]>(bytes + 256);
-    std::fill_n(memory.get(), bytes + 256, (unsigned char)0xff);
-    auto at = (reinterpret_cast<uintptr_t>(memory.get()) + 255) / 256 * 256;
-    all.push_back(std::move(memory));
-    return reinterpret_cast<void*>(at);
+    auto& w = *static_cast<std::optional<Workspace>*>(self);
+    if (w) throw std::logic_error("a launcher asked for a second workspace");
+    return w.emplace(bytes).memory;
   };
   const int error = launcher(args, context);
   const std::string what = emu::take_error();

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,13 +20,18 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16:
 _NORMS = {"l1": 1, "l2": 2, "linf": 3}
 
 
-@cache
-def kernels() -> ModuleType:
-    """The compiled launchers; EMBATTLE_EMULATOR chooses the variant ("watch" or "asan")."""
+def compiled() -> Path:
+    """The launchers as a module; EMBATTLE_EMULATOR chooses the variant ("watch" or "asan")."""
     variant = os.environ.get("EMBATTLE_EMULATOR", "watch")
     sources = [build.HERE / "bindings.cpp"]
     sources += sorted((build.ROOT / "csrc" / "cuda").glob("*.cu"))
-    path = build.build("emulated_kernels", sources, variant, module=True)
+    return build.build("emulated_kernels", sources, variant, module=True)
+
+
+@cache
+def kernels() -> ModuleType:
+    """The compiled launchers, loaded."""
+    path = compiled()
     spec = importlib.util.spec_from_file_location("emulated_kernels", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,0 +1,367 @@
+"""What `make gpu-check` measures: every op beside the op sequences that others use for its job.
+
+Nothing here needs a GPU: `cases("cpu", tiny=True)` is what the tests run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from embattle import ops
+from torch import Tensor
+
+EPS, STEP = 1.0, 0.3
+RATE_FROM = 64 << 20  # bytes from which a share of the copy's rate is asked for
+
+
+@dataclass
+class Case:
+    """An op at one size."""
+
+    op: str
+    size: str
+    dtype: str
+    bytes: int  # that have to be read and written at least
+    calls: dict[str, Callable[[], Any]]  # by candidate; "embattle" is one of them
+    compiled: Callable[[], Any] | None = None  # what torch.compile is given: calls["eager"]
+    rate: float | None = None  # of the copy's, at least
+    over: dict[str, float] = field(default_factory=dict)  # how many times faster than whom
+    microseconds: float | None = None  # of GPU time, at most
+    same: tuple[str, ...] = ()  # candidates that compute what embattle does
+
+
+def wide(values: Tensor, like: Tensor) -> Tensor:
+    """[groups] as a column that broadcasts over `like`."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+# ---- Steps, as their authors write them: on [groups, ...], a group for each sample ----
+
+
+def eager_step(delta: Tensor, grad: Tensor, norm: str) -> Tensor:
+    """The shortest form in plain torch."""
+    if norm == "linf":
+        return (delta + STEP * grad.sign()).clamp(-EPS, EPS)
+    if norm == "l2":
+        moved = delta + STEP * grad / wide(grad.flatten(1).norm(dim=1), grad)
+        return moved * wide((EPS / moved.flatten(1).norm(dim=1)).clamp(max=1), moved)
+    flat = grad.flatten(1)
+    at = flat.abs().argmax(1, keepdim=True)
+    moved = delta.flatten(1).scatter_add(1, at, STEP * flat.gather(1, at).sign())
+    return sorted_l1(moved).view_as(delta)
+
+
+def torchattacks_step(adv: Tensor, origin: Tensor, grad: Tensor, norm: str) -> Tensor:
+    """A step of PGD or PGDL2 there: the adversarial example is kept, not the perturbation."""
+    if norm == "linf":
+        adv = adv.detach() + STEP * grad.sign()
+        return (origin + torch.clamp(adv - origin, min=-EPS, max=EPS)).detach()
+    norms = torch.norm(grad.view(len(grad), -1), p=2, dim=1) + 1e-10
+    adv = adv.detach() + STEP * (grad / wide(norms, grad))
+    delta = adv - origin
+    norms = torch.norm(delta.view(len(delta), -1), p=2, dim=1)
+    factor = torch.min(EPS / norms, torch.ones_like(norms))
+    return (origin + delta * wide(factor, delta)).detach()
+
+
+def foolbox_step(adv: Tensor, origin: Tensor, grad: Tensor, norm: str) -> Tensor:
+    """A step of its projected gradient descent."""
+    if norm == "linf":
+        return origin + torch.clamp(adv + STEP * grad.sign() - origin, -EPS, EPS)
+    if norm == "l2":
+        norms = grad.flatten(1).norm(dim=1).clamp(min=1e-12)
+        delta = adv + STEP * (grad * wide(1 / norms, grad)) - origin
+        norms = delta.flatten(1).norm(dim=1).clamp(min=1e-12)
+        return origin + delta * wide(torch.minimum(torch.ones_like(norms), EPS / norms), delta)
+    norms = grad.flatten(1).abs().sum(1).clamp(min=1e-12)  # the l1-normalised gradient
+    delta = adv + STEP * (grad * wide(1 / norms, grad)) - origin
+    return origin + sorted_l1(delta.flatten(1)).view_as(delta)
+
+
+def sorted_l1(x: Tensor) -> Tensor:
+    """The projection of rows on the l1 ball by sorting."""
+    ordered = x.abs().sort(1, descending=True).values
+    count = torch.arange(1, x.shape[1] + 1, device=x.device)
+    threshold = (ordered.float().cumsum(1) - EPS) / count
+    kept = (ordered > threshold).sum(1, keepdim=True)
+    threshold = threshold.gather(1, (kept - 1).clamp(min=0)).clamp(min=0)
+    return x.sign() * (x.abs() - threshold).clamp(min=0).to(x.dtype)
+
+
+def eager_project(x: Tensor, norm: str) -> Tensor:
+    if norm == "linf":
+        return x.clamp(-EPS, EPS)
+    if norm == "l2":
+        return x * wide((EPS / x.flatten(1).norm(dim=1)).clamp(max=1), x)
+    return sorted_l1(x.flatten(1)).view_as(x)
+
+
+def eager_start(x: Tensor) -> Tensor:
+    z = torch.randn_like(x)
+    radius = torch.rand(len(x), device=x.device) ** (1 / x[0].numel())
+    return (z * wide(radius / z.flatten(1).norm(dim=1), z)).to(x.dtype)
+
+
+def eager_momentum(delta: Tensor, velocity: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """MI-FGSM in the l2 ball."""
+    velocity = 0.9 * velocity + grad / wide(grad.flatten(1).abs().sum(1), grad)
+    return eager_step(delta, velocity, "l2"), velocity
+
+
+# ---- Per-sample gradients and tables ----
+
+
+def opacus_clip(grads: list[Tensor], bound: float) -> list[Tensor]:
+    """Clipping of materialised per-sample gradients."""
+    norms = torch.stack([g.flatten(1).norm(2, dim=-1) for g in grads], dim=1).norm(2, dim=1)
+    factor = (bound / (norms + 1e-6)).clamp(max=1.0)
+    return [torch.einsum("i,i...", factor.to(g.dtype), g) for g in grads]
+
+
+def eager_clip(grads: list[Tensor], bound: float) -> list[Tensor]:
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
+    factor = (bound / norms).clamp(max=1.0)
+    return [(g * wide(factor, g).to(g.dtype)).sum(0) for g in grads]
+
+
+def eager_norms(grads: list[Tensor]) -> Tensor:
+    return torch.stack([g.flatten(1).norm(dim=1) for g in grads], dim=1).norm(dim=1)
+
+
+def opacus_linear(input: Tensor, grad: Tensor) -> Tensor:
+    """The norms of a linear layer's gradients by Gram matrices."""
+    left = torch.einsum("nik,njk->nij", grad, grad)
+    right = torch.einsum("nik,njk->nij", input, input)
+    return torch.einsum("n...,n...->n", left, right).clamp(min=0).sqrt()
+
+
+def eager_embedding_norm(ids: Tensor, grad: Tensor) -> Tensor:
+    batch, tokens = ids.shape
+    samples = torch.arange(batch, device=ids.device).repeat_interleave(tokens)
+    pairs = torch.stack([samples, ids.flatten()], 1)
+    pairs, inverse = torch.unique(pairs, dim=0, return_inverse=True)
+    summed = grad.new_zeros(len(pairs), grad.shape[-1]).index_add_(0, inverse, grad.flatten(0, 1))
+    return grad.new_zeros(batch).index_add_(0, pairs[:, 0], summed.square().sum(1)).sqrt()
+
+
+def eager_adagrad(weight: Tensor, state: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
+    distinct, inverse = torch.unique(ids, return_inverse=True)
+    summed = grad.new_zeros(len(distinct), grad.shape[1]).index_add_(0, inverse, grad)
+    state.index_add_(0, distinct, summed.float().square().mean(1))
+    scale = 1e-6 / (state[distinct].sqrt() + 1e-8)
+    return weight.index_add_(0, distinct, -(summed * scale.unsqueeze(1)).to(weight.dtype))
+
+
+# ---- The list ----
+
+
+def _size(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _group_cases(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
+    def random() -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    delta, grad, origin = random(), random(), torch.zeros(shape, device=device, dtype=dtype)
+    adv = origin + delta
+    one, size, kind = _size(delta), str(list(shape)), str(dtype).removeprefix("torch.")
+    large = one >= RATE_FROM
+    for norm in ("l2", "linf", "l1"):
+        calls: dict[str, Callable[[], Any]] = {
+            "embattle": lambda n=norm: ops.pgd_step(delta, grad, step_size=STEP, eps=EPS, norm=n),
+            "eager": lambda n=norm: eager_step(delta, grad, n),
+            "foolbox": lambda n=norm: foolbox_step(adv, origin, grad, n),
+        }
+        if norm != "l1":
+            calls["torchattacks"] = lambda n=norm: torchattacks_step(adv, origin, grad, n)
+        yield Case(
+            f"pgd_step {norm}",
+            size,
+            kind,
+            3 * one,
+            calls,
+            compiled=(lambda n=norm: eager_step(delta, grad, n)) if norm != "l1" else None,
+            rate=(0.6 if norm == "l1" else 0.9) if large else None,
+            over={"l2": {"compile": 1.3}, "l1": {"eager": 20.0}}.get(norm, {}),
+            microseconds=8.0 if norm != "l1" and one <= 4 << 20 else None,
+            same=("eager", "torchattacks", "foolbox") if norm != "l1" else ("eager",),
+        )
+        yield Case(
+            f"project {norm}",
+            size,
+            kind,
+            2 * one,
+            {
+                "embattle": lambda n=norm: ops.project(delta, eps=EPS, norm=n),
+                "eager": lambda n=norm: eager_project(delta, n),
+            },
+            compiled=(lambda n=norm: eager_project(delta, n)) if norm != "l1" else None,
+            rate=(0.6 if norm == "l1" else 0.9) if large else None,
+            over={"eager": 20.0} if norm == "l1" else {},
+            same=("eager",),
+        )
+    generator = torch.Generator(device)
+    yield Case(
+        "gaussian_noise",
+        size,
+        kind,
+        2 * one,
+        {
+            "embattle": lambda: ops.gaussian_noise(delta, std=0.1, generator=generator),
+            "eager": lambda: delta + 0.1 * torch.randn_like(delta),
+        },
+        rate=0.9 if large else None,
+    )
+    yield Case(
+        "random_start l2",
+        size,
+        kind,
+        one,
+        {
+            "embattle": lambda: ops.random_start(delta, eps=EPS, generator=generator),
+            "eager": lambda: eager_start(delta),
+        },
+    )
+    velocity = random()
+    yield Case(
+        "momentum_step l2",
+        size,
+        kind,
+        5 * one,
+        {
+            "embattle": lambda: ops.momentum_step(
+                delta, velocity, grad, decay=0.9, step_size=STEP, eps=EPS
+            ),
+            "eager": lambda: eager_momentum(delta, velocity, grad),
+        },
+        compiled=lambda: eager_momentum(delta, velocity, grad),
+        same=("eager",),
+    )
+    yield Case(
+        "group_norm l2",
+        size,
+        kind,
+        one,
+        {
+            "embattle": lambda: ops.group_norm(delta),
+            "eager": lambda: delta.flatten(1).norm(dim=1, dtype=torch.float32),
+        },
+        same=("eager",),
+    )
+
+
+def _list_cases(
+    device: str, batch: int, widths: list[int], dtype: torch.dtype, kind: str
+) -> Iterator[Case]:
+    grads = [torch.randn(batch, w, device=device).to(dtype) for w in widths]
+    size = f"{batch} x {len(widths)} tensors, {sum(widths)}"
+    one, bound = _size(*grads), 0.5 * sum(widths) ** 0.5
+    yield Case(
+        "clip_and_sum",
+        size,
+        kind,
+        2 * one + one // batch,
+        {
+            "embattle": lambda: ops.clip_and_sum(grads, max_norm=bound)[0],
+            "eager": lambda: eager_clip(grads, bound),
+            "opacus": lambda: opacus_clip(grads, bound),
+        },
+        compiled=lambda: eager_clip(grads, bound),
+        rate=0.8 if one >= RATE_FROM else None,
+        same=("eager", "opacus"),
+    )
+    yield Case(
+        "per_sample_norm",
+        size,
+        kind,
+        one,
+        {
+            "embattle": lambda: ops.per_sample_norm(grads),
+            "eager": lambda: eager_norms(grads),
+        },
+        same=("eager",) if dtype == torch.float32 else (),
+    )
+
+
+def _table_cases(device: str, tiny: bool) -> Iterator[Case]:
+    batch, tokens, dim, vocab = (3, 5, 8, 11) if tiny else (256, 256, 768, 100_000)
+    ids = torch.randint(0, vocab, (batch, tokens), device=device)
+    grad, input = torch.randn(2, batch, tokens, dim, device=device)
+    size = str([batch, tokens, dim])
+    yield Case(
+        "linear_grad_norm",
+        f"{size} x {dim}",
+        "float32",
+        _size(grad, input),
+        {
+            "embattle": lambda: ops.linear_grad_norm(input, grad),
+            "eager": lambda: (grad.mT @ input).flatten(1).norm(dim=1),
+            "opacus": lambda: opacus_linear(input, grad),
+        },
+        same=("eager", "opacus"),
+    )
+    yield Case(
+        "embedding_grad_norm",
+        size,
+        "float32",
+        _size(grad, ids),
+        {
+            "embattle": lambda: ops.embedding_grad_norm(ids, grad),
+            "eager": lambda: eager_embedding_norm(ids, grad),
+        },
+        same=("eager",),
+    )
+    distinct, inverse = torch.unique(ids, return_inverse=True)
+    weight = torch.randn(vocab, dim, device=device)
+    delta = torch.randn(len(distinct), dim, device=device)
+    yield Case(
+        "embedding_perturb",
+        size,
+        "float32",
+        2 * _size(delta) + _size(grad) + 2 * _size(ids),
+        {
+            "embattle": lambda: ops.embedding_perturb(weight, ids, delta, inverse),
+            "eager": lambda: F.embedding(ids, weight) + F.embedding(inverse, delta),
+        },
+        compiled=lambda: F.embedding(ids, weight) + F.embedding(inverse, delta),
+        same=("eager",),
+    )
+    # Steps in place: each candidate has a table of its own, and small steps.
+    tables = [(weight.clone(), torch.zeros(vocab, device=device)) for _ in range(2)]
+    flat, flat_grad = ids.flatten(), grad.flatten(0, 1)
+    yield Case(
+        "rowwise_adagrad_",
+        f"{size} in {vocab} rows",
+        "float32",
+        _size(grad, ids) + 2 * _size(delta) + 8 * len(distinct),
+        {
+            "embattle": lambda: ops.rowwise_adagrad_(*tables[0], flat, flat_grad, lr=1e-6),
+            "eager": lambda: eager_adagrad(*tables[1], flat, flat_grad),
+        },
+        same=("eager",),
+    )
+
+
+def cases(device: str, tiny: bool = False) -> Iterator[Case]:
+    """All cases, those with a target first; tensors are made when a case is reached."""
+    if tiny:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield from _group_cases(device, (3, 4, 5), dtype)
+        yield from _list_cases(device, 4, [7, 33], torch.float32, "float32")
+        yield from _table_cases(device, tiny=True)
+        return
+    f32, bf16 = torch.float32, torch.bfloat16
+    yield from _group_cases(device, (64, 512, 768), f32)
+    yield from _group_cases(device, (256, 32, 128), f32)
+    yield from _list_cases(device, 256, [262_144], f32, "float32")
+    yield from _group_cases(device, (128, 512, 768), bf16)
+    yield from _list_cases(device, 256, [64 * 64] * 40 + [512] * 60, f32, "float32")
+    yield from _list_cases(device, 256, [524_288], bf16, "bfloat16")
+    yield from _table_cases(device, tiny=False)
+    yield from _group_cases(device, (4096, 64), f32)
+    yield from _group_cases(device, (64, 128, 768), f32)
