@@ -1,6 +1,6 @@
 """The group ops against a copy of the same bytes, eager torch and torch.compile.
 
-    make bench BENCH="benchmarks/bench_group_ops.py"
+    make bench BENCH="benchmarks/bench_group_ops.py --out benchmarks/results"
 
 The candidates of a case are run in turn, round after round, so that a machine that slows down slows
 all of them. Ratios of medians are to a copy, by as many threads, of the bytes that the op has to

@@ -1,10 +1,21 @@
-"""Settings of every benchmark, and the table that they print."""
+"""Settings of every benchmark, and the table that they print.
+
+With `--out FOLDER` the tables are also written to FOLDER/ops_<date>.md.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
+from origin import in_words, origin
 
 TABLES = pytest.StashKey[dict[str, list[str]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--out", type=Path, help="folder for the tables, as dated Markdown")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,7 +31,19 @@ def report(request: pytest.FixtureRequest) -> dict[str, list[str]]:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    for title, lines in config.stash[TABLES].items():
+    tables = config.stash[TABLES]
+    for title, lines in tables.items():
         terminalreporter.section(title)
         for line in lines:
             terminalreporter.write_line(line)
+    folder = config.getoption("--out")
+    if folder is None or not tables:
+        return
+    about = origin(torch.get_num_threads())
+    text = ["# Ops on the CPU", "", in_words(about) + "."]
+    for title, lines in tables.items():
+        text += ["", f"## {title}", "", "```", *lines, "```"]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"ops_{about['date']}.md"
+    path.write_text("\n".join(text) + "\n")
+    terminalreporter.write_line(f"written: {path}")
