@@ -42,3 +42,17 @@ def test_adversarial_ranking() -> None:
 def test_huggingface_trainer() -> None:
     history = load("huggingface_trainer").main(steps=10)
     assert any("adversarial_loss" in entry for entry in history)
+
+
+def test_lightning_module() -> None:
+    metrics = load("lightning_module").main(epochs=2)
+    assert metrics["train_adversarial_loss"] > metrics["train_clean_loss"]
+
+
+def test_guarded_training() -> None:
+    module = load("guarded_training")
+    found = module.main(steps=60)
+    assert set(found) == set(module.POLICIES)
+    assert found["no masking"]["masked"] == 0
+    assert all(one["true accuracy"] > 0.55 for one in found.values())
+    assert 0.1 < found["loss quantile"]["masked"] < 0.3
