@@ -49,3 +49,17 @@ def test_clipping() -> None:
     assert found["per sample"] > 0.8
     assert found["per user"] < 0.5 < 0.8 < found["plain"]
     assert found["per user, adversarial"] < 0.5
+
+
+def test_lightning_module() -> None:
+    metrics = load("lightning_module").main(epochs=2)
+    assert metrics["train_adversarial_loss"] > metrics["train_clean_loss"]
+
+
+def test_guarded_training() -> None:
+    module = load("guarded_training")
+    found = module.main(steps=60)
+    assert set(found) == set(module.POLICIES)
+    assert found["no masking"]["masked"] == 0
+    assert all(one["true accuracy"] > 0.55 for one in found.values())
+    assert 0.1 < found["loss quantile"]["masked"] < 0.3

@@ -25,10 +25,16 @@ class Problem:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        if kind == "encoder":
-            self.model: nn.Module = toys.encoder()
-            self.tokens, self.labels = toys.text_batch()
-            self.mask = self.tokens != 0
+        if kind != "factors":
+            self.model: nn.Module
+            if kind == "encoder":
+                self.model = toys.encoder()
+                self.tokens, self.labels = toys.text_batch()
+            else:
+                self.model, self.tokens, self.labels = toys.sampled()
+            self.mask = torch.ones_like(self.tokens, dtype=torch.bool)
+            if kind == "encoder":
+                self.mask = self.tokens != 0
             self.loss_fn: Callable[[], Any] = toys.classify(self.model, self.tokens, self.labels)
             self.sites = [eb.Site(self.model.embedding)]
             self.arguments: dict[str, Any] = {"mask": self.mask}
@@ -55,7 +61,7 @@ class Problem:
             handle.remove()
 
     def losses(self, deltas: list[Tensor]) -> Tensor:
-        if self.kind == "encoder":
+        if self.kind != "factors":
             return F.cross_entropy(self.logits(deltas[0]), self.labels, reduction="none")
         tables = (self.model.user, self.model.item, self.model.item)
         u, p, n = (
@@ -68,7 +74,7 @@ class Problem:
     ) -> list[Tensor]:
         leaves = [delta.detach().clone().requires_grad_() for delta in deltas]
         grads = torch.autograd.grad((losses or self.losses)(leaves).sum(), leaves)
-        if self.kind == "encoder":
+        if self.kind != "factors":
             return [grad * self.mask.unsqueeze(-1) for grad in grads]
         return list(grads)
 
@@ -88,9 +94,10 @@ def problem(request: pytest.FixtureRequest) -> Problem:
     return Problem(request.param)
 
 
-@pytest.fixture
-def text() -> Problem:
-    return Problem("encoder")
+@pytest.fixture(params=["encoder", "sampled"])
+def text(request: pytest.FixtureRequest) -> Problem:
+    """A problem whose loss function gives outputs: an encoder, or factors and a sampled softmax."""
+    return Problem(request.param)
 
 
 def seeded(seed: int = 7) -> torch.Generator:
@@ -138,6 +145,26 @@ def test_pgd(problem: Problem, norm: str) -> None:
             ball(d + 0.2 * unit(g, norm), 0.5, norm) for d, g in zip(deltas, grads, strict=True)
         ]
     assert_close(got.deltas, deltas)
+
+
+@pytest.mark.parametrize("projection", ["ball", "box"])
+def test_msap(projection: str) -> None:
+    """Steps of eps / 4 along g / ||g||_2 of each row, in its ball or (authors' code) in a box."""
+    problem = Problem("factors")
+    sites = [eb.Site(problem.model.user, scope="row"), eb.Site(problem.model.item, scope="row")]
+    got = eb.MSAP(eps=0.2, steps=6, projection=projection).run(problem.loss_fn, sites)
+    users, positive, negative = problem.batch
+    tables = [torch.zeros_like(t.weight) for t in (problem.model.user, problem.model.item)]
+    for _ in range(6):
+        u, i = (table.requires_grad_() for table in tables)
+        loss = problem.losses([u[users], i[positive], i[negative]]).sum()
+        grads = torch.autograd.grad(loss, [u, i])
+        moved = [t.detach() + 0.05 * unit(g, "l2") for t, g in zip(tables, grads, strict=True)]
+        tables = [ball(t, 0.2, "l2" if projection == "ball" else "linf") for t in moved]
+    seen = [users.unique(), torch.cat([positive, negative]).unique()]
+    assert_close(got.deltas, [table[rows] for table, rows in zip(tables, seen, strict=True)])
+    longest = max(float(norms.max()) for norms in got.norms)
+    assert (longest > 0.21) == (projection == "box")
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -248,7 +275,7 @@ def test_apgd_dlr(text: Problem) -> None:
         others = torch.where(F.one_hot(text.labels, 3).bool(), -math.inf, z).amax(1)
         return -(right - others) / (ordered[:, 0] - ordered[:, 2])
 
-    other = Problem("encoder")
+    other = Problem(text.kind)
     other.losses = dlr  # type: ignore[method-assign]
     start = text.start(7, eb.ops.random_start, eps=1.0)
     expected = dlr(apgd(other, start, 1.0, "l2", 7))
@@ -310,7 +337,7 @@ def check(
     """Compare loss and weight gradients."""
     model = problem.model
     model.zero_grad()
-    labels = {"labels": problem.labels} if problem.kind == "encoder" else {}
+    labels = {"labels": problem.labels} if problem.kind != "factors" else {}
     loss, _ = objective(problem.loss_fn, **problem.arguments, **labels)
     loss.backward()
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -491,10 +518,12 @@ def test_freelb(problem: Problem, scope: str) -> None:
     check(problem, objective, expected)
 
 
-def test_freelb_starts_uniformly_in_its_box(text: Problem) -> None:
+@pytest.mark.parametrize("eps", [0.6, math.inf])
+def test_freelb_starts_uniformly_in_its_box(text: Problem, eps: float) -> None:
+    """The paper's start and ball; or the code's: a magnitude of its own, and no ball."""
     attack = eb.PGD(
-        eps=math.inf,
-        step_size=0.1,
+        eps=eps,
+        step_size=0.5,
         steps=2,
         random_start=eb.BoxStart(eb.PerDim(0.6)),
         generator=seeded(),
@@ -516,7 +545,11 @@ def test_freelb_starts_uniformly_in_its_box(text: Problem) -> None:
         (d,) = text.start(7, eb.ops.random_start, eps=size, norm="linf")
         first = text.losses([d]).mean()
         (g,) = text.gradients([d])
-        return (first + text.losses([d + 0.1 * g / l2(g)]).mean()) / 2
+        moved = d + 0.5 * g / l2(g)
+        if math.isfinite(eps):
+            assert (l2(moved) > eps).any()
+            moved = ball(moved, eps, "l2")
+        return (first + text.losses([moved]).mean()) / 2
 
     check(text, objective, expected)
 

@@ -308,7 +308,7 @@ def test_adaptive_eps_grows_while_the_target_holds() -> None:
     other.load_state_dict(schedule.state_dict())
     assert other(0) == schedule(0)
     with pytest.raises(ValueError, match="labels"):
-        schedule.update({})
+        schedule.update({"adversarial_loss": torch.tensor(1.0)})
 
 
 def test_adaptive_schedule_in_an_objective() -> None:
@@ -326,6 +326,9 @@ def test_adaptive_schedule_in_an_objective() -> None:
     state = objective.state_dict()
     objective.eps_schedule = eb.schedules.Adaptive(target=0.01)
     objective.load_state_dict(state)
+    assert objective.eps_schedule(0) == pytest.approx(0.5)
+    objective.lam_schedule = eb.schedules.Constant(0.0)  # no attack: nothing to learn from
+    objective(toys.classify(model, tokens, predicted), labels=predicted)
     assert objective.eps_schedule(0) == pytest.approx(0.5)
 
 

@@ -41,6 +41,25 @@ class Factors(nn.Module):
         return (u * self.item(positive)).sum(-1), (u * self.item(negative)).sum(-1)
 
 
+class Sampled(nn.Module):
+    """Matrix factorisation under a sampled softmax: a user's scores of a few drawn items."""
+
+    def __init__(self, candidates: Tensor, users: int = 12, items: int = 20, dim: int = 8) -> None:
+        super().__init__()
+        self.embedding, self.item = nn.Embedding(users, dim), nn.Embedding(items, dim)
+        self.candidates = candidates
+
+    def forward(self, users: Tensor) -> Tensor:
+        return (self.embedding(users) * self.item(self.candidates)).sum(-1)
+
+
+def sampled(batch: int = 6, candidates: int = 3) -> tuple[Sampled, Tensor, Tensor]:
+    """The model in float64, users `[B, 1]`, and which of the candidates is the right one."""
+    torch.manual_seed(0)
+    model = Sampled(torch.randint(0, 20, (batch, candidates))).double()
+    return model, torch.randint(0, 12, (batch, 1)), torch.randint(0, candidates, (batch,))
+
+
 def encoder(dropout: float = 0.0, dtype: torch.dtype = torch.float64, seed: int = 0) -> Encoder:
     torch.manual_seed(seed)
     return Encoder(dropout).to(dtype)

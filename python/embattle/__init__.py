@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from embattle.attacks import FGM as FGM
     from embattle.attacks import FGSM as FGSM
     from embattle.attacks import MIFGSM as MIFGSM
+    from embattle.attacks import MSAP as MSAP
     from embattle.attacks import PGD as PGD
     from embattle.attacks import VAT as VAT
     from embattle.attacks import AttackResult as AttackResult
@@ -88,6 +89,7 @@ _EXPORTS: dict[str, str] = {
     "GaussianNoise": "attacks",
     "GaussianStart": "attacks",
     "MIFGSM": "attacks",
+    "MSAP": "attacks",
     "Mart": "objectives",
     "Monitor": "monitor",
     "NEFTune": "attacks",

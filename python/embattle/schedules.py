@@ -120,8 +120,10 @@ class Adaptive:
         return self.factor
 
     def update(self, metrics: dict[str, Tensor]) -> None:
-        """Take in the metrics of a step."""
+        """Take in the metrics of a step; one without an attack (lam 0) tells nothing."""
         if "robust_accuracy" not in metrics:
+            if "adversarial_loss" not in metrics:
+                return
             raise ValueError(
                 "Adaptive: needs the robust accuracy; let loss_fn return (losses, logits) and pass "
                 "labels to the objective"

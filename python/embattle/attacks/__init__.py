@@ -2,7 +2,7 @@
 
 from embattle.attacks.base import Attack
 from embattle.attacks.direction import VAT, SMARTStep
-from embattle.attacks.gradient import FGM, FGSM, PGD
+from embattle.attacks.gradient import FGM, FGSM, MSAP, PGD
 from embattle.attacks.momentum import APGD, MIFGSM
 from embattle.attacks.noise import GaussianNoise, NEFTune, UniformNoise
 from embattle.attacks.result import AttackResult
@@ -14,6 +14,7 @@ __all__ = [
     "FGM",
     "FGSM",
     "MIFGSM",
+    "MSAP",
     "PGD",
     "VAT",
     "Attack",

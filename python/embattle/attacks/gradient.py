@@ -1,10 +1,10 @@
-"""Attacks by projected steepest ascent: FGM, FGSM, PGD."""
+"""Attacks by projected steepest ascent: FGM, FGSM, PGD, MSAP."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -111,3 +111,46 @@ class FGSM(FGM):
     """
 
     norm: Norm = "linf"
+
+
+@dataclass(kw_only=True, repr=False)
+class MSAP(PGD):
+    """Multi-step perturbations of recommenders' embeddings (Anelli et al., FLAIRS 2021).
+
+    Steps `eps / 4 * g / ||g||_2` by default, in sites of scope "row" or "output". The authors' code
+    then clips every coordinate to `+- eps`: `projection="box"`, whose perturbations are up to
+    `sqrt(d)` times longer than those of the one-step attack that they are compared with. The
+    default is the l2 ball of that attack, so that equal eps means equal strength.
+
+    Args:
+        projection: "ball" (l2) or "box" (linf, after steps of l2).
+    """
+
+    projection: Literal["ball", "box"] = "ball"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm != "l2":
+            raise ValueError(f"MSAP: steps are of norm 'l2', got {self.norm!r}")
+        if self.projection not in ("ball", "box"):
+            raise ValueError(f"MSAP: projection must be 'ball' or 'box', got {self.projection!r}")
+
+    def _words(self) -> list[str]:
+        size = "eps / 4" if self.step_size is None else words(self.step_size)
+        found = [f"{self.steps} step" + ("s" if self.steps != 1 else "") + f" of {size}"]
+        return [*found, "clipped to a box of eps"] if self.projection == "box" else found
+
+    def begin(self, block: Block, scale: float) -> dict[str, Any]:
+        state = super().begin(block, scale)
+        if self.step_size is None:
+            state["step_size"] = state["eps"] * 0.25
+        return state
+
+    def step(
+        self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor
+    ) -> None:
+        if self.projection == "ball":
+            super().step(block, grad, state, number, values)
+            return
+        super().step(block, grad, state | {"eps": math.inf}, number, values)
+        ops.project_(block.delta.detach(), eps=state["eps"], norm="linf", **block.geometry)
