@@ -13,12 +13,8 @@ table is written beside it.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -29,6 +25,7 @@ import embattle as eb
 import torch
 import torch.nn.functional as F
 from embattle.guard import Mode
+from origin import in_words, origin
 from torch import Tensor, nn
 
 Step = Callable[[], None]
@@ -281,31 +278,6 @@ def table(name: str, times: dict[str, dict[str, list[float]]]) -> list[str]:
     return lines
 
 
-def origin(threads: int) -> dict[str, Any]:
-    """What the figures belong to: the machine, the versions, the commit."""
-
-    def git(*words: str) -> str:
-        run = subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-        return run.stdout.strip()
-
-    info = Path("/proc/cpuinfo")
-    names = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in names if line.startswith("model name")]
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "changed": bool(git("status", "--porcelain", "python", "csrc", "benchmarks/*.py")),
-        "machine": models[0] if models else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "embattle": eb.__version__,
-    }
-
-
 def save(path: Path, where: dict[str, Any], found: dict[str, Any]) -> None:
     """Add the samples to a file, and write its tables beside it."""
     record: dict[str, Any] = {"origin": where, "models": {}}
@@ -323,7 +295,7 @@ def save(path: Path, where: dict[str, Any], found: dict[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=None, separators=(",", ":")) + "\n")
     lines = ["# What adversarial training costs", ""]
     lines += ["Ratios of medians, cases in turn: `python benchmarks/attack_cost.py`.", ""]
-    lines += [", ".join(f"{key} {value}" for key, value in record["origin"].items()) + ".", ""]
+    lines += [in_words(record["origin"]) + ".", ""]
     for name, times in record["models"].items():
         lines += [*table(name, times), ""]
     path.with_suffix(".md").write_text("\n".join(lines))

@@ -2,7 +2,7 @@
 
 Every step is forward, backward and SGD. All the ways of one model take turns in one process, so
 that a slow moment hits all of them; the figures are ratios of medians. Memory is the largest amount
-of live tensors made during a step.
+of live tensors during a step, the model's and the batch's own among them.
 
     python benchmarks/bench_clipping.py                      # all models, plain and clipped
     python benchmarks/bench_clipping.py --peers --out benchmarks/results
@@ -18,16 +18,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import io
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from embattle.clipping import PerSampleClipper
+from origin import in_words, origin
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -154,12 +154,23 @@ MODELS: dict[
 
 
 class LiveBytes(TorchDispatchMode):
-    """The largest number of bytes of live tensors made while it is on."""
+    """The largest number of bytes of live tensors while it is on: those given, those made."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
         self.live: dict[int, int] = {}
         self.now = self.peak = 0
+        self.given = [tensor.untyped_storage() for tensor in given]
+        for storage in self.given:
+            self._note(storage)
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self.live:
+            return
+        self.live[storage._cdata] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, storage._cdata)
 
     def _forget(self, key: int) -> None:
         self.now -= self.live.pop(key, 0)
@@ -167,19 +178,11 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        import weakref
-
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if not isinstance(leaf, Tensor) or leaf.layout != torch.strided:
                 continue
-            storage = leaf.untyped_storage()
-            key = storage._cdata
-            if key not in self.live:
-                self.live[key] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._forget, key)
+            self._note(leaf.untyped_storage())
         return out
 
 
@@ -320,15 +323,9 @@ def measure(steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
     return times
 
 
-def peak(step: Step) -> int:
-    """Bytes of live tensors a step needs at most; for CUDA what its allocator says."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with LiveBytes() as live:
+def peak(step: Step, model: nn.Module, batch: Batch) -> int:
+    """Bytes of live tensors during a step at most."""
+    with LiveBytes([*model.parameters(), *model.buffers(), *batch[0], batch[1]]) as live:
         step()
     return live.peak
 
@@ -343,10 +340,12 @@ def run(name: str, peers: list[str], seconds: float) -> dict[str, Any]:
         torch.manual_seed(1)
         return make()
 
-    steps = {"plain": plain_step(fresh(plain), batch)}
-    ours = fresh(clipped)
-    steps["embattle"] = clipped_step(ours, batch)
-    update = first_update(ours, steps["embattle"])
+    models = {"plain": fresh(plain), "embattle": fresh(clipped)}
+    steps = {
+        "plain": plain_step(models["plain"], batch),
+        "embattle": clipped_step(models["embattle"], batch),
+    }
+    update = first_update(models["embattle"], steps["embattle"])
     apart, absent = {}, {}
     for label in peers:
         model = fresh(PEER_MODELS.get(name, plain))
@@ -362,10 +361,11 @@ def run(name: str, peers: list[str], seconds: float) -> dict[str, Any]:
             steps.pop(label, None)
             absent[label] = f"{type(error).__name__}: {error}"[:160]
             continue
+        models[label] = model
         apart[label] = float((found - update).norm() / update.norm())
     times = measure(steps, seconds)
     medians = {label: statistics.median(t) for label, t in times.items()}
-    memory = {label: peak(step) for label, step in steps.items()}
+    memory = {label: peak(step, models[label], batch) for label, step in steps.items()}
     return {
         "model": name,
         "plain_ms": 1000 * medians["plain"],
@@ -386,8 +386,7 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         "# Cost of per-sample clipping",
         "",
-        f"{about['date']}, torch {about['torch']}, {about['threads']} threads, {about['machine']}; "
-        f"commit {about['commit']}. Each cell: time over the plain step's (ratio of medians), peak "
+        f"{in_words(about)}. Each cell: time over the plain step's (ratio of medians), peak "
         "memory over the plain step's. The goal for the time ratio is in brackets. `*`: the first "
         "update differs from ours by more than 1%.",
         "",
@@ -413,22 +412,6 @@ def markdown(record: dict[str, Any]) -> str:
     if notes:
         lines += ["", "Left out:", "", *notes]
     return "\n".join(lines) + "\n"
-
-
-def commit() -> str:
-    """The checkout's commit, from git's own files."""
-    git = Path(__file__).parent.parent / ".git"
-    try:
-        if git.is_file():
-            git = Path(git.read_text().split(":", 1)[1].strip())
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head[:12]
-        common = git / "commondir"
-        root = (git / common.read_text().strip()) if common.is_file() else git
-        return (root / head[5:]).read_text().strip()[:12]
-    except OSError:
-        return "unknown"
 
 
 def main() -> None:
@@ -458,17 +441,9 @@ def main() -> None:
         for label, why in result["absent"].items():
             print(f"  {label} is left out: {why}")
     if args.out:
-        today = datetime.date.today().isoformat()
-        about = {
-            "date": today,
-            "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
-            "threads": args.threads,
-            "peers": peers,
-            "commit": commit(),
-        }
+        about = {**origin(args.threads), "peers": peers}
         args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"bench_clipping_{today}.json"
+        path = args.out / f"bench_clipping_{about['date']}.json"
         kept = json.loads(path.read_text())["results"] if path.exists() else []
         every = {result["model"]: result for result in [*kept, *results]}
         record = {"about": about, "results": [every[name] for name in MODELS if name in every]}

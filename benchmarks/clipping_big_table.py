@@ -11,9 +11,7 @@ thousand rows is measured beside it: the cost of a step should not tell the two 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -99,20 +97,17 @@ def main() -> None:
             "{before_gb:.2f} GB of it before the first step".format(**results[-1])
         )
     if options.out:
-        import torch
+        from origin import origin
 
-        today = datetime.date.today().isoformat()
+        about = origin(options.threads)
         record = {
-            "date": today,
-            "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
-            "threads": options.threads,
+            **about,
             "samples": options.samples,
             "width": options.width,
             "results": results,
         }
         options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"clipping_big_table_{today}.json"
+        path = options.out / f"clipping_big_table_{about['date']}.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
 
 
