@@ -103,6 +103,7 @@ class Site:
         self._record: list[Call] | None = None
         self._attach = False
         self._begin: Callable[[Call], Tensor] | None = None
+        self._aside: Callable[..., Any] | None = None
         self._handle = module.register_forward_hook(self._hook, with_kwargs=True)
 
     def remove(self) -> None:
@@ -126,7 +127,12 @@ class Site:
         return self._additions is not None or self._record is not None
 
     def watch(
-        self, *, attach: bool, begin: Callable[[Call], Tensor] | None = None, graph: bool = False
+        self,
+        *,
+        attach: bool,
+        begin: Callable[[Call], Tensor] | None = None,
+        graph: bool = False,
+        aside: bool = False,
     ) -> list[Call]:
         """Record the calls of the coming forward pass.
 
@@ -136,7 +142,13 @@ class Site:
             begin: gives for each call what is added to its output at once. A compiled model does
                 not call it, and stays unperturbed in this pass.
             graph: the pass keeps its graph.
+            aside: where the pass is compiled, step out of it at this module, so that what it
+                returns and where its gradient is asked are seen: the code before and after is
+                compiled apart.
         """
+        self._aside = None
+        if aside:
+            self._aside = torch.compiler.disable(self._open)  # type: ignore[no-untyped-call]
         self._additions, self._record, self._turn = None, [], 0
         self._attach, self._begin, self._graph = attach, begin, graph
         return self._record
@@ -199,21 +211,27 @@ class Site:
                 self._turn += 1
             return self._perturb(turn, additions[turn], args, kwargs, output)
         if self._record is not None:
+            if self._aside is not None:
+                return self._aside(args, kwargs, output)
+            if not torch.compiler.is_compiling():
+                return self._open(args, kwargs, output)
             value, offsets = rows_of(output)
-            if torch.compiler.is_compiling():
-                self._record.append(Call(value.detach(), value, True, args, kwargs, offsets))
-                return None
-            self._refuse_checkpoints()
-            leaf = value.detach()
-            if self._attach and self._begin is None:
-                leaf.requires_grad_()
-            call = Call(leaf, value, False, args, kwargs, offsets)
-            self._record.append(call)
-            if self._begin is not None:
-                value = leaf if self._attach else value
-                return _with_rows(output, value + self._begin(call).to(value.dtype))
-            return _with_rows(output, leaf.clone() if self._attach else value.clone())
+            self._record.append(Call(value.detach(), value, True, args, kwargs, offsets))
         return None
+
+    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Record a call of the opening pass, and give the model what it goes on with."""
+        self._refuse_checkpoints()
+        value, offsets = rows_of(output)
+        leaf = value.detach()
+        if self._attach and self._begin is None:
+            leaf.requires_grad_()
+        call = Call(leaf, value, False, args, kwargs, offsets)
+        cast(list[Call], self._record).append(call)
+        if self._begin is not None:
+            value = leaf if self._attach else value
+            return _with_rows(output, value + self._begin(call).to(value.dtype))
+        return _with_rows(output, leaf.clone() if self._attach else value.clone())
 
     def _perturb(
         self,

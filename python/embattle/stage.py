@@ -95,7 +95,8 @@ class Stage:
         offsets: int64 `[groups + 1]`, for packed rows: the groups' bounds in the flattened rows.
         joint: one ball around all outputs of a sample together, instead of one for each output.
         mode: what the model does in the attack's own passes (see `embattle.PGD`).
-        compile: `torch.compile` the loss function for all passes but the opening one.
+        compile: `torch.compile` the loss function; the pass that opens an attack, which shows where
+            the embeddings are, in two parts, before and after them.
     """
 
     def __init__(
@@ -241,9 +242,11 @@ class Stage:
                 if inside and start is not None:
                     begin = partial(self._begin, index, start, started[index])
                 graph = attach or inside
-                calls.append(site.watch(attach=attach, begin=begin, graph=graph))
+                calls.append(
+                    site.watch(attach=attach, begin=begin, graph=graph, aside=self.compile)
+                )
             with torch.set_grad_enabled(attach or inside):
-                evaluation = self.run(self.loss_fn)
+                evaluation = self.run(self.quick_loss_fn)
         finally:
             self.rest()
         perturbed = inside and all(

@@ -54,8 +54,9 @@ class Attack:
             state is put back.
         generator: source of the attack's own random numbers; torch's CPU generator by default,
             which then advances by one draw per run.
-        compile: `torch.compile` the loss function, model and all, for all passes but the opening
-            one (which shows where the embeddings are). The site must know its model.
+        compile: `torch.compile` the loss function, model and all (give the model uncompiled). The
+            pass that opens the attack, which shows where the embeddings are, is compiled in parts:
+            up to them, and from there. The site must know its model.
     """
 
     norm: Norm = "l2"

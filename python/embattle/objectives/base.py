@@ -92,8 +92,8 @@ class AdversarialObjective:
             is returned: cheaper, and the clean graph does not wait in memory. The returned loss can
             then be backpropagated once, and its graph shows only parameters. Turn it off where
             parameters are sharded (FSDP2), and with a float16 gradient scaler.
-        compile: `torch.compile` the loss function, model and all, for every pass but one that
-            opens an attack. The sites must know their model.
+        compile: `torch.compile` the loss function, model and all, as for an attack. The sites must
+            know their model.
 
     Raises:
         ValueError: unknown form, or negative lam.
