@@ -69,12 +69,14 @@ struct Words {
 }
 
 // How far inside the ball the l2 and l1 projections aim, so that rounding n elements to a type of
-// unit roundoff u hardly ever leaves it: relative, and less than an ulp. Small groups aim at eps
-// itself, and are pulled in where rounding left the ball.
+// unit roundoff u hardly ever leaves it: relative, and less than an ulp. Errors average over n
+// elements, but over no more than the type has significands: elements that share one may be off in
+// the same way. Small groups aim at eps itself, and are pulled in where rounding left the ball.
 [[maybe_unused]] EMBATTLE_HD double aim(double u, int64_t n) {
   if (n < 64) return 1;
-  double root = 8;  // a power of two not above sqrt(n)
-  while (root * root * 4 <= static_cast<double>(n)) root *= 2;
+  const double independent = static_cast<double>(n) < 0.5 / u ? static_cast<double>(n) : 0.5 / u;
+  double root = 8;  // a power of two not above the square root
+  while (root * root * 4 <= independent) root *= 2;
   return 1 - 3 * u / root;
 }
 

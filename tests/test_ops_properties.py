@@ -431,6 +431,70 @@ def test_long_draws_are_those_of_the_reference(shape: tuple[int, ...], dtype: to
             assert_inside(noise, run("gaussian_noise", noise.clone())[0])
 
 
+# --- fast paths -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_short_groups_are_the_same_alone(norm: str, dtype: torch.dtype) -> None:
+    """Short groups go several at a time, whatever their neighbours hold."""
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(23, 77, generator=g).to(dtype)
+    grad = torch.randn(23, 77, generator=g).to(dtype)
+    x[3] = 0
+    x[4] *= 1e-4
+    grad[6, 5] = math.inf
+    grad[7] = 0
+    grad[8] = -x[8]
+    eps = torch.rand(23, generator=g) * {"l1": 30, "l2": 12, "linf": 2}[norm]
+    eps[10] = 0
+    for options in ({"eps": eps}, {"eps": 0.7}):
+
+        def alone(k: int, options: dict[str, Any] = options) -> dict[str, Any]:
+            return {
+                name: v[k : k + 1] if isinstance(v, Tensor) else v for name, v in options.items()
+            }
+
+        projected = ops.project(x, norm=norm, **options)
+        stepped = ops.pgd_step(x, grad, step_size=0.4, norm=norm, **options)
+        in_place = ops.pgd_step_(x.clone(), grad, step_size=0.4, norm=norm, **options)
+        assert same_bits(stepped, in_place)
+        for k in range(len(x)):
+            row = slice(k, k + 1)
+            assert same_bits(projected[row], ops.project(x[row], norm=norm, **alone(k)))
+            step = ops.pgd_step(x[row], grad[row], step_size=0.4, norm=norm, **alone(k))
+            assert same_bits(stepped[row], step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [1e-6, 3e-3, 0.1, 0.6, 0.999])
+@pytest.mark.parametrize("kind", ["normal", "heavy", "ties", "equal", "sorted", "peak"])
+def test_l1_thresholds_of_long_groups(kind: str, share: float, dtype: torch.dtype) -> None:
+    """Few and many elements left, in places that a sample of the group does and does not show."""
+    g = torch.Generator().manual_seed(9)
+    x = torch.randn(2, 30_011, generator=g)
+    if kind == "heavy":
+        x = x**5
+    elif kind == "ties":
+        x = (x * 2).round() / 2
+    elif kind == "equal":
+        x = x.sign() * 0.3
+    elif kind == "sorted":
+        x = x.sort(1).values
+    elif kind == "peak":
+        x[:, 17] = 1e4
+    x = x.to(dtype)
+    eps = x.double().abs().sum(1) * share
+    call = Call([x], {"eps": eps.float(), "norm": "l1"})
+    result = run("project", call)
+    assert_matches_reference("project", call, result)
+    assert_inside(call, result[0])
+    step = Call([x, x.roll(1, 1)], {"eps": eps.float(), "norm": "l1", "step_size": 0.5})
+    result = run("pgd_step", step)
+    assert_matches_reference("pgd_step", step, result)
+    assert_inside(step, result[0])
+
+
 # --- per-sample gradients -------------------------------------------------------------------------
 
 

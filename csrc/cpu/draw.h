@@ -14,8 +14,7 @@ typedef uint64_t L __attribute__((vector_size(8 * kLanes)));
 
 // Elements that kLanes blocks serve.
 constexpr int kSet = 4 * kLanes;
-// A call draws within one such stretch of the tensor, and writes up to kSet - 1 numbers more than
-// it was asked for.
+// What is drawn at once: no call draws across a border of such stretches of the tensor.
 constexpr int64_t kStretch = 1024;
 
 // a * b + c; one rounding where the processor has it.
@@ -75,7 +74,7 @@ inline U in_turn(L even, L odd) {
 }
 
 // a and b in turn, by pairs of blocks: the numbers of the first half of a set's blocks and those of
-// the second, in order, if the lanes hold the blocks as `counters` has them.
+// the second, in order, if the lanes hold the blocks as kOrder has them.
 inline void in_order(F a, F b, F* first, F* second) {
 #if defined(__AVX512F__)
   *first = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
@@ -89,51 +88,70 @@ inline void in_order(F a, F b, F* first, F* second) {
   *second = __builtin_shufflevector(a, b, 2, 6, 3, 7);
 #endif
 }
-inline L counters(uint64_t block) {
-  L x;
-  for (int k = 0; k < kLanes; ++k) x[k] = block + (k % 2) * (kLanes / 2) + k / 2;
-  return x;
-}
+#if defined(__AVX512F__)
+constexpr L kOrder = {0, 4, 1, 5, 2, 6, 3, 7};
+#elif defined(__AVX__)
+constexpr L kOrder = {0, 2, 1, 3};
+#else
+constexpr L kOrder = {0, 1};
+#endif
 
 constexpr uint32_t kMultiply0 = 0xD2511F53u, kMultiply1 = 0xCD9E8D57u;
-constexpr uint32_t kAdd0 = 0x9E3779B9u, kAdd1 = 0xBB67AE85u;
+
+// A key, and what the rounds make of it.
+struct Keys {
+  uint32_t c2, c3;
+  uint32_t k0[2], k1[2];
+  L later0[8], later1[8];  // from the third round on, in every lane
+
+  explicit Keys(const int64_t* key) {
+    const auto low = [](int64_t x) { return static_cast<uint32_t>(x); };
+    c2 = low(key[1]);
+    c3 = low(key[1] >> 32);
+    uint32_t a = low(key[0]), b = low(key[0] >> 32);
+    for (int round = 0; round < 10; ++round, a += 0x9E3779B9u, b += 0xBB67AE85u) {
+      if (round < 2) {
+        k0[round] = a;
+        k1[round] = b;
+      } else {
+        later0[round - 2] = L{} + a;
+        later1[round - 2] = L{} + b;
+      }
+    }
+  }
+};
 
 // The words of kSets * kLanes blocks of stream 0, those of even and odd elements in turn. Three of
 // the four words of a counter are the same for all blocks: two rounds are partly worked out once.
 // Precondition: no multiple of 2^32 lies among the blocks but at their beginning.
 template <int kSets>
-inline void philox_sets(const int64_t* key, uint64_t block, U (*to)[2]) {
-  uint32_t k0 = static_cast<uint32_t>(key[0]);
-  uint32_t k1 = static_cast<uint32_t>(static_cast<uint64_t>(key[0]) >> 32);
-  const uint32_t c2 = static_cast<uint32_t>(key[1]);
-  const uint32_t c3 = static_cast<uint32_t>(static_cast<uint64_t>(key[1]) >> 32);
+[[gnu::always_inline]] inline void philox_sets(const Keys& keys, uint64_t block, U (*to)[2]) {
   const auto high = [](uint64_t x) { return static_cast<uint32_t>(x >> 32); };
-  const uint64_t first1 = uint64_t{c2} * kMultiply1;
-  const uint32_t one0 = high(first1) ^ high(block) ^ k0, one1 = static_cast<uint32_t>(first1);
-  const uint64_t one2 = c3 ^ k1;
-  k0 += kAdd0, k1 += kAdd1;
+  const uint64_t first1 = uint64_t{keys.c2} * kMultiply1;
+  const uint32_t one0 = high(first1) ^ high(block) ^ keys.k0[0];
+  const uint32_t one1 = static_cast<uint32_t>(first1);
   const uint64_t second0 = uint64_t{one0} * kMultiply0;
-  const uint64_t two0 = one1 ^ k0, two2 = high(second0) ^ k1, two3 = second0 & 0xffffffffu;
+  const L one2 = L{} + (keys.c3 ^ keys.k1[0]);
+  const L two0 = L{} + (one1 ^ keys.k0[1]), two2 = L{} + (high(second0) ^ keys.k1[1]);
+  const L two3 = L{} + (second0 & 0xffffffffu);
   L w0[kSets], w1[kSets], w2[kSets], w3[kSets];
   for (int s = 0; s < kSets; ++s) {
-    const L p0 = product(counters(block + static_cast<uint64_t>(s * kLanes)), kMultiply0);
+    const L p0 = product(kOrder + (block + static_cast<uint64_t>(s * kLanes)), kMultiply0);
     const L p1 = product((p0 >> 32) ^ one2, kMultiply1);
     w0[s] = (p1 >> 32) ^ two0;
     w1[s] = p1;
     w2[s] = p0 ^ two2;
-    w3[s] = L{} + two3;
+    w3[s] = two3;
   }
 #pragma GCC unroll 8
-  for (int round = 2; round < 10; ++round) {
-    k0 += kAdd0, k1 += kAdd1;
+  for (int round = 0; round < 8; ++round)
     for (int s = 0; s < kSets; ++s) {
       const L p0 = product(w0[s], kMultiply0), p1 = product(w2[s], kMultiply1);
-      w0[s] = (p1 >> 32) ^ (w1[s] ^ uint64_t{k0});
+      w0[s] = (p1 >> 32) ^ w1[s] ^ keys.later0[round];
       w1[s] = p1;
-      w2[s] = (p0 >> 32) ^ (w3[s] ^ uint64_t{k1});
+      w2[s] = (p0 >> 32) ^ w3[s] ^ keys.later1[round];
       w3[s] = p0;
     }
-  }
   for (int s = 0; s < kSets; ++s) {
     to[s][0] = in_turn(w0[s], w2[s]);
     to[s][1] = in_turn(w1[s], w3[s]);
@@ -143,7 +161,7 @@ inline void philox_sets(const int64_t* key, uint64_t block, U (*to)[2]) {
 // -kTimes * log((m + 1) * 2^-24) of m < 2^24, by the logarithm of 1 + f in [2/3, 4/3): a minimax
 // polynomial, off by 3e-8 of the value.
 template <int kTimes>
-inline F minus_log(U m) {
+[[gnu::always_inline]] inline F minus_log(U m) {
   constexpr float t = -kTimes;
   const F x = __builtin_convertvector(reinterpret_cast<J>(m), F) + 1.f;
   const J away = reinterpret_cast<J>(reinterpret_cast<U>(x) - 0x3f2aaaabu);
@@ -161,7 +179,7 @@ inline F minus_log(U m) {
 
 // The cosine and sine of 2 pi m / 2^24, m being the upper 24 bits of w: polynomials in the distance
 // to the nearest quarter of the circle, off by 3e-8.
-inline void circle(U w, F* cosine, F* sine) {
+[[gnu::always_inline]] inline void circle(U w, F* cosine, F* sine) {
   const U quarter = w + 0x20000000u;  // in its two uppermost bits
   const F t = __builtin_convertvector(reinterpret_cast<J>((w & 0xffffff00u) << 2), F) *
               static_cast<float>(1.5707963267948966 * 0x1p-32);
@@ -177,39 +195,78 @@ inline void circle(U w, F* cosine, F* sine) {
 
 // What an element's word gives where it gives one number.
 template <Draw kDraw>
-inline F number_of(U w) {
+[[gnu::always_inline]] inline F number_of(U w) {
   if (kDraw == Draw::uniform)
     return __builtin_convertvector(reinterpret_cast<J>(w >> 8), F) * 0x1p-23f - 1.f;
   return reinterpret_cast<F>(reinterpret_cast<U>(minus_log<1>(w >> 8)) ^ (w << 31));
 }
 
-// Numbers of elements [begin, end). Preconditions: begin is a multiple of 4, all lie in one stretch
-// (begin / kStretch == (end - 1) / kStretch), and `to` has room for kSet - 1 more.
-template <Draw kDraw>
-inline void draw(const int64_t* key, int64_t begin, int64_t end, float* to) {
-  constexpr int kAtOnce = 4;  // sets: hides the latency of multiplications
-  const int sets = static_cast<int>((end - begin + kSet - 1) / kSet);
-  const uint64_t block = static_cast<uint64_t>(begin) / 4;
+// The words of a stretch. Preconditions: begin is a multiple of 4, and all elements [begin, end)
+// lie in one stretch (begin / kStretch == (end - 1) / kStretch).
+struct Drawn {
   U words[kStretch / kSet + 1][2];
-  int done = 0;
-  for (; done + kAtOnce <= sets; done += kAtOnce)
-    philox_sets<kAtOnce>(key, block + static_cast<uint64_t>(done * kLanes), words + done);
-  for (; done < sets; ++done)
-    philox_sets<1>(key, block + static_cast<uint64_t>(done * kLanes), words + done);
-  for (int s = 0; s < sets; ++s) {
-    F even, odd, numbers[2];
+  int sets;
+
+  Drawn(const Keys& keys, int64_t begin, int64_t end)
+      : sets(static_cast<int>((end - begin + kSet - 1) / kSet)) {
+    constexpr int kAtOnce = 4;  // hides the latency of multiplications
+    const uint64_t block = static_cast<uint64_t>(begin) / 4;
+    int done = 0;
+    for (; done + kAtOnce <= sets; done += kAtOnce)
+      philox_sets<kAtOnce>(keys, block + static_cast<uint64_t>(done * kLanes), words + done);
+    for (; done < sets; ++done)
+      philox_sets<1>(keys, block + static_cast<uint64_t>(done * kLanes), words + done);
+  }
+
+  // The numbers of a set's elements.
+  template <Draw kDraw>
+  [[gnu::always_inline]] void numbers(int set, F (&to)[2]) const {
+    F even, odd;
     if constexpr (kDraw == Draw::gaussian) {
-      const F radius = root(minus_log<2>(words[s][0] >> 8));
-      circle(words[s][1], &even, &odd);
+      const F radius = root(minus_log<2>(words[set][0] >> 8));
+      circle(words[set][1], &even, &odd);
       even *= radius;
       odd *= radius;
     } else {
-      even = number_of<kDraw>(words[s][0]);
-      odd = number_of<kDraw>(words[s][1]);
+      even = number_of<kDraw>(words[set][0]);
+      odd = number_of<kDraw>(words[set][1]);
     }
-    in_order(even, odd, &numbers[0], &numbers[1]);
-    std::memcpy(to + s * kSet, numbers, sizeof(numbers));
+    in_order(even, odd, &to[0], &to[1]);
   }
+};
+
+// Calls f(i, n, numbers) for the vectors of elements [begin, end) of a stretch, as soon as they are
+// worked out: what f writes drains while the next ones are.
+template <Draw kDraw, class Fn>
+inline void draw_each(const Keys& keys, int64_t begin, int64_t end, const Fn& given) {
+  const Fn f = given;  // a copy of one's own: what it holds stays in registers
+  const int64_t start = begin & ~int64_t{3};
+  const Drawn drawn(keys, start, end);
+  for (int s = 0; s < drawn.sets; ++s) {
+    const int64_t at = start + s * kSet;
+    F numbers[2];
+    drawn.numbers<kDraw>(s, numbers);
+    if (__builtin_expect(at >= begin && at + kSet <= end, 1)) {
+      f(at, All{}, numbers[0]);
+      f(at + kFloats, All{}, numbers[1]);
+      continue;
+    }
+    float all[kSet];
+    std::memcpy(all, numbers, sizeof(numbers));
+    const int64_t stop = at + kSet < end ? at + kSet : end;
+    for (int64_t i = at < begin ? begin : at; i < stop; i += kFloats) {
+      const int n = static_cast<int>(stop - i < kFloats ? stop - i : kFloats);
+      f(i, n, fetch(all + (i - at), n));
+    }
+  }
+}
+
+// Writes the numbers of elements [begin, end) of a stretch.
+template <Draw kDraw>
+inline void draw(const Keys& keys, int64_t begin, int64_t end, float* to) {
+  draw_each<kDraw>(keys, begin, end, [=](int64_t i, auto n, F numbers) EMBATTLE_INLINE {
+    std::memcpy(to + (i - begin), &numbers, sizeof(float) * static_cast<size_t>(n));
+  });
 }
 
 // Calls f(begin, end) for the stretches of [begin, end).

@@ -15,13 +15,17 @@ inline void copy_row(const T* x, int64_t n, T* out) {
   memcpy(out, x, static_cast<size_t>(n) * sizeof(T));
 }
 
-template <class W, class D>
+// kPast: past the cache. Precondition: `out` is aligned to 64 bytes then.
+template <bool kPast, class W, class D>
 inline void add_row(const W* weight, const D* delta, int64_t n, W* out) {
   int64_t i = 0;
   if constexpr (sizeof(W) == 8 || sizeof(D) == 8) {
     for (; i < n; ++i) narrow(static_cast<double>(widened(weight[i])) + widened(delta[i]), out[i]);
   } else {
-    for (; i + 8 <= n; i += 8) store8(out + i, load8(weight + i) + load8(delta + i));
+    for (; i + 8 <= n; i += 8) {
+      const f32x8 sum = load8(weight + i) + load8(delta + i);
+      kPast ? store8_past_cache(out + i, sum) : store8(out + i, sum);
+    }
     for (; i < n; ++i) narrow(widened(weight[i]) + widened(delta[i]), out[i]);
   }
 }
@@ -43,17 +47,25 @@ void EMBATTLE_AT_LEVEL(embedding_perturb)(const PerturbArgs& args, ParallelFor p
   with_type(args.weight.dtype, [&](auto* weight_type) {
     with_type(args.delta.dtype, [&](auto* delta_type) {
       using W = Element<decltype(weight_type)>;
+      using D = Element<decltype(delta_type)>;
       const W* const weight = static_cast<const W*>(args.weight.data);
       const auto* const delta = static_cast<decltype(delta_type)>(args.delta.data);
       W* const out = static_cast<W*>(args.out.data);
+      // Results that are too many to stay in cache need not pass through it.
+      constexpr int64_t kManyBytes = int64_t(8) << 20;
+      const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(W));
+      const bool past = args.count * row_bytes >= kManyBytes && row_bytes % 64 == 0 &&
+                        reinterpret_cast<uintptr_t>(out) % 64 == 0;
+      const auto add = past ? add_row<true, W, D> : add_row<false, W, D>;
       spread(parallel_for, args.count, kGrain / (1 + dim) + 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const W* const row = weight + args.indices[i] * dim;
           if (args.inverse[i] < 0)
             copy_row(row, dim, out + i * dim);
           else
-            add_row(row, delta + args.inverse[i] * dim, dim, out + i * dim);
+            add(row, delta + args.inverse[i] * dim, dim, out + i * dim);
         }
+        if (past) settle_stores();
       });
     });
   });

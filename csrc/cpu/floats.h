@@ -28,6 +28,21 @@ inline F abs(F x) { return reinterpret_cast<F>(reinterpret_cast<U>(x) & 0x7fffff
 inline F with_sign(F size, F sign) {
   return reinterpret_cast<F>(reinterpret_cast<U>(size) | (reinterpret_cast<U>(sign) & 0x80000000u));
 }
+inline J as_mask(F comparison) { return reinterpret_cast<J>(comparison); }
+inline F of_mask(J comparison) { return reinterpret_cast<F>(comparison); }
+inline bool any(J comparison) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(comparison)) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(comparison)) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(reinterpret_cast<__m128>(comparison)) != 0;
+#else
+  int32_t all = 0;
+  for (int k = 0; k < kFloats; ++k) all |= comparison[k];
+  return all != 0;
+#endif
+}
 inline F larger(F a, F b) { return a > b ? a : b; }  // b where a is NaN
 inline F clamped(F x, F limit) {                     // a NaN stays
   x = x > limit ? limit : x;
@@ -137,7 +152,7 @@ struct Bulk<f16> {
 
 // n elements; the lanes beyond n are zero.
 template <class T, class N>
-inline F fetch(const T* p, N n) {
+[[gnu::always_inline]] inline F fetch(const T* p, N n) {
   typename Bulk<T>::type x{};
   std::memcpy(&x, p, sizeof(T) * static_cast<size_t>(n));
   return Bulk<T>::wide(x);
@@ -183,7 +198,7 @@ struct Sink {
 
   // What was stored comes back.
   template <class N>
-  F store(int64_t i, N n, F x) const {
+  [[gnu::always_inline]] F store(int64_t i, N n, F x) const {
     const typename Bulk<T>::type words = Bulk<T>::narrowed(x);
     if (static_cast<int>(n) == kFloats && past_cache)
       put_past_cache(p + i, words);
@@ -210,18 +225,22 @@ inline bool is_short(const Cut& cut) {
 }
 
 // K sums over a group: given(i, n, terms) gives K vectors of terms of the elements from i on. The
-// sums whose bit is set in `kMaxima` are maxima of numbers >= 0 instead. `settle()` is called on
+// sums whose bit is set in `kMaxima` are maxima of numbers >= 0 instead, those in `kCounts` count
+// the lanes in which the term is what a comparison gives. `settle()` is called on
 // the thread that did a block. kBackwards: from the last element to the first, chunk by chunk, so
 // that a second pass begins with what the first one has left in the cache.
-template <int K, bool kBackwards = false, unsigned kMaxima = 0, class Fn, class S>
+template <int K, bool kBackwards = false, unsigned kMaxima = 0, unsigned kCounts = 0, class Fn,
+          class S>
 inline Totals<K> float_sums(const Cut& cut, const Fn& given, const S& settle) {
   constexpr int64_t kChunk = 4096;
   const auto is_most = [](int k) { return kMaxima >> k & 1; };
+  const auto is_count = [](int k) { return kCounts >> k & 1; };
   const auto merge = [=](double& a, double b, int k) { a = is_most(k) ? (b > a ? b : a) : a + b; };
   const auto add = [&](int64_t begin, int64_t end, double* to) {
     const Fn f = given;  // a copy of one's own: what it holds stays in registers
     V acc[K] = {};
     F most[K] = {};
+    J seen[K] = {};
     int64_t i = begin;
     for (; i + 4 * kFloats <= end; i += 4 * kFloats) {
       F a[K], b[K], c[K], d[K];
@@ -232,6 +251,8 @@ inline Totals<K> float_sums(const Cut& cut, const Fn& given, const S& settle) {
       for (int k = 0; k < K; ++k)
         if (is_most(k))
           most[k] = larger(larger(larger(a[k], b[k]), larger(c[k], d[k])), most[k]);
+        else if (is_count(k))
+          seen[k] -= (as_mask(a[k]) + as_mask(b[k])) + (as_mask(c[k]) + as_mask(d[k]));
         else
           acc[k] += halves((a[k] + b[k]) + (c[k] + d[k]));
     }
@@ -241,12 +262,19 @@ inline Totals<K> float_sums(const Cut& cut, const Fn& given, const S& settle) {
       for (int k = 0; k < K; ++k)
         if (is_most(k))
           most[k] = larger(a[k], most[k]);
+        else if (is_count(k))
+          seen[k] -= as_mask(a[k]);
         else
           acc[k] += halves(a[k]);
     };
     for (; i + kFloats <= end; i += kFloats) one(All{});
     if (i < end) one(static_cast<int>(end - i));
-    for (int k = 0; k < K; ++k) merge(to[k], is_most(k) ? largest(most[k]) : total(acc[k]), k);
+    for (int k = 0; k < K; ++k)
+      merge(to[k],
+            is_most(k)    ? largest(most[k])
+            : is_count(k) ? total(halves(__builtin_convertvector(seen[k], F)))
+                          : total(acc[k]),
+            k);
   };
   const auto run = [&](int64_t begin, int64_t end, double* to) {
     while (end > begin) {
@@ -274,9 +302,9 @@ inline Totals<K> float_sums(const Cut& cut, const Fn& given, const S& settle) {
   return sum;
 }
 
-template <int K, unsigned kMaxima = 0, class Fn>
+template <int K, unsigned kMaxima = 0, unsigned kCounts = 0, class Fn>
 inline Totals<K> float_sums(const Cut& cut, const Fn& f) {
-  return float_sums<K, false, kMaxima>(cut, f, [] {});
+  return float_sums<K, false, kMaxima, kCounts>(cut, f, [] {});
 }
 
 }  // namespace

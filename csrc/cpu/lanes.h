@@ -133,7 +133,14 @@ inline void narrow(double x, bf16& out) { narrow_half(x, out); }
   const u32x8 bits = bits_as<u32x8>(v);
   const u32x8 near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const u32x8 is_nan = u32x8((bits & 0x7fffffff) > 0x7f800000);
-  const u16x8 half = __builtin_convertvector((near & ~is_nan) | (0x7fc0 & is_nan), u16x8);
+  const u32x8 words = (near & ~is_nan) | (0x7fc0 & is_nan);
+#if defined(__AVX2__)  // convertvector takes detours
+  const __m256i all = bits_as<__m256i>(words);
+  const __m128i half =
+      _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+#else
+  const u16x8 half = __builtin_convertvector(words, u16x8);
+#endif
   memcpy(x, &half, sizeof(half));
 }
 
@@ -143,6 +150,28 @@ inline void narrow(double x, bf16& out) { narrow_half(x, out); }
   memcpy(x, &half, sizeof(half));
 #else
   for (int i = 0; i < 8; ++i) narrow(v[i], x[i]);
+#endif
+}
+
+// As store8, past the cache where the level can. Precondition: x is aligned to what is stored.
+template <class T>
+[[gnu::always_inline]] inline void store8_past_cache(T* x, f32x8 v) {
+#if defined(__AVX__)
+  T stored[8];
+  store8(stored, v);
+  if constexpr (sizeof(T) == 4)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(x), bits_as<__m256i>(stored));
+  else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(x), bits_as<__m128i>(stored));
+#else
+  store8(x, v);
+#endif
+}
+
+// What was stored past the cache is seen by others from here on.
+inline void settle_stores() {
+#if defined(__AVX__)
+  _mm_sfence();
 #endif
 }
 

@@ -48,17 +48,17 @@ inline void draw_in_double(const int64_t* key, int64_t begin, int64_t end, doubl
 // Calls f(i, n, numbers) for the vectors of elements that take part. Numbers of 24 bits come from
 // float lanes, but for groups so small that their errors would not average out.
 template <bool kWide, Draw kDraw, class F>
-inline void for_numbers(const Cut& cut, const int64_t* key, const F& f) {
+inline void for_numbers(const Cut& cut, const int64_t* key, const Keys& keys, const F& f) {
   const bool in_floats = !kWide && cut.end() - cut.begin() >= kFewest;
   cut.blocks([&](int, int64_t low, int64_t high) {
     cut.runs(low, high, [&](int64_t begin, int64_t end) {
       stretches(begin, end, [&](int64_t at, int64_t stop) {
-        const int64_t start = at & ~int64_t{3};
         if (in_floats) {
-          float numbers[kStretch + kSet];
-          draw<kDraw>(key, start, stop, numbers);
-          each(at, stop, [&](int64_t i, auto n) { f(i, n, load(numbers + (i - start), n)); });
+          float numbers[kStretch];
+          draw<kDraw>(keys, at, stop, numbers);
+          each(at, stop, [&](int64_t i, auto n) { f(i, n, load(numbers + (i - at), n)); });
         } else {
+          const int64_t start = at & ~int64_t{3};
           double numbers[kStretch + 4];
           draw_in_double<kWide, kDraw>(key, start, stop, numbers);
           each(at, stop, [&](int64_t i, auto n) { f(i, n, load(numbers + (i - start), n)); });
@@ -121,7 +121,7 @@ struct Buffer {
 
   Buffer(const Groups& groups, int64_t begin, int64_t end) : memory(most(groups, begin, end)) {}
   // Where the elements of a group lie, by their place in the tensor.
-  float* at(const Cut& cut) { return memory.get() + 4 - cut.begin(); }
+  float* at(const Cut& cut) { return memory.get() - cut.begin(); }
 
  private:
   static int64_t most(const Groups& groups, int64_t begin, int64_t end) {
@@ -131,25 +131,17 @@ struct Buffer {
       const int64_t own = cut.end() - cut.begin();
       if (own > extent && own <= kBuffer) extent = own;
     }
-    return extent + 4 + kSet;
+    return extent;
   }
 };
 
 // Calls f(i, n, numbers) for the float vectors of elements that take part, and settle() on the
 // thread that did a block.
 template <Draw kDraw, class Fn, class S>
-inline void for_floats(const Cut& cut, const int64_t* key, const Fn& f, const S& settle) {
+inline void for_floats(const Cut& cut, const Keys& keys, const Fn& f, const S& settle) {
   cut.blocks([&](int, int64_t low, int64_t high) {
     cut.runs(low, high, [&](int64_t begin, int64_t end) {
-      stretches(begin, end, [&](int64_t at, int64_t stop) {
-        const int64_t start = at & ~int64_t{3};
-        float numbers[kStretch + kSet];
-        draw<kDraw>(key, start, stop, numbers);
-        int64_t i = at;
-        for (; i + kFloats <= stop; i += kFloats) f(i, All{}, fetch(numbers + (i - start), All{}));
-        const int rest = static_cast<int>(stop - i);
-        if (rest > 0) f(i, rest, fetch(numbers + (i - start), rest));
-      });
+      stretches(begin, end, [&](int64_t at, int64_t stop) { draw_each<kDraw>(keys, at, stop, f); });
     });
     settle();
   });
@@ -157,13 +149,11 @@ inline void for_floats(const Cut& cut, const int64_t* key, const Fn& f, const S&
 
 // Draws the group into a buffer, and returns the sum of squares (l1: of sizes).
 template <Norm kNorm>
-inline double fill(const Cut& cut, const int64_t* key, float* buffer) {
+inline double fill(const Cut& cut, const Keys& keys, float* buffer) {
   double sum = 0;
   cut.runs(cut.begin(), cut.end(), [&](int64_t begin, int64_t end) {
     stretches(begin, end, [&](int64_t at, int64_t stop) {
-      // Numbers before `at` are drawn once more, and are the same again.
-      const int64_t start = at & ~int64_t{3};
-      draw<start_of(kNorm)>(key, start, stop, buffer + start);
+      draw<start_of(kNorm)>(keys, at, stop, buffer + at);
       const auto part = [&](int64_t i, auto n) EMBATTLE_INLINE {
         const F z = fetch(buffer + i, n);
         return kNorm == Norm::l2 ? z * z : abs(z);
@@ -183,8 +173,8 @@ inline double fill(const Cut& cut, const int64_t* key, float* buffer) {
 
 // As in plain.h, `false` means that nothing was written.
 template <Norm kNorm, class T, class P>
-inline bool start_in_floats(const Cut& cut, const NoiseArgs& args, double eps, const P& place,
-                            Buffer& buffer) {
+inline bool start_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& keys, double eps,
+                            const P& place, Buffer& buffer) {
   const int64_t extent = cut.end() - cut.begin();
   if (!fits_float(eps)) return false;
   const Sink<T> out(args.out, nullptr, cut.groups);
@@ -192,14 +182,14 @@ inline bool start_in_floats(const Cut& cut, const NoiseArgs& args, double eps, c
     const F most = all(static_cast<float>(eps)),
             limit = all(static_cast<float>(round_down<T>(eps)));
     for_floats<Draw::uniform>(
-        cut, args.key,
+        cut, keys,
         [=](int64_t i, auto n, F u) EMBATTLE_INLINE { out.store(i, n, clamped(u * most, limit)); },
         [&] { out.settle(); });
     return true;
   }
   if (extent < kFewest || extent > kBuffer || cut.parallel_for) return false;
   const float* const numbers = buffer.at(cut);
-  const double sum = fill<kNorm>(cut, args.key, buffer.at(cut));
+  const double sum = fill<kNorm>(cut, keys, buffer.at(cut));
   const double size = kNorm == Norm::l2 ? __builtin_sqrt(sum) : sum;
   double radius = eps * radius_of(cut, args.key);
   const double most = float_aim<T>(cut, eps);
@@ -219,7 +209,7 @@ inline bool start_in_floats(const Cut& cut, const NoiseArgs& args, double eps, c
 }
 
 template <Norm kNorm, class T, class P>
-inline bool add_in_floats(const Cut& cut, const NoiseArgs& args, const P& place) {
+inline bool add_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& keys, const P& place) {
   const double std = of_group(args.std, cut.index), eps = of_group(args.eps, cut.index);
   if (cut.end() - cut.begin() < kFewest || !fits_float(std)) return false;
   const T* x = static_cast<const T*>(args.x.data);
@@ -227,7 +217,7 @@ inline bool add_in_floats(const Cut& cut, const NoiseArgs& args, const P& place)
   const Sink<T> out = eps == kInfinity ? past : Sink<T>(past.p);
   const F factor = all(static_cast<float>(std));
   for_floats<Draw::gaussian>(
-      cut, args.key,
+      cut, keys,
       [=](int64_t i, auto n, F number)
           EMBATTLE_INLINE { out.store(i, n, fused(factor, number, fetch(x + i, n))); },
       [&] { out.settle(); });
@@ -246,9 +236,10 @@ inline bool add_in_floats(const Cut& cut, const NoiseArgs& args, const P& place)
 // ---- Any place ----
 
 template <bool kWide, Norm kNorm, class P>
-void start_in_double(const Cut& cut, const NoiseArgs& args, double eps, const P& place) {
+void start_in_double(const Cut& cut, const NoiseArgs& args, const Keys& keys, double eps,
+                     const P& place) {
   for_numbers<kWide, start_of(kNorm)>(
-      cut, args.key, [&](int64_t i, auto n, V number) { place.out.store(i, n, number); });
+      cut, args.key, keys, [&](int64_t i, auto n, V number) { place.out.store(i, n, number); });
   double scale = eps;
   if (kNorm != Norm::linf) {
     const double size = length<kNorm>(cut, [&](int64_t i, auto n) { return place.out.load(i, n); });
@@ -258,10 +249,10 @@ void start_in_double(const Cut& cut, const NoiseArgs& args, double eps, const P&
 }
 
 template <bool kWide, Norm kNorm, class P>
-void add_in_double(const Cut& cut, const NoiseArgs& args, const P& place) {
+void add_in_double(const Cut& cut, const NoiseArgs& args, const Keys& keys, const P& place) {
   const typename P::Tensor x(args.x);
   const double std = of_group(args.std, cut.index);
-  for_numbers<kWide, Draw::gaussian>(cut, args.key, [&](int64_t i, auto n, V number) {
+  for_numbers<kWide, Draw::gaussian>(cut, args.key, keys, [&](int64_t i, auto n, V number) {
     place.out.store(i, n, x.load(i, n) + std * number);
   });
   finish<kNorm>(cut, of_group(args.eps, cut.index), place, Lying<P>{place});
@@ -271,6 +262,7 @@ template <class T, bool kWide>
 void start(const NoiseArgs& args, ParallelFor parallel_for) {
   typedef Place<T, false> P;
   const P place(args.out, args.box);
+  const Keys keys(args.key);
   const bool plain = is_plain(args.box);
   with_norm(args.norm, [&](auto of) {
     constexpr Norm norm = decltype(of)::norm;
@@ -285,12 +277,12 @@ void start(const NoiseArgs& args, ParallelFor parallel_for) {
         }
         const bool done = plain && with_short_type<P>(args.out.dtype, [&](auto* type) {
                             typedef std::remove_pointer_t<decltype(type)> Short;
-                            if (!start_in_floats<norm, Short>(cut, args, eps, place, buffer))
+                            if (!start_in_floats<norm, Short>(cut, args, keys, eps, place, buffer))
                               return false;
                             clear_masked(cut, static_cast<Short*>(args.out.data));
                             return true;
                           });
-        if (!done) start_in_double<kWide, norm>(cut, args, eps, place);
+        if (!done) start_in_double<kWide, norm>(cut, args, keys, eps, place);
       }
     };
     for_shares(args.groups, 0, args.groups.groups, parallel_for, share);
@@ -301,17 +293,18 @@ template <class T, bool kWide>
 void add_noise(const NoiseArgs& args, ParallelFor parallel_for) {
   typedef Place<T, false> P;
   const P place(args.out, args.box);
+  const Keys keys(args.key);
   const bool plain = is_plain(args.box);
   with_norm(args.norm, [&](auto of) {
     constexpr Norm norm = decltype(of)::norm;
     for_groups(args.groups, 0, args.groups.groups, parallel_for, [&](const Cut& cut) {
       const bool done = plain && with_short_type<P>(args.out.dtype, [&](auto* type) {
                           typedef std::remove_pointer_t<decltype(type)> Short;
-                          if (!add_in_floats<norm, Short>(cut, args, place)) return false;
+                          if (!add_in_floats<norm, Short>(cut, args, keys, place)) return false;
                           clear_masked(cut, static_cast<Short*>(args.out.data));
                           return true;
                         });
-      if (!done) add_in_double<kWide, norm>(cut, args, place);
+      if (!done) add_in_double<kWide, norm>(cut, args, keys, place);
     });
   });
 }

@@ -1,6 +1,8 @@
 // The l1 projection and step in float lanes: Newton's method on sum max(|z| - tau, 0) = eps, as
-// find_l1 in ball.h has it. A sample of a long group gives the first tau; of the passes over the
-// group only the first comes from memory. As in plain.h, `false` means that nothing was written.
+// find_l1 in ball.h has it. A sample of a long group gives the first tau. The first pass, which is
+// the only one that comes from memory, keeps a copy of the vectors that can matter to the threshold
+// where these are few, and the method looks at those alone. As in plain.h, `false` means that
+// nothing was written.
 #pragma once
 
 #include "inside.h"
@@ -36,13 +38,21 @@ struct Moved {
   }
 };
 
-// Which threshold the pieces of a group suggest: Newton's method on a sample, from 0. Short groups
-// begin at 0.
+// Groups below this length begin at 0, and all of them is kept.
+constexpr int64_t kSampled = 1024;
+
+// Which threshold the pieces of a group suggest: Newton's method on a sample, from 0.
+struct Guess {
+  double tau = 0;
+  float certain = 0;   // the threshold is hardly below it
+  bool sparse = true;  // few vectors hold an element above `certain`
+};
+
 template <class T>
-inline double guess_tau(const Cut& cut, double eps, const T* x) {
+inline Guess guess_tau(const Cut& cut, double eps, const T* x) {
   constexpr int64_t kPiece = 2 * kFloats, kShare = 16, kFewestPieces = 16, kMost = 4096;
   const int64_t n = cut.end() - cut.begin(), dim = cut.groups.dim;
-  if (n < 1024) return 0;
+  if (n < kSampled) return {};
   F sample[kMost / kFloats];
   int64_t pieces = n / kShare / kPiece;
   pieces = pieces < kFewestPieces ? kFewestPieces : pieces;
@@ -60,19 +70,78 @@ inline double guess_tau(const Cut& cut, double eps, const T* x) {
   float tau = 0;
   for (int pass = 0; pass < 20; ++pass) {
     const F t = all(tau);
-    F over[2] = {}, active[2] = {};
+    F over[2] = {};
+    J active[2] = {};
     for (int k = 0; k < count; k += 2)
       for (int j = 0; j < 2; ++j) {
         const F left = sample[k + j] - t;
         over[j] += larger(F{}, left);
-        active[j] += left > 0 ? all(1) : F{};
+        active[j] -= left > 0;
       }
-    const double many = total(halves(active[0] + active[1]));
+    const double many = total(halves(__builtin_convertvector(active[0] + active[1], F)));
     const float next = static_cast<float>(tau + (total(halves(over[0] + over[1])) - goal) / many);
-    if (!(next > tau * 1.0001f) || !(next < 0x1p100f)) break;
+    if (!(next > tau * 1.02f) || !(next < 0x1p100f)) break;
     tau = next;
   }
-  return tau;
+  const float certain = tau * 0.9f;
+  int holding = 0;
+  for (int k = 0; k < count; ++k) holding += any(sample[k] > certain);
+  return {tau, certain, holding * 3 < count};
+}
+
+// Sizes of a group's elements: all those above a bound, and others.
+struct Kept {
+  static constexpr int kMost = (1 << 15) / kFloats;
+  F sizes[kMost];
+  int count = 0;
+  double above = kInfinity;  // nothing is kept yet
+};
+
+// The sum of a group's sizes and the largest; keeps the vectors that hold a size above `above`, if
+// there is room. Precondition: this thread has the group for itself.
+template <class Z>
+inline Totals<2> keep_sizes(const Cut& cut, const Z& given, float above, Kept* kept) {
+  constexpr int64_t kStride = 1024;
+  const Z z = given;
+  const F bound = all(above);
+  F* const to = kept->sizes;
+  double sum = 0;
+  F most = {};
+  int count = 0;
+  bool room = true;
+  cut.runs(cut.begin(), cut.end(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end;) {
+      const int64_t stop = i + kStride < end ? i + kStride : end;
+      if (count > Kept::kMost - kStride / kFloats - 1) {
+        room = false;
+        count = 0;
+      }
+      V acc = {};
+      F largest_size = most;
+      int at = count;
+      const auto take = [&](int64_t k, auto n) EMBATTLE_INLINE {
+        const F size = abs(z(k, n));
+        to[at] = size;
+        at += any(size > bound);
+        largest_size = larger(size, largest_size);
+        return size;
+      };
+      for (; i + 4 * kFloats <= stop; i += 4 * kFloats) {
+        const F a = take(i, All{}), b = take(i + kFloats, All{});
+        const F c = take(i + 2 * kFloats, All{}), d = take(i + 3 * kFloats, All{});
+        acc += halves((a + b) + (c + d));
+      }
+      for (; i + kFloats <= stop; i += kFloats) acc += halves(take(i, All{}));
+      if (i < stop) acc += halves(take(i, static_cast<int>(stop - i)));
+      i = stop;
+      sum += total(acc);
+      most = largest_size;
+      count = at;
+    }
+  });
+  kept->count = count;
+  if (room) kept->above = above;
+  return {{sum, largest(most)}};
 }
 
 // The threshold `base + at` as two floats: the difference from the first is exact where it is
@@ -85,7 +154,8 @@ struct Threshold {
     high = all(near);
     low = all(static_cast<float>(base - near + at));
   }
-  EMBATTLE_INLINE F left_of(F z) const { return larger(F{}, abs(z) - high - low); }
+  EMBATTLE_INLINE F left_of_size(F size) const { return larger(F{}, size - high - low); }
+  EMBATTLE_INLINE F left_of(F z) const { return left_of_size(abs(z)); }
 };
 
 // The sum of what is left at a threshold, and of how many elements.
@@ -119,6 +189,30 @@ inline double find_threshold(Left seen, double least, double goal, const L& look
   return seen.at;
 }
 
+// What is left of kept sizes.
+inline Left left_of_kept(const Kept& kept, double base, double at) {
+  const Threshold threshold(base, at);
+  V acc = {};
+  J seen = {};
+  int k = 0;
+  for (; k + 4 <= kept.count; k += 4) {
+    F left[4];
+    J over[4];
+    for (int j = 0; j < 4; ++j) {
+      left[j] = threshold.left_of_size(kept.sizes[k + j]);
+      over[j] = left[j] > 0;
+    }
+    acc += halves((left[0] + left[1]) + (left[2] + left[3]));
+    seen -= (over[0] + over[1]) + (over[2] + over[3]);
+  }
+  for (; k < kept.count; ++k) {
+    const F left = threshold.left_of_size(kept.sizes[k]);
+    acc += halves(left);
+    seen -= left > 0;
+  }
+  return {at, total(acc), total(halves(__builtin_convertvector(seen, F)))};
+}
+
 // Precondition of `true`: eps is neither so small nor so large that sums would over- or underflow.
 template <class T, bool kMoved, class P>
 inline bool project_l1(const Cut& cut, double eps, const Moved<T, kMoved>& z, const Sink<T>& out,
@@ -134,37 +228,51 @@ inline bool project_l1(const Cut& cut, double eps, const Moved<T, kMoved>& z, co
   const double extent = static_cast<double>(cut.end() - cut.begin());
   if (extent < kFewest || !(eps > extent * 0x1p-110 && eps < 0x1p100)) return false;
 
-  const double guess = guess_tau(cut, eps, z.x);
-  const F tau = all(static_cast<float>(guess));
-  const auto first = float_sums<4, 8u>(cut, [=](int64_t i, auto n, F* acc) EMBATTLE_INLINE {
-    const F size = abs(z(i, n));
-    const F left = size - tau;
-    acc[0] = larger(F{}, left);
-    acc[1] = left > 0 ? all(1) : F{};
-    acc[2] = size;
-    acc[3] = size;
-  });
-  double norm = first.v[2];
-  const double most = first.v[3];
+  const Guess guess = guess_tau(cut, eps, z.x);
+  Kept kept;
+  double norm, most;
+  Left first;
+  if (guess.sparse && !cut.parallel_for) {
+    const auto sizes = keep_sizes(cut, z, guess.certain, &kept);
+    norm = sizes.v[0];
+    most = sizes.v[1];
+    first = {0, norm, static_cast<double>(cut.count())};
+  } else {
+    const F tau = all(static_cast<float>(guess.tau));
+    const auto sums = float_sums<4, 8u, 2u>(cut, [=](int64_t i, auto n, F* acc) EMBATTLE_INLINE {
+      const F size = abs(z(i, n));
+      const F left = size - tau;
+      acc[0] = larger(F{}, left);
+      acc[1] = of_mask(left > 0);
+      acc[2] = size;
+      acc[3] = size;
+    });
+    norm = sums.v[2];
+    most = sums.v[3];
+    first = {guess.tau, sums.v[0], sums.v[1]};
+  }
   if (!(norm < kInfinity)) return false;
   if (norm <= eps * (1 + kSumError) && norm * (1 + kSumError) > eps)
     norm = length<Norm::l1>(cut, [&](int64_t i, auto n) { return z.wide(i, n); });
   if (norm <= eps) return copy(norm);
+  if (guess.tau > 0 && kept.above < kInfinity) first = left_of_kept(kept, 0, guess.tau);
 
   // `base` as in find_l1. The largest alone would have to leave the goal at `least`.
   const double goal =
-      eps * aim(Type<T>::unit, static_cast<int64_t>(first.v[1])) * (1 - 2 * kSumError);
+      eps * aim(Type<T>::unit, static_cast<int64_t>(first.count)) * (1 - 2 * kSumError);
   const double base = goal < most / 2 ? most : 0;
   const double least = base > 0 ? -goal : most > goal ? most - goal : 0;
   const auto look = [&](double at) {
+    if (base + at >= kept.above) return left_of_kept(kept, base, at);
     const Threshold threshold(base, at);
-    const auto sums = float_sums<2>(cut, [=](int64_t i, auto n, F* acc) EMBATTLE_INLINE {
+    const auto sums = float_sums<2, 0u, 2u>(cut, [=](int64_t i, auto n, F* acc) EMBATTLE_INLINE {
       acc[0] = threshold.left_of(z(i, n));
-      acc[1] = acc[0] > 0 ? all(1) : F{};
+      acc[1] = of_mask(acc[0] > 0);
     });
     return Left{at, sums.v[0], sums.v[1]};
   };
-  const double at = find_threshold({guess - base, first.v[0], first.v[1]}, least, goal, look);
+  first.at -= base;
+  const double at = find_threshold(first, least, goal, look);
   const Threshold threshold(base, at);
   const double size = float_sums<1, true>(
                           cut,
@@ -192,39 +300,52 @@ struct Peak {
 template <class T>
 inline Peak peak_of(const Cut& cut, const T* g) {
   constexpr int64_t kChunk = 1024;
-  Peak parts[kMaxBlocks];
   const auto merge = [](Peak& a, const Peak& b) {
     const double sum = a.sum + b.sum;
     if (b.most > a.most) a = b;
     a.sum = sum;
   };
-  const int count = cut.blocks([&](int block, int64_t low, int64_t high) {
-    Peak peak;
-    cut.runs(low, high, [&](int64_t begin, int64_t end) {
-      for (int64_t stop; begin < end; begin = stop) {
-        stop = begin + kChunk < end ? begin + kChunk : end;
-        F sum[2] = {}, most[2] = {};
-        const auto add = [&](int64_t i, auto n, int k) EMBATTLE_INLINE {
-          const F size = abs(fetch(g + i, n));
-          sum[k] += size;
-          most[k] = larger(size, most[k]);
-        };
-        int64_t i = begin;
-        for (; i + 2 * kFloats <= stop; i += 2 * kFloats) {
-          add(i, All{}, 0);
-          add(i + kFloats, All{}, 1);
-        }
-        for (; i < stop; i += kFloats)
-          add(i, static_cast<int>(stop - i < kFloats ? stop - i : kFloats), 0);
-        merge(peak,
-              {total(halves(sum[0] + sum[1])), largest(larger(most[0], most[1])), begin, stop});
+  const auto scan = [&](int64_t begin, int64_t end, Peak* peak) {
+    for (int64_t stop; begin < end; begin = stop) {
+      stop = begin + kChunk < end ? begin + kChunk : end;
+      F sum[2] = {}, most[2] = {};
+      const auto add = [&](int64_t i, auto n, int k) EMBATTLE_INLINE {
+        const F size = abs(fetch(g + i, n));
+        sum[k] += size;
+        most[k] = larger(size, most[k]);
+      };
+      int64_t i = begin;
+      for (; i + 2 * kFloats <= stop; i += 2 * kFloats) {
+        add(i, All{}, 0);
+        add(i + kFloats, All{}, 1);
       }
-    });
-    parts[block] = peak;
-  });
+      for (; i < stop; i += kFloats)
+        add(i, static_cast<int>(stop - i < kFloats ? stop - i : kFloats), 0);
+      merge(*peak,
+            {total(halves(sum[0] + sum[1])), largest(larger(most[0], most[1])), begin, stop});
+    }
+  };
   Peak peak;
+  if (is_short(cut)) {
+    scan(cut.begin(), cut.end(), &peak);
+    return peak;
+  }
+  Peak parts[kMaxBlocks];
+  const int count = cut.blocks([&](int block, int64_t low, int64_t high) {
+    cut.runs(low, high, [&](int64_t begin, int64_t end) { scan(begin, end, &parts[block]); });
+  });
   for (int b = 0; b < count; ++b) merge(peak, parts[b]);
   return peak;
+}
+
+// The first element at or after `begin` whose size is `most`, which is not 0. Precondition: there
+// is one before `end`.
+template <class T>
+inline int64_t find_size(const T* g, int64_t begin, int64_t end, double most) {
+  const F size = all(static_cast<float>(most));
+  while (begin + kFloats <= end && !any(abs(fetch(g + begin, All{})) == size)) begin += kFloats;
+  while (__builtin_fabs(value_of(g[begin])) != most) ++begin;
+  return begin;
 }
 
 // Steps that move one coordinate.
@@ -235,8 +356,7 @@ inline bool step_l1(const Cut& cut, double step_size, double eps, double top, co
   const Peak peak = peak_of(cut, grad);
   if (!(peak.sum < kInfinity)) return false;
   if (peak.most == 0) return project_l1(cut, eps, Moved<T, false>{x}, out, place);
-  int64_t index = peak.begin;
-  while (__builtin_fabs(value_of(grad[index])) != peak.most) ++index;
+  const int64_t index = find_size(grad, peak.begin, peak.end, peak.most);
   const double z = value_of(x[index]) + (value_of(grad[index]) > 0 ? step_size : -step_size);
   const float value = static_cast<float>(z);
   if (!(__builtin_fabs(value - z) <= 0x1p-23 * eps)) return false;

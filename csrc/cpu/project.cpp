@@ -1,5 +1,5 @@
 // project and project_: one read, one write.
-#include "plain.h"
+#include "short_rows.h"
 
 namespace embattle {
 namespace {
@@ -26,12 +26,18 @@ void run(const ProjectArgs& args, ParallelFor parallel_for) {
   const Perturbation<P> source{typename P::Tensor(args.delta), place};
   const bool plain = is_plain(args.box);
   with_norm(args.norm, [&](auto of) {
-    for_groups(args.groups, 0, args.groups.groups, parallel_for, [&](const Cut& cut) {
-      constexpr Norm norm = decltype(of)::norm;
+    constexpr Norm norm = decltype(of)::norm;
+    const auto alone = [&](const Cut& cut) {
       if constexpr (!is_boxed_float<P>)
         if (plain && plain_project<norm>(cut, args, place)) return;
       finish<norm>(cut, of_group(args.eps, cut.index), place, source);
-    });
+    };
+    const auto share = [&](int64_t begin, int64_t end, ParallelFor team) {
+      if constexpr (!is_boxed_float<P>)
+        if (plain && !team && project_rows<norm>(args, begin, end, place, alone)) return;
+      for (int64_t g = begin; g < end; ++g) alone(cut_of(args.groups, g, team));
+    };
+    for_shares(args.groups, 0, args.groups.groups, parallel_for, share);
   });
 }
 

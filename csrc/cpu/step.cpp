@@ -3,7 +3,7 @@
 #include <cstdlib>
 
 #include "ascent.h"
-#include "plain.h"
+#include "short_rows.h"
 
 namespace embattle {
 namespace {
@@ -118,8 +118,15 @@ void run(const StepArgs& args, ParallelFor parallel_for) {
   with_norm(args.norm, [&](auto of) {
     constexpr Norm norm = decltype(of)::norm;
     if (args.max_groups < 0) {
-      for_groups(groups, 0, groups.groups, parallel_for,
-                 [&](const Cut& cut) { step<norm>(cut, args, place, grad); });
+      const auto alone = [&](const Cut& cut) { step<norm>(cut, args, place, grad); };
+      for_shares(
+          groups, 0, groups.groups, parallel_for,
+          [&](int64_t begin, int64_t end, ParallelFor team) {
+            if constexpr (!is_boxed_float<Place<T, kPlain>>)
+              if (is_plain(args.box) && !team && step_rows<norm>(args, begin, end, place, alone))
+                return;
+            for (int64_t g = begin; g < end; ++g) alone(cut_of(groups, g, team));
+          });
       return;
     }
     int64_t* keys = static_cast<int64_t*>(std::malloc(sizeof(int64_t) * groups.groups + 1));

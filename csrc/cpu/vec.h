@@ -57,10 +57,12 @@ inline V iota(int64_t start) {
   return __builtin_convertvector(x, V);
 }
 
-inline double total(V x) {
-  double sum = 0;
-  for (int k = 0; k < kLanes; ++k) sum += x[k];
-  return sum;
+inline double total(V x) {  // of neighbours, of neighbouring pairs, and so on
+  double sum[kLanes];
+  std::memcpy(sum, &x, sizeof(x));
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int k = 0; k < width; ++k) sum[k] = sum[2 * k] + sum[2 * k + 1];
+  return sum[0];
 }
 
 inline double largest(V x) {

@@ -1,0 +1,272 @@
+// Many short groups in float lanes: as many at a time as a vector of doubles has lanes, so that
+// what is worked out once per group is worked out for all of them at once. The arithmetic is that
+// of plain.h, to the bit, whichever groups go together.
+#pragma once
+
+#include "plain.h"
+
+namespace embattle {
+namespace {
+
+// Elements of a short group, at most.
+constexpr int64_t kShort = 1024;
+
+inline int64_t mean_extent(const Groups& groups) {
+  return groups.groups > 0 ? groups.rows * groups.dim / groups.groups : 0;
+}
+inline bool are_short(const Groups& groups) {
+  const int64_t extent = groups.rows_per_group * groups.dim;
+  return !groups.offsets && !groups.mask && extent >= kFewest && extent <= kShort;
+}
+
+inline V root(V x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<V>(_mm512_maskz_sqrt_pd(0xff, reinterpret_cast<__m512d>(x)));
+#elif defined(__AVX__)
+  return reinterpret_cast<V>(_mm256_sqrt_pd(reinterpret_cast<__m256d>(x)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<V>(_mm_sqrt_pd(reinterpret_cast<__m128d>(x)));
+#else
+  for (int k = 0; k < kLanes; ++k) x[k] = __builtin_sqrt(x[k]);
+  return x;
+#endif
+}
+
+// Lane k: total(parts[k]).
+inline V sums_of(const V (&parts)[kLanes]) {
+#if defined(__AVX512F__)
+  V sums;
+  for (int k = 0; k < kLanes; ++k) sums[k] = total(parts[k]);
+  return sums;
+#elif defined(__AVX__)
+  const V a = __builtin_shufflevector(parts[0], parts[1], 0, 4, 2, 6) +
+              __builtin_shufflevector(parts[0], parts[1], 1, 5, 3, 7);
+  const V b = __builtin_shufflevector(parts[2], parts[3], 0, 4, 2, 6) +
+              __builtin_shufflevector(parts[2], parts[3], 1, 5, 3, 7);
+  return __builtin_shufflevector(a, b, 0, 1, 6, 7) + __builtin_shufflevector(a, b, 2, 3, 4, 5);
+#else
+  return __builtin_shufflevector(parts[0], parts[1], 0, 2) +
+         __builtin_shufflevector(parts[0], parts[1], 1, 3);
+#endif
+}
+
+// acc[k] += the terms that f(i, n, terms) gives of elements [begin, end).
+template <int K, class Fn>
+[[gnu::always_inline]] inline void add_terms(int64_t begin, int64_t end, const Fn& f, V (&acc)[K]) {
+  int64_t i = begin;
+  for (; i + 4 * kFloats <= end; i += 4 * kFloats) {
+    F a[K], b[K], c[K], d[K];
+    f(i, All{}, a);
+    f(i + kFloats, All{}, b);
+    f(i + 2 * kFloats, All{}, c);
+    f(i + 3 * kFloats, All{}, d);
+    for (int k = 0; k < K; ++k) acc[k] += halves((a[k] + b[k]) + (c[k] + d[k]));
+  }
+  F a[K];
+  for (; i + kFloats <= end; i += kFloats) {
+    f(i, All{}, a);
+    for (int k = 0; k < K; ++k) acc[k] += halves(a[k]);
+  }
+  if (i < end) {
+    f(i, static_cast<int>(end - i), a);
+    for (int k = 0; k < K; ++k) acc[k] += halves(a[k]);
+  }
+}
+
+inline V per_group(const PerGroup& value, int64_t first, int count) {
+  V x{};
+  for (int k = 0; k < count; ++k) x[k] = of_group(value, first + k);
+  return x;
+}
+
+inline I fits_float(V x) {
+  const V size = abs(x);
+  return (size > 0x1p-60) & (size < 0x1p60);
+}
+
+// Sees to it that groups [first, first + count) lie in their balls; lane k holds a group's sum of
+// squares in float lanes, or 0 where something else has seen to it.
+template <class P>
+inline void keep_rows_inside(const Groups& groups, int64_t first, int count, V eps, const P& place,
+                             V sums) {
+  const double vanished = static_cast<double>(groups.rows_per_group * groups.dim) * 0x1p-148;
+  const I doubt = sums * (1 + kSumError) + vanished > eps * eps;
+  for (int k = 0; k < count; ++k)
+    if (doubt[k] && sums[k] > 0)
+      keep_inside<Norm::l2>(cut_of(groups, first + k, nullptr), eps[k], place, sums[k]);
+}
+
+// Steps and projects groups [first, first + count), count <= kLanes. `alone(cut)` takes a group
+// that float lanes do not serve. Preconditions: are_short; neither origin nor box.
+template <class T, class P, class A>
+inline void step_rows_l2(const StepArgs& args, int64_t first, int count, const Sink<T>& out,
+                         const P& place, const A& alone) {
+  const int64_t extent = args.groups.rows_per_group * args.groups.dim;
+  const T* const x = static_cast<const T*>(args.delta.data);
+  const T* const grad = static_cast<const T*>(args.grad.data);
+  V gg_parts[kLanes] = {}, gd_parts[kLanes] = {}, dd_parts[kLanes] = {};
+  for (int k = 0; k < count; ++k) {
+    V acc[3] = {};
+    add_terms<3>((first + k) * extent, (first + k + 1) * extent,
+                 [=](int64_t i, auto n, F* to) EMBATTLE_INLINE {
+                   const F g = fetch(grad + i, n), d = fetch(x + i, n);
+                   to[0] = g * g;
+                   to[1] = g * d;
+                   to[2] = d * d;
+                 },
+                 acc);
+    gg_parts[k] = acc[0];
+    gd_parts[k] = acc[1];
+    dd_parts[k] = acc[2];
+  }
+  const V gg = sums_of(gg_parts), gd = sums_of(gd_parts), dd = sums_of(dd_parts);
+  const V eps = per_group(args.eps, first, count);
+  const V length_g = root(gg), a = per_group(args.step_size, first, count) / length_g;
+  const V reach = root(dd) + abs(a) * length_g, square = dd + 2 * a * gd + a * a * gg;
+  const V norm = root(square);
+  const V goal = eps * aim(Type<T>::unit, extent) * (1 - 2 * kSumError);
+  const V scale = norm > eps ? goal / norm : splat(1), t = scale * a;
+  const double n = static_cast<double>(extent);
+  const I good = (gg >= n * 0x1p-100) & (gg < kInfinity) & (dd < kInfinity) &
+                 (square >= 0.25 * reach * reach) & (square >= n * 0x1p-120) &
+                 (square < kInfinity) & fits_float(scale) & (fits_float(t) | (t == 0));
+  V sizes[kLanes] = {};
+  for (int k = 0; k < count; ++k) {
+    if (!good[k]) {
+      alone(cut_of(args.groups, first + k, nullptr));
+      continue;
+    }
+    const F by = all(static_cast<float>(scale[k])), along = all(static_cast<float>(t[k]));
+    V acc[1] = {};
+    add_terms<1>((first + k) * extent, (first + k + 1) * extent,
+                 [=](int64_t i, auto w, F* to) EMBATTLE_INLINE {
+                   const F z = out.store(i, w, fetch(x + i, w) * by + fetch(grad + i, w) * along);
+                   to[0] = z * z;
+                 },
+                 acc);
+    sizes[k] = acc[0];
+  }
+  keep_rows_inside(args.groups, first, count, eps, place, sums_of(sizes));
+}
+
+// Projects them likewise.
+template <class T, class P, class A>
+inline void project_rows_l2(const ProjectArgs& args, int64_t first, int count, const Sink<T>& out,
+                            const P& place, const A& alone) {
+  const int64_t extent = args.groups.rows_per_group * args.groups.dim;
+  const T* const x = static_cast<const T*>(args.delta.data);
+  V parts[kLanes] = {};
+  for (int k = 0; k < count; ++k) {
+    V acc[1] = {};
+    add_terms<1>((first + k) * extent, (first + k + 1) * extent,
+                 [=](int64_t i, auto n, F* to) EMBATTLE_INLINE {
+                   const F d = fetch(x + i, n);
+                   to[0] = d * d;
+                 },
+                 acc);
+    parts[k] = acc[0];
+  }
+  const V square = sums_of(parts), norm = root(square);
+  const V eps = per_group(args.eps, first, count);
+  const V scale = eps * aim(Type<T>::unit, extent) * (1 - 2 * kSumError) / norm;
+  // Where float sums leave it open whether the group is inside it goes alone.
+  const I stays = norm * (1 + kSumError) <= eps, moves = norm > eps * (1 + kSumError);
+  const I good = (square >= static_cast<double>(extent) * 0x1p-120) & (square < kInfinity) &
+                 (stays | (moves & fits_float(scale)));
+  V sizes[kLanes] = {};
+  for (int k = 0; k < count; ++k) {
+    if (!good[k]) {
+      alone(cut_of(args.groups, first + k, nullptr));
+      continue;
+    }
+    if (stays[k]) {
+      copy_group(cut_of(args.groups, first + k, nullptr), x, out);
+      continue;
+    }
+    const F by = all(static_cast<float>(scale[k]));
+    V acc[1] = {};
+    add_terms<1>((first + k) * extent, (first + k + 1) * extent,
+                 [=](int64_t i, auto n, F* to) EMBATTLE_INLINE {
+                   const F z = out.store(i, n, fetch(x + i, n) * by);
+                   to[0] = z * z;
+                 },
+                 acc);
+    sizes[k] = acc[0];
+  }
+  keep_rows_inside(args.groups, first, count, eps, place, sums_of(sizes));
+}
+
+inline bool is_one_number(const PerGroup& value) { return !value.values || value.broadcast; }
+
+// Calls f(cut) for stretches of groups that are treated as one, which linf allows where they share
+// their numbers.
+template <class F>
+inline void stretches_of_groups(const Groups& groups, int64_t begin, int64_t end, const F& f) {
+  const int64_t many = 4096 / (mean_extent(groups) + 1) + 1;
+  for (int64_t g = begin; g < end; g += many) {
+    Cut cut = cut_of(groups, g, nullptr);
+    cut.last = cut_of(groups, (g + many < end ? g + many : end) - 1, nullptr).last;
+    f(cut, g, g + many < end ? g + many : end);
+  }
+}
+
+// Projects groups [begin, end) if there is a way for short ones. `alone(cut)` takes one group.
+template <Norm kNorm, class P, class A>
+inline bool project_rows(const ProjectArgs& args, int64_t begin, int64_t end, const P& place,
+                         const A& alone) {
+  const Groups& groups = args.groups;
+  return with_short_type<P>(args.delta.dtype, [&](auto* type) {
+    typedef std::remove_pointer_t<decltype(type)> T;
+    const T* const x = static_cast<const T*>(args.delta.data);
+    const Sink<T> out(args.out, x, groups);
+    if (kNorm == Norm::linf && mean_extent(groups) <= kShort && is_one_number(args.eps)) {
+      stretches_of_groups(groups, begin, end, [&](const Cut& cut, int64_t, int64_t) {
+        project_linf(cut, of_group(args.eps, 0), x, out);
+        clear_masked(cut, out.p);
+      });
+      return true;
+    }
+    if (kNorm == Norm::l2 && are_short(groups)) {
+      for (int64_t g = begin; g < end; g += kLanes)
+        project_rows_l2(args, g, static_cast<int>(end - g < kLanes ? end - g : kLanes), out, place,
+                        alone);
+      out.settle();
+      return true;
+    }
+    return false;
+  });
+}
+
+// Steps and projects likewise.
+template <Norm kNorm, class P, class A>
+inline bool step_rows(const StepArgs& args, int64_t begin, int64_t end, const P& place,
+                      const A& alone) {
+  const Groups& groups = args.groups;
+  if (args.delta.dtype != args.grad.dtype) return false;
+  return with_short_type<P>(args.delta.dtype, [&](auto* type) {
+    typedef std::remove_pointer_t<decltype(type)> T;
+    const T* const x = static_cast<const T*>(args.delta.data);
+    const T* const grad = static_cast<const T*>(args.grad.data);
+    const Sink<T> out(args.out, x, groups);
+    if (kNorm == Norm::linf && mean_extent(groups) <= kShort && is_one_number(args.eps) &&
+        is_one_number(args.step_size)) {
+      stretches_of_groups(groups, begin, end, [&](const Cut& cut, int64_t from, int64_t to) {
+        if (step_linf(cut, of_group(args.step_size, 0), of_group(args.eps, 0), x, grad, out))
+          return clear_masked(cut, out.p);
+        for (int64_t g = from; g < to; ++g) alone(cut_of(groups, g, nullptr));
+      });
+      return true;
+    }
+    if (kNorm == Norm::l2 && are_short(groups)) {
+      for (int64_t g = begin; g < end; g += kLanes)
+        step_rows_l2(args, g, static_cast<int>(end - g < kLanes ? end - g : kLanes), out, place,
+                     alone);
+      out.settle();
+      return true;
+    }
+    return false;
+  });
+}
+
+}  // namespace
+}  // namespace embattle
