@@ -135,7 +135,7 @@ class RatingTask(Recommender):
     )
     quality = "RMSE"
     smaller_is_better = True
-    rates = (0.1, 0.3, 1.0, 3.0, 10.0)
+    rates = (0.1, 0.3, 1.0)
 
     def __init__(self, ratings: Ratings, pushes: dict[str, Push], epochs: int) -> None:
         super().__init__(ratings, pushes, epochs)
@@ -179,7 +179,7 @@ class RankingTask(Recommender):
     )
     quality = "HR@10"
     smaller_is_better = False
-    rates = (0.05, 0.15, 0.45)
+    rates = (0.05, 0.15)
 
     def __init__(self, ratings: Ratings, pushes: dict[str, Push], epochs: int) -> None:
         super().__init__(ratings, pushes, epochs)

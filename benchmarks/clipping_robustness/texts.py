@@ -39,7 +39,7 @@ class ReviewTask:
     quality = "accuracy"
     smaller_is_better = False
     units = ("sample",)
-    rates = (0.001, 0.003, 0.01, 0.03)
+    rates = (0.001, 0.003, 0.01)
 
     def __init__(self, splits: Splits, epochs: int) -> None:
         self.epochs = epochs
