@@ -18,7 +18,7 @@ help:
 	@echo "make test      build and run the tests"
 	@echo "make lint      ruff, mypy --strict, clang-format"
 	@echo "make bench     the benchmarks, against the memory roofline and eager torch"
-	@echo "make cuda-check  spills and 128-bit accesses of the CUDA kernels; needs nvcc, no GPU"
+	@echo "make cuda-check [TABLE=file]  spills and 128-bit accesses of the CUDA kernels; needs nvcc, no GPU"
 	@echo "make gpu-check OUT=dir  test and measure the CUDA kernels on the GPU at hand"
 	@echo "make sanitize  the native tests under AddressSanitizer and UBSan"
 	@echo "make emulator-asan  the CUDA kernels in the emulator under AddressSanitizer and UBSan"
@@ -65,7 +65,7 @@ bench: dev
 	$(RUN) -m pytest benchmarks $(BENCH)
 
 cuda-check: dev
-	$(PY) tools/check_cuda_kernels.py --build build/dev
+	$(PY) tools/check_cuda_kernels.py --build build/dev $(if $(TABLE),--out $(TABLE))
 
 # SYSTEM_PYTHON=1: no virtual environment and no network, with the python3 that is there.
 gpu-check: PYTHON_FOR_GPU = $(if $(SYSTEM_PYTHON),$(PYTHON),$(PY))

@@ -12,20 +12,48 @@ pytestmark = IN_EMULATOR
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"{o[0]}{o[1]}")
-def test_a_long_list_takes_several_launches_and_tiles(order: tuple[str, int]) -> None:
+@pytest.mark.parametrize("multiprocessors", [1, 8])
+def test_a_long_list_takes_two_phases_in_as_few_launches_as_its_arguments_allow(
+    multiprocessors: int, order: tuple[str, int]
+) -> None:
+    # On a large device several blocks have a sample, and the one that ends last adds them up.
     kernels = emulated.kernels()
-    kernels.set_device(multiprocessors=1)
+    kernels.set_device(multiprocessors=multiprocessors)
     kernels.set_order(*order)
     g = torch.Generator().manual_seed(1)
     widths = [1 + i % 3 for i in range(70)]
-    widths[3], widths[66], widths[67] = 20_001, 1024, 0
-    for mode in ("flat", "per_layer"):
-        grads = [torch.randn(5, w, generator=g) for w in widths]
-        grads[66][3, 7] = torch.nan
+    widths[3], widths[66], widths[67] = 5_001, 1024, 0
+    for count, mode, launches in ((70, "flat", 4), (70, "per_layer", 4), (64, "flat", 2)):
+        grads = [torch.randn(5, w, generator=g) for w in widths[-count:]]
+        grads[-4][3, 7] = torch.nan
         call = samples.Call([grads], {"max_norm": 1.5, "mode": mode})
         kernels.take_counters()
         assert_matches_reference("clip_and_sum", call, run("clip_and_sum", call.clone(), emulated))
-        assert kernels.take_counters()["launches"] == (5 if mode == "flat" else 6)
+        assert kernels.take_counters()["launches"] == launches
+    norms = run("per_sample_norm", samples.Call([grads], {}), emulated)
+    assert_matches_reference("per_sample_norm", samples.Call([grads], {}), norms)
+    assert kernels.take_counters()["launches"] == 1
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"{o[0]}{o[1]}")
+def test_blocks_that_share_samples_agree_in_one_launch(order: tuple[str, int]) -> None:
+    kernels = emulated.kernels()
+    kernels.set_order(*order)
+    grads = [torch.randn(3, 30_000, generator=torch.Generator().manual_seed(7))] * 2
+    counts = {}
+    for multiprocessors in (1, 4):
+        kernels.set_device(multiprocessors=multiprocessors)
+        for mode in ("flat", "per_layer", "automatic"):
+            call = samples.Call([grads], {"max_norm": 100.0, "mode": mode})
+            kernels.take_counters()
+            results = run("clip_and_sum", call.clone(), emulated)
+            assert_matches_reference("clip_and_sum", call, results)
+        norms = run("per_sample_norm", samples.Call([grads], {}), emulated)
+        assert_matches_reference("per_sample_norm", samples.Call([grads], {}), norms)
+        kernels.take_counters()
+        run("per_sample_norm", samples.Call([grads], {}), emulated)
+        counts[multiprocessors] = kernels.take_counters()["blocks"]
+    assert counts == {1: 3, 4: 9}
 
 
 @pytest.mark.parametrize("dtype", samples.DTYPES, ids=lambda d: str(d)[6:])

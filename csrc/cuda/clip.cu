@@ -1,8 +1,9 @@
 // per_sample_norm and clip_and_sum.
 //
-// Three phases, each one launch for up to kMost tensors of the list: norms of pieces of rows, the
-// norms of samples and their factors, and the weighted sums over the batch by tiles of columns.
-// Every sum is formed in an order that depends on shapes and the device alone.
+// Two phases, each one launch for up to kMost tensors of the list: norms of pieces of rows and, by
+// the block that is the last of a sample, the sample's norms and factors; then the weighted sums
+// over the batch by tiles of columns. The second needs all factors, so it starts where the first
+// has ended. Every sum is formed in an order that depends on shapes and the device alone.
 #include "../formulas.h"
 #include "launching.h"
 #include "rows.cuh"
@@ -26,20 +27,26 @@ struct Piece {
   Dtype type[kMost];
 };
 
-// Whose norms come from which tiles; all tensors together, or each one.
-struct Segments {
-  int count = 0;
-  int64_t column = 0;  // where in the norms the first one goes
-  int64_t first[kMost + 1];
-  double bound[kMost];
+// How samples and their tiles are spread over threads. All but the last are powers of two.
+struct Spread {
+  int lanes = 32;   // threads that work on a tile
+  int teams = 1;    // of a sample in a block
+  int samples = 1;  // of a block
+  int blocks = 1;   // of a sample; the grid is a multiple of them
 };
 
+// What becomes of the norms of pieces: one norm for the whole list, or one for each tensor.
 struct Finish {
-  int64_t batch = 0, tiles = 0, columns = 0;
-  const double* pieces = nullptr;  // [batch, tiles]
-  Data norms;                      // [batch, columns]
-  double* factors = nullptr;       // [columns, batch], or null: only norms are wanted
-  ConstData weights;               // [batch] or absent
+  bool now = false;    // with these tensors: all pieces of what is to be summed are there
+  bool each = false;   // a norm for each tensor
+  int64_t column = 0;  // where in the norms the first one goes
+  double bound[kMost] = {};
+  int64_t tiles = 0, columns = 0;
+  double* pieces = nullptr;     // [batch, tiles]
+  Data norms;                   // [batch, columns]
+  double* factors = nullptr;    // [columns, batch], or null: only norms are wanted
+  ConstData weights;            // [batch] or absent
+  unsigned* tickets = nullptr;  // [batch], zero: how many blocks of a sample are done
   bool automatic = false;
   double gamma = 0;
 };
@@ -59,7 +66,7 @@ __device__ __forceinline__ int tensor_of(const Piece& p, int64_t tile) {
 // ---- Norms ----
 
 template <class T>
-__device__ double scaled_squares(Team& team, const T* x, int64_t n, double scale) {
+__device__ double scaled_squares(const Lanes& team, const T* x, int64_t n, double scale) {
   constexpr int kCount = 16 / int(sizeof(T));
   const int64_t full = n / kCount;
   double sum = 0;
@@ -85,7 +92,7 @@ __device__ double scaled_squares(Team& team, const T* x, int64_t n, double scale
 }
 
 template <class T>
-__device__ double norm_of(Team& team, const T* x, int64_t n) {
+__device__ double norm_of(const Lanes& team, const T* x, int64_t n) {
   const double sum = scaled_squares(team, x, n, 1);
   if constexpr (sizeof(T) == 8) {
     if (!(sum > 1e-280 && sum < 1e+280)) {  // squares have left the range of doubles
@@ -101,63 +108,88 @@ __device__ double norm_of(Team& team, const T* x, int64_t n) {
   return sqrt(sum);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    piece_norm_kernel(const __grid_constant__ Piece p, double* norms, int64_t tiles, int lanes) {
-  Shape shape;
-  shape.lanes = lanes;
-  Team team(shape, nullptr, nullptr, nullptr);
-  const int64_t own = p.first[p.count] - p.first[0];
-  for (int64_t unit = team.index; unit < own * p.batch; unit += team.count) {
-    const int64_t sample = unit / own, tile = p.first[0] + unit % own;
-    const int t = tensor_of(p, tile);
-    const int64_t column = (tile - p.first[t]) * p.tile, width = p.width[t];
-    const int64_t at = sample * width + column, n = smaller(p.tile, width - column);
-    double norm = 0;
-    switch (p.type[t]) {
-      case Dtype::f32:
-        norm = norm_of(team, static_cast<const float*>(p.grad[t]) + at, n);
-        break;
-      case Dtype::f64:
-        norm = norm_of(team, static_cast<const double*>(p.grad[t]) + at, n);
-        break;
-      case Dtype::f16:
-        norm = norm_of(team, static_cast<const Half*>(p.grad[t]) + at, n);
-        break;
-      case Dtype::bf16:
-        norm = norm_of(team, static_cast<const BFloat16*>(p.grad[t]) + at, n);
-        break;
-    }
-    if (team.rank == 0) norms[sample * tiles + tile] = norm;
+__device__ __forceinline__ double piece_norm(const Lanes& team, const Piece& p, int64_t sample,
+                                             int64_t tile) {
+  const int t = tensor_of(p, tile);
+  const int64_t column = (tile - p.first[t]) * p.tile, width = p.width[t];
+  const int64_t at = sample * width + column, n = smaller(p.tile, width - column);
+  switch (p.type[t]) {
+    case Dtype::f32:
+      return norm_of(team, static_cast<const float*>(p.grad[t]) + at, n);
+    case Dtype::f64:
+      return norm_of(team, static_cast<const double*>(p.grad[t]) + at, n);
+    case Dtype::f16:
+      return norm_of(team, static_cast<const Half*>(p.grad[t]) + at, n);
+    default:
+      return norm_of(team, static_cast<const BFloat16*>(p.grad[t]) + at, n);
   }
 }
 
-// A warp for each sample and segment.
-__global__ void __launch_bounds__(kThreads)
-    finish_kernel(const __grid_constant__ Segments s, const __grid_constant__ Finish f) {
-  Team team(Shape{}, nullptr, nullptr, nullptr);
-  for (int64_t unit = team.index; unit < f.batch * s.count; unit += team.count) {
-    const int64_t sample = unit / s.count;
-    const int segment = int(unit % s.count);
-    const double* const pieces = f.pieces + sample * f.tiles;
-    const int64_t begin = s.first[segment], end = s.first[segment + 1];
-    double scale = 0;
-    for (int64_t i = begin + team.rank; i < end; i += 32) scale = larger(scale, pieces[i]);
-    scale = team.max(scale);
-    if (!(scale > 0 && is_finite(scale))) scale = 1;
-    double sum = 0;
-    for (int64_t i = begin + team.rank; i < end; i += 32) {
-      const double part = pieces[i] / scale;
-      sum += part * part;
+// A sample's norm over tiles [begin, end), and its factor. The tiles' norms are read from the
+// second-level cache: other blocks have just written them.
+__device__ void finish_norm(const Lanes& team, const Finish& f, int64_t batch, int64_t sample,
+                            int segment, int64_t begin, int64_t end) {
+  const double* const pieces = f.pieces + sample * f.tiles;
+  double scale = 0;
+  for (int64_t i = begin + team.rank; i < end; i += team.size)
+    scale = larger(scale, __ldcg(pieces + i));
+  scale = team.max(scale);
+  if (!(scale > 0 && is_finite(scale))) scale = 1;
+  double sum = 0;
+  for (int64_t i = begin + team.rank; i < end; i += team.size) {
+    const double part = __ldcg(pieces + i) / scale;
+    sum += part * part;
+  }
+  const double norm = scale * sqrt(team.sum(sum));
+  if (team.rank != 0) return;
+  const int64_t column = f.column + segment;
+  store_one(f.norms.data, f.norms.dtype, sample * f.columns + column, norm);
+  if (!f.factors) return;
+  const double weight =
+      f.weights.data ? load_one<double>(f.weights.data, f.weights.dtype, sample) : 1;
+  f.factors[column * batch + sample] =
+      weight == 0 ? 0 : weight * clip_factor(f.automatic, norm, f.bound[segment], f.gamma);
+}
+
+__global__ void __launch_bounds__(kThreads, 3)
+    piece_norm_kernel(const __grid_constant__ Piece p, const __grid_constant__ Spread s,
+                      const __grid_constant__ Finish f) {
+  const Lanes team(s.lanes);
+  // Those that finish: a sample's threads in the block, by the warp.
+  const int own = s.lanes * s.teams, place = int(threadIdx.x) % own;
+  const Lanes finisher(own < 32 ? own : 32);
+  const int part = int(blockIdx.x) % s.blocks;
+  const int64_t step = int64_t(int(gridDim.x) / s.blocks) * s.samples;
+  for (int64_t begin = int64_t(int(blockIdx.x) / s.blocks) * s.samples; begin < p.batch;
+       begin += step) {
+    const int64_t sample = begin + int(threadIdx.x) / own;
+    const bool here = sample < p.batch;
+    if (here) {
+      const int64_t first = p.first[0] + part * s.teams + place / s.lanes;
+      for (int64_t tile = first; tile < p.first[p.count]; tile += int64_t(s.blocks) * s.teams) {
+        const double norm = piece_norm(team, p, sample, tile);
+        if (team.rank == 0) f.pieces[sample * f.tiles + tile] = norm;
+      }
     }
-    const double norm = scale * sqrt(team.sum(sum));
-    if (team.rank != 0) continue;
-    const int64_t column = s.column + segment;
-    store_one(f.norms.data, f.norms.dtype, sample * f.columns + column, norm);
-    if (!f.factors) continue;
-    const double weight =
-        f.weights.data ? load_one<double>(f.weights.data, f.weights.dtype, sample) : 1;
-    f.factors[column * f.batch + sample] =
-        weight == 0 ? 0 : weight * clip_factor(f.automatic, norm, s.bound[segment], f.gamma);
+    if (!f.now) continue;
+    bool last = true;
+    if (s.blocks > 1) {
+      // Every block says that it is done after its pieces can be seen; the last one has all.
+      __threadfence();
+      __syncthreads();
+      const bool mine =
+          threadIdx.x == 0 && atomicAdd(f.tickets + sample, 1u) == unsigned(s.blocks - 1);
+      last = __syncthreads_or(mine);
+      __threadfence();
+      if (mine) f.tickets[sample] = 0;  // for the next launch
+    } else {
+      __syncthreads();
+    }
+    if (!here || !last) continue;
+    const int count = f.each ? p.count : 1;
+    for (int i = place / finisher.size; i < count; i += own / finisher.size)
+      finish_norm(finisher, f, p.batch, sample, i, f.each ? p.first[i] : 0,
+                  f.each ? p.first[i + 1] : f.tiles);
   }
 }
 
@@ -278,58 +310,73 @@ struct List {
   }
 };
 
+// How the tiles of one launch, `own` of each sample, are spread over the device.
+Spread spread_of(int lanes, int64_t own, int64_t batch, int64_t bytes, const Limits& limits) {
+  Spread s;
+  s.lanes = lanes;
+  s.teams = power_of_two(own, kThreads / lanes);
+  s.samples = kThreads / (lanes * s.teams);
+  // Several blocks on a sample: enough to fill the device, and more where much is to be read, so
+  // that none is long. They need a counter that starts at 0, which is one more thing to do.
+  const int64_t wanted = int64_t(limits.multiprocessors) * (bytes < (int64_t(32) << 20) ? 2 : 8);
+  if (s.samples == 1 && batch < wanted)
+    s.blocks = int(std::min((own + s.teams - 1) / s.teams, (wanted + batch - 1) / batch));
+  return s;
+}
+
 // Norms and, for clip_and_sum, factors and sums.
 int run(const List& list, const Finish& wanted, const ClipArgs* clip, const Context& context) {
   Limits limits;
   cudaError_t error = Limits::of_current_device(&limits);
   if (error != cudaSuccess) return error;
-  // Long rows are cut so that every warp of the device has work.
+  // Long rows are cut so that every warp of the device has work, but not so that the pieces of a
+  // sample become many.
   int64_t tile = 8192;
   const auto tile_width = [&](int64_t) { return tile; };
   while (tile > 1024 && list.tiles(tile_width) * list.batch < int64_t(limits.multiprocessors) * 64)
     tile /= 2;
+  while (tile < list.longest() && list.tiles(tile_width) > 2048) tile *= 2;
+  const int lanes = power_of_two((std::min(tile, list.longest()) + 3) / 4, 32);
+  const auto spread = [&](const Piece& p) {
+    int64_t bytes = 0;
+    for (int i = 0; i < p.count; ++i) bytes += p.batch * p.width[i] * bytes_of(p.type[i]);
+    return spread_of(lanes, p.first[p.count] - p.first[0], p.batch, bytes, limits);
+  };
   Finish f = wanted;
-  f.batch = list.batch;
   f.tiles = list.tiles(tile_width);
-  const bool each = f.columns > 1 || (clip && clip->mode == ClipMode::per_layer);
+  bool counted = false;
+  list.each_piece(tile_width, [&](const Piece& p, int64_t) {
+    counted |= spread(p).blocks > 1;
+    return cudaSuccess;
+  });
 
   const size_t pieces = rounded(size_t(list.batch * f.tiles) * sizeof(double));
   const size_t factors = clip ? rounded(size_t(list.batch * f.columns) * sizeof(double)) : 0;
+  const size_t tickets = counted ? size_t(list.batch) * sizeof(unsigned) : 0;
   unsigned char* workspace = nullptr;
-  if (pieces + factors) {
-    workspace = static_cast<unsigned char*>(context.allocate(context.self, pieces + factors));
+  if (pieces + factors + tickets) {
+    workspace =
+        static_cast<unsigned char*>(context.allocate(context.self, pieces + factors + tickets));
     if (!workspace) return cudaErrorMemoryAllocation;
   }
-  auto* const norms = reinterpret_cast<double*>(workspace);
-  f.pieces = norms;
+  f.pieces = reinterpret_cast<double*>(workspace);
   f.factors = clip ? reinterpret_cast<double*>(workspace + pieces) : nullptr;
+  if (tickets) {
+    f.tickets = reinterpret_cast<unsigned*>(workspace + pieces + factors);
+    error = cudaMemsetAsync(f.tickets, 0, tickets, static_cast<cudaStream_t>(context.stream));
+    if (error != cudaSuccess) return error;
+  }
 
-  const int lanes = power_of_two((std::min(tile, list.longest()) + 3) / 4, 32);
-  const auto finish = [&](const Segments& s) {
-    return enqueue(finish_kernel, (list.batch * s.count + kThreads / 32 - 1) / (kThreads / 32),
-                   kThreads, 0, context, s, f);
-  };
   error = list.each_piece(tile_width, [&](Piece& p, int64_t begin) {
     p.tile = tile;
-    const int64_t units = (p.first[p.count] - p.first[0]) * list.batch;
-    const int teams = kThreads / lanes;
-    const cudaError_t failed = enqueue(piece_norm_kernel, (units + teams - 1) / teams, kThreads, 0,
-                                       context, p, norms, f.tiles, lanes);
-    if (failed != cudaSuccess || !each) return failed;
-    Segments s{};
-    s.count = p.count;
-    s.column = begin;
-    for (int i = 0; i <= p.count; ++i) s.first[i] = p.first[i];
-    for (int i = 0; i < p.count; ++i) s.bound[i] = clip->max_norm[begin + i];
-    return finish(s);
+    f.now = f.each || begin + p.count == list.count;
+    f.column = f.each ? begin : 0;
+    for (int i = 0; clip && i < (f.each ? p.count : 1); ++i)
+      f.bound[i] = clip->max_norm[f.column + i];
+    const Spread s = spread(p);
+    return enqueue(piece_norm_kernel, (p.batch + s.samples - 1) / s.samples * s.blocks, kThreads, 0,
+                   context, p, s, f);
   });
-  if (error == cudaSuccess && !each) {
-    Segments s{};
-    s.count = 1;
-    s.first[1] = f.tiles;
-    s.bound[0] = clip ? clip->max_norm[0] : 0;
-    error = finish(s);
-  }
   if (error != cudaSuccess || !clip) return error;
 
   // Fewer columns and more samples at once, until the device is full.
@@ -341,8 +388,8 @@ int run(const List& list, const Finish& wanted, const ClipArgs* clip, const Cont
   return list.each_piece(columns, [&](const Piece& p, int64_t begin) {
     return enqueue(clipped_sum_kernel, p.first[p.count] - p.first[0], kThreads,
                    kThreads * 8 * sizeof(double), context, p,
-                   static_cast<const double*>(f.factors + (each ? begin * list.batch : 0)),
-                   each ? list.batch : int64_t(0), across);
+                   static_cast<const double*>(f.factors + (f.each ? begin * list.batch : 0)),
+                   f.each ? list.batch : int64_t(0), across);
   });
 }
 
@@ -358,7 +405,8 @@ int per_sample_norm(const SampleNormArgs& args, const Context& context) {
 
 int clip_and_sum(const ClipArgs& args, const Context& context) {
   Finish f;
-  f.columns = args.mode == ClipMode::per_layer ? args.count : 1;
+  f.each = args.mode == ClipMode::per_layer;
+  f.columns = f.each ? args.count : 1;
   f.norms = args.norms;
   f.weights = args.weights;
   f.automatic = args.mode == ClipMode::automatic;

@@ -149,6 +149,22 @@ __device__ __forceinline__ void sin_cos_pi(double x, double* s, double* c) {
 __device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
 
+// a * b rounded by itself: never fused with what it is added to.
+__device__ __forceinline__ float product(float a, float b) {
+#ifdef __CUDACC__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+__device__ __forceinline__ double product(double a, double b) {
+#ifdef __CUDACC__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 template <class T>
 __device__ __forceinline__ T larger(T a, T b) {
   return b > a ? b : a;

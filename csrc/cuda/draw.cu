@@ -6,7 +6,8 @@ namespace embattle::cuda {
 namespace {
 
 template <class T, Norm kNorm, bool kFull>
-__global__ void __launch_bounds__(512, 1) draw_kernel(const __grid_constant__ GroupParams p) {
+__global__ void __launch_bounds__(kMostThreads<kFull>, 1)
+    draw_kernel(const __grid_constant__ GroupParams p) {
   EMBATTLE_DYNAMIC_SHARED(shared);
   Team team(p.shape, reinterpret_cast<TeamScratch*>(shared), p.team_global, p.team_slots);
   using G = Group<T, kFull>;
@@ -17,7 +18,7 @@ __global__ void __launch_bounds__(512, 1) draw_kernel(const __grid_constant__ Gr
                                               : Draw::exponential;
   int64_t key[2];
   for (int i = 0; i < 2; ++i) key[i] = p.key ? p.key[i] : p.key_value[i];
-  for (int64_t index = team.index; index < p.groups.groups; index += team.count) {
+  for (int64_t index = team.index; index < p.groups.groups; index += team.count()) {
     G group(p, team, shared, index);
     group.prefetch(p.x);
     // Draws are kept like inputs; those that do not fit are drawn again in each pass.
@@ -98,7 +99,8 @@ int run(const NoiseArgs& args, bool start, const Context& context) {
   } else {
     p.key = args.key;
   }
-  const Plan plan = plan_groups(p, limits, G::kElements, {&p.x}, sizeof(typename G::A));
+  const Plan plan =
+      plan_groups(p, limits, G::kElements, kMostThreads<kFull>, {&p.x}, sizeof(typename G::A));
   void* workspace = nullptr;
   if (plan.workspace) {
     workspace = context.allocate(context.self, plan.workspace);

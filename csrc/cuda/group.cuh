@@ -54,9 +54,16 @@ struct GroupParams {
 
 constexpr double kInfinity = __builtin_huge_val();
 
+// Of a block. The full profile needs more registers than 512 threads can have.
+template <bool kFull>
+constexpr int kMostThreads = kFull ? 256 : 512;
+
 // How much an l2 or l1 ball is shrunk so that rounding in the sums cannot leave it.
 template <class T>
 constexpr double kInside = sizeof(T) == 8 ? 1 - 1e-15 : 1 - 1e-13;
+
+template <class A>
+using Bits = std::conditional_t<sizeof(A) == 4, unsigned, unsigned long long>;
 
 // The steepest ascent direction of a group, as numbers that give each element's part.
 template <class A>
@@ -64,9 +71,9 @@ struct Direction {
   bool moving = false;
   A scale = 1;  // power of two that brings the gradient into range
   A factor = 0;
-  unsigned long long key =
-      0;  // l1: elements with larger bits move, and those with these bits up to `last`
-  int64_t last = 0;
+  // l1: elements with larger bits move, and of those with these bits the thread's first `ties`.
+  Bits<A> key = 0;
+  int ties = 0;
 };
 
 enum class Fit : int { inside, scaled, shifted };
@@ -94,11 +101,11 @@ struct Values<A, kElements, true> {
 };
 
 template <class A>
-__device__ __forceinline__ unsigned long long bits_of(A x) {
+__device__ __forceinline__ Bits<A> bits_of(A x) {
   if constexpr (sizeof(A) == 4)
     return __float_as_uint(x);
   else
-    return (unsigned long long)__double_as_longlong(x);
+    return Bits<A>(__double_as_longlong(x));
 }
 
 // A power of two that brings magnitudes up to `largest` to where A neither overflows nor loses
@@ -121,14 +128,13 @@ class Group {
   using V = Values<A, kElements, kFull>;
 
   __device__ Group(const GroupParams& p, Team& team, unsigned char* shared, int64_t index)
-      : p_(p), team_(team), slots_(shared + sizeof(TeamScratch)), index_(index) {
+      : p_(p), team_(team), slots_(shared + sizeof(TeamScratch)) {
     const Groups& g = p.groups;
     const int64_t row = g.offsets ? g.offsets[index] : index * g.rows_per_group;
     const int64_t rows = g.offsets ? g.offsets[index + 1] - row : g.rows_per_group;
     begin_ = row * g.dim;
     end_ = begin_ + rows * g.dim;
     row_ = row;
-    small_ = end_ - begin_ < (int64_t(1) << 31) - 64;
     first_ = begin_ / kElements;
     chunks_ = end_ > begin_ ? (end_ + kElements - 1) / kElements - first_ : 0;
   }
@@ -222,6 +228,19 @@ class Group {
     }
   }
 
+  // A chunk of an input less the origin.
+  __device__ __forceinline__ void fetch_offset(int k, int64_t c, unsigned valid, const Stream& s,
+                                               Chunk& out) const {
+    fetch<true>(s, k, c, valid, out);
+    if constexpr (kFull) {
+      if (!p_.x0.data) return;
+      Chunk x0;
+      fetch<true>(p_.x0, k, c, valid, x0);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) out[i] -= x0[i];
+    }
+  }
+
   // ---- Directions
   // ----------------------------------------------------------------------------------
 
@@ -236,15 +255,14 @@ class Group {
   __device__ Direction<A> direction(Source source, double step, bool* finite) {
     Direction<A> u;
     Sums s;
-    [[maybe_unused]] int64_t first =
-        0;  // the first of this thread's elements with its largest magnitude
+    [[maybe_unused]] int first = 0;  // of this thread's elements: the first of the largest
     each([&](int k, int64_t c, unsigned valid) {
       Chunk g;
       source(k, c, valid, g);
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         if constexpr (kNorm == Norm::l1)
-          if (extent(g[i]) > s.m) first = c * kElements + i;
+          if (extent(g[i]) > s.m) first = k * kElements + i;
         s.m = larger(s.m, extent(g[i]));
         if constexpr (kNorm == Norm::l2) s.a += double(g[i]) * double(g[i]);
       }
@@ -274,23 +292,25 @@ class Group {
     } else {
       // The first of all is the answer for one coordinate.
       u.key = bits_of(A(s.m));
-      u.last = int64_t(-team_.max(own == s.m ? -double(first) : -kInfinity));
+      const int64_t last =
+          int64_t(-team_.max(own == s.m ? -double(element_of(first)) : -kInfinity));
+      u.ties = up_to(last);
       u.factor = A(step);
       if (p_.top != 1) choose_coordinates(source, step, u);
     }
     return u;
   }
 
-  // v moved by an element's part of the direction. `e` is the element's number in the tensor.
+  // v moved by an element's part of the direction. `place`: the element's number in the thread.
   template <Norm kNorm>
-  __device__ __forceinline__ static A moved(const Direction<A>& u, A v, A g, int64_t e) {
+  __device__ __forceinline__ static A moved(const Direction<A>& u, A v, A g, int place) {
     if constexpr (kNorm == Norm::l2) {
       return fused(u.factor, g * u.scale, v);
     } else if constexpr (kNorm == Norm::linf) {
       return g > 0 ? v + u.factor : g < 0 ? v - u.factor : v;
     } else {
-      const unsigned long long key = bits_of(magnitude(g));
-      const bool moves = key > u.key || (key == u.key && e <= u.last);
+      const Bits<A> key = bits_of(magnitude(g));
+      const bool moves = key > u.key || (key == u.key && place < u.ties);
       return !moves ? v : g > 0 ? v + u.factor : g < 0 ? v - u.factor : v;
     }
   }
@@ -450,13 +470,24 @@ class Group {
   }
 
   __device__ bool leads() const { return team_.rank == 0; }
-  __device__ int64_t index() const { return index_; }
-  __device__ bool empty() const { return chunks_ == 0; }
 
  private:
   __device__ __forceinline__ unsigned char* slot(const Stream& s, int k) const {
     return slots_ + s.slot +
            (k * int(blockDim.x) + int(threadIdx.x)) * (kElements * bytes_of(s.type));
+  }
+
+  // A thread's elements are numbered by its chunks, k * kElements + i. The number in the tensor of
+  // one, and how many of them do not come behind element `last` of the tensor.
+  __device__ __forceinline__ int64_t element_of(int place) const {
+    return (first_ + team_.rank + int64_t(place / kElements) * team_.size) * kElements +
+           place % kElements;
+  }
+  __device__ __forceinline__ int up_to(int64_t last) const {
+    const int64_t chunk = last / kElements - first_ - team_.rank;
+    if (chunk < 0) return 0;
+    const int64_t k = chunk / team_.size;
+    return int(k * kElements + (k * team_.size == chunk ? last % kElements + 1 : kElements));
   }
 
   // Which of a chunk's elements belong to the group.
@@ -470,9 +501,10 @@ class Group {
 
   __device__ __forceinline__ unsigned valid(int64_t c) const {
     const unsigned bits = in_range(c);
-    return p_.groups.mask ? unmasked(bits, p_.groups.mask + row_, p_.groups.dim,
-                                     c * kElements - begin_, small_)
-                          : bits;
+    return p_.groups.mask
+               ? unmasked(bits, p_.groups.mask + row_, p_.groups.dim, c * kElements - begin_,
+                          end_ - begin_ < (int64_t(1) << 31) - 64)
+               : bits;
   }
 
   // Rare or long things, not inlined.
@@ -680,23 +712,24 @@ class Group {
     // Chosen are the elements with larger bits than `key`, and those with these bits up to `last`.
     // Which they are is found by counting: first key, bit by bit from the top; then last, by
     // bisection.
-    const unsigned long long largest = u.key;
-    unsigned long long key = 0;
+    const Bits<A> largest = u.key;
+    Bits<A> key = 0;
     int64_t low = begin_, high = end_ - 1;
     double n = 0, wanted = -1;
     for (int bit = int(sizeof(A)) * 8 - 2;;) {
-      unsigned long long than =
-          key;  // this round counts elements with larger bits, and these up to `last`
+      Bits<A> than = key;  // this round counts elements with larger bits, and these up to `last`
       int64_t last = -1;
+      int ties = 0;
       if (wanted >= 0 && bit >= 0) {
-        if ((key | 1ull << bit) > largest) {
+        if ((key | Bits<A>(1) << bit) > largest) {
           --bit;
           continue;
         }
-        than = (key | 1ull << bit) - 1;
+        than = (key | Bits<A>(1) << bit) - 1;
       } else if (wanted >= 0) {
         if (low == high) break;
         last = low + (high - low) / 2;
+        ties = up_to(last);
       }
       Sums s;
       each([&](int k, int64_t c, unsigned valid) {
@@ -705,8 +738,8 @@ class Group {
         s.b += __popc(valid);
 #pragma unroll
         for (int i = 0; i < kElements; ++i) {
-          const unsigned long long bits = bits_of(magnitude(g[i]));
-          s.a += valid >> i & 1 && (bits > than || (bits == than && c * kElements + i <= last));
+          const Bits<A> bits = bits_of(magnitude(g[i]));
+          s.a += valid >> i & 1 && (bits > than || (bits == than && k * kElements + i < ties));
         }
       });
       s = team_.template agree<kSumA | kSumB>(s);
@@ -715,7 +748,7 @@ class Group {
         wanted = p_.top < 1 ? larger(floor(n * p_.top + 0.5), 1.0) : floor(p_.top);
         wanted = smaller(wanted, s.a);
       } else if (bit >= 0) {
-        if (s.a >= wanted) key |= 1ull << bit;
+        if (s.a >= wanted) key |= Bits<A>(1) << bit;
         --bit;
       } else if (s.a >= wanted) {
         high = last;
@@ -724,15 +757,14 @@ class Group {
       }
     }
     u.key = key;
-    u.last = low;
+    u.ties = up_to(low);
     u.factor = A(step / wanted);
   }
 
   const GroupParams& p_;
   Team& team_;
   unsigned char* slots_;
-  int64_t index_, row_, begin_, end_, first_, chunks_;
-  bool small_;
+  int64_t row_, begin_, end_, first_, chunks_;
 };
 
 }  // namespace embattle::cuda

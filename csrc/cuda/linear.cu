@@ -33,8 +33,8 @@ struct LinearParams {
 
 // ---- The trace ----
 
-__device__ __forceinline__ double squares(Team& team, const void* data, Dtype type, int64_t at,
-                                          int64_t n) {
+__device__ __forceinline__ double squares(const Lanes& team, const void* data, Dtype type,
+                                          int64_t at, int64_t n) {
   double sum = 0;
   const bool vector = n % 4 == 0 && aligned(data, 16);
   for (int64_t c = 4 * team.rank; c < n; c += 4 * team.size) {
@@ -48,7 +48,7 @@ __device__ __forceinline__ double squares(Team& team, const void* data, Dtype ty
 
 // A warp for each token.
 __global__ void __launch_bounds__(256) trace_kernel(const __grid_constant__ LinearParams p) {
-  Team team(Shape{}, nullptr, nullptr, nullptr);
+  const Lanes team(32);
   const LinearNormArgs& a = p.args;
   const auto moderate = [](double x) { return x == 0 || (x > 1e-25 && x < 1e+30); };
   for (int64_t token = team.index; token < a.batch * a.tokens; token += team.count) {
@@ -171,9 +171,10 @@ __global__ void __launch_bounds__(kThreads)
 // A warp for each sample.
 __global__ void __launch_bounds__(256)
     linear_finish_kernel(const __grid_constant__ LinearParams p) {
-  Team team(Shape{}, nullptr, nullptr, nullptr);
+  const Shape shape;
+  Team team(shape, nullptr, nullptr, nullptr);
   const LinearNormArgs& a = p.args;
-  for (int64_t sample = team.index; sample < a.batch; sample += team.count) {
+  for (int64_t sample = team.index; sample < a.batch; sample += team.count()) {
     if (p.second && !p.redo[sample]) continue;
     Sums s;  // a: the trace; b: the partials; m: 1 where float cannot hold such numbers
     for (int64_t t = team.rank; t < a.tokens; t += 32) {

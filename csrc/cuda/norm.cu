@@ -5,12 +5,13 @@ namespace embattle::cuda {
 namespace {
 
 template <class T, Norm kNorm>
-__global__ void __launch_bounds__(512, 1) norm_kernel(const __grid_constant__ GroupParams p) {
+__global__ void __launch_bounds__(kMostThreads<sizeof(T) == 8>, 1)
+    norm_kernel(const __grid_constant__ GroupParams p) {
   EMBATTLE_DYNAMIC_SHARED(shared);
   Team team(p.shape, reinterpret_cast<TeamScratch*>(shared), p.team_global, p.team_slots);
   using G = Group<T, sizeof(T) == 8>;
   using A = typename G::A;
-  for (int64_t index = team.index; index < p.groups.groups; index += team.count) {
+  for (int64_t index = team.index; index < p.groups.groups; index += team.count()) {
     G group(p, team, shared, index);
     group.prefetch(p.x);
     async_wait();
@@ -60,7 +61,7 @@ int run(GroupParams& p, Norm norm, const Limits& limits, const Context& context,
     using T = decltype(tag);
     constexpr int kElements = Group<T, sizeof(T) == 8>::kElements;
     p.x.aligned = aligned(p.x.data, 16);
-    const Plan plan = plan_groups(p, limits, kElements, {&p.x});
+    const Plan plan = plan_groups(p, limits, kElements, kMostThreads<sizeof(T) == 8>, {&p.x});
     if (needed) {
       *needed = plan.workspace;
       return cudaSuccess;

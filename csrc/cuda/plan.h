@@ -28,8 +28,8 @@ struct Plan {
 
 // How many threads, blocks and bytes of shared memory a group gets. Fills in p.shape, p.resident
 // and the slots of the streams that are to be kept in shared memory; `draws` is the size of a
-// random value there, or 0.
-inline Plan plan_groups(GroupParams& p, const Limits& limits, int elements,
+// random value there, or 0; `most_threads` is the most that the kernel takes in a block.
+inline Plan plan_groups(GroupParams& p, const Limits& limits, int elements, int most_threads,
                         std::initializer_list<Stream*> kept, int draws = 0) {
   const Groups& g = p.groups;
   // Ragged groups: their sizes are on the device; most are expected below four times the average,
@@ -61,7 +61,7 @@ inline Plan plan_groups(GroupParams& p, const Limits& limits, int elements,
     plan.grid = (g.groups + teams - 1) / teams;
     p.resident = int(each_holds(lanes));
   } else {
-    plan.threads = chunks <= 512 ? 128 : chunks <= 4096 ? 256 : 512;
+    plan.threads = std::min(chunks <= 512 ? 128 : chunks <= 4096 ? 256 : 512, most_threads);
     p.shape.lanes = plan.threads;
     const bool clusters = limits.major >= 9;
     const int64_t total = chunks * per_chunk;

@@ -6,12 +6,13 @@ namespace embattle::cuda {
 namespace {
 
 template <class T, Norm kNorm, bool kFull>
-__global__ void __launch_bounds__(512, 1) step_kernel(const __grid_constant__ GroupParams p) {
+__global__ void __launch_bounds__(kMostThreads<kFull>, 1)
+    step_kernel(const __grid_constant__ GroupParams p) {
   EMBATTLE_DYNAMIC_SHARED(shared);
   Team team(p.shape, reinterpret_cast<TeamScratch*>(shared), p.team_global, p.team_slots);
   using G = Group<T, kFull>;
   using A = typename G::A;
-  for (int64_t index = team.index; index < p.groups.groups; index += team.count) {
+  for (int64_t index = team.index; index < p.groups.groups; index += team.count()) {
     G group(p, team, shared, index);
     group.prefetch(p.x);
     group.prefetch(p.grad);
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(512, 1) step_kernel(const __grid_constant__ Gr
         group.fetch_gradient(k, c, valid, g);
 #pragma unroll
         for (int i = 0; i < G::kElements; ++i)
-          x.v[i] = G::template moved<kNorm>(u, x.v[i], g[i], c * G::kElements + i);
+          x.v[i] = G::template moved<kNorm>(u, x.v[i], g[i], k * G::kElements + i);
       }
     };
     const Projection projection = group.template project<kNorm>(source, value_of(p.eps, index));
@@ -49,7 +50,8 @@ int run(GroupParams& p, Norm norm, const StepArgs* step, const Context& context)
   Limits limits;
   cudaError_t error = Limits::of_current_device(&limits);
   if (error != cudaSuccess) return error;
-  const Plan plan = plan_groups(p, limits, Group<T, kFull>::kElements, {&p.x, &p.grad});
+  const Plan plan =
+      plan_groups(p, limits, Group<T, kFull>::kElements, kMostThreads<kFull>, {&p.x, &p.grad});
   // The workspace: what blocks at large meet in, then what max_groups needs.
   const bool choose = step && step->max_groups >= 0;
   const size_t teams = rounded(plan.workspace);

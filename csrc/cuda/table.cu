@@ -30,7 +30,8 @@ class Run {
   static constexpr int kStep = Rows::kStep<T>;
 
   // held: [teams][lanes][kStep], where the block's teams meet.
-  __device__ Run(const TableParams& p, Team& team, int64_t item, bool whole_block, double* held)
+  __device__ Run(const TableParams& p, const Lanes& team, int64_t item, bool whole_block,
+                 double* held)
       : p_(p), team_(team), item_(item), whole_(whole_block), held_(held) {}
 
   __device__ int64_t row() const { return p_.runs.keys[item_]; }
@@ -87,7 +88,7 @@ class Run {
 
  private:
   const TableParams& p_;
-  Team& team_;
+  const Lanes& team_;
   int64_t item_;
   bool whole_;
   double* held_;
@@ -96,9 +97,7 @@ class Run {
 // f(run) for every run. All threads of the block call it.
 template <class T, class F>
 __device__ __forceinline__ void each_run(const TableParams& p, double* held, F f) {
-  Shape shape;
-  shape.lanes = p.lanes;
-  Team team(shape, nullptr, nullptr, nullptr);
+  const Lanes team(p.lanes);
   const int teams = kThreads / p.lanes;
   const SortedIndices& runs = p.runs;
   const auto is_long = [&](int64_t i) { return runs.together(i, i + kLong - 1); };

@@ -43,12 +43,41 @@ struct Shape {
   bool cluster = false;  // how they meet, where there are several
 };
 
+// A team of lanes only: a power of two of them, up to 32. Its sums are inlined; calls would cost
+// short kernels registers.
+class Lanes {
+ public:
+  __device__ __forceinline__ explicit Lanes(int lanes)
+      : rank(int(threadIdx.x) & (lanes - 1)),
+        size(lanes),
+        index(int64_t(blockIdx.x) * (int(blockDim.x) / lanes) + int(threadIdx.x) / lanes),
+        count(int64_t(gridDim.x) * (int(blockDim.x) / lanes)),
+        mask_((lanes == 32 ? 0xffffffffu : (1u << lanes) - 1) << ((int(threadIdx.x) & 31) - rank)) {
+  }
+
+  int rank, size;        // of this thread in its team
+  int64_t index, count;  // of this team in the grid
+
+  // The same bits in every lane. All lanes of the team call it.
+  __device__ __forceinline__ double sum(double a) const {
+    for (int o = size / 2; o; o /= 2) a += __shfl_xor_sync(mask_, a, o);
+    return a;
+  }
+  __device__ __forceinline__ double max(double m) const {
+    for (int o = size / 2; o; o /= 2) m = larger(m, __shfl_xor_sync(mask_, m, o));
+    return m;
+  }
+
+ private:
+  unsigned mask_;
+};
+
 class Team {
  public:
-  // All threads of the block call it. `global` and `slots` ([teams][2][blocks]) serve blocks at
-  // large.
+  // All threads of the block call it; the shape outlives it. `global` and `slots`
+  // ([teams][2][blocks]) serve blocks at large.
   __device__ Team(const Shape& shape, TeamScratch* scratch, TeamGlobal* global, Sums* slots)
-      : shape_(shape), scratch_(scratch) {
+      : shape_(shape), scratch_(scratch), global_(global), slots_(slots) {
     const int threads = int(blockDim.x);
     if (shape.lanes <= 32) {
       const int lane = int(threadIdx.x) & 31, first = lane & ~(shape.lanes - 1);
@@ -56,23 +85,23 @@ class Team {
       rank = lane - first;
       size = shape.lanes;
       index = int64_t(blockIdx.x) * (threads / shape.lanes) + threadIdx.x / shape.lanes;
-      count = int64_t(gridDim.x) * (threads / shape.lanes);
       return;
     }
     block_ = shape.blocks == 1 ? 0 : int(blockIdx.x % unsigned(shape.blocks));
     rank = block_ * threads + int(threadIdx.x);
     size = shape.blocks * threads;
     index = blockIdx.x / unsigned(shape.blocks);
-    count = gridDim.x / unsigned(shape.blocks);
-    if (shape.blocks > 1 && !shape.cluster) {
-      global_ = global + index;
-      slots_ = slots + index * 2 * shape.blocks;
-    }
     if (shape.cluster) cluster_sync();  // the others have started: their shared memory is there
   }
 
-  int rank, size;        // of this thread in its team
-  int64_t index, count;  // of this team in the grid
+  int rank, size;  // of this thread in its team
+  int64_t index;   // of this team in the grid
+
+  // The teams of the grid. Not kept: kernels need it when they are done with a group.
+  __device__ int64_t count() const {
+    return shape_.lanes <= 32 ? int64_t(gridDim.x) * (int(blockDim.x) / shape_.lanes)
+                              : gridDim.x / unsigned(shape_.blocks);
+  }
 
   // The sums and the maximum over the team, the same bits in every thread. kWhich says which
   // members of Sums are wanted; the others are undefined. All threads of the team call it.
@@ -82,8 +111,9 @@ class Team {
     if (shape_.lanes <= 32) return agree_lanes<kWhich>(s, mask_, shape_.lanes);
     if (shape_.blocks == 1) return agree_block<kWhich>(s, scratch_->warps[turn_]);
     if (shape_.cluster) return agree_cluster<kWhich>(s, scratch_, turn_, shape_.blocks, block_);
-    return agree_blocks<kWhich>(s, scratch_, turn_, shape_.blocks, block_, slots_, global_,
-                                ++round_);
+    const int64_t own = blockIdx.x / unsigned(shape_.blocks);
+    return agree_blocks<kWhich>(s, scratch_, turn_, shape_.blocks, block_,
+                                slots_ + own * 2 * shape_.blocks, global_ + own, ++round_);
   }
 
   __device__ double sum(double a) {
@@ -170,14 +200,16 @@ class Team {
     return scratch->blocks[turn][0];
   }
 
-  Shape shape_;
+  // What the kernel was told is kept as it was told: it then stays in constant memory, and
+  // registers are short.
+  const Shape& shape_;
   TeamScratch* scratch_;
+  TeamGlobal* global_;
+  Sums* slots_;
   unsigned mask_ = 0xffffffffu;
   int block_ = 0;
   int turn_ = 0;
   unsigned round_ = 0;
-  TeamGlobal* global_ = nullptr;
-  Sums* slots_ = nullptr;
 };
 
 }  // namespace embattle::cuda
