@@ -237,7 +237,6 @@ def test_automatic_mixed_precision_with_loss_scaling() -> None:
         model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 2))
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=mixed)
-        scaler.scale(torch.zeros(()))  # it makes its scale when first asked to scale something
         before = [p.detach().clone() for p in model.parameters()]
         with PerSampleClipper(model, 0.5) as clipper:
             for half in x.split(4):

@@ -284,7 +284,8 @@ class PerSampleClipper:
         samples = len(losses)
         weights = self._resolve_weights(self.weights if weights is None else weights, losses)
         units = self._units(samples, users, weights)
-        loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
+        # scale, unlike get_scale, readies a fresh scaler for its step.
+        loss_scale = 1.0 if scaler is None else float(scaler.scale(losses.new_ones(())))
         named = self._named
         bound = self.max_norm if max_norm is None else self._checked_bound(max_norm, self.mode)
         if not isinstance(bound, float) and len(bound) != len(named):
