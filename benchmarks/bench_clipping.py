@@ -381,7 +381,8 @@ def run(name: str, peers: list[str], seconds: float) -> dict[str, Any]:
 def markdown(record: dict[str, Any]) -> str:
     """The table, and what is left out of it."""
     about, results = record["about"], record["results"]
-    labels = ["embattle", *about["peers"]]
+    found = [label for result in results for label in (*result["ratio"], *result["absent"])]
+    labels = ["embattle", *(label for label in PEERS if label in found)]
     heads = ["model", "plain, ms", "plain, MB", *labels]
     lines = [
         "# Cost of per-sample clipping",
@@ -400,7 +401,8 @@ def markdown(record: dict[str, Any]) -> str:
         for label in labels:
             if label not in result["ratio"]:
                 cells.append("-")
-                notes.append(f"- {label}, {result['model']}: {result['absent'].get(label)}")
+                why = result["absent"].get(label, "not measured")
+                notes.append(f"- {label}, {result['model']}: {why}")
                 continue
             cell = f"{result['ratio'][label]:.2f}, {memory[label] / memory['plain']:.2f}"
             if label == "embattle":
@@ -441,7 +443,7 @@ def main() -> None:
         for label, why in result["absent"].items():
             print(f"  {label} is left out: {why}")
     if args.out:
-        about = {**origin(args.threads), "peers": peers}
+        about = origin(args.threads)
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / f"bench_clipping_{about['date']}.json"
         kept = json.loads(path.read_text())["results"] if path.exists() else []

@@ -101,16 +101,18 @@ template <>
 struct Bulk<float> {
   typedef F type;
   static F wide(F x) { return x; }
-  static F narrowed(F x) { return x; }
+  static F narrowed(F x, F* stored) { return *stored = x; }
 };
 template <>
 struct Bulk<bf16> {
   typedef H type;
   static F wide(H x) { return reinterpret_cast<F>(spread_out(x) << 16); }
-  static H narrowed(F x) {
+  static H narrowed(F x, F* stored) {
     const U b = reinterpret_cast<U>(x);
-    const U near = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-    return packed_up((b << 1) > 0xff000000u ? (b >> 16) | 0x40u : near);
+    const U near = (b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u;
+    const F rounded = reinterpret_cast<F>(near);
+    *stored = x == x ? rounded : reinterpret_cast<F>((b & 0xffff0000u) | 0x400000u);
+    return packed_up(reinterpret_cast<U>(*stored) >> 16);
   }
 };
 template <>
@@ -120,15 +122,19 @@ struct Bulk<f16> {
   static F wide(H x) {
     return reinterpret_cast<F>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(x)));
   }
-  static H narrowed(F x) {
-    return reinterpret_cast<H>(
+  static H narrowed(F x, F* stored) {
+    const H half = reinterpret_cast<H>(
         _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+    *stored = wide(half);
+    return half;
   }
 #elif defined(__F16C__)
   static F wide(H x) { return reinterpret_cast<F>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(x))); }
-  static H narrowed(F x) {
-    return reinterpret_cast<H>(
+  static H narrowed(F x, F* stored) {
+    const H half = reinterpret_cast<H>(
         _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+    *stored = wide(half);
+    return half;
   }
 #else  // as in vec.h
   static F wide(H x) {
@@ -138,14 +144,16 @@ struct Bulk<f16> {
     const U value = size >= 0x0f800000u ? size | 0x7f800000u : finite;
     return reinterpret_cast<F>(value | ((h & 0x8000u) << 16));
   }
-  static H narrowed(F x) {
+  static H narrowed(F x, F* stored) {
     const U b = reinterpret_cast<U>(x);
     const U size = b & 0x7fffffffu;
     const U small = reinterpret_cast<U>(reinterpret_cast<F>(size) + 0.5f) - 0x3f000000u;
     const U normal = (size + 0xc8000fffu + ((size >> 13) & 1u)) >> 13;
     const U special = size > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
     const U value = size >= 0x47800000u ? special : size < 0x38800000u ? small : normal;
-    return packed_up(value | ((b >> 16) & 0x8000u));
+    const H half = packed_up(value | ((b >> 16) & 0x8000u));
+    *stored = wide(half);
+    return half;
   }
 #endif
 };
@@ -199,12 +207,13 @@ struct Sink {
   // What was stored comes back.
   template <class N>
   [[gnu::always_inline]] F store(int64_t i, N n, F x) const {
-    const typename Bulk<T>::type words = Bulk<T>::narrowed(x);
+    F stored;
+    const typename Bulk<T>::type words = Bulk<T>::narrowed(x, &stored);
     if (static_cast<int>(n) == kFloats && past_cache)
       put_past_cache(p + i, words);
     else
       std::memcpy(p + i, &words, sizeof(T) * static_cast<size_t>(n));
-    return Bulk<T>::wide(words);
+    return stored;
   }
 
   void settle() const {

@@ -28,16 +28,33 @@ inline void clear_masked(const Cut& cut, T* out) {
   });
 }
 
-// Sees to it that what was stored lies in the l1 or l2 ball. `sum` is the sum of its sizes or
-// squares in float lanes: where that leaves a doubt, the norm is taken in double.
+// Results without origin, of a type that is known.
+template <class E>
+struct Bare {
+  E out;
+
+  template <class N>
+  V origin(int64_t, N) const {
+    return V{};
+  }
+};
+
+// Sees to it that what was stored lies in the l1 or l2 ball; there is no origin. `sum` is the sum
+// of its sizes or squares in float lanes: where that leaves a doubt, the norm is taken in double.
 template <Norm kNorm, class P>
 inline void keep_inside(const Cut& cut, double eps, const P& place, double sum) {
   if (eps == kInfinity) return;
   const double vanished = static_cast<double>(cut.end() - cut.begin()) * 0x1p-148;
   if (sum * (1 + kSumError) + vanished <= (kNorm == Norm::l2 ? eps * eps : eps)) return;
-  const double norm = length<kNorm>(
-      cut, [&](int64_t i, auto n) { return place.out.load(i, n) - place.origin(i, n); });
-  if (norm > eps) pull_in<kNorm>(cut, eps, place, norm);
+  const auto look = [&](auto out) {
+    const Bare<decltype(out)> bare{out};
+    const double norm = length<kNorm>(cut, [&](int64_t i, auto n) { return out.load(i, n); });
+    if (norm > eps) pull_in<kNorm>(cut, eps, bare, norm);
+  };
+  if constexpr (std::is_same_v<typename P::Tensor, Elements<Any>>)
+    with_elements(place.out.x, look);
+  else
+    look(place.out);
 }
 
 // Fewer elements than this go to the double path: float sums would only reach eps to some ulps, and

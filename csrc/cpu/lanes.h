@@ -132,7 +132,7 @@ inline void narrow(double x, bf16& out) { narrow_half(x, out); }
 [[gnu::always_inline]] inline void store8(bf16* x, f32x8 v) {
   const u32x8 bits = bits_as<u32x8>(v);
   const u32x8 near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const u32x8 is_nan = u32x8((bits & 0x7fffffff) > 0x7f800000);
+  const u32x8 is_nan = u32x8(v != v);
   const u32x8 words = (near & ~is_nan) | (0x7fc0 & is_nan);
 #if defined(__AVX2__)  // convertvector takes detours
   const __m256i all = bits_as<__m256i>(words);
