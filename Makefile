@@ -21,7 +21,7 @@ help:
 	@echo "make cuda-check [TABLE=file]  spills and 128-bit accesses of the CUDA kernels; needs nvcc, no GPU"
 	@echo "make gpu-check OUT=dir  test and measure the CUDA kernels on the GPU at hand"
 	@echo "make sanitize  the native tests under AddressSanitizer and UBSan"
-	@echo "make emulator-asan  the CUDA kernels in the emulator under AddressSanitizer and UBSan"
+	@echo "make emulator-asan [SHORT=1]  the CUDA kernels in the emulator under AddressSanitizer and UBSan"
 	@echo "make clean     remove the build and the virtual environment"
 
 # ---- Set-up ----
@@ -78,7 +78,7 @@ sanitize: setup
 	@PYTHON=$(PY) JOBS=$(JOBS) bash tools/sanitize.sh
 
 emulator-asan: dev
-	@PYTHON=$(PY) JOBS=$(JOBS) bash tools/emulator_asan.sh
+	@PYTHON=$(PY) JOBS=$(JOBS) SHORT=$(SHORT) bash tools/emulator_asan.sh
 
 clean:
 	rm -rf build $(VENV) python/embattle/_C*.so
