@@ -47,8 +47,9 @@ demo: dev
 	$(RUN) -m embattle train recipes/womens_reviews.yaml --out runs/demo --overwrite $(DEMO)
 	$(RUN) -m embattle audit runs/demo
 
+# A process for each core, each with one thread; tests of threads ask for more by themselves.
 test: dev
-	$(RUN) -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(TESTS)
 
 lint: setup
 	$(PY) -m ruff check .
