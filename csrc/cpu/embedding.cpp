@@ -2,9 +2,12 @@
 // optimiser's step. Every row's sum is formed by one thread, in the order of the batch.
 #include <math.h>
 
+#include <type_traits>
+
 #include "../launch_clip.h"
 #include "lanes.h"
 #include "level.h"
+#include "past_cache.h"
 #include "rows.h"
 
 namespace embattle {
@@ -15,6 +18,10 @@ inline void copy_row(const T* x, int64_t n, T* out) {
   memcpy(out, x, static_cast<size_t>(n) * sizeof(T));
 }
 
+// Eight elements as they are stored.
+template <class W>
+using Stored = std::conditional_t<sizeof(W) == 4, f32x8, u16x8>;
+
 // kPast: past the cache. Precondition: `out` is aligned to 64 bytes then.
 template <bool kPast, class W, class D>
 inline void add_row(const W* weight, const D* delta, int64_t n, W* out) {
@@ -24,7 +31,13 @@ inline void add_row(const W* weight, const D* delta, int64_t n, W* out) {
   } else {
     for (; i + 8 <= n; i += 8) {
       const f32x8 sum = load8(weight + i) + load8(delta + i);
-      kPast ? store8_past_cache(out + i, sum) : store8(out + i, sum);
+      if constexpr (kPast) {
+        W stored[8];
+        store8(stored, sum);
+        put_past_cache(out + i, bits_as<Stored<W>>(stored));
+      } else {
+        store8(out + i, sum);
+      }
     }
     for (; i < n; ++i) narrow(widened(weight[i]) + widened(delta[i]), out[i]);
   }
@@ -51,11 +64,7 @@ void EMBATTLE_AT_LEVEL(embedding_perturb)(const PerturbArgs& args, ParallelFor p
       const W* const weight = static_cast<const W*>(args.weight.data);
       const auto* const delta = static_cast<decltype(delta_type)>(args.delta.data);
       W* const out = static_cast<W*>(args.out.data);
-      // Results that are too many to stay in cache need not pass through it.
-      constexpr int64_t kManyBytes = int64_t(8) << 20;
-      const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(W));
-      const bool past = args.count * row_bytes >= kManyBytes && row_bytes % 64 == 0 &&
-                        reinterpret_cast<uintptr_t>(out) % 64 == 0;
+      const bool past = pays_past_cache(out, args.count, dim * static_cast<int64_t>(sizeof(W)));
       const auto add = past ? add_row<true, W, D> : add_row<false, W, D>;
       spread(parallel_for, args.count, kGrain / (1 + dim) + 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "ball.h"
+#include "past_cache.h"
 
 namespace embattle {
 namespace {
@@ -166,28 +167,9 @@ template <class T, class N>
   return Bulk<T>::wide(x);
 }
 
-// Writes past the cache. Precondition: `to` is aligned to the vector.
-template <class Words>
-inline void put_past_cache(void* to, Words x) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(x) == 64)
-    return _mm512_stream_si512(static_cast<__m512i*>(to), reinterpret_cast<__m512i>(x));
-#endif
-#if defined(__AVX__)
-  if constexpr (sizeof(x) == 32)
-    return _mm256_stream_si256(static_cast<__m256i*>(to), reinterpret_cast<__m256i>(x));
-#endif
-#if defined(__SSE2__)
-  if constexpr (sizeof(x) == 16)
-    return _mm_stream_si128(static_cast<__m128i*>(to), reinterpret_cast<__m128i>(x));
-#endif
-  std::memcpy(to, &x, sizeof(x));
-}
-
 // Where results go: through the cache, or past it where they are too many to stay there.
 template <class T>
 struct Sink {
-  static constexpr int64_t kManyBytes = int64_t{8} << 20;
   T* p;
   bool past_cache = false;
 
@@ -195,13 +177,8 @@ struct Sink {
 
   // `from` is where the input lies: lines that were read to be written are in the cache already.
   Sink(const Data& out, const void* from, const Groups& groups) : p(static_cast<T*>(out.data)) {
-#if defined(__SSE2__)
-    const int64_t row = groups.dim * static_cast<int64_t>(sizeof(T));
-    past_cache = out.data != from && groups.rows * row >= kManyBytes && row % 64 == 0 &&
-                 reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
-#else
-    (void)from, (void)groups;
-#endif
+    past_cache = out.data != from &&
+                 pays_past_cache(p, groups.rows, groups.dim * static_cast<int64_t>(sizeof(T)));
   }
 
   // What was stored comes back.
@@ -217,9 +194,7 @@ struct Sink {
   }
 
   void settle() const {
-#if defined(__SSE2__)
-    if (past_cache) _mm_sfence();
-#endif
+    if (past_cache) settle_stores();
   }
 };
 
@@ -233,23 +208,21 @@ inline bool is_short(const Cut& cut) {
   return !cut.parallel_for && !cut.groups.mask && cut.end() - cut.begin() <= kGrain;
 }
 
-// K sums over a group: given(i, n, terms) gives K vectors of terms of the elements from i on. The
-// sums whose bit is set in `kMaxima` are maxima of numbers >= 0 instead, those in `kCounts` count
-// the lanes in which the term is what a comparison gives. `settle()` is called on
-// the thread that did a block. kBackwards: from the last element to the first, chunk by chunk, so
-// that a second pass begins with what the first one has left in the cache.
-template <int K, bool kBackwards = false, unsigned kMaxima = 0, unsigned kCounts = 0, class Fn,
-          class S>
-inline Totals<K> float_sums(const Cut& cut, const Fn& given, const S& settle) {
-  constexpr int64_t kChunk = 4096;
-  const auto is_most = [](int k) { return kMaxima >> k & 1; };
-  const auto is_count = [](int k) { return kCounts >> k & 1; };
-  const auto merge = [=](double& a, double b, int k) { a = is_most(k) ? (b > a ? b : a) : a + b; };
-  const auto add = [&](int64_t begin, int64_t end, double* to) {
-    const Fn f = given;  // a copy of one's own: what it holds stays in registers
-    V acc[K] = {};
-    F most[K] = {};
-    J seen[K] = {};
+// K sums of what f(i, n, terms) gives, K vectors of terms of the elements from i on. The sums whose
+// bit is set in `kMaxima` are maxima of numbers >= 0 instead, those in `kCounts` count the lanes in
+// which the term is what a comparison gives.
+template <int K, unsigned kMaxima = 0, unsigned kCounts = 0>
+struct Terms {
+  V acc[K] = {};
+  F most[K] = {};
+  J seen[K] = {};
+
+  static constexpr bool is_most(int k) { return kMaxima >> k & 1; }
+  static constexpr bool is_count(int k) { return kCounts >> k & 1; }
+
+  // Adds those of elements [begin, end), four vectors at a time.
+  template <class Fn>
+  [[gnu::always_inline]] void add(int64_t begin, int64_t end, const Fn& f) {
     int64_t i = begin;
     for (; i + 4 * kFloats <= end; i += 4 * kFloats) {
       F a[K], b[K], c[K], d[K];
@@ -278,12 +251,31 @@ inline Totals<K> float_sums(const Cut& cut, const Fn& given, const S& settle) {
     };
     for (; i + kFloats <= end; i += kFloats) one(All{});
     if (i < end) one(static_cast<int>(end - i));
-    for (int k = 0; k < K; ++k)
-      merge(to[k],
-            is_most(k)    ? largest(most[k])
-            : is_count(k) ? total(halves(__builtin_convertvector(seen[k], F)))
-                          : total(acc[k]),
-            k);
+  }
+
+  double result(int k) const {
+    return is_most(k)    ? largest(most[k])
+           : is_count(k) ? total(halves(__builtin_convertvector(seen[k], F)))
+                         : total(acc[k]);
+  }
+};
+
+// Terms over a group. `settle()` is called on the thread that did a block. kBackwards: from the
+// last element to the first, chunk by chunk, so that a second pass begins with what the first one
+// has left in the cache.
+template <int K, bool kBackwards = false, unsigned kMaxima = 0, unsigned kCounts = 0, class Fn,
+          class S>
+inline Totals<K> float_sums(const Cut& cut, const Fn& given, const S& settle) {
+  constexpr int64_t kChunk = 4096;
+  typedef Terms<K, kMaxima, kCounts> Sums;
+  const auto merge = [](double& a, double b, int k) {
+    a = Sums::is_most(k) ? (b > a ? b : a) : a + b;
+  };
+  const auto add = [&](int64_t begin, int64_t end, double* to) {
+    const Fn f = given;  // a copy of one's own: what it holds stays in registers
+    Sums sums;
+    sums.add(begin, end, f);
+    for (int k = 0; k < K; ++k) merge(to[k], sums.result(k), k);
   };
   const auto run = [&](int64_t begin, int64_t end, double* to) {
     while (end > begin) {

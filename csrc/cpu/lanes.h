@@ -153,28 +153,6 @@ inline void narrow(double x, bf16& out) { narrow_half(x, out); }
 #endif
 }
 
-// As store8, past the cache where the level can. Precondition: x is aligned to what is stored.
-template <class T>
-[[gnu::always_inline]] inline void store8_past_cache(T* x, f32x8 v) {
-#if defined(__AVX__)
-  T stored[8];
-  store8(stored, v);
-  if constexpr (sizeof(T) == 4)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(x), bits_as<__m256i>(stored));
-  else
-    _mm_stream_si128(reinterpret_cast<__m128i*>(x), bits_as<__m128i>(stored));
-#else
-  store8(x, v);
-#endif
-}
-
-// What was stored past the cache is seen by others from here on.
-inline void settle_stores() {
-#if defined(__AVX__)
-  _mm_sfence();
-#endif
-}
-
 [[gnu::always_inline]] inline f64x4 widened4(f32x4 v) {
 #if defined(__AVX__)
   return bits_as<f64x4>(_mm256_cvtps_pd(bits_as<__m128>(v)));  // convertvector makes two of it

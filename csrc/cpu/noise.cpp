@@ -154,18 +154,12 @@ inline double fill(const Cut& cut, const Keys& keys, float* buffer) {
   cut.runs(cut.begin(), cut.end(), [&](int64_t begin, int64_t end) {
     stretches(begin, end, [&](int64_t at, int64_t stop) {
       draw<start_of(kNorm)>(keys, at, stop, buffer + at);
-      const auto part = [&](int64_t i, auto n) EMBATTLE_INLINE {
+      Terms<1> terms;
+      terms.add(at, stop, [=](int64_t i, auto n, F* to) EMBATTLE_INLINE {
         const F z = fetch(buffer + i, n);
-        return kNorm == Norm::l2 ? z * z : abs(z);
-      };
-      V acc = {};
-      int64_t i = at;
-      for (; i + 4 * kFloats <= stop; i += 4 * kFloats)
-        acc += halves((part(i, All{}) + part(i + kFloats, All{})) +
-                      (part(i + 2 * kFloats, All{}) + part(i + 3 * kFloats, All{})));
-      for (; i + kFloats <= stop; i += kFloats) acc += halves(part(i, All{}));
-      if (i < stop) acc += halves(part(i, static_cast<int>(stop - i)));
-      sum += total(acc);
+        to[0] = kNorm == Norm::l2 ? z * z : abs(z);
+      });
+      sum += terms.result(0);
     });
   });
   return sum;

@@ -50,29 +50,6 @@ inline V sums_of(const V (&parts)[kLanes]) {
 #endif
 }
 
-// acc[k] += the terms that f(i, n, terms) gives of elements [begin, end).
-template <int K, class Fn>
-[[gnu::always_inline]] inline void add_terms(int64_t begin, int64_t end, const Fn& f, V (&acc)[K]) {
-  int64_t i = begin;
-  for (; i + 4 * kFloats <= end; i += 4 * kFloats) {
-    F a[K], b[K], c[K], d[K];
-    f(i, All{}, a);
-    f(i + kFloats, All{}, b);
-    f(i + 2 * kFloats, All{}, c);
-    f(i + 3 * kFloats, All{}, d);
-    for (int k = 0; k < K; ++k) acc[k] += halves((a[k] + b[k]) + (c[k] + d[k]));
-  }
-  F a[K];
-  for (; i + kFloats <= end; i += kFloats) {
-    f(i, All{}, a);
-    for (int k = 0; k < K; ++k) acc[k] += halves(a[k]);
-  }
-  if (i < end) {
-    f(i, static_cast<int>(end - i), a);
-    for (int k = 0; k < K; ++k) acc[k] += halves(a[k]);
-  }
-}
-
 inline V per_group(const PerGroup& value, int64_t first, int count) {
   V x{};
   for (int k = 0; k < count; ++k) x[k] = of_group(value, first + k);
@@ -106,18 +83,17 @@ inline void step_rows_l2(const StepArgs& args, int64_t first, int count, const S
   const T* const grad = static_cast<const T*>(args.grad.data);
   V gg_parts[kLanes] = {}, gd_parts[kLanes] = {}, dd_parts[kLanes] = {};
   for (int k = 0; k < count; ++k) {
-    V acc[3] = {};
-    add_terms<3>((first + k) * extent, (first + k + 1) * extent,
-                 [=](int64_t i, auto n, F* to) EMBATTLE_INLINE {
-                   const F g = fetch(grad + i, n), d = fetch(x + i, n);
-                   to[0] = g * g;
-                   to[1] = g * d;
-                   to[2] = d * d;
-                 },
-                 acc);
-    gg_parts[k] = acc[0];
-    gd_parts[k] = acc[1];
-    dd_parts[k] = acc[2];
+    Terms<3> terms;
+    terms.add((first + k) * extent, (first + k + 1) * extent,
+              [=](int64_t i, auto n, F* to) EMBATTLE_INLINE {
+                const F g = fetch(grad + i, n), d = fetch(x + i, n);
+                to[0] = g * g;
+                to[1] = g * d;
+                to[2] = d * d;
+              });
+    gg_parts[k] = terms.acc[0];
+    gd_parts[k] = terms.acc[1];
+    dd_parts[k] = terms.acc[2];
   }
   const V gg = sums_of(gg_parts), gd = sums_of(gd_parts), dd = sums_of(dd_parts);
   const V eps = per_group(args.eps, first, count);
@@ -137,14 +113,13 @@ inline void step_rows_l2(const StepArgs& args, int64_t first, int count, const S
       continue;
     }
     const F by = all(static_cast<float>(scale[k])), along = all(static_cast<float>(t[k]));
-    V acc[1] = {};
-    add_terms<1>((first + k) * extent, (first + k + 1) * extent,
-                 [=](int64_t i, auto w, F* to) EMBATTLE_INLINE {
-                   const F z = out.store(i, w, fetch(x + i, w) * by + fetch(grad + i, w) * along);
-                   to[0] = z * z;
-                 },
-                 acc);
-    sizes[k] = acc[0];
+    Terms<1> terms;
+    terms.add((first + k) * extent, (first + k + 1) * extent,
+              [=](int64_t i, auto w, F* to) EMBATTLE_INLINE {
+                const F z = out.store(i, w, fetch(x + i, w) * by + fetch(grad + i, w) * along);
+                to[0] = z * z;
+              });
+    sizes[k] = terms.acc[0];
   }
   keep_rows_inside(args.groups, first, count, eps, place, sums_of(sizes));
 }
@@ -157,14 +132,13 @@ inline void project_rows_l2(const ProjectArgs& args, int64_t first, int count, c
   const T* const x = static_cast<const T*>(args.delta.data);
   V parts[kLanes] = {};
   for (int k = 0; k < count; ++k) {
-    V acc[1] = {};
-    add_terms<1>((first + k) * extent, (first + k + 1) * extent,
-                 [=](int64_t i, auto n, F* to) EMBATTLE_INLINE {
-                   const F d = fetch(x + i, n);
-                   to[0] = d * d;
-                 },
-                 acc);
-    parts[k] = acc[0];
+    Terms<1> terms;
+    terms.add((first + k) * extent, (first + k + 1) * extent,
+              [=](int64_t i, auto n, F* to) EMBATTLE_INLINE {
+                const F d = fetch(x + i, n);
+                to[0] = d * d;
+              });
+    parts[k] = terms.acc[0];
   }
   const V square = sums_of(parts), norm = root(square);
   const V eps = per_group(args.eps, first, count);
@@ -184,14 +158,13 @@ inline void project_rows_l2(const ProjectArgs& args, int64_t first, int count, c
       continue;
     }
     const F by = all(static_cast<float>(scale[k]));
-    V acc[1] = {};
-    add_terms<1>((first + k) * extent, (first + k + 1) * extent,
-                 [=](int64_t i, auto n, F* to) EMBATTLE_INLINE {
-                   const F z = out.store(i, n, fetch(x + i, n) * by);
-                   to[0] = z * z;
-                 },
-                 acc);
-    sizes[k] = acc[0];
+    Terms<1> terms;
+    terms.add((first + k) * extent, (first + k + 1) * extent,
+              [=](int64_t i, auto n, F* to) EMBATTLE_INLINE {
+                const F z = out.store(i, n, fetch(x + i, n) * by);
+                to[0] = z * z;
+              });
+    sizes[k] = terms.acc[0];
   }
   keep_rows_inside(args.groups, first, count, eps, place, sums_of(sizes));
 }
