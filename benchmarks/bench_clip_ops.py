@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import embattle.ops as ops
+import peers
 import pytest
 import torch
-import torch.nn.functional as F
 from bench_group_ops import COMPILE, Run, medians
 from torch import Tensor
 
@@ -61,22 +61,12 @@ def _clip_plain(grad: Tensor) -> tuple[Tensor, Tensor]:
     return (grad * factors.unsqueeze(1)).sum(0), norms
 
 
-def _clip_peers(grad: Tensor) -> tuple[Tensor, Tensor]:
-    norms = torch.stack([grad.flatten(1).norm(2, dim=-1)], 1).norm(2, dim=1)
-    factors = (30.0 / (norms + 1e-6)).clamp(max=1)
-    return torch.einsum("i,i...", factors, grad), norms
-
-
 def _many(count: int, batch: int, width: int) -> Callable[[torch.dtype], tuple[Any, int]]:
     def make(dtype: torch.dtype) -> tuple[Any, int]:
         grads = [_randn(batch, width, dtype=dtype) for _ in range(count)]
         return (grads,), _bytes(*grads)
 
     return make
-
-
-def _norms_peers(grads: list[Tensor]) -> Tensor:
-    return torch.stack([grad.flatten(1).norm(2, dim=-1) for grad in grads], 1).norm(2, dim=1)
 
 
 # ---- Norms without the gradient ----
@@ -94,16 +84,6 @@ def _tokens(batch: int, tokens: int, dim: int) -> Callable[[torch.dtype], tuple[
 def _embedding_plain(ids: Tensor, grad: Tensor) -> Tensor:
     same = ids.unsqueeze(2) == ids.unsqueeze(1)
     return ((grad @ grad.mT) * same).sum((1, 2)).clamp(min=0).sqrt()
-
-
-def _embedding_peers(ids: Tensor, grad: Tensor) -> Tensor:
-    batch, tokens = ids.shape
-    samples = torch.arange(batch).repeat_interleave(tokens)
-    pairs, inverse = torch.unique(
-        torch.stack([samples, ids.flatten()], 1), dim=0, return_inverse=True
-    )
-    rows = grad.new_zeros(len(pairs), grad.shape[-1]).index_add_(0, inverse, grad.flatten(0, 1))
-    return grad.new_zeros(batch).index_add_(0, pairs[:, 0], rows.square().sum(1)).sqrt()
 
 
 def _linear(*shape: int, inputs: int, outputs: int) -> Callable[[torch.dtype], tuple[Any, int]]:
@@ -143,10 +123,6 @@ def _rows(batch: int, tokens: int, dim: int) -> Callable[[torch.dtype], tuple[An
     return make
 
 
-def _perturb_plain(weight: Tensor, ids: Tensor, delta: Tensor, inverse: Tensor) -> Tensor:
-    return F.embedding(ids, weight) + F.embedding(inverse, delta)
-
-
 def _step(count: int, dim: int) -> Callable[[torch.dtype], tuple[Any, int]]:
     def make(dtype: torch.dtype) -> tuple[Any, int]:
         ids = torch.randint(0, 100_000, (count,))
@@ -156,14 +132,6 @@ def _step(count: int, dim: int) -> Callable[[torch.dtype], tuple[Any, int]]:
         return (weight, torch.zeros(100_000), ids, grad), size
 
     return make
-
-
-def _adagrad_plain(weight: Tensor, state: Tensor, ids: Tensor, grad: Tensor) -> None:
-    distinct, inverse = torch.unique(ids, return_inverse=True)
-    rows = grad.new_zeros(len(distinct), grad.shape[1]).index_add_(0, inverse, grad)
-    state.index_add_(0, distinct, rows.float().square().mean(1))
-    scale = 1e-6 / (state[distinct].sqrt() + 1e-8)
-    weight.index_add_(0, distinct, -(rows * scale.unsqueeze(1)).to(weight.dtype))
 
 
 F32, HALF = torch.float32, (torch.bfloat16, torch.float16)
@@ -180,7 +148,7 @@ def _cases() -> list[Case]:
             _gradient(*shape),
             lambda grad: ops.clip_and_sum([grad], max_norm=30.0),
             _clip_plain,
-            _clip_peers,
+            lambda grad: peers.opacus_clip([grad], 30.0),
         )
 
     def embedding(shape: tuple[int, int, int], bar: float | None, dtype: torch.dtype = F32) -> Case:
@@ -193,7 +161,7 @@ def _cases() -> list[Case]:
             _tokens(*shape),
             ops.embedding_grad_norm,
             _embedding_plain,
-            _embedding_peers,
+            peers.embedding_norms,
         )
 
     many = Case(
@@ -205,7 +173,7 @@ def _cases() -> list[Case]:
         _many(2000, 32, 64),
         ops.per_sample_norm,
         torch._foreach_norm,  # norms of whole tensors: another result, at the price of many calls
-        _norms_peers,
+        peers.list_norms,
         compiled=False,
     )
     one = Case(
@@ -230,7 +198,7 @@ def _cases() -> list[Case]:
         None,
         _rows(512, 32, 64),
         ops.embedding_perturb,
-        _perturb_plain,
+        peers.perturbed_rows,
     )
     adagrad = Case(
         "rowwise_adagrad_",
@@ -240,7 +208,7 @@ def _cases() -> list[Case]:
         None,
         _step(16384, 64),
         lambda weight, state, ids, grad: ops.rowwise_adagrad_(weight, state, ids, grad, lr=1e-6),
-        _adagrad_plain,
+        peers.adagrad,
         compiled=False,
     )
     big, rows = (64, 262144), (512, 4096)
@@ -281,8 +249,8 @@ def test_clip_op(case: Case, benchmark: Any, report: dict[str, list[str]]) -> No
             compiled = torch.compile(plain)
             candidates["compile"] = lambda: compiled(*arguments)
     if case.peers:
-        peers = case.peers
-        candidates["peers"] = lambda: peers(*arguments)
+        others = case.peers
+        candidates["peers"] = lambda: others(*arguments)
     took = medians(candidates)
     benchmark.pedantic(candidates["op"], rounds=3, iterations=1)
     ratio = {name: seconds / took["floor"] for name, seconds in took.items()}
@@ -293,12 +261,12 @@ def test_clip_op(case: Case, benchmark: Any, report: dict[str, list[str]]) -> No
         bar=case.bar,
         **{f"ratio_{name}": value for name, value in ratio.items()},
     )
-    others = (
+    columns = (
         f"{ratio[name]:8.2f}" if name in ratio else f"{'-':>8}"
         for name in ("plain", "compile", "peers")
     )
     bar = "-" if case.bar is None else f"{case.bar:.2f}"
     report.setdefault("ops on per-sample gradients and tables", [HEADER]).append(
         f"{_title(case):<52} {took['op'] * 1e3:8.3f} {ratio['op']:7.2f} {bar:>6} "
-        + " ".join(others)
+        + " ".join(columns)
     )

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import embattle.ops as ops
+import peers
 import pytest
 import torch
 from torch import Tensor
@@ -38,65 +39,27 @@ class Case(NamedTuple):
     eager: Callable[[Tensor, Tensor], Any]
 
 
-# ---- The same in plain torch, as it is commonly written ----
-
-
-def _flat_norm(x: Tensor, order: float) -> Tensor:
-    norms = torch.linalg.vector_norm(x.flatten(1), order, dim=1)
-    return norms.view(-1, *[1] * (x.dim() - 1))
-
-
-def l2_step(delta: Tensor, grad: Tensor) -> Tensor:
-    moved = delta + 0.3 * grad / (_flat_norm(grad, 2) + 1e-10)
-    return moved * (1.0 / (_flat_norm(moved, 2) + 1e-10)).clamp(max=1)
-
-
-def linf_step(delta: Tensor, grad: Tensor) -> Tensor:
-    return (delta + 0.003 * grad.sign()).clamp(-0.01, 0.01)
-
-
-def l1_project(delta: Tensor, eps: float = 5.0) -> Tensor:
-    flat = delta.flatten(1)
-    ordered = flat.abs().sort(1, descending=True).values
-    sums = ordered.cumsum(1) - eps
-    count = torch.arange(1, flat.shape[1] + 1, device=flat.device)
-    kept = (ordered * count > sums).sum(1, keepdim=True)
-    threshold = (sums.gather(1, kept - 1) / kept).clamp(min=0)
-    return (flat.sign() * (flat.abs() - threshold).clamp(min=0)).view_as(delta)
-
-
-def l1_step(delta: Tensor, grad: Tensor) -> Tensor:
-    flat = grad.flatten(1)
-    at = flat.abs().argmax(1, keepdim=True)
-    moved = delta.flatten(1).scatter_add(1, at, 0.3 * flat.gather(1, at).sign())
-    return l1_project(moved.view_as(delta))
-
-
-def l2_start(delta: Tensor, grad: Tensor) -> Tensor:
-    x = torch.randn_like(delta)
-    n = delta[0].numel()
-    radius = torch.rand(len(x), 1) ** (1 / n)
-    return x * (radius.view(-1, *[1] * (x.dim() - 1)) / _flat_norm(x, 2))
-
-
 def _cases() -> list[Case]:
     big, middle, rows = (64, 128, 768), (256, 32, 128), (4096, 64)
     half = (torch.bfloat16, torch.float16)
     step: dict[str, tuple[Any, Any]] = {
-        "l2 pgd_step": (lambda d, g: ops.pgd_step(d, g, step_size=0.3, eps=1.0), l2_step),
+        "l2 pgd_step": (
+            lambda d, g: ops.pgd_step(d, g, step_size=0.3, eps=1.0),
+            lambda d, g: peers.l2_step(d, g, 0.3, 1.0),
+        ),
         "linf pgd_step": (
             lambda d, g: ops.pgd_step(d, g, step_size=0.003, eps=0.01, norm="linf"),
-            linf_step,
+            lambda d, g: peers.linf_step(d, g, 0.003, 0.01),
         ),
         "l1 pgd_step": (
             lambda d, g: ops.pgd_step(d, g, step_size=0.3, eps=5.0, norm="l1"),
-            l1_step,
+            lambda d, g: peers.l1_step(d, g, 0.3, 5.0),
         ),
         "l1 project": (
             lambda d, g: ops.project(d, eps=5.0, norm="l1"),
-            lambda d, g: l1_project(d),
+            lambda d, g: peers.l1_project(d, 5.0),
         ),
-        "random_start": (lambda d, g: ops.random_start(d, eps=1.0), l2_start),
+        "random_start": (lambda d, g: ops.random_start(d, eps=1.0), lambda d, g: peers.l2_start(d)),
         "gaussian_noise": (
             lambda d, g: ops.gaussian_noise(d, std=1.0),
             lambda d, g: d + torch.randn_like(d),

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import peers
 import torch
-import torch.nn.functional as F
 from embattle import ops
+from peers import wide
 from torch import Tensor
 
 EPS, STEP = 1.0, 0.3
@@ -34,25 +35,15 @@ class Case:
     same: tuple[str, ...] = ()  # candidates that compute what embattle does
 
 
-def wide(values: Tensor, like: Tensor) -> Tensor:
-    """[groups] as a column that broadcasts over `like`."""
-    return values.view(-1, *[1] * (like.dim() - 1))
-
-
 # ---- Steps, as their authors write them: on [groups, ...], a group for each sample ----
+
+
+EAGER_STEPS = {"l2": peers.l2_step, "linf": peers.linf_step, "l1": peers.l1_step}
 
 
 def eager_step(delta: Tensor, grad: Tensor, norm: str) -> Tensor:
     """The shortest form in plain torch."""
-    if norm == "linf":
-        return (delta + STEP * grad.sign()).clamp(-EPS, EPS)
-    if norm == "l2":
-        moved = delta + STEP * grad / wide(grad.flatten(1).norm(dim=1), grad)
-        return moved * wide((EPS / moved.flatten(1).norm(dim=1)).clamp(max=1), moved)
-    flat = grad.flatten(1)
-    at = flat.abs().argmax(1, keepdim=True)
-    moved = delta.flatten(1).scatter_add(1, at, STEP * flat.gather(1, at).sign())
-    return sorted_l1(moved).view_as(delta)
+    return EAGER_STEPS[norm](delta, grad, STEP, EPS)
 
 
 def torchattacks_step(adv: Tensor, origin: Tensor, grad: Tensor, norm: str) -> Tensor:
@@ -79,17 +70,7 @@ def foolbox_step(adv: Tensor, origin: Tensor, grad: Tensor, norm: str) -> Tensor
         return origin + delta * wide(torch.minimum(torch.ones_like(norms), EPS / norms), delta)
     norms = grad.flatten(1).abs().sum(1).clamp(min=1e-12)  # the l1-normalised gradient
     delta = adv + STEP * (grad * wide(1 / norms, grad)) - origin
-    return origin + sorted_l1(delta.flatten(1)).view_as(delta)
-
-
-def sorted_l1(x: Tensor) -> Tensor:
-    """The projection of rows on the l1 ball by sorting."""
-    ordered = x.abs().sort(1, descending=True).values
-    count = torch.arange(1, x.shape[1] + 1, device=x.device)
-    threshold = (ordered.float().cumsum(1) - EPS) / count
-    kept = (ordered > threshold).sum(1, keepdim=True)
-    threshold = threshold.gather(1, (kept - 1).clamp(min=0)).clamp(min=0)
-    return x.sign() * (x.abs() - threshold).clamp(min=0).to(x.dtype)
+    return origin + peers.l1_project(delta, EPS)
 
 
 def eager_project(x: Tensor, norm: str) -> Tensor:
@@ -97,13 +78,7 @@ def eager_project(x: Tensor, norm: str) -> Tensor:
         return x.clamp(-EPS, EPS)
     if norm == "l2":
         return x * wide((EPS / x.flatten(1).norm(dim=1)).clamp(max=1), x)
-    return sorted_l1(x.flatten(1)).view_as(x)
-
-
-def eager_start(x: Tensor) -> Tensor:
-    z = torch.randn_like(x)
-    radius = torch.rand(len(x), device=x.device) ** (1 / x[0].numel())
-    return (z * wide(radius / z.flatten(1).norm(dim=1), z)).to(x.dtype)
+    return peers.l1_project(x, EPS)
 
 
 def eager_momentum(delta: Tensor, velocity: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,21 +90,10 @@ def eager_momentum(delta: Tensor, velocity: Tensor, grad: Tensor) -> tuple[Tenso
 # ---- Per-sample gradients and tables ----
 
 
-def opacus_clip(grads: list[Tensor], bound: float) -> list[Tensor]:
-    """Clipping of materialised per-sample gradients."""
-    norms = torch.stack([g.flatten(1).norm(2, dim=-1) for g in grads], dim=1).norm(2, dim=1)
-    factor = (bound / (norms + 1e-6)).clamp(max=1.0)
-    return [torch.einsum("i,i...", factor.to(g.dtype), g) for g in grads]
-
-
 def eager_clip(grads: list[Tensor], bound: float) -> list[Tensor]:
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
     factor = (bound / norms).clamp(max=1.0)
     return [(g * wide(factor, g).to(g.dtype)).sum(0) for g in grads]
-
-
-def eager_norms(grads: list[Tensor]) -> Tensor:
-    return torch.stack([g.flatten(1).norm(dim=1) for g in grads], dim=1).norm(dim=1)
 
 
 def opacus_linear(input: Tensor, grad: Tensor) -> Tensor:
@@ -137,23 +101,6 @@ def opacus_linear(input: Tensor, grad: Tensor) -> Tensor:
     left = torch.einsum("nik,njk->nij", grad, grad)
     right = torch.einsum("nik,njk->nij", input, input)
     return torch.einsum("n...,n...->n", left, right).clamp(min=0).sqrt()
-
-
-def eager_embedding_norm(ids: Tensor, grad: Tensor) -> Tensor:
-    batch, tokens = ids.shape
-    samples = torch.arange(batch, device=ids.device).repeat_interleave(tokens)
-    pairs = torch.stack([samples, ids.flatten()], 1)
-    pairs, inverse = torch.unique(pairs, dim=0, return_inverse=True)
-    summed = grad.new_zeros(len(pairs), grad.shape[-1]).index_add_(0, inverse, grad.flatten(0, 1))
-    return grad.new_zeros(batch).index_add_(0, pairs[:, 0], summed.square().sum(1)).sqrt()
-
-
-def eager_adagrad(weight: Tensor, state: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
-    distinct, inverse = torch.unique(ids, return_inverse=True)
-    summed = grad.new_zeros(len(distinct), grad.shape[1]).index_add_(0, inverse, grad)
-    state.index_add_(0, distinct, summed.float().square().mean(1))
-    scale = 1e-6 / (state[distinct].sqrt() + 1e-8)
-    return weight.index_add_(0, distinct, -(summed * scale.unsqueeze(1)).to(weight.dtype))
 
 
 # ---- The list ----
@@ -224,7 +171,7 @@ def _group_cases(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ite
         one,
         {
             "embattle": lambda: ops.random_start(delta, eps=EPS, generator=generator),
-            "eager": lambda: eager_start(delta),
+            "eager": lambda: peers.l2_start(delta),
         },
     )
     velocity = random()
@@ -269,7 +216,7 @@ def _list_cases(
         {
             "embattle": lambda: ops.clip_and_sum(grads, max_norm=bound)[0],
             "eager": lambda: eager_clip(grads, bound),
-            "opacus": lambda: opacus_clip(grads, bound),
+            "opacus": lambda: peers.opacus_clip(grads, bound),
         },
         compiled=lambda: eager_clip(grads, bound),
         rate=0.8 if one >= RATE_FROM else None,
@@ -282,7 +229,7 @@ def _list_cases(
         one,
         {
             "embattle": lambda: ops.per_sample_norm(grads),
-            "eager": lambda: eager_norms(grads),
+            "eager": lambda: peers.list_norms(grads),
         },
         same=("eager",) if dtype == torch.float32 else (),
     )
@@ -312,7 +259,7 @@ def _table_cases(device: str, tiny: bool) -> Iterator[Case]:
         _size(grad, ids),
         {
             "embattle": lambda: ops.embedding_grad_norm(ids, grad),
-            "eager": lambda: eager_embedding_norm(ids, grad),
+            "eager": lambda: peers.embedding_norms(ids, grad),
         },
         same=("eager",),
     )
@@ -326,9 +273,9 @@ def _table_cases(device: str, tiny: bool) -> Iterator[Case]:
         2 * _size(delta) + _size(grad) + 2 * _size(ids),
         {
             "embattle": lambda: ops.embedding_perturb(weight, ids, delta, inverse),
-            "eager": lambda: F.embedding(ids, weight) + F.embedding(inverse, delta),
+            "eager": lambda: peers.perturbed_rows(weight, ids, delta, inverse),
         },
-        compiled=lambda: F.embedding(ids, weight) + F.embedding(inverse, delta),
+        compiled=lambda: peers.perturbed_rows(weight, ids, delta, inverse),
         same=("eager",),
     )
     # Steps in place: each candidate has a table of its own, and small steps.
@@ -341,7 +288,7 @@ def _table_cases(device: str, tiny: bool) -> Iterator[Case]:
         _size(grad, ids) + 2 * _size(delta) + 8 * len(distinct),
         {
             "embattle": lambda: ops.rowwise_adagrad_(*tables[0], flat, flat_grad, lr=1e-6),
-            "eager": lambda: eager_adagrad(*tables[1], flat, flat_grad),
+            "eager": lambda: peers.adagrad(*tables[1], flat, flat_grad),
         },
         same=("eager",),
     )

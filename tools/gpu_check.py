@@ -10,10 +10,7 @@ Exits with 1 where a test fails, with 2 where there is no GPU. A missed target i
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -156,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--minutes", type=float, default=7.5, help="after which parts are cut short"
     )
     options = parser.parse_args(arguments)
-    sys.path[:0] = [str(ROOT / "python"), str(ROOT / "tools")]
+    sys.path[:0] = [str(ROOT / folder) for folder in ("python", "tools", "benchmarks")]
     import torch
 
     if not torch.cuda.is_available():
@@ -165,22 +162,17 @@ def main(arguments: list[str] | None = None) -> int:
     from embattle import _C
     from gpu_cases import cases
     from gpu_report import Report, run, table
+    from origin import origin
 
     if not _C.build_info()["cuda"]:
         print("gpu-check: the native library has no CUDA kernels; build with EMBATTLE_CUDA=ON")
         return 2
     end = time.monotonic() + 60 * options.minutes
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     facts = {
         "device": torch.cuda.get_device_name(),
         "devices": torch.cuda.device_count(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **origin(torch.get_num_threads()),
         "build": _C.build_info(),
-        "commit": commit,
     }
     report = Report(options.out, datetime.now(timezone.utc), facts)
     run_tests(report, end, run, shutil.which(SANITIZER))

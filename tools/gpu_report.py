@@ -60,7 +60,7 @@ class Report:
     def __init__(self, folder: Path, when: datetime, facts: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.stem = folder / f"gpu-{when:%Y-%m-%d-%H%M%S}"
-        self.facts = {"date": f"{when:%Y-%m-%d %H:%M} UTC", **facts}
+        self.facts = {**facts, "date": f"{when:%Y-%m-%d %H:%M} UTC"}
         self.stages: dict[str, dict[str, Any]] = {}
         self.rows: list[dict[str, Any]] = []
         self.save()
