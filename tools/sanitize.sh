@@ -19,10 +19,7 @@ cp -r python/embattle "$dir/python/"
 rm -f "$dir"/python/embattle/_C*.so
 cp "$dir"/_C*.so "$dir/python/embattle/"
 echo "==> native tests under ASan and UBSan"
-# Leaks are not looked for: the interpreter and torch keep what they allocate until they exit.
 # shellcheck disable=SC2086
-ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-  LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libubsan.so)" \
-  PYTHONPATH="$dir/python" OMP_NUM_THREADS=2 \
+PYTHONPATH="$dir/python" OMP_NUM_THREADS=2 bash tools/under_asan.sh \
   "$python" -m pytest -q -p no:cacheprovider -k "${SELECT-$select}" \
   ${TESTS:-tests/test_ops_errors.py tests/test_ops_properties.py tests/test_ops_numerics.py}
