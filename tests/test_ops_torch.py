@@ -51,7 +51,7 @@ def _checked(op: str) -> list[samples.Sample]:
 
 def _function(op: str) -> str:
     """The function of embattle.ops that calls a registered op."""
-    forward = op.removesuffix("_backward")
+    forward = op.removesuffix("_backward").removesuffix("_constant")
     return forward if hasattr(ops, forward) else forward + "_"
 
 
@@ -63,7 +63,7 @@ def test_opcheck(op: str) -> None:
     checked = 0
     for sample in _checked(function):
         call = sample.call(torch.float32)
-        if op.endswith("_backward"):
+        if op.endswith("_backward") or op == "project":  # else it is project_constant
             call = _requiring_grad(call)
 
             def use(call: Call = call) -> None:
@@ -407,6 +407,25 @@ def test_vmap_over_one_argument_alone(which: int) -> None:
     for i in range(4):
         wanted = ops.pgd_step(*(a[i] if a.dim() == 3 else a for a in args), **options)
         assert torch.equal(results[i], wanted)
+
+
+def test_projection_differentiates_through_vmap() -> None:
+    """Where a transform hides from one level that another one differentiates."""
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)).double()
+    leaf = x.clone().requires_grad_()
+
+    def one(x: Tensor) -> Tensor:
+        return ops.project(x, eps=0.7).pow(3).sum()
+
+    expected = torch.autograd.grad(sum(map(one, leaf.unbind())), leaf)[0]
+    torch.func.vmap(one)(leaf).sum().backward()
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, expected)
+    # torch.func.grad knows no gradient rules of custom ops: refused, and not taken for a constant.
+    for function in (lambda x: torch.func.vmap(one)(x).sum(), one):
+        with pytest.raises(RuntimeError, match="setup_context"):
+            torch.func.grad(function)(x)
+    assert not ops.project(x, eps=0.7).requires_grad
 
 
 @pytest.mark.parametrize("dim", [0, -1])

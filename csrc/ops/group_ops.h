@@ -394,6 +394,7 @@ struct GroupOps {
 #define EMBATTLE_REGISTER_GROUP_OPS(m, Launch)                                      \
   m.impl("group_norm", TORCH_BOX(&embattle::GroupOps<Launch>::group_norm));         \
   m.impl("project", TORCH_BOX(&embattle::GroupOps<Launch>::project));               \
+  m.impl("project_constant", TORCH_BOX(&embattle::GroupOps<Launch>::project));      \
   m.impl("project_", TORCH_BOX(&embattle::GroupOps<Launch>::project_));             \
   m.impl("pgd_step", TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step));             \
   m.impl("pgd_step_", TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step_));           \

@@ -111,10 +111,11 @@ def argument_error(error: RuntimeError) -> Exception:
     if "There were no tensor arguments" in text:
         op = text.split("schema embattle::", 1)[1].split(".", 1)[0]
         names = [a.name for a in getattr(torch.ops.embattle, op).default._schema.arguments]
-        return TypeError(f"embattle.{op}: {names[0]} must be a tensor, got None")
+        name = op.removesuffix("_constant")
+        return TypeError(f"embattle.{name}: {names[0]} must be a tensor, got None")
     if "Expected a value of type" in text:
-        line = re.sub(r"^embattle::(\w+)\(\)", r"embattle.\1:", text.split("\n", 1)[0])
-        return TypeError(line)
+        line = text.split("\n", 1)[0]
+        return TypeError(re.sub(r"^embattle::(\w+?)(?:_constant)?\(\)", r"embattle.\1:", line))
     return error
 
 

@@ -19,7 +19,7 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-for _name in ("pgd_step", "project", "random_start", "gaussian_noise"):
+for _name in ("pgd_step", "project", "project_constant", "random_start", "gaussian_noise"):
 
     @register_fake(f"embattle::{_name}")
     def _(x: Tensor, *args: object, **options: object) -> Tensor:
@@ -204,7 +204,8 @@ class _Merge:
 def _merged(name: str, tensors: int, written: int) -> Callable[..., Out]:
     """The rule of an op whose first `tensors` arguments have one shape, and of which the first
     `written` are written in place (0: it returns new ones)."""
-    op = getattr(_ops, name)
+    # What is constant at this level of torch.func may not be so at the one below.
+    op = getattr(_ops, name.removesuffix("_constant"))
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Out:
         options, dims = _named(name, args), dict.fromkeys(_named(name, args))
@@ -270,6 +271,7 @@ for _name, _tensors, _written in (
     ("pgd_step", 2, 0),
     ("pgd_step_", 2, 1),
     ("project", 1, 0),
+    ("project_constant", 1, 0),
     ("project_", 1, 1),
     ("momentum_step", 3, 0),
     ("momentum_step_", 3, 2),
@@ -281,6 +283,7 @@ for _name in ("random_start", "gaussian_noise", "gaussian_noise_"):
 outside_autograd(
     "pgd_step",
     "pgd_step_",
+    "project_constant",
     "project_",
     "random_start",
     "gaussian_noise",

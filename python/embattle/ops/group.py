@@ -182,8 +182,9 @@ def project(
     Source: l1 threshold: Duchi et al., "Efficient Projections onto the l1-Ball" (ICML 2008).
     """
     radius, eps_per_group = strength(eps)
+    differentiable = getattr(delta, "requires_grad", False)
     try:
-        out: Tensor = _ops.project.default(
+        out: Tensor = (_ops.project if differentiable else _ops.project_constant).default(
             delta,
             radius,
             NORMS.get(norm) or norm_order("project", norm),
