@@ -59,6 +59,11 @@ def _stand_in_class(own: Any, compiler_loaded: bool) -> Any:
     return type(own.__name__, (own,), {"forward": forward, "__module__": own.__module__})
 
 
+def _set_class(module: nn.Module, kind: Any) -> None:
+    # Past Module.__setattr__, which looks for parameters and submodules first.
+    object.__setattr__(module, "__class__", kind)
+
+
 def in_use(module: nn.Module) -> bool:
     """Whether something stands in for module's forward now."""
     return _PLACE in vars(module)
@@ -97,12 +102,12 @@ class Layer:
         self._kept = vars(module).pop("forward", None)
         vars(module)[_PLACE] = self
         own: Any = type(module)
-        module.__class__ = _stand_in_class(own, "torch._dynamo" in sys.modules)
+        _set_class(module, _stand_in_class(own, "torch._dynamo" in sys.modules))
 
     def take_out(self) -> None:
         """Undoes `put_in`."""
         module = self.module
-        module.__class__ = type(module).__mro__[1]
+        _set_class(module, type(module).__mro__[1])
         del vars(module)[_PLACE]
         if self._kept is not None:
             module.forward = self._kept
