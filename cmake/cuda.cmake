@@ -20,7 +20,7 @@ if(NOT use_cuda OR NOT cuda_sources)
 endif()
 
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES "80-real;90-real;100-real;120-virtual")
+  set(CMAKE_CUDA_ARCHITECTURES "80-real;90-real;100")
 endif()
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)

@@ -13,47 +13,63 @@ pytestmark = IN_EMULATOR
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"{o[0]}{o[1]}")
 @pytest.mark.parametrize("multiprocessors", [1, 8])
-def test_a_long_list_takes_two_phases_in_as_few_launches_as_its_arguments_allow(
+def test_a_list_takes_one_launch_and_a_long_one_as_few_as_its_arguments_allow(
     multiprocessors: int, order: tuple[str, int]
 ) -> None:
-    # On a large device several blocks have a sample, and the one that ends last adds them up.
     kernels = emulated.kernels()
-    kernels.set_device(multiprocessors=multiprocessors)
-    kernels.set_order(*order)
     g = torch.Generator().manual_seed(1)
     widths = [1 + i % 3 for i in range(70)]
     widths[3], widths[66], widths[67] = 5_001, 1024, 0
-    for count, mode, launches in ((70, "flat", 4), (70, "per_layer", 4), (64, "flat", 2)):
+    # Where blocks cannot wait for each other, every step is a launch.
+    for count, mode, launches, apart in (
+        (70, "flat", 3, 5),
+        (70, "per_layer", 2, 6),
+        (64, "flat", 1, 3),
+        (64, "automatic", 1, 3),
+    ):
         grads = [torch.randn(5, w, generator=g) for w in widths[-count:]]
         grads[-4][3, 7] = torch.nan
         call = samples.Call([grads], {"max_norm": 1.5, "mode": mode})
-        kernels.take_counters()
-        assert_matches_reference("clip_and_sum", call, run("clip_and_sum", call.clone(), emulated))
-        assert kernels.take_counters()["launches"] == launches
-    norms = run("per_sample_norm", samples.Call([grads], {}), emulated)
-    assert_matches_reference("per_sample_norm", samples.Call([grads], {}), norms)
-    assert kernels.take_counters()["launches"] == 1
+        for cooperative in (True, False):
+            kernels.set_device(multiprocessors=multiprocessors, cooperative=cooperative)
+            kernels.set_order(*order)
+            kernels.take_counters()
+            results = run("clip_and_sum", call.clone(), emulated)
+            counters = kernels.take_counters()
+            assert counters["launches"] == (launches if cooperative else apart)
+            assert (counters["cooperative"] > 0) is cooperative
+            assert_matches_reference("clip_and_sum", call, results)
+            norms = run("per_sample_norm", samples.Call([grads], {}), emulated)
+            assert_matches_reference("per_sample_norm", samples.Call([grads], {}), norms)
+            steps = (count + 63) // 64 if cooperative else (count + 63) // 64 + 1
+            assert kernels.take_counters()["launches"] == steps
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"{o[0]}{o[1]}")
-def test_blocks_that_share_samples_agree_in_one_launch(order: tuple[str, int]) -> None:
+def test_samples_and_pieces_spread_over_any_number_of_blocks(order: tuple[str, int]) -> None:
     kernels = emulated.kernels()
-    kernels.set_order(*order)
-    grads = [torch.randn(3, 30_000, generator=torch.Generator().manual_seed(7))] * 2
-    counts = {}
-    for multiprocessors in (1, 4):
+    g = torch.Generator().manual_seed(7)
+    for batch, width, multiprocessors in ((3, 30_000, 1), (3, 30_000, 4), (70, 33, 3), (1, 5, 4)):
         kernels.set_device(multiprocessors=multiprocessors)
+        kernels.set_order(*order)
+        grads = [torch.randn(batch, width, generator=g), torch.randn(batch, 7, generator=g)]
         for mode in ("flat", "per_layer", "automatic"):
             call = samples.Call([grads], {"max_norm": 100.0, "mode": mode})
-            kernels.take_counters()
             results = run("clip_and_sum", call.clone(), emulated)
             assert_matches_reference("clip_and_sum", call, results)
         norms = run("per_sample_norm", samples.Call([grads], {}), emulated)
         assert_matches_reference("per_sample_norm", samples.Call([grads], {}), norms)
-        kernels.take_counters()
-        run("per_sample_norm", samples.Call([grads], {}), emulated)
-        counts[multiprocessors] = kernels.take_counters()["blocks"]
-    assert counts == {1: 3, 4: 9}
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"{o[0]}{o[1]}")
+def test_norms_of_pieces_whose_squares_doubles_cannot_hold(order: tuple[str, int]) -> None:
+    kernels = emulated.kernels()
+    kernels.set_order(*order)
+    grad = torch.randn(4, 3000, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    grad *= torch.tensor([[1e-200], [1e200], [0.0], [1.0]], dtype=torch.float64)
+    call = samples.Call([[grad]], {"max_norm": 1.0})
+    results = run("clip_and_sum", call.clone(), emulated)
+    assert_matches_reference("clip_and_sum", call, results)
 
 
 @pytest.mark.parametrize("dtype", samples.DTYPES, ids=lambda d: str(d)[6:])

@@ -38,6 +38,8 @@ def run(case: str, order: str, variant: str = "watch") -> tuple[int, str]:
         ("syncwarp", 2),
         ("cluster_sum", 4),
         ("grid_barrier", 3),
+        ("grid_sum", 10),
+        ("grid_barrier_orders_shared", 64),
     ],
 )
 def test_a_right_kernel_gives_its_result_in_every_order(case: str, value: int, order: str) -> None:
@@ -63,6 +65,10 @@ def test_a_right_kernel_gives_its_result_in_every_order(case: str, value: int, o
         ("async_without_wait", ["not written"]),
         ("cluster_leaves_early", ["no barrier between"]),
         ("cluster_missing_barrier", ["race on shared memory", "not written"]),
+        ("block_leaves_before_grid_barrier", ["divergent barrier"]),
+        ("thread_leaves_before_grid_barrier", ["divergent barrier"]),
+        ("mixed_barriers", ["deadlock"]),
+        ("grid_barrier_not_cooperative", ["not cooperative"]),
         ("too_many_threads", ["launch refused"]),
         ("too_much_shared", ["launch refused"]),
         ("does_not_fit", ["launch refused"]),
@@ -72,6 +78,14 @@ def test_a_fault_is_reported_in_every_order(case: str, complaints: list[str], or
     code, text = run(case, order)
     assert code == 1
     assert any(complaint in text for complaint in complaints), text
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_missing_grid_barrier_shows_in_the_result_of_every_order(order: str) -> None:
+    # Global memory is not watched; blocks that live side by side still run one before the other.
+    code, text = run("missing_grid_barrier", order)
+    assert code == 0, text
+    assert float(text.split()[0]) != 10
 
 
 @pytest.mark.parametrize("order", ORDERS)

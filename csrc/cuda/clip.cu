@@ -1,9 +1,13 @@
 // per_sample_norm and clip_and_sum.
 //
-// Two phases, each one launch for up to kMost tensors of the list: norms of pieces of rows and, by
-// the block that is the last of a sample, the sample's norms and factors; then the weighted sums
-// over the batch by tiles of columns. The second needs all factors, so it starts where the first
-// has ended. Every sum is formed in an order that depends on shapes and the device alone.
+// One kernel in three steps: norms of pieces of rows; the samples' norms and factors; the weighted
+// sums over the batch by tiles of columns. A step needs all of the one before, so the blocks of the
+// grid meet between them, in a cooperative launch. Steps are launches of their own where the device
+// has none, and for the parts of a list of more than kMost tensors that share their norms.
+//
+// The first step goes through the list from its start, all samples of a tile after each other, and
+// the last one from its end: it begins with what the second-level cache still has. Every sum is
+// formed in an order that depends on shapes and the device alone.
 #include "../formulas.h"
 #include "launching.h"
 #include "rows.cuh"
@@ -14,48 +18,45 @@ namespace {
 
 constexpr int kMost = 64;  // tensors of a launch: its arguments have 4 KB
 constexpr int kThreads = 256;
+constexpr size_t kShared = kThreads * 8 * sizeof(double);  // a thread's sums: 16 bytes of halves
 
-// Some tensors of the list, cut into tiles of columns.
-struct Piece {
-  int count = 0;
+enum class Step : int { pieces, factors, sums };
+
+// A pack is 16 bytes of a row, or less at its end.
+struct Params {
+  Step from = Step::pieces, to = Step::sums;
+  bool each = false;  // a norm for each tensor; else one for the whole list
+  bool automatic = false;
+  int count = 0;      // tensors
+  int piece = 256;    // packs of a piece
+  int across = 32;    // packs of a tile of columns: a power of two
+  int lanes = 32;     // threads on a piece: a power of two
+  int finishers = 1;  // threads on a norm: a power of two
   int64_t batch = 0;
-  int64_t tile = 0;  // columns of a tile; sums: of a 16-byte access
+  int64_t pieces_of_sample = 0;  // of the whole list, not of these tensors alone
+  int64_t columns = 1;           // of the norms
+  int64_t column = 0;            // where in the norms the first one goes
+  double gamma = 0;
+  double* pieces = nullptr;   // [batch, pieces_of_sample]
+  double* factors = nullptr;  // [columns, batch], or null: only norms are wanted
+  Data norms;                 // [batch, columns]
+  ConstData weights;          // [batch] or absent
   const void* grad[kMost];
   void* sum[kMost];
   int64_t width[kMost];
-  int64_t first[kMost + 1];  // the tensors' first tiles, numbered through the list
+  int64_t first_piece[kMost + 1];  // the tensors' first pieces, numbered through the list
+  int64_t first_tile[kMost + 1];   // their first tiles of columns, numbered from 0
+  double bound[kMost];
   Dtype type[kMost];
 };
+static_assert(sizeof(Params) <= 4096);
 
-// How samples and their tiles are spread over threads. All but the last are powers of two.
-struct Spread {
-  int lanes = 32;   // threads that work on a tile
-  int teams = 1;    // of a sample in a block
-  int samples = 1;  // of a block
-  int blocks = 1;   // of a sample; the grid is a multiple of them
-};
-
-// What becomes of the norms of pieces: one norm for the whole list, or one for each tensor.
-struct Finish {
-  bool now = false;    // with these tensors: all pieces of what is to be summed are there
-  bool each = false;   // a norm for each tensor
-  int64_t column = 0;  // where in the norms the first one goes
-  double bound[kMost] = {};
-  int64_t tiles = 0, columns = 0;
-  double* pieces = nullptr;     // [batch, tiles]
-  Data norms;                   // [batch, columns]
-  double* factors = nullptr;    // [columns, batch], or null: only norms are wanted
-  ConstData weights;            // [batch] or absent
-  unsigned* tickets = nullptr;  // [batch], zero: how many blocks of a sample are done
-  bool automatic = false;
-  double gamma = 0;
-};
-
-__device__ __forceinline__ int tensor_of(const Piece& p, int64_t tile) {
-  int low = 0, high = p.count - 1;
+// The tensor that a piece or a tile belongs to.
+__device__ __forceinline__ int tensor_of(const int64_t* first, int count, int64_t tile) {
+  int low = 0, high = count - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (p.first[middle] <= tile)
+    if (first[middle] <= tile)
       low = middle;
     else
       high = middle - 1;
@@ -78,7 +79,7 @@ __device__ double scaled_squares(const Lanes& team, const T* x, int64_t n, doubl
     }
   };
   if (aligned(x, 16)) {
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t c = team.rank; c < full; c += team.size)
       add(raw_pack<kCount>(x + c * kCount, true));
   } else {
@@ -108,88 +109,86 @@ __device__ double norm_of(const Lanes& team, const T* x, int64_t n) {
   return sqrt(sum);
 }
 
-__device__ __forceinline__ double piece_norm(const Lanes& team, const Piece& p, int64_t sample,
-                                             int64_t tile) {
-  const int t = tensor_of(p, tile);
-  const int64_t column = (tile - p.first[t]) * p.tile, width = p.width[t];
-  const int64_t at = sample * width + column, n = smaller(p.tile, width - column);
+__device__ __forceinline__ double piece_norm(const Lanes& team, const Params& p, int64_t sample,
+                                             int64_t piece) {
+  const int t = tensor_of(p.first_piece, p.count, piece);
+  const auto norm = [&](auto tag) {
+    using T = decltype(tag);
+    const int64_t elements = p.piece * (16 / int64_t(sizeof(T)));
+    const int64_t column = (piece - p.first_piece[t]) * elements, width = p.width[t];
+    return norm_of(team, static_cast<const T*>(p.grad[t]) + sample * width + column,
+                   smaller(elements, width - column));
+  };
   switch (p.type[t]) {
     case Dtype::f32:
-      return norm_of(team, static_cast<const float*>(p.grad[t]) + at, n);
+      return norm(float{});
     case Dtype::f64:
-      return norm_of(team, static_cast<const double*>(p.grad[t]) + at, n);
+      return norm(double{});
     case Dtype::f16:
-      return norm_of(team, static_cast<const Half*>(p.grad[t]) + at, n);
+      return norm(Half{});
     default:
-      return norm_of(team, static_cast<const BFloat16*>(p.grad[t]) + at, n);
+      return norm(BFloat16{});
   }
 }
 
-// A sample's norm over tiles [begin, end), and its factor. The tiles' norms are read from the
-// second-level cache: other blocks have just written them.
-__device__ void finish_norm(const Lanes& team, const Finish& f, int64_t batch, int64_t sample,
-                            int segment, int64_t begin, int64_t end) {
-  const double* const pieces = f.pieces + sample * f.tiles;
+__device__ __forceinline__ void take_pieces(const Params& p) {
+  const Lanes team(p.lanes);
+  const int64_t step = team.count / p.batch, rest = team.count % p.batch;
+  int64_t piece = p.first_piece[0] + team.index / p.batch, sample = team.index % p.batch;
+  while (piece < p.first_piece[p.count]) {
+    const double norm = piece_norm(team, p, sample, piece);
+    if (team.rank == 0) p.pieces[sample * p.pieces_of_sample + piece] = norm;
+    piece += step;
+    sample += rest;
+    if (sample >= p.batch) {
+      sample -= p.batch;
+      ++piece;
+    }
+  }
+}
+
+// A sample's norm over pieces [begin, end). They are read from the second-level cache: other blocks
+// have just written them.
+__device__ __forceinline__ double joined_norm(const Lanes& team, const double* pieces,
+                                              int64_t begin, int64_t end) {
+  double sum = 0;
+#pragma unroll 4
+  for (int64_t i = begin + team.rank; i < end; i += team.size) {
+    const double part = __ldcg(pieces + i);
+    sum += part * part;
+  }
+  sum = team.sum(sum);
+  if (sum > 1e-280 && sum < 1e+280) return sqrt(sum);
+  // Nothing at all, not a number, or squares have left the range of doubles.
   double scale = 0;
   for (int64_t i = begin + team.rank; i < end; i += team.size)
     scale = larger(scale, __ldcg(pieces + i));
   scale = team.max(scale);
   if (!(scale > 0 && is_finite(scale))) scale = 1;
-  double sum = 0;
+  sum = 0;
   for (int64_t i = begin + team.rank; i < end; i += team.size) {
     const double part = __ldcg(pieces + i) / scale;
     sum += part * part;
   }
-  const double norm = scale * sqrt(team.sum(sum));
-  if (team.rank != 0) return;
-  const int64_t column = f.column + segment;
-  store_one(f.norms.data, f.norms.dtype, sample * f.columns + column, norm);
-  if (!f.factors) return;
-  const double weight =
-      f.weights.data ? load_one<double>(f.weights.data, f.weights.dtype, sample) : 1;
-  f.factors[column * batch + sample] =
-      weight == 0 ? 0 : weight * clip_factor(f.automatic, norm, f.bound[segment], f.gamma);
+  return scale * sqrt(team.sum(sum));
 }
 
-__global__ void __launch_bounds__(kThreads, 3)
-    piece_norm_kernel(const __grid_constant__ Piece p, const __grid_constant__ Spread s,
-                      const __grid_constant__ Finish f) {
-  const Lanes team(s.lanes);
-  // Those that finish: a sample's threads in the block, by the warp.
-  const int own = s.lanes * s.teams, place = int(threadIdx.x) % own;
-  const Lanes finisher(own < 32 ? own : 32);
-  const int part = int(blockIdx.x) % s.blocks;
-  const int64_t step = int64_t(int(gridDim.x) / s.blocks) * s.samples;
-  for (int64_t begin = int64_t(int(blockIdx.x) / s.blocks) * s.samples; begin < p.batch;
-       begin += step) {
-    const int64_t sample = begin + int(threadIdx.x) / own;
-    const bool here = sample < p.batch;
-    if (here) {
-      const int64_t first = p.first[0] + part * s.teams + place / s.lanes;
-      for (int64_t tile = first; tile < p.first[p.count]; tile += int64_t(s.blocks) * s.teams) {
-        const double norm = piece_norm(team, p, sample, tile);
-        if (team.rank == 0) f.pieces[sample * f.tiles + tile] = norm;
-      }
-    }
-    if (!f.now) continue;
-    bool last = true;
-    if (s.blocks > 1) {
-      // Every block says that it is done after its pieces can be seen; the last one has all.
-      __threadfence();
-      __syncthreads();
-      const bool mine =
-          threadIdx.x == 0 && atomicAdd(f.tickets + sample, 1u) == unsigned(s.blocks - 1);
-      last = __syncthreads_or(mine);
-      __threadfence();
-      if (mine) f.tickets[sample] = 0;  // for the next launch
-    } else {
-      __syncthreads();
-    }
-    if (!here || !last) continue;
-    const int count = f.each ? p.count : 1;
-    for (int i = place / finisher.size; i < count; i += own / finisher.size)
-      finish_norm(finisher, f, p.batch, sample, i, f.each ? p.first[i] : 0,
-                  f.each ? p.first[i + 1] : f.tiles);
+__device__ __forceinline__ void take_factors(const Params& p) {
+  const Lanes team(p.finishers);
+  const int64_t norms = p.each ? p.count : 1;
+  for (int64_t at = team.index; at < norms * p.batch; at += team.count) {
+    const int64_t i = at / p.batch, sample = at % p.batch;
+    const double norm =
+        joined_norm(team, p.pieces + sample * p.pieces_of_sample, p.each ? p.first_piece[i] : 0,
+                    p.each ? p.first_piece[i + 1] : p.pieces_of_sample);
+    if (team.rank != 0) continue;
+    const int64_t column = p.column + i;
+    store_one(p.norms.data, p.norms.dtype, sample * p.columns + column, norm);
+    if (!p.factors) continue;
+    const double weight =
+        p.weights.data ? load_one<double>(p.weights.data, p.weights.dtype, sample) : 1;
+    p.factors[column * p.batch + sample] =
+        weight == 0 ? 0 : weight * clip_factor(p.automatic, norm, p.bound[i], p.gamma);
   }
 }
 
@@ -238,18 +237,16 @@ __device__ void sum_tile(const T* grad, T* sum, int64_t width, int64_t tile, int
   __syncthreads();  // before the next tile is written there
 }
 
-__global__ void __launch_bounds__(kThreads)
-    clipped_sum_kernel(const __grid_constant__ Piece p, const double* factors, int64_t stride,
-                       int lanes) {
-  EMBATTLE_DYNAMIC_SHARED(shared);
-  double* const held = reinterpret_cast<double*>(shared);
-  for (int64_t tile = p.first[0] + blockIdx.x; tile < p.first[p.count]; tile += gridDim.x) {
-    const int t = tensor_of(p, tile);
-    const double* const own = factors + t * stride;
+__device__ __forceinline__ void take_sums(const Params& p, double* held) {
+  const int64_t tiles = p.first_tile[p.count];
+  for (int64_t at = blockIdx.x; at < tiles; at += gridDim.x) {
+    const int64_t tile = tiles - 1 - at;
+    const int t = tensor_of(p.first_tile, p.count, tile);
+    const double* const factors = p.factors + (p.each ? (p.column + t) * p.batch : 0);
     const auto add = [&](auto tag) {
       using T = decltype(tag);
       sum_tile(static_cast<const T*>(p.grad[t]), static_cast<T*>(p.sum[t]), p.width[t],
-               tile - p.first[t], p.batch, own, lanes, held);
+               tile - p.first_tile[t], p.batch, factors, p.across, held);
     };
     switch (p.type[t]) {
       case Dtype::f32:
@@ -268,150 +265,166 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Steps from p.from to p.to; with several of them the launch is cooperative.
+__global__ void __launch_bounds__(kThreads, 2) clip_kernel(const __grid_constant__ Params p) {
+  EMBATTLE_DYNAMIC_SHARED(shared);
+  if (p.from == Step::pieces) {
+    take_pieces(p);
+    if (p.to == Step::pieces) return;
+    grid_sync();
+  }
+  if (p.from <= Step::factors) {
+    take_factors(p);
+    if (p.to == Step::factors) return;
+    grid_sync();
+  }
+  take_sums(p, reinterpret_cast<double*>(shared));
+}
+
 // ---- Host ----
 
 struct List {
   const SampleTensor* tensors;
   int64_t count, batch;
 
+  int64_t packs_of(int64_t t) const {
+    const int64_t pack = 16 / bytes_of(tensors[t].grad.dtype);
+    return (tensors[t].width + pack - 1) / pack;
+  }
   int64_t longest() const {
-    int64_t width = 0;
-    for (int64_t t = 0; t < count; ++t) width = std::max(width, tensors[t].width);
-    return width;
+    int64_t packs = 0;
+    for (int64_t t = 0; t < count; ++t) packs = std::max(packs, packs_of(t));
+    return packs;
   }
-  template <class Width>
-  int64_t tiles(Width width) const {
+  // How many stretches of so many packs a sample has.
+  int64_t stretches(int64_t packs) const {
     int64_t n = 0;
-    for (int64_t t = 0; t < count; ++t) n += (tensors[t].width + width(t) - 1) / width(t);
+    for (int64_t t = 0; t < count; ++t) n += (packs_of(t) + packs - 1) / packs;
     return n;
-  }
-  // f(piece, number of its first tensor) for all tensors, kMost at a time.
-  template <class Width, class F>
-  cudaError_t each_piece(Width width, F f) const {
-    int64_t tile = 0;
-    for (int64_t begin = 0; begin < count; begin += kMost) {
-      Piece p{};
-      p.batch = batch;
-      p.count = int(std::min<int64_t>(kMost, count - begin));
-      for (int i = 0; i < p.count; ++i) {
-        const SampleTensor& t = tensors[begin + i];
-        p.grad[i] = t.grad.data;
-        p.sum[i] = t.sum.data;
-        p.type[i] = t.grad.dtype;
-        p.width[i] = t.width;
-        p.first[i] = tile;
-        tile += (t.width + width(begin + i) - 1) / width(begin + i);
-      }
-      p.first[p.count] = tile;
-      const cudaError_t error = f(p, begin);
-      if (error != cudaSuccess) return error;
-    }
-    return cudaSuccess;
   }
 };
 
-// How the tiles of one launch, `own` of each sample, are spread over the device.
-Spread spread_of(int lanes, int64_t own, int64_t batch, int64_t bytes, const Limits& limits) {
-  Spread s;
-  s.lanes = lanes;
-  s.teams = power_of_two(own, kThreads / lanes);
-  s.samples = kThreads / (lanes * s.teams);
-  // Several blocks on a sample: enough to fill the device, and more where much is to be read, so
-  // that none is long. They need a counter that starts at 0, which is one more thing to do.
-  const int64_t wanted = int64_t(limits.multiprocessors) * (bytes < (int64_t(32) << 20) ? 2 : 8);
-  if (s.samples == 1 && batch < wanted)
-    s.blocks = int(std::min((own + s.teams - 1) / s.teams, (wanted + batch - 1) / batch));
-  return s;
-}
+struct Launcher {
+  const List& list;
+  const Limits& limits;
+  const ClipArgs* clip;
+  const Context& context;
+  int64_t resident;  // blocks that the device has room for at once
+
+  // One launch for the tensors from `begin` on, with all that does not depend on them in p.
+  cudaError_t launch(Params p, int64_t begin, Step from, Step to) const {
+    p.from = from;
+    p.to = to;
+    p.count = int(std::min<int64_t>(kMost, list.count - begin));
+    p.column = p.each ? begin : 0;
+    p.first_piece[0] = List{list.tensors, begin, list.batch}.stretches(p.piece);
+    p.first_tile[0] = 0;
+    int64_t most = p.each ? 0 : p.pieces_of_sample;  // pieces of a norm
+    for (int i = 0; i < p.count; ++i) {
+      const SampleTensor& t = list.tensors[begin + i];
+      const int64_t packs = list.packs_of(begin + i);
+      const int64_t pieces = (packs + p.piece - 1) / p.piece;
+      p.grad[i] = t.grad.data;
+      p.sum[i] = t.sum.data;
+      p.type[i] = t.grad.dtype;
+      p.width[i] = t.width;
+      p.first_piece[i + 1] = p.first_piece[i] + pieces;
+      p.first_tile[i + 1] = p.first_tile[i] + (packs + p.across - 1) / p.across;
+      if (clip) p.bound[i] = clip->max_norm[p.each ? begin + i : 0];
+      if (p.each) most = std::max(most, pieces);
+    }
+    p.finishers = power_of_two(most, 32);
+    // As many blocks as the widest of the steps can use, and no more than are resident at once.
+    const auto blocks = [](int64_t teams, int lanes) {
+      return (teams * lanes + kThreads - 1) / kThreads;
+    };
+    const int64_t norms = p.batch * (p.each ? p.count : 1);
+    int64_t grid = 1;
+    if (from == Step::pieces)
+      grid = std::max(grid, blocks((p.first_piece[p.count] - p.first_piece[0]) * p.batch, p.lanes));
+    if (from <= Step::factors && to >= Step::factors)
+      grid = std::max(grid, blocks(norms, p.finishers));
+    if (to == Step::sums) grid = std::max(grid, p.first_tile[p.count]);
+    const Together together = from == to ? Together::no : Together::yes;
+    return enqueue(clip_kernel, std::min(grid, resident), kThreads, kShared, context, together, p);
+  }
+
+  // The same for steps that need nothing of other tensors: one launch, where there can be one.
+  cudaError_t steps(const Params& p, int64_t begin, Step from, Step to) const {
+    if (limits.cooperative) return launch(p, begin, from, to);
+    cudaError_t error = cudaSuccess;
+    for (int step = int(from); error == cudaSuccess && step <= int(to); ++step)
+      error = launch(p, begin, Step(step), Step(step));
+    return error;
+  }
+};
 
 // Norms and, for clip_and_sum, factors and sums.
-int run(const List& list, const Finish& wanted, const ClipArgs* clip, const Context& context) {
+int run(const List& list, Params p, const ClipArgs* clip, const Context& context) {
+  if (list.count == 0) return cudaSuccess;
   Limits limits;
   cudaError_t error = Limits::of_current_device(&limits);
   if (error != cudaSuccess) return error;
-  // Long rows are cut so that every warp of the device has work, but not so that the pieces of a
-  // sample become many.
-  int64_t tile = 8192;
-  const auto tile_width = [&](int64_t) { return tile; };
-  while (tile > 1024 && list.tiles(tile_width) * list.batch < int64_t(limits.multiprocessors) * 64)
-    tile /= 2;
-  while (tile < list.longest() && list.tiles(tile_width) > 2048) tile *= 2;
-  const int lanes = power_of_two((std::min(tile, list.longest()) + 3) / 4, 32);
-  const auto spread = [&](const Piece& p) {
-    int64_t bytes = 0;
-    for (int i = 0; i < p.count; ++i) bytes += p.batch * p.width[i] * bytes_of(p.type[i]);
-    return spread_of(lanes, p.first[p.count] - p.first[0], p.batch, bytes, limits);
-  };
-  Finish f = wanted;
-  f.tiles = list.tiles(tile_width);
-  bool counted = false;
-  list.each_piece(tile_width, [&](const Piece& p, int64_t) {
-    counted |= spread(p).blocks > 1;
-    return cudaSuccess;
-  });
+  int at_once = 0;
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_once, clip_kernel, kThreads, kShared);
+  if (error != cudaSuccess) return error;
+  const int64_t resident = int64_t(std::max(at_once, 1)) * limits.multiprocessors;
 
-  const size_t pieces = rounded(size_t(list.batch * f.tiles) * sizeof(double));
-  const size_t factors = clip ? rounded(size_t(list.batch * f.columns) * sizeof(double)) : 0;
-  const size_t tickets = counted ? size_t(list.batch) * sizeof(unsigned) : 0;
-  unsigned char* workspace = nullptr;
-  if (pieces + factors + tickets) {
-    workspace =
-        static_cast<unsigned char*>(context.allocate(context.self, pieces + factors + tickets));
-    if (!workspace) return cudaErrorMemoryAllocation;
-  }
-  f.pieces = reinterpret_cast<double*>(workspace);
-  f.factors = clip ? reinterpret_cast<double*>(workspace + pieces) : nullptr;
-  if (tickets) {
-    f.tickets = reinterpret_cast<unsigned*>(workspace + pieces + factors);
-    error = cudaMemsetAsync(f.tickets, 0, tickets, static_cast<cudaStream_t>(context.stream));
-    if (error != cudaSuccess) return error;
-  }
-
-  error = list.each_piece(tile_width, [&](Piece& p, int64_t begin) {
-    p.tile = tile;
-    f.now = f.each || begin + p.count == list.count;
-    f.column = f.each ? begin : 0;
-    for (int i = 0; clip && i < (f.each ? p.count : 1); ++i)
-      f.bound[i] = clip->max_norm[f.column + i];
-    const Spread s = spread(p);
-    return enqueue(piece_norm_kernel, (p.batch + s.samples - 1) / s.samples * s.blocks, kThreads, 0,
-                   context, p, s, f);
-  });
-  if (error != cudaSuccess || !clip) return error;
-
+  // Pieces short enough that every warp has work, but not so short that a sample has very many.
+  p.batch = list.batch;
+  const int64_t warps = resident * (kThreads / 32);
+  while (p.piece > 32 && list.stretches(p.piece) * list.batch < 2 * warps) p.piece /= 2;
+  while (p.piece < list.longest() && list.stretches(p.piece) > 2048) p.piece *= 2;
+  p.lanes = power_of_two(std::min<int64_t>(p.piece, list.longest()), 32);
+  p.pieces_of_sample = list.stretches(p.piece);
   // Fewer columns and more samples at once, until the device is full.
-  int across = 32;
-  const auto columns = [&](int64_t t) {
-    return int64_t(across) * (16 / bytes_of(list.tensors[t].grad.dtype));
-  };
-  while (across > 8 && list.tiles(columns) < 4 * int64_t(limits.multiprocessors)) across /= 2;
-  return list.each_piece(columns, [&](const Piece& p, int64_t begin) {
-    return enqueue(clipped_sum_kernel, p.first[p.count] - p.first[0], kThreads,
-                   kThreads * 8 * sizeof(double), context, p,
-                   static_cast<const double*>(f.factors + (f.each ? begin * list.batch : 0)),
-                   f.each ? list.batch : int64_t(0), across);
-  });
+  while (p.across > 8 && list.stretches(p.across) < 2 * resident) p.across /= 2;
+
+  const size_t pieces = rounded(size_t(list.batch * p.pieces_of_sample) * sizeof(double));
+  const size_t factors = clip ? size_t(list.batch * p.columns) * sizeof(double) : 0;
+  if (pieces + factors) {
+    auto* const workspace =
+        static_cast<unsigned char*>(context.allocate(context.self, pieces + factors));
+    if (!workspace) return cudaErrorMemoryAllocation;
+    p.pieces = reinterpret_cast<double*>(workspace);
+    if (clip) p.factors = reinterpret_cast<double*>(workspace + pieces);
+  }
+
+  // Tensors with norms of their own, and the last ones, for which all pieces are there, take all
+  // steps at once; those before have their pieces first and, from the end again, their sums last.
+  const Launcher launcher{list, limits, clip, context, resident};
+  const Step first = list.batch ? Step::pieces : Step::sums;
+  const Step last = clip ? Step::sums : Step::factors;
+  const int64_t end = (list.count - 1) / kMost * kMost;
+  for (int64_t begin = 0; error == cudaSuccess && begin < end; begin += kMost)
+    error = p.each           ? launcher.steps(p, begin, first, last)
+            : list.batch > 0 ? launcher.launch(p, begin, Step::pieces, Step::pieces)
+                             : cudaSuccess;
+  if (error == cudaSuccess) error = launcher.steps(p, end, first, last);
+  for (int64_t begin = end - kMost; clip && !p.each && error == cudaSuccess && begin >= 0;
+       begin -= kMost)
+    error = launcher.launch(p, begin, Step::sums, Step::sums);
+  return error;
 }
 
 }  // namespace
 
 int per_sample_norm(const SampleNormArgs& args, const Context& context) {
   if (args.batch == 0) return cudaSuccess;
-  Finish f;
-  f.columns = 1;
-  f.norms = args.norms;
-  return run({args.tensors, args.count, args.batch}, f, nullptr, context);
+  Params p;
+  p.norms = args.norms;
+  return run({args.tensors, args.count, args.batch}, p, nullptr, context);
 }
 
 int clip_and_sum(const ClipArgs& args, const Context& context) {
-  Finish f;
-  f.each = args.mode == ClipMode::per_layer;
-  f.columns = f.each ? args.count : 1;
-  f.norms = args.norms;
-  f.weights = args.weights;
-  f.automatic = args.mode == ClipMode::automatic;
-  f.gamma = args.gamma;
-  return run({args.tensors, args.count, args.batch}, f, &args, context);
+  Params p;
+  p.each = args.mode == ClipMode::per_layer;
+  p.columns = p.each ? args.count : 1;
+  p.norms = args.norms;
+  p.weights = args.weights;
+  p.automatic = args.mode == ClipMode::automatic;
+  p.gamma = args.gamma;
+  return run({args.tensors, args.count, args.batch}, p, &args, context);
 }
 
 }  // namespace embattle::cuda

@@ -95,6 +95,15 @@ __device__ __forceinline__ T* in_block(T* p, unsigned rank) {
 #endif
 }
 
+// Every thread of every block of a cooperative launch, memory included.
+__device__ __forceinline__ void grid_sync() {
+#ifdef __CUDACC__
+  cooperative_groups::this_grid().sync();
+#else
+  emu::grid_barrier();
+#endif
+}
+
 // A barrier among `blocks` blocks of a cooperative launch, through a counter in global memory that
 // starts at 0 and only grows. `round` counts the barriers from 1. All threads of the blocks call
 // it.

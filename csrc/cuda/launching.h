@@ -10,6 +10,7 @@ namespace embattle::cuda {
 
 struct Limits {
   int multiprocessors = 1, major = 8, shared_per_block = 0, shared_per_multiprocessor = 0;
+  int cooperative = 0;  // whether there are cooperative launches
 
   static cudaError_t of_current_device(Limits* limits) {
     int device = 0;
@@ -21,15 +22,19 @@ struct Limits {
     ask(&limits->major, cudaDevAttrComputeCapabilityMajor);
     ask(&limits->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
     ask(&limits->shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    ask(&limits->cooperative, cudaDevAttrCooperativeLaunch);
     return error;
   }
 };
+
+// Whether the blocks of a grid can wait for each other: a cooperative launch, all resident at once.
+enum class Together : int { no, yes };
 
 // Enqueues a kernel on the context's stream. Nothing where there are no blocks; grids are cut off
 // at the most that a device takes, so kernels go on in strides of the grid.
 template <class... Params, class... Args>
 cudaError_t enqueue(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
-                    const Context& context, const Args&... args) {
+                    const Context& context, Together together, const Args&... args) {
   if (blocks <= 0) return cudaSuccess;
   if (shared > (48 << 10)) {
     const cudaError_t error =
@@ -41,8 +46,18 @@ cudaError_t enqueue(void (*kernel)(Params...), int64_t blocks, int threads, size
   config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(context.stream);
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  config.attrs = &cooperative;
+  config.numAttrs = together == Together::yes;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Params(args)...);
   return error != cudaSuccess ? error : cudaGetLastError();
+}
+template <class... Params, class... Args>
+cudaError_t enqueue(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
+                    const Context& context, const Args&... args) {
+  return enqueue(kernel, blocks, threads, shared, context, Together::no, args...);
 }
 
 // Calls f(type_tag) with the element type that a Dtype stands for.

@@ -4,8 +4,14 @@
 namespace embattle::cuda {
 namespace {
 
+// Of a block. In float the l1 search beside three inputs needs more registers than 512 threads can
+// have; inputs come by asynchronous copies, so fewer threads have as many bytes in flight.
 template <class T, Norm kNorm, bool kFull>
-__global__ void __launch_bounds__(kMostThreads<kFull>, 1)
+constexpr int kMomentumThreads =
+    !kFull && kNorm == Norm::l1 && sizeof(T) == 4 ? 384 : kMostThreads<kFull>;
+
+template <class T, Norm kNorm, bool kFull>
+__global__ void __launch_bounds__(kMomentumThreads<T, kNorm, kFull>, 1)
     momentum_kernel(const __grid_constant__ GroupParams p) {
   EMBATTLE_DYNAMIC_SHARED(shared);
   Team team(p.shape, reinterpret_cast<TeamScratch*>(shared), p.team_global, p.team_slots);
@@ -134,15 +140,16 @@ int run(const StepArgs& args, const Context& context) {
   p.decay = args.decay;
   p.apgd = args.apgd;
   p.nonfinite = args.nonfinite;
-  const Plan plan =
-      plan_groups(p, limits, kElements, kMostThreads<kFull>, {&p.x, &p.velocity, &p.grad});
-  void* workspace = nullptr;
-  if (plan.workspace) {
-    workspace = context.allocate(context.self, plan.workspace);
-    if (!workspace) return cudaErrorMemoryAllocation;
-  }
-  return with_norm(args.norm, [&](auto norm) {
-    return launch(momentum_kernel<T, decltype(norm)::value, kFull>, p, plan, context, workspace);
+  return with_norm(args.norm, [&](auto tag) -> int {
+    constexpr Norm kNorm = decltype(tag)::value;
+    const Plan plan = plan_groups(p, limits, kElements, kMomentumThreads<T, kNorm, kFull>,
+                                  {&p.x, &p.velocity, &p.grad});
+    void* workspace = nullptr;
+    if (plan.workspace) {
+      workspace = context.allocate(context.self, plan.workspace);
+      if (!workspace) return cudaErrorMemoryAllocation;
+    }
+    return launch(momentum_kernel<T, kNorm, kFull>, p, plan, context, workspace);
   });
 }
 

@@ -28,7 +28,8 @@ struct Plan {
 
 // How many threads, blocks and bytes of shared memory a group gets. Fills in p.shape, p.resident
 // and the slots of the streams that are to be kept in shared memory; `draws` is the size of a
-// random value there, or 0; `most_threads` is the most that the kernel takes in a block.
+// random value there, or 0; `most_threads` is the most that the kernel takes in a block, and all
+// that a multiprocessor is sure to have registers for.
 inline Plan plan_groups(GroupParams& p, const Limits& limits, int elements, int most_threads,
                         std::initializer_list<Stream*> kept, int draws = 0) {
   const Groups& g = p.groups;
@@ -80,14 +81,15 @@ inline Plan plan_groups(GroupParams& p, const Limits& limits, int elements, int 
       // Blocks at large. They meet in global memory, so all must be resident: a cooperative launch.
       const int64_t at_once = std::max<int64_t>(
           1, std::min<int64_t>(limits.shared_per_multiprocessor / (budget + head + 1024),
-                               2048 / plan.threads));
+                               most_threads / plan.threads));
+      const int64_t each = at_once == 1 ? whole : budget;
       const int64_t fit = at_once * limits.multiprocessors;
       const int64_t wanted =
-          std::max((total + budget - 1) / budget,
+          std::max((total + each - 1) / each,
                    std::min(fit / std::max<int64_t>(g.groups, 1), chunks / (plan.threads * 4)));
       blocks = std::min(fit, std::max<int64_t>(wanted, 1));
       const int64_t teams = std::min(g.groups, fit / blocks);
-      room = budget;
+      room = each;
       plan.cooperative = blocks > 1;
       plan.grid = teams * blocks;
       if (plan.cooperative)

@@ -281,14 +281,16 @@ PYBIND11_MODULE(emulated_kernels, m) {
       py::arg("order"), py::arg("seed") = 0);
   m.def(
       "set_device",
-      [](int multiprocessors, int major, int shared_per_block, int shared_per_multiprocessor) {
+      [](int multiprocessors, int major, int shared_per_block, int shared_per_multiprocessor,
+         bool cooperative) {
         emu::device().multiprocessors = multiprocessors;
         emu::device().capability_major = major;
         emu::device().shared_per_block = shared_per_block;
         emu::device().shared_per_multiprocessor = shared_per_multiprocessor;
+        emu::device().cooperative = cooperative;
       },
       py::arg("multiprocessors") = 4, py::arg("major") = 9, py::arg("shared_per_block") = 227 << 10,
-      py::arg("shared_per_multiprocessor") = 228 << 10);
+      py::arg("shared_per_multiprocessor") = 228 << 10, py::arg("cooperative") = true);
   m.def("take_counters", [] {
     const emu::Counters c = emu::counters();
     emu::counters() = {};

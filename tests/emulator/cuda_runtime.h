@@ -273,6 +273,7 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrCooperativeLaunch = 95,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 
@@ -314,6 +315,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = d.shared_per_multiprocessor;
       break;
+    case cudaDevAttrCooperativeLaunch:
+      *value = d.cooperative;
+      break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = d.shared_per_block;
       break;
@@ -331,10 +335,7 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int threads,
                                                           size_t dynamic_shared) {
-  const emu::Device& d = emu::device();
-  const size_t per_block = dynamic_shared + 1024;  // what the system reserves
-  *blocks = int(std::min<size_t>(size_t(d.shared_per_multiprocessor) / per_block,
-                                 size_t(d.threads_per_multiprocessor / threads)));
+  *blocks = int(emu::blocks_at_once(unsigned(threads), dynamic_shared));
   return cudaSuccess;
 }
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };

@@ -122,7 +122,14 @@ constexpr size_t kStack = EMU_ASAN ? 1 << 20 : 64 << 10;
 constexpr size_t kGuard = 4096;
 constexpr size_t kRedzone = 128;  // between the shared memories of two blocks
 
-enum class State : uint8_t { ready, block_barrier, warp_operation, cluster_barrier, done };
+enum class State : uint8_t {
+  ready,
+  block_barrier,
+  warp_operation,
+  cluster_barrier,
+  grid_barrier,
+  done
+};
 enum class Operation : uint8_t { barrier, exchange, ballot };
 
 const char* name(Operation o) {
@@ -156,20 +163,24 @@ struct Warp {
   uint16_t epoch = 0;    // __syncwarp()s so far
 };
 
-struct Cluster {
-  unsigned threads = 0, waiting = 0, left = 0, blocks = 0;
-  Block* first = nullptr;
-  uint16_t epoch = 0;
+// Threads with a barrier of their own: those of a block, a cluster, a cooperative grid.
+struct Meeting {
+  unsigned first = 0, threads = 0;  // its fibres
+  unsigned waiting = 0, left = 0;
+  uint16_t epoch = 0;  // barriers so far, those of larger meetings included
 };
 
-struct Block {
+struct Cluster : Meeting {
+  unsigned blocks = 0;
+  Block* lead = nullptr;
+};
+
+struct Block : Meeting {
   uint3 index{};
-  unsigned first = 0, threads = 0;  // its fibres
-  unsigned waiting = 0, left = 0, predicates = 0, answer = 0;
+  unsigned predicates = 0, answer = 0;
   unsigned rank = 0;
   unsigned char* shared = nullptr;
   Cluster* cluster = nullptr;
-  uint16_t epoch = 0;
   bool visited = false;  // by another block of the cluster, since the last cluster barrier
   std::vector<Warp> warps;
 };
@@ -204,6 +215,7 @@ std::vector<char*> stacks;
 std::vector<Fibre> fibres;
 std::vector<Block> blocks;  // the cohort: the blocks that live side by side
 std::vector<Cluster> clusters;
+Meeting cohort;
 std::vector<unsigned char> arena_memory;
 Watched arena, statics;
 size_t arena_stride = 0, arena_size = 0;
@@ -283,13 +295,33 @@ char* stack_of(size_t i) {
 // ---- Barriers
 // --------------------------------------------------------------------------------------
 
-void release_block(Block& b) {
-  b.answer = b.predicates;
-  b.waiting = b.predicates = 0;
-  ++b.epoch;
+// Waits for all of a meeting. True in the thread that comes last, which then finds all ready.
+bool meet(Meeting& m, State state, const char* barrier, const char* meeting) {
+  if (m.left)
+    fail("divergent barrier: " + where(*self) + " waits at " + barrier + ", which " +
+         std::to_string(m.left) + " threads of the " + meeting + " left without reaching it");
+  if (++m.waiting != m.threads) {
+    wait(state);
+    return false;
+  }
+  m.waiting = 0;
+  ++m.epoch;
   ++progress;
-  for (unsigned t = 0; t < b.threads; ++t) fibres[b.first + t].state = State::ready;
+  for (unsigned t = 0; t < m.threads; ++t) fibres[m.first + t].state = State::ready;
+  return true;
 }
+
+// A thread is done: nobody may wait for it.
+void leave(Meeting& m, const char* barrier, const char* meeting) {
+  ++m.left;
+  if (m.waiting)
+    fail("divergent barrier: " + where(*self) + " leaves while " + std::to_string(m.waiting) +
+         " threads of the " + meeting + " wait at " + barrier);
+}
+
+const char kBlockBarrier[] = "__syncthreads";
+const char kClusterBarrier[] = "a cluster barrier";
+const char kGridBarrier[] = "a grid barrier";
 
 // The lanes of the current thread's warp, from lane 0.
 Fibre* warp_of(const Fibre& f) { return &fibres[f.block->first + (f.thread & ~31u)]; }
@@ -440,17 +472,18 @@ void poison(Watched& w) {
 // ------------------------------------------------------------------------------------
 
 std::string stuck() {
-  unsigned at_block = 0, at_warp = 0, at_cluster = 0, left = 0;
+  unsigned at_block = 0, at_warp = 0, at_cluster = 0, at_grid = 0, left = 0;
   for (const Fibre& f : fibres) {
     at_block += f.state == State::block_barrier;
     at_warp += f.state == State::warp_operation;
     at_cluster += f.state == State::cluster_barrier;
+    at_grid += f.state == State::grid_barrier;
     left += f.state == State::done;
   }
   return "deadlock: of " + std::to_string(fibres.size()) + " threads " + std::to_string(at_block) +
          " wait at __syncthreads, " + std::to_string(at_warp) + " in a warp operation, " +
-         std::to_string(at_cluster) + " at a cluster barrier, and " + std::to_string(left) +
-         " have left";
+         std::to_string(at_cluster) + " at a cluster barrier, " + std::to_string(at_grid) +
+         " at a grid barrier, and " + std::to_string(left) + " have left";
 }
 
 void order(std::vector<unsigned>& items) {
@@ -502,9 +535,9 @@ bool check_launch(const Launch& l) {
       what = "a grid that is no multiple of the cluster";
   }
   if (what.empty() && l.cooperative) {
-    const uint64_t fit = std::min<uint64_t>(
-        uint64_t(the_device.shared_per_multiprocessor) / (l.dynamic_shared + 1024),
-        uint64_t(the_device.threads_per_multiprocessor) / threads);
+    const uint64_t fit = blocks_at_once(unsigned(threads), l.dynamic_shared);
+    if (grid * threads >= 0xffff) what = "more threads side by side than are told apart here";
+    if (!the_device.cooperative) what = "a cooperative grid on a device without them";
     if (grid > fit * uint64_t(the_device.multiprocessors))
       what = "a cooperative grid of " + std::to_string(grid) + " blocks that do not fit the device";
   }
@@ -519,6 +552,8 @@ void prepare(uint64_t first, unsigned count, unsigned cluster) {
   fibres.resize(size_t(count) * threads);
   blocks.assign(count, Block{});
   clusters.assign(count / cluster, Cluster{});
+  cohort = Meeting{};
+  cohort.threads = count * threads;
   arena_size = l.dynamic_shared;
   arena_stride = (l.dynamic_shared + 127) / 128 * 128 + kRedzone;
 #if EMU_ASAN
@@ -547,7 +582,10 @@ void prepare(uint64_t first, unsigned count, unsigned cluster) {
     block.shared = arena.begin + arena_stride * b;
     block.warps.assign((threads + 31) / 32, Warp{});
     block.cluster = &clusters[b / cluster];
-    if (block.rank == 0) block.cluster->first = &block;
+    if (block.rank == 0) {
+      block.cluster->lead = &block;
+      block.cluster->first = block.first;
+    }
     block.cluster->threads += threads;
     ++block.cluster->blocks;
 #if EMU_ASAN
@@ -573,6 +611,14 @@ void prepare(uint64_t first, unsigned count, unsigned cluster) {
 // ---------------------------------------------------------------------------------
 
 Device& device() { return the_device; }
+
+unsigned blocks_at_once(unsigned threads, size_t dynamic_shared) {
+  const Device& d = the_device;
+  const unsigned most =
+      std::min(d.threads_per_multiprocessor, d.registers_per_multiprocessor / d.registers) /
+      threads;
+  return std::min(most, unsigned(size_t(d.shared_per_multiprocessor) / (dynamic_shared + 1024)));
+}
 Counters& counters() { return the_counters; }
 
 void set_order(Order order_, uint32_t seed) {
@@ -632,14 +678,11 @@ unsigned lane() { return self->thread & 31; }
 
 unsigned block_barrier_count(unsigned predicate) {
   Block& b = *self->block;
-  if (b.left)
-    fail("divergent barrier: " + where(*self) + " waits at __syncthreads, which " +
-         std::to_string(b.left) + " threads of the block left without reaching it");
   b.predicates += predicate;
-  if (++b.waiting == b.threads)
-    release_block(b);
-  else
-    wait(State::block_barrier);
+  if (meet(b, State::block_barrier, kBlockBarrier, "block")) {
+    b.answer = b.predicates;
+    b.predicates = 0;
+  }
   return b.answer;
 }
 
@@ -666,16 +709,16 @@ unsigned cluster_size() { return self->block->cluster->blocks; }
 
 void cluster_barrier() {
   Cluster& c = *self->block->cluster;
-  if (c.left)
-    fail("divergent barrier: " + where(*self) + " waits at a cluster barrier, which " +
-         std::to_string(c.left) + " threads of the cluster left without reaching it");
-  if (++c.waiting != c.threads) return wait(State::cluster_barrier);
-  c.waiting = 0;
-  ++c.epoch;
-  ++progress;
-  const unsigned first = c.first->first;
-  for (unsigned t = 0; t < c.threads; ++t) fibres[first + t].state = State::ready;
-  for (unsigned b = 0; b < c.blocks; ++b) c.first[b].visited = false;
+  if (!meet(c, State::cluster_barrier, kClusterBarrier, "cluster")) return;
+  for (unsigned b = 0; b < c.blocks; ++b) c.lead[b].visited = false;
+}
+
+void grid_barrier() {
+  if (!current.cooperative)
+    fail(where(*self) + ": a grid barrier in a launch that is not cooperative");
+  if (!meet(cohort, State::grid_barrier, kGridBarrier, "grid")) return;
+  for (Cluster& c : clusters) ++c.epoch;
+  for (Block& b : blocks) b.visited = false;
 }
 
 void* map_shared_rank(const void* p, unsigned rank) {
@@ -685,7 +728,7 @@ void* map_shared_rank(const void* p, unsigned rank) {
     fail(where(*self) + ": maps block " + std::to_string(rank) + " of its cluster");
   if (at < self->block->shared || at > self->block->shared + arena_size)
     fail(where(*self) + ": maps an address that is not in its own shared memory");
-  return c.first[rank].shared + (at - self->block->shared);
+  return c.lead[rank].shared + (at - self->block->shared);
 }
 
 void spin() { to_scheduler(false); }
@@ -718,14 +761,9 @@ extern "C" void emu_enter() {
   Fibre& f = *self;
   if (!f.copies.empty()) fail(where(f) + ": leaves without waiting for its asynchronous copies");
   ++progress;
-  ++f.block->left;
-  ++f.block->cluster->left;
-  if (f.block->waiting)
-    fail("divergent barrier: " + where(f) + " leaves while " + std::to_string(f.block->waiting) +
-         " threads of the block wait at __syncthreads");
-  if (f.block->cluster->waiting)
-    fail("divergent barrier: " + where(f) +
-         " leaves while threads of its cluster wait at a barrier");
+  leave(*f.block, kBlockBarrier, "block");
+  leave(*f.block->cluster, kClusterBarrier, "cluster");
+  leave(cohort, kGridBarrier, "grid");
   if (f.block->visited)
     fail(where(f) +
          ": leaves while another block may use its shared memory, with no barrier between");

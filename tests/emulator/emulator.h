@@ -7,8 +7,8 @@
 //
 // What is checked, always:
 //   - barriers: a __syncthreads() that part of a block never reaches, lanes of a warp that meet in
-//     different operations or name lanes that have left, clusters that wait for a block that is
-//     gone;
+//     different operations or name lanes that have left, clusters and grids that wait for a block
+//     that is gone;
 //   - a shuffle that reads a lane outside its mask;
 //   - launches beyond the device's limits (threads, shared memory, cluster size, co-residency).
 // What is checked where the kernels were compiled with -fsanitize=thread (the emulator supplies the
@@ -41,10 +41,15 @@ struct Device {
   int shared_per_block = 227 << 10;  // dynamic shared memory that a kernel may opt in to
   int shared_per_multiprocessor = 228 << 10;
   int threads_per_multiprocessor = 2048;
+  int registers_per_multiprocessor = 65536;
+  int registers = 128;  // of a thread of any kernel: they are not known here
+  bool cooperative = true;
   int max_cluster = 8;
 };
 
 Device& device();
+// Blocks that a multiprocessor has room for.
+unsigned blocks_at_once(unsigned threads, size_t dynamic_shared);
 void set_order(Order order, uint32_t seed);
 
 // What went wrong in launches since the last call, the first failure only; empty if nothing did.
@@ -93,6 +98,7 @@ unsigned char* dynamic_shared();  // of the current block, 128-byte aligned
 unsigned cluster_rank();
 unsigned cluster_size();
 void cluster_barrier();
+void grid_barrier();  // of a cooperative launch
 // The address in block `rank` of the cluster that corresponds to `p` in this block.
 void* map_shared_rank(const void* p, unsigned rank);
 

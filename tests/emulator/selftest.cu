@@ -155,6 +155,51 @@ __global__ void grid_barrier(unsigned* arrived, float* out) {
   out[threadIdx.x] = float(*arrived);
 }
 
+// Every block brings a number and adds up those of all; out[0] becomes the smallest of the sums.
+template <bool kBarrier>
+__device__ void sum_grid(float* out) {
+  float* const numbers = out + 1;
+  float* const sums = numbers + gridDim.x;
+  if (threadIdx.x == 0) numbers[blockIdx.x] = float(blockIdx.x + 1);
+  if (kBarrier) emu::grid_barrier();
+  if (threadIdx.x == 0) {
+    sums[blockIdx.x] = 0;
+    for (unsigned b = 0; b < gridDim.x; ++b) sums[blockIdx.x] += numbers[b];
+  }
+  emu::grid_barrier();
+  if (threadIdx.x != 0 || blockIdx.x != 0) return;
+  *out = sums[0];
+  for (unsigned b = 1; b < gridDim.x; ++b) *out = std::min(*out, sums[b]);
+}
+
+__global__ void grid_sum(const float*, float* out) { sum_grid<true>(out); }
+__global__ void missing_grid_barrier(const float*, float* out) { sum_grid<false>(out); }
+
+// A grid barrier orders what a block does with its shared memory, too.
+__global__ void grid_barrier_orders_shared(const float* in, float* out) {
+  float* part = reinterpret_cast<float*>(emu::dynamic_shared());
+  part[threadIdx.x] = in[threadIdx.x];
+  emu::grid_barrier();
+  out[threadIdx.x] = part[63 - threadIdx.x];
+}
+
+__global__ void block_leaves_before_grid_barrier(const float*, float*) {
+  if (blockIdx.x == 1) return;
+  emu::grid_barrier();
+}
+
+__global__ void thread_leaves_before_grid_barrier(const float*, float*) {
+  if (blockIdx.x == 1 && threadIdx.x == 5) return;
+  emu::grid_barrier();
+}
+
+__global__ void mixed_barriers(const float*, float*) {
+  if (threadIdx.x < 32)
+    emu::grid_barrier();
+  else
+    __syncthreads();
+}
+
 struct Case {
   const char* name;
   unsigned threads, grid, cluster;
@@ -181,6 +226,13 @@ const Case cases[] = {
     {"async_without_wait", 64, 1, 1, 256, false, async_without_wait},
     {"cluster_leaves_early", 64, 2, 2, 256, false, cluster_leaves_early},
     {"cluster_missing_barrier", 64, 2, 2, 256, false, cluster_missing_barrier},
+    {"grid_sum", 64, 4, 1, 0, true, grid_sum},
+    {"grid_barrier_orders_shared", 64, 3, 1, 256, true, grid_barrier_orders_shared},
+    {"missing_grid_barrier", 64, 4, 1, 0, true, missing_grid_barrier},
+    {"block_leaves_before_grid_barrier", 64, 3, 1, 0, true, block_leaves_before_grid_barrier},
+    {"thread_leaves_before_grid_barrier", 64, 3, 1, 0, true, thread_leaves_before_grid_barrier},
+    {"mixed_barriers", 64, 3, 1, 0, true, mixed_barriers},
+    {"grid_barrier_not_cooperative", 64, 4, 1, 0, false, grid_sum},
     {"too_many_threads", 1025, 1, 1, 0, false, good},
     {"too_much_shared", 256, 1, 1, 64 << 10, false, good},
     {"does_not_fit", 256, 1000, 1, 0, true, good},
