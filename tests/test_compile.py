@@ -64,3 +64,24 @@ def test_a_compiled_attack_needs_its_model() -> None:
         eb.PGD(eps=0.4, compile=True).run(
             toys.classify(model, *toys.text_batch()), eb.Site(model.embedding)
         )
+
+
+def test_a_model_compiled_as_one_graph_is_given_without_compile() -> None:
+    model = Small()
+    whole = torch.compile(model, fullgraph=True, backend="eager")
+    tokens, labels = toys.text_batch()
+    site = eb.Site(model.embedding, model=model)
+    found = []
+    for used in (model, whole):
+        model.zero_grad()
+        loss, _ = eb.AdversarialObjective(eb.PGD(eps=0.4, steps=2), site)(
+            toys.classify(used, tokens, labels)
+        )
+        loss.backward()
+        found.append([loss.detach(), *[p.grad.clone() for p in model.parameters()]])
+    for eager, other in zip(*found, strict=True):
+        assert torch.allclose(eager, other, atol=1e-5)
+    attack = eb.PGD(eps=0.4, steps=2, compile=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        eb.AdversarialObjective(attack, site)(toys.classify(whole, tokens, labels))
+    assert not site.busy

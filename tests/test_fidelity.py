@@ -78,6 +78,21 @@ class Problem:
             return [grad * self.mask.unsqueeze(-1) for grad in grads]
         return list(grads)
 
+    def tables(self) -> tuple[list[nn.Embedding], list[list[Tensor]]]:
+        """The tables behind the embeddings, and where each is looked up."""
+        if self.kind != "factors":
+            return [self.model.embedding], [[self.tokens]]
+        users, positive, negative = self.batch
+        return [self.model.user, self.model.item], [[users], [positive, negative]]
+
+    def on_rows(self, tables: list[Tensor]) -> Tensor:
+        """Losses under deltas of whole tables; masked occurrences stay where they are."""
+        places = self.tables()[1]
+        deltas = [t[one] for t, each in zip(tables, places, strict=True) for one in each]
+        if "mask" in self.arguments:
+            deltas = [delta * self.mask.unsqueeze(-1) for delta in deltas]
+        return self.losses(deltas)
+
     def start(self, seed: int, draw: Callable[..., Tensor], **options: Any) -> list[Tensor]:
         """Draw the start that an attack with a generator seeded with `seed` draws."""
         own = torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed))
@@ -148,20 +163,21 @@ def test_pgd(problem: Problem, norm: str) -> None:
 
 
 @pytest.mark.parametrize("projection", ["ball", "box"])
-def test_msap(projection: str) -> None:
+def test_msap(problem: Problem, projection: str) -> None:
     """Steps of eps / 4 along g / ||g||_2 of each row, in its ball or (authors' code) in a box."""
-    problem = Problem("factors")
-    sites = [eb.Site(problem.model.user, scope="row"), eb.Site(problem.model.item, scope="row")]
-    got = eb.MSAP(eps=0.2, steps=6, projection=projection).run(problem.loss_fn, sites)
-    users, positive, negative = problem.batch
-    tables = [torch.zeros_like(t.weight) for t in (problem.model.user, problem.model.item)]
+    modules, places = problem.tables()
+    sites = [eb.Site(module, scope="row") for module in modules]
+    attack = eb.MSAP(eps=0.2, steps=6, projection=projection)
+    got = attack.run(problem.loss_fn, sites, **problem.arguments)
+    tables = [torch.zeros_like(module.weight) for module in modules]
     for _ in range(6):
-        u, i = (table.requires_grad_() for table in tables)
-        loss = problem.losses([u[users], i[positive], i[negative]]).sum()
-        grads = torch.autograd.grad(loss, [u, i])
+        leaves = [table.requires_grad_() for table in tables]
+        grads = torch.autograd.grad(problem.on_rows(leaves).sum(), leaves)
         moved = [t.detach() + 0.05 * unit(g, "l2") for t, g in zip(tables, grads, strict=True)]
         tables = [ball(t, 0.2, "l2" if projection == "ball" else "linf") for t in moved]
-    seen = [users.unique(), torch.cat([positive, negative]).unique()]
+    seen = [torch.cat([one.flatten() for one in each]).unique() for each in places]
+    if "mask" in problem.arguments:
+        seen = [problem.tokens[problem.mask].unique()]
     assert_close(got.deltas, [table[rows] for table, rows in zip(tables, seen, strict=True)])
     longest = max(float(norms.max()) for norms in got.norms)
     assert (longest > 0.21) == (projection == "box")
@@ -593,23 +609,17 @@ def test_free_adversarial_training(text: Problem) -> None:
     assert torch.all(kept[0][text.mask].abs().amax(1) > 0)
 
 
-def test_apr() -> None:
+def test_apr(problem: Problem) -> None:
     """He et al., eq. 7-9, on the whole table, where the package holds the batch's rows only."""
-    problem = Problem("factors")
-    sites = [eb.Site(problem.model.user, scope="row"), eb.Site(problem.model.item, scope="row")]
+    modules, _ = problem.tables()
+    sites = [eb.Site(module, scope="row") for module in modules]
     objective = eb.AdversarialObjective(eb.FGM(eps=0.5), sites, form="apr", lam=1.0)
-    users, positive, negative = problem.batch
 
     def expected() -> Tensor:
-        u, i = (
-            torch.zeros_like(t.weight).requires_grad_()
-            for t in (problem.model.user, problem.model.item)
-        )
-        loss = problem.losses([u[users], i[positive], i[negative]]).sum()
-        gu, gi = torch.autograd.grad(loss, [u, i])
-        u, i = (0.5 * g / g.norm(dim=1, keepdim=True).clamp(min=1e-300) for g in (gu, gi))
-        moved = problem.losses([u[users], i[positive], i[negative]]).mean()
-        return problem.losses(problem.zeros()).mean() + moved
+        leaves = [torch.zeros_like(module.weight).requires_grad_() for module in modules]
+        grads = torch.autograd.grad(problem.on_rows(leaves).sum(), leaves)
+        tables = [0.5 * g / g.norm(dim=1, keepdim=True).clamp(min=1e-300) for g in grads]
+        return problem.losses(problem.zeros()).mean() + problem.on_rows(tables).mean()
 
     check(problem, objective, expected)
     with pytest.raises(ValueError, match="scope='row'"):

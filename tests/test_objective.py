@@ -52,6 +52,30 @@ def test_mixed_is_clean_plus_lambda_times_adversarial(random: bool, early: bool)
     assert not site.busy
 
 
+@pytest.mark.parametrize("mode", ["as_is", "same", "eval"])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_mixed_looks_up_once_and_makes_no_extra_pass_from_a_random_start(
+    mode: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = toys.encoder()
+    tokens, labels = toys.text_batch()
+    passes, lookups = [], []
+    loss_fn = toys.classify(model, tokens, labels)
+    plain = torch.nn.functional.embedding
+    monkeypatch.setattr(
+        torch.nn.functional, "embedding", lambda *a, **k: (lookups.append(1), plain(*a, **k))[1]
+    )
+
+    def counted() -> tuple[Tensor, Tensor]:
+        passes.append(1)
+        return loss_fn()
+
+    site = eb.Site(model.embedding, model=model)
+    attack = eb.PGD(eps=0.7, steps=steps, random_start=True, mode=mode)  # type: ignore[arg-type]
+    eb.AdversarialObjective(attack, site)(counted, mask=tokens != 0)[0].backward()
+    assert (len(passes), len(lookups)) == (2 + steps, 1)
+
+
 @pytest.mark.parametrize("random", [False, True])
 def test_adversarial_alone(random: bool) -> None:
     model = toys.encoder()

@@ -29,7 +29,7 @@ class Batch:
         lam: weight of the adversarial part.
         early: whether gradients that are known already are carried (see `AdversarialObjective`).
         masking: the policy, if any.
-        reuse: the opening pass was a training pass, whose lookups the next one can take over.
+        reuse: the opening pass was a training pass, whose lookups the later ones can take over.
         frozen: the deltas are found: `ascend` leaves them as they are.
         metrics: what the forms report, detached.
     """
@@ -75,11 +75,13 @@ class Batch:
         usable = self.early and torch.is_grad_enabled() and not self.frozen
         shared = usable and self.attack.starts_at_zero and self.attack.steps > 0
         shared = shared and self.attack.mode != "eval" and self.attack.ascend == "loss"
+        # A plain lookup's outputs are the attack's too, wherever it starts.
+        known = shared or (usable and self.stage.plain and not self.stage.compile)
         if not usable:
             evaluation = self.clean()
             return evaluation.losses.mean(), evaluation.detach(), None
         self.stage.remember_random_state()
-        if shared:
+        if known:
             opening = self.stage.open(attach=True)
             evaluation, values = opening.evaluation, self.stage.values()
         else:
@@ -91,7 +93,8 @@ class Batch:
         grads = torch.autograd.grad(mean, [*places, *params], allow_unused=True)
         first, sources = None, []
         if values is not None:
-            first = (evaluation.detach(), self.stage.gather(grads[: len(places)]))
+            if shared:
+                first = (evaluation.detach(), self.stage.gather(grads[: len(places)]))
             sources = self.stage.sources()
             self.reuse = True
         loss = carry(mean.detach(), [*sources, *params], grads)
@@ -128,7 +131,7 @@ class Batch:
                 f"{type(attack).__name__} a random_start, such as GaussianStart(0.001)"
             )
         with stage.attacking(attack.own_generator) as generator:
-            if first is not None:
+            if self.reuse:
                 attack.climb(
                     stage, first=first, generator=generator, scale=self.scale, judge=self.judge
                 )
