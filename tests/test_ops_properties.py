@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
+
+pytest.importorskip("hypothesis")
 import samples
 import torch
 from compare import assert_close, assert_matches_reference, distances, run, same_bits

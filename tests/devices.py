@@ -1,0 +1,55 @@
+"""Where the tensors of the tests live: the device that `pytest --device` names.
+
+Under another device than the CPU every tensor that a test makes, by `torch.randn(...)`, by
+`nn.Linear(...)` or in a helper of the tests, is made on the CPU and moved there: tests say nothing
+of devices, and the random numbers are those of the CPU. What the package makes stays where the
+package puts it: a tensor that it makes on the CPU by mistake meets one of the device, and fails.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import embattle
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+
+_TESTS = str(Path(__file__).resolve().parent) + "/"
+_PACKAGE = str(Path(embattle.__file__).resolve().parent) + "/"
+_MAKING = _device_constructors() | {torch.normal}
+_DRAWING = {Tensor.bernoulli_, Tensor.normal_, Tensor.random_, Tensor.uniform_}
+
+
+def _asked_by_tests() -> bool:
+    """Whether the nearest caller that is of the tests or the package is of the tests."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_PACKAGE):
+            return False
+        if file.startswith(_TESTS) and file != __file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+class On(TorchFunctionMode):
+    """Within it, tensors that tests make are on a device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = torch.device(device)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _MAKING and kwargs.get("device") is None and _asked_by_tests():
+            made = func(*args, **kwargs)
+            return made.detach().to(self.device).requires_grad_(made.requires_grad)
+        if func in _DRAWING and args[0].device.type == self.device.type and _asked_by_tests():
+            drawn = func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **kwargs)
+            return args[0].copy_(drawn)
+        return func(*args, **kwargs)
