@@ -11,7 +11,7 @@ JOBS ?= $(shell nproc)
 
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help setup dev demo test lint format sanitize bench cuda-check gpu-check emulator-asan clean
+.PHONY: help setup dev demo test device-test lint format sanitize bench cuda-check gpu-check emulator-asan clean
 
 help:
 	@echo "make demo      train and audit a real recommender (about 8 minutes on two cores)"
@@ -50,6 +50,10 @@ demo: dev
 # A process for each core, each with one thread; tests of threads ask for more by themselves.
 test: dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(TESTS)
+
+# The tests that run on any device, on one that needs no hardware.
+device-test: dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --device pretend tests
 
 lint: setup
 	$(PY) -m ruff check .

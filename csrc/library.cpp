@@ -41,8 +41,7 @@ STABLE_TORCH_LIBRARY(embattle, m) {
   m.def("pgd_step_(Tensor(a!) delta, Tensor grad, float step_size, float eps, "  //
         EMBATTLE_STEP_OPTIONS ") -> ()");
   m.def("project(Tensor delta, float eps, " EMBATTLE_BALL_OPTIONS ") -> Tensor");
-  // The same, and a constant to autograd: the gradient rule of project costs more than a small
-  // call.
+  // The same, but a constant to autograd: project's gradient rule takes longer than a small call.
   m.def("project_constant(Tensor delta, float eps, " EMBATTLE_BALL_OPTIONS ") -> Tensor");
   m.def("project_(Tensor(a!) delta, float eps, " EMBATTLE_BALL_OPTIONS ") -> ()");
   m.def("random_start(Tensor like, Tensor key, float eps, " EMBATTLE_BALL_OPTIONS ") -> Tensor");

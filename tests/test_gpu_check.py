@@ -153,19 +153,20 @@ def test_the_stages_and_a_missing_sanitizer(tmp_path: Path, sanitizer: str | Non
 
     kept = report(tmp_path)
     gpu_check.run_tests(kept, time.monotonic() + 100, run, sanitizer)
-    assert list(kept.stages) == ["tests", "memcheck", "racecheck"]
+    assert list(kept.stages) == ["tests", "tests on cuda", "memcheck", "racecheck"]
     assert sum(given) <= 60
     assert ran[0][-1] == "tests/test_cuda_device.py"
+    assert ran[1][-3:] == ["tests", "--device", "cuda"]
     if sanitizer is None:
-        assert len(ran) == 1
+        assert len(ran) == 2
         assert kept.stages["memcheck"]["ok"] is None
         assert "compute-sanitizer is not on the PATH" in kept.stages["memcheck"]["text"]
     else:
-        assert [command[:3] for command in ran[1:]] == [
+        assert [command[:3] for command in ran[2:]] == [
             [sanitizer, "--tool", "memcheck"],
             [sanitizer, "--tool", "racecheck"],
         ]
-        assert all(command[-2:] == ["-k", "captured"] for command in ran[1:])
+        assert all(command[-2:] == ["-k", "captured"] for command in ran[2:])
 
 
 class Clock:

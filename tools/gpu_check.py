@@ -19,15 +19,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = [
-    sys.executable,
-    "-m",
-    "pytest",
-    "-q",
-    "-p",
-    "no:cacheprovider",
-    "tests/test_cuda_device.py",
-]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+TESTS = [*PYTEST, "tests/test_cuda_device.py"]
+# The tests of the Python layer that run on any device (tests/conftest.py says which).
+DEVICE_TESTS = [*PYTEST, "tests", "--device", "cuda"]
 SANITIZER = "compute-sanitizer"
 
 
@@ -35,7 +30,8 @@ def run_tests(report: Any, end: float, run: Callable[..., Any], sanitizer: str |
     """The stages before the benchmark, which is left at least 40 % of the time."""
     share = (end - time.monotonic()) * 0.6
     environment = {"PYTHONPATH": str(ROOT / "python")}
-    report.stage("tests", run(TESTS, share * 0.6, ROOT, environment))
+    report.stage("tests", run(TESTS, share * 0.5, ROOT, environment))
+    report.stage("tests on cuda", run(DEVICE_TESTS, share * 0.1, ROOT, environment))
     for check in ("memcheck", "racecheck"):
         if sanitizer is None:
             text = f"skipped: {SANITIZER} is not on the PATH (it comes with the CUDA toolkit)"
