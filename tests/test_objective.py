@@ -76,6 +76,26 @@ def test_mixed_looks_up_once_and_makes_no_extra_pass_from_a_random_start(
     assert (len(passes), len(lookups)) == (2 + steps, 1)
 
 
+@pytest.mark.parametrize("kind", ["output", "row", "joint", "compiled"])
+def test_a_random_start_is_the_one_of_the_attack_by_itself(kind: str) -> None:
+    model = toys.encoder().eval()
+    tokens, labels = toys.text_batch()
+    scope = "row" if kind == "row" else "output"
+    site = eb.Site(model.embedding, model=model, scope=scope)  # type: ignore[arg-type]
+    used = torch.compile(model, backend="eager") if kind == "compiled" else model
+    loss_fn = toys.classify(used, tokens, labels)
+    joint, mask = kind == "joint", tokens != 0
+
+    def attack() -> eb.PGD:
+        source = torch.Generator().manual_seed(5)
+        return eb.PGD(eps=2.0, step_size=0.3, steps=1, random_start=True, generator=source)
+
+    objective = eb.AdversarialObjective(attack(), site, form="adversarial")
+    loss, _ = objective(loss_fn, mask=mask, joint=joint)
+    alone = attack().run(loss_fn, site, mask=mask, joint=joint)
+    torch.testing.assert_close(loss.detach(), alone.losses.mean())
+
+
 @pytest.mark.parametrize("random", [False, True])
 def test_adversarial_alone(random: bool) -> None:
     model = toys.encoder()

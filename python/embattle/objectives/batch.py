@@ -142,7 +142,10 @@ class Batch:
                 states.append(attack.begin(block, self.scale))
                 attack.start(block, states[-1], generator)
 
+            drawn = None if generator is None else generator.get_state()
             opening = stage.open(start=start)
+            if generator is not None and drawn is not None and not opening.perturbed:
+                generator.set_state(drawn)  # climb draws the starts that attack.run would
             attack.climb(
                 stage,
                 opened=(opening.evaluation, states) if opening.perturbed else None,
