@@ -345,8 +345,8 @@ struct Launcher {
     if (from <= Step::factors && to >= Step::factors)
       grid = std::max(grid, blocks(norms, p.finishers));
     if (to == Step::sums) grid = std::max(grid, p.first_tile[p.count]);
-    const Together together = from == to ? Together::no : Together::yes;
-    return enqueue(clip_kernel, std::min(grid, resident), kThreads, kShared, context, together, p);
+    const Meeting meeting{.grid = from != to};
+    return enqueue(clip_kernel, std::min(grid, resident), kThreads, kShared, context, meeting, p);
   }
 
   // The same for steps that need nothing of other tensors: one launch, where there can be one.

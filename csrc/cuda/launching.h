@@ -27,14 +27,17 @@ struct Limits {
   }
 };
 
-// Whether the blocks of a grid can wait for each other: a cooperative launch, all resident at once.
-enum class Together : int { no, yes };
+// Which blocks of a launch can wait for each other.
+struct Meeting {
+  int cluster = 1;    // so many in a cluster
+  bool grid = false;  // all: a cooperative launch, every block resident
+};
 
 // Enqueues a kernel on the context's stream. Nothing where there are no blocks; grids are cut off
 // at the most that a device takes, so kernels go on in strides of the grid.
 template <class... Params, class... Args>
 cudaError_t enqueue(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
-                    const Context& context, Together together, const Args&... args) {
+                    const Context& context, Meeting meeting, const Args&... args) {
   if (blocks <= 0) return cudaSuccess;
   if (shared > (48 << 10)) {
     const cudaError_t error =
@@ -46,18 +49,27 @@ cudaError_t enqueue(void (*kernel)(Params...), int64_t blocks, int threads, size
   config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(context.stream);
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  config.attrs = &cooperative;
-  config.numAttrs = together == Together::yes;
+  cudaLaunchAttribute attributes[2];
+  if (meeting.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(meeting.cluster);
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+  }
+  if (meeting.grid) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  config.attrs = attributes;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Params(args)...);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 template <class... Params, class... Args>
 cudaError_t enqueue(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
                     const Context& context, const Args&... args) {
-  return enqueue(kernel, blocks, threads, shared, context, Together::no, args...);
+  return enqueue(kernel, blocks, threads, shared, context, Meeting{}, args...);
 }
 
 // Calls f(type_tag) with the element type that a Dtype stands for.

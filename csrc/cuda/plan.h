@@ -125,42 +125,16 @@ template <class Kernel>
 cudaError_t launch(Kernel* kernel, GroupParams& p, const Plan& plan, const Context& context,
                    void* workspace) {
   if (plan.grid == 0) return cudaSuccess;
-  cudaStream_t stream = static_cast<cudaStream_t>(context.stream);
   if (plan.cooperative) {
     const size_t teams = size_t(plan.grid) / size_t(p.shape.blocks);
     p.team_global = static_cast<TeamGlobal*>(workspace);
     p.team_slots = reinterpret_cast<Sums*>(p.team_global + teams);
-    const cudaError_t error = cudaMemsetAsync(workspace, 0, teams * sizeof(TeamGlobal), stream);
+    const cudaError_t error = cudaMemsetAsync(workspace, 0, teams * sizeof(TeamGlobal),
+                                              static_cast<cudaStream_t>(context.stream));
     if (error != cudaSuccess) return error;
   }
-  if (plan.shared > (48 << 10)) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared));
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchAttribute attributes[2];
-  unsigned count = 0;
-  if (p.shape.cluster) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = unsigned(p.shape.blocks);
-    attributes[count].val.clusterDim.y = 1;
-    attributes[count].val.clusterDim.z = 1;
-    ++count;
-  }
-  if (plan.cooperative) {
-    attributes[count].id = cudaLaunchAttributeCooperative;
-    attributes[count].val.cooperative = 1;
-    ++count;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(plan.grid));
-  config.blockDim = dim3(unsigned(plan.threads));
-  config.dynamicSmemBytes = plan.shared;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, p);
-  return error != cudaSuccess ? error : cudaGetLastError();
+  const Meeting meeting{p.shape.cluster ? int(p.shape.blocks) : 1, plan.cooperative};
+  return enqueue(kernel, plan.grid, plan.threads, plan.shared, context, meeting, p);
 }
 
 // What every group op says of its output, its ball and its box.
