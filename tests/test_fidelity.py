@@ -609,10 +609,11 @@ def test_free_adversarial_training(text: Problem) -> None:
     assert torch.all(kept[0][text.mask].abs().amax(1) > 0)
 
 
-def test_apr(problem: Problem) -> None:
-    """He et al., eq. 7-9, on the whole table, where the package holds the batch's rows only."""
+@pytest.mark.parametrize("rows", ["batch", "table"])
+def test_apr(problem: Problem, rows: str) -> None:
+    """He et al., eq. 7-9; rows="table" is their code, with deltas for rows outside the batch."""
     modules, _ = problem.tables()
-    sites = [eb.Site(module, scope="row") for module in modules]
+    sites = [eb.Site(module, scope="row", rows=rows) for module in modules]
     objective = eb.AdversarialObjective(eb.FGM(eps=0.5), sites, form="apr", lam=1.0)
 
     def expected() -> Tensor:

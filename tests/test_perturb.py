@@ -46,6 +46,8 @@ def test_site_takes_a_hugging_face_models_input_embeddings() -> None:
         ({"module": nn.Linear(2, 2), "scope": "table"}, ValueError, "'table'"),
         ({"module": nn.Linear(2, 2), "scope": "row"}, TypeError, "nn.Embedding"),
         ({"module": nn.EmbeddingBag(3, 2, mode="max"), "scope": "row"}, ValueError, "'max'"),
+        ({"module": nn.Embedding(3, 2), "scope": "row", "rows": "all"}, ValueError, "'all'"),
+        ({"module": nn.Embedding(3, 2), "rows": "table"}, ValueError, "needs scope='row'"),
     ],
 )
 def test_site_says_what_is_wrong(arguments: dict, error: type[Exception], words: str) -> None:
@@ -197,6 +199,35 @@ def test_row_scope_in_bags(mode: str, padding: int | None) -> None:
     masked = eb.FGM(eps=0.5).run(loss, eb.Site(bag, scope="row"), mask=mask)
     kept = tokens[mask & (tokens != (-1 if padding is None else padding))].unique()
     assert masked.deltas[0].shape == (len(kept), 4)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_rows_of_the_whole_table(kind: type[nn.Module]) -> None:
+    """The batch's rows move as they do alone; others stay at zero, or are drawn and not used."""
+    torch.manual_seed(0)
+    table = kind(10, 4, padding_idx=0).double()
+    head = nn.Linear(4, 1).double()
+    tokens = torch.randint(0, 8, (5, 3))
+
+    def loss() -> torch.Tensor:
+        found = table(tokens)
+        return head((found if found.dim() == 2 else found.sum(1)).tanh()).squeeze(-1)
+
+    rows = tokens.unique()
+    rows = rows[rows != 0]
+    alone = eb.PGD(eps=0.5, steps=3).run(loss, eb.Site(table, scope="row"))
+    whole_site = eb.Site(table, scope="row", rows="table")
+    whole = eb.PGD(eps=0.5, steps=3).run(loss, whole_site)
+    expected = torch.zeros(10, 4, dtype=torch.float64)
+    expected[rows] = alone.deltas[0]
+    torch.testing.assert_close(whole.deltas[0], expected)
+    torch.testing.assert_close(whole.losses, alone.losses)
+    assert "all rows" in repr(whole_site)
+    started = eb.UniformNoise(norm="l2", eps=0.5).run(loss, whole_site)
+    assert torch.all(started.deltas[0].norm(dim=1) > 0)
+    with torch.no_grad():
+        table.weight[1:] += started.deltas[0][1:]
+        torch.testing.assert_close(loss(), started.losses)
 
 
 def test_relative_and_per_dimension_strengths() -> None:

@@ -123,15 +123,24 @@ class Block:
 
 
 class RowBlock(Block):
-    """One delta per distinct row of an embedding table in the batch (APR, He et al., SIGIR 2018).
+    """One delta per row of an embedding table (APR, He et al., SIGIR 2018).
 
-    Memory follows the batch, never the table. Rows at `padding_idx` and masked occurrences are
-    left alone. Finding the distinct rows waits for the device (`torch.unique`).
+    Of the distinct rows of the batch, so that memory follows the batch, never the table; finding
+    them waits for the device (`torch.unique`). Or, if `whole`, of all rows. Rows at `padding_idx`
+    and masked occurrences are left alone.
     """
 
     coupled = True
 
-    def __init__(self, module: nn.Module, calls: Sequence[Call], index: int, masks: list[Any]):
+    def __init__(
+        self,
+        module: nn.Module,
+        calls: Sequence[Call],
+        index: int,
+        masks: list[Any],
+        *,
+        whole: bool = False,
+    ) -> None:
         self.module = module
         found = [_arguments(module, call) for call in calls]
         indices = [arguments["input"] for arguments in found]
@@ -153,9 +162,14 @@ class RowBlock(Block):
         padding = getattr(module, "padding_idx", None)
         if padding is not None:
             kept = kept & (flat != padding)
-        rows, inverse = torch.unique(flat[kept], return_inverse=True)
+        weight: Tensor = module.weight.detach()  # type: ignore[operator]
         full = torch.full_like(flat, -1)
-        full[kept] = inverse
+        if whole:
+            rows = torch.arange(len(weight), device=flat.device)
+            full = torch.where(kept, flat, full)
+        else:
+            rows, inverse = torch.unique(flat[kept], return_inverse=True)
+            full[kept] = inverse
         self.rows = rows
         sizes = [i.numel() for i in indices]
         # Where in the table of deltas: unperturbed occurrences read a row of zeros, and padding
@@ -172,9 +186,8 @@ class RowBlock(Block):
             self._moving = [
                 torch.where(inverse < rows.numel(), inverse, -1) for inverse in self.inverses
             ]
-        weight: Tensor = module.weight.detach()  # type: ignore[operator]
         places = [(index, i) for i in range(len(calls))]
-        super().__init__(weight[rows], places, group="token")
+        super().__init__(weight if whole else weight[rows], places, group="token")
 
     def additions(self) -> list[Tensor]:
         return [
@@ -335,7 +348,9 @@ def build(
     blocks: list[Block] = []
     for index, (site, recorded) in enumerate(zip(sites, calls, strict=True)):
         if site.scope == "row":
-            blocks.append(RowBlock(site.module, recorded, index, [masks[index]] * len(recorded)))
+            of_each = [masks[index]] * len(recorded)
+            whole = site.rows == "table"
+            blocks.append(RowBlock(site.module, recorded, index, of_each, whole=whole))
             continue
         blocks.extend(
             output_block(site, call, (index, number), offsets=offsets, mask=masks[index])

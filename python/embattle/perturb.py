@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 Group = Literal["sample", "token"]
 Scope = Literal["output", "row"]
+Rows = Literal["batch", "table"]
 # What a site adds: a tensor, or what makes the perturbed output from the output.
 Addition: TypeAlias = Tensor | Callable[[Tensor], Tensor]
 
@@ -58,13 +59,16 @@ class Site:
             `"token"` (every vector of the last dim).
         scope: `"output"` perturbs what the module returns; `"row"` perturbs rows of the embedding
             table: a row has the same delta wherever it occurs in the batch, and a ball of its own.
-            Deltas are stored for the distinct rows of the batch alone.
+        rows: of scope `"row"`: deltas are stored for the distinct rows of the `"batch"` alone, or
+            for the whole `"table"`, as APR's authors do. Rows outside the batch have no gradient
+            and stay at zero unless the attack starts at random; a `Relative` eps is then measured
+            on the whole table.
         model: the model around `module`, needed for attacks in eval mode, and for leaving batch
             norms alone when the model is compiled.
 
     Raises:
         TypeError: `module` is not a module, or has no weight to take rows from.
-        ValueError: unknown group or scope.
+        ValueError: unknown group, scope or rows; `rows="table"` without scope `"row"`.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Site:
         *,
         group: Group = "sample",
         scope: Scope = "output",
+        rows: Rows = "batch",
         model: nn.Module | None = None,
     ) -> None:
         if not isinstance(module, nn.Module):
@@ -81,6 +86,10 @@ class Site:
             raise ValueError(f"Site: group must be 'sample' or 'token', got {group!r}")
         if scope not in ("output", "row"):
             raise ValueError(f"Site: scope must be 'output' or 'row', got {scope!r}")
+        if rows not in ("batch", "table"):
+            raise ValueError(f"Site: rows must be 'batch' or 'table', got {rows!r}")
+        if rows == "table" and scope != "row":
+            raise ValueError(f"Site: rows='table' needs scope='row', got scope={scope!r}")
         getter = getattr(module, "get_input_embeddings", None)
         if callable(getter):
             model = module if model is None else model
@@ -95,6 +104,7 @@ class Site:
         self.module = module
         self.group: Group = "token" if scope == "row" else group
         self.scope: Scope = scope
+        self.rows: Rows = rows
         self.model = model
         self._additions: Sequence[Addition] | None = None
         self._calls: list[Call] | None = None
@@ -118,7 +128,9 @@ class Site:
 
     def __repr__(self) -> str:
         balls = "row" if self.scope == "row" else self.group
-        what = "rows" if self.scope == "row" else "output"
+        what = "output"
+        if self.scope == "row":
+            what = "all rows" if self.rows == "table" else "rows"
         return f"Site({what} of {type(self.module).__name__}, one ball per {balls})"
 
     @property

@@ -30,7 +30,8 @@ def apr(batch: Batch) -> Tensor:
 
     One delta per distinct row of the batch, `eps * g / ||g||` with g summed over the row's
     occurrences: `FGM(eps=0.5)` on sites of scope "row", `lam=1`, a BPR loss. Other rows are not
-    perturbed, and cost nothing; the authors' code holds a delta for the whole table.
+    perturbed, and cost nothing; the authors' code holds a delta for the whole table, as
+    `Site(..., scope="row", rows="table")` does: the same numbers, at the table's cost.
     """
     for site in batch.stage.sites:
         if site.scope != "row":
