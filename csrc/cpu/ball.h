@@ -63,17 +63,17 @@ inline double length(const Cut& cut, const F& f) {
 
 // ---- Where results lie ----
 
-// The result and its bounds. kPlain: there is neither an origin nor a box.
-template <class T, bool kPlain>
+// The result and its bounds.
+template <class T>
 struct Place {
-  static constexpr bool plain = kPlain;
   typedef Elements<T> Tensor;
   Tensor out, x0, lower_elements, upper_elements;  // absent where there is none, or one number
   double lower_value = -kInfinity, upper_value = kInfinity;
   bool boxed;
+  bool plain;  // there is neither an origin nor a box
 
   Place(const Data& result, const Box& box)
-      : out(result), x0(box.x0), boxed(box.lower.data || box.upper.data) {
+      : out(result), x0(box.x0), boxed(box.lower.data || box.upper.data), plain(!x0 && !boxed) {
     if (box.lower_broadcast)
       lower_value = Tensor(box.lower).at(0);
     else
@@ -86,7 +86,7 @@ struct Place {
 
   template <class N>
   V origin(int64_t i, N n) const {
-    return kPlain || !x0 ? V{} : x0.load(i, n);
+    return x0 ? x0.load(i, n) : V{};
   }
   template <class N>
   V lower(int64_t i, N n) const {
@@ -225,19 +225,15 @@ inline void find_l1_boxed(const Cut& cut, double most, double aim, const P& plac
   found->tau = high;
 }
 
-// The multiplier of the projection of z on the ball of radius eps and the box. `known` is the l2
-// norm of z where the caller has it, else negative.
+// The multiplier of the projection of z on the ball of radius eps and the box, in real numbers:
+// what is stored may have to aim lower (`finish`). `known` is the l2 norm of z where the caller has
+// it, else negative.
 template <Norm kNorm, class P, class F>
 inline Multiplier find(const Cut& cut, double eps, const P& place, const F& z, double known) {
   Multiplier found;
   found.limit = eps;
-  if (kNorm == Norm::linf) {
-    if (P::plain && eps < kInfinity) found.limit = place.out.round_down(eps);
-    return found;
-  }
-  if (eps == kInfinity) return found;
+  if (kNorm == Norm::linf || eps == kInfinity) return found;
   const auto value = [&](int64_t i, auto n) { return z.z(i, n); };
-  const bool boxed = !P::plain && place.boxed;
   double norm = known, most = 0;
   if (kNorm == Norm::l1) {
     const auto both = totals<2, 2>(cut, [&](int64_t i, auto n, V* acc) {
@@ -251,7 +247,7 @@ inline Multiplier find(const Cut& cut, double eps, const P& place, const F& z, d
     norm = length<kNorm>(cut, value);
   }
   double outside = norm;
-  if (boxed && norm > eps)
+  if (place.boxed && norm > eps)
     outside =
         length<kNorm>(cut, [&](int64_t i, auto n) { return place.in_box(i, n, value(i, n)); });
   if (!(outside > eps)) return found;
@@ -262,10 +258,11 @@ inline Multiplier find(const Cut& cut, double eps, const P& place, const F& z, d
     found.base = 0;
     found.tau = most;
   } else if (kNorm == Norm::l1) {
-    boxed ? find_l1_boxed(cut, most, goal, place, value, &found)
-          : find_l1(cut, norm, most, goal, value, &found);
+    place.boxed ? find_l1_boxed(cut, most, goal, place, value, &found)
+                : find_l1(cut, norm, most, goal, value, &found);
   } else {
-    boxed ? find_l2_boxed(cut, norm, goal, place, value, &found) : void(found.scale = goal / norm);
+    place.boxed ? find_l2_boxed(cut, norm, goal, place, value, &found)
+                : void(found.scale = goal / norm);
   }
   return found;
 }
@@ -305,11 +302,11 @@ inline void pull_in(const Cut& cut, double eps, const P& place, double norm) {
 template <Norm kNorm, class P, class F, class E>
 inline void apply(const Cut& cut, double eps, const P& place, const F& source, const Multiplier& by,
                   const E& extra) {
-  const bool boxed = !P::plain && place.boxed;
+  const bool boxed = place.boxed, plain = place.plain;
   const double size = totals<1, maxima_of(kNorm)>(cut, [&](int64_t i, auto n, V* acc) {
                         V z = by.template operator()<kNorm>(source.z(i, n));
                         extra(i, n);
-                        if (P::plain) {
+                        if (plain) {
                           add_length<kNorm>(place.out.store(i, n, z), acc[0]);
                           return;
                         }
@@ -343,7 +340,9 @@ struct Nothing {
 template <Norm kNorm, class P, class F, class E = Nothing>
 inline void finish(const Cut& cut, double eps, const P& place, const F& source, double known = -1,
                    const E& extra = {}) {
-  apply<kNorm>(cut, eps, place, source, find<kNorm>(cut, eps, place, source, known), extra);
+  Multiplier by = find<kNorm>(cut, eps, place, source, known);
+  if (kNorm == Norm::linf && place.plain && eps < kInfinity) by.limit = place.out.round_down(eps);
+  apply<kNorm>(cut, eps, place, source, by, extra);
 }
 
 // Puts the origin everywhere.
@@ -370,8 +369,6 @@ inline void with_norm(Norm norm, const F& f) {
       return f(Of<Norm::linf>{});
   }
 }
-
-inline bool is_plain(const Box& box) { return !box.x0.data && !box.lower.data && !box.upper.data; }
 
 }  // namespace
 }  // namespace embattle

@@ -101,34 +101,44 @@ struct Totals {
   double v[K];
 };
 
+template <unsigned kMaxima>
+inline void merge(double& a, double b, int k) {
+  a = kMaxima >> k & 1 ? (b > a ? b : a) : a + b;
+}
+
+// The totals of elements [low, high).
+template <int K, unsigned kMaxima, class F>
+inline Totals<K> totals_of_block(const Cut& cut, int64_t low, int64_t high, const F& f) {
+  Totals<K> part = {};
+  cut.runs(low, high, [&](int64_t begin, int64_t end) {
+    V even[K] = {}, odd[K] = {};
+    int64_t i = begin;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      f(i, Whole{}, even);
+      f(i + kLanes, Whole{}, odd);
+    }
+    each(i, end, [&](int64_t at, auto n) { f(at, n, even); });
+    for (int k = 0; k < K; ++k) {
+      merge<kMaxima>(part.v[k], kMaxima >> k & 1 ? largest(even[k]) : total(even[k]), k);
+      merge<kMaxima>(part.v[k], kMaxima >> k & 1 ? largest(odd[k]) : total(odd[k]), k);
+    }
+  });
+  return part;
+}
+
 // K totals over a group: f(i, n, acc) adds to acc[0..K) what the n elements from i on give. The
 // totals whose bit is set in `kMaxima` are maxima of numbers >= 0 instead.
 template <int K, unsigned kMaxima = 0, class F>
 inline Totals<K> totals(const Cut& cut, const F& f) {
+  if (cut.end() - cut.begin() <= cut.block())
+    return totals_of_block<K, kMaxima>(cut, cut.begin(), cut.end(), f);
   Totals<K> parts[kMaxBlocks];
-  const auto merge = [](double& a, double b, int k) {
-    a = kMaxima >> k & 1 ? (b > a ? b : a) : a + b;
-  };
   const int count = cut.blocks([&](int block, int64_t low, int64_t high) {
-    Totals<K> part = {};
-    cut.runs(low, high, [&](int64_t begin, int64_t end) {
-      V even[K] = {}, odd[K] = {};
-      int64_t i = begin;
-      for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-        f(i, Whole{}, even);
-        f(i + kLanes, Whole{}, odd);
-      }
-      each(i, end, [&](int64_t at, auto n) { f(at, n, even); });
-      for (int k = 0; k < K; ++k) {
-        merge(part.v[k], kMaxima >> k & 1 ? largest(even[k]) : total(even[k]), k);
-        merge(part.v[k], kMaxima >> k & 1 ? largest(odd[k]) : total(odd[k]), k);
-      }
-    });
-    parts[block] = part;
+    parts[block] = totals_of_block<K, kMaxima>(cut, low, high, f);
   });
   Totals<K> sum = {};
   for (int b = 0; b < count; ++b)
-    for (int k = 0; k < K; ++k) merge(sum.v[k], parts[b].v[k], k);
+    for (int k = 0; k < K; ++k) merge<kMaxima>(sum.v[k], parts[b].v[k], k);
   return sum;
 }
 

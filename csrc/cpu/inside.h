@@ -9,9 +9,18 @@
 namespace embattle {
 namespace {
 
-// Kernels of float32 know when they are compiled whether there is a box.
-template <class P>
-constexpr bool is_boxed_float = std::is_same_v<P, Place<float, false>>;
+// Calls f(T*) for the type that the elements have, where float lanes serve it. Kernels are compiled
+// for float and for Any, which then is not float.
+template <class T, class F>
+inline bool with_short_type(Dtype dtype, const F& f) {
+  if constexpr (std::is_same_v<T, float>) {
+    return f(static_cast<float*>(nullptr));
+  } else {
+    if (dtype == Dtype::f16) return f(static_cast<f16*>(nullptr));
+    if (dtype == Dtype::bf16) return f(static_cast<bf16*>(nullptr));
+    return false;
+  }
+}
 
 // Zeros in the rows that take no part.
 template <class T>
@@ -29,10 +38,11 @@ inline void clear_masked(const Cut& cut, T* out) {
 }
 
 // Results without origin, of a type that is known.
-template <class E>
+template <class T>
 struct Bare {
-  E out;
+  Elements<T> out;
 
+  explicit Bare(T* to) { out.p = to; }
   template <class N>
   V origin(int64_t, N) const {
     return V{};
@@ -41,20 +51,14 @@ struct Bare {
 
 // Sees to it that what was stored lies in the l1 or l2 ball; there is no origin. `sum` is the sum
 // of its sizes or squares in float lanes: where that leaves a doubt, the norm is taken in double.
-template <Norm kNorm, class P>
-inline void keep_inside(const Cut& cut, double eps, const P& place, double sum) {
+template <Norm kNorm, class T>
+inline void keep_inside(const Cut& cut, double eps, T* to, double sum) {
   if (eps == kInfinity) return;
   const double vanished = static_cast<double>(cut.end() - cut.begin()) * 0x1p-148;
   if (sum * (1 + kSumError) + vanished <= (kNorm == Norm::l2 ? eps * eps : eps)) return;
-  const auto look = [&](auto out) {
-    const Bare<decltype(out)> bare{out};
-    const double norm = length<kNorm>(cut, [&](int64_t i, auto n) { return out.load(i, n); });
-    if (norm > eps) pull_in<kNorm>(cut, eps, bare, norm);
-  };
-  if constexpr (std::is_same_v<typename P::Tensor, Elements<Any>>)
-    with_elements(place.out.x, look);
-  else
-    look(place.out);
+  const Bare<T> bare(to);
+  const double norm = length<kNorm>(cut, [&](int64_t i, auto n) { return bare.out.load(i, n); });
+  if (norm > eps) pull_in<kNorm>(cut, eps, bare, norm);
 }
 
 // Fewer elements than this go to the double path: float sums would only reach eps to some ulps, and

@@ -1,18 +1,15 @@
 // momentum_step and momentum_step_: MI-FGSM and APGD, with their memory.
 #include "ascent.h"
-#include "plain.h"
+#include "project_group.h"
 
 namespace embattle {
 namespace {
 
-typedef Place<Any, false> P;
-
 // What both styles read.
 struct Memory {
-  const P& place;
+  const Place<Any>& place;
   Elements<Any> x, velocity, grad;
   double decay;
-  bool finite;
 
   template <class N>
   V given(int64_t i, N n) const {
@@ -32,9 +29,7 @@ struct Iterative : Memory {
 
   template <class N>
   V next(int64_t i, N n) const {
-    const V old = velocity.load(i, n);
-    if (!finite) return old;
-    return old * decay + grad.load(i, n) * unit * inverse;
+    return velocity.load(i, n) * decay + grad.load(i, n) * unit * inverse;
   }
   template <class N>
   V z(int64_t i, N n) const {
@@ -54,7 +49,6 @@ struct Averaged : Memory {
   template <class N>
   V z(int64_t i, N n) const {
     const V d = delta(i, n);
-    if (!finite) return d;
     V z = d;
     if (ascent.moves) z += ascent.template operator()<kNorm>(i, grad.load(i, n));
     if (inner) return z;
@@ -66,7 +60,7 @@ struct Averaged : Memory {
 };
 
 template <Norm kNorm>
-void step(const Cut& cut, const StepArgs& args, const P& place) {
+void step(const Cut& cut, const StepArgs& args, const Place<Any>& place) {
   const double step_size = of_group(args.step_size, cut.index);
   const double eps = of_group(args.eps, cut.index);
   const Elements<Any> x(args.delta), velocity(args.velocity), gradient(args.grad);
@@ -80,29 +74,26 @@ void step(const Cut& cut, const StepArgs& args, const P& place) {
     };
     if (cut.groups.mask) for_elements(cut, put, false);
   };
-  if (!finite && is_plain(args.box)) {  // as project does it, to the bit
+  if (!finite) {
     const Elements<Any>& kept = args.apgd ? x : velocity;
     for_elements(cut, [&](int64_t i, auto n) { memory.store(i, n, kept.load(i, n)); });
-    if (plain_project<kNorm>(
-            cut, {args.groups, args.norm, args.delta, args.out, args.eps, args.box}, place))
-      return clear_memory();
+    project_group(cut, kNorm, args.delta, args.out, eps, args.box);
+    return clear_memory();
   }
-  const Memory common{place, x, velocity, gradient, args.decay, finite};
+  const Memory common{place, x, velocity, gradient, args.decay};
   if (args.apgd) {
     Averaged<kNorm> source{common};
-    if (finite) {
-      source.ascent = steepest<kNorm>(cut, step_size, args.top, grad);
-      source.first = find<kNorm>(cut, eps, place, source, -1);
-      source.inner = false;
-    }
+    source.ascent = steepest<kNorm>(cut, step_size, args.top, grad);
+    source.first = find<kNorm>(cut, eps, place, source, -1);
+    source.inner = false;
     finish<kNorm>(cut, eps, place, source, -1,
                   [&](int64_t i, auto n) { memory.store(i, n, x.load(i, n)); });
   } else {
-    const double norm = finite ? length<Norm::l1>(cut, grad) : 0;
+    const double norm = length<Norm::l1>(cut, grad);
     const double unit = middling(norm);
     Iterative<kNorm> source{common, unit, norm > 0 ? 1 / (norm * unit) : 0};
     const auto next = [&](int64_t i, auto n) { return source.next(i, n); };
-    if (finite) source.ascent = steepest<kNorm>(cut, step_size, args.top, next);
+    source.ascent = steepest<kNorm>(cut, step_size, args.top, next);
     finish<kNorm>(cut, eps, place, source, -1,
                   [&](int64_t i, auto n) { memory.store(i, n, next(i, n)); });
   }
@@ -112,7 +103,7 @@ void step(const Cut& cut, const StepArgs& args, const P& place) {
 }  // namespace
 
 void EMBATTLE_AT_LEVEL(momentum_step)(const StepArgs& args, ParallelFor parallel_for) {
-  const P place(args.out, args.box);
+  const Place<Any> place(args.out, args.box);
   with_norm(args.norm, [&](auto of) {
     for_groups(args.groups, 0, args.groups.groups, parallel_for,
                [&](const Cut& cut) { step<decltype(of)::norm>(cut, args, place); });

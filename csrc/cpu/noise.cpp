@@ -3,7 +3,8 @@
 #include <cmath>
 
 #include "draw.h"
-#include "plain.h"
+#include "inside.h"
+#include "project_group.h"
 #include "scratch.h"
 
 namespace embattle {
@@ -46,10 +47,12 @@ inline void draw_in_double(const int64_t* key, int64_t begin, int64_t end, doubl
 }
 
 // Calls f(i, n, numbers) for the vectors of elements that take part. Numbers of 24 bits come from
-// float lanes, but for groups so small that their errors would not average out.
-template <bool kWide, Draw kDraw, class F>
-inline void for_numbers(const Cut& cut, const int64_t* key, const Keys& keys, const F& f) {
-  const bool in_floats = !kWide && cut.end() - cut.begin() >= kFewest;
+// float lanes, but for groups so small that their errors would not average out. T: what the kernel
+// is compiled for; float64 is among Any.
+template <class T, Draw kDraw, class F>
+inline void for_numbers(const Cut& cut, const NoiseArgs& args, const Keys& keys, const F& f) {
+  const bool wide = !std::is_same_v<T, float> && args.out.dtype == Dtype::f64;
+  const bool in_floats = !wide && cut.end() - cut.begin() >= kFewest;
   cut.blocks([&](int, int64_t low, int64_t high) {
     cut.runs(low, high, [&](int64_t begin, int64_t end) {
       stretches(begin, end, [&](int64_t at, int64_t stop) {
@@ -60,7 +63,10 @@ inline void for_numbers(const Cut& cut, const int64_t* key, const Keys& keys, co
         } else {
           const int64_t start = at & ~int64_t{3};
           double numbers[kStretch + 4];
-          draw_in_double<kWide, kDraw>(key, start, stop, numbers);
+          if (wide)
+            draw_in_double<true, kDraw>(args.key, start, stop, numbers);
+          else
+            draw_in_double<false, kDraw>(args.key, start, stop, numbers);
           each(at, stop, [&](int64_t i, auto n) { f(i, n, load(numbers + (i - start), n)); });
         }
       });
@@ -69,9 +75,9 @@ inline void for_numbers(const Cut& cut, const int64_t* key, const Keys& keys, co
 }
 
 // A multiple of what already lies in the output.
-template <class P>
+template <class T>
 struct Scaled {
-  const P& place;
+  const Place<T>& place;
   double scale;
 
   template <class N>
@@ -85,9 +91,9 @@ struct Scaled {
 };
 
 // x as it lies in the output, less the origin.
-template <class P>
+template <class T>
 struct Lying {
-  const P& place;
+  const Place<T>& place;
 
   template <class N>
   V given(int64_t i, N n) const {
@@ -166,9 +172,9 @@ inline double fill(const Cut& cut, const Keys& keys, float* buffer) {
 }
 
 // As in plain.h, `false` means that nothing was written.
-template <Norm kNorm, class T, class P>
+template <Norm kNorm, class T>
 inline bool start_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& keys, double eps,
-                            const P& place, Buffer& buffer) {
+                            Buffer& buffer) {
   const int64_t extent = cut.end() - cut.begin();
   if (!fits_float(eps)) return false;
   const Sink<T> out(args.out, nullptr, cut.groups);
@@ -198,12 +204,12 @@ inline bool start_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& k
                             },
                             [&] { out.settle(); })
                             .v[0];
-  keep_inside<kNorm>(cut, eps, place, stored);
+  keep_inside<kNorm>(cut, eps, out.p, stored);
   return true;
 }
 
-template <Norm kNorm, class T, class P>
-inline bool add_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& keys, const P& place) {
+template <class T>
+inline bool add_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& keys) {
   const double std = of_group(args.std, cut.index), eps = of_group(args.eps, cut.index);
   if (cut.end() - cut.begin() < kFewest || !fits_float(std)) return false;
   const T* x = static_cast<const T*>(args.x.data);
@@ -215,53 +221,44 @@ inline bool add_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& key
       [=](int64_t i, auto n, F number)
           EMBATTLE_INLINE { out.store(i, n, fused(factor, number, fetch(x + i, n))); },
       [&] { out.settle(); });
-  if (eps == kInfinity) return true;
-  ProjectArgs project;
-  project.groups = args.groups;
-  project.norm = kNorm;
-  project.delta = {args.out.data, args.out.dtype};
-  project.out = args.out;
-  project.eps = args.eps;
-  if (!plain_project_of<kNorm, T>(cut, project, place))
-    finish<kNorm>(cut, eps, place, Lying<P>{place});
+  if (eps < kInfinity)
+    project_group(cut, args.norm, {args.out.data, args.out.dtype}, args.out, eps, {});
   return true;
 }
 
 // ---- Any place ----
 
-template <bool kWide, Norm kNorm, class P>
+template <Norm kNorm, class T>
 void start_in_double(const Cut& cut, const NoiseArgs& args, const Keys& keys, double eps,
-                     const P& place) {
-  for_numbers<kWide, start_of(kNorm)>(
-      cut, args.key, keys, [&](int64_t i, auto n, V number) { place.out.store(i, n, number); });
+                     const Place<T>& place) {
+  for_numbers<T, start_of(kNorm)>(
+      cut, args, keys, [&](int64_t i, auto n, V number) { place.out.store(i, n, number); });
   double scale = eps;
   if (kNorm != Norm::linf) {
     const double size = length<kNorm>(cut, [&](int64_t i, auto n) { return place.out.load(i, n); });
     scale = size > 0 ? eps * radius_of(cut, args.key) / size : 0;
   }
-  finish<kNorm>(cut, eps, place, Scaled<P>{place, scale});
+  finish<kNorm>(cut, eps, place, Scaled<T>{place, scale});
 }
 
-template <bool kWide, Norm kNorm, class P>
-void add_in_double(const Cut& cut, const NoiseArgs& args, const Keys& keys, const P& place) {
-  const typename P::Tensor x(args.x);
+template <Norm kNorm, class T>
+void add_in_double(const Cut& cut, const NoiseArgs& args, const Keys& keys, const Place<T>& place) {
+  const Elements<T> x(args.x);
   const double std = of_group(args.std, cut.index);
-  for_numbers<kWide, Draw::gaussian>(cut, args.key, keys, [&](int64_t i, auto n, V number) {
+  for_numbers<T, Draw::gaussian>(cut, args, keys, [&](int64_t i, auto n, V number) {
     place.out.store(i, n, x.load(i, n) + std * number);
   });
-  finish<kNorm>(cut, of_group(args.eps, cut.index), place, Lying<P>{place});
+  finish<kNorm>(cut, of_group(args.eps, cut.index), place, Lying<T>{place});
 }
 
-template <class T, bool kWide>
+template <class T>
 void start(const NoiseArgs& args, ParallelFor parallel_for) {
-  typedef Place<T, false> P;
-  const P place(args.out, args.box);
+  const Place<T> place(args.out, args.box);
   const Keys keys(args.key);
-  const bool plain = is_plain(args.box);
   with_norm(args.norm, [&](auto of) {
     constexpr Norm norm = decltype(of)::norm;
     const auto share = [&](int64_t begin, int64_t end, ParallelFor team) {
-      Buffer buffer(args.groups, plain ? begin : end, end);
+      Buffer buffer(args.groups, place.plain ? begin : end, end);
       for (int64_t g = begin; g < end; ++g) {
         const Cut cut = cut_of(args.groups, g, team);
         const double eps = of_group(args.eps, g);
@@ -269,52 +266,46 @@ void start(const NoiseArgs& args, ParallelFor parallel_for) {
           clear(cut, place);
           continue;
         }
-        const bool done = plain && with_short_type<P>(args.out.dtype, [&](auto* type) {
+        const bool done = place.plain && with_short_type<T>(args.out.dtype, [&](auto* type) {
                             typedef std::remove_pointer_t<decltype(type)> Short;
-                            if (!start_in_floats<norm, Short>(cut, args, keys, eps, place, buffer))
+                            if (!start_in_floats<norm, Short>(cut, args, keys, eps, buffer))
                               return false;
                             clear_masked(cut, static_cast<Short*>(args.out.data));
                             return true;
                           });
-        if (!done) start_in_double<kWide, norm>(cut, args, keys, eps, place);
+        if (!done) start_in_double<norm>(cut, args, keys, eps, place);
       }
     };
     for_shares(args.groups, 0, args.groups.groups, parallel_for, share);
   });
 }
 
-template <class T, bool kWide>
+template <class T>
 void add_noise(const NoiseArgs& args, ParallelFor parallel_for) {
-  typedef Place<T, false> P;
-  const P place(args.out, args.box);
+  const Place<T> place(args.out, args.box);
   const Keys keys(args.key);
-  const bool plain = is_plain(args.box);
-  with_norm(args.norm, [&](auto of) {
-    constexpr Norm norm = decltype(of)::norm;
-    for_groups(args.groups, 0, args.groups.groups, parallel_for, [&](const Cut& cut) {
-      const bool done = plain && with_short_type<P>(args.out.dtype, [&](auto* type) {
-                          typedef std::remove_pointer_t<decltype(type)> Short;
-                          if (!add_in_floats<norm, Short>(cut, args, keys, place)) return false;
-                          clear_masked(cut, static_cast<Short*>(args.out.data));
-                          return true;
-                        });
-      if (!done) add_in_double<kWide, norm>(cut, args, keys, place);
-    });
+  for_groups(args.groups, 0, args.groups.groups, parallel_for, [&](const Cut& cut) {
+    const bool done = place.plain && with_short_type<T>(args.out.dtype, [&](auto* type) {
+                        typedef std::remove_pointer_t<decltype(type)> Short;
+                        if (!add_in_floats<Short>(cut, args, keys)) return false;
+                        clear_masked(cut, static_cast<Short*>(args.out.data));
+                        return true;
+                      });
+    if (done) return;
+    with_norm(args.norm,
+              [&](auto of) { add_in_double<decltype(of)::norm>(cut, args, keys, place); });
   });
 }
 
 }  // namespace
 
 void EMBATTLE_AT_LEVEL(random_start)(const NoiseArgs& args, ParallelFor parallel_for) {
-  args.out.dtype == Dtype::f64   ? start<Any, true>(args, parallel_for)
-  : args.out.dtype == Dtype::f32 ? start<float, false>(args, parallel_for)
-                                 : start<Any, false>(args, parallel_for);
+  args.out.dtype == Dtype::f32 ? start<float>(args, parallel_for) : start<Any>(args, parallel_for);
 }
 
 void EMBATTLE_AT_LEVEL(gaussian_noise)(const NoiseArgs& args, ParallelFor parallel_for) {
-  args.out.dtype == Dtype::f64   ? add_noise<Any, true>(args, parallel_for)
-  : args.out.dtype == Dtype::f32 ? add_noise<float, false>(args, parallel_for)
-                                 : add_noise<Any, false>(args, parallel_for);
+  args.out.dtype == Dtype::f32 ? add_noise<float>(args, parallel_for)
+                               : add_noise<Any>(args, parallel_for);
 }
 
 }  // namespace embattle

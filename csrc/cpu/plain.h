@@ -55,8 +55,8 @@ inline bool step_linf(const Cut& cut, double step_size, double eps, const T* x, 
 
 // ---- l2 ----
 
-template <class T, class P>
-inline bool project_l2(const Cut& cut, double eps, const T* x, const Sink<T>& out, const P& place) {
+template <class T>
+inline bool project_l2(const Cut& cut, double eps, const T* x, const Sink<T>& out) {
   if (eps == kInfinity) {
     copy_group(cut, x, out);
     return true;
@@ -86,13 +86,13 @@ inline bool project_l2(const Cut& cut, double eps, const T* x, const Sink<T>& ou
                           },
                           [&] { out.settle(); })
                           .v[0];
-  keep_inside<Norm::l2>(cut, eps, place, size);
+  keep_inside<Norm::l2>(cut, eps, out.p, size);
   return true;
 }
 
-template <class T, class P>
+template <class T>
 inline bool step_l2(const Cut& cut, double step_size, double eps, const T* x, const T* grad,
-                    const Sink<T>& out, const P& place) {
+                    const Sink<T>& out) {
   if (cut.end() - cut.begin() < kFewest) return false;
   const double n = static_cast<double>(cut.end() - cut.begin());
   const auto sums = float_sums<3>(cut, [=](int64_t i, auto w, F* acc) EMBATTLE_INLINE {
@@ -122,27 +122,27 @@ inline bool step_l2(const Cut& cut, double step_size, double eps, const T* x, co
                           },
                           [&] { out.settle(); })
                           .v[0];
-  keep_inside<Norm::l2>(cut, eps, place, size);
+  keep_inside<Norm::l2>(cut, eps, out.p, size);
   return true;
 }
 
 // ---- Any norm and type ----
 
-template <Norm kNorm, class T, class P>
-inline bool plain_project_of(const Cut& cut, const ProjectArgs& args, const P& place) {
+template <Norm kNorm, class T>
+inline bool plain_project_of(const Cut& cut, const ProjectArgs& args) {
   const T* x = static_cast<const T*>(args.delta.data);
   const Sink<T> out(args.out, x, cut.groups);
   const double eps = of_group(args.eps, cut.index);
   bool done = false;
   if (kNorm == Norm::linf) done = project_linf(cut, eps, x, out);
-  if (kNorm == Norm::l2) done = project_l2(cut, eps, x, out, place);
-  if (kNorm == Norm::l1) done = project_l1(cut, eps, Moved<T, false>{x}, out, place);
+  if (kNorm == Norm::l2) done = project_l2(cut, eps, x, out);
+  if (kNorm == Norm::l1) done = project_l1(cut, eps, Moved<T, false>{x}, out);
   if (done) clear_masked(cut, out.p);
   return done;
 }
 
-template <Norm kNorm, class T, class P>
-inline bool plain_step_of(const Cut& cut, const StepArgs& args, const P& place) {
+template <Norm kNorm, class T>
+inline bool plain_step_of(const Cut& cut, const StepArgs& args) {
   const T* x = static_cast<const T*>(args.delta.data);
   const T* grad = static_cast<const T*>(args.grad.data);
   const Sink<T> out(args.out, x, cut.groups);
@@ -150,37 +150,26 @@ inline bool plain_step_of(const Cut& cut, const StepArgs& args, const P& place) 
   const double eps = of_group(args.eps, cut.index);
   bool done = false;
   if (kNorm == Norm::linf) done = step_linf(cut, step_size, eps, x, grad, out);
-  if (kNorm == Norm::l2) done = step_l2(cut, step_size, eps, x, grad, out, place);
-  if (kNorm == Norm::l1) done = step_l1(cut, step_size, eps, args.top, x, grad, out, place);
+  if (kNorm == Norm::l2) done = step_l2(cut, step_size, eps, x, grad, out);
+  if (kNorm == Norm::l1) done = step_l1(cut, step_size, eps, args.top, x, grad, out);
   if (done) clear_masked(cut, out.p);
   return done;
 }
 
-// Calls f(T*) for the type that the elements have, where float lanes serve it.
-template <class P, class F>
-inline bool with_short_type(Dtype dtype, const F& f) {
-  if (dtype == Dtype::f32) return f(static_cast<float*>(nullptr));
-  if constexpr (!std::is_same_v<typename P::Tensor, Elements<float>>) {
-    if (dtype == Dtype::f16) return f(static_cast<f16*>(nullptr));
-    if (dtype == Dtype::bf16) return f(static_cast<bf16*>(nullptr));
-  }
-  return false;
-}
-
 // Projects the group if float lanes do.
-template <Norm kNorm, class P>
-inline bool plain_project(const Cut& cut, const ProjectArgs& args, const P& place) {
-  return with_short_type<P>(args.delta.dtype, [&](auto* type) {
-    return plain_project_of<kNorm, std::remove_pointer_t<decltype(type)>>(cut, args, place);
+template <Norm kNorm, class T>
+inline bool plain_project(const Cut& cut, const ProjectArgs& args) {
+  return with_short_type<T>(args.delta.dtype, [&](auto* type) {
+    return plain_project_of<kNorm, std::remove_pointer_t<decltype(type)>>(cut, args);
   });
 }
 
 // Steps and projects the group if float lanes do.
-template <Norm kNorm, class P>
-inline bool plain_step(const Cut& cut, const StepArgs& args, const P& place) {
+template <Norm kNorm, class T>
+inline bool plain_step(const Cut& cut, const StepArgs& args) {
   if (args.delta.dtype != args.grad.dtype) return false;
-  return with_short_type<P>(args.delta.dtype, [&](auto* type) {
-    return plain_step_of<kNorm, std::remove_pointer_t<decltype(type)>>(cut, args, place);
+  return with_short_type<T>(args.delta.dtype, [&](auto* type) {
+    return plain_step_of<kNorm, std::remove_pointer_t<decltype(type)>>(cut, args);
   });
 }
 

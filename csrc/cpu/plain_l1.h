@@ -214,14 +214,13 @@ inline Left left_of_kept(const Kept& kept, double base, double at) {
 }
 
 // Precondition of `true`: eps is neither so small nor so large that sums would over- or underflow.
-template <class T, bool kMoved, class P>
-inline bool project_l1(const Cut& cut, double eps, const Moved<T, kMoved>& z, const Sink<T>& out,
-                       const P& place) {
+template <class T, bool kMoved>
+inline bool project_l1(const Cut& cut, double eps, const Moved<T, kMoved>& z, const Sink<T>& out) {
   const auto copy = [&](double sum) {
     copy_group(cut, z.x, out);
     if (!kMoved) return true;
     const F stored = out.store(z.index, 1, all(z.value));
-    keep_inside<Norm::l1>(cut, eps, place, sum + __builtin_fabs(stored[0] - double{z.value}));
+    keep_inside<Norm::l1>(cut, eps, out.p, sum + __builtin_fabs(stored[0] - double{z.value}));
     return true;
   };
   if (eps == kInfinity) return copy(0);
@@ -284,8 +283,8 @@ inline bool project_l1(const Cut& cut, double eps, const Moved<T, kMoved>& z, co
                           .v[0];
   // Where many equal elements made the last step wrong, go on from there: thresholds add up.
   if (size > eps * (1 + 8 * Type<T>::unit) && size * (1 + kSumError) < norm)
-    return project_l1(cut, eps, Moved<T, false>{out.p}, Sink<T>(out.p), place);
-  keep_inside<Norm::l1>(cut, eps, place, size);
+    return project_l1(cut, eps, Moved<T, false>{out.p}, Sink<T>(out.p));
+  keep_inside<Norm::l1>(cut, eps, out.p, size);
   return true;
 }
 
@@ -349,18 +348,18 @@ inline int64_t find_size(const T* g, int64_t begin, int64_t end, double most) {
 }
 
 // Steps that move one coordinate.
-template <class T, class P>
+template <class T>
 inline bool step_l1(const Cut& cut, double step_size, double eps, double top, const T* x,
-                    const T* grad, const Sink<T>& out, const P& place) {
+                    const T* grad, const Sink<T>& out) {
   if (cut.end() - cut.begin() < kFewest || top_count(top, cut.count()) != 1) return false;
   const Peak peak = peak_of(cut, grad);
   if (!(peak.sum < kInfinity)) return false;
-  if (peak.most == 0) return project_l1(cut, eps, Moved<T, false>{x}, out, place);
+  if (peak.most == 0) return project_l1(cut, eps, Moved<T, false>{x}, out);
   const int64_t index = find_size(grad, peak.begin, peak.end, peak.most);
   const double z = value_of(x[index]) + (value_of(grad[index]) > 0 ? step_size : -step_size);
   const float value = static_cast<float>(z);
   if (!(__builtin_fabs(value - z) <= 0x1p-23 * eps)) return false;
-  return project_l1(cut, eps, Moved<T, true>{x, index, value}, out, place);
+  return project_l1(cut, eps, Moved<T, true>{x, index, value}, out);
 }
 
 }  // namespace

@@ -63,21 +63,20 @@ inline I fits_float(V x) {
 
 // Sees to it that groups [first, first + count) lie in their balls; lane k holds a group's sum of
 // squares in float lanes, or 0 where something else has seen to it.
-template <class P>
-inline void keep_rows_inside(const Groups& groups, int64_t first, int count, V eps, const P& place,
-                             V sums) {
+template <class T>
+inline void keep_rows_inside(const Groups& groups, int64_t first, int count, V eps, T* to, V sums) {
   const double vanished = static_cast<double>(groups.rows_per_group * groups.dim) * 0x1p-148;
   const I doubt = sums * (1 + kSumError) + vanished > eps * eps;
   for (int k = 0; k < count; ++k)
     if (doubt[k] && sums[k] > 0)
-      keep_inside<Norm::l2>(cut_of(groups, first + k, nullptr), eps[k], place, sums[k]);
+      keep_inside<Norm::l2>(cut_of(groups, first + k, nullptr), eps[k], to, sums[k]);
 }
 
 // Steps and projects groups [first, first + count), count <= kLanes. `alone(cut)` takes a group
 // that float lanes do not serve. Preconditions: are_short; neither origin nor box.
-template <class T, class P, class A>
+template <class T, class A>
 inline void step_rows_l2(const StepArgs& args, int64_t first, int count, const Sink<T>& out,
-                         const P& place, const A& alone) {
+                         const A& alone) {
   const int64_t extent = args.groups.rows_per_group * args.groups.dim;
   const T* const x = static_cast<const T*>(args.delta.data);
   const T* const grad = static_cast<const T*>(args.grad.data);
@@ -121,13 +120,13 @@ inline void step_rows_l2(const StepArgs& args, int64_t first, int count, const S
               });
     sizes[k] = terms.acc[0];
   }
-  keep_rows_inside(args.groups, first, count, eps, place, sums_of(sizes));
+  keep_rows_inside(args.groups, first, count, eps, out.p, sums_of(sizes));
 }
 
 // Projects them likewise.
-template <class T, class P, class A>
+template <class T, class A>
 inline void project_rows_l2(const ProjectArgs& args, int64_t first, int count, const Sink<T>& out,
-                            const P& place, const A& alone) {
+                            const A& alone) {
   const int64_t extent = args.groups.rows_per_group * args.groups.dim;
   const T* const x = static_cast<const T*>(args.delta.data);
   V parts[kLanes] = {};
@@ -166,7 +165,7 @@ inline void project_rows_l2(const ProjectArgs& args, int64_t first, int count, c
               });
     sizes[k] = terms.acc[0];
   }
-  keep_rows_inside(args.groups, first, count, eps, place, sums_of(sizes));
+  keep_rows_inside(args.groups, first, count, eps, out.p, sums_of(sizes));
 }
 
 inline bool is_one_number(const PerGroup& value) { return !value.values || value.broadcast; }
@@ -184,14 +183,13 @@ inline void stretches_of_groups(const Groups& groups, int64_t begin, int64_t end
 }
 
 // Projects groups [begin, end) if there is a way for short ones. `alone(cut)` takes one group.
-template <Norm kNorm, class P, class A>
-inline bool project_rows(const ProjectArgs& args, int64_t begin, int64_t end, const P& place,
-                         const A& alone) {
+template <Norm kNorm, class T, class A>
+inline bool project_rows(const ProjectArgs& args, int64_t begin, int64_t end, const A& alone) {
   const Groups& groups = args.groups;
-  return with_short_type<P>(args.delta.dtype, [&](auto* type) {
-    typedef std::remove_pointer_t<decltype(type)> T;
-    const T* const x = static_cast<const T*>(args.delta.data);
-    const Sink<T> out(args.out, x, groups);
+  return with_short_type<T>(args.delta.dtype, [&](auto* type) {
+    typedef std::remove_pointer_t<decltype(type)> S;
+    const S* const x = static_cast<const S*>(args.delta.data);
+    const Sink<S> out(args.out, x, groups);
     if (kNorm == Norm::linf && mean_extent(groups) <= kShort && is_one_number(args.eps)) {
       stretches_of_groups(groups, begin, end, [&](const Cut& cut, int64_t, int64_t) {
         project_linf(cut, of_group(args.eps, 0), x, out);
@@ -201,8 +199,7 @@ inline bool project_rows(const ProjectArgs& args, int64_t begin, int64_t end, co
     }
     if (kNorm == Norm::l2 && are_short(groups)) {
       for (int64_t g = begin; g < end; g += kLanes)
-        project_rows_l2(args, g, static_cast<int>(end - g < kLanes ? end - g : kLanes), out, place,
-                        alone);
+        project_rows_l2(args, g, static_cast<int>(end - g < kLanes ? end - g : kLanes), out, alone);
       out.settle();
       return true;
     }
@@ -211,16 +208,15 @@ inline bool project_rows(const ProjectArgs& args, int64_t begin, int64_t end, co
 }
 
 // Steps and projects likewise.
-template <Norm kNorm, class P, class A>
-inline bool step_rows(const StepArgs& args, int64_t begin, int64_t end, const P& place,
-                      const A& alone) {
+template <Norm kNorm, class T, class A>
+inline bool step_rows(const StepArgs& args, int64_t begin, int64_t end, const A& alone) {
   const Groups& groups = args.groups;
   if (args.delta.dtype != args.grad.dtype) return false;
-  return with_short_type<P>(args.delta.dtype, [&](auto* type) {
-    typedef std::remove_pointer_t<decltype(type)> T;
-    const T* const x = static_cast<const T*>(args.delta.data);
-    const T* const grad = static_cast<const T*>(args.grad.data);
-    const Sink<T> out(args.out, x, groups);
+  return with_short_type<T>(args.delta.dtype, [&](auto* type) {
+    typedef std::remove_pointer_t<decltype(type)> S;
+    const S* const x = static_cast<const S*>(args.delta.data);
+    const S* const grad = static_cast<const S*>(args.grad.data);
+    const Sink<S> out(args.out, x, groups);
     if (kNorm == Norm::linf && mean_extent(groups) <= kShort && is_one_number(args.eps) &&
         is_one_number(args.step_size)) {
       stretches_of_groups(groups, begin, end, [&](const Cut& cut, int64_t from, int64_t to) {
@@ -232,8 +228,7 @@ inline bool step_rows(const StepArgs& args, int64_t begin, int64_t end, const P&
     }
     if (kNorm == Norm::l2 && are_short(groups)) {
       for (int64_t g = begin; g < end; g += kLanes)
-        step_rows_l2(args, g, static_cast<int>(end - g < kLanes ? end - g : kLanes), out, place,
-                     alone);
+        step_rows_l2(args, g, static_cast<int>(end - g < kLanes ? end - g : kLanes), out, alone);
       out.settle();
       return true;
     }

@@ -3,16 +3,17 @@
 #include <cstdlib>
 
 #include "ascent.h"
+#include "project_group.h"
 #include "short_rows.h"
 
 namespace embattle {
 namespace {
 
-template <Norm kNorm, class P, class G>
+template <Norm kNorm, class T>
 struct Stepped {
-  const typename P::Tensor& x;
-  const P& place;
-  const G& grad;
+  const Elements<T>& x;
+  const Place<T>& place;
+  const Elements<T>& grad;
   const Ascent& ascent;
 
   template <class N>
@@ -26,9 +27,10 @@ struct Stepped {
   }
 };
 
-template <Norm kNorm, class P, class G>
-void step_in_double(const Cut& cut, const StepArgs& args, const P& place, const G& gradient) {
-  const typename P::Tensor x(args.delta);
+template <Norm kNorm, class T>
+void step_in_double(const Cut& cut, const StepArgs& args, const Place<T>& place,
+                    const Elements<T>& gradient) {
+  const Elements<T> x(args.delta);
   const auto grad = [&](int64_t i, auto n) { return gradient.load(i, n); };
   const double step_size = of_group(args.step_size, cut.index);
   const double eps = of_group(args.eps, cut.index);
@@ -55,19 +57,17 @@ void step_in_double(const Cut& cut, const StepArgs& args, const P& place, const 
     finite = all_finite(cut, grad);
     if (finite) ascent = steepest<kNorm>(cut, step_size, args.top, grad);
   }
-  if (!finite && args.nonfinite) ++args.nonfinite[cut.index];
-  if constexpr (!is_boxed_float<P>)  // as project does it, to the bit
-    if (!finite && is_plain(args.box) &&
-        plain_project<kNorm>(
-            cut, {args.groups, args.norm, args.delta, args.out, args.eps, args.box}, place))
-      return;
-  finish<kNorm>(cut, eps, place, Stepped<kNorm, P, G>{x, place, gradient, ascent}, known);
+  if (!finite) {
+    if (args.nonfinite) ++args.nonfinite[cut.index];
+    return project_group(cut, kNorm, args.delta, args.out, eps, args.box);
+  }
+  finish<kNorm>(cut, eps, place, Stepped<kNorm, T>{x, place, gradient, ascent}, known);
 }
 
-template <Norm kNorm, class P, class G>
-void step(const Cut& cut, const StepArgs& args, const P& place, const G& gradient) {
-  if constexpr (!is_boxed_float<P>)
-    if (is_plain(args.box) && plain_step<kNorm>(cut, args, place)) return;
+template <Norm kNorm, class T>
+void step(const Cut& cut, const StepArgs& args, const Place<T>& place,
+          const Elements<T>& gradient) {
+  if (place.plain && plain_step<kNorm, T>(cut, args)) return;
   step_in_double<kNorm>(cut, args, place, gradient);
 }
 
@@ -102,31 +102,28 @@ constexpr Norm dual(Norm norm) {
 }
 
 // Orders groups by the norm of their gradient: non-negative doubles sort as their bits do.
-template <Norm kNorm, class G>
-int64_t key_of(const Cut& cut, const G& gradient) {
+template <Norm kNorm, class T>
+int64_t key_of(const Cut& cut, const Elements<T>& gradient) {
   const auto grad = [&](int64_t i, auto n) { return gradient.load(i, n); };
   if (cut.count() == 0) return kMasked;
   if (!all_finite(cut, grad)) return kNonfinite;
   return bits(splat(length<dual(kNorm)>(cut, grad)))[0];
 }
 
-template <class T, bool kPlain>
+template <class T>
 void run(const StepArgs& args, ParallelFor parallel_for) {
   const Groups& groups = args.groups;
-  const Place<T, kPlain> place(args.out, args.box);
+  const Place<T> place(args.out, args.box);
   const Elements<T> grad(args.grad);
   with_norm(args.norm, [&](auto of) {
     constexpr Norm norm = decltype(of)::norm;
     if (args.max_groups < 0) {
       const auto alone = [&](const Cut& cut) { step<norm>(cut, args, place, grad); };
-      for_shares(
-          groups, 0, groups.groups, parallel_for,
-          [&](int64_t begin, int64_t end, ParallelFor team) {
-            if constexpr (!is_boxed_float<Place<T, kPlain>>)
-              if (is_plain(args.box) && !team && step_rows<norm>(args, begin, end, place, alone))
-                return;
-            for (int64_t g = begin; g < end; ++g) alone(cut_of(groups, g, team));
-          });
+      for_shares(groups, 0, groups.groups, parallel_for,
+                 [&](int64_t begin, int64_t end, ParallelFor team) {
+                   if (place.plain && !team && step_rows<norm, T>(args, begin, end, alone)) return;
+                   for (int64_t g = begin; g < end; ++g) alone(cut_of(groups, g, team));
+                 });
       return;
     }
     int64_t* keys = static_cast<int64_t*>(std::malloc(sizeof(int64_t) * groups.groups + 1));
@@ -150,11 +147,8 @@ void run(const StepArgs& args, ParallelFor parallel_for) {
 }  // namespace
 
 void EMBATTLE_AT_LEVEL(pgd_step)(const StepArgs& args, ParallelFor parallel_for) {
-  if (args.delta.dtype != Dtype::f32 || args.grad.dtype != Dtype::f32)
-    run<Any, false>(args, parallel_for);
-  else
-    is_plain(args.box) ? run<float, true>(args, parallel_for)
-                       : run<float, false>(args, parallel_for);
+  const bool floats = args.delta.dtype == Dtype::f32 && args.grad.dtype == Dtype::f32;
+  floats ? run<float>(args, parallel_for) : run<Any>(args, parallel_for);
 }
 
 }  // namespace embattle

@@ -1,0 +1,41 @@
+// One group through `project`, for kernels that leave a group's projection to it: the bits are
+// those that the op itself gives, and its code is compiled once.
+#pragma once
+
+#include "cut.h"
+#include "level.h"
+
+namespace embattle {
+
+void EMBATTLE_AT_LEVEL(project)(const ProjectArgs& args, ParallelFor parallel_for);
+
+namespace {
+
+inline int64_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+}
+
+// Projects the group of `delta`, which may be `out` itself, on the ball and the box.
+inline void project_group(const Cut& cut, Norm norm, const ConstData& delta, const Data& out,
+                          double eps, const Box& box) {
+  const int64_t shift = cut.begin() * bytes_of(out.dtype);
+  const auto from_here = [&](const ConstData& x, bool broadcast = false) {
+    if (!x.data || broadcast) return x;
+    return ConstData{static_cast<const char*>(x.data) + shift, x.dtype};
+  };
+  ProjectArgs args;
+  args.groups.rows = args.groups.rows_per_group = cut.last - cut.first;
+  args.groups.dim = cut.groups.dim;
+  args.groups.groups = 1;
+  args.groups.mask = cut.groups.mask ? cut.groups.mask + cut.first : nullptr;
+  args.norm = norm;
+  args.delta = from_here(delta);
+  args.out = {static_cast<char*>(out.data) + shift, out.dtype};
+  args.eps.value = eps;
+  args.box = {from_here(box.x0), from_here(box.lower, box.lower_broadcast),
+              from_here(box.upper, box.upper_broadcast), box.lower_broadcast, box.upper_broadcast};
+  EMBATTLE_AT_LEVEL(project)(args, cut.parallel_for);
+}
+
+}  // namespace
+}  // namespace embattle
