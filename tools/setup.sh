@@ -29,9 +29,11 @@ fi
 rm -f "$stamp"
 echo "==> virtual environment in $venv ($("$python" --version 2>&1), $torch)"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch"
+# Modules are compiled as they are imported: most of those installed never are.
+install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "$@"; }
+install "$torch"
 echo "==> build tools, test tools and the packages that the jobs use"
 requirements=()
 while IFS= read -r line; do requirements+=("$line"); done < <("$venv/bin/python" tools/requirements.py)
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$torch" "${requirements[@]}"
+install "$torch" "${requirements[@]}"
 echo "$wanted" >"$stamp"
