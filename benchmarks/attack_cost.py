@@ -5,6 +5,8 @@
 The cases of a model are run in turn, round after round, so that a machine that slows down slows
 all of them. "usual" is the loop as it is commonly written: `loss.backward()` in every ascent step,
 which computes the gradients of all weights too, and separate torch calls for norms and projection.
+"passes alone" makes the passes that a method cannot do without, and nothing with what they give: no
+delta moves, and no gradients are added up. It is what a step costs at least on this machine.
 "own" is the share of the step outside the model's forward and backward passes and the optimizer.
 With `--out` the samples are added to those that FILE holds for the same commit and machine, and a
 table is written beside it.
@@ -114,6 +116,33 @@ class Usual:
         return loss
 
 
+class Alone:
+    """The passes of an attack, and no attack: what the rest of a step is measured against."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.places: list[Tensor] | None = None
+        for module in modules:
+            module.register_forward_hook(self._hook)
+
+    def _hook(self, module: nn.Module, arguments: object, output: Tensor) -> Tensor | None:
+        if self.places is None:
+            return None
+        self.places.append(output.detach().requires_grad_())
+        return self.places[-1]
+
+    def run(self, losses: Callable[[], Tensor], model: nn.Module, ascents: int) -> None:
+        """Make passes that differentiate the modules' outputs alone."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p in trained:
+            p.requires_grad_(False)
+        for _ in range(ascents):
+            self.places = []
+            torch.autograd.grad(losses().sum(), self.places)
+        self.places = None
+        for p in trained:
+            p.requires_grad_(True)
+
+
 def cases(
     model: nn.Module,
     modules: list[nn.Module],
@@ -126,7 +155,7 @@ def cases(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     update, clear = PASSES.timed(optimizer.step), PASSES.timed(optimizer.zero_grad)
     sites = [eb.Site(module, model=model) for module in modules]
-    usual = Usual(modules)
+    usual, alone = Usual(modules), Alone(modules)
 
     def finish(loss: Tensor) -> None:
         loss.backward()
@@ -144,15 +173,30 @@ def cases(
         robust_loss = usual.run(losses, model, STEPS)
         finish(losses().mean() + robust_loss)
 
+    def passes(ascents: int, *, clean: bool) -> Step:
+        def step() -> None:
+            kept = None
+            if clean:
+                kept = torch.autograd.grad(losses().mean(), list(model.parameters()))
+            alone.run(losses, model, ascents)
+            finish(losses().mean())
+            del kept
+
+        return step
+
     return {
         "clean": lambda: finish(losses().mean()),
         "PGD-3 adversarial only": robust("adversarial", pgd()),
+        "PGD-3 adversarial only, passes alone": passes(STEPS, clean=False),
         "PGD-3 adversarial only, usual": lambda: finish(usual.run(losses, model, STEPS)),
         "PGD-3 mixed from zero": robust("mixed", pgd()),
+        "PGD-3 mixed from zero, passes alone": passes(STEPS - 1, clean=True),
         "PGD-3 mixed, random start": robust("mixed", pgd(random_start=True)),
+        "PGD-3 mixed, random start, passes alone": passes(STEPS, clean=True),
         "PGD-3 mixed, usual": usual_mixed_step,
         "FreeLB-3": robust("free", pgd()),
         "FGM mixed": robust("mixed", eb.FGM(eps=EPS, mode=mode)),
+        "FGM mixed, passes alone": passes(0, clean=True),
     }
 
 
@@ -255,7 +299,7 @@ def measure(steps: dict[str, Step], rounds: int) -> dict[str, dict[str, list[flo
 def usual_of(case: str) -> str | None:
     """The usual loop that does what a case does."""
     for form in ("PGD-3 adversarial only", "PGD-3 mixed"):
-        if case.startswith(form) and not case.endswith("usual"):
+        if case.startswith(form) and not case.endswith(("usual", "alone")):
             return f"{form}, usual"
     return None
 
