@@ -25,33 +25,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--device") == "pretend":
+    device = config.getoption("--device")
+    if device == "cpu":
+        return
+    if device == "pretend":
         import pretend
 
         pretend.set_up()
+    import devices
 
-
-# The files whose tests run on any device. The others say "cpu" somewhere, or ask the pretend device
-# for what it cannot do.
-ON_ANY_DEVICE = ("test_attacks.py", "test_monitor.py")
-
-
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    elsewhere = config.getoption("--device") != "cpu" and collection_path.suffix == ".py"
-    return True if elsewhere and collection_path.name not in ON_ANY_DEVICE else None
-
-
-@pytest.fixture(autouse=True)
-def on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Has the test make its tensors on the device of --device."""
-    device = request.config.getoption("--device")
-    if device == "cpu":
-        yield
-        return
-    from devices import On
-
-    with On("pretend:0" if device == "pretend" else device):
-        yield
+    mode = devices.use(device)
+    config.add_cleanup(lambda: mode.__exit__(None, None, None))
 
 
 @pytest.fixture

@@ -23,6 +23,18 @@ _PACKAGE = str(Path(embattle.__file__).resolve().parent) + "/"
 _MAKING = _device_constructors() | {torch.normal}
 _DRAWING = {Tensor.bernoulli_, Tensor.normal_, Tensor.random_, Tensor.uniform_}
 
+#: Of the device in use: "cpu", "cuda" or "pretend". For what takes the name of a device, such as
+#: torch.autocast; tensors need none.
+kind = "cpu"
+
+
+def use(device: str) -> On:
+    """From now on tensors are on `device`, until the mode that is returned is left."""
+    global kind
+    mode = On("pretend:0" if device == "pretend" else device)
+    kind = mode.device.type
+    return mode.__enter__()
+
 
 def _asked_by_tests() -> bool:
     """Whether the nearest caller that is of the tests or the package is of the tests."""
@@ -46,6 +58,8 @@ class On(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)  # nobody can be asked who called
         if func in _MAKING and kwargs.get("device") is None and _asked_by_tests():
             made = func(*args, **kwargs)
             return made.detach().to(self.device).requires_grad_(made.requires_grad)
