@@ -463,7 +463,7 @@ def _cases() -> dict[str, Callable[[], Case]]:
     def gru_packed() -> Case:
         def forward(m: Any, a: Tensor, lengths: Tensor) -> Tensor:
             packed = nn.utils.rnn.pack_padded_sequence(
-                a, lengths, batch_first=True, enforce_sorted=False
+                a, lengths.cpu(), batch_first=True, enforce_sorted=False
             )
             out, last = m.rnn(packed)
             padded, _ = nn.utils.rnn.pad_packed_sequence(out, batch_first=True, total_length=5)

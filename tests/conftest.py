@@ -1,7 +1,8 @@
-"""Settings of every test."""
+"""Settings of every test, and where the tests run: `pytest --device`."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,59 @@ else:
     settings.register_profile("embattle", deadline=None, derandomize=True, print_blob=True)
     settings.load_profile("embattle")
 
+# What does not run on another device than the CPU, and why: files, or tests of them with all their
+# parameters.
+_EMULATOR = "the emulator runs on the CPU"
+_RANKS = "two processes that meet through gloo, on the CPU"
+ON_THE_CPU_ALONE = {
+    "test_build.py": "reads object files",
+    "test_clipping_benchmarks.py": "runs benchmarks, which choose their device",
+    "test_clipping_ddp.py": _RANKS,
+    "test_cuda_check.py": "reads reports of compilers",
+    "test_cuda_device.py": "takes its tensors to the GPU itself, and runs without --device",
+    "test_cuda_group.py": _EMULATOR,
+    "test_cuda_kernels.py": _EMULATOR,
+    "test_cuda_sample.py": _EMULATOR,
+    "test_data.py": "has no tensors",
+    "test_doctor.py": "has no tensors",
+    "test_emulator.py": _EMULATOR,
+    "test_examples.py": "runs examples, which choose the CPU",
+    "test_gpu_check.py": "runs what the tools do without a GPU",
+    "test_libraries.py::test_two_processes_give_what_one_does": _RANKS,
+    "test_pretend.py": "makes the pretend device in a process of its own",
+    "test_profiles.py": "has no tensors",
+    "test_recipe.py": "has no tensors",
+    "test_replay.py::test_masks_are_drawn_once_and_freed": "masks are kept on a CPU alone",
+    "test_simd_levels.py": "SIMD levels are the CPU's",
+}
+
+# What the pretend device cannot do beside that; on CUDA these run.
+_COMPILE = "torch.compile does not trace the pretend device"
+_KERNELS = "the kernels behind the pretend device are the CPU's"
+_PLACING = "the library puts models on devices that it knows"
+_SUBCLASS = "its tensors are a subclass, whose look-ups are never taken to be repeats"
+_VMAP = "torch.func takes no tensors of another subclass"
+NOT_ON_PRETEND = {
+    "test_compile.py": _COMPILE,
+    "test_integrations.py::test_accelerate": _PLACING,
+    "test_integrations.py::test_compiled_models": _COMPILE,
+    "test_integrations.py::test_gradient_accumulation_gives_the_same_model": _PLACING,
+    "test_integrations.py::test_lightning": _PLACING,
+    "test_integrations.py::test_the_mixin_goes_before_any_trainer": _PLACING,
+    "test_integrations.py::test_transformers_trainer": _PLACING,
+    "test_job.py": _PLACING,
+    "test_objective.py::"
+    "test_mixed_looks_up_once_and_makes_no_extra_pass_from_a_random_start": _SUBCLASS,
+    "test_ops_big.py": _KERNELS,
+    "test_ops_numerics.py": _KERNELS,
+    "test_ops_properties.py": _KERNELS,
+    "test_perturb.py::test_embeddings_are_looked_up_once_per_batch": _SUBCLASS,
+    "test_perturb.py::test_jagged_batches_have_a_ball_per_sample": "it has no nested tensors",
+    "test_perturb.py::test_weights_are_frozen_in_passes_for_the_delta_only": _SUBCLASS,
+}
+
+_ends_at: float | None = None
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -22,20 +76,46 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="where the tests' tensors live: cpu, cuda, or pretend (see tests/devices.py)",
     )
+    parser.addoption(
+        "--seconds", type=float, help="tests that would begin after so many seconds are skipped"
+    )
+
+
+def excluded(device: str) -> dict[str, str]:
+    """Files and tests that do not run on a device, with the reasons."""
+    if device == "cpu":
+        return {}
+    return ON_THE_CPU_ALONE | (NOT_ON_PRETEND if device == "pretend" else {})
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    device = config.getoption("--device")
+    global _ends_at
+    seconds, device = config.getoption("--seconds"), config.getoption("--device")
+    _ends_at = None if seconds is None else time.monotonic() + seconds
     if device == "cpu":
         return
-    if device == "pretend":
-        import pretend
-
-        pretend.set_up()
+    # From now on, so that what modules and fixtures make is on the device as well.
     import devices
 
     mode = devices.use(device)
     config.add_cleanup(lambda: mode.__exit__(None, None, None))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path.name in excluded(config.getoption("--device")) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = excluded(config.getoption("--device"))
+    for item in items:
+        reason = reasons.get(f"{item.path.name}::{item.name.split('[')[0]}")
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_setup() -> None:
+    if _ends_at is not None and time.monotonic() > _ends_at:
+        pytest.skip("the time was up")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import devices
 import pytest
 import torch
 import torch.nn.functional as F
@@ -206,7 +207,7 @@ def test_loss_scaling() -> None:
     model = mlp()
     x = torch.randn(4, 3)
     wanted, norms = clipped_sum(loop(model, x), 0.5)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(devices.kind, init_scale=1024.0)
     clipper = PerSampleClipper(model, 0.5, reduction="sum")
     with clipper:
         result = clipper.backward(losses(model, x), scaler=scaler)
@@ -223,7 +224,7 @@ def test_autocast() -> None:
     wanted, norms = clipped_sum(loop(model, x), 0.5)
     with (
         PerSampleClipper(model, 0.5, reduction="sum") as clipper,
-        torch.autocast("cpu", torch.bfloat16),
+        torch.autocast(devices.kind, torch.bfloat16),
     ):
         result = clipper.backward(losses(model, x).float())
     assert_close([result.norms], [norms], 0.05)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import devices
 import embattle as eb
 import lightning
 import pytest
@@ -34,10 +35,11 @@ class Rows(torch.utils.data.Dataset):
         return 16
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        # On the CPU, from where trainers take rows to their device.
         g = torch.Generator().manual_seed(index)
-        tokens = torch.randint(5, 60, (8,), generator=g)
+        tokens = torch.randint(5, 60, (8,), generator=g, device="cpu")
         length = 4 + index % 5
-        mask = (torch.arange(8) < length).long()
+        mask = (torch.arange(8, device="cpu") < length).long()
         return {
             "input_ids": tokens * mask,
             "attention_mask": mask,
@@ -56,7 +58,7 @@ def trainer(folder: Path, accumulate: int = 1, **options: Any) -> Any:
         logging_steps=2,
         report_to=[],
         save_strategy="no",
-        use_cpu=True,
+        use_cpu=devices.kind == "cpu",
         learning_rate=1e-3,
         disable_tqdm=True,
     )
@@ -108,7 +110,7 @@ def test_the_mixin_goes_before_any_trainer(tmp_path: Path) -> None:
 
 
 def test_accelerate() -> None:
-    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator = accelerate.Accelerator(cpu=devices.kind == "cpu")
     model = toys.encoder(dtype=torch.float32)
     site = eb.Site(model.embedding)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -164,7 +166,8 @@ def test_lightning(tmp_path: Path, manual: bool) -> None:
     before = module.model.head.weight.detach().clone()
     run = lightning.Trainer(
         max_epochs=2,
-        accelerator="cpu",
+        accelerator="cpu" if devices.kind == "cpu" else "gpu",
+        devices=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -245,7 +248,7 @@ def test_peft_and_autocast() -> None:
     model = Adapter()
     tokens, labels = toys.text_batch()
     objective = eb.AdversarialObjective(eb.PGD(eps=0.4, steps=2), eb.Site(model.base.embedding))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(devices.kind, dtype=torch.bfloat16):
         loss, metrics = objective(toys.classify(model, tokens, labels), mask=tokens != 0)
     loss.backward()
     assert model.head.weight.grad is not None
