@@ -317,7 +317,7 @@ def _cases() -> dict[str, Callable[[], Case]]:
             last = options.get("include_last_offset", False)
 
             def forward(m: Any, i: Tensor, length: Tensor, gate: Tensor) -> Tensor:
-                inside = torch.arange(i.shape[1]) < length[:, None]
+                inside = torch.arange(i.shape[1], device=i.device) < length[:, None]
                 ends = length.cumsum(0)
                 offsets = torch.cat([ends.new_zeros(1), ends if last else ends[:-1]])
                 weights = (i[inside] * 0.1 * gate[0]).to(m.bag.weight.dtype)
@@ -348,7 +348,7 @@ def _cases() -> dict[str, Callable[[], Case]]:
     @case
     def positions_1_t() -> Case:
         def forward(m: Any, i: Tensor) -> Tensor:
-            return m.f(m.table(i) + m.pos(torch.arange(i.shape[1])[None]))
+            return m.f(m.table(i) + m.pos(torch.arange(i.shape[1], device=i.device)[None]))
 
         parts = {"table": nn.Embedding(5, 3), "pos": nn.Embedding(8, 3), "f": nn.Linear(3, 2)}
         return Case(Apply(forward, **parts), [ids(5, 4)])
@@ -356,7 +356,7 @@ def _cases() -> dict[str, Callable[[], Case]]:
     @case
     def positions_t() -> Case:
         def forward(m: Any, i: Tensor) -> Tensor:
-            return m.f(m.table(i) + m.pos(torch.arange(i.shape[1])))
+            return m.f(m.table(i) + m.pos(torch.arange(i.shape[1], device=i.device)))
 
         parts = {"table": nn.Embedding(5, 3), "pos": nn.Embedding(8, 3), "f": nn.Linear(3, 2)}
         # as many positions as samples, which nothing but the declaration tells apart

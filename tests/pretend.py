@@ -19,6 +19,11 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 NAME = "pretend:0"
 COPIES = {"aten::copy_", "aten::_to_copy"}
+RECURRENT = {
+    "aten::_pack_padded_sequence",
+    "aten::_thnn_fused_gru_cell",
+    "aten::_thnn_fused_lstm_cell",
+}
 # Of tensors of layout torch.sparse_coo.
 SPARSE = torch._C.DispatchKeySet(torch._C.DispatchKey.SparsePrivateUse1)
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
@@ -56,7 +61,7 @@ class PretendTensor(Tensor):
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        return self.detach()
+        return PretendTensor(self.held.data)
 
     @data.setter
     def data(self, value: PretendTensor) -> None:
@@ -104,24 +109,25 @@ def refuse_mixed(func: Any, args: Any, kwargs: Any) -> None:
 
 def run(func: Any, args: Any, kwargs: Any) -> Any:
     """Runs an op that takes or makes tensors of the device on what they hold."""
-    if func._schema.name.startswith("aten::_thnn_fused_"):
-        pytest.skip("the pretend device has no recurrent cells")
+    if func._schema.name in RECURRENT:
+        pytest.skip("the pretend device has no recurrent layers")
     refuse_mixed(func, args, kwargs)
     given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
     generator = given.get("generator")
     if generator is not None and generator.device.type != "pretend":
         raise RuntimeError(f"expected a {NAME} generator, found one of {generator.device}")
     owners = {id(t.held): t for t in tree_leaves((args, kwargs)) if isinstance(t, PretendTensor)}
-    to_cpu = "device" in kwargs and kwargs["device"] is not None and not elsewhere(kwargs["device"])
+    target = kwargs.get("device")
+    leaves = target is not None and not elsewhere(target)
     plain_args, plain = tree_map_only(PretendTensor, lambda t: t.held, (args, kwargs))
     plain_args, plain = tree_map(
         lambda v: torch.device("cpu") if isinstance(v, torch.device) and elsewhere(v) else v,
         (plain_args, plain),
     )
     if func is torch.ops.aten._to_copy.default:
-        plain["device"] = torch.device("cpu")
+        plain["device"] = target if leaves else torch.device("cpu")
     result = func(*plain_args, **plain)
-    if to_cpu or (func is torch.ops.aten.copy_.default and not isinstance(args[0], PretendTensor)):
+    if leaves or (func is torch.ops.aten.copy_.default and not isinstance(args[0], PretendTensor)):
         return result
 
     def owned(held: Tensor) -> PretendTensor:
