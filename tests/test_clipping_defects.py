@@ -99,6 +99,22 @@ def test_weight_zero_removes_a_non_finite_sample() -> None:
     assert all(g.isfinite().all() for g in gradients(model))
 
 
+def test_users_and_weights_may_come_from_the_cpu() -> None:
+    model = mlp()
+    x = torch.randn(4, 3)
+    found = []
+    for device in ("cpu", x.device):
+        model.zero_grad()
+        users = torch.tensor([3, 1, 3, 2], device=device)
+        weights = torch.tensor([1.0, 0.5, 1.0, 0.0], device=device)
+        with PerSampleClipper(model, 0.5) as clipper:
+            result = clipper.backward(losses(model, x), users=users, weights=weights)
+        assert result.users is not None
+        assert result.users.device == x.device
+        found.append([result.norms, *gradients(model)])
+    assert_close(*found, 0.0)
+
+
 def test_parameters_used_elsewhere_raise() -> None:
     table = nn.Embedding(5, 3)
     model = Apply(lambda m, i: m.f(m.table(i)) @ m.table.weight.t(), table=table, f=nn.Linear(3, 3))
