@@ -22,10 +22,8 @@ SAMPLES = 4
 def bert(**options: Any) -> nn.Module:
     """A tiny classifier with random weights, in float64, without dropout."""
     pytest.importorskip("transformers")
-    from test_integrations import tiny_bert
-
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return tiny_bert(**quiet, **options).double()
+    return toys.tiny_bert(**quiet, **options).double()
 
 
 def adapted(targets: list[str]) -> nn.Module:

@@ -5,29 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import devices
 import embattle as eb
-import lightning
 import pytest
 import torch
 import toys
-import transformers
 from torch import nn
 
-
-def tiny_bert(**options: Any) -> Any:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=60,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        **options,
-    )
-    return transformers.BertForSequenceClassification(config)
+accelerate = pytest.importorskip("accelerate")
+lightning = pytest.importorskip("lightning")
+transformers = pytest.importorskip("transformers")
 
 
 class Rows(torch.utils.data.Dataset):
@@ -62,7 +49,7 @@ def trainer(folder: Path, accumulate: int = 1, **options: Any) -> Any:
         learning_rate=1e-3,
         disable_tqdm=True,
     )
-    model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = toys.tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return AdversarialTrainer(
         model=model, args=arguments, train_dataset=Rows(), eval_dataset=Rows(), **options
     )
