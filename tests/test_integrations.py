@@ -12,8 +12,6 @@ import torch
 import toys
 from torch import nn
 
-accelerate = pytest.importorskip("accelerate")
-lightning = pytest.importorskip("lightning")
 transformers = pytest.importorskip("transformers")
 
 
@@ -35,6 +33,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def trainer(folder: Path, accumulate: int = 1, **options: Any) -> Any:
+    pytest.importorskip("accelerate")
     from embattle.integrations.transformers import AdversarialTrainer
 
     arguments = transformers.TrainingArguments(
@@ -97,6 +96,7 @@ def test_the_mixin_goes_before_any_trainer(tmp_path: Path) -> None:
 
 
 def test_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=devices.kind == "cpu")
     model = toys.encoder(dtype=torch.float32)
     site = eb.Site(model.embedding)
@@ -116,6 +116,7 @@ def test_accelerate() -> None:
 
 @pytest.mark.parametrize("manual", [False, True])
 def test_lightning(tmp_path: Path, manual: bool) -> None:
+    lightning = pytest.importorskip("lightning")
     from embattle.integrations.lightning import AdversarialModule
 
     class Robust(AdversarialModule, lightning.LightningModule):
