@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import embattle
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -39,6 +40,8 @@ def use(device: str) -> On:
     mode = On(device)
     kind = mode.device.type
     if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch sees no GPU here")
         torch.backends.cudnn.allow_tf32 = False  # what the tests compare has 24 bits
     return mode.__enter__()
 

@@ -2,8 +2,9 @@
 
 Code that keeps to one device runs on it as on the CPU. Code that does not is refused as CUDA would
 refuse it: an op that gets tensors of both devices (a CPU tensor of no dims is let through, and so
-are CPU indices), a CPU generator for numbers drawn on the device, `numpy()` without `cpu()`.
-What is beyond it: streams, graphs, real kernels, and memory addresses.
+are CPU indices and the keys of random numbers), a CPU generator for numbers drawn on the device,
+`numpy()` without `cpu()`. What is beyond it: streams, graphs, real kernels, compiled code,
+autocast, recurrent layers, storages and memory addresses.
 """
 
 from __future__ import annotations
