@@ -53,7 +53,7 @@ test: dev
 
 # The tests that run on any device, on one that needs no hardware.
 device-test: dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --device pretend tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --device pretend -n $(JOBS) tests
 
 lint: setup
 	$(PY) -m ruff check .

@@ -317,7 +317,7 @@ def _cases() -> dict[str, Callable[[], Case]]:
             last = options.get("include_last_offset", False)
 
             def forward(m: Any, i: Tensor, length: Tensor, gate: Tensor) -> Tensor:
-                inside = torch.arange(i.shape[1]) < length[:, None]
+                inside = torch.arange(i.shape[1], device=i.device) < length[:, None]
                 ends = length.cumsum(0)
                 offsets = torch.cat([ends.new_zeros(1), ends if last else ends[:-1]])
                 weights = (i[inside] * 0.1 * gate[0]).to(m.bag.weight.dtype)
@@ -348,7 +348,7 @@ def _cases() -> dict[str, Callable[[], Case]]:
     @case
     def positions_1_t() -> Case:
         def forward(m: Any, i: Tensor) -> Tensor:
-            return m.f(m.table(i) + m.pos(torch.arange(i.shape[1])[None]))
+            return m.f(m.table(i) + m.pos(torch.arange(i.shape[1], device=i.device)[None]))
 
         parts = {"table": nn.Embedding(5, 3), "pos": nn.Embedding(8, 3), "f": nn.Linear(3, 2)}
         return Case(Apply(forward, **parts), [ids(5, 4)])
@@ -356,7 +356,7 @@ def _cases() -> dict[str, Callable[[], Case]]:
     @case
     def positions_t() -> Case:
         def forward(m: Any, i: Tensor) -> Tensor:
-            return m.f(m.table(i) + m.pos(torch.arange(i.shape[1])))
+            return m.f(m.table(i) + m.pos(torch.arange(i.shape[1], device=i.device)))
 
         parts = {"table": nn.Embedding(5, 3), "pos": nn.Embedding(8, 3), "f": nn.Linear(3, 2)}
         # as many positions as samples, which nothing but the declaration tells apart
@@ -463,7 +463,7 @@ def _cases() -> dict[str, Callable[[], Case]]:
     def gru_packed() -> Case:
         def forward(m: Any, a: Tensor, lengths: Tensor) -> Tensor:
             packed = nn.utils.rnn.pack_padded_sequence(
-                a, lengths, batch_first=True, enforce_sorted=False
+                a, lengths.cpu(), batch_first=True, enforce_sorted=False
             )
             out, last = m.rnn(packed)
             padded, _ = nn.utils.rnn.pad_packed_sequence(out, batch_first=True, total_length=5)
@@ -608,7 +608,7 @@ CASES = _cases()
 
 def make(name: str, dtype: torch.dtype = torch.float64) -> Case:
     """The case of that name, always with the same numbers."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sum(map(ord, name)))
         case = CASES[name]()
     case.model.to(dtype)

@@ -1,7 +1,8 @@
-"""Settings of every test."""
+"""Settings of every test, and where the tests run: `pytest --device`."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,85 @@ else:
     settings.register_profile("embattle", deadline=None, derandomize=True, print_blob=True)
     settings.load_profile("embattle")
 
+# What does not run on another device than the CPU, and why: files, or tests of them with all their
+# parameters.
+_EMULATOR = "the emulator runs on the CPU"
+_RANKS = "two processes that meet through gloo, on the CPU"
+ON_THE_CPU_ALONE = {
+    "test_build.py": "reads object files",
+    "test_clipping_benchmarks.py": "runs benchmarks, which choose their device",
+    "test_clipping_ddp.py": _RANKS,
+    "test_cuda_check.py": "reads reports of compilers",
+    "test_cuda_device.py": "takes its tensors to the GPU itself, and runs without --device",
+    "test_cuda_group.py": _EMULATOR,
+    "test_cuda_kernels.py": _EMULATOR,
+    "test_cuda_sample.py": _EMULATOR,
+    "test_data.py": "has no tensors",
+    "test_doctor.py": "has no tensors",
+    "test_emulator.py": _EMULATOR,
+    "test_examples.py": "runs examples, which choose the CPU",
+    "test_gpu_check.py": "runs what the tools do without a GPU",
+    "test_libraries.py::test_two_processes_give_what_one_does": _RANKS,
+    "test_ops_numerics.py::"
+    "test_op_is_what_the_reference_says": "test_cuda_device.py has all its samples",
+    "test_pretend.py": "makes the pretend device in a process of its own",
+    "test_profiles.py": "has no tensors",
+    "test_recipe.py": "has no tensors",
+    "test_replay.py::test_masks_are_drawn_once_and_freed": "masks are kept on a CPU alone",
+    "test_simd_levels.py": "SIMD levels are the CPU's",
+}
+
+# What the pretend device cannot do beside that; on CUDA these run.
+_AUTOCAST = "autocast does not know it"
+_COMPILE = "torch.compile does not trace the pretend device"
+_KERNELS = "the kernels and checks behind the pretend device are the CPU's"
+_PLACING = "the library puts models on devices that it knows"
+_SLOW = "thousands of small calls, each of which costs it milliseconds"
+_SUBCLASS = "its tensors are a subclass, whose look-ups are never taken to be repeats"
+NOT_ON_PRETEND = {
+    "test_clipping.py::test_compiled": _COMPILE,
+    "test_clipping.py::test_float32": "test_equals_loop_over_samples takes the same way",
+    "test_clipping_defects.py::test_autocast": _AUTOCAST,
+    "test_clipping_defects.py::test_compiled_model": _COMPILE,
+    "test_clipping_libraries.py::test_automatic_mixed_precision_with_loss_scaling": _AUTOCAST,
+    "test_compile.py": _COMPILE,
+    "test_integrations.py::test_accelerate": _PLACING,
+    "test_integrations.py::test_compiled_models": _COMPILE,
+    "test_integrations.py::test_gradient_accumulation_gives_the_same_model": _PLACING,
+    "test_integrations.py::test_lightning": _PLACING,
+    "test_integrations.py::test_peft_and_autocast": _AUTOCAST,
+    "test_integrations.py::test_the_mixin_goes_before_any_trainer": _PLACING,
+    "test_integrations.py::test_transformers_trainer": _PLACING,
+    "test_job.py": _PLACING,
+    "test_objective.py::"
+    "test_mixed_looks_up_once_and_makes_no_extra_pass_from_a_random_start": _SUBCLASS,
+    "test_ops_big.py": _KERNELS,
+    "test_ops_errors.py": _KERNELS,
+    "test_ops_numerics.py": _KERNELS,
+    "test_ops_properties.py": _KERNELS,
+    "test_ops_torch.py::test_autocast_changes_nothing": _AUTOCAST,
+    "test_ops_torch.py::test_autocast_gives_halves_to_the_ops": _AUTOCAST,
+    "test_ops_torch.py::test_compiled_training_step_differentiates_through_ops": _COMPILE,
+    "test_ops_torch.py::test_compiles_whole_and_once": _COMPILE,
+    "test_ops_torch.py::test_exports_with_a_dynamic_batch": _COMPILE,
+    "test_ops_torch.py::test_gradcheck": _SLOW,
+    "test_ops_torch.py::test_gradient_is_that_of_the_reference": _SLOW,
+    "test_ops_torch.py::test_meta_tensors_have_the_shapes_of_results": _KERNELS,
+    "test_ops_torch.py::"
+    "test_nothing_outside_a_view_is_written_and_alignment_does_not_matter": _KERNELS,
+    "test_ops_torch.py::test_opcheck": _COMPILE,
+    "test_ops_torch.py::test_results_share_no_memory_with_arguments": "it has no storage",
+    "test_perturb.py::test_embeddings_are_looked_up_once_per_batch": _SUBCLASS,
+    "test_perturb.py::test_jagged_batches_have_a_ball_per_sample": "it has no nested tensors",
+    "test_perturb.py::test_weights_are_frozen_in_passes_for_the_delta_only": _SUBCLASS,
+    "test_reference.py::test_ball_and_box": _SLOW,
+    "test_reference.py::test_project_gradient": _SLOW,
+    "test_reference.py::test_projection_is_the_nearest_point": _SLOW,
+    "test_reference.py::test_steepest_ascent": _SLOW,
+}
+
+_ends_at: float | None = None
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -22,36 +102,46 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="where the tests' tensors live: cpu, cuda, or pretend (see tests/devices.py)",
     )
+    parser.addoption(
+        "--seconds", type=float, help="tests that would begin after so many seconds are skipped"
+    )
+
+
+def excluded(device: str) -> dict[str, str]:
+    """Files and tests that do not run on a device, with the reasons."""
+    if device == "cpu":
+        return {}
+    return ON_THE_CPU_ALONE | (NOT_ON_PRETEND if device == "pretend" else {})
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--device") == "pretend":
-        import pretend
+    global _ends_at
+    seconds, device = config.getoption("--seconds"), config.getoption("--device")
+    _ends_at = None if seconds is None else time.monotonic() + seconds
+    if device == "cpu":
+        return
+    # From now on, so that what modules and fixtures make is on the device as well.
+    import devices
 
-        pretend.set_up()
-
-
-# The files whose tests run on any device. The others say "cpu" somewhere, or ask the pretend device
-# for what it cannot do.
-ON_ANY_DEVICE = ("test_attacks.py", "test_monitor.py")
+    mode = devices.use(device)
+    config.add_cleanup(lambda: mode.__exit__(None, None, None))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    elsewhere = config.getoption("--device") != "cpu" and collection_path.suffix == ".py"
-    return True if elsewhere and collection_path.name not in ON_ANY_DEVICE else None
+    return True if collection_path.name in excluded(config.getoption("--device")) else None
 
 
-@pytest.fixture(autouse=True)
-def on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Has the test make its tensors on the device of --device."""
-    device = request.config.getoption("--device")
-    if device == "cpu":
-        yield
-        return
-    from devices import On
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = excluded(config.getoption("--device"))
+    for item in items:
+        reason = reasons.get(f"{item.path.name}::{item.name.split('[')[0]}")
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
-    with On("pretend:0" if device == "pretend" else device):
-        yield
+
+def pytest_runtest_setup() -> None:
+    if _ends_at is not None and time.monotonic() > _ends_at:
+        pytest.skip("the time was up")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import embattle
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -22,6 +23,27 @@ _TESTS = str(Path(__file__).resolve().parent) + "/"
 _PACKAGE = str(Path(embattle.__file__).resolve().parent) + "/"
 _MAKING = _device_constructors() | {torch.normal}
 _DRAWING = {Tensor.bernoulli_, Tensor.normal_, Tensor.random_, Tensor.uniform_}
+
+#: Of the device in use: "cpu", "cuda" or "pretend". For what takes the name of a device, such as
+#: torch.autocast; tensors need none.
+kind = "cpu"
+
+
+def use(device: str) -> On:
+    """From now on tensors are on `device`, until the mode that is returned is left."""
+    global kind
+    if device == "pretend":
+        import pretend
+
+        pretend.set_up()
+        device = pretend.NAME
+    mode = On(device)
+    kind = mode.device.type
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch sees no GPU here")
+        torch.backends.cudnn.allow_tf32 = False  # what the tests compare has 24 bits
+    return mode.__enter__()
 
 
 def _asked_by_tests() -> bool:
@@ -46,6 +68,8 @@ class On(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)  # nobody can be asked who called
         if func in _MAKING and kwargs.get("device") is None and _asked_by_tests():
             made = func(*args, **kwargs)
             return made.detach().to(self.device).requires_grad_(made.requires_grad)

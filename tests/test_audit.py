@@ -74,7 +74,7 @@ def test_success_counts_only_what_was_right() -> None:
 def test_attacks_fool_exactly_the_examples_within_reach() -> None:
     model = Linear()
     site = Site(model.embedding)
-    labels = torch.tensor([1, 0, 1, 1])
+    labels = torch.tensor([1, 0, 1, 1], device="cpu")  # where the logits come back
     # In l2 a ball of eps moves the sum of the first features by eps * sqrt(2):
     # the sums are 2, -2, 0.4 and 1.2.
     attack = PGD(norm="l2", eps=0.5, step_size=0.5, steps=3)
@@ -96,7 +96,7 @@ def test_restarts_keep_the_worst_try() -> None:
         generator = torch.Generator().manual_seed(0)
         noise = UniformNoise(norm="l2", eps=0.9, restarts=restarts, generator=generator)
         logits = evaluate(model, batches(), site, {"noise": noise})["noise"].logits
-        return score(logits, torch.tensor([1, 0, 1, 1])).accuracy
+        return score(logits, torch.tensor([1, 0, 1, 1], device="cpu")).accuracy
 
     # The third example lies 0.28 from the boundary: some of 40 draws cross it, one draw need not.
     assert accuracy(40) <= accuracy(1)

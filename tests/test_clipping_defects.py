@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import devices
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,22 @@ def test_weight_zero_removes_a_non_finite_sample() -> None:
     with PerSampleClipper(model, 0.5) as clipper:
         clipper.backward(losses(model, x), weights=torch.tensor([1.0, 1.0, 0.0]))
     assert all(g.isfinite().all() for g in gradients(model))
+
+
+def test_users_and_weights_may_come_from_the_cpu() -> None:
+    model = mlp()
+    x = torch.randn(4, 3)
+    found = []
+    for device in ("cpu", x.device):
+        model.zero_grad()
+        users = torch.tensor([3, 1, 3, 2], device=device)
+        weights = torch.tensor([1.0, 0.5, 1.0, 0.0], device=device)
+        with PerSampleClipper(model, 0.5) as clipper:
+            result = clipper.backward(losses(model, x), users=users, weights=weights)
+        assert result.users is not None
+        assert result.users.device == x.device
+        found.append([result.norms, *gradients(model)])
+    assert_close(*found, 0.0)
 
 
 def test_parameters_used_elsewhere_raise() -> None:
@@ -206,7 +223,7 @@ def test_loss_scaling() -> None:
     model = mlp()
     x = torch.randn(4, 3)
     wanted, norms = clipped_sum(loop(model, x), 0.5)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(devices.kind, init_scale=1024.0)
     clipper = PerSampleClipper(model, 0.5, reduction="sum")
     with clipper:
         result = clipper.backward(losses(model, x), scaler=scaler)
@@ -223,7 +240,7 @@ def test_autocast() -> None:
     wanted, norms = clipped_sum(loop(model, x), 0.5)
     with (
         PerSampleClipper(model, 0.5, reduction="sum") as clipper,
-        torch.autocast("cpu", torch.bfloat16),
+        torch.autocast(devices.kind, torch.bfloat16),
     ):
         result = clipper.backward(losses(model, x).float())
     assert_close([result.norms], [norms], 0.05)

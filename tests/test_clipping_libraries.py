@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import devices
 import embattle as eb
 import pytest
 import torch
@@ -21,10 +22,8 @@ SAMPLES = 4
 def bert(**options: Any) -> nn.Module:
     """A tiny classifier with random weights, in float64, without dropout."""
     pytest.importorskip("transformers")
-    from test_integrations import tiny_bert
-
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return tiny_bert(**quiet, **options).double()
+    return toys.tiny_bert(**quiet, **options).double()
 
 
 def adapted(targets: list[str]) -> nn.Module:
@@ -236,11 +235,11 @@ def test_automatic_mixed_precision_with_loss_scaling() -> None:
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 2))
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=mixed)
+        scaler = torch.amp.GradScaler(devices.kind, init_scale=256.0, enabled=mixed)
         before = [p.detach().clone() for p in model.parameters()]
         with PerSampleClipper(model, 0.5) as clipper:
             for half in x.split(4):
-                with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                with torch.autocast(devices.kind, torch.bfloat16, enabled=mixed):
                     losses = model(half).float().square().flatten(1).sum(1)
                 clipper.backward(losses, scale=0.5, scaler=scaler if mixed else None)
         scaler.step(optimizer)

@@ -5,28 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import accelerate
+import devices
 import embattle as eb
-import lightning
 import pytest
 import torch
 import toys
-import transformers
 from torch import nn
 
-
-def tiny_bert(**options: Any) -> Any:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=60,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        **options,
-    )
-    return transformers.BertForSequenceClassification(config)
+transformers = pytest.importorskip("transformers")
 
 
 class Rows(torch.utils.data.Dataset):
@@ -34,10 +20,11 @@ class Rows(torch.utils.data.Dataset):
         return 16
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        # On the CPU, from where trainers take rows to their device.
         g = torch.Generator().manual_seed(index)
-        tokens = torch.randint(5, 60, (8,), generator=g)
+        tokens = torch.randint(5, 60, (8,), generator=g, device="cpu")
         length = 4 + index % 5
-        mask = (torch.arange(8) < length).long()
+        mask = (torch.arange(8, device="cpu") < length).long()
         return {
             "input_ids": tokens * mask,
             "attention_mask": mask,
@@ -46,6 +33,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def trainer(folder: Path, accumulate: int = 1, **options: Any) -> Any:
+    pytest.importorskip("accelerate")
     from embattle.integrations.transformers import AdversarialTrainer
 
     arguments = transformers.TrainingArguments(
@@ -56,11 +44,11 @@ def trainer(folder: Path, accumulate: int = 1, **options: Any) -> Any:
         logging_steps=2,
         report_to=[],
         save_strategy="no",
-        use_cpu=True,
+        use_cpu=devices.kind == "cpu",
         learning_rate=1e-3,
         disable_tqdm=True,
     )
-    model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = toys.tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return AdversarialTrainer(
         model=model, args=arguments, train_dataset=Rows(), eval_dataset=Rows(), **options
     )
@@ -108,7 +96,8 @@ def test_the_mixin_goes_before_any_trainer(tmp_path: Path) -> None:
 
 
 def test_accelerate() -> None:
-    accelerator = accelerate.Accelerator(cpu=True)
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=devices.kind == "cpu")
     model = toys.encoder(dtype=torch.float32)
     site = eb.Site(model.embedding)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -127,6 +116,7 @@ def test_accelerate() -> None:
 
 @pytest.mark.parametrize("manual", [False, True])
 def test_lightning(tmp_path: Path, manual: bool) -> None:
+    lightning = pytest.importorskip("lightning")
     from embattle.integrations.lightning import AdversarialModule
 
     class Robust(AdversarialModule, lightning.LightningModule):
@@ -164,7 +154,8 @@ def test_lightning(tmp_path: Path, manual: bool) -> None:
     before = module.model.head.weight.detach().clone()
     run = lightning.Trainer(
         max_epochs=2,
-        accelerator="cpu",
+        accelerator="cpu" if devices.kind == "cpu" else "gpu",
+        devices=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -245,7 +236,7 @@ def test_peft_and_autocast() -> None:
     model = Adapter()
     tokens, labels = toys.text_batch()
     objective = eb.AdversarialObjective(eb.PGD(eps=0.4, steps=2), eb.Site(model.base.embedding))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(devices.kind, dtype=torch.bfloat16):
         loss, metrics = objective(toys.classify(model, tokens, labels), mask=tokens != 0)
     loss.backward()
     assert model.head.weight.grad is not None

@@ -8,11 +8,17 @@ import signal
 from pathlib import Path
 
 import pytest
-import yaml
 
-pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+pytest.importorskip("matplotlib")
+pytest.importorskip("pyarrow")
+pytest.importorskip("pydantic")
+pytest.importorskip("torchmetrics")
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+pytest.importorskip("yaml")
 
+import yaml
 from embattle import train as training
 from embattle.cli import app
 from safetensors.torch import load_file

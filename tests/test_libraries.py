@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import embattle as eb
-import peft
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import toys
-import transformers
-from test_integrations import tiny_bert
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 TINY = {"vocab_size": 40, "d_model": 16, "decoder_start_token_id": 0, "pad_token_id": 0}
 
@@ -76,7 +76,7 @@ def test_encoder_decoders(name: str) -> None:
 def test_peft(targets: list[str]) -> None:
     """LoRA on the layers, or on the embeddings too: only adapters get gradients."""
     model = peft.get_peft_model(
-        tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        toys.tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
         peft.LoraConfig(r=2, target_modules=targets, task_type="SEQ_CLS"),
     )
     tokens, labels = torch.randint(5, 60, (4, 8)), torch.tensor([0, 1, 0, 1])

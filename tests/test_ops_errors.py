@@ -6,9 +6,11 @@ A message starts with the op's name, and names the argument and what was found i
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import devices
 import pytest
 import torch
 from compare import accepts, same_bits
@@ -51,6 +53,11 @@ class Bad(NamedTuple):
     value: Any
     said: str  # what the message says of the value
     others: dict[str, Any] = {}  # noqa: RUF012 - what else differs from good(op)
+
+    @property
+    def told_by_values(self) -> bool:
+        """Whether values of a tensor are wrong, which are not read where that waits for a GPU."""
+        return isinstance(self.value, Tensor) and re.match(r"-?\d|nan|inf", self.said) is not None
 
 
 def good(op: str) -> dict[str, Any]:
@@ -365,6 +372,8 @@ def test_no_argument_is_left_out(op: str) -> None:
 
 @pytest.mark.parametrize("bad", [pytest.param(b, id=f"{b.op}-{b.argument}") for b in CASES])
 def test_wrong_arguments_are_named_and_nothing_is_written(bad: Bad) -> None:
+    if devices.kind == "cuda" and bad.told_by_values:
+        pytest.skip("values on CUDA are not checked")
     call = {**good(bad.op), **bad.others, bad.argument: bad.value}
     before = {name: t.clone() for name, t in call.items() if isinstance(t, Tensor)}
     with pytest.raises((ValueError, TypeError)) as caught:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import devices
 import pytest
 import samples
 import torch
@@ -465,7 +466,7 @@ def test_autocast_changes_nothing(op: str) -> None:
     """The ops accumulate in float32 or better: autocast must not round their inputs."""
     call, again = _batch_call(op, 3), _batch_call(op, 3)
     wanted = run(op, call)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(devices.kind, dtype=torch.bfloat16):
         results = run(op, again)
     for result, want in zip(results, wanted, strict=True):
         assert same_bits(result, want)
@@ -475,7 +476,7 @@ def test_autocast_gives_halves_to_the_ops() -> None:
     """What a model returns under autocast, a bfloat16 gradient, moves a float32 delta."""
     delta = torch.zeros(3, 4)
     weight = torch.randn(4, 2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(devices.kind, dtype=torch.bfloat16):
         grad = torch.randn(3, 2) @ weight.t()
         assert grad.dtype == torch.bfloat16
         step = ops.pgd_step(delta, grad, step_size=1.0, eps=2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,23 @@ def sampled(batch: int = 6, candidates: int = 3) -> tuple[Sampled, Tensor, Tenso
     torch.manual_seed(0)
     model = Sampled(torch.randint(0, 20, (batch, candidates))).double()
     return model, torch.randint(0, 12, (batch, 1)), torch.randint(0, candidates, (batch,))
+
+
+def tiny_bert(**options: Any) -> Any:
+    """A classifier with random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        **options,
+    )
+    return transformers.BertForSequenceClassification(config)
 
 
 def encoder(dropout: float = 0.0, dtype: torch.dtype = torch.float64, seed: int = 0) -> Encoder:

@@ -2,8 +2,9 @@
 
     python tools/gpu_check.py --out DIR [--minutes 7.5]
 
-Runs the GPU tests, compute-sanitizer on a short list, and the benchmark; writes DIR/gpu-DATE.json
-and .md after each step, so that what is done is kept if time runs out, and prints the table last.
+Runs the GPU tests, the whole suite on CUDA, compute-sanitizer on a short list, and the benchmark;
+writes DIR/gpu-DATE.json and .md after each step, so that what is done is kept if time runs out, and
+prints the table last. Tests for which a stage has no time left are skipped, and counted as such.
 Exits with 1 where a test fails, with 2 where there is no GPU. A missed target is no failure.
 """
 
@@ -15,30 +16,44 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 TESTS = [*PYTEST, "tests/test_cuda_device.py"]
-# The tests of the Python layer that run on any device (tests/conftest.py says which).
+# The whole suite, but for what tests/conftest.py leaves out.
 DEVICE_TESTS = [*PYTEST, "tests", "--device", "cuda"]
 SANITIZER = "compute-sanitizer"
+# Of the time that is left for tests a stage may take its share among those that are to come.
+SHARES = {"tests": 3, "tests on cuda": 4, "memcheck": 2, "racecheck": 2}
+PROCESSES = 8
 
 
 def run_tests(report: Any, end: float, run: Callable[..., Any], sanitizer: str | None) -> None:
     """The stages before the benchmark, which is left at least 40 % of the time."""
-    share = (end - time.monotonic()) * 0.6
-    environment = {"PYTHONPATH": str(ROOT / "python")}
-    report.stage("tests", run(TESTS, share * 0.5, ROOT, environment))
-    report.stage("tests on cuda", run(DEVICE_TESTS, share * 0.1, ROOT, environment))
+    stop = time.monotonic() + (end - time.monotonic()) * 0.6
+    waiting = dict(SHARES)
+
+    def stage(name: str, command: list[str]) -> None:
+        seconds = (stop - time.monotonic()) * waiting[name] / sum(waiting.values())
+        del waiting[name]
+        # The last test begins early enough for its end and the summary.
+        timed = [*command, "--seconds", f"{0.8 * seconds:.0f}"]
+        environment = {"PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"}
+        report.stage(name, run(timed, seconds, ROOT, environment))
+
+    several = ["-n", str(PROCESSES)] if find_spec("xdist") else []
+    stage("tests", [*TESTS, *several])
+    stage("tests on cuda", [*DEVICE_TESTS, *several])
     for check in ("memcheck", "racecheck"):
         if sanitizer is None:
             text = f"skipped: {SANITIZER} is not on the PATH (it comes with the CUDA toolkit)"
             report.stage(check, {"ok": None, "seconds": 0.0, "text": text})
             continue
-        command = [sanitizer, "--tool", check, "--error-exitcode", "1", *TESTS, "-k", "captured"]
-        report.stage(check, run(command, share * 0.2, ROOT, environment))
+        checked = [sanitizer, "--tool", check, "--error-exitcode", "1", *TESTS, "-k", "captured"]
+        stage(check, checked)
 
 
 def measure(

@@ -283,7 +283,7 @@ class PerSampleClipper:
         self._check_losses(losses)
         samples = len(losses)
         weights = self._resolve_weights(self.weights if weights is None else weights, losses)
-        units = self._units(samples, users, weights)
+        units = self._units(losses, users, weights)
         # scale, unlike get_scale, readies a fresh scaler for its step.
         loss_scale = 1.0 if scaler is None else float(scaler.scale(losses.new_ones(())))
         named = self._named
@@ -346,7 +346,8 @@ class PerSampleClipper:
         return found
 
     @staticmethod
-    def _units(samples: int, users: Tensor | None, weights: Tensor | None) -> Units:
+    def _units(losses: Tensor, users: Tensor | None, weights: Tensor | None) -> Units:
+        samples = len(losses)
         if users is None:
             return Units(samples)
         if users.shape != (samples,) or users.is_floating_point():
@@ -354,7 +355,7 @@ class PerSampleClipper:
                 f"PerSampleClipper: users must be {samples} integers, got {users.dtype} of shape "
                 f"{tuple(users.shape)}"
             )
-        return Units(samples, users, weights)
+        return Units(samples, users.to(losses.device), weights)
 
     def _verify_isolation(self, losses: Tensor) -> None:
         samples = len(losses)
