@@ -18,22 +18,25 @@ MODES: tuple[Mode, ...] = ("as_is", "same", "eval")
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state of torch's global generators: the CPU's and the current CUDA device's."""
+    """The state of torch's global generators: the CPU's and those of all CUDA devices.
+
+    A model may be on another device than the current one, or on several.
+    """
 
     cpu: torch.Tensor
-    cuda: torch.Tensor | None
+    cuda: list[torch.Tensor] | None
 
     @classmethod
     def capture(cls) -> RandomState:
         """Copy the states now (host memory only: no synchronisation)."""
         used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if used else None)
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state_all() if used else None)
 
     def restore(self) -> None:
         """Put the states back."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
+            torch.cuda.set_rng_state_all(self.cuda)
 
 
 @contextmanager
