@@ -23,6 +23,7 @@ from embattle.clipping.combine import (
     unit_norms,
     weighted_gradients,
 )
+from embattle.clipping.graph import Reached
 from embattle.clipping.install import stand_ins
 from embattle.clipping.layer import Layer, in_use
 from embattle.clipping.tape import IsolationCheck, Listener, Tape
@@ -196,6 +197,7 @@ class PerSampleClipper:
         """Puts the model's own forwards back."""
         stack, self._stack = self._stack, None
         self._tape.batch_size = None
+        self._tape.ran_without_grad = False
         if stack is not None:
             stack.close()
 
@@ -293,9 +295,12 @@ class PerSampleClipper:
                 f"PerSampleClipper: max_norm has {len(bound)} numbers for {len(named)} trained "
                 f"parameters"
             )
+        reached = Reached(losses.grad_fn, self._tape, {p: name for name, p in named})
+        self._refuse_stray(reached.stray)
         if samples:
-            self._verify_isolation(losses)
-        uses = self._listen(losses, named, loss_scale, retain_graph)
+            self._verify_isolation(losses, reached)
+        uses = self._listen(losses, reached, loss_scale, retain_graph)
+        del reached
         with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
             merged = {p: simplify(uses.pop(p), units) for _, p in named if p in uses}
             norms = self._norms(named, merged, units, losses)
@@ -356,59 +361,62 @@ class PerSampleClipper:
             )
         return Units(samples, users, weights)
 
-    def _verify_isolation(self, losses: Tensor) -> None:
+    def _verify_isolation(self, losses: Tensor, reached: Reached) -> None:
         samples = len(losses)
         if not self._check or self._compiled or samples < 2:
+            return
+        if reached.nested:
+            self._check = False
             return
         listener = IsolationCheck(samples)
         half = torch.zeros_like(losses)
         half[samples // 2 :] = 1
         self._tape.listener = listener
         try:
-            torch.autograd.grad(
-                losses, self._tape.anchor, half, retain_graph=True, allow_unused=True
-            )
-        except RuntimeError as error:
-            # Reentrant checkpointing allows no backward pass to chosen inputs.
-            if "checkpoint" not in str(error).lower():
-                raise
+            reached.differentiate(losses, half, self._tape, retain_graph=True, leaves=False)
         finally:
             self._tape.listener = None
         listener.verify()
         self._check = False
 
     def _listen(
-        self,
-        losses: Tensor,
-        named: Sequence[tuple[str, Parameter]],
-        loss_scale: float,
-        retain_graph: bool,
+        self, losses: Tensor, reached: Reached, loss_scale: float, retain_graph: bool
     ) -> dict[Parameter, list[Use]]:
         listener = Listener(len(losses))
         if not len(losses):
             return listener.uses
-        # Whatever autograd itself leaves in .grad was used where nobody listens.
-        before = [p.grad for _, p in named]
-        for _, p in named:
-            p.grad = None
         self._tape.listener = listener
-        stray = None
+        seeds = torch.full_like(losses, loss_scale)
         try:
-            ones = torch.full_like(losses, loss_scale)
-            torch.autograd.backward(losses, ones, retain_graph=retain_graph)
-            stray = next((name for name, p in named if p.grad is not None), None)
+            if not reached.nested:
+                reached.differentiate(
+                    losses, seeds, self._tape, retain_graph=retain_graph, leaves=True
+                )
+                return listener.uses
+            # Whatever autograd itself leaves in .grad was used where nobody listens.
+            before = [p.grad for _, p in self._named]
+            for _, p in self._named:
+                p.grad = None
+            try:
+                reached.differentiate_nested(losses, seeds, retain_graph=retain_graph)
+                stray = next((name for name, p in self._named if p.grad is not None), None)
+            finally:
+                for (_, p), grad in zip(self._named, before, strict=True):
+                    p.grad = grad
         finally:
             self._tape.listener = None
-            for (_, p), grad in zip(named, before, strict=True):
-                p.grad = grad
-        if stray is not None:
+        self._refuse_stray(stray)
+        return listener.uses
+
+    @staticmethod
+    def _refuse_stray(name: str | None) -> None:
+        if name is not None:
             raise RuntimeError(
-                f"PerSampleClipper: parameter '{stray}' is used where its per-sample gradients "
+                f"PerSampleClipper: parameter '{name}' is used where its per-sample gradients "
                 "cannot be followed: outside of its module's forward, or in a forward compiled "
                 "before the with block. Use it through a module (for tied weights, an nn.Linear "
                 "whose weight is the table's), or freeze it"
             )
-        return listener.uses
 
     # --- norms and factors ------------------------------------------------------------------------
 
