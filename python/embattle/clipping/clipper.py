@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from embattle.clipping import parallel
 from embattle.clipping.combine import (
     Use,
     dense_norms,
+    joint_norms,
     simplify,
     unit_norms,
     weighted_gradients,
@@ -159,6 +159,7 @@ class PerSampleClipper:
         self._layers: list[tuple[nn.Module, Layer]] = []
         self._layers_for: list[object] | None = None
         self._named: list[tuple[str, Parameter]] = []
+        self._names: dict[Parameter, str] = {}
         self._stack: ExitStack | None = None
         self._pending: dict[Parameter, Tensor] = {}
 
@@ -210,22 +211,27 @@ class PerSampleClipper:
                 )
             own = module._parameters
             if own:
-                current += (module, module.training, "forward" in vars(module))
+                current += (module, module.training, "forward" in module.__dict__)
                 for p in own.values():
                     current += (id(p), p is not None and p.requires_grad)
         if current != self._layers_for:
             self._named = [(n, p) for n, p in self._core.named_parameters() if p.requires_grad]
+            self._names = {p: name for name, p in self._named}
             self._layers = stand_ins(self._core, self._tape, self._batch_dims, self._broadcast)
             self._layers_for = current
         if self._ddp is not None:
             stack.enter_context(self._ddp.no_sync())
+        stack.callback(self._take_out)
         for _, layer in self._layers:
             layer.put_in()
-            stack.callback(layer.take_out)
         hook = self._core.register_forward_pre_hook(
             self._note_batch, prepend=True, with_kwargs=True
         )
         stack.callback(hook.remove)
+
+    def _take_out(self) -> None:
+        for _, layer in self._layers:
+            layer.take_out()
 
     def _note_batch(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         if self._tape.inside:
@@ -295,7 +301,7 @@ class PerSampleClipper:
                 f"PerSampleClipper: max_norm has {len(bound)} numbers for {len(named)} trained "
                 f"parameters"
             )
-        reached = Reached(losses.grad_fn, self._tape, {p: name for name, p in named})
+        reached = Reached(losses.grad_fn, self._tape, self._names)
         self._refuse_stray(reached.stray)
         if samples:
             self._verify_isolation(losses, reached)
@@ -306,8 +312,11 @@ class PerSampleClipper:
             norms = self._norms(named, merged, units, losses)
             if loss_scale != 1:
                 norms = norms / loss_scale
-            factors = self._factors(norms, bound)
-            self._clean(named, merged, factors, norms, units)
+            # A sum that overflows costs a look at every sample, no more.
+            finite = math.isfinite(float(norms.sum()))
+            factors = self._factors(norms, bound, finite)
+            if not finite:
+                self._clean(named, merged, norms, units)
             divisor = self._divisor(units.count, losses.device)
             final = factors
             if scaler is not None:
@@ -315,8 +324,7 @@ class PerSampleClipper:
             self._store(
                 named, merged, final, weights, units, scale / divisor, bound, loss_scale, last
             )
-        names = tuple(name for name, _ in named)
-        return ClipResult(norms, factors, units.ids, names)
+        return ClipResult(norms, factors, units.ids, tuple(self._names.values()))
 
     @staticmethod
     def _check_losses(losses: Tensor) -> None:
@@ -428,17 +436,17 @@ class PerSampleClipper:
         losses: Tensor,
     ) -> Tensor:
         """[units], or [units, parameters]."""
-        zero = torch.zeros(units.count, dtype=torch.float64, device=losses.device)
         if self.mode == "per_layer":
+            zero = torch.zeros(units.count, dtype=torch.float64, device=losses.device)
             columns = []
             for _, p in named:
                 found = uses.get(p)
                 if found is None:
                     columns.append(zero)
                 elif isinstance(found[0], DenseUse):
-                    columns.append(dense_norms([found[0].grad], units))
+                    columns.append(dense_norms([found[0].grad], units).double())
                 else:
-                    columns.append(unit_norms(found, units, p.shape))
+                    columns.append(unit_norms(found, units, p.shape).double())
             return torch.stack(columns, 1)
         # The norm of a bias that is used nowhere else comes with its weight's, from the same read.
         alone = {id(found[0]) for found in uses.values() if len(found) == 1}
@@ -465,34 +473,33 @@ class PerSampleClipper:
         if small:
             parts.append(dense_norms(small, units))
         if not parts:
-            return zero
-        # Squares could leave the range; torch.linalg.vector_norm takes longer.
-        return functools.reduce(torch.hypot, parts)
+            return torch.zeros(units.count, dtype=torch.float64, device=losses.device)
+        return joint_norms(parts)
 
-    def _factors(self, norms: Tensor, bound: float | tuple[float, ...]) -> Tensor:
-        limit: float | Tensor = (
-            bound
-            if isinstance(bound, float)
-            else torch.as_tensor(bound, dtype=norms.dtype, device=norms.device)
-        )
-        if self.mode == "automatic":
-            factors = limit / (norms + self.gamma)
+    def _factors(self, norms: Tensor, bound: float | tuple[float, ...], finite: bool) -> Tensor:
+        """What the units' gradients are multiplied by; finite: whether all norms are."""
+        if isinstance(bound, float):
+            positive, limit = bound > 0, bound
         else:
-            factors = (limit / norms).clamp_(max=1)
-        # Norms that are not finite: NaN gives NaN here, Inf gives 0, or NaN without a bound.
+            positive = min(bound) > 0
+            limit = torch.as_tensor(bound, dtype=norms.dtype, device=norms.device)
+        if self.mode == "automatic":
+            factors = (norms + self.gamma).reciprocal_().mul_(limit)
+        else:
+            factors = norms.reciprocal().mul_(limit).clamp_(max=1)
+        if finite and positive:
+            return factors
+        # 0 / 0, and norms that are not finite: NaN gives NaN, Inf gives 0, or NaN without a bound.
         return factors.nan_to_num_(nan=0.0)
 
     @staticmethod
     def _clean(
         named: Sequence[tuple[str, Parameter]],
         uses: dict[Parameter, list[Use]],
-        factors: Tensor,
         norms: Tensor,
         units: Units,
     ) -> None:
         """Sets what the non-finite samples left to zero, where a factor of zero would give NaN."""
-        if math.isfinite(float(norms.sum())):
-            return
         bad = ~norms.isfinite()
         for column, (_, p) in enumerate(named):
             if p not in uses:

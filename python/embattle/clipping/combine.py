@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
@@ -125,7 +126,7 @@ def _tied_norms(linear: LinearUse, row: RowUse, units: Units) -> Tensor:
 def dense_norms(grads: Sequence[Tensor], units: Units) -> Tensor:
     """[units] norms over all the per-sample gradients [B, ...] together."""
     if units.of_sample is None:
-        return ops.per_sample_norm(grads).double()
+        return ops.per_sample_norm(grads)
 
     def norms(*members: Tensor) -> Tensor:
         return ops.per_sample_norm([grad.sum(1) for grad in members])
@@ -133,8 +134,18 @@ def dense_norms(grads: Sequence[Tensor], units: Units) -> Tensor:
     return units.gather(norms, [], [grad.reshape(len(grad), 1, -1) for grad in grads])
 
 
+def joint_norms(parts: Sequence[Tensor]) -> Tensor:
+    """[units] norms, float64, of gradients whose parts have the given norms."""
+    if len(parts) == 1:
+        return parts[0].double()
+    if all(part.dtype == torch.float32 for part in parts):
+        # No square leaves the range of float64.
+        return torch.stack(list(parts)).double().square_().sum(0).sqrt_()
+    return functools.reduce(torch.hypot, [part.double() for part in parts])
+
+
 def unit_norms(uses: list[Use], units: Units, shape: torch.Size) -> Tensor:
-    """[units] norms of one parameter's gradient, float64.
+    """[units] norms of one parameter's gradient, float32 or float64.
 
     Args:
         uses: what `simplify` left.
@@ -142,8 +153,7 @@ def unit_norms(uses: list[Use], units: Units, shape: torch.Size) -> Tensor:
         shape: the parameter's.
     """
     if all(isinstance(use, LinearUse) for use in uses):
-        each = [use.norms(units) for use in uses if isinstance(use, LinearUse)]
-        return each[0] if len(each) == 1 else torch.stack(each).square().sum(0).sqrt()
+        return joint_norms([use.norms(units) for use in uses if isinstance(use, LinearUse)])
     if len(uses) == 1:
         use = uses[0]
         if isinstance(use, BagUse):
@@ -210,6 +220,12 @@ def _is_small_table(parameter: Parameter, uses: Sequence[Use]) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=256)
+def _starts(tables: tuple[tuple[int, int], ...]) -> Tensor:
+    """Each table's first row, as often as it has columns of indices."""
+    return torch.tensor([first for first, columns in tables for _ in range(columns)])
+
+
 def _small_tables(
     uses: dict[Parameter, list[Use]], factors: Mapping[Parameter, Tensor]
 ) -> dict[Parameter, Tensor]:
@@ -236,7 +252,8 @@ def _small_tables(
                 continue
             grad = torch.cat([use.masked() for _, use, _ in taken], 1)
             grad *= factors[taken[0][0]][:, None, None]
-            places = torch.cat([use.indices + first for _, use, first in taken], 1)
+            places = torch.cat([use.indices for _, use, _ in taken], 1)
+            places = places + _starts(tuple((first, use.indices.shape[1]) for _, use, first in taken))
             whole = grad.new_zeros(rows, width)
             whole.index_add_(0, places.flatten(), grad.flatten(0, 1))
             for p, _, first in taken:

@@ -29,7 +29,7 @@ class _LookUp(Record):
         ids = listener.layout(self.checked_input(), layer.batch_dim, 0, layer.name)
         rows = listener.layout(grad, layer.batch_dim, 1, layer.name)
         use = RowUse(ids, rows, module.padding_idx, module.sparse)
-        listener.add(module.weight, use, layer.name)
+        listener.add(module._parameters["weight"], use, layer.name)
 
 
 def _refuse_frequency_scaling(module: nn.Module, name: str) -> None:
@@ -52,7 +52,8 @@ class EmbeddingLayer(Layer):
         """Rows of the table, whose gradients are clipped."""
         module = self.module
         _refuse_frequency_scaling(module, self.name)
-        weight = alias(module.weight.detach(), module.weight.requires_grad)
+        table = module._parameters["weight"]
+        weight = alias(table.detach(), table.requires_grad)
         if module.max_norm is None:
             out = torch.embedding(weight, indices)
         else:

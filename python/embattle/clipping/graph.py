@@ -43,14 +43,14 @@ class Record:
 
     Attributes:
         layer: where it happened.
-        x: the input.
+        x: the input; None once it is not needed any more.
     """
 
     __slots__ = ("layer", "version", "x")
 
     def __init__(self, layer: Layer, x: Tensor) -> None:
         self.layer = layer
-        self.x = x
+        self.x: Tensor | None = x
         self.version = x._version
 
     def deliver(self, listener: Listener, grad: Tensor) -> None:
@@ -61,15 +61,21 @@ class Record:
         """The input.
 
         Raises:
-            RuntimeError: it was overwritten.
+            RuntimeError: it was overwritten, or let go of in an earlier backward pass.
         """
-        if self.x._version != self.version:
+        x = self.x
+        if x is None:
+            raise RuntimeError(
+                f"PerSampleClipper: layer '{self.layer.name}' is in a graph that has had its "
+                "backward pass; give that one retain_graph=True"
+            )
+        if x._version != self.version:
             raise RuntimeError(
                 f"PerSampleClipper: the input of layer '{self.layer.name}', of shape "
-                f"{tuple(self.x.shape)}, was modified by an inplace operation before its gradient "
+                f"{tuple(x.shape)}, was modified by an inplace operation before its gradient "
                 "was computed"
             )
-        return self.x.detach()
+        return x.detach()
 
 
 def note(out: Tensor, record: Record) -> None:
@@ -113,7 +119,7 @@ class Reached:
             if record is not None and record.layer.tape is tape:
                 self.records.append((node, record))
                 # Not to the aliases.
-                below = (record.x.grad_fn,)
+                below = () if record.x is None else (record.x.grad_fn,)
             else:
                 following = node.next_functions
                 if not following:
@@ -166,6 +172,9 @@ class Reached:
         for (_, record), grad in zip(self.records, grads[1:], strict=False):
             if grad is not None:
                 record.deliver(listener, grad)
+                if not retain_graph:
+                    # The graph may live on with the losses.
+                    record.x = None
         with torch.no_grad():
             for node, grad in zip(others, grads[1 + len(edges) :], strict=True):
                 if grad is not None:

@@ -42,7 +42,7 @@ class _LinearRecord(Record):
     def deliver(self, listener: Listener, grad: Tensor) -> None:
         """See Record."""
         x, name = self.checked_input(), self.layer.name
-        out = grad.reshape(*x.shape[:-1], grad.shape[-1])
+        out = grad if x.dim() == 2 else grad.reshape(*x.shape[:-1], grad.shape[-1])
         out = listener.layout(out, self.batch_dim, 1, name)
         shift = None
         if self.bias is not None and self.bias.requires_grad:
@@ -116,9 +116,9 @@ class LinearLayer(Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """As torch.nn.Linear."""
-        module = self.module
+        own = self.module._parameters
         x = self.spread(input, 1)
-        return linear(self, x, module.weight, module.bias, batch_dim=self.batch_dim)
+        return linear(self, x, own["weight"], own["bias"], batch_dim=self.batch_dim)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

@@ -43,6 +43,8 @@ class Listener:
             ValueError: x does not hold the same number of rows for every sample.
         """
         outer = x.dim() - features
+        if outer == 1 and x.shape[0] == self.samples:
+            return x.unsqueeze(1)
         if outer == 0:
             raise ValueError(
                 f"PerSampleClipper: layer '{name}' got a tensor of shape {tuple(x.shape)}, which "

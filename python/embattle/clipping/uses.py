@@ -56,6 +56,8 @@ class LinearUse:
 
     def norms(self, units: Units, *, bias: bool = False) -> Tensor:
         """[units] norms of the weight's gradient; with bias: of the weight's and the bias'."""
+        if units.of_sample is None:
+            return ops.linear_grad_norm(self.x, self.grad, bias=bias)
         return units.gather(
             lambda x, grad: ops.linear_grad_norm(x, grad, bias=bias), [self.x], [self.grad]
         )
@@ -337,8 +339,11 @@ class DenseUse:
 
     def weighted(self, factor: Tensor) -> Tensor:
         """sum_b factor_b g_b."""
-        flat = self.grad.reshape(len(self.grad), -1)
-        return (factor.to(flat.dtype) @ flat).reshape(self.grad.shape[1:])
+        grad = self.grad
+        factor = factor.to(grad.dtype)
+        if grad.dim() == 2:
+            return torch.mv(grad.t(), factor)
+        return torch.mv(grad.reshape(len(grad), -1).t(), factor).reshape(grad.shape[1:])
 
     def cleaned(self, bad: Tensor) -> DenseUse:
         """The same with the samples marked in bad [B] set to zero."""
