@@ -158,6 +158,19 @@ def _cases() -> dict[str, Callable[[], Case]]:
         return Case(nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)), [x(3)])
 
     @case
+    def linear_3d_inplace() -> Case:
+        return Case(
+            nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)), [x(4, 3)]
+        )
+
+    @case
+    def embedding_inplace() -> Case:
+        def forward(m: Any, i: Tensor) -> Tensor:
+            return m.f(m.table(i).mul_(2).add_(m.f(m.table(i))))
+
+        return Case(Apply(forward, table=nn.Embedding(5, 3), f=nn.Linear(3, 3)), [ids(5, 4)])
+
+    @case
     def linear_shared_twice() -> Case:
         return Case(
             Apply(lambda m, a, b: m.f(m.f(a).tanh()) * m.f(b).mean(1), f=nn.Linear(4, 4)),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Parameter
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Record:
         x: the input; None once it is not needed any more.
     """
 
-    __slots__ = ("layer", "version", "x")
+    __slots__ = ("__weakref__", "layer", "version", "x")
 
     def __init__(self, layer: Layer, x: Tensor) -> None:
         self.layer = layer
@@ -56,6 +56,12 @@ class Record:
     def deliver(self, listener: Listener, grad: Tensor) -> None:
         """Tells the listener, given the gradient of the output."""
         raise NotImplementedError
+
+    def below(self) -> list[Node | None]:
+        """Where the graph goes on behind the layer: not to the aliases."""
+        if self.x is None or not self.x.requires_grad:
+            return []
+        return [get_gradient_edge(self.x).node]
 
     def checked_input(self) -> Tensor:
         """The input.
@@ -118,14 +124,11 @@ class Reached:
             record = node.metadata.get(_MARK)
             if record is not None and record.layer.tape is tape:
                 self.records.append((node, record))
-                # Not to the aliases.
-                below = () if record.x is None else (record.x.grad_fn,)
+                below = record.below()
             else:
-                following = node.next_functions
-                if not following:
+                below = [after for after, _ in node.next_functions]
+                if not below:
                     self._leaf(node, tape, names)
-                    continue
-                below = [after for after, _ in following]
             for after in below:
                 if after is not None and after not in found:
                     found.add(after)
