@@ -267,9 +267,7 @@ def test_parameters_used_elsewhere_raise_under_reentrant_checkpointing() -> None
     model = mlp()
     with PerSampleClipper(model, 0.5) as clipper:
         hidden = model[1](model[0](torch.randn(4, 3)))
-        out = checkpoint(
-            lambda h: model[2](h) + model[2].weight.sum(), hidden, use_reentrant=True
-        )
+        out = checkpoint(lambda h: model[2](h) + model[2].weight.sum(), hidden, use_reentrant=True)
         with pytest.raises(RuntimeError, match=r"'2\.weight' is used where"):
             clipper.backward(out.square().sum(1))
     assert all(p.grad is None for p in model.parameters())

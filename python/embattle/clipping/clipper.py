@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,22 +15,16 @@ from torch.utils._pytree import tree_leaves
 
 from embattle.clipping import noise as dp
 from embattle.clipping import parallel
-from embattle.clipping.combine import (
-    Use,
-    dense_norms,
-    joint_norms,
-    simplify,
-    unit_norms,
-    weighted_gradients,
-)
+from embattle.clipping.combine import Use
+from embattle.clipping.factors import Mode, Rule, checked_bound, noticeable
+from embattle.clipping.found import Found
 from embattle.clipping.graph import Reached
 from embattle.clipping.install import stand_ins
 from embattle.clipping.layer import Layer, in_use
+from embattle.clipping.store import Noise, Store
 from embattle.clipping.tape import IsolationCheck, Listener, Tape
 from embattle.clipping.units import Units
-from embattle.clipping.uses import DenseUse, LinearUse, RowUse
 
-Mode = Literal["flat", "per_layer", "automatic"]
 Weights = Tensor | Callable[[Tensor], Tensor] | None
 
 
@@ -133,7 +127,7 @@ class PerSampleClipper:
                 raise ValueError(f"PerSampleClipper: {name} must be finite and >= 0, got {value}")
         self.model = model
         self.mode: Mode = mode
-        self.max_norm = self._checked_bound(max_norm, mode)
+        self.max_norm = checked_bound(max_norm, mode)
         self.weights = weights
         self.gamma = gamma
         self.reduction = reduction
@@ -161,22 +155,7 @@ class PerSampleClipper:
         self._named: list[tuple[str, Parameter]] = []
         self._names: dict[Parameter, str] = {}
         self._stack: ExitStack | None = None
-        self._pending: dict[Parameter, Tensor] = {}
-
-    @staticmethod
-    def _checked_bound(max_norm: float | Sequence[float], mode: str) -> float | tuple[float, ...]:
-        values = [max_norm] if isinstance(max_norm, (int, float)) else list(max_norm)
-        for value in values:
-            if not value >= 0:
-                raise ValueError(f"PerSampleClipper: max_norm must be >= 0, got {value}")
-        if isinstance(max_norm, (int, float)):
-            return float(max_norm)
-        if mode != "per_layer":
-            raise ValueError(
-                f"PerSampleClipper: max_norm must be one number for mode {mode!r}, got "
-                f"{len(values)}"
-            )
-        return tuple(float(value) for value in values)
+        self._store = Store(self._group)
 
     # --- entering and leaving ---------------------------------------------------------------------
 
@@ -295,7 +274,7 @@ class PerSampleClipper:
         # scale, unlike get_scale, readies a fresh scaler for its step.
         loss_scale = 1.0 if scaler is None else float(scaler.scale(losses.new_ones(())))
         named = self._named
-        bound = self.max_norm if max_norm is None else self._checked_bound(max_norm, self.mode)
+        bound = self.max_norm if max_norm is None else checked_bound(max_norm, self.mode)
         if not isinstance(bound, float) and len(bound) != len(named):
             raise ValueError(
                 f"PerSampleClipper: max_norm has {len(bound)} numbers for {len(named)} trained "
@@ -307,22 +286,27 @@ class PerSampleClipper:
             self._verify_isolation(losses, reached)
         uses = self._listen(losses, reached, loss_scale, retain_graph)
         del reached
-        with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
-            merged = {p: simplify(uses.pop(p), units) for _, p in named if p in uses}
-            norms = self._norms(named, merged, units, losses)
+        device = losses.device
+        with torch.no_grad(), _without_autocast(device.type):
+            rule = Rule(self.mode, bound, self.gamma)
+            apart = self.mode == "per_layer"
+            found = Found(named, uses, units, joined=not apart)
+            norms = found.layer_norms(device) if apart else found.norms(device)
             if loss_scale != 1:
                 norms = norms / loss_scale
             # A sum that overflows costs a look at every sample, no more.
             finite = math.isfinite(float(norms.sum()))
-            factors = self._factors(norms, bound, finite)
+            factors = rule.factors(norms, finite)
             if not finite:
-                self._clean(named, merged, norms, units)
-            divisor = self._divisor(units.count, losses.device)
-            final = factors
-            if scaler is not None:
-                final = _noticeable(factors, norms)
-            self._store(
-                named, merged, final, weights, units, scale / divisor, bound, loss_scale, last
+                found.clean(norms)
+            share = scale / self._divisor(units.count, device)
+            self._store.add(
+                found,
+                factors if scaler is None else noticeable(factors, norms),
+                weights if users is None else None,
+                share,
+                noise=self._noise(rule.sensitivity(len(named)) * share * loss_scale),
+                last=last,
             )
         return ClipResult(norms, factors, units.ids, tuple(self._names.values()))
 
@@ -426,89 +410,6 @@ class PerSampleClipper:
                 "whose weight is the table's), or freeze it"
             )
 
-    # --- norms and factors ------------------------------------------------------------------------
-
-    def _norms(
-        self,
-        named: Sequence[tuple[str, Parameter]],
-        uses: Mapping[Parameter, list[Use]],
-        units: Units,
-        losses: Tensor,
-    ) -> Tensor:
-        """[units], or [units, parameters]."""
-        if self.mode == "per_layer":
-            zero = torch.zeros(units.count, dtype=torch.float64, device=losses.device)
-            columns = []
-            for _, p in named:
-                found = uses.get(p)
-                if found is None:
-                    columns.append(zero)
-                elif isinstance(found[0], DenseUse):
-                    columns.append(dense_norms([found[0].grad], units).double())
-                else:
-                    columns.append(unit_norms(found, units, p.shape).double())
-            return torch.stack(columns, 1)
-        # The norm of a bias that is used nowhere else comes with its weight's, from the same read.
-        alone = {id(found[0]) for found in uses.values() if len(found) == 1}
-        joined = {
-            id(found[0].bias)
-            for found in uses.values()
-            if len(found) == 1 and isinstance(found[0], LinearUse) and id(found[0].bias) in alone
-        }
-        small = []
-        parts = []
-        for p, found in uses.items():
-            first = found[0]
-            if id(first) in joined:
-                continue
-            if len(found) == 1 and isinstance(first, LinearUse):
-                parts.append(first.norms(units, bias=id(first.bias) in joined))
-            elif len(found) == 1 and isinstance(first, DenseUse):
-                small.append(first.grad)
-            elif len(found) == 1 and units.of_sample is None and _one_row(first):
-                # Nothing to add up: the norm of the row's gradient, with all the others' in one op.
-                small.append(first.grad[:, 0])
-            else:
-                parts.append(unit_norms(found, units, p.shape))
-        if small:
-            parts.append(dense_norms(small, units))
-        if not parts:
-            return torch.zeros(units.count, dtype=torch.float64, device=losses.device)
-        return joint_norms(parts)
-
-    def _factors(self, norms: Tensor, bound: float | tuple[float, ...], finite: bool) -> Tensor:
-        """What the units' gradients are multiplied by; finite: whether all norms are."""
-        if isinstance(bound, float):
-            positive, limit = bound > 0, bound
-        else:
-            positive = min(bound) > 0
-            limit = torch.as_tensor(bound, dtype=norms.dtype, device=norms.device)
-        if self.mode == "automatic":
-            factors = (norms + self.gamma).reciprocal_().mul_(limit)
-        else:
-            factors = norms.reciprocal().mul_(limit).clamp_(max=1)
-        if finite and positive:
-            return factors
-        # 0 / 0, and norms that are not finite: NaN gives NaN, Inf gives 0, or NaN without a bound.
-        return factors.nan_to_num_(nan=0.0)
-
-    @staticmethod
-    def _clean(
-        named: Sequence[tuple[str, Parameter]],
-        uses: dict[Parameter, list[Use]],
-        norms: Tensor,
-        units: Units,
-    ) -> None:
-        """Sets what the non-finite samples left to zero, where a factor of zero would give NaN."""
-        bad = ~norms.isfinite()
-        for column, (_, p) in enumerate(named):
-            if p not in uses:
-                continue
-            marked = bad if bad.dim() == 1 else bad[:, column]
-            if units.of_sample is not None:
-                marked = marked[units.of_sample]
-            uses[p] = [use.cleaned(marked) for use in uses[p]]
-
     def _divisor(self, count: int, device: torch.device) -> float:
         if self.reduction == "sum":
             return 1.0
@@ -518,123 +419,10 @@ class PerSampleClipper:
             count = parallel.total(count, device, self._group)
         return float(max(count, 1))
 
-    # --- gradients --------------------------------------------------------------------------------
-
-    def _store(
-        self,
-        named: Sequence[tuple[str, Parameter]],
-        uses: dict[Parameter, list[Use]],
-        factors: Tensor,
-        weights: Tensor | None,
-        units: Units,
-        scale: float,
-        bound: float | tuple[float, ...],
-        loss_scale: float,
-        last: bool,
-    ) -> None:
-        noisy = self.noise_multiplier > 0 and last
-        selected = self._selected_rows(named, uses, factors, units, last)
-        outside = weights if units.of_sample is None else None
-
-        def final(factor: Tensor, dtype: torch.dtype) -> Tensor:
-            own = units.sample_factors(factor) * scale
-            return (own if outside is None else own * outside).to(dtype)
-
-        shared: dict[torch.dtype, Tensor] = {}
-        own: dict[Parameter, Tensor] = {}
-        for column, (_, p) in enumerate(named):
-            if p not in uses:
-                continue
-            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            if factors.dim() == 2:
-                own[p] = final(factors[:, column], dtype)
-                continue
-            if dtype not in shared:
-                shared[dtype] = final(factors, dtype)
-            own[p] = shared[dtype]
-        found = weighted_gradients(uses, own)
-        std = self.noise_multiplier * self._sensitivity(bound, len(named)) * scale * loss_scale
-        if self._group is not None:
-            found = self._reduced(named, found, std if noisy else 0.0, last)
-        elif noisy:
-            for name, p in named:
-                grad = found.get(p)
-                grad = torch.zeros_like(p) if grad is None else grad
-                if p in selected:
-                    found[p] = dp.restrict(grad, selected[p], std, self.generator)
-                else:
-                    dense = dp.densify(grad, name)
-                    found[p] = dense + dp.normal(dense, std, self.generator)
-        for p, grad in found.items():
-            if p.grad is None:
-                p.grad = grad
-            elif p.grad.layout == torch.strided:
-                p.grad.add_(grad)
-            else:
-                p.grad = (p.grad + grad) if grad.layout != torch.strided else grad + p.grad
-
-    def _selected_rows(
-        self,
-        named: Sequence[tuple[str, Parameter]],
-        uses: Mapping[Parameter, list[Use]],
-        factors: Tensor,
-        units: Units,
-        last: bool,
-    ) -> dict[Parameter, Tensor]:
-        if self.row_selection is None or not self.noise_multiplier:
-            return {}
-        if self._group is not None or not last or self.mode == "per_layer":
-            raise ValueError(
-                "PerSampleClipper: row_selection needs the whole batch in one backward on one "
-                "rank, and a "
-                "mode other than 'per_layer': its row counts are not kept across batches or ranks"
-            )
-        tables = [
-            p
-            for _, p in named
-            if p in uses and all(getattr(use, "sparse", False) for use in uses[p])
-        ]
-        rows = dp.select_rows(
-            self.row_selection,
-            [uses[p] for p in tables],
-            [len(p) for p in tables],
-            units,
-            factors > 0,
-            self.generator,
-        )
-        return dict(zip(tables, rows, strict=True))
-
-    def _reduced(
-        self,
-        named: Sequence[tuple[str, Parameter]],
-        found: dict[Parameter, Tensor],
-        std: float,
-        last: bool,
-    ) -> dict[Parameter, Tensor]:
-        """Keeps the gradients until the last batch, then sums them over ranks."""
-        for p, grad in found.items():
-            kept = self._pending.get(p)
-            self._pending[p] = grad if kept is None else grad + kept
-        if not last:
-            return {}
-        held, self._pending = self._pending, {}
-        if std and torch.distributed.get_rank(self._group) == 0:
-            # Once for all ranks, before they are summed.
-            for name, p in named:
-                own = held.get(p)
-                dense = torch.zeros_like(p) if own is None else dp.densify(own, name)
-                held[p] = dense + dp.normal(dense, std, self.generator)
-        parameters = [p for _, p in named]
-        sums = parallel.reduce_gradients(
-            [held.get(p) for p in parameters], [p.detach() for p in parameters], self._group
-        )
-        return {p: g for p, g in zip(parameters, sums, strict=True) if g is not None}
-
-    def _sensitivity(self, bound: float | tuple[float, ...], parameters: int) -> float:
-        """The largest norm of what one unit adds to the sum."""
-        if not isinstance(bound, float):
-            return math.sqrt(sum(c * c for c in bound))
-        return bound * math.sqrt(parameters) if self.mode == "per_layer" else bound
+    def _noise(self, sensitivity: float) -> Noise | None:
+        if not self.noise_multiplier:
+            return None
+        return Noise(self.noise_multiplier * sensitivity, self.row_selection, self.generator)
 
     @property
     def effective_noise_multiplier(self) -> float:
@@ -661,13 +449,7 @@ def _modules(root: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def _one_row(use: Use) -> bool:
-    """Whether each sample uses one row of a table, and no row is padding."""
-    return isinstance(use, RowUse) and use.indices.shape[1] == 1 and use.padding_idx is None
-
-
-def _noticeable(factors: Tensor, norms: Tensor) -> Tensor:
-    """Factors that are NaN if most units overflowed, so that a loss scaler lowers its scale."""
-    bad = ~norms.isfinite()
-    lost = bad.double().mean() > 0.5
-    return torch.where(lost, torch.full_like(factors, math.nan), factors)
+def _without_autocast(kind: str) -> AbstractContextManager[object]:
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)

@@ -192,73 +192,9 @@ def weighted_gradients(
         uses: what `simplify` left.
         factors: [B] factors of the samples for each parameter; the same tensor where they agree.
     """
-    # Tables come last: what the other layers hold is gone then.
-    tables = {p: uses.pop(p) for p in list(uses) if _is_small_table(p, uses[p])}
     found = {}
     for p in sorted(uses, key=lambda p: _order(p, uses[p])):
         found[p] = weighted_gradient(uses.pop(p), factors[p], p)
-    found |= _small_tables(tables, factors)
-    for p, own in tables.items():
-        found[p] = weighted_gradient(own, factors[p], p)
-    return found
-
-
-# Elements of tables, and of gradients of their rows, that are worked on as one.
-_TOGETHER = 1 << 18
-
-
-def _is_small_table(parameter: Parameter, uses: Sequence[Use]) -> bool:
-    use = uses[0]
-    return (
-        len(uses) == 1
-        and isinstance(use, RowUse)
-        and not use.sparse
-        and not use.grad.is_cuda  # index_add_ would sum there in an order of its own
-        and use.grad.dtype == parameter.dtype
-        and parameter.dtype in (torch.float32, torch.float64)
-        and max(parameter.numel(), use.grad.numel()) <= _TOGETHER // 2
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _starts(tables: tuple[tuple[int, int], ...]) -> Tensor:
-    """Each table's first row, as often as it has columns of indices."""
-    return torch.tensor([first for first, columns in tables for _ in range(columns)])
-
-
-def _small_tables(
-    uses: dict[Parameter, list[Use]], factors: Mapping[Parameter, Tensor]
-) -> dict[Parameter, Tensor]:
-    """Weighted gradients of small tables of the same width and factors, all tables in one pass.
-
-    Takes the tables out of uses where there are two or more; what is left is not for here. The
-    gradients are parts of one tensor.
-    """
-    groups: dict[tuple[int, torch.dtype, int], list[tuple[Parameter, RowUse]]] = {}
-    for p, own in uses.items():
-        use = own[0]
-        assert isinstance(use, RowUse)
-        groups.setdefault((p.shape[1], p.dtype, id(factors[p])), []).append((p, use))
-    found: dict[Parameter, Tensor] = {}
-    for (width, _, _), members in groups.items():
-        while members:
-            taken, rows, size = [], 0, 0
-            while members and max(rows * width, size) <= _TOGETHER:
-                p, use = members.pop()
-                taken.append((p, use, rows))
-                rows += len(p)
-                size += use.grad.numel()
-            if len(taken) < 2:
-                continue
-            grad = torch.cat([use.masked() for _, use, _ in taken], 1)
-            grad *= factors[taken[0][0]][:, None, None]
-            places = torch.cat([use.indices for _, use, _ in taken], 1)
-            places = places + _starts(tuple((first, use.indices.shape[1]) for _, use, first in taken))
-            whole = grad.new_zeros(rows, width)
-            whole.index_add_(0, places.flatten(), grad.flatten(0, 1))
-            for p, _, first in taken:
-                found[p] = whole[first : first + len(p)]
-                del uses[p]
     return found
 
 

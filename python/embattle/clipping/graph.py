@@ -84,13 +84,18 @@ class Record:
         return x.detach()
 
 
+def _metadata(node: Any) -> dict[str, Any]:
+    found: dict[str, Any] = node.metadata  # which torch's stub takes for a method
+    return found
+
+
 def note(out: Tensor, record: Record) -> None:
     """Leaves record with out's node; out must be the operator's own result, not a view of it."""
     node, tape = out.grad_fn, record.layer.tape
     if node is None:
         tape.ran_without_grad = True
         return
-    node.metadata[_MARK] = record
+    _metadata(node)[_MARK] = record
     if tape.listener is not None:
         # A recomputation in the backward pass. Reentrant checkpointing differentiates it right
         # away; anybody else has the gradient of the first computation's output.
@@ -121,7 +126,7 @@ class Reached:
         stack = list(found)
         while stack:
             node = stack.pop()
-            record = node.metadata.get(_MARK)
+            record = _metadata(node).get(_MARK)
             if record is not None and record.layer.tape is tape:
                 self.records.append((node, record))
                 below = record.below()
