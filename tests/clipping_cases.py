@@ -248,6 +248,16 @@ def _cases() -> dict[str, Callable[[], Case]]:
         return Case(Apply(forward, **parts), [ids(5), ids(6, 4)])
 
     @case
+    def embedding_tables_joined() -> Case:
+        def forward(m: Any, i: Tensor, j: Tensor) -> Tensor:
+            found = [table(column) for table, column in zip(m.tables, i.unbind(1), strict=True)]
+            return m.f(torch.cat([*found, m.other(j.int())], 1))
+
+        tables = nn.ModuleList(nn.Embedding(rows, 3) for rows in (4, 6, 5))
+        parts = {"tables": tables, "other": nn.Embedding(7, 3), "f": nn.Linear(12, 2)}
+        return Case(Apply(forward, **parts), [ids(4, 3), ids(7)])
+
+    @case
     def tied_head() -> Case:
         table, head = nn.Embedding(9, 4, padding_idx=0), nn.Linear(4, 9)
         head.weight = table.weight

@@ -140,7 +140,11 @@ def joint_norms(parts: Sequence[Tensor]) -> Tensor:
         return parts[0].double()
     if all(part.dtype == torch.float32 for part in parts):
         # No square leaves the range of float64.
-        return torch.stack(list(parts)).double().square_().sum(0).sqrt_()
+        total = parts[0].double().square_()
+        for part in parts[1:]:
+            wide = part.double()
+            total.addcmul_(wide, wide)
+        return total.sqrt_()
     return functools.reduce(torch.hypot, [part.double() for part in parts])
 
 

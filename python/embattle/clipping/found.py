@@ -136,5 +136,5 @@ class Found:
         found = weighted_gradients(self.uses, own)
         while self.joint:
             table = self.joint.pop()
-            found.update(table.weighted(of(0, table.members[0][0])))
+            found.update(table.weighted(of(0, table.members[0])))
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -24,32 +25,37 @@ class JointTable:
     """The uses of several tables as the use of one that holds their rows, one after the other.
 
     Attributes:
-        use: with indices into the joint table.
-        members: the tables, and the first row of each.
-        single: whether each sample uses one row of each table.
+        members: the tables.
+        indices: [B, L] of each, into its own table.
+        grad: [B, L, D], all their L side by side; zero wherever an index is padding.
     """
 
-    use: RowUse
-    members: list[tuple[Parameter, int]]
-    single: bool
+    members: list[Parameter]
+    indices: list[Tensor]
+    grad: Tensor
+
+    def _use(self) -> RowUse:
+        firsts = itertools.accumulate((len(p) for p in self.members[:-1]), initial=0)
+        columns = (indices.shape[1] for indices in self.indices)
+        starts = _starts(tuple(firsts), tuple(columns), self.grad.device)
+        return RowUse(torch.cat(self.indices, 1).add_(starts), self.grad, None, False)
 
     def norms(self, units: Units) -> Tensor:
         """[units] norms of the tables' joint gradient."""
-        if self.single and units.of_sample is None:
-            # Nothing to add up.
-            return dense_norms([self.use.grad], units)
-        return self.use.norms(units)
+        if units.of_sample is None and all(indices.shape[1] == 1 for indices in self.indices):
+            # No row twice: nothing to add up.
+            return dense_norms([self.grad], units)
+        return self._use().norms(units)
 
     def cleaned(self, bad: Tensor) -> JointTable:
         """The same with the samples marked in bad [B] set to zero."""
-        return replace(self, use=self.use.cleaned(bad))
+        return replace(self, grad=self.grad.masked_fill(bad.reshape(-1, 1, 1), 0))
 
     def weighted(self, factor: Tensor) -> Iterator[tuple[Parameter, Tensor]]:
         """Every table's sum_b factor_b g_b; all of them are parts of one tensor."""
-        rows = sum(len(p) for p, _ in self.members)
-        whole = self.use.weighted(factor, rows)
-        pieces = torch.split(whole, [len(p) for p, _ in self.members])
-        return ((p, piece) for (p, _), piece in zip(self.members, pieces, strict=True))
+        sizes = [len(p) for p in self.members]
+        whole = self._use().weighted(factor, sum(sizes))
+        return zip(self.members, torch.split(whole, sizes), strict=True)
 
 
 Key: TypeAlias = tuple[int, torch.dtype]
@@ -73,7 +79,9 @@ def join_tables(uses: dict[Parameter, list[Use]]) -> list[JointTable]:
     joint = []
     for members in (part for parts in groups.values() for part in parts):
         if len(members) > 1:
-            joint.append(_joined(members))
+            grad = side_by_side([use.masked() for _, use in members])
+            indices = [use.indices for _, use in members]
+            joint.append(JointTable([p for p, _ in members], indices, grad))
             for p, _ in members:
                 del uses[p]
     return joint
@@ -88,20 +96,26 @@ def _is_small(parameter: Parameter, use: RowUse) -> bool:
     )
 
 
-def _joined(members: list[tuple[Parameter, RowUse]]) -> JointTable:
-    firsts, first = [], 0
-    for p, _ in members:
-        firsts.append(first)
-        first += len(p)
-    grad = torch.cat([use.masked() for _, use in members], 1)
-    indices = torch.cat([use.indices for _, use in members], 1)
-    columns = [use.indices.shape[1] for _, use in members]
-    indices = indices + _starts(tuple(firsts), tuple(columns), indices.device)
-    return JointTable(
-        RowUse(indices, grad, None, False),
-        [(p, first) for (p, _), first in zip(members, firsts, strict=True)],
-        max(columns) == 1,
-    )
+def side_by_side(grads: list[Tensor]) -> Tensor:
+    """[B, L, D] tensors as one of all their L; a view where they are parts of one already.
+
+    That is what they are where the model joins what the tables return.
+    """
+    first = grads[0]
+    row, _, one = first.stride()
+    place = first.storage_offset()
+    for grad in grads:
+        if (
+            grad.untyped_storage()._cdata != first.untyped_storage()._cdata
+            or grad.storage_offset() != place
+            or grad.stride(0) != row
+            or grad.stride(2) != one
+            or (grad.shape[1] > 1 and grad.stride(1) != first.shape[2])
+        ):
+            return torch.cat(grads, 1)
+        place += grad.shape[1] * grad.shape[2]
+    shape = (len(first), sum(grad.shape[1] for grad in grads), first.shape[2])
+    return first.as_strided(shape, (row, first.shape[2], one))
 
 
 @functools.lru_cache(maxsize=256)
