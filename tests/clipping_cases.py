@@ -158,6 +158,19 @@ def _cases() -> dict[str, Callable[[], Case]]:
         return Case(nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)), [x(3)])
 
     @case
+    def linear_3d_inplace() -> Case:
+        return Case(
+            nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)), [x(4, 3)]
+        )
+
+    @case
+    def embedding_inplace() -> Case:
+        def forward(m: Any, i: Tensor) -> Tensor:
+            return m.f(m.table(i).mul_(2).add_(m.f(m.table(i))))
+
+        return Case(Apply(forward, table=nn.Embedding(5, 3), f=nn.Linear(3, 3)), [ids(5, 4)])
+
+    @case
     def linear_shared_twice() -> Case:
         return Case(
             Apply(lambda m, a, b: m.f(m.f(a).tanh()) * m.f(b).mean(1), f=nn.Linear(4, 4)),
@@ -233,6 +246,16 @@ def _cases() -> dict[str, Callable[[], Case]]:
             "f": nn.Linear(11, 2),
         }
         return Case(Apply(forward, **parts), [ids(5), ids(6, 4)])
+
+    @case
+    def embedding_tables_joined() -> Case:
+        def forward(m: Any, i: Tensor, j: Tensor) -> Tensor:
+            found = [table(column) for table, column in zip(m.tables, i.unbind(1), strict=True)]
+            return m.f(torch.cat([*found, m.other(j.int())], 1))
+
+        tables = nn.ModuleList(nn.Embedding(rows, 3) for rows in (4, 6, 5))
+        parts = {"tables": tables, "other": nn.Embedding(7, 3), "f": nn.Linear(12, 2)}
+        return Case(Apply(forward, **parts), [ids(4, 3), ids(7)])
 
     @case
     def tied_head() -> Case:

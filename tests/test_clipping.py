@@ -19,6 +19,7 @@ from clipping_cases import (
     single_gradients,
 )
 from embattle.clipping import ClipResult, PerSampleClipper
+from embattle.clipping.tables import side_by_side
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -190,3 +191,25 @@ def test_model_is_left_as_it_was() -> None:
     case.losses(case.batch, SAMPLES).sum().backward()
     plain = [sum(g) for g in zip(*single_gradients(case), strict=True)]
     assert_close(gradients(case.model), plain, 1e-10)
+
+
+def test_parts_of_one_tensor_are_joined_without_a_copy() -> None:
+    whole = torch.randn(5, 4, 3)
+    rows = whole.flatten(1)
+
+    def parts(x: Tensor, *columns: int) -> list[Tensor]:
+        return [x[:, first : first + 3].unsqueeze(1) for first in columns]
+
+    for grads, same in (
+        ([whole[:, :1], whole[:, 1:4]], True),
+        ([whole[:, 1:2], whole[:, 2:4]], True),
+        (parts(rows, 0, 3, 6), True),
+        (parts(rows, 3, 0), False),
+        (parts(rows, 0, 6), False),
+        ([*parts(rows, 0), torch.randn(5, 2, 3)], False),
+        ([torch.ones(()).expand(5, 1, 3)] * 2, False),
+        ([whole[:, :1].mT.contiguous().mT, whole[:, 1:3]], False),
+    ):
+        joined = side_by_side(grads)
+        assert torch.equal(joined, torch.cat(grads, 1))
+        assert (joined.data_ptr() == grads[0].data_ptr()) == same

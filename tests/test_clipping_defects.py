@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import devices
@@ -182,8 +183,62 @@ def test_second_derivatives_raise() -> None:
     x = torch.randn(4, 3, requires_grad=True)
     with PerSampleClipper(model, 1.0) as clipper:
         (g,) = torch.autograd.grad(losses(model, x).sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        with pytest.raises(RuntimeError, match="Second derivatives cannot be clipped"):
             clipper.backward(g.square().sum(1))
+
+
+def test_an_overwritten_input_raises() -> None:
+    """Of a first layer, whose own backward pass nobody runs, too."""
+    for layer, x in ((nn.Linear(3, 2), torch.randn(4, 3)), (nn.Embedding(5, 2), torch.arange(4))):
+        with PerSampleClipper(layer, 1.0, check=False) as clipper:
+            out = losses(layer, x)
+            x.zero_()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                clipper.backward(out)
+
+
+def test_a_graph_serves_again_if_it_is_kept() -> None:
+    layer = nn.Linear(3, 2)
+    with PerSampleClipper(layer, 1.0) as clipper:
+        out = layer(torch.randn(4, 3)).sum(1)
+        first = clipper.backward(out, retain_graph=True)
+        second = clipper.backward(out)
+        assert torch.equal(first.norms, second.norms)
+        with pytest.raises(RuntimeError, match="has had its backward pass"):
+            clipper.backward(out)
+
+
+def test_other_leaves_get_their_gradients() -> None:
+    """What is not the model's is not clipped: an input, a head outside of the model."""
+    model, head = mlp(dtype=torch.float64), nn.Parameter(torch.randn(2, dtype=torch.float64))
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def run() -> Tensor:
+        return (model(x) * head).square().sum(1)
+
+    wanted = torch.autograd.grad(run().sum(), [x, head])
+    seen: list[Tensor] = []
+    head.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad))
+    with PerSampleClipper(model, 0.5) as clipper:
+        for _ in range(2):
+            clipper.backward(run())
+    assert x.grad is not None
+    assert head.grad is not None
+    assert_close([x.grad / 2, head.grad / 2], list(wanted), 1e-12)
+    assert len(seen) == 2
+
+
+def test_passes_without_a_backward_pass_are_forgotten() -> None:
+    """What an attack or a prediction inside of the block computes goes when its graph goes."""
+    model = mlp()
+    x = torch.randn(4, 3)
+    with PerSampleClipper(model, 0.5) as clipper:
+        out = model(x)
+        hidden = weakref.ref(out.grad_fn.metadata["_embattle_clipping"])
+        assert hidden() is not None
+        del out
+        assert hidden() is None
+        clipper.backward(losses(model, x))
 
 
 def test_inner_attack_leaves_no_trace() -> None:
@@ -207,16 +262,32 @@ def test_inner_attack_leaves_no_trace() -> None:
     assert_close(gradients(model), wanted, 1e-10)
 
 
+@pytest.mark.parametrize("first", [nn.Linear(3, 5), nn.LayerNorm(3), nn.Embedding(6, 5)])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(reentrant: bool) -> None:
-    model = mlp(dtype=torch.float64)
+def test_checkpointing(reentrant: bool, first: nn.Module) -> None:
+    torch.manual_seed(0)
+    width = 3 if isinstance(first, nn.LayerNorm) else 5
+    model = nn.Sequential(first, nn.Tanh(), nn.LayerNorm(width), nn.Linear(width, 2)).double()
     x = torch.randn(4, 3, dtype=torch.float64)
+    if isinstance(first, nn.Embedding):
+        x = torch.randint(6, (4,))
     wanted, _ = clipped_sum(loop(model, x), 0.5)
+    model.zero_grad()
     with PerSampleClipper(model, 0.5, reduction="sum") as clipper:
         hidden = model[1](model[0](x))
-        out = checkpoint(model[2], hidden, use_reentrant=reentrant)
+        out = checkpoint(model[2:], hidden, use_reentrant=reentrant)
         clipper.backward(out.square().sum(1))
     assert_close(gradients(model), wanted, 1e-10)
+
+
+def test_parameters_used_elsewhere_raise_under_reentrant_checkpointing() -> None:
+    model = mlp()
+    with PerSampleClipper(model, 0.5) as clipper:
+        hidden = model[1](model[0](torch.randn(4, 3)))
+        out = checkpoint(lambda h: model[2](h) + model[2].weight.sum(), hidden, use_reentrant=True)
+        with pytest.raises(RuntimeError, match=r"'2\.weight' is used where"):
+            clipper.backward(out.square().sum(1))
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_loss_scaling() -> None:

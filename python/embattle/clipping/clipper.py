@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,20 +15,16 @@ from torch.utils._pytree import tree_leaves
 
 from embattle.clipping import noise as dp
 from embattle.clipping import parallel
-from embattle.clipping.combine import (
-    Use,
-    dense_norms,
-    simplify,
-    unit_norms,
-    weighted_gradients,
-)
+from embattle.clipping.combine import Use
+from embattle.clipping.factors import Mode, Rule, checked_bound, noticeable
+from embattle.clipping.found import Found
+from embattle.clipping.graph import Reached
 from embattle.clipping.install import stand_ins
 from embattle.clipping.layer import Layer, in_use
+from embattle.clipping.store import Noise, Store
 from embattle.clipping.tape import IsolationCheck, Listener, Tape
 from embattle.clipping.units import Units
-from embattle.clipping.uses import DenseUse, LinearUse, RowUse
 
-Mode = Literal["flat", "per_layer", "automatic"]
 Weights = Tensor | Callable[[Tensor], Tensor] | None
 
 
@@ -132,7 +127,7 @@ class PerSampleClipper:
                 raise ValueError(f"PerSampleClipper: {name} must be finite and >= 0, got {value}")
         self.model = model
         self.mode: Mode = mode
-        self.max_norm = self._checked_bound(max_norm, mode)
+        self.max_norm = checked_bound(max_norm, mode)
         self.weights = weights
         self.gamma = gamma
         self.reduction = reduction
@@ -158,23 +153,9 @@ class PerSampleClipper:
         self._layers: list[tuple[nn.Module, Layer]] = []
         self._layers_for: list[object] | None = None
         self._named: list[tuple[str, Parameter]] = []
+        self._names: dict[Parameter, str] = {}
         self._stack: ExitStack | None = None
-        self._pending: dict[Parameter, Tensor] = {}
-
-    @staticmethod
-    def _checked_bound(max_norm: float | Sequence[float], mode: str) -> float | tuple[float, ...]:
-        values = [max_norm] if isinstance(max_norm, (int, float)) else list(max_norm)
-        for value in values:
-            if not value >= 0:
-                raise ValueError(f"PerSampleClipper: max_norm must be >= 0, got {value}")
-        if isinstance(max_norm, (int, float)):
-            return float(max_norm)
-        if mode != "per_layer":
-            raise ValueError(
-                f"PerSampleClipper: max_norm must be one number for mode {mode!r}, got "
-                f"{len(values)}"
-            )
-        return tuple(float(value) for value in values)
+        self._store = Store(self._group)
 
     # --- entering and leaving ---------------------------------------------------------------------
 
@@ -196,6 +177,7 @@ class PerSampleClipper:
         """Puts the model's own forwards back."""
         stack, self._stack = self._stack, None
         self._tape.batch_size = None
+        self._tape.ran_without_grad = False
         if stack is not None:
             stack.close()
 
@@ -208,22 +190,27 @@ class PerSampleClipper:
                 )
             own = module._parameters
             if own:
-                current += (module, module.training, "forward" in vars(module))
+                current += (module, module.training, "forward" in module.__dict__)
                 for p in own.values():
                     current += (id(p), p is not None and p.requires_grad)
         if current != self._layers_for:
             self._named = [(n, p) for n, p in self._core.named_parameters() if p.requires_grad]
+            self._names = {p: name for name, p in self._named}
             self._layers = stand_ins(self._core, self._tape, self._batch_dims, self._broadcast)
             self._layers_for = current
         if self._ddp is not None:
             stack.enter_context(self._ddp.no_sync())
+        stack.callback(self._take_out)
         for _, layer in self._layers:
             layer.put_in()
-            stack.callback(layer.take_out)
         hook = self._core.register_forward_pre_hook(
             self._note_batch, prepend=True, with_kwargs=True
         )
         stack.callback(hook.remove)
+
+    def _take_out(self) -> None:
+        for _, layer in self._layers:
+            layer.take_out()
 
     def _note_batch(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         if self._tape.inside:
@@ -287,31 +274,41 @@ class PerSampleClipper:
         # scale, unlike get_scale, readies a fresh scaler for its step.
         loss_scale = 1.0 if scaler is None else float(scaler.scale(losses.new_ones(())))
         named = self._named
-        bound = self.max_norm if max_norm is None else self._checked_bound(max_norm, self.mode)
+        bound = self.max_norm if max_norm is None else checked_bound(max_norm, self.mode)
         if not isinstance(bound, float) and len(bound) != len(named):
             raise ValueError(
                 f"PerSampleClipper: max_norm has {len(bound)} numbers for {len(named)} trained "
                 f"parameters"
             )
+        reached = Reached(losses.grad_fn, self._tape, self._names)
+        self._refuse_stray(reached.stray)
         if samples:
-            self._verify_isolation(losses)
-        uses = self._listen(losses, named, loss_scale, retain_graph)
-        with torch.no_grad(), torch.autocast(losses.device.type, enabled=False):
-            merged = {p: simplify(uses.pop(p), units) for _, p in named if p in uses}
-            norms = self._norms(named, merged, units, losses)
+            self._verify_isolation(losses, reached)
+        uses = self._listen(losses, reached, loss_scale, retain_graph)
+        del reached
+        device = losses.device
+        with torch.no_grad(), _without_autocast(device.type):
+            rule = Rule(self.mode, bound, self.gamma)
+            apart = self.mode == "per_layer"
+            found = Found(named, uses, units, joined=not apart)
+            norms = found.layer_norms(device) if apart else found.norms(device)
             if loss_scale != 1:
                 norms = norms / loss_scale
-            factors = self._factors(norms, bound)
-            self._clean(named, merged, factors, norms, units)
-            divisor = self._divisor(units.count, losses.device)
-            final = factors
-            if scaler is not None:
-                final = _noticeable(factors, norms)
-            self._store(
-                named, merged, final, weights, units, scale / divisor, bound, loss_scale, last
+            # A sum that overflows costs a look at every sample, no more.
+            finite = math.isfinite(float(norms.sum()))
+            factors = rule.factors(norms, finite)
+            if not finite:
+                found.clean(norms)
+            share = scale / self._divisor(units.count, device)
+            self._store.add(
+                found,
+                factors if scaler is None else noticeable(factors, norms),
+                weights if users is None else None,
+                share,
+                noise=self._noise(rule.sensitivity(len(named)) * share * loss_scale),
+                last=last,
             )
-        names = tuple(name for name, _ in named)
-        return ClipResult(norms, factors, units.ids, names)
+        return ClipResult(norms, factors, units.ids, tuple(self._names.values()))
 
     @staticmethod
     def _check_losses(losses: Tensor) -> None:
@@ -357,143 +354,62 @@ class PerSampleClipper:
             )
         return Units(samples, users.to(losses.device), weights)
 
-    def _verify_isolation(self, losses: Tensor) -> None:
+    def _verify_isolation(self, losses: Tensor, reached: Reached) -> None:
         samples = len(losses)
         if not self._check or self._compiled or samples < 2:
+            return
+        if reached.nested:
+            self._check = False
             return
         listener = IsolationCheck(samples)
         half = torch.zeros_like(losses)
         half[samples // 2 :] = 1
         self._tape.listener = listener
         try:
-            torch.autograd.grad(
-                losses, self._tape.anchor, half, retain_graph=True, allow_unused=True
-            )
-        except RuntimeError as error:
-            # Reentrant checkpointing allows no backward pass to chosen inputs.
-            if "checkpoint" not in str(error).lower():
-                raise
+            reached.differentiate(losses, half, self._tape, retain_graph=True, leaves=False)
         finally:
             self._tape.listener = None
         listener.verify()
         self._check = False
 
     def _listen(
-        self,
-        losses: Tensor,
-        named: Sequence[tuple[str, Parameter]],
-        loss_scale: float,
-        retain_graph: bool,
+        self, losses: Tensor, reached: Reached, loss_scale: float, retain_graph: bool
     ) -> dict[Parameter, list[Use]]:
         listener = Listener(len(losses))
         if not len(losses):
             return listener.uses
-        # Whatever autograd itself leaves in .grad was used where nobody listens.
-        before = [p.grad for _, p in named]
-        for _, p in named:
-            p.grad = None
         self._tape.listener = listener
-        stray = None
+        seeds = torch.full_like(losses, loss_scale)
         try:
-            ones = torch.full_like(losses, loss_scale)
-            torch.autograd.backward(losses, ones, retain_graph=retain_graph)
-            stray = next((name for name, p in named if p.grad is not None), None)
+            if not reached.nested:
+                reached.differentiate(
+                    losses, seeds, self._tape, retain_graph=retain_graph, leaves=True
+                )
+                return listener.uses
+            # Whatever autograd itself leaves in .grad was used where nobody listens.
+            before = [p.grad for _, p in self._named]
+            for _, p in self._named:
+                p.grad = None
+            try:
+                reached.differentiate_nested(losses, seeds, retain_graph=retain_graph)
+                stray = next((name for name, p in self._named if p.grad is not None), None)
+            finally:
+                for (_, p), grad in zip(self._named, before, strict=True):
+                    p.grad = grad
         finally:
             self._tape.listener = None
-            for (_, p), grad in zip(named, before, strict=True):
-                p.grad = grad
-        if stray is not None:
+        self._refuse_stray(stray)
+        return listener.uses
+
+    @staticmethod
+    def _refuse_stray(name: str | None) -> None:
+        if name is not None:
             raise RuntimeError(
-                f"PerSampleClipper: parameter '{stray}' is used where its per-sample gradients "
+                f"PerSampleClipper: parameter '{name}' is used where its per-sample gradients "
                 "cannot be followed: outside of its module's forward, or in a forward compiled "
                 "before the with block. Use it through a module (for tied weights, an nn.Linear "
                 "whose weight is the table's), or freeze it"
             )
-        return listener.uses
-
-    # --- norms and factors ------------------------------------------------------------------------
-
-    def _norms(
-        self,
-        named: Sequence[tuple[str, Parameter]],
-        uses: Mapping[Parameter, list[Use]],
-        units: Units,
-        losses: Tensor,
-    ) -> Tensor:
-        """[units], or [units, parameters]."""
-        zero = torch.zeros(units.count, dtype=torch.float64, device=losses.device)
-        if self.mode == "per_layer":
-            columns = []
-            for _, p in named:
-                found = uses.get(p)
-                if found is None:
-                    columns.append(zero)
-                elif isinstance(found[0], DenseUse):
-                    columns.append(dense_norms([found[0].grad], units))
-                else:
-                    columns.append(unit_norms(found, units, p.shape))
-            return torch.stack(columns, 1)
-        # The norm of a bias that is used nowhere else comes with its weight's, from the same read.
-        alone = {id(found[0]) for found in uses.values() if len(found) == 1}
-        joined = {
-            id(found[0].bias)
-            for found in uses.values()
-            if len(found) == 1 and isinstance(found[0], LinearUse) and id(found[0].bias) in alone
-        }
-        small = []
-        parts = []
-        for p, found in uses.items():
-            first = found[0]
-            if id(first) in joined:
-                continue
-            if len(found) == 1 and isinstance(first, LinearUse):
-                parts.append(first.norms(units, bias=id(first.bias) in joined))
-            elif len(found) == 1 and isinstance(first, DenseUse):
-                small.append(first.grad)
-            elif len(found) == 1 and units.of_sample is None and _one_row(first):
-                # Nothing to add up: the norm of the row's gradient, with all the others' in one op.
-                small.append(first.grad[:, 0])
-            else:
-                parts.append(unit_norms(found, units, p.shape))
-        if small:
-            parts.append(dense_norms(small, units))
-        if not parts:
-            return zero
-        # Squares could leave the range; torch.linalg.vector_norm takes longer.
-        return functools.reduce(torch.hypot, parts)
-
-    def _factors(self, norms: Tensor, bound: float | tuple[float, ...]) -> Tensor:
-        limit: float | Tensor = (
-            bound
-            if isinstance(bound, float)
-            else torch.as_tensor(bound, dtype=norms.dtype, device=norms.device)
-        )
-        if self.mode == "automatic":
-            factors = limit / (norms + self.gamma)
-        else:
-            factors = (limit / norms).clamp_(max=1)
-        # Norms that are not finite: NaN gives NaN here, Inf gives 0, or NaN without a bound.
-        return factors.nan_to_num_(nan=0.0)
-
-    @staticmethod
-    def _clean(
-        named: Sequence[tuple[str, Parameter]],
-        uses: dict[Parameter, list[Use]],
-        factors: Tensor,
-        norms: Tensor,
-        units: Units,
-    ) -> None:
-        """Sets what the non-finite samples left to zero, where a factor of zero would give NaN."""
-        if math.isfinite(float(norms.sum())):
-            return
-        bad = ~norms.isfinite()
-        for column, (_, p) in enumerate(named):
-            if p not in uses:
-                continue
-            marked = bad if bad.dim() == 1 else bad[:, column]
-            if units.of_sample is not None:
-                marked = marked[units.of_sample]
-            uses[p] = [use.cleaned(marked) for use in uses[p]]
 
     def _divisor(self, count: int, device: torch.device) -> float:
         if self.reduction == "sum":
@@ -504,123 +420,10 @@ class PerSampleClipper:
             count = parallel.total(count, device, self._group)
         return float(max(count, 1))
 
-    # --- gradients --------------------------------------------------------------------------------
-
-    def _store(
-        self,
-        named: Sequence[tuple[str, Parameter]],
-        uses: dict[Parameter, list[Use]],
-        factors: Tensor,
-        weights: Tensor | None,
-        units: Units,
-        scale: float,
-        bound: float | tuple[float, ...],
-        loss_scale: float,
-        last: bool,
-    ) -> None:
-        noisy = self.noise_multiplier > 0 and last
-        selected = self._selected_rows(named, uses, factors, units, last)
-        outside = weights if units.of_sample is None else None
-
-        def final(factor: Tensor, dtype: torch.dtype) -> Tensor:
-            own = units.sample_factors(factor) * scale
-            return (own if outside is None else own * outside).to(dtype)
-
-        shared: dict[torch.dtype, Tensor] = {}
-        own: dict[Parameter, Tensor] = {}
-        for column, (_, p) in enumerate(named):
-            if p not in uses:
-                continue
-            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            if factors.dim() == 2:
-                own[p] = final(factors[:, column], dtype)
-                continue
-            if dtype not in shared:
-                shared[dtype] = final(factors, dtype)
-            own[p] = shared[dtype]
-        found = weighted_gradients(uses, own)
-        std = self.noise_multiplier * self._sensitivity(bound, len(named)) * scale * loss_scale
-        if self._group is not None:
-            found = self._reduced(named, found, std if noisy else 0.0, last)
-        elif noisy:
-            for name, p in named:
-                grad = found.get(p)
-                grad = torch.zeros_like(p) if grad is None else grad
-                if p in selected:
-                    found[p] = dp.restrict(grad, selected[p], std, self.generator)
-                else:
-                    dense = dp.densify(grad, name)
-                    found[p] = dense + dp.normal(dense, std, self.generator)
-        for p, grad in found.items():
-            if p.grad is None:
-                p.grad = grad
-            elif p.grad.layout == torch.strided:
-                p.grad.add_(grad)
-            else:
-                p.grad = (p.grad + grad) if grad.layout != torch.strided else grad + p.grad
-
-    def _selected_rows(
-        self,
-        named: Sequence[tuple[str, Parameter]],
-        uses: Mapping[Parameter, list[Use]],
-        factors: Tensor,
-        units: Units,
-        last: bool,
-    ) -> dict[Parameter, Tensor]:
-        if self.row_selection is None or not self.noise_multiplier:
-            return {}
-        if self._group is not None or not last or self.mode == "per_layer":
-            raise ValueError(
-                "PerSampleClipper: row_selection needs the whole batch in one backward on one "
-                "rank, and a "
-                "mode other than 'per_layer': its row counts are not kept across batches or ranks"
-            )
-        tables = [
-            p
-            for _, p in named
-            if p in uses and all(getattr(use, "sparse", False) for use in uses[p])
-        ]
-        rows = dp.select_rows(
-            self.row_selection,
-            [uses[p] for p in tables],
-            [len(p) for p in tables],
-            units,
-            factors > 0,
-            self.generator,
-        )
-        return dict(zip(tables, rows, strict=True))
-
-    def _reduced(
-        self,
-        named: Sequence[tuple[str, Parameter]],
-        found: dict[Parameter, Tensor],
-        std: float,
-        last: bool,
-    ) -> dict[Parameter, Tensor]:
-        """Keeps the gradients until the last batch, then sums them over ranks."""
-        for p, grad in found.items():
-            kept = self._pending.get(p)
-            self._pending[p] = grad if kept is None else grad + kept
-        if not last:
-            return {}
-        held, self._pending = self._pending, {}
-        if std and torch.distributed.get_rank(self._group) == 0:
-            # Once for all ranks, before they are summed.
-            for name, p in named:
-                own = held.get(p)
-                dense = torch.zeros_like(p) if own is None else dp.densify(own, name)
-                held[p] = dense + dp.normal(dense, std, self.generator)
-        parameters = [p for _, p in named]
-        sums = parallel.reduce_gradients(
-            [held.get(p) for p in parameters], [p.detach() for p in parameters], self._group
-        )
-        return {p: g for p, g in zip(parameters, sums, strict=True) if g is not None}
-
-    def _sensitivity(self, bound: float | tuple[float, ...], parameters: int) -> float:
-        """The largest norm of what one unit adds to the sum."""
-        if not isinstance(bound, float):
-            return math.sqrt(sum(c * c for c in bound))
-        return bound * math.sqrt(parameters) if self.mode == "per_layer" else bound
+    def _noise(self, sensitivity: float) -> Noise | None:
+        if not self.noise_multiplier:
+            return None
+        return Noise(self.noise_multiplier * sensitivity, self.row_selection, self.generator)
 
     @property
     def effective_noise_multiplier(self) -> float:
@@ -647,13 +450,7 @@ def _modules(root: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def _one_row(use: Use) -> bool:
-    """Whether each sample uses one row of a table, and no row is padding."""
-    return isinstance(use, RowUse) and use.indices.shape[1] == 1 and use.padding_idx is None
-
-
-def _noticeable(factors: Tensor, norms: Tensor) -> Tensor:
-    """Factors that are NaN if most units overflowed, so that a loss scaler lowers its scale."""
-    bad = ~norms.isfinite()
-    lost = bad.double().mean() > 0.5
-    return torch.where(lost, torch.full_like(factors, math.nan), factors)
+def _without_autocast(kind: str) -> AbstractContextManager[object]:
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
@@ -125,7 +126,7 @@ def _tied_norms(linear: LinearUse, row: RowUse, units: Units) -> Tensor:
 def dense_norms(grads: Sequence[Tensor], units: Units) -> Tensor:
     """[units] norms over all the per-sample gradients [B, ...] together."""
     if units.of_sample is None:
-        return ops.per_sample_norm(grads).double()
+        return ops.per_sample_norm(grads)
 
     def norms(*members: Tensor) -> Tensor:
         return ops.per_sample_norm([grad.sum(1) for grad in members])
@@ -133,8 +134,22 @@ def dense_norms(grads: Sequence[Tensor], units: Units) -> Tensor:
     return units.gather(norms, [], [grad.reshape(len(grad), 1, -1) for grad in grads])
 
 
+def joint_norms(parts: Sequence[Tensor]) -> Tensor:
+    """[units] norms, float64, of gradients whose parts have the given norms."""
+    if len(parts) == 1:
+        return parts[0].double()
+    if all(part.dtype == torch.float32 for part in parts):
+        # No square leaves the range of float64.
+        total = parts[0].double().square_()
+        for part in parts[1:]:
+            wide = part.double()
+            total.addcmul_(wide, wide)
+        return total.sqrt_()
+    return functools.reduce(torch.hypot, [part.double() for part in parts])
+
+
 def unit_norms(uses: list[Use], units: Units, shape: torch.Size) -> Tensor:
-    """[units] norms of one parameter's gradient, float64.
+    """[units] norms of one parameter's gradient, float32 or float64.
 
     Args:
         uses: what `simplify` left.
@@ -142,8 +157,7 @@ def unit_norms(uses: list[Use], units: Units, shape: torch.Size) -> Tensor:
         shape: the parameter's.
     """
     if all(isinstance(use, LinearUse) for use in uses):
-        each = [use.norms(units) for use in uses if isinstance(use, LinearUse)]
-        return each[0] if len(each) == 1 else torch.stack(each).square().sum(0).sqrt()
+        return joint_norms([use.norms(units) for use in uses if isinstance(use, LinearUse)])
     if len(uses) == 1:
         use = uses[0]
         if isinstance(use, BagUse):
@@ -182,66 +196,9 @@ def weighted_gradients(
         uses: what `simplify` left.
         factors: [B] factors of the samples for each parameter; the same tensor where they agree.
     """
-    # Tables come last: what the other layers hold is gone then.
-    tables = {p: uses.pop(p) for p in list(uses) if _is_small_table(p, uses[p])}
     found = {}
     for p in sorted(uses, key=lambda p: _order(p, uses[p])):
         found[p] = weighted_gradient(uses.pop(p), factors[p], p)
-    found |= _small_tables(tables, factors)
-    for p, own in tables.items():
-        found[p] = weighted_gradient(own, factors[p], p)
-    return found
-
-
-# Elements of tables, and of gradients of their rows, that are worked on as one.
-_TOGETHER = 1 << 18
-
-
-def _is_small_table(parameter: Parameter, uses: Sequence[Use]) -> bool:
-    use = uses[0]
-    return (
-        len(uses) == 1
-        and isinstance(use, RowUse)
-        and not use.sparse
-        and not use.grad.is_cuda  # index_add_ would sum there in an order of its own
-        and use.grad.dtype == parameter.dtype
-        and parameter.dtype in (torch.float32, torch.float64)
-        and max(parameter.numel(), use.grad.numel()) <= _TOGETHER // 2
-    )
-
-
-def _small_tables(
-    uses: dict[Parameter, list[Use]], factors: Mapping[Parameter, Tensor]
-) -> dict[Parameter, Tensor]:
-    """Weighted gradients of small tables of the same width and factors, all tables in one pass.
-
-    Takes the tables out of uses where there are two or more; what is left is not for here. The
-    gradients are parts of one tensor.
-    """
-    groups: dict[tuple[int, torch.dtype, int], list[tuple[Parameter, RowUse]]] = {}
-    for p, own in uses.items():
-        use = own[0]
-        assert isinstance(use, RowUse)
-        groups.setdefault((p.shape[1], p.dtype, id(factors[p])), []).append((p, use))
-    found: dict[Parameter, Tensor] = {}
-    for (width, _, _), members in groups.items():
-        while members:
-            taken, rows, size = [], 0, 0
-            while members and max(rows * width, size) <= _TOGETHER:
-                p, use = members.pop()
-                taken.append((p, use, rows))
-                rows += len(p)
-                size += use.grad.numel()
-            if len(taken) < 2:
-                continue
-            grad = torch.cat([use.masked() for _, use, _ in taken], 1)
-            grad *= factors[taken[0][0]][:, None, None]
-            places = torch.cat([use.indices + first for _, use, first in taken], 1)
-            whole = grad.new_zeros(rows, width)
-            whole.index_add_(0, places.flatten(), grad.flatten(0, 1))
-            for p, _, first in taken:
-                found[p] = whole[first : first + len(p)]
-                del uses[p]
     return found
 
 

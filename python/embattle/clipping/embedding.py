@@ -11,29 +11,25 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from embattle.clipping.functional import FunctionalLayer
+from embattle.clipping.graph import Record, alias, note
 from embattle.clipping.layer import Layer, apply, once
+from embattle.clipping.tape import Listener
 from embattle.clipping.uses import BagUse, RowUse
 
 
-class _Embedding(torch.autograd.Function):
-    """F.embedding that has no gradient of its own and lets the layer listen."""
+class _LookUp(Record):
+    """One look-up in a table."""
 
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, indices: Tensor, anchor: Tensor, layer: Any) -> Tensor:
+    __slots__ = ()
+
+    def deliver(self, listener: Listener, grad: Tensor) -> None:
+        """See Record."""
+        layer = self.layer
         module = layer.module
-        ctx.save_for_backward(indices)
-        ctx.layer = layer
-        ctx.set_materialize_grads(False)
-        if module.max_norm is None:
-            return torch.embedding(weight, indices)
-        return F.embedding(indices, weight, module.padding_idx, module.max_norm, module.norm_type)
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
-        if grad is not None:
-            ctx.layer.record(*ctx.saved_tensors, grad)
-        return None, None, None, None
+        ids = listener.layout(self.checked_input(), layer.batch_dim, 0, layer.name)
+        rows = listener.layout(grad, layer.batch_dim, 1, layer.name)
+        use = RowUse(ids, rows, module.padding_idx, module.sparse)
+        listener.add(module._parameters["weight"], use, layer.name)
 
 
 def _refuse_frequency_scaling(module: nn.Module, name: str) -> None:
@@ -54,20 +50,18 @@ class EmbeddingLayer(Layer):
 
     def look_up(self, indices: Tensor) -> Tensor:
         """Rows of the table, whose gradients are clipped."""
-        _refuse_frequency_scaling(self.module, self.name)
-        out: Tensor = apply(
-            _Embedding, self.module.weight.detach(), indices, self.tape.anchor, self
-        )
+        module = self.module
+        _refuse_frequency_scaling(module, self.name)
+        table = module._parameters["weight"]
+        weight = alias(table.detach(), table.requires_grad)
+        if module.max_norm is None:
+            out = torch.embedding(weight, indices)
+        else:
+            out = F.embedding(
+                indices, weight, module.padding_idx, module.max_norm, module.norm_type
+            )
+        note(out, _LookUp(self, indices))
         return out
-
-    def record(self, indices: Tensor, grad: Tensor) -> None:
-        """Tells the listener."""
-        listener, module = self.tape.listener, self.module
-        if listener is None:
-            return
-        ids = listener.layout(indices, self.batch_dim, 0, self.name)
-        rows = listener.layout(grad, self.batch_dim, 1, self.name)
-        listener.add(module.weight, RowUse(ids, rows, module.padding_idx, module.sparse), self.name)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

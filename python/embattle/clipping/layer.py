@@ -35,7 +35,10 @@ _PLACE = "_embattle_clipping_layer"
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return vars(self)[_PLACE](*args, **kwargs)
+    layer: Layer = self.__dict__[_PLACE]
+    # Inside of torch.func the module's own forward is run.
+    run = layer.original if layer.tape.inside else layer.forward
+    return run(*args, **kwargs)
 
 
 # Breaks the graph of torch.compile: what a stand-in does in the backward pass has side effects.
@@ -45,7 +48,7 @@ _outside_of_graphs: Any = None
 def _forward_or_break(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return _outside_of_graphs(self, *args, **kwargs)
-    return vars(self)[_PLACE](*args, **kwargs)
+    return _forward(self, *args, **kwargs)
 
 
 @functools.cache
@@ -66,7 +69,7 @@ def _set_class(module: nn.Module, kind: Any) -> None:
 
 def in_use(module: nn.Module) -> bool:
     """Whether something stands in for module's forward now."""
-    return _PLACE in vars(module)
+    return _PLACE in module.__dict__
 
 
 class Layer:
@@ -98,25 +101,22 @@ class Layer:
         torch.compile looks at to tell the two states apart.
         """
         module = self.module
+        held = module.__dict__
         self.original = module.forward
-        self._kept = vars(module).pop("forward", None)
-        vars(module)[_PLACE] = self
+        self._kept = held.pop("forward", None)
+        held[_PLACE] = self
         own: Any = type(module)
         _set_class(module, _stand_in_class(own, "torch._dynamo" in sys.modules))
 
     def take_out(self) -> None:
-        """Undoes `put_in`."""
+        """Undoes `put_in`, if it was done."""
         module = self.module
+        if not in_use(module):
+            return
         _set_class(module, type(module).__mro__[1])
-        del vars(module)[_PLACE]
+        del module.__dict__[_PLACE]
         if self._kept is not None:
             module.forward = self._kept
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the replacement, or the module's own forward inside of torch.func."""
-        if self.tape.inside:
-            return self.original(*args, **kwargs)
-        return self.forward(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The replacement."""
@@ -129,6 +129,8 @@ class Layer:
 
     def spread(self, x: Tensor, features: int) -> Tensor:
         """See Tape.spread."""
+        if not self.batch_dim and not self.broadcast and x.dim() > features and x.shape[0] != 1:
+            return x
         return self.tape.spread(
             x, self.batch_dim, features, declared=self.broadcast, name=self.name
         )

@@ -2,52 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from embattle.clipping.layer import Layer, apply, once
+from embattle.clipping.graph import Record, alias, note
+from embattle.clipping.layer import Layer
+from embattle.clipping.tape import Listener
 from embattle.clipping.uses import DenseUse, LinearUse
 
 
-class _Linear(torch.autograd.Function):
-    """F.linear that gives the gradient of its input alone, and lets the layer listen."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, taken: Any
-    ) -> Tensor:
-        out = F.linear(x, weight, bias)
-        # As autograd would under autocast: keep what was multiplied.
-        kept = x.to(out.dtype) if taken.weight.requires_grad else None
-        ctx.save_for_backward(kept, weight)
-        ctx.taken, ctx.dtype = taken, x.dtype
-        ctx.set_materialize_grads(False)
-        return out
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None, None, None
-        x, weight = ctx.saved_tensors
-        ctx.taken.record(x, grad)
-        wanted = ctx.needs_input_grad[0]
-        out = (grad @ weight.to(grad.dtype)).to(ctx.dtype) if wanted else None
-        return out, None, None, None, None
-
-
-class _Taken:
+class _LinearRecord(Record):
     """One application of a weight matrix."""
 
-    __slots__ = ("batch_dim", "bias", "bias_rows", "layer", "rows", "transposed", "weight")
+    __slots__ = ("batch_dim", "bias", "bias_rows", "rows", "transposed", "weight")
 
     def __init__(
         self,
         layer: Layer,
+        x: Tensor,
         weight: Parameter,
         bias: Parameter | None,
         batch_dim: int,
@@ -55,7 +31,7 @@ class _Taken:
         bias_rows: tuple[int, int] | None,
         transposed: bool,
     ) -> None:
-        self.layer = layer
+        super().__init__(layer, x)
         self.weight = weight
         self.bias = bias
         self.batch_dim = batch_dim
@@ -63,11 +39,11 @@ class _Taken:
         self.bias_rows = bias_rows
         self.transposed = transposed
 
-    def record(self, x: Tensor | None, grad: Tensor) -> None:
-        listener, name = self.layer.tape.listener, self.layer.name
-        if listener is None:
-            return
-        out = listener.layout(grad, self.batch_dim, 1, name)
+    def deliver(self, listener: Listener, grad: Tensor) -> None:
+        """See Record."""
+        x, name = self.checked_input(), self.layer.name
+        out = grad if x.dim() == 2 else grad.reshape(*x.shape[:-1], grad.shape[-1])
+        out = listener.layout(out, self.batch_dim, 1, name)
         shift = None
         if self.bias is not None and self.bias.requires_grad:
             summed = out.flatten(1) if out.shape[1] == 1 else out.sum(1)
@@ -78,7 +54,7 @@ class _Taken:
                 summed = whole
             shift = DenseUse(summed)
             listener.add(self.bias, shift, name)
-        if x is not None:
+        if self.weight.requires_grad:
             used = self.rows or (0, out.shape[-1])
             x = listener.layout(x, self.batch_dim, 1, name)
             listener.add(self.weight, LinearUse(x, out, used, self.transposed, shift), name)
@@ -107,17 +83,32 @@ def linear(
         bias_rows: the same of the bias; the weight's by default.
         transposed: how the weight is stored.
     """
-    used, shift = weight.detach(), None if bias is None else bias.detach()
+    used, shift = weight.detach(), None
     bias_rows = bias_rows or rows
     if rows is not None:
         used = used[rows[0] : rows[1]]
-    if shift is not None and bias_rows is not None:
-        shift = shift[bias_rows[0] : bias_rows[1]]
     if transposed:
         used = used.t()
-    taken = _Taken(layer, weight, bias, batch_dim, rows, bias_rows, transposed)
-    out: Tensor = apply(_Linear, x, used, shift, layer.tape.anchor, taken)
-    return out
+    used = alias(used, weight.requires_grad)
+    if bias is not None:
+        shift = bias.detach()
+        if bias_rows is not None:
+            shift = shift[bias_rows[0] : bias_rows[1]]
+        shift = alias(shift, bias.requires_grad)
+    x = _lowered(x)
+    flat = x.dim() == 2
+    # What F.linear returns for other inputs may be a view.
+    out = F.linear(x if flat else x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), used, shift)
+    note(out, _LinearRecord(layer, x, weight, bias, batch_dim, rows, bias_rows, transposed))
+    return out if flat else out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _lowered(x: Tensor) -> Tensor:
+    """x as autocast would have it, so that what is kept is what was multiplied."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 class LinearLayer(Layer):
@@ -125,9 +116,9 @@ class LinearLayer(Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """As torch.nn.Linear."""
-        module = self.module
+        own = self.module._parameters
         x = self.spread(input, 1)
-        return linear(self, x, module.weight, module.bias, batch_dim=self.batch_dim)
+        return linear(self, x, own["weight"], own["bias"], batch_dim=self.batch_dim)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

@@ -43,6 +43,8 @@ class Listener:
             ValueError: x does not hold the same number of rows for every sample.
         """
         outer = x.dim() - features
+        if outer == 1 and x.shape[0] == self.samples:
+            return x.unsqueeze(1)
         if outer == 0:
             raise ValueError(
                 f"PerSampleClipper: layer '{name}' got a tensor of shape {tuple(x.shape)}, which "
@@ -116,6 +118,7 @@ class Tape:
         anchor: makes the outputs of layers part of the graph even where their inputs are not.
         check: whether what runs through torch.func is compared with the module itself, once.
         inside: depth of layers being run through torch.func, whose own layers are left alone.
+        ran_without_grad: whether a layer ran where no graph was built.
     """
 
     def __init__(self) -> None:
@@ -124,6 +127,7 @@ class Tape:
         self.anchor = torch.zeros((), requires_grad=True)
         self.inside = 0
         self.check = True
+        self.ran_without_grad = False
 
     def spread(
         self, x: Tensor, batch_dim: int, features: int, *, declared: bool, name: str

@@ -81,10 +81,10 @@ class Units:
             grads: tensors [B, T, ...], gradients of outputs: the samples' weights apply to these.
 
         Returns:
-            [units] norms, float64.
+            [units] norms, float64 where units are users, else as they come.
         """
         if self.of_sample is None:
-            return norms(*inputs, *grads).double()
+            return norms(*inputs, *grads)
         found = torch.zeros(self.count, dtype=torch.float64, device=grads[0].device)
         for chosen, members, scale in self._buckets:
             present = (scale != 0).double()

@@ -22,8 +22,9 @@ from embattle.clipping.units import Units
 
 # Largest temporary of an unfolded convolution input, in elements.
 _CHUNK = 1 << 24
-# The same of the scaled gradient of rows on their way to a dense table.
-_ROWS_CHUNK = 1 << 17
+# The same of the scaled gradient of rows on their way to a dense table: an eighth of them, but at
+# least and at most so many elements.
+_ROWS_CHUNK = (1 << 15, 1 << 17)
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
@@ -56,6 +57,8 @@ class LinearUse:
 
     def norms(self, units: Units, *, bias: bool = False) -> Tensor:
         """[units] norms of the weight's gradient; with bias: of the weight's and the bias'."""
+        if units.of_sample is None:
+            return ops.linear_grad_norm(self.x, self.grad, bias=bias)
         return units.gather(
             lambda x, grad: ops.linear_grad_norm(x, grad, bias=bias), [self.x], [self.grad]
         )
@@ -144,7 +147,8 @@ class RowUse:
             )
             return dense
         table = grad.new_zeros(rows, grad.shape[-1], dtype=factor.dtype)
-        step = max(1, _ROWS_CHUNK // max(math.prod(grad.shape[1:]), 1))
+        chunk = min(max(grad.numel() // 8, _ROWS_CHUNK[0]), _ROWS_CHUNK[1])
+        step = max(1, chunk // max(math.prod(grad.shape[1:]), 1))
         for start in range(0, len(grad), step):
             part = slice(start, start + step)
             scaled = grad[part] * factor[part, None, None]
@@ -337,8 +341,11 @@ class DenseUse:
 
     def weighted(self, factor: Tensor) -> Tensor:
         """sum_b factor_b g_b."""
-        flat = self.grad.reshape(len(self.grad), -1)
-        return (factor.to(flat.dtype) @ flat).reshape(self.grad.shape[1:])
+        grad = self.grad
+        factor = factor.to(grad.dtype)
+        if grad.dim() == 2:
+            return torch.mv(grad.t(), factor)
+        return torch.mv(grad.reshape(len(grad), -1).t(), factor).reshape(grad.shape[1:])
 
     def cleaned(self, bad: Tensor) -> DenseUse:
         """The same with the samples marked in bad [B] set to zero."""

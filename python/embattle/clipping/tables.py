@@ -1,0 +1,125 @@
+"""Small tables of one width, worked on as one table: a few operations for all of them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from embattle.clipping.combine import Use, dense_norms
+from embattle.clipping.units import Units
+from embattle.clipping.uses import RowUse
+
+# Elements of tables, and of gradients of their rows, that are worked on as one.
+_TOGETHER = 1 << 18
+
+
+@dataclass
+class JointTable:
+    """The uses of several tables as the use of one that holds their rows, one after the other.
+
+    Attributes:
+        members: the tables.
+        indices: [B, L] of each, into its own table.
+        grad: [B, L, D], all their L side by side; zero wherever an index is padding.
+    """
+
+    members: list[Parameter]
+    indices: list[Tensor]
+    grad: Tensor
+
+    def _use(self) -> RowUse:
+        firsts = itertools.accumulate((len(p) for p in self.members[:-1]), initial=0)
+        columns = (indices.shape[1] for indices in self.indices)
+        starts = _starts(tuple(firsts), tuple(columns), self.grad.device)
+        return RowUse(torch.cat(self.indices, 1).add_(starts), self.grad, None, False)
+
+    def norms(self, units: Units) -> Tensor:
+        """[units] norms of the tables' joint gradient."""
+        if units.of_sample is None and all(indices.shape[1] == 1 for indices in self.indices):
+            # No row twice: nothing to add up.
+            return dense_norms([self.grad], units)
+        return self._use().norms(units)
+
+    def cleaned(self, bad: Tensor) -> JointTable:
+        """The same with the samples marked in bad [B] set to zero."""
+        return replace(self, grad=self.grad.masked_fill(bad.reshape(-1, 1, 1), 0))
+
+    def weighted(self, factor: Tensor) -> Iterator[tuple[Parameter, Tensor]]:
+        """Every table's sum_b factor_b g_b; all of them are parts of one tensor."""
+        sizes = [len(p) for p in self.members]
+        whole = self._use().weighted(factor, sum(sizes))
+        return zip(self.members, torch.split(whole, sizes), strict=True)
+
+
+Key: TypeAlias = tuple[int, torch.dtype]
+
+
+def join_tables(uses: dict[Parameter, list[Use]]) -> list[JointTable]:
+    """Takes small tables, where there are two or more of a kind, out of uses."""
+    groups: dict[Key, list[list[tuple[Parameter, RowUse]]]] = {}
+    room: dict[Key, int] = {}
+    for p, own in uses.items():
+        use = own[0]
+        if len(own) > 1 or not isinstance(use, RowUse) or not _is_small(p, use):
+            continue
+        key = (p.shape[1], p.dtype)
+        size = max(p.numel(), use.grad.numel())
+        if size > room.get(key, 0):
+            groups.setdefault(key, []).append([])
+            room[key] = _TOGETHER
+        groups[key][-1].append((p, use))
+        room[key] -= size
+    joint = []
+    for members in (part for parts in groups.values() for part in parts):
+        if len(members) > 1:
+            grad = side_by_side([use.masked() for _, use in members])
+            indices = [use.indices for _, use in members]
+            joint.append(JointTable([p for p, _ in members], indices, grad))
+            for p, _ in members:
+                del uses[p]
+    return joint
+
+
+def _is_small(parameter: Parameter, use: RowUse) -> bool:
+    return (
+        not use.sparse
+        and use.grad.dtype == parameter.dtype
+        and parameter.dtype in (torch.float32, torch.float64)
+        and max(parameter.numel(), use.grad.numel()) <= _TOGETHER // 2
+    )
+
+
+def side_by_side(grads: list[Tensor]) -> Tensor:
+    """[B, L, D] tensors as one of all their L; a view where they are parts of one already.
+
+    That is what they are where the model joins what the tables return.
+    """
+    first = grads[0]
+    row, _, one = first.stride()
+    place = first.storage_offset()
+    for grad in grads:
+        if (
+            grad.untyped_storage()._cdata != first.untyped_storage()._cdata
+            or grad.storage_offset() != place
+            or grad.stride(0) != row
+            or grad.stride(2) != one
+            or (grad.shape[1] > 1 and grad.stride(1) != first.shape[2])
+        ):
+            return torch.cat(grads, 1)
+        place += grad.shape[1] * grad.shape[2]
+    shape = (len(first), sum(grad.shape[1] for grad in grads), first.shape[2])
+    return first.as_strided(shape, (row, first.shape[2], one))
+
+
+@functools.lru_cache(maxsize=256)
+def _starts(firsts: tuple[int, ...], columns: tuple[int, ...], device: torch.device) -> Tensor:
+    """Each table's first row, as often as it has columns of indices."""
+    rows = [first for first, count in zip(firsts, columns, strict=True) for _ in range(count)]
+    return torch.tensor(rows, device=device)
