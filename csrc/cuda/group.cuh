@@ -152,14 +152,15 @@ class Group {
     });
   }
 
-  // A chunk of an input, zero where it is not valid. kTyped: its elements are T.
-  template <bool kTyped>
+  // A chunk of an input, zero where it is not valid. kTyped: its elements are T. kKept: shared
+  // memory may hold it.
+  template <bool kTyped, bool kKept = true>
   __device__ __forceinline__ void fetch(const Stream& s, int k, int64_t c, unsigned valid,
                                         Chunk& out) const {
     const int size = kTyped ? int(sizeof(T)) : bytes_of(s.type);
     const void* from = nullptr;
     if (valid == 0) {
-    } else if (s.slot >= 0 && k < p_.resident) {
+    } else if (kKept && s.slot >= 0 && k < p_.resident) {
       from = slots_ + s.slot + (k * int(blockDim.x) + int(threadIdx.x)) * (kElements * size);
     } else if (valid == kAllValid && s.aligned) {
       from = static_cast<const unsigned char*>(s.data) + c * kElements * size;
@@ -190,7 +191,7 @@ class Group {
       else
         for (int i = 0; i < kElements; ++i) out.v[i] = 0;
     } else {
-      fetch_or(p_.x, k, c, valid, A(0), out.x);
+      if (p_.x.data) fetch<true>(p_.x, k, c, valid, out.x);
       fetch_or(p_.x0, k, c, valid, A(0), out.x0);
       fetch_or(p_.lower, k, c, valid, -A(kInfinity), out.low);
       fetch_or(p_.upper, k, c, valid, A(kInfinity), out.high);
@@ -198,11 +199,7 @@ class Group {
       for (int i = 0; i < kElements; ++i) {
         out.v[i] = p_.x.data ? out.x[i] - out.x0[i] : A(0);
         if (!p_.x.data) out.x[i] = A(kInfinity) - A(kInfinity);  // equal to nothing
-        // Bounds hold in the result's dtype; elements that take no part are not bounded.
-        if (valid >> i & 1) {
-          out.low[i] = A(widen(Round<T>::nearest(out.low[i])));
-          out.high[i] = A(widen(Round<T>::nearest(out.high[i])));
-        } else {
+        if (!(valid >> i & 1)) {                                 // takes no part: not bounded
           out.low[i] = -A(kInfinity);
           out.high[i] = A(kInfinity);
         }
@@ -229,8 +226,8 @@ class Group {
   // ----------------------------------------------------------------------------------
 
   // How a gradient's magnitudes go into a maximum: non-finite ones as infinity.
-  __device__ __forceinline__ static double extent(A g) {
-    return is_finite(g) ? double(magnitude(g)) : kInfinity;
+  __device__ __forceinline__ static A extent(A g) {
+    return is_finite(g) ? magnitude(g) : A(kInfinity);
   }
 
   // The direction of steepest ascent of what source(k, chunk, valid, values) gives. Sets `finite`
@@ -245,6 +242,7 @@ class Group {
 #pragma unroll 1
     for (bool again = false;; again = true) {  // the first round measures; others are rare
       Sums s;
+      A most = 0;
       each([&](int k, int64_t c, unsigned valid) {
         Chunk g;
         source(k, c, valid, g);
@@ -252,8 +250,8 @@ class Group {
 #pragma unroll
         for (int i = 0; i < kElements; ++i) {
           if constexpr (kNorm == Norm::l1)
-            if (extent(g[i]) > s.m) top = k * kElements + i;
-          s.m = larger(s.m, extent(g[i]));
+            if (extent(g[i]) > most) top = k * kElements + i;
+          most = larger(most, extent(g[i]));
           if constexpr (kNorm == Norm::l2) s.a += double(g[i] * u.scale) * double(g[i] * u.scale);
         }
       });
@@ -266,7 +264,7 @@ class Group {
         }
         continue;
       }
-      [[maybe_unused]] const double own = s.m;
+      s.m = double(most);
       s = team_.agree(kNorm == Norm::l2 ? kSumA | kMax : kMax, s);
       if (!again) {
         *finite = s.m < kInfinity;
@@ -290,7 +288,7 @@ class Group {
         // The first of all is the answer for one coordinate.
         u.key = bits_of(A(s.m));
         const int64_t last =
-            int64_t(-team_.max(own == s.m ? -double(element_of(top)) : -kInfinity));
+            int64_t(-team_.max(double(most) == s.m ? -double(element_of(top)) : -kInfinity));
         u.ties = up_to(last);
         u.factor = A(step);
         if (p_.top == 1) return u;
@@ -569,9 +567,10 @@ class Group {
     }
   }
 
+  // A chunk of what surrounds a perturbation.
   __device__ __forceinline__ void fetch_or(const Stream& s, int k, int64_t c, unsigned valid,
                                            A other, Chunk& out) const {
-    if (s.data && !s.broadcast) return fetch<true>(s, k, c, valid, out);
+    if (s.data && !s.broadcast) return fetch<true, false>(s, k, c, valid, out);
     const A value = s.data ? load_one<A>(s.data, dtype_of<T>, 0) : other;
 #pragma unroll
     for (int i = 0; i < kElements; ++i) out[i] = value;

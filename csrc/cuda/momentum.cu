@@ -30,15 +30,17 @@ __global__ void __launch_bounds__(kMomentumThreads<T, kNorm, kFull>, 1)
 #pragma unroll 1
     for (bool again = false;; again = true) {
       Sums s;
+      A most = 0;
       group.each([&](int k, int64_t c, unsigned valid) {
         Chunk g;
         group.fetch_gradient(k, c, valid, g);
 #pragma unroll
         for (int i = 0; i < G::kElements; ++i) {
-          s.m = larger(s.m, G::extent(g[i]));
+          most = larger(most, G::extent(g[i]));
           s.a += double(magnitude(g[i] * unit));
         }
       });
+      s.m = double(most);
       s = team.agree(kSumA | kMax, s);
       if (!again) {
         finite = s.m < kInfinity;
