@@ -6,10 +6,11 @@
 // neighbour and partly valid. Thread `rank` of a team of `size` has chunks rank, rank + size, ...
 // of its group.
 //
-// Every input is read from global memory once: at the start each thread copies its chunks to its
-// own slots in shared memory, in the background, and all passes over the group read them there.
-// Chunks beyond what fits are read again in each pass, from the second-level cache with luck.
-// Threads never read each other's slots: no barrier is needed for them.
+// What is projected and what moves it are read from global memory once: at the start each thread
+// copies its chunks to its own slots in shared memory, in the background, and all passes over the
+// group read them there. Chunks beyond what fits, the origin and the bounds are read again in each
+// pass, from the second-level cache with luck. Threads never read each other's slots: no barrier is
+// needed for them.
 //
 // Two profiles: plain (float arithmetic; one dtype for all inputs; no origin, no box), and full
 // (double arithmetic, a gradient of any dtype, origin, box). Sums are double in both.
@@ -88,16 +89,22 @@ struct Projection {
 };
 
 // A chunk's values: v, the perturbation to project, and in the full profile what surrounds it.
-template <class A, int kElements, bool kFull>
+template <class T, class A, int kElements, bool kFull>
 struct Values {
   A v[kElements];
 };
-template <class A, int kElements>
-struct Values<A, kElements, true> {
+template <class T, class A, int kElements>
+struct Values<T, A, kElements, true> {
   A v[kElements];
-  A x[kElements];   // as given; NaN where nothing was
-  A x0[kElements];  // 0 where there is none
-  A low[kElements], high[kElements];
+  // As in memory: a half type then takes a quarter of the registers.
+  Pack<T, kElements> given;   // NaN where nothing was
+  Pack<T, kElements> origin;  // 0 where there is none
+  Pack<T, kElements> lower, upper;
+
+  __device__ __forceinline__ A x(int i) const { return A(widen(given.at[i])); }
+  __device__ __forceinline__ A x0(int i) const { return A(widen(origin.at[i])); }
+  __device__ __forceinline__ A low(int i) const { return A(widen(lower.at[i])); }
+  __device__ __forceinline__ A high(int i) const { return A(widen(upper.at[i])); }
 };
 
 template <class A>
@@ -122,10 +129,10 @@ template <class T, bool kFull>
 class Group {
  public:
   using A = std::conditional_t<kFull, double, float>;
-  static constexpr int kElements = kFull && sizeof(T) == 2 ? 4 : 16 / int(sizeof(T));
+  static constexpr int kElements = 16 / int(sizeof(T));
   static constexpr unsigned kAllValid = (1u << kElements) - 1;
   using Chunk = A[kElements];
-  using V = Values<A, kElements, kFull>;
+  using V = Values<T, A, kElements, kFull>;
 
   __device__ Group(const GroupParams& p, Team& team, unsigned char* shared, int64_t index)
       : p_(p), team_(team), slots_(shared + sizeof(TeamScratch)), index_(index) {
@@ -191,33 +198,35 @@ class Group {
       else
         for (int i = 0; i < kElements; ++i) out.v[i] = 0;
     } else {
-      if (p_.x.data) fetch<true>(p_.x, k, c, valid, out.x);
-      fetch_or(p_.x0, k, c, valid, A(0), out.x0);
-      fetch_or(p_.lower, k, c, valid, -A(kInfinity), out.low);
-      fetch_or(p_.upper, k, c, valid, A(kInfinity), out.high);
+      const T infinity = Round<T>::nearest(float(kInfinity));
+      const T minus_infinity = Round<T>::nearest(float(-kInfinity));
+      fetch_as_is<true>(p_.x, k, c, valid, Round<T>::nearest(float(kInfinity - kInfinity)),
+                        out.given);
+      fetch_as_is<false>(p_.x0, k, c, valid, Round<T>::nearest(0.f), out.origin);
+      fetch_as_is<false>(p_.lower, k, c, valid, minus_infinity, out.lower);
+      fetch_as_is<false>(p_.upper, k, c, valid, infinity, out.upper);
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
-        out.v[i] = p_.x.data ? out.x[i] - out.x0[i] : A(0);
-        if (!p_.x.data) out.x[i] = A(kInfinity) - A(kInfinity);  // equal to nothing
-        if (!(valid >> i & 1)) {                                 // takes no part: not bounded
-          out.low[i] = -A(kInfinity);
-          out.high[i] = A(kInfinity);
+        out.v[i] = p_.x.data ? out.x(i) - out.x0(i) : A(0);
+        if (!(valid >> i & 1)) {  // takes no part: not bounded
+          out.lower.at[i] = minus_infinity;
+          out.upper.at[i] = infinity;
         }
       }
     }
   }
 
-  // An element of x as it was fetched, before anything moved it; and an element's value less the
-  // origin.
+  // An element of x as it was given; called before anything moves v.
   __device__ __forceinline__ static A given(const V& x, int i) {
     if constexpr (kFull)
-      return x.x[i];
+      return x.x(i);
     else
       return x.v[i];
   }
+  // A value less the origin.
   __device__ __forceinline__ static A from_origin(const V& x, int i, A value) {
     if constexpr (kFull)
-      return value - x.x0[i];
+      return value - x.x0(i);
     else
       return value;
   }
@@ -503,6 +512,7 @@ class Group {
     const auto* from = static_cast<const unsigned char*>(s.data) + c * kElements * size;
     if (valid != kAllValid || !s.aligned) return copy_some(to, from, size, valid);
     if (size * kElements >= 16)
+#pragma unroll 1  // one piece, or a few
       for (int at = 0; at < size * kElements; at += 16) async_copy<16>(to + at, from + at);
     else if (size * kElements == 8)
       async_copy<8>(to, from);
@@ -567,32 +577,55 @@ class Group {
     }
   }
 
-  // A chunk of what surrounds a perturbation.
-  __device__ __forceinline__ void fetch_or(const Stream& s, int k, int64_t c, unsigned valid,
-                                           A other, Chunk& out) const {
-    if (s.data && !s.broadcast) return fetch<true, false>(s, k, c, valid, out);
-    const A value = s.data ? load_one<A>(s.data, dtype_of<T>, 0) : other;
+  // A chunk of an input of T as it is in memory, zero where it is not valid; all `other` where the
+  // input is absent.
+  template <bool kKept>
+  __device__ __forceinline__ void fetch_as_is(const Stream& s, int k, int64_t c, unsigned valid,
+                                              T other, Pack<T, kElements>& out) const {
+    if (!s.data || s.broadcast) {
+      if (s.data) other = *static_cast<const T*>(s.data);
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) out[i] = value;
+      for (int i = 0; i < kElements; ++i) out.at[i] = other;
+      return;
+    }
+    const void* from = nullptr;
+    if (valid == 0) {
+    } else if (kKept && s.slot >= 0 && k < p_.resident) {
+      from = slots_ + s.slot + (k * int(blockDim.x) + int(threadIdx.x)) * 16;
+    } else if (valid == kAllValid && s.aligned) {
+      from = static_cast<const T*>(s.data) + c * kElements;
+    }
+    out = from ? *static_cast<const Pack<T, kElements>*>(from)
+               : load_some_as_is(static_cast<const T*>(s.data) + c * kElements, valid);
+  }
+
+  static __device__ EMBATTLE_NOINLINE Pack<T, kElements> load_some_as_is(const T* from,
+                                                                         unsigned valid) {
+    Pack<T, kElements> out;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i)
+      out.at[i] = valid >> i & 1 ? from[i] : Round<T>::nearest(0.f);
+    return out;
   }
 
   __device__ __forceinline__ static A boxed(const V& x, int i, A v) {
-    const A low = x.low[i] - x.x0[i], high = x.high[i] - x.x0[i];
+    const A low = x.low(i) - x.x0(i), high = x.high(i) - x.x0(i);
     return v < low ? low : v > high ? high : v;
   }
 
   // How far an element can go in the direction that v points to.
   __device__ __forceinline__ static double room(const V& x, int i) {
-    const A r = x.v[i] < 0 ? x.x0[i] - x.low[i] : x.high[i] - x.x0[i];
+    const A r = x.v[i] < 0 ? x.x0(i) - x.low(i) : x.high(i) - x.x0(i);
     return larger(double(r), 0.0);
   }
 
   // Rounds x0 + v to T, nearest to it, but not farther than `most` from x0, and inside the box.
   __device__ __forceinline__ static T settled(const V& x, int i, A v, double most) {
-    T r = v == x.x[i] - x.x0[i] ? Round<T>::nearest(x.x[i]) : Round<T>::nearest(x.x0[i] + v);
-    if (magnitude(double(widen(r)) - x.x0[i]) > most) r = step_toward(r, x.x0[i]);
-    if (double(widen(r)) < x.low[i]) r = Round<T>::nearest(x.low[i]);
-    if (double(widen(r)) > x.high[i]) r = Round<T>::nearest(x.high[i]);
+    const double x0 = x.x0(i);
+    T r = v == x.x(i) - x0 ? x.given.at[i] : Round<T>::nearest(x0 + v);
+    if (magnitude(double(widen(r)) - x0) > most) r = step_toward(r, x0);
+    if (double(widen(r)) < x.low(i)) r = x.lower.at[i];
+    if (double(widen(r)) > x.high(i)) r = x.upper.at[i];
     return r;
   }
 
@@ -601,7 +634,7 @@ class Group {
     if constexpr (!kFull)
       return A(widen(Round<T>::nearest(x.v[i])));
     else
-      return A(widen(settled(x, i, boxed(x, i, x.v[i]), kInfinity))) - x.x0[i];
+      return A(widen(settled(x, i, boxed(x, i, x.v[i]), kInfinity))) - x.x0(i);
   }
 
   // ---- The search for a projection
