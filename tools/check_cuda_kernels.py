@@ -34,9 +34,7 @@ class Rule:
 
 #: Kernels on the paths that are to run at memory speed; the first rule that fits counts.
 RULES = (
-    Rule(re.compile(rf"^momentum_kernel<{DTYPE}, \w+, false>"), loads=True, stores=True),
-    Rule(re.compile(rf"^step_kernel<{DTYPE}, \w+, false>"), loads=True, stores=True),
-    Rule(re.compile(rf"^draw_kernel<{DTYPE}, \w+, false>"), loads=True, stores=True),
+    Rule(re.compile(rf"^(momentum|step|draw)_kernel<{DTYPE}, "), loads=True, stores=True),
     Rule(re.compile(r"^norm_kernel<"), loads=True, stores=False),
     Rule(re.compile(r"^(clip|trace|embedding_norm)_kernel"), True, False),
     Rule(re.compile(r"^(perturb|segment_sum|adagrad)_kernel"), loads=True, stores=True),

@@ -5,6 +5,34 @@
 namespace embattle::cuda {
 namespace {
 
+template <class A, int kCount>
+struct Drawn {
+  A at[kCount];
+};
+
+// A chunk of random values, zero where it is not valid: `normal` ones, or those that a start in the
+// norm's ball is made of.
+template <class T, Norm kNorm, class A, int kCount>
+__device__ __forceinline__ Drawn<A, kCount> drawn(bool normal, const int64_t (&key)[2],
+                                                  int64_t chunk, unsigned valid) {
+  constexpr Draw kStart = kNorm == Norm::linf ? Draw::uniform
+                          : kNorm == Norm::l2 ? Draw::gaussian
+                                              : Draw::exponential;
+  Drawn<A, kCount> out;
+  draw<T, kStart>(normal, key, chunk, out.at);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (!(valid >> i & 1)) out.at[i] = 0;
+  return out;
+}
+
+// The same, not inlined: for chunks that shared memory does not hold.
+template <class T, Norm kNorm, class A, int kCount>
+__device__ EMBATTLE_NOINLINE Drawn<A, kCount> drawn_again(bool normal, int64_t key0, int64_t key1,
+                                                          int64_t chunk, unsigned valid) {
+  return drawn<T, kNorm, A, kCount>(normal, {key0, key1}, chunk, valid);
+}
+
 template <class T, Norm kNorm, bool kFull>
 __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
     draw_kernel(const __grid_constant__ GroupParams p) {
@@ -13,35 +41,23 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
   using G = Group<T, kFull>;
   using A = typename G::A;
   using Chunk = typename G::Chunk;
-  constexpr Draw kStart = kNorm == Norm::linf ? Draw::uniform
-                          : kNorm == Norm::l2 ? Draw::gaussian
-                                              : Draw::exponential;
   int64_t key[2];
   for (int i = 0; i < 2; ++i) key[i] = p.key ? p.key[i] : p.key_value[i];
   for (int64_t index = team.index; index < p.groups.groups; index += team.count()) {
     G group(p, team, shared, index);
     group.prefetch(p.x);
     // Draws are kept like inputs; those that do not fit are drawn again in each pass.
-    const auto drawn = [&](int64_t c, unsigned valid, Chunk& z) {
-      if (p.start)
-        draw<T, kStart>(key, c, z);
-      else
-        draw<T, Draw::gaussian>(key, c, z);
-#pragma unroll
-      for (int i = 0; i < G::kElements; ++i)
-        if (!(valid >> i & 1)) z[i] = 0;
-    };
     double length = 0;
     group.each([&](int k, int64_t c, unsigned valid) {
       if (valid == 0) return;
       const bool keep = k < p.resident;
       if (!keep && !(p.start && kNorm != Norm::linf)) return;
-      Chunk z;
-      drawn(c, valid, z);
+      const auto z = drawn<T, kNorm, A, G::kElements>(!p.start, key, c, valid);
 #pragma unroll
       for (int i = 0; i < G::kElements; ++i) {
-        if (keep) reinterpret_cast<A*>(group.draw_slot(k))[i] = z[i];
-        length += kNorm == Norm::l1 ? double(magnitude(z[i])) : double(z[i]) * double(z[i]);
+        if (keep) reinterpret_cast<A*>(group.draw_slot(k))[i] = z.at[i];
+        length +=
+            kNorm == Norm::l1 ? double(magnitude(z.at[i])) : double(z.at[i]) * double(z.at[i]);
       }
     });
     async_wait();
@@ -65,7 +81,10 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
       if (k < p.resident) {
         load_pack<A>(group.draw_slot(k), z);
       } else {
-        drawn(c, valid, z);
+        const auto again =
+            drawn_again<T, kNorm, A, G::kElements>(!p.start, key[0], key[1], c, valid);
+#pragma unroll
+        for (int i = 0; i < G::kElements; ++i) z[i] = again.at[i];
       }
 #pragma unroll
       for (int i = 0; i < G::kElements; ++i) {
@@ -73,8 +92,7 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
         x.v[i] = fused(factor, z[i], x.v[i]);
       }
     };
-    const Projection projection = group.template project<kNorm>(source, eps);
-    group.template store<kNorm>(source, projection);
+    group.template project<kNorm>(source, eps);
   }
 }
 

@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads)
       Sums s;
       s.a = over_runs([&](const auto& r) { return weights_square(r, p, start); });
       for (int64_t i = threadIdx.x; i < n; i += kThreads) s.b += indices[i] != a.padding;
-      s = team.agree<kSumA | kSumB>(s);
+      s = team.agree(kSumA | kSumB, s);
       double square = 0;
       for (int64_t c = int64_t(threadIdx.x) * kStep; c < a.dim; c += kThreads * kStep) {
         double x[kStep];

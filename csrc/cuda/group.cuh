@@ -6,10 +6,11 @@
 // neighbour and partly valid. Thread `rank` of a team of `size` has chunks rank, rank + size, ...
 // of its group.
 //
-// Every input is read from global memory once: at the start each thread copies its chunks to its
-// own slots in shared memory, in the background, and all passes over the group read them there.
-// Chunks beyond what fits are read again in each pass, from the second-level cache with luck.
-// Threads never read each other's slots: no barrier is needed for them.
+// What is projected and what moves it are read from global memory once: at the start each thread
+// copies its chunks to its own slots in shared memory, in the background, and all passes over the
+// group read them there. Chunks beyond what fits, the origin and the bounds are read again in each
+// pass, from the second-level cache with luck. Threads never read each other's slots: no barrier is
+// needed for them.
 //
 // Two profiles: plain (float arithmetic; one dtype for all inputs; no origin, no box), and full
 // (double arithmetic, a gradient of any dtype, origin, box). Sums are double in both.
@@ -88,16 +89,22 @@ struct Projection {
 };
 
 // A chunk's values: v, the perturbation to project, and in the full profile what surrounds it.
-template <class A, int kElements, bool kFull>
+template <class T, class A, int kElements, bool kFull>
 struct Values {
   A v[kElements];
 };
-template <class A, int kElements>
-struct Values<A, kElements, true> {
+template <class T, class A, int kElements>
+struct Values<T, A, kElements, true> {
   A v[kElements];
-  A x[kElements];   // as given; NaN where nothing was
-  A x0[kElements];  // 0 where there is none
-  A low[kElements], high[kElements];
+  // As in memory: a half type then takes a quarter of the registers.
+  Pack<T, kElements> given;   // NaN where nothing was
+  Pack<T, kElements> origin;  // 0 where there is none
+  Pack<T, kElements> lower, upper;
+
+  __device__ __forceinline__ A x(int i) const { return A(widen(given.at[i])); }
+  __device__ __forceinline__ A x0(int i) const { return A(widen(origin.at[i])); }
+  __device__ __forceinline__ A low(int i) const { return A(widen(lower.at[i])); }
+  __device__ __forceinline__ A high(int i) const { return A(widen(upper.at[i])); }
 };
 
 template <class A>
@@ -122,21 +129,16 @@ template <class T, bool kFull>
 class Group {
  public:
   using A = std::conditional_t<kFull, double, float>;
-  static constexpr int kElements = kFull && sizeof(T) == 2 ? 4 : 16 / int(sizeof(T));
+  static constexpr int kElements = 16 / int(sizeof(T));
   static constexpr unsigned kAllValid = (1u << kElements) - 1;
   using Chunk = A[kElements];
-  using V = Values<A, kElements, kFull>;
+  using V = Values<T, A, kElements, kFull>;
 
   __device__ Group(const GroupParams& p, Team& team, unsigned char* shared, int64_t index)
-      : p_(p), team_(team), slots_(shared + sizeof(TeamScratch)) {
+      : p_(p), team_(team), slots_(shared + sizeof(TeamScratch)), index_(index) {
     const Groups& g = p.groups;
-    const int64_t row = g.offsets ? g.offsets[index] : index * g.rows_per_group;
-    const int64_t rows = g.offsets ? g.offsets[index + 1] - row : g.rows_per_group;
-    begin_ = row * g.dim;
-    end_ = begin_ + rows * g.dim;
-    row_ = row;
-    first_ = begin_ / kElements;
-    chunks_ = end_ > begin_ ? (end_ + kElements - 1) / kElements - first_ : 0;
+    begin_ = row(index) * g.dim;
+    end_ = row(index + 1) * g.dim;
   }
 
   // f(k, chunk, valid) for each of this thread's chunks: its number in the thread, its number in
@@ -145,39 +147,27 @@ class Group {
   __device__ __forceinline__ void each(F f) const {
     int k = 0;
 #pragma unroll 1  // a chunk's own elements and the other warps hide the latency; registers stay few
-    for (int64_t at = team_.rank; at < chunks_; at += team_.size, ++k)
-      f(k, first_ + at, valid(first_ + at));
+    for (int64_t c = first(); c * kElements < end_; c += team_.size, ++k) f(k, c, valid(c));
   }
 
-  // Starts copying this thread's chunks of an input to shared memory.
-  __device__ void prefetch(const Stream& s) const {
-    if (s.slot < 0) return;
+  // Starts copying this thread's chunks of inputs to shared memory.
+  template <class... Streams>
+  __device__ __forceinline__ void prefetch(const Streams&... streams) const {
+    if (p_.resident == 0) return;
     each([&](int k, int64_t c, unsigned valid) {
-      if (k >= p_.resident || valid == 0) return;
-      const int size = bytes_of(s.type);
-      unsigned char* to = slot(s, k);
-      const auto* from = static_cast<const unsigned char*>(s.data) + c * kElements * size;
-      if (valid == kAllValid && s.aligned) {
-        if (size * kElements >= 16)
-          for (int at = 0; at < size * kElements; at += 16) async_copy<16>(to + at, from + at);
-        else if (size * kElements == 8)
-          async_copy<8>(to, from);
-        else
-          async_copy<4>(to, from);
-        return;
-      }
-      copy_some(to, from, size, valid);
+      if (k < p_.resident && valid != 0) (prefetch_chunk(streams, k, c, valid), ...);
     });
   }
 
-  // A chunk of an input, zero where it is not valid. kTyped: its elements are T.
-  template <bool kTyped>
+  // A chunk of an input, zero where it is not valid. kTyped: its elements are T. kKept: shared
+  // memory may hold it.
+  template <bool kTyped, bool kKept = true>
   __device__ __forceinline__ void fetch(const Stream& s, int k, int64_t c, unsigned valid,
                                         Chunk& out) const {
     const int size = kTyped ? int(sizeof(T)) : bytes_of(s.type);
     const void* from = nullptr;
     if (valid == 0) {
-    } else if (s.slot >= 0 && k < p_.resident) {
+    } else if (kKept && s.slot >= 0 && k < p_.resident) {
       from = slots_ + s.slot + (k * int(blockDim.x) + int(threadIdx.x)) * (kElements * size);
     } else if (valid == kAllValid && s.aligned) {
       from = static_cast<const unsigned char*>(s.data) + c * kElements * size;
@@ -208,97 +198,114 @@ class Group {
       else
         for (int i = 0; i < kElements; ++i) out.v[i] = 0;
     } else {
-      fetch_or(p_.x, k, c, valid, A(0), out.x);
-      fetch_or(p_.x0, k, c, valid, A(0), out.x0);
-      fetch_or(p_.lower, k, c, valid, -A(kInfinity), out.low);
-      fetch_or(p_.upper, k, c, valid, A(kInfinity), out.high);
+      const T infinity = Round<T>::nearest(float(kInfinity));
+      const T minus_infinity = Round<T>::nearest(float(-kInfinity));
+      fetch_as_is<true>(p_.x, k, c, valid, Round<T>::nearest(float(kInfinity - kInfinity)),
+                        out.given);
+      fetch_as_is<false>(p_.x0, k, c, valid, Round<T>::nearest(0.f), out.origin);
+      fetch_as_is<false>(p_.lower, k, c, valid, minus_infinity, out.lower);
+      fetch_as_is<false>(p_.upper, k, c, valid, infinity, out.upper);
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
-        out.v[i] = p_.x.data ? out.x[i] - out.x0[i] : A(0);
-        if (!p_.x.data) out.x[i] = A(kInfinity) - A(kInfinity);  // equal to nothing
-        // Bounds hold in the result's dtype; elements that take no part are not bounded.
-        if (valid >> i & 1) {
-          out.low[i] = A(widen(Round<T>::nearest(out.low[i])));
-          out.high[i] = A(widen(Round<T>::nearest(out.high[i])));
-        } else {
-          out.low[i] = -A(kInfinity);
-          out.high[i] = A(kInfinity);
+        out.v[i] = p_.x.data ? out.x(i) - out.x0(i) : A(0);
+        if (!(valid >> i & 1)) {  // takes no part: not bounded
+          out.lower.at[i] = minus_infinity;
+          out.upper.at[i] = infinity;
         }
       }
     }
   }
 
-  // A chunk of an input less the origin.
-  __device__ __forceinline__ void fetch_offset(int k, int64_t c, unsigned valid, const Stream& s,
-                                               Chunk& out) const {
-    fetch<true>(s, k, c, valid, out);
-    if constexpr (kFull) {
-      if (!p_.x0.data) return;
-      Chunk x0;
-      fetch<true>(p_.x0, k, c, valid, x0);
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) out[i] -= x0[i];
-    }
+  // An element of x as it was given; called before anything moves v.
+  __device__ __forceinline__ static A given(const V& x, int i) {
+    if constexpr (kFull)
+      return x.x(i);
+    else
+      return x.v[i];
+  }
+  // A value less the origin.
+  __device__ __forceinline__ static A from_origin(const V& x, int i, A value) {
+    if constexpr (kFull)
+      return value - x.x0(i);
+    else
+      return value;
   }
 
   // ---- Directions
   // ----------------------------------------------------------------------------------
 
   // How a gradient's magnitudes go into a maximum: non-finite ones as infinity.
-  __device__ __forceinline__ static double extent(A g) {
-    return is_finite(g) ? double(magnitude(g)) : kInfinity;
+  __device__ __forceinline__ static A extent(A g) {
+    return is_finite(g) ? magnitude(g) : A(kInfinity);
   }
 
   // The direction of steepest ascent of what source(k, chunk, valid, values) gives. Sets `finite`
   // to whether all of it is finite; where not, nothing moves.
+  //
+  // All passes over the group are rounds of one loop, so that `source` is compiled once.
   template <Norm kNorm, class Source>
-  __device__ Direction<A> direction(Source source, double step, bool* finite) {
+  __device__ __forceinline__ Direction<A> direction(Source source, double step, bool* finite) {
     Direction<A> u;
-    Sums s;
-    [[maybe_unused]] int first = 0;  // of this thread's elements: the first of the largest
-    each([&](int k, int64_t c, unsigned valid) {
-      Chunk g;
-      source(k, c, valid, g);
+    [[maybe_unused]] int top = 0;  // of this thread's elements: the first of the largest
+    [[maybe_unused]] Choice choice;
+#pragma unroll 1
+    for (bool again = false;; again = true) {  // the first round measures; others are rare
+      Sums s;
+      A most = 0;
+      each([&](int k, int64_t c, unsigned valid) {
+        Chunk g;
+        source(k, c, valid, g);
+        if (kNorm == Norm::l1 && again) return count(choice, k, valid, g, s);
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        if constexpr (kNorm == Norm::l1)
-          if (extent(g[i]) > s.m) first = k * kElements + i;
-        s.m = larger(s.m, extent(g[i]));
-        if constexpr (kNorm == Norm::l2) s.a += double(g[i]) * double(g[i]);
+        for (int i = 0; i < kElements; ++i) {
+          if constexpr (kNorm == Norm::l1)
+            if (extent(g[i]) > most) top = k * kElements + i;
+          most = larger(most, extent(g[i]));
+          if constexpr (kNorm == Norm::l2) s.a += double(g[i] * u.scale) * double(g[i] * u.scale);
+        }
+      });
+      if (kNorm == Norm::l1 && again) {
+        if (!next(choice, team_.agree(kSumA | kSumB, s))) {
+          u.key = choice.key;
+          u.ties = up_to(choice.low);
+          u.factor = A(step / choice.wanted);
+          return u;
+        }
+        continue;
       }
-    });
-    [[maybe_unused]] const double own = s.m;
-    s = team_.template agree<kNorm == Norm::l2 ? kSumA | kMax : kMax>(s);
-    *finite = s.m < kInfinity;
-    if (!*finite || s.m == 0) return u;
-    u.moving = true;
-    if constexpr (kNorm == Norm::linf) {
-      u.factor = A(step);
-    } else if constexpr (kNorm == Norm::l2) {
-      u.scale = range_scale<A>(s.m);
-      double length = sqrt(s.a) * double(u.scale);
-      if (sizeof(A) == 8 && u.scale != 1) {  // the squares may have left the range
-        double squares = 0;
-        each([&](int k, int64_t c, unsigned valid) {
-          Chunk g;
-          source(k, c, valid, g);
-          for (int i = 0; i < kElements; ++i)
-            squares += double(g[i] * u.scale) * double(g[i] * u.scale);
-        });
-        length = sqrt(team_.sum(squares));
+      s.m = double(most);
+      s = team_.agree(kNorm == Norm::l2 ? kSumA | kMax : kMax, s);
+      if (!again) {
+        *finite = s.m < kInfinity;
+        if (!*finite || s.m == 0) return u;
+        u.moving = true;
       }
-      constexpr double kMost = sizeof(A) == 4 ? 3e38 : 1.7e308;
-      u.factor = A(larger(smaller(step / length, kMost), -kMost));
-    } else {
-      // The first of all is the answer for one coordinate.
-      u.key = bits_of(A(s.m));
-      const int64_t last =
-          int64_t(-team_.max(own == s.m ? -double(element_of(first)) : -kInfinity));
-      u.ties = up_to(last);
-      u.factor = A(step);
-      if (p_.top != 1) choose_coordinates(source, step, u);
+      if constexpr (kNorm == Norm::linf) {
+        u.factor = A(step);
+        return u;
+      } else if constexpr (kNorm == Norm::l2) {
+        double length = sqrt(s.a);
+        if (!again) {
+          u.scale = range_scale<A>(s.m);
+          if (sizeof(A) == 8 && u.scale != 1) continue;  // the squares may have left the range
+          length *= double(u.scale);
+        }
+        constexpr double kMost = sizeof(A) == 4 ? 3e38 : 1.7e308;
+        u.factor = A(larger(smaller(step / length, kMost), -kMost));
+        return u;
+      } else {
+        // The first of all is the answer for one coordinate.
+        u.key = bits_of(A(s.m));
+        const int64_t last =
+            int64_t(-team_.max(double(most) == s.m ? -double(element_of(top)) : -kInfinity));
+        u.ties = up_to(last);
+        u.factor = A(step);
+        if (p_.top == 1) return u;
+        choice.largest = u.key;
+        choice.low = begin_;
+        choice.high = end_ - 1;
+      }
     }
-    return u;
   }
 
   // v moved by an element's part of the direction. `place`: the element's number in the thread.
@@ -318,60 +325,45 @@ class Group {
   // ---- Projection
   // ----------------------------------------------------------------------------------
 
-  // The projection of what source(k, chunk, valid, values) gives on the ball and the box.
-  template <Norm kNorm, class Source>
-  __device__ Projection project(Source source, double eps) {
+  // Finds the projection of what source(k, chunk, valid, values) gives on the ball and the box;
+  // where again(projection) is true, that of what source gives from then on; and ends with
+  // finish(k, chunk, valid, values, projection) for each chunk.
+  //
+  // All passes over the group are rounds of one loop, so that `source`, which is long, is compiled
+  // once.
+  template <Norm kNorm, class Source, class Again, class Finish>
+  __device__ __forceinline__ void project(Source source, double eps, Again again, Finish finish) {
     Projection result;
-    result.eps = eps;
-    if constexpr (kNorm == Norm::linf) {
-      return result;
-    } else {
-      if (!(eps < kInfinity)) return result;
-      [[maybe_unused]] const bool boxed = kFull && (p_.lower.data || p_.upper.data);
-      const A unit = kNorm == Norm::l2 && sizeof(T) == 8 ? range_scale<A>(extent_of(source)) : A(1);
-      const double radius = eps * double(unit),
-                   bound = kNorm == Norm::l2 ? radius * radius : radius;
-      // a: of what would be stored as it is; b: of the values themselves; m: the largest.
+    Search search;
+    begin<kNorm>(search, eps, result);
+#pragma unroll 1
+    for (;;) {
+      if (search.pass == Pass::finish && again(result)) {
+        begin<kNorm>(search, eps, result);
+        continue;
+      }
       Sums s;
       each([&](int k, int64_t c, unsigned valid) {
         V x;
         source(k, c, valid, x);
-#pragma unroll
-        for (int i = 0; i < kElements; ++i) {
-          if (!(valid >> i & 1)) continue;
-          const double v = double(x.v[i] * unit), r = double(kept(x, i)) * double(unit);
-          if constexpr (kNorm == Norm::l2) {
-            s.a += r * r;
-            s.b += v * v;
-          } else {
-            s.a += magnitude(r);
-            s.b += magnitude(v);
-            s.m = larger(s.m, magnitude(v));
-          }
-        }
+        if (kNorm == Norm::linf || search.pass == Pass::finish)
+          finish(k, c, valid, x, result);
+        else
+          measure<kNorm>(search, result, valid, x, s);
       });
-      constexpr bool kSame = !kFull && sizeof(T) == 4;  // stored values are the values
-      s = team_.template agree<(kSame ? 0 : kSumA) | kSumB | (kNorm == Norm::l1 ? kMax : 0)>(s);
-      if (kSame) s.a = s.b;
-      if (!(s.a > bound)) return result;
-      if constexpr (kNorm == Norm::l2) {
-        result.fit = Fit::scaled;
-        double scale = radius / sqrt(s.b);
-        if constexpr (kFull)
-          if (boxed) scale = scale_in_box(source, radius, s.b, double(unit));
-        result.scale = smaller(scale, 1.0) * kInside<T>;
-      } else {
-        result.fit = Fit::shifted;
-        if constexpr (kFull) {
-          if (boxed) {
-            result.shift = shift_in_box(source, eps, s.m);
-            return result;
-          }
-        }
-        shift(source, eps * kInside<T>, s, result);
-      }
-      return result;
+      if (kNorm == Norm::linf || search.pass == Pass::finish) return;
+      next<kNorm>(search, s, result);
     }
+  }
+
+  // Projects the group, and stores it.
+  template <Norm kNorm, class Source>
+  __device__ __forceinline__ void project(Source source, double eps) {
+    project<kNorm>(
+        source, eps, [](const Projection&) { return false; },
+        [&](int, int64_t c, unsigned valid, const V& x, const Projection& projection) {
+          store<kNorm>(c, valid, x, projection);
+        });
   }
 
   // An element's image under the projection, before it is stored.
@@ -421,17 +413,14 @@ class Group {
     }
   }
 
-  // Writes the group: stored values, and the origin (or zero) where masked out.
-  template <Norm kNorm, class Source>
-  __device__ void store(Source source, const Projection& projection) {
-    each([&](int k, int64_t c, unsigned valid) {
-      V x;
-      source(k, c, valid, x);
-      Pack<T, kElements> result;
+  // Writes a chunk: stored values, and the origin (or zero) where masked out.
+  template <Norm kNorm>
+  __device__ __forceinline__ void store(int64_t c, unsigned valid, const V& x,
+                                        const Projection& projection) const {
+    Pack<T, kElements> result;
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) result.at[i] = stored<kNorm>(projection, x, i);
-      write(p_.out, p_.out_aligned, c, valid, result, p_.x0);
-    });
+    for (int i = 0; i < kElements; ++i) result.at[i] = stored<kNorm>(projection, x, i);
+    write(p_.out, p_.out_aligned, c, valid, result, p_.x0);
   }
 
   // Writes a chunk's valid elements, and `base` (or zero) to those that are masked out.
@@ -477,14 +466,22 @@ class Group {
            (k * int(blockDim.x) + int(threadIdx.x)) * (kElements * bytes_of(s.type));
   }
 
+  // The first row of a group.
+  __device__ __forceinline__ int64_t row(int64_t group) const {
+    const Groups& g = p_.groups;
+    return g.offsets ? g.offsets[group] : group * g.rows_per_group;
+  }
+
+  // This thread's first chunk.
+  __device__ __forceinline__ int64_t first() const { return begin_ / kElements + team_.rank; }
+
   // A thread's elements are numbered by its chunks, k * kElements + i. The number in the tensor of
   // one, and how many of them do not come behind element `last` of the tensor.
   __device__ __forceinline__ int64_t element_of(int place) const {
-    return (first_ + team_.rank + int64_t(place / kElements) * team_.size) * kElements +
-           place % kElements;
+    return (first() + int64_t(place / kElements) * team_.size) * kElements + place % kElements;
   }
   __device__ __forceinline__ int up_to(int64_t last) const {
-    const int64_t chunk = last / kElements - first_ - team_.rank;
+    const int64_t chunk = last / kElements - first();
     if (chunk < 0) return 0;
     const int64_t k = chunk / team_.size;
     return int(k * kElements + (k * team_.size == chunk ? last % kElements + 1 : kElements));
@@ -502,9 +499,25 @@ class Group {
   __device__ __forceinline__ unsigned valid(int64_t c) const {
     const unsigned bits = in_range(c);
     return p_.groups.mask
-               ? unmasked(bits, p_.groups.mask + row_, p_.groups.dim, c * kElements - begin_,
+               ? unmasked(bits, p_.groups.mask + row(index_), p_.groups.dim, c * kElements - begin_,
                           end_ - begin_ < (int64_t(1) << 31) - 64)
                : bits;
+  }
+
+  __device__ __forceinline__ void prefetch_chunk(const Stream& s, int k, int64_t c,
+                                                 unsigned valid) const {
+    if (s.slot < 0) return;
+    const int size = kFull ? bytes_of(s.type) : int(sizeof(T));
+    unsigned char* to = slot(s, k);
+    const auto* from = static_cast<const unsigned char*>(s.data) + c * kElements * size;
+    if (valid != kAllValid || !s.aligned) return copy_some(to, from, size, valid);
+    if (size * kElements >= 16)
+#pragma unroll 1  // one piece, or a few
+      for (int at = 0; at < size * kElements; at += 16) async_copy<16>(to + at, from + at);
+    else if (size * kElements == 8)
+      async_copy<8>(to, from);
+    else
+      async_copy<4>(to, from);
   }
 
   // Rare or long things, not inlined.
@@ -564,31 +577,55 @@ class Group {
     }
   }
 
-  __device__ __forceinline__ void fetch_or(const Stream& s, int k, int64_t c, unsigned valid,
-                                           A other, Chunk& out) const {
-    if (s.data && !s.broadcast) return fetch<true>(s, k, c, valid, out);
-    const A value = s.data ? load_one<A>(s.data, dtype_of<T>, 0) : other;
+  // A chunk of an input of T as it is in memory, zero where it is not valid; all `other` where the
+  // input is absent.
+  template <bool kKept>
+  __device__ __forceinline__ void fetch_as_is(const Stream& s, int k, int64_t c, unsigned valid,
+                                              T other, Pack<T, kElements>& out) const {
+    if (!s.data || s.broadcast) {
+      if (s.data) other = *static_cast<const T*>(s.data);
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) out[i] = value;
+      for (int i = 0; i < kElements; ++i) out.at[i] = other;
+      return;
+    }
+    const void* from = nullptr;
+    if (valid == 0) {
+    } else if (kKept && s.slot >= 0 && k < p_.resident) {
+      from = slots_ + s.slot + (k * int(blockDim.x) + int(threadIdx.x)) * 16;
+    } else if (valid == kAllValid && s.aligned) {
+      from = static_cast<const T*>(s.data) + c * kElements;
+    }
+    out = from ? *static_cast<const Pack<T, kElements>*>(from)
+               : load_some_as_is(static_cast<const T*>(s.data) + c * kElements, valid);
+  }
+
+  static __device__ EMBATTLE_NOINLINE Pack<T, kElements> load_some_as_is(const T* from,
+                                                                         unsigned valid) {
+    Pack<T, kElements> out;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i)
+      out.at[i] = valid >> i & 1 ? from[i] : Round<T>::nearest(0.f);
+    return out;
   }
 
   __device__ __forceinline__ static A boxed(const V& x, int i, A v) {
-    const A low = x.low[i] - x.x0[i], high = x.high[i] - x.x0[i];
+    const A low = x.low(i) - x.x0(i), high = x.high(i) - x.x0(i);
     return v < low ? low : v > high ? high : v;
   }
 
   // How far an element can go in the direction that v points to.
   __device__ __forceinline__ static double room(const V& x, int i) {
-    const A r = x.v[i] < 0 ? x.x0[i] - x.low[i] : x.high[i] - x.x0[i];
+    const A r = x.v[i] < 0 ? x.x0(i) - x.low(i) : x.high(i) - x.x0(i);
     return larger(double(r), 0.0);
   }
 
   // Rounds x0 + v to T, nearest to it, but not farther than `most` from x0, and inside the box.
   __device__ __forceinline__ static T settled(const V& x, int i, A v, double most) {
-    T r = v == x.x[i] - x.x0[i] ? Round<T>::nearest(x.x[i]) : Round<T>::nearest(x.x0[i] + v);
-    if (magnitude(double(widen(r)) - x.x0[i]) > most) r = step_toward(r, x.x0[i]);
-    if (double(widen(r)) < x.low[i]) r = Round<T>::nearest(x.low[i]);
-    if (double(widen(r)) > x.high[i]) r = Round<T>::nearest(x.high[i]);
+    const double x0 = x.x0(i);
+    T r = v == x.x(i) - x0 ? x.given.at[i] : Round<T>::nearest(x0 + v);
+    if (magnitude(double(widen(r)) - x0) > most) r = step_toward(r, x0);
+    if (double(widen(r)) < x.low(i)) r = x.lower.at[i];
+    if (double(widen(r)) > x.high(i)) r = x.upper.at[i];
     return r;
   }
 
@@ -597,174 +634,270 @@ class Group {
     if constexpr (!kFull)
       return A(widen(Round<T>::nearest(x.v[i])));
     else
-      return A(widen(settled(x, i, boxed(x, i, x.v[i]), kInfinity))) - x.x0[i];
+      return A(widen(settled(x, i, boxed(x, i, x.v[i]), kInfinity))) - x.x0(i);
   }
 
-  template <class Source>
-  __device__ double extent_of(Source source) {
-    double m = 0;
-    each([&](int k, int64_t c, unsigned valid) {
-      V x;
-      source(k, c, valid, x);
+  // ---- The search for a projection
+  // ---------------------------------------------------------------------
+
+  // What a pass over the group is for.
+  enum class Pass : int {
+    extent,   // the largest magnitude
+    measure,  // whether the values lie in the ball, and what the search starts with
+    shift,    // l1: a step towards the threshold
+    box,      // a step towards the scale or the threshold, with a box
+    finish,
+  };
+
+  struct Search {
+    Pass pass = Pass::measure;
+    int round = 0;
+    A unit = 1;  // l2: power of two that brings the values into range
+    double radius = 0;
+    double at = 0;             // where the search is: l2: the scale squared; l1: the threshold
+    double low = 0, high = 0;  // l1 with a box: what the threshold lies between
+    double largest = 0;
+  };
+
+  __device__ bool has_box() const { return kFull && (p_.lower.data || p_.upper.data); }
+
+  template <Norm kNorm>
+  __device__ __forceinline__ void begin(Search& search, double eps, Projection& result) const {
+    search = Search{};
+    result = Projection{};
+    result.eps = search.radius = eps;
+    if (kNorm == Norm::linf || !(eps < kInfinity))
+      search.pass = Pass::finish;
+    else if (kNorm == Norm::l2 && sizeof(T) == 8)
+      search.pass = Pass::extent;
+  }
+
+  // Adds a chunk to the sums that a pass forms.
+  template <Norm kNorm>
+  __device__ __forceinline__ static void measure(const Search& search, const Projection& result,
+                                                 unsigned valid, const V& x, Sums& s) {
+    if (kNorm == Norm::l2 && sizeof(T) == 8 && search.pass == Pass::extent) {
+#pragma unroll
       for (int i = 0; i < kElements; ++i)
-        if (valid >> i & 1) m = larger(m, double(magnitude(x.v[i])));
-    });
-    return team_.max(m);
-  }
-
-  // The scale s with sum min(s |v|, room)^2 = radius^2. In q = s^2 the sum is concave and piecewise
-  // linear: Newton's iteration from below rises to the root and ends on its piece.
-  template <class Source>
-  __device__ double scale_in_box(Source source, double radius, double squares, double unit) {
-    double q = radius * radius / squares;
-    for (int round = 0; round < 1000; ++round) {
-      Sums s;  // a: squares of the free elements; b: of the bounds of the others
-      each([&](int k, int64_t c, unsigned valid) {
-        V x;
-        source(k, c, valid, x);
-        for (int i = 0; i < kElements; ++i) {
-          if (!(valid >> i & 1)) continue;
-          const double v = x.v[i] * unit, r = room(x, i) * unit;
-          if (q * v * v < r * r)
+        if (valid >> i & 1) s.m = larger(s.m, double(magnitude(x.v[i])));
+    } else if (search.pass == Pass::measure) {
+      // a: of what would be stored as it is; b: of the values themselves; m: the largest.
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        if (!(valid >> i & 1)) continue;
+        const A unit = kNorm == Norm::l2 && sizeof(T) == 8 ? search.unit : A(1);
+        const double v = double(x.v[i] * unit), r = double(kept(x, i)) * double(unit);
+        if constexpr (kNorm == Norm::l2) {
+          s.a += r * r;
+          s.b += v * v;
+        } else {
+          s.a += magnitude(r);
+          s.b += magnitude(v);
+          s.m = larger(s.m, magnitude(v));
+        }
+      }
+    } else if (kNorm == Norm::l1 && search.pass == Pass::shift) {
+      // a: how far the elements beyond the threshold reach; b: how many they are.
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        if (!(valid >> i & 1)) continue;
+        const double w = double(magnitude(x.v[i])) - result.base;
+        if (w > search.at) {
+          s.a += w;
+          s.b += 1;
+        }
+      }
+    } else if constexpr (kFull) {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        if (!(valid >> i & 1)) continue;
+        if constexpr (kNorm == Norm::l2) {
+          // a: squares of the free elements; b: of the bounds of the others.
+          const double v = x.v[i] * search.unit, r = room(x, i) * double(search.unit);
+          if (search.at * v * v < r * r)
             s.a += v * v;
           else
             s.b += r * r;
+        } else {
+          // a: the sum; b: how many elements are free.
+          const double w = double(magnitude(x.v[i])) - search.at, r = room(x, i);
+          if (w <= 0) continue;
+          s.a += smaller(w, r);
+          if (w < r) s.b += 1;
         }
-      });
-      s = team_.template agree<kSumA | kSumB>(s);
-      if (!(s.a > 0)) break;
-      const double next = (radius * radius - s.b) / s.a;
-      if (!(next > q * (1 + 1e-15))) break;
-      q = next;
+      }
     }
-    return sqrt(q);
+  }
+
+  // Takes a thread's sums of a pass; says what the next pass is for.
+  template <Norm kNorm>
+  __device__ __forceinline__ void next(Search& search, Sums s, Projection& result) {
+    if (kNorm == Norm::l2 && sizeof(T) == 8 && search.pass == Pass::extent) {
+      search.unit = range_scale<A>(team_.max(s.m));
+      search.radius = result.eps * double(search.unit);
+      search.pass = Pass::measure;
+    } else if (search.pass == Pass::measure) {
+      constexpr bool kSame = !kFull && sizeof(T) == 4;  // stored values are the values
+      s = team_.agree((kSame ? 0 : kSumA) | kSumB | (kNorm == Norm::l1 ? kMax : 0), s);
+      if (kSame) s.a = s.b;
+      const double radius = search.radius;
+      search.pass = Pass::finish;
+      if (!(s.a > (kNorm == Norm::l2 ? radius * radius : radius))) return;
+      if constexpr (kNorm == Norm::l2) {
+        result.fit = Fit::scaled;
+        if (has_box()) {
+          search.at = radius * radius / s.b;
+          search.pass = Pass::box;
+          return;
+        }
+        result.scale = smaller(radius / sqrt(s.b), 1.0) * kInside<T>;
+      } else {
+        result.fit = Fit::shifted;
+        if (has_box()) {
+          search.high = search.largest = s.m;
+          search.pass = Pass::box;
+          return;
+        }
+        begin_shift(search, s, result);
+      }
+    } else if (kNorm == Norm::l1 && search.pass == Pass::shift) {
+      next_shift(search, team_.agree(kSumA | kSumB, s), result);
+    } else if constexpr (kFull) {
+      s = team_.agree(kSumA | kSumB, s);
+      if constexpr (kNorm == Norm::l2)
+        next_scale_in_box(search, s, result);
+      else
+        next_shift_in_box(search, s, result);
+    }
+  }
+
+  // No search is longer: it ends where rounding ends it.
+  static constexpr int kMostRounds = 1000;
+
+  // The scale s with sum min(s |v|, room)^2 = radius^2. In q = s^2 the sum is concave and piecewise
+  // linear: Newton's iteration from below rises to the root and ends on its piece.
+  __device__ __forceinline__ static void next_scale_in_box(Search& search, const Sums& s,
+                                                           Projection& result) {
+    if (s.a > 0) {
+      const double next = (search.radius * search.radius - s.b) / s.a;
+      if (next > search.at * (1 + 1e-15)) {
+        search.at = next;
+        if (++search.round < kMostRounds) return;
+      }
+    }
+    result.scale = smaller(sqrt(search.at), 1.0) * kInside<T>;
+    search.pass = Pass::finish;
   }
 
   // The threshold with sum max(|v| - shift, 0) = eps: Newton's iteration from below (Michelot, "A
   // finite algorithm for finding the projection of a point onto the canonical simplex", 1986). For
   // a small ball magnitudes are taken relative to the largest: the differences are then exact.
-  template <class Source>
-  __device__ void shift(Source source, double eps, const Sums& all, Projection& result) {
-    const double n = count_valid();
+  __device__ __forceinline__ void begin_shift(Search& search, const Sums& all, Projection& result) {
+    const double eps = search.radius = result.eps * kInside<T>, n = count_valid();
     result.base = eps < all.m / 2 ? all.m : 0;
-    double t = -eps;  // relative to the largest; the mean would be rounded
-    if (result.base == 0) t = larger(larger(all.m - eps, (all.b - eps) / n), 0.0);
-    for (int round = 0; round < 1000; ++round) {
-      Sums s;
-      each([&](int k, int64_t c, unsigned valid) {
-        V x;
-        source(k, c, valid, x);
-#pragma unroll
-        for (int i = 0; i < kElements; ++i) {
-          if (!(valid >> i & 1)) continue;
-          const double w = double(magnitude(x.v[i])) - result.base;
-          if (w > t) {
-            s.a += w;
-            s.b += 1;
-          }
-        }
-      });
-      s = team_.template agree<kSumA | kSumB>(s);
-      const double next = (s.a - eps) / s.b;
-      if (!(next > t)) break;
-      t = next;
+    search.at = -eps;  // relative to the largest; the mean would be rounded
+    if (result.base == 0) search.at = larger(larger(all.m - eps, (all.b - eps) / n), 0.0);
+    search.pass = Pass::shift;
+  }
+  __device__ __forceinline__ static void next_shift(Search& search, const Sums& s,
+                                                    Projection& result) {
+    const double next = (s.a - search.radius) / s.b;
+    if (next > search.at) {
+      search.at = next;
+      if (++search.round < kMostRounds) return;
     }
-    result.shift = t;
+    result.shift = search.at;
+    search.pass = Pass::finish;
   }
 
   // The threshold with sum min(max(|v| - shift, 0), room) = eps: Newton's iteration, kept inside a
   // shrinking bracket as the sum is neither convex nor concave.
-  template <class Source>
-  __device__ double shift_in_box(Source source, double eps, double largest) {
-    double low = 0, high = largest, t = 0;
-    for (int round = 0; round < 1000; ++round) {
-      Sums s;  // a: the sum; b: how many elements are free
-      each([&](int k, int64_t c, unsigned valid) {
-        V x;
-        source(k, c, valid, x);
-        for (int i = 0; i < kElements; ++i) {
-          if (!(valid >> i & 1)) continue;
-          const double w = double(magnitude(x.v[i])) - t, r = room(x, i);
-          if (w <= 0) continue;
-          s.a += smaller(w, r);
-          if (w < r) s.b += 1;
-        }
-      });
-      s = team_.template agree<kSumA | kSumB>(s);
-      if (s.a > eps) {
-        low = t;
-      } else {
-        high = t;
-        if (s.a >= eps * (1 - 3e-15)) break;
-      }
+  __device__ __forceinline__ static void next_shift_in_box(Search& search, const Sums& s,
+                                                           Projection& result) {
+    const double eps = search.radius, t = search.at;
+    bool done = false;
+    if (s.a > eps) {
+      search.low = t;
+    } else {
+      search.high = t;
+      done = s.a >= eps * (1 - 3e-15);
+    }
+    if (!done) {
+      const double low = search.low, high = search.high;
       double next = s.b > 0 ? t + (s.a - eps * (1 - 1e-15)) / s.b : high;
       if (!(next > low && next < high)) next = low + (high - low) / 2;
-      if (!(next > low && next < high)) break;
-      t = next;
+      if (next > low && next < high) {
+        search.at = next;
+        if (++search.round < kMostRounds) return;
+      }
     }
-    return high < largest || t == largest ? high : t;
+    result.shift =
+        search.high < search.largest || search.at == search.largest ? search.high : search.at;
+    search.pass = Pass::finish;
   }
 
-  // l1: which `top` coordinates of the gradient move, all by the same. On entry u.key has the bits
-  // of the largest magnitude.
-  template <class Source>
-  __device__ void choose_coordinates(Source source, double step, Direction<A>& u) {
-    // Chosen are the elements with larger bits than `key`, and those with these bits up to `last`.
-    // Which they are is found by counting: first key, bit by bit from the top; then last, by
-    // bisection.
-    const Bits<A> largest = u.key;
+  // ---- The choice of coordinates
+  // -----------------------------------------------------------------------
+
+  // l1: which `top` coordinates of the gradient move. Chosen are the elements with larger bits than
+  // `key`, and those with these bits up to `low`. Which they are is found by counting: first key,
+  // bit by bit from the top; then the last element, by bisection.
+  struct Choice {
+    Bits<A> largest = 0;  // of all
     Bits<A> key = 0;
-    int64_t low = begin_, high = end_ - 1;
-    double n = 0, wanted = -1;
-    for (int bit = int(sizeof(A)) * 8 - 2;;) {
-      Bits<A> than = key;  // this round counts elements with larger bits, and these up to `last`
-      int64_t last = -1;
-      int ties = 0;
-      if (wanted >= 0 && bit >= 0) {
-        if ((key | Bits<A>(1) << bit) > largest) {
-          --bit;
-          continue;
-        }
-        than = (key | Bits<A>(1) << bit) - 1;
-      } else if (wanted >= 0) {
-        if (low == high) break;
-        last = low + (high - low) / 2;
-        ties = up_to(last);
-      }
-      Sums s;
-      each([&](int k, int64_t c, unsigned valid) {
-        Chunk g;
-        source(k, c, valid, g);
-        s.b += __popc(valid);
+    Bits<A> than = 0;  // the next pass counts elements with larger bits, and of those with
+    int ties = 0;      // these bits the thread's first `ties`
+    int bit = int(sizeof(A)) * 8 - 2;
+    int64_t low = 0, high = 0;  // elements of the tensor, the last one chosen between them
+    double wanted = -1;         // how many; known after the first count, which is of what is not
+                                // zero, and of all
+  };
+
+  __device__ __forceinline__ static void count(const Choice& choice, int k, unsigned valid,
+                                               const Chunk& g, Sums& s) {
+    s.b += __popc(valid);
 #pragma unroll
-        for (int i = 0; i < kElements; ++i) {
-          const Bits<A> bits = bits_of(magnitude(g[i]));
-          s.a += valid >> i & 1 && (bits > than || (bits == than && k * kElements + i < ties));
-        }
-      });
-      s = team_.template agree<kSumA | kSumB>(s);
-      if (wanted < 0) {  // the first round counted what is not zero, and all
-        n = s.b;
-        wanted = p_.top < 1 ? larger(floor(n * p_.top + 0.5), 1.0) : floor(p_.top);
-        wanted = smaller(wanted, s.a);
-      } else if (bit >= 0) {
-        if (s.a >= wanted) key |= Bits<A>(1) << bit;
-        --bit;
-      } else if (s.a >= wanted) {
-        high = last;
-      } else {
-        low = last + 1;
-      }
+    for (int i = 0; i < kElements; ++i) {
+      const Bits<A> bits = bits_of(magnitude(g[i]));
+      s.a += valid >> i & 1 &&
+             (bits > choice.than || (bits == choice.than && k * kElements + i < choice.ties));
     }
-    u.key = key;
-    u.ties = up_to(low);
-    u.factor = A(step / wanted);
+  }
+
+  // Takes a count; false: the choice is made.
+  __device__ __forceinline__ bool next(Choice& choice, const Sums& s) const {
+    const auto candidate = [&] { return choice.key | Bits<A>(1) << choice.bit; };
+    if (choice.wanted < 0) {
+      choice.wanted = p_.top < 1 ? larger(floor(s.b * p_.top + 0.5), 1.0) : floor(p_.top);
+      choice.wanted = smaller(choice.wanted, s.a);
+    } else if (choice.bit >= 0) {
+      if (s.a >= choice.wanted) choice.key = candidate();
+      --choice.bit;
+    } else if (s.a >= choice.wanted) {
+      choice.high = last_counted(choice);
+    } else {
+      choice.low = last_counted(choice) + 1;
+    }
+    while (choice.bit >= 0 && candidate() > choice.largest) --choice.bit;
+    choice.than = choice.key;
+    choice.ties = 0;
+    if (choice.bit >= 0) {
+      choice.than = candidate() - 1;
+      return true;
+    }
+    choice.ties = up_to(last_counted(choice));
+    return choice.low != choice.high;
+  }
+  __device__ __forceinline__ static int64_t last_counted(const Choice& choice) {
+    return choice.low + (choice.high - choice.low) / 2;
   }
 
   const GroupParams& p_;
   Team& team_;
   unsigned char* slots_;
-  int64_t row_, begin_, end_, first_, chunks_;
+  // Of the group; begin_ and end_ are elements of the tensor. All else is computed from these:
+  // registers are short.
+  int64_t index_, begin_, end_;
 };
 
 }  // namespace embattle::cuda

@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(256)
     }
     if (p.tiled)
       for (int64_t i = team.rank; i < p.splits; i += 32) s.b += p.partial[sample * p.splits + i];
-    s = team.agree<kSumA | kSumB | kMax>(s);
+    s = team.agree(kSumA | kSumB | kMax, s);
     double square = s.a;
     if (p.tiled && s.a > 0) square = s.b;
     const bool redo = p.tiled && !p.exact && s.a > 0 && s.a < __builtin_huge_val() &&

@@ -21,42 +21,48 @@ __global__ void __launch_bounds__(kMomentumThreads<T, kNorm, kFull>, 1)
   const A decay = A(p.decay);
   for (int64_t index = team.index; index < p.groups.groups; index += team.count()) {
     G group(p, team, shared, index);
-    group.prefetch(p.x);
-    group.prefetch(p.velocity);
-    group.prefetch(p.grad);
+    group.prefetch(p.x, p.velocity, p.grad);
     async_wait();
 
     // The gradient's extent and, for MI, its l1 length; both in units of a power of two.
-    double largest = 0;
-    group.each([&](int k, int64_t c, unsigned valid) {
-      Chunk g;
-      group.fetch_gradient(k, c, valid, g);
-#pragma unroll
-      for (int i = 0; i < G::kElements; ++i) largest = larger(largest, G::extent(g[i]));
-    });
-    largest = team.max(largest);
-    const bool finite = largest < kInfinity;
-    if (p.nonfinite && group.leads() && !finite) ++p.nonfinite[index];
-    const A unit = range_scale<A>(largest);
-    A per_length = 0;
-    if (!p.apgd && finite && largest > 0) {
-      double length = 0;
+    bool finite = true;
+    A unit = 1, per_length = 0;
+#pragma unroll 1
+    for (bool again = false;; again = true) {
+      Sums s;
+      A most = 0;
       group.each([&](int k, int64_t c, unsigned valid) {
         Chunk g;
         group.fetch_gradient(k, c, valid, g);
 #pragma unroll
-        for (int i = 0; i < G::kElements; ++i) length += double(magnitude(g[i] * unit));
+        for (int i = 0; i < G::kElements; ++i) {
+          most = larger(most, G::extent(g[i]));
+          s.a += double(magnitude(g[i] * unit));
+        }
       });
-      per_length = A(1 / team.sum(length));
+      s.m = double(most);
+      s = team.agree(kSumA | kMax, s);
+      if (!again) {
+        finite = s.m < kInfinity;
+        unit = range_scale<A>(s.m);
+        if (p.apgd || !finite || s.m == 0) break;
+      }
+      if (again || unit == 1) {
+        per_length = A(1 / s.a);
+        break;
+      }
     }
+    if (p.nonfinite && group.leads() && !finite) ++p.nonfinite[index];
 
     // What the direction is taken of: MI's new velocity, or the gradient itself. It has the same
-    // bits in every pass: products are fused here, not as the compiler likes.
-    const auto driver = [&](int k, int64_t c, unsigned valid, Chunk& m) {
+    // bits in every pass: products are fused here, not as the compiler likes. `old`, the velocity,
+    // is also APGD's where the step is combined with the one before.
+    bool combined = false;
+    const auto driver = [&](int k, int64_t c, unsigned valid, Chunk& m, Chunk& old) {
       group.fetch_gradient(k, c, valid, m);
-      if (p.apgd) return;
-      Chunk old;
+      if (p.apgd && !combined) return;
       group.template fetch<true>(p.velocity, k, c, valid, old);
+      if (p.apgd) return;
 #pragma unroll
       for (int i = 0; i < G::kElements; ++i)
         m[i] = finite ? fused(decay, old[i], m[i] * unit * per_length) : old[i];
@@ -64,61 +70,52 @@ __global__ void __launch_bounds__(kMomentumThreads<T, kNorm, kFull>, 1)
     Direction<A> u;
     if (finite) {
       bool driver_finite = true;
-      u = group.template direction<kNorm>(driver, value_of(p.step, index), &driver_finite);
+      u = group.template direction<kNorm>(
+          [&](int k, int64_t c, unsigned valid, Chunk& m) {
+            Chunk old;
+            driver(k, c, valid, m, old);
+          },
+          value_of(p.step, index), &driver_finite);
     }
-    const auto first = [&](int k, int64_t c, unsigned valid, typename G::V& x) {
-      group.fetch_values(k, c, valid, x);
-      if (!u.moving) return;
-      Chunk m;
-      driver(k, c, valid, m);
-#pragma unroll
-      for (int i = 0; i < G::kElements; ++i)
-        x.v[i] = G::template moved<kNorm>(u, x.v[i], m[i], k * G::kElements + i);
-    };
-    // APGD projects twice: the step, and what it makes of the step and the one before. One loop, as
-    // the projection is long.
-    Projection inner, projection;
-    bool combined = false;
+    // APGD projects twice: the step, and what it makes of the step and the one before.
+    Projection inner;
+    Chunk memory;  // of the chunk at hand: the velocity to store
     const auto source = [&](int k, int64_t c, unsigned valid, typename G::V& x) {
-      first(k, c, valid, x);
+      group.fetch_values(k, c, valid, x);
+      Chunk m, old, now;
+      driver(k, c, valid, m, old);
+#pragma unroll
+      for (int i = 0; i < G::kElements; ++i) {
+        now[i] = x.v[i];
+        memory[i] = p.apgd ? G::given(x, i) : m[i];
+        if (u.moving) x.v[i] = G::template moved<kNorm>(u, x.v[i], m[i], k * G::kElements + i);
+      }
       if (!combined) return;
-      Chunk now, old;
-      group.fetch_offset(k, c, valid, p.x, now);
-      group.fetch_offset(k, c, valid, p.velocity, old);
 #pragma unroll
       for (int i = 0; i < G::kElements; ++i) {
         // In double and rounded as in the reference: large terms may leave little.
         const double z = double(G::template image<kNorm>(inner, x, i)), d = double(now[i]);
-        x.v[i] = A(d + product(p.decay, z - d) + product(1 - p.decay, d - double(old[i])));
+        x.v[i] = A(d + product(p.decay, z - d) +
+                   product(1 - p.decay, d - double(G::from_origin(x, i, old[i]))));
       }
     };
-#pragma unroll 1
-    for (;;) {
-      projection = group.template project<kNorm>(source, value_of(p.eps, index));
-      if (combined || !p.apgd || !finite) break;
-      inner = projection;
-      combined = true;
-    }
-
-    // A chunk's outputs are written after its inputs were read: both may be the inputs themselves.
-    group.each([&](int k, int64_t c, unsigned valid) {
-      typename G::V x;
-      source(k, c, valid, x);
-      Pack<T, G::kElements> result, memory;
+    group.template project<kNorm>(
+        source, value_of(p.eps, index),
+        [&](const Projection& projection) {
+          if (combined || !p.apgd || !finite) return false;
+          inner = projection;
+          combined = true;
+          return true;
+        },
+        [&](int, int64_t c, unsigned valid, const typename G::V& x, const Projection& projection) {
+          // Both outputs may be inputs themselves: these have been read.
+          Pack<T, G::kElements> kept;
 #pragma unroll
-      for (int i = 0; i < G::kElements; ++i)
-        result.at[i] = G::template stored<kNorm>(projection, x, i);
-      Chunk m;
-      if (p.apgd)
-        group.template fetch<true>(p.x, k, c, valid, m);
-      else
-        driver(k, c, valid, m);
-#pragma unroll
-      for (int i = 0; i < G::kElements; ++i) memory.at[i] = Round<T>::nearest(m[i]);
-      const Stream none;
-      group.write(p.velocity_out, p.out_aligned, c, valid, memory, p.apgd ? p.x0 : none);
-      group.write(p.out, p.out_aligned, c, valid, result, p.x0);
-    });
+          for (int i = 0; i < G::kElements; ++i) kept.at[i] = Round<T>::nearest(memory[i]);
+          const Stream none;
+          group.write(p.velocity_out, p.out_aligned, c, valid, kept, p.apgd ? p.x0 : none);
+          group.template store<kNorm>(c, valid, x, projection);
+        });
   }
 }
 

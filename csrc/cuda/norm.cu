@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kMostThreads<sizeof(T) == 8>, 1)
           s.m = larger(s.m, double(magnitude(x[i])));
         }
       });
-      s = team.agree<kSumA | kSumB | kMax>(s);
+      s = team.agree(kSumA | kSumB | kMax, s);
     };
     add(1);
     double norm = kNorm == Norm::linf ? s.m + s.b : kNorm == Norm::l1 ? s.a : sqrt(s.a);

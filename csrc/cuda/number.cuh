@@ -71,9 +71,15 @@ struct Round {
 template <>
 struct Round<BFloat16> {
   static __device__ __forceinline__ BFloat16 nearest(float x) {
+#ifdef __CUDACC__
+    BFloat16 near;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(near.bits) : "f"(x));
+    return near;
+#else
     const unsigned bits = __float_as_uint(x);
     if (x != x) return {uint16_t(0x7fc0)};
     return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
+#endif
   }
   static __device__ __forceinline__ BFloat16 nearest(double x) { return nearest(float(x)); }
 };
@@ -117,9 +123,27 @@ __device__ __forceinline__ double step_up(double x) {
 __device__ __forceinline__ Half step_up(Half x) { return {uint16_t(x.bits + 1)}; }
 __device__ __forceinline__ BFloat16 step_up(BFloat16 x) { return {uint16_t(x.bits + 1)}; }
 
+#ifdef __CUDACC__
+__device__ __forceinline__ uint16_t bfloat16_toward_zero(float x) {
+  uint16_t bits;
+  asm("cvt.rz.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+#endif
+
 // The largest T that is no larger in magnitude than x: |result| <= |x|.
 template <class T, class A>
 __device__ __forceinline__ T toward_zero(A x) {
+#ifdef __CUDACC__  // one instruction, where there is one
+  if constexpr (std::is_same_v<T, Half> && std::is_same_v<A, float>)
+    return {__half_as_ushort(__float2half_rz(x))};
+  else if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<A, float>)
+    return {bfloat16_toward_zero(x)};
+  else if constexpr (std::is_same_v<T, float> && std::is_same_v<A, double>)
+    return __double2float_rz(x);
+  else if constexpr (std::is_same_v<T, A>)
+    return x;
+#endif
   const T near = Round<T>::nearest(x);
   return magnitude(A(widen(near))) > magnitude(x) ? step_down(near) : near;
 }

@@ -39,9 +39,11 @@ struct Raw {
 };
 
 // Elements kCount * chunk up to kCount * (chunk + 1) of a tensor with elements T: uniform in [0,
-// 1), standard normal, or a signed standard exponential.
+// 1), standard normal, or a signed standard exponential. Of the kind kDraw, or normal where
+// `normal`: in one function, as what both begin with is long.
 template <class T, Draw kDraw, int kCount, class A>
-__device__ __forceinline__ void draw(const int64_t (&key)[2], int64_t chunk, A (&out)[kCount]) {
+__device__ __forceinline__ void draw(bool normal, const int64_t (&key)[2], int64_t chunk,
+                                     A (&out)[kCount]) {
   constexpr bool kWide = sizeof(T) == 8;
   using R = std::conditional_t<kWide, double, float>;
   constexpr int kPerBlock = kWide ? 2 : 4;
@@ -60,20 +62,27 @@ __device__ __forceinline__ void draw(const int64_t (&key)[2], int64_t chunk, A (
         raw[j] = {R(words.w[j] >> 8), bool(words.w[j] & 1)};
       }
     }
+    if constexpr (kDraw != Draw::gaussian) {
+      if (!normal) {
 #pragma unroll
-    for (int j = 0; j < kPerBlock; ++j) {
-      if constexpr (kDraw == Draw::uniform) {
-        out[i + j] = A(raw[j].m * kUnit);
-      } else if constexpr (kDraw == Draw::exponential) {
-        const R size = -log((raw[j].m + 1) * kUnit);
-        out[i + j] = A(raw[j].minus ? -size : size);
-      } else if (j % 2 == 0) {  // Box-Muller
-        const R radius = sqrt(R(-2) * log((raw[j].m + 1) * kUnit));
-        R s, c;
-        sin_cos_pi(2 * (raw[j + 1].m * kUnit), &s, &c);
-        out[i + j] = A(radius * c);
-        out[i + j + 1] = A(radius * s);
+        for (int j = 0; j < kPerBlock; ++j) {
+          if constexpr (kDraw == Draw::uniform) {
+            out[i + j] = A(raw[j].m * kUnit);
+          } else {
+            const R size = -log((raw[j].m + 1) * kUnit);
+            out[i + j] = A(raw[j].minus ? -size : size);
+          }
+        }
+        continue;
       }
+    }
+#pragma unroll
+    for (int j = 0; j < kPerBlock; j += 2) {  // Box-Muller
+      const R radius = sqrt(R(-2) * log((raw[j].m + 1) * kUnit));
+      R s, c;
+      sin_cos_pi(2 * (raw[j + 1].m * kUnit), &s, &c);
+      out[i + j] = A(radius * c);
+      out[i + j + 1] = A(radius * s);
     }
   }
 }

@@ -14,8 +14,7 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
   using A = typename G::A;
   for (int64_t index = team.index; index < p.groups.groups; index += team.count()) {
     G group(p, team, shared, index);
-    group.prefetch(p.x);
-    group.prefetch(p.grad);
+    group.prefetch(p.x, p.grad);
     async_wait();
     Direction<A> u;
     if (p.grad.data) {
@@ -40,8 +39,7 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
           x.v[i] = G::template moved<kNorm>(u, x.v[i], g[i], k * G::kElements + i);
       }
     };
-    const Projection projection = group.template project<kNorm>(source, value_of(p.eps, index));
-    group.template store<kNorm>(source, projection);
+    group.template project<kNorm>(source, value_of(p.eps, index));
   }
 }
 

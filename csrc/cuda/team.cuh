@@ -103,45 +103,35 @@ class Team {
                               : gridDim.x / unsigned(shape_.blocks);
   }
 
-  // The sums and the maximum over the team, the same bits in every thread. kWhich says which
+  // The sums and the maximum over the team, the same bits in every thread. `which` says which
   // members of Sums are wanted; the others are undefined. All threads of the team call it.
-  template <int kWhich>
-  __device__ __forceinline__ Sums agree(const Sums& s) {
+  __device__ __forceinline__ Sums agree(int which, const Sums& s) {
     turn_ ^= 1;
-    if (shape_.lanes <= 32) return agree_lanes<kWhich>(s, mask_, shape_.lanes);
-    if (shape_.blocks == 1) return agree_block<kWhich>(s, scratch_->warps[turn_]);
-    if (shape_.cluster) return agree_cluster<kWhich>(s, scratch_, turn_, shape_.blocks, block_);
+    if (shape_.lanes <= 32) return agree_lanes(which, s, mask_, shape_.lanes);
+    if (shape_.blocks == 1) return agree_block(which, s, scratch_->warps[turn_]);
+    if (shape_.cluster) return agree_cluster(which, s, scratch_, turn_, shape_.blocks, block_);
     const int64_t own = blockIdx.x / unsigned(shape_.blocks);
-    return agree_blocks<kWhich>(s, scratch_, turn_, shape_.blocks, block_,
-                                slots_ + own * 2 * shape_.blocks, global_ + own, ++round_);
+    return agree_blocks(which, s, scratch_, turn_, shape_.blocks, block_,
+                        slots_ + own * 2 * shape_.blocks, global_ + own, ++round_);
   }
 
   __device__ double sum(double a) {
     Sums s;
     s.a = a;
-    return agree<kSumA>(s).a;
+    return agree(kSumA, s).a;
   }
   __device__ double max(double m) {
     Sums s;
     s.m = m;
-    return agree<kMax>(s).m;
+    return agree(kMax, s).m;
   }
 
  private:
-  template <int kWhich>
-  static __device__ Sums joined(Sums s, const Sums& t) {
-    if constexpr (bool(kWhich & kSumA)) s.a += t.a;
-    if constexpr (bool(kWhich & kSumB)) s.b += t.b;
-    if constexpr (bool(kWhich & kMax)) s.m = larger(s.m, t.m);
+  static __device__ __forceinline__ Sums joined(int which, Sums s, const Sums& t) {
+    if (which & kSumA) s.a += t.a;
+    if (which & kSumB) s.b += t.b;
+    if (which & kMax) s.m = larger(s.m, t.m);
     return s;
-  }
-  template <int kWhich>
-  static __device__ Sums shuffled(const Sums& s, unsigned mask, int bits) {
-    Sums t = s;
-    if constexpr (bool(kWhich & kSumA)) t.a = __shfl_xor_sync(mask, s.a, bits);
-    if constexpr (bool(kWhich & kSumB)) t.b = __shfl_xor_sync(mask, s.b, bits);
-    if constexpr (bool(kWhich & kMax)) t.m = __shfl_xor_sync(mask, s.m, bits);
-    return t;
   }
   // From the second-level cache: another block has just written it.
   static __device__ Sums fresh(const Sums* p) {
@@ -152,48 +142,51 @@ class Team {
     return s;
   }
 
-  // Not inlined: a kernel agrees in several places, and these are long.
+  // Not inlined, and one for all that can be wanted: a kernel agrees in several places, and has a
+  // copy of each of these, which are long.
 
-  template <int kWhich>
-  static __device__ EMBATTLE_NOINLINE Sums agree_lanes(Sums s, unsigned mask, int lanes) {
-    for (int o = lanes / 2; o; o /= 2) s = joined<kWhich>(s, shuffled<kWhich>(s, mask, o));
+  static __device__ EMBATTLE_NOINLINE Sums agree_lanes(int which, Sums s, unsigned mask,
+                                                       int lanes) {
+    for (int o = lanes / 2; o; o /= 2) {
+      if (which & kSumA) s.a += __shfl_xor_sync(mask, s.a, o);
+      if (which & kSumB) s.b += __shfl_xor_sync(mask, s.b, o);
+      if (which & kMax) s.m = larger(s.m, __shfl_xor_sync(mask, s.m, o));
+    }
     return s;
   }
 
-  template <int kWhich>
-  static __device__ EMBATTLE_NOINLINE Sums agree_block(Sums s, Sums* parts) {
-    s = agree_lanes<kWhich>(s, 0xffffffffu, 32);
+  static __device__ EMBATTLE_NOINLINE Sums agree_block(int which, Sums s, Sums* parts) {
+    s = agree_lanes(which, s, 0xffffffffu, 32);
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = s;
     __syncthreads();
     s = parts[0];
-    for (int w = 1; w < int(blockDim.x) / 32; ++w) s = joined<kWhich>(s, parts[w]);
+    for (int w = 1; w < int(blockDim.x) / 32; ++w) s = joined(which, s, parts[w]);
     return s;
   }
 
-  template <int kWhich>
-  static __device__ EMBATTLE_NOINLINE Sums agree_cluster(Sums s, TeamScratch* scratch, int turn,
-                                                         int blocks, int block) {
-    s = agree_block<kWhich>(s, scratch->warps[turn]);
+  static __device__ EMBATTLE_NOINLINE Sums agree_cluster(int which, Sums s, TeamScratch* scratch,
+                                                         int turn, int blocks, int block) {
+    s = agree_block(which, s, scratch->warps[turn]);
     if (int(threadIdx.x) < blocks) in_block(scratch, threadIdx.x)->blocks[turn][block] = s;
     cluster_sync();
     s = scratch->blocks[turn][0];
-    for (int b = 1; b < blocks; ++b) s = joined<kWhich>(s, scratch->blocks[turn][b]);
+    for (int b = 1; b < blocks; ++b) s = joined(which, s, scratch->blocks[turn][b]);
     return s;
   }
 
-  template <int kWhich>
-  static __device__ EMBATTLE_NOINLINE Sums agree_blocks(Sums s, TeamScratch* scratch, int turn,
-                                                        int blocks, int block, Sums* slots,
-                                                        TeamGlobal* global, unsigned round) {
-    s = agree_block<kWhich>(s, scratch->warps[turn]);
+  static __device__ EMBATTLE_NOINLINE Sums agree_blocks(int which, Sums s, TeamScratch* scratch,
+                                                        int turn, int blocks, int block,
+                                                        Sums* slots, TeamGlobal* global,
+                                                        unsigned round) {
+    s = agree_block(which, s, scratch->warps[turn]);
     slots += turn * blocks;
     if (threadIdx.x == 0) slots[block] = s;
     blocks_sync(&global->arrived, unsigned(blocks), round);
     if (threadIdx.x < 32) {  // each lane a stretch, then the lanes together
       Sums t;
       t.m = fresh(slots).m;
-      for (int b = int(threadIdx.x); b < blocks; b += 32) t = joined<kWhich>(t, fresh(slots + b));
-      t = agree_lanes<kWhich>(t, 0xffffffffu, 32);
+      for (int b = int(threadIdx.x); b < blocks; b += 32) t = joined(which, t, fresh(slots + b));
+      t = agree_lanes(which, t, 0xffffffffu, 32);
       if (threadIdx.x == 0) scratch->blocks[turn][0] = t;
     }
     __syncthreads();
