@@ -47,6 +47,19 @@ def test_duplicates_that_cancel_have_norm_zero() -> None:
     assert table.weight.grad.isfinite().all()
 
 
+def test_a_gradient_of_zero_without_gamma() -> None:
+    """C / (0 + 0) is no factor; its product with zero would be NaN."""
+    layer = nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    with PerSampleClipper(layer, 2.0, "automatic", gamma=0.0, reduction="sum") as clipper:
+        out = layer(x).sum(1) * torch.tensor([1.0, 0.0, 1.0, 0.0])
+        result = clipper.backward(out)
+    assert result.factors.tolist()[1::2] == [0, 0]
+    unit = x / (2 * (x.square().sum(1, keepdim=True) + 1)).sqrt()
+    assert layer.weight.grad is not None
+    assert_close([layer.weight.grad], [(2 * unit[::2].sum(0)).expand(2, 3)], 1e-6)
+
+
 def test_tokens_that_nearly_cancel() -> None:
     """A Gram matrix in float32 loses such a norm."""
     torch.manual_seed(0)

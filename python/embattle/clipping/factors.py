@@ -56,13 +56,15 @@ class Rule:
             limit = torch.as_tensor(self.bound, dtype=norms.dtype, device=norms.device)
             positive = min(self.bound) > 0
         if self.mode == "automatic":
+            positive = positive and self.gamma > 0
             factors = (norms + self.gamma).reciprocal_().mul_(limit)
         else:
             factors = norms.reciprocal().mul_(limit).clamp_(max=1)
         if finite and positive:
             return factors
         # 0 / 0, and norms that are not finite: NaN gives NaN, Inf gives 0, or NaN without a bound.
-        return factors.nan_to_num_(nan=0.0)
+        # "automatic" without gamma has infinity for a gradient of zero.
+        return factors.nan_to_num_(nan=0.0, posinf=0.0)
 
     def sensitivity(self, parameters: int) -> float:
         """The largest norm of what one unit adds to the sum."""
