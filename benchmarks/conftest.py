@@ -5,6 +5,7 @@ With `--out FOLDER` the tables are also written to FOLDER/ops_<date>.md.
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TABLES] = {}
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Has the process keep what it frees, where the C library is glibc.
+
+    Otherwise a large result comes from fresh pages after some rows of the table and from old ones
+    after others, and the page faults take longer than most ops.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
 
 
 @pytest.fixture
