@@ -104,13 +104,14 @@ def side_by_side(grads: list[Tensor]) -> Tensor:
     first = grads[0]
     row, _, one = first.stride()
     place = first.storage_offset()
+    storage = first.untyped_storage()._cdata
     for grad in grads:
         if (
-            grad.untyped_storage()._cdata != first.untyped_storage()._cdata
-            or grad.storage_offset() != place
+            grad.storage_offset() != place
             or grad.stride(0) != row
             or grad.stride(2) != one
             or (grad.shape[1] > 1 and grad.stride(1) != first.shape[2])
+            or grad.untyped_storage()._cdata != storage
         ):
             return torch.cat(grads, 1)
         place += grad.shape[1] * grad.shape[2]

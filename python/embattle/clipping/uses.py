@@ -22,9 +22,8 @@ from embattle.clipping.units import Units
 
 # Largest temporary of an unfolded convolution input, in elements.
 _CHUNK = 1 << 24
-# The same of the scaled gradient of rows on their way to a dense table: an eighth of them, but at
-# least and at most so many elements.
-_ROWS_CHUNK = (1 << 15, 1 << 17)
+# The same of the scaled gradient of rows on their way to a dense table.
+_ROWS_CHUNK = 1 << 17
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
@@ -147,8 +146,7 @@ class RowUse:
             )
             return dense
         table = grad.new_zeros(rows, grad.shape[-1], dtype=factor.dtype)
-        chunk = min(max(grad.numel() // 8, _ROWS_CHUNK[0]), _ROWS_CHUNK[1])
-        step = max(1, chunk // max(math.prod(grad.shape[1:]), 1))
+        step = max(1, _ROWS_CHUNK // max(math.prod(grad.shape[1:]), 1))
         for start in range(0, len(grad), step):
             part = slice(start, start + step)
             scaled = grad[part] * factor[part, None, None]
