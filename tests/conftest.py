@@ -54,7 +54,6 @@ _SUBCLASS = "its tensors are a subclass, whose look-ups are never taken to be re
 NOT_ON_PRETEND = {
     "test_clipping.py::test_compiled": _COMPILE,
     "test_clipping.py::test_float32": "test_equals_loop_over_samples takes the same way",
-    "test_clipping.py::test_parts_of_one_tensor_are_joined_without_a_copy": "it has no storage",
     "test_clipping_defects.py::test_autocast": _AUTOCAST,
     "test_clipping_defects.py::test_compiled_model": _COMPILE,
     "test_clipping_libraries.py::test_automatic_mixed_precision_with_loss_scaling": _AUTOCAST,

@@ -194,7 +194,8 @@ def test_model_is_left_as_it_was() -> None:
 
 
 def test_parts_of_one_tensor_are_joined_without_a_copy() -> None:
-    whole = torch.randn(5, 4, 3)
+    cpu = torch.device("cpu")  # memory addresses
+    whole = torch.randn(5, 4, 3, device=cpu)
     rows = whole.flatten(1)
 
     def parts(x: Tensor, *columns: int) -> list[Tensor]:
@@ -206,8 +207,8 @@ def test_parts_of_one_tensor_are_joined_without_a_copy() -> None:
         (parts(rows, 0, 3, 6), True),
         (parts(rows, 3, 0), False),
         (parts(rows, 0, 6), False),
-        ([*parts(rows, 0), torch.randn(5, 2, 3)], False),
-        ([torch.ones(()).expand(5, 1, 3)] * 2, False),
+        ([*parts(rows, 0), torch.randn(5, 2, 3, device=cpu)], False),
+        ([torch.ones((), device=cpu).expand(5, 1, 3)] * 2, False),
         ([whole[:, :1].mT.contiguous().mT, whole[:, 1:3]], False),
     ):
         joined = side_by_side(grads)
