@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "../launch.h"
+#include "level.h"
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -213,10 +213,6 @@ template <class Action>
     case Dtype::bf16:
       return action(static_cast<const bf16*>(nullptr));
   }
-}
-
-inline int64_t bytes_of(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
 }
 
 inline double element(const ConstData& x, int64_t i) {

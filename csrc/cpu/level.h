@@ -14,3 +14,13 @@
 #define EMBATTLE_AT_LEVEL(name) EMBATTLE_JOIN(name##_, EMBATTLE_LEVEL)
 #define EMBATTLE_QUOTE_(a) #a
 #define EMBATTLE_QUOTE(a) EMBATTLE_QUOTE_(a)
+
+namespace embattle {
+namespace {
+
+inline int64_t bytes_of(Dtype dtype) {
+  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+}
+
+}  // namespace
+}  // namespace embattle

@@ -11,10 +11,6 @@ void EMBATTLE_AT_LEVEL(project)(const ProjectArgs& args, ParallelFor parallel_fo
 
 namespace {
 
-inline int64_t bytes_of(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-}
-
 // Projects the group of `delta`, which may be `out` itself, on the ball and the box.
 inline void project_group(const Cut& cut, Norm norm, const ConstData& delta, const Data& out,
                           double eps, const Box& box) {
