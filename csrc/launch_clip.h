@@ -72,14 +72,25 @@ struct PerturbArgs {
   Data out;  // [count, dim], dtype of weight
 };
 
-// out[r] = sum of grad[i] over inverse[i] == r. Precondition: -1 <= inverse < rows.
+// Makes room for the sums of the rows that occur, once it is known how many they are.
+struct FoundRows {
+  void* self = nullptr;
+  // keys: [found], out: [found, dim].
+  void (*allocate)(void* self, int64_t found, int64_t** keys, void** out) = nullptr;
+};
+
+// out[r] = sum of weight * grad[i] over inverse[i] == r. Precondition: -1 <= inverse < rows.
 struct SegmentSumArgs {
   ConstData grad;                    // [count, dim]
   const int64_t* inverse = nullptr;  // [count]
   int64_t count = 0;
   int64_t dim = 0;
   int64_t rows = 0;
-  Data out;  // [rows, dim], dtype of grad
+  ConstData weights;                 // [count / tokens] or absent: each of `tokens` items in a row
+  int64_t tokens = 1;                // at least 1
+  int64_t padding = -1;              // a row that gets nothing, if not negative
+  Data out;                          // [rows, dim], dtype of grad
+  const FoundRows* found = nullptr;  // CPU: the rows that occur, ascending, instead of all in `out`
 };
 
 // Precondition: 0 <= indices < rows of weight.

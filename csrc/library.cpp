@@ -71,6 +71,15 @@ STABLE_TORCH_LIBRARY(embattle, m) {
       "embedding_grad_norm(Tensor indices, Tensor grad_output, int padding_idx=-1, "
       "Tensor? offsets=None, bool mean=False, Tensor? per_sample_weights=None) -> Tensor");
 
+  m.def(
+      "embedding_grad_sum(Tensor indices, Tensor grad_output, int rows, Tensor? weights=None, "
+      "int padding_idx=-1) -> Tensor");
+  // The same, of the rows that occur alone: those, ascending, and their sums. On the CPU only:
+  // how many they are is known to the device alone.
+  m.def(
+      "embedding_grad_rows(Tensor indices, Tensor grad_output, int rows, Tensor? weights=None, "
+      "int padding_idx=-1) -> (Tensor, Tensor)");
+
   // Embedding tables: cost follows the rows touched, never the table.
   m.def("embedding_perturb(Tensor weight, Tensor indices, Tensor delta, Tensor inverse) -> Tensor");
   m.def("embedding_perturb_backward(Tensor grad_output, Tensor inverse, int delta_rows) -> Tensor");

@@ -51,6 +51,108 @@ inline void sum_run(const Runs& runs, int64_t run, const T* grad, int64_t dim, d
     add_scaled(grad + runs.position(i) * dim, 1, dim, total);
 }
 
+// The weights of samples, by the positions of their items; or ones.
+class Weights {
+ public:
+  explicit Weights(const SegmentSumArgs& args)
+      : given_(args.weights.data != nullptr),
+        tokens_(args.tokens),
+        of_sample_(given_ ? args.count / args.tokens : 0) {
+    for (int64_t b = 0; given_ && b < args.count / tokens_; ++b)
+      of_sample_[b] = element(args.weights, b);
+  }
+  double at(int64_t position) const { return given_ ? of_sample_[position / tokens_] : 1; }
+
+ private:
+  bool given_;
+  int64_t tokens_;
+  Scratch<double> of_sample_;
+};
+
+template <class T>
+[[gnu::always_inline]] inline void load16(const T* x, f64x4 (&v)[4]) {
+  if constexpr (sizeof(T) == 8) {
+    for (int i = 0; i < 4; ++i) v[i] = load4(x + 4 * i);
+  } else {
+    const f32x8 a = load8(x), b = load8(x + 8);
+    v[0] = lower(a);
+    v[1] = upper(a);
+    v[2] = lower(b);
+    v[3] = upper(b);
+  }
+}
+
+template <class T>
+[[gnu::always_inline]] inline void store16(T* out, const f64x4 (&v)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      const f32x4 near = narrowed4(v[i]);
+      memcpy(out + 4 * i, &near, sizeof(near));
+    } else {
+      for (int e = 0; e < 4; ++e) narrow(v[i][e], out[4 * i + e]);
+    }
+  }
+}
+
+// out[0, dim) = factor * x[0, dim)
+template <class T>
+inline void write_scaled(const T* x, double factor, int64_t dim, T* out) {
+  int64_t c = 0;
+  for (; c + 16 <= dim; c += 16) {
+    f64x4 v[4];
+    load16(x + c, v);
+    for (int k = 0; k < 4; ++k) v[k] *= factor;
+    store16(out + c, v);
+  }
+  for (; c < dim; ++c) narrow(factor * static_cast<double>(widened(x[c])), out[c]);
+}
+
+// out[0, dim) = the sum of a run's rows, each times its weight.
+template <class T>
+inline void write_sum(const Runs& runs, int64_t run, const T* grad, const Weights& weights,
+                      int64_t dim, T* out) {
+  const int64_t begin = runs.begin(run), end = runs.end(run);
+  const auto row = [&](int64_t i) { return grad + runs.position(i) * dim; };
+  const auto weight = [&](int64_t i) { return weights.at(runs.position(i)); };
+  for (int64_t i = begin + 8; i < end + 8 && i < runs.items(); ++i)  // they lie anywhere
+    for (int64_t c = 0; c < dim; c += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(row(i) + c);
+  if (end == begin + 1) {  // most runs: nothing that a processor has to guess
+    write_scaled(row(begin), weight(begin), dim, out);
+    return;
+  }
+  int64_t c = 0;
+  for (; c + 32 <= dim; c += 32) {
+    f64x4 low[4] = {}, high[4] = {};
+    for (int64_t i = begin; i < end; ++i) {
+      const double factor = weight(i);
+      f64x4 x[4];
+      load16(row(i) + c, x);
+      for (int k = 0; k < 4; ++k) low[k] += factor * x[k];
+      load16(row(i) + c + 16, x);
+      for (int k = 0; k < 4; ++k) high[k] += factor * x[k];
+    }
+    store16(out + c, low);
+    store16(out + c + 16, high);
+  }
+  for (; c + 16 <= dim; c += 16) {
+    f64x4 sum[4] = {};
+    for (int64_t i = begin; i < end; ++i) {
+      f64x4 x[4];
+      load16(row(i) + c, x);
+      const double factor = weight(i);
+      for (int k = 0; k < 4; ++k) sum[k] += factor * x[k];
+    }
+    store16(out + c, sum);
+  }
+  for (; c < dim; ++c) {
+    double sum = 0;
+    for (int64_t i = begin; i < end; ++i)
+      sum += weight(i) * static_cast<double>(widened(row(i)[c]));
+    narrow(sum, out[c]);
+  }
+}
+
 inline bool finite(double x) { return fabs(x) < HUGE_VAL; }
 
 }  // namespace
@@ -82,26 +184,27 @@ void EMBATTLE_AT_LEVEL(embedding_perturb)(const PerturbArgs& args, ParallelFor p
 
 void EMBATTLE_AT_LEVEL(segment_sum)(const SegmentSumArgs& args, ParallelFor parallel_for) {
   const int64_t dim = args.dim;
-  const Runs runs(args.inverse, args.count, args.rows);
-  const int64_t work = dim * (1 + args.count / (runs.count() + 1));
+  const Runs runs(args.inverse, args.count, args.rows, args.padding);
+  const Weights weights(args);
+  void* sums = args.out.data;
+  int64_t* keys = nullptr;
+  if (args.found) args.found->allocate(args.found->self, runs.count(), &keys, &sums);
   with_type(args.grad.dtype, [&](auto* type) {
     using T = Element<decltype(type)>;
     const T* const grad = static_cast<const T*>(args.grad.data);
-    T* const out = static_cast<T*>(args.out.data);
+    T* const out = static_cast<T*>(sums);
     // All bits zero is the number zero in every dtype.
-    spread(parallel_for, args.rows, kGrain / (1 + dim) + 1, [&](int64_t begin, int64_t end) {
-      memset(out + begin * dim, 0, static_cast<size_t>((end - begin) * dim) * sizeof(T));
-    });
-    spread(parallel_for, runs.count(), kGrain / (1 + work) + 1, [&](int64_t begin, int64_t end) {
-      Scratch<double> total(dim);
-      for (int64_t run = begin; run < end; ++run) {
-        T* const row = out + runs.key(run) * dim;
-        if (runs.end(run) == runs.begin(run) + 1) {
-          copy_row(grad + runs.position(runs.begin(run)) * dim, dim, row);
-          continue;
-        }
-        sum_run(runs, run, grad, dim, total.get());
-        for (int64_t c = 0; c < dim; ++c) narrow(total[c], row[c]);
+    if (!keys)
+      spread(parallel_for, args.rows, kGrain / (1 + dim) + 1, [&](int64_t begin, int64_t end) {
+        memset(out + begin * dim, 0, static_cast<size_t>((end - begin) * dim) * sizeof(T));
+      });
+    // In shares of as many items: a few rows may hold most of them.
+    spread(parallel_for, runs.items(), kGrain / (1 + dim) + 1, [&](int64_t begin, int64_t end) {
+      const int64_t last = runs.first_from(end);
+      for (int64_t run = runs.first_from(begin); run < last; ++run) {
+        T* const row = out + (keys ? run : runs.key(run)) * dim;
+        if (keys) keys[run] = runs.key(run);
+        write_sum(runs, run, grad, weights, dim, row);
       }
     });
   });

@@ -161,6 +161,14 @@ inline void narrow(double x, bf16& out) { narrow_half(x, out); }
 #endif
 }
 
+[[gnu::always_inline]] inline f32x4 narrowed4(f64x4 v) {
+#if defined(__AVX__)
+  return bits_as<f32x4>(_mm256_cvtpd_ps(bits_as<__m256d>(v)));
+#else
+  return __builtin_convertvector(v, f32x4);
+#endif
+}
+
 [[gnu::always_inline]] inline f64x4 lower(f32x8 v) {
   return widened4(__builtin_shufflevector(v, v, 0, 1, 2, 3));
 }

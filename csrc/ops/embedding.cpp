@@ -20,9 +20,33 @@ struct EmbeddingCpu {
   }
 };
 
+// The rows that occur, ascending, and their sums.
+std::tuple<Tensor, Tensor> embedding_grad_rows(const Tensor& indices, const Tensor& grad,
+                                               int64_t rows, const OptionalTensor& weights,
+                                               int64_t padding) {
+  Segments segments =
+      weighted_segments("embedding_grad_rows", indices, grad, rows, weights, padding);
+  struct Result {
+    const Segments& segments;
+    Tensor keys, sums;
+  } result{segments, {}, {}};
+  const auto allocate = [](void* self, int64_t found, int64_t** keys, void** sums) {
+    Result& r = *static_cast<Result*>(self);
+    r.keys = torch::stable::new_empty(r.segments.indices, {found});
+    r.sums = torch::stable::new_empty(r.segments.grad, {found, r.segments.args.dim});
+    *keys = static_cast<int64_t*>(r.keys.mutable_data_ptr());
+    *sums = r.sums.mutable_data_ptr();
+  };
+  const FoundRows found{&result, allocate};
+  segments.args.found = &found;
+  cpu_kernels().segment_sum(segments.args, torch_parallel_for);
+  return {std::move(result.keys), std::move(result.sums)};
+}
+
 }  // namespace
 }  // namespace embattle
 
 STABLE_TORCH_LIBRARY_IMPL(embattle, CPU, m) {
+  m.impl("embedding_grad_rows", TORCH_BOX(&embattle::embedding_grad_rows));
   EMBATTLE_REGISTER_EMBEDDING_OPS(m, embattle::EmbeddingCpu);
 }

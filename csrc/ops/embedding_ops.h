@@ -152,24 +152,73 @@ Tensor embedding_perturb(const Tensor& weight_, const Tensor& indices_, const Te
   return out;
 }
 
-template <class Device>
-Tensor embedding_perturb_backward(const Tensor& grad_, const Tensor& inverse_, int64_t rows) {
-  const char* op = "embedding_perturb_backward";
-  check_rows(op, "grad_output", grad_, inverse_);
-  if (rows < 0) fail("embattle.", op, ": delta_rows must not be negative, got ", rows);
-  const Tensor grad = packed(grad_), inverse = checked_indices(op, "inverse", inverse_);
-  check_device(op, "inverse", inverse, "grad_output", grad);
-  check_range(op, "inverse", inverse, -1, rows);
+// The arguments of a sum by rows, and what keeps their memory alive.
+struct Segments {
+  Tensor grad, indices;
+  OptionalTensor weights;
   SegmentSumArgs args;
-  args.grad = {grad.const_data_ptr(), float_dtype(op, "grad_output", grad)};
-  args.inverse = values(inverse);
-  args.count = inverse.numel();
+};
+
+// name, lowest: of the indices, and the smallest of them.
+Segments checked_segments(const char* op, const Tensor& grad, const char* name,
+                          const Tensor& indices, int64_t lowest, int64_t rows) {
+  check_rows(op, "grad_output", grad, indices);
+  Segments found{packed(grad), checked_indices(op, name, indices), {}, {}};
+  check_device(op, name, found.indices, "grad_output", found.grad);
+  check_range(op, name, found.indices, lowest, rows);
+  SegmentSumArgs& args = found.args;
+  args.grad = {found.grad.const_data_ptr(), float_dtype(op, "grad_output", found.grad)};
+  args.inverse = values(found.indices);
+  args.count = found.indices.numel();
   args.dim = grad.size(grad.dim() - 1);
   args.rows = rows;
-  Tensor out = torch::stable::new_empty(grad, {rows, args.dim});
+  return found;
+}
+
+template <class Device>
+Tensor summed(Segments& segments) {
+  SegmentSumArgs& args = segments.args;
+  Tensor out = torch::stable::new_empty(segments.grad, {args.rows, args.dim});
   args.out = {out.mutable_data_ptr(), args.grad.dtype};
   Device::segment_sum(args, out);
   return out;
+}
+
+template <class Device>
+Tensor embedding_perturb_backward(const Tensor& grad, const Tensor& inverse, int64_t rows) {
+  const char* op = "embedding_perturb_backward";
+  if (rows < 0) fail("embattle.", op, ": delta_rows must not be negative, got ", rows);
+  Segments segments = checked_segments(op, grad, "inverse", inverse, -1, rows);
+  return summed<Device>(segments);
+}
+
+// The gradients of samples that have a weight each, and one row that gets nothing.
+Segments weighted_segments(const char* op, const Tensor& indices, const Tensor& grad, int64_t rows,
+                           const OptionalTensor& weights, int64_t padding) {
+  if (rows < 0) fail("embattle.", op, ": rows must not be negative, got ", rows);
+  if (padding >= rows)
+    fail("embattle.", op, ": padding_idx must be one of ", rows, " rows, got ", padding);
+  Segments found = checked_segments(op, grad, "indices", indices, 0, rows);
+  found.args.padding = padding;
+  if (!weights) return found;
+  if (indices.dim() < 1)
+    fail("embattle.", op, ": indices must have shape [B, *] with weights, got ", shape_of(indices));
+  if (weights->dim() != 1 || weights->size(0) != indices.size(0))
+    fail("embattle.", op, ": weights must have shape [", indices.size(0), "], got ",
+         shape_of(*weights));
+  found.weights = packed(*weights);
+  check_device(op, "weights", *found.weights, "grad_output", found.grad);
+  found.args.weights = {found.weights->const_data_ptr(), float_dtype(op, "weights", *weights)};
+  for (int64_t d = 1; d < indices.dim(); ++d) found.args.tokens *= indices.size(d);
+  return found;
+}
+
+template <class Device>
+Tensor embedding_grad_sum(const Tensor& indices, const Tensor& grad, int64_t rows,
+                          const OptionalTensor& weights, int64_t padding) {
+  Segments segments =
+      weighted_segments("embedding_grad_sum", indices, grad, rows, weights, padding);
+  return summed<Device>(segments);
 }
 
 template <class Device>
@@ -228,4 +277,5 @@ void rowwise_adagrad_(const Tensor& weight_, const Tensor& state_, const Tensor&
   m.impl("embedding_grad_norm", TORCH_BOX(&embattle::embedding_grad_norm<Device>));               \
   m.impl("embedding_perturb", TORCH_BOX(&embattle::embedding_perturb<Device>));                   \
   m.impl("embedding_perturb_backward", TORCH_BOX(&embattle::embedding_perturb_backward<Device>)); \
+  m.impl("embedding_grad_sum", TORCH_BOX(&embattle::embedding_grad_sum<Device>));                 \
   m.impl("rowwise_adagrad_", TORCH_BOX(&embattle::rowwise_adagrad_<Device>))

@@ -722,6 +722,29 @@ def embedding_grad_norm(
     return torch.stack(norms).to(dtype) if norms else grad_output.new_zeros(0, dtype=dtype)
 
 
+def embedding_grad_sum(
+    indices: Tensor,
+    grad_output: Tensor,
+    rows: int,
+    *,
+    weights: Tensor | None = None,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """[rows, D]: for every row r of a table, the sum of w_b g over the entries with index r.
+
+    indices [B, *], grad_output [B, *, D], weights [B] (None for ones). The row padding_idx is zero.
+    In the dtype of grad_output.
+    """
+    grads = grad_output.double()
+    if weights is not None:
+        grads = grads * weights.double().reshape(-1, *[1] * (grads.dim() - 1))
+    flat = grads.reshape(indices.numel(), grads.shape[-1])
+    total = flat.new_zeros(rows, grads.shape[-1]).index_add(0, indices.flatten(), flat)
+    if padding_idx is not None:
+        total[padding_idx] = 0
+    return total.to(grad_output.dtype)
+
+
 def embedding_perturb(weight: Tensor, indices: Tensor, delta: Tensor, inverse: Tensor) -> Tensor:
     """[*, D]: ``weight[indices] + delta[inverse]``, and ``weight[indices]`` where inverse is -1.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
@@ -135,17 +134,12 @@ def dense_norms(grads: Sequence[Tensor], units: Units) -> Tensor:
 
 
 def joint_norms(parts: Sequence[Tensor]) -> Tensor:
-    """[units] norms, float64, of gradients whose parts have the given norms."""
-    if len(parts) == 1:
-        return parts[0].double()
-    if all(part.dtype == torch.float32 for part in parts):
-        # No square leaves the range of float64.
-        total = parts[0].double().square_()
-        for part in parts[1:]:
-            wide = part.double()
-            total.addcmul_(wide, wide)
-        return total.sqrt_()
-    return functools.reduce(torch.hypot, [part.double() for part in parts])
+    """[units] norms, float64, of gradients that consist of parts.
+
+    Args:
+        parts: [units] norms of some; gradients [units, ...] themselves. Their squares add up.
+    """
+    return ops.per_sample_norm(parts).double()
 
 
 def unit_norms(uses: list[Use], units: Units, shape: torch.Size) -> Tensor:

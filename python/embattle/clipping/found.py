@@ -59,8 +59,8 @@ class Found:
             for found in uses.values()
             if len(found) == 1 and isinstance(found[0], LinearUse) and id(found[0].bias) in alone
         }
-        small = []
-        parts = [table.norms(units) for table in self.joint]
+        small = [table.grad for table in self.joint if table.apart(units)]
+        parts = [table.norms(units) for table in self.joint if not table.apart(units)]
         for p, found in uses.items():
             first = found[0]
             if id(first) in joined:
@@ -71,8 +71,10 @@ class Found:
                 small.append(first.grad)
             else:
                 parts.append(unit_norms(found, units, p.shape))
-        if small:
+        if small and units.of_sample is not None:
             parts.append(dense_norms(small, units))
+        elif small:
+            parts += small
         if not parts:
             return torch.zeros(units.count, dtype=torch.float64, device=device)
         return joint_norms(parts)

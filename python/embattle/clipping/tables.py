@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from embattle.clipping.combine import Use, dense_norms
+from embattle.clipping.combine import Use
 from embattle.clipping.units import Units
 from embattle.clipping.uses import RowUse
 
@@ -40,11 +40,12 @@ class JointTable:
         starts = _starts(tuple(firsts), tuple(columns), self.grad.device)
         return RowUse(torch.cat(self.indices, 1).add_(starts), self.grad, None, False)
 
+    def apart(self, units: Units) -> bool:
+        """Whether no unit has a row twice: grad is then what its norm is that of."""
+        return units.of_sample is None and all(ids.shape[1] == 1 for ids in self.indices)
+
     def norms(self, units: Units) -> Tensor:
         """[units] norms of the tables' joint gradient."""
-        if units.of_sample is None and all(indices.shape[1] == 1 for indices in self.indices):
-            # No row twice: nothing to add up.
-            return dense_norms([self.grad], units)
         return self._use().norms(units)
 
     def cleaned(self, bad: Tensor) -> JointTable:

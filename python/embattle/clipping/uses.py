@@ -19,11 +19,10 @@ from torch import Tensor
 
 from embattle import ops
 from embattle.clipping.units import Units
+from embattle.ops.embedding import embedding_grad_rows
 
 # Largest temporary of an unfolded convolution input, in elements.
 _CHUNK = 1 << 24
-# The same of the scaled gradient of rows on their way to a dense table.
-_ROWS_CHUNK = 1 << 17
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
@@ -124,37 +123,28 @@ class RowUse:
         return self.grad.masked_fill((self.indices == self.padding_idx)[..., None], 0)
 
     def weighted(self, factor: Tensor, rows: int) -> Tensor:
-        """sum_b factor_b g_b, [rows, D]; a sparse tensor, not coalesced, where sparse."""
+        """sum_b factor_b g_b, [rows, D]; a sparse tensor where sparse, on the CPU coalesced."""
         if not self.sparse:
-            return self._dense_table(factor, rows)
-        grad = _scaled(self.grad, factor).flatten(0, 1)
-        indices = self.indices.flatten()
-        if self.padding_idx is not None:
-            keep = indices != self.padding_idx
-            indices, grad = indices[keep], grad[keep]
-        return torch.sparse_coo_tensor(
-            indices[None], grad, (rows, grad.shape[-1]), check_invariants=False
-        )
-
-    def _dense_table(self, factor: Tensor, rows: int) -> Tensor:
-        padding = -1 if self.padding_idx is None else self.padding_idx
-        grad, indices = self.grad, self.indices
-        if grad.is_cuda:
-            # index_add_ would sum there in an order of its own.
-            dense: Tensor = torch.ops.aten.embedding_dense_backward(
-                _scaled(grad, factor).flatten(0, 1), indices.flatten(), rows, padding, False
+            return ops.embedding_grad_sum(
+                self.indices, self.grad, rows, weights=factor, padding_idx=self.padding_idx
             )
-            return dense
-        table = grad.new_zeros(rows, grad.shape[-1], dtype=factor.dtype)
-        step = max(1, _ROWS_CHUNK // max(math.prod(grad.shape[1:]), 1))
-        for start in range(0, len(grad), step):
-            part = slice(start, start + step)
-            scaled = grad[part] * factor[part, None, None]
-            if padding >= 0:
-                scaled.masked_fill_((indices[part] == padding)[..., None], 0)
-            table.index_add_(0, indices[part].flatten(), scaled.flatten(0, 1))
-            del scaled  # before the next one
-        return table
+        if self.grad.is_cuda:
+            # How many rows there are is known to the device alone.
+            indices, grad = self.indices.flatten(), _scaled(self.grad, factor).flatten(0, 1)
+            if self.padding_idx is not None:
+                keep = indices != self.padding_idx
+                indices, grad = indices[keep], grad[keep]
+        else:
+            indices, grad = embedding_grad_rows(
+                self.indices, self.grad, rows, weights=factor, padding_idx=self.padding_idx
+            )
+        return torch.sparse_coo_tensor(
+            indices[None],
+            grad,
+            (rows, grad.shape[-1]),
+            is_coalesced=not self.grad.is_cuda,
+            check_invariants=False,
+        )
 
     def cleaned(self, bad: Tensor) -> RowUse:
         """The same with the samples marked in bad [B] set to zero."""

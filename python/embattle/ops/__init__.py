@@ -10,7 +10,12 @@ from embattle.ops import _rules_embedding as _rules_embedding
 from embattle.ops import _rules_group as _rules_group
 from embattle.ops._no_cuda import register as _register
 from embattle.ops.clip import clip_and_sum, linear_grad_norm, per_sample_norm
-from embattle.ops.embedding import embedding_grad_norm, embedding_perturb, rowwise_adagrad_
+from embattle.ops.embedding import (
+    embedding_grad_norm,
+    embedding_grad_sum,
+    embedding_perturb,
+    rowwise_adagrad_,
+)
 from embattle.ops.group import (
     gaussian_noise,
     gaussian_noise_,
@@ -29,6 +34,7 @@ _library = _register()  # kept: the registrations live as long as it does
 __all__ = [
     "clip_and_sum",
     "embedding_grad_norm",
+    "embedding_grad_sum",
     "embedding_perturb",
     "gaussian_noise",
     "gaussian_noise_",

@@ -29,6 +29,30 @@ def _(
     return grad_output.new_empty([grad_output.shape[0]], dtype=dtype)
 
 
+@register_fake("embattle::embedding_grad_sum")
+def _(
+    indices: Tensor,
+    grad_output: Tensor,
+    rows: int,
+    weights: Tensor | None = None,
+    padding_idx: int = -1,
+) -> Tensor:
+    return grad_output.new_empty([rows, grad_output.shape[-1]])
+
+
+@register_fake("embattle::embedding_grad_rows")
+def _(
+    indices: Tensor,
+    grad_output: Tensor,
+    rows: int,
+    weights: Tensor | None = None,
+    padding_idx: int = -1,
+) -> tuple[Tensor, Tensor]:
+    found = torch.library.get_ctx().new_dynamic_size()
+    dim = grad_output.shape[-1]
+    return indices.new_empty([found], dtype=torch.int64), grad_output.new_empty([found, dim])
+
+
 @register_fake("embattle::embedding_perturb")
 def _(weight: Tensor, indices: Tensor, delta: Tensor, inverse: Tensor) -> Tensor:
     return weight.new_empty([*indices.shape, weight.shape[1]])
@@ -142,6 +166,32 @@ def _(
     return torch.stack(slices), 0
 
 
+@register_vmap("embattle::embedding_grad_sum")
+def _(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    indices: Tensor,
+    grad_output: Tensor,
+    rows: int,
+    weights: Tensor | None = None,
+    padding_idx: int = -1,
+) -> tuple[Tensor, int]:
+    size = info.batch_size
+    indices = moved(indices, in_dims[0], size)
+    kept = indices != padding_idx
+    indices = _shifted(indices, rows, size)
+    grad_output = moved(grad_output, in_dims[1], size)
+    if indices.dim() > 1:
+        indices, grad_output = indices.flatten(0, 1), grad_output.flatten(0, 1)
+        kept = kept.flatten(0, 1)
+    if padding_idx >= 0:
+        grad_output = torch.where(kept[..., None], grad_output, 0.0)
+    if weights is not None:
+        weights = moved(weights, in_dims[3], size).flatten()
+    out: Tensor = _ops.embedding_grad_sum(indices, grad_output, rows * size, weights)
+    return out.reshape(size, rows, out.shape[1]), 0
+
+
 @register_vmap("embattle::embedding_perturb")
 def _(
     info: Any,
@@ -203,5 +253,7 @@ def _(
 
 outside_autograd(
     "embedding_grad_norm",
+    "embedding_grad_sum",
+    "embedding_grad_rows",
     "rowwise_adagrad_",
 )

@@ -12,6 +12,17 @@ from embattle.ops._arguments import argument_error, written
 _ops = torch.ops.embattle
 
 
+def _padding(op: str, padding_idx: int | None) -> int:
+    if padding_idx is None:
+        return -1
+    if padding_idx < 0:
+        raise ValueError(
+            f"embattle.{op}: padding_idx must be a row of the table, got {padding_idx}; None for "
+            "no padding"
+        )
+    return padding_idx
+
+
 def embedding_grad_norm(
     indices: Tensor,
     grad_output: Tensor,
@@ -41,16 +52,12 @@ def embedding_grad_norm(
         raise ValueError(
             f"embattle.embedding_grad_norm: mode must be 'sum' or 'mean', got {mode!r}"
         )
-    if padding_idx is not None and padding_idx < 0:
-        raise ValueError(
-            f"embattle.embedding_grad_norm: padding_idx must be a row of the table, got "
-            f"{padding_idx}; None for no padding"
-        )
+    padding = _padding("embedding_grad_norm", padding_idx)
     try:
         out: Tensor = _ops.embedding_grad_norm(
             indices,
             grad_output,
-            padding_idx=-1 if padding_idx is None else padding_idx,
+            padding_idx=padding,
             offsets=offsets,
             mean=mode == "mean",
             per_sample_weights=per_sample_weights,
@@ -58,6 +65,55 @@ def embedding_grad_norm(
     except RuntimeError as error:
         raise argument_error(error) from None
     return out
+
+
+def embedding_grad_sum(
+    indices: Tensor,
+    grad_output: Tensor,
+    rows: int,
+    *,
+    weights: Tensor | None = None,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """An embedding's weight gradient, each sample's part times its weight: ``sum_b w_b g_b``.
+
+    Args:
+        indices: ``[B, *]`` int64 or int32; any shape without `weights`.
+        grad_output: ``[B, *, D]``.
+        rows: of the table.
+        weights: ``[B]``, any float dtype; None for ones.
+        padding_idx: the index whose row gets no gradient.
+
+    Returns:
+        ``[rows, D]`` in the dtype of `grad_output`; summed in float64, in the order of the batch.
+
+    Raises:
+        ValueError: for shapes, dtypes or an argument that do not fit, or an index out of range
+            (CPU).
+    """
+    padding = _padding("embedding_grad_sum", padding_idx)
+    try:
+        out: Tensor = _ops.embedding_grad_sum(indices, grad_output, rows, weights, padding)
+    except RuntimeError as error:
+        raise argument_error(error) from None
+    return out
+
+
+def embedding_grad_rows(
+    indices: Tensor,
+    grad_output: Tensor,
+    rows: int,
+    *,
+    weights: Tensor | None = None,
+    padding_idx: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The rows that `embedding_grad_sum` would write, ascending, and their sums; CPU only."""
+    padding = _padding("embedding_grad_rows", padding_idx)
+    try:
+        found, sums = _ops.embedding_grad_rows(indices, grad_output, rows, weights, padding)
+    except RuntimeError as error:
+        raise argument_error(error) from None
+    return found, sums
 
 
 def embedding_perturb(weight: Tensor, indices: Tensor, delta: Tensor, inverse: Tensor) -> Tensor:
