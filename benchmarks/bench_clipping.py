@@ -1,8 +1,10 @@
 """Cost of per-sample clipping: a training step with it over the plain step, and its memory.
 
-Every step is forward, backward and SGD. All the ways of one model take turns in one process, so
-that a slow moment hits all of them; the figures are ratios of medians. Memory is the largest amount
-of live tensors during a step, the model's and the batch's own among them.
+Every step is forward, backward and the optimiser's: SGD without momentum, the least that there is
+to do, or --optimizer adam (SparseAdam for sparse tables), without the peers. All the ways of one
+model take turns in one process, so that a slow moment hits all of them; the figures are ratios of
+medians. Memory is the largest amount of live tensors during a step, the model's, the optimiser's
+and the batch's own among them.
 
     python benchmarks/bench_clipping.py                      # all models, plain and clipped
     python benchmarks/bench_clipping.py --peers --out benchmarks/results
@@ -186,28 +188,46 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def plain_step(model: nn.Module, batch: Batch) -> Step:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+def sgd(model: nn.Module) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD(model.parameters(), lr=0.01)]
+
+
+def adam(model: nn.Module) -> list[torch.optim.Optimizer]:
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse]
+    known = set(map(id, tables))
+    others = [p for p in model.parameters() if id(p) not in known]
+    found: list[torch.optim.Optimizer] = [torch.optim.Adam(others)]
+    return [*found, torch.optim.SparseAdam(tables)] if tables else found
+
+
+OPTIMIZERS = {"sgd": sgd, "adam": adam}
+TITLES = {"sgd": "SGD", "adam": "Adam"}
+
+
+def plain_step(model: nn.Module, batch: Batch, optimizers: list[torch.optim.Optimizer]) -> Step:
     inputs, labels = batch
 
     def step() -> None:
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         F.cross_entropy(model(*inputs), labels).backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     return step
 
 
-def clipped_step(model: nn.Module, batch: Batch) -> Step:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+def clipped_step(model: nn.Module, batch: Batch, optimizers: list[torch.optim.Optimizer]) -> Step:
     clipper = PerSampleClipper(model, max_norm=0.1)
     inputs, labels = batch
 
     def step() -> None:
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         with clipper:
             clipper.backward(F.cross_entropy(model(*inputs), labels, reduction="none"))
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     return step
 
@@ -323,14 +343,20 @@ def measure(steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
     return times
 
 
-def peak(step: Step, model: nn.Module, batch: Batch) -> int:
-    """Bytes of live tensors during a step at most."""
-    with LiveBytes([*model.parameters(), *model.buffers(), *batch[0], batch[1]]) as live:
+def peak(step: Step, held: list[Tensor]) -> int:
+    """Bytes of live tensors during a step at most; held: those that live before and after it."""
+    with LiveBytes(held) as live:
         step()
     return live.peak
 
 
-def run(name: str, peers: list[str], seconds: float) -> dict[str, Any]:
+def states(optimizers: list[torch.optim.Optimizer]) -> list[Tensor]:
+    """What optimisers keep between steps."""
+    kept = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return [leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor)]
+
+
+def run(name: str, optimizer: str, peers: list[str], seconds: float) -> dict[str, Any]:
     """Ratios, memory and updates of one model."""
     plain, clipped, make_batch, bound = MODELS[name]
     torch.manual_seed(0)
@@ -341,9 +367,10 @@ def run(name: str, peers: list[str], seconds: float) -> dict[str, Any]:
         return make()
 
     models = {"plain": fresh(plain), "embattle": fresh(clipped)}
+    optimizers = {label: OPTIMIZERS[optimizer](model) for label, model in models.items()}
     steps = {
-        "plain": plain_step(models["plain"], batch),
-        "embattle": clipped_step(models["embattle"], batch),
+        "plain": plain_step(models["plain"], batch, optimizers["plain"]),
+        "embattle": clipped_step(models["embattle"], batch, optimizers["embattle"]),
     }
     update = first_update(models["embattle"], steps["embattle"])
     apart, absent = {}, {}
@@ -365,9 +392,13 @@ def run(name: str, peers: list[str], seconds: float) -> dict[str, Any]:
         apart[label] = float((found - update).norm() / update.norm())
     times = measure(steps, seconds)
     medians = {label: statistics.median(t) for label, t in times.items()}
-    memory = {label: peak(step, models[label], batch) for label, step in steps.items()}
+    memory = {}
+    for label, step in steps.items():
+        own = [*models[label].parameters(), *models[label].buffers()]
+        memory[label] = peak(step, [*own, *states(optimizers.get(label, [])), *batch[0], batch[1]])
     return {
         "model": name,
+        "optimizer": optimizer,
         "plain_ms": 1000 * medians["plain"],
         "rounds": len(times["plain"]),
         "ratio": {label: m / medians["plain"] for label, m in medians.items()},
@@ -380,20 +411,26 @@ def run(name: str, peers: list[str], seconds: float) -> dict[str, Any]:
 
 def markdown(record: dict[str, Any]) -> str:
     """The table, and what is left out of it."""
-    about, results = record["about"], record["results"]
-    found = [label for result in results for label in (*result["ratio"], *result["absent"])]
-    labels = ["embattle", *(label for label in PEERS if label in found)]
-    heads = ["model", "plain, ms", "plain, MB", *labels]
     lines = [
         "# Cost of per-sample clipping",
         "",
-        f"{in_words(about)}. Each cell: time over the plain step's (ratio of medians), peak "
-        "memory over the plain step's. The goal for the time ratio is in brackets. `*`: the first "
-        "update differs from ours by more than 1%.",
-        "",
-        "| " + " | ".join(heads) + " |",
-        "|" + "---|" * len(heads),
+        f"{in_words(record['about'])}. Each cell: time over the plain step's (ratio of medians), "
+        "peak memory over the plain step's. The goal for the time ratio is in brackets. `*`: the "
+        "first update differs from ours by more than 1%.",
     ]
+    for optimizer in OPTIMIZERS:
+        results = [each for each in record["results"] if each["optimizer"] == optimizer]
+        if results:
+            lines += ["", f"## {TITLES[optimizer]}", "", *table(results)]
+    return "\n".join(lines) + "\n"
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    """Lines of the table of one optimiser."""
+    found = [label for result in results for label in (*result["ratio"], *result["absent"])]
+    labels = ["embattle", *(label for label in PEERS if label in found)]
+    heads = ["model", "plain, ms", "plain, MB", *labels]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     notes = []
     for result in results:
         memory = result["peak_mb"]
@@ -413,12 +450,13 @@ def markdown(record: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     if notes:
         lines += ["", "Left out:", "", *notes]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
     parser.add_argument("--peers", action="store_true", help="Opacus as well")
     parser.add_argument("--fastdp", type=Path, help="a checkout of fastDP: measure it as well")
     parser.add_argument("--seconds", type=float, default=5.0, help="per model, about")
@@ -427,13 +465,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", message=".*backward hook.*")
+    if args.optimizer != "sgd" and (args.peers or args.fastdp):
+        parser.error("--peers and --fastdp are for --optimizer sgd: the peers' steps are SGD's")
     peers = ["opacus hooks", "opacus ghost"] if args.peers else []
     if args.fastdp:
         sys.path.append(os.fspath(args.fastdp))
         peers.append("fastdp")
     results = []
     for name in args.models:
-        result = run(name, peers, args.seconds)
+        result = run(name, args.optimizer, peers, args.seconds)
         results.append(result)
         shown = ", ".join(
             f"{label} {ratio:.2f} ({result['peak_mb'][label]:.1f} MB)"
@@ -447,8 +487,9 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / f"bench_clipping_{about['date']}.json"
         kept = json.loads(path.read_text())["results"] if path.exists() else []
-        every = {result["model"]: result for result in [*kept, *results]}
-        record = {"about": about, "results": [every[name] for name in MODELS if name in every]}
+        every = {(result["optimizer"], result["model"]): result for result in [*kept, *results]}
+        keys = [(optimizer, name) for optimizer in OPTIMIZERS for name in MODELS]
+        record = {"about": about, "results": [every[key] for key in keys if key in every]}
         path.write_text(json.dumps(record, indent=1) + "\n")
         path.with_suffix(".md").write_text(markdown(record))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -24,6 +24,8 @@ def simplify(uses: Sequence[Use], units: Units) -> list[Use]:
     dense gradients their sum. Overlapping ranges of rows are cut so that any two are equal or
     disjoint.
     """
+    if len(uses) == 1 and not isinstance(uses[0], BagUse):
+        return list(uses)
     found: list[Use] = [
         use.padded()
         if isinstance(use, BagUse) and (len(uses) > 1 or units.of_sample is not None)
@@ -167,32 +169,42 @@ def unit_norms(uses: list[Use], units: Units, shape: torch.Size) -> Tensor:
     return dense_norms([whole.sum(0)], units)
 
 
-def _order(parameter: Parameter, uses: Sequence[Use]) -> tuple[bool, int]:
+def _order(item: tuple[Parameter, Sequence[Use]]) -> tuple[bool, int]:
     """Sorts parameters so that the peak of memory stays low when uses go as gradients come.
 
     First those that give back more than their gradient takes, the least need first; then the
     others, the largest growth first.
     """
-    held = [
-        [t.numel() for t in (getattr(use, "x", None), use.grad) if t is not None] for use in uses
-    ]
-    growth = parameter.numel() - sum(map(sum, held))
-    need = parameter.numel() + max(map(min, held))  # beside the gradient: a scaled copy
-    return (growth > 0, growth - need if growth > 0 else need)
+    parameter, uses = item
+    own = parameter.numel()
+    growth, copied = own, 0  # a scaled copy of the smaller tensor stands beside the gradient
+    for use in uses:
+        smaller = size = use.grad.numel()
+        if isinstance(use, (LinearUse, ConvUse)):
+            inputs = use.x.numel()
+            size += inputs
+            smaller = min(smaller, inputs)
+        growth -= size
+        copied = max(copied, smaller)
+    return (growth > 0, growth - own - copied if growth > 0 else own + copied)
 
 
 def weighted_gradients(
-    uses: dict[Parameter, list[Use]], factors: Mapping[Parameter, Tensor]
+    uses: dict[Parameter, list[Use]], factor_of: Callable[[Parameter], Tensor]
 ) -> dict[Parameter, Tensor]:
     """sum_b factor_b g_b of all parameters; empties uses as it goes.
 
     Args:
         uses: what `simplify` left.
-        factors: [B] factors of the samples for each parameter; the same tensor where they agree.
+        factor_of: the samples' factors [B] for a parameter.
     """
+    items = sorted(uses.items(), key=_order)
+    uses.clear()
+    items.reverse()
     found = {}
-    for p in sorted(uses, key=lambda p: _order(p, uses[p])):
-        found[p] = weighted_gradient(uses.pop(p), factors[p], p)
+    while items:
+        p, own = items.pop()
+        found[p] = weighted_gradient(own, factor_of(p), p)
     return found
 
 

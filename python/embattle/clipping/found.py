@@ -18,7 +18,7 @@ from embattle.clipping.combine import (
 )
 from embattle.clipping.tables import join_tables
 from embattle.clipping.units import Units
-from embattle.clipping.uses import DenseUse, LinearUse
+from embattle.clipping.uses import DenseUse, LinearUse, RowUse
 
 Named = Sequence[tuple[str, Parameter]]
 
@@ -46,7 +46,11 @@ class Found:
         """
         self.named = named
         self.units = units
-        self.uses = {p: simplify(uses.pop(p), units) for _, p in named if p in uses}
+        self.uses: dict[Parameter, list[Use]] = {}
+        for _, p in named:
+            own = uses.pop(p, None)
+            if own is not None:
+                self.uses[p] = simplify(own, units)
         self.joint = join_tables(self.uses) if joined else []
 
     def norms(self, device: torch.device) -> Tensor:
@@ -69,6 +73,8 @@ class Found:
                 parts.append(first.norms(units, bias=id(first.bias) in joined))
             elif len(found) == 1 and isinstance(first, DenseUse):
                 small.append(first.grad)
+            elif len(found) == 1 and isinstance(first, RowUse) and first.apart(units):
+                small.append(first.masked())
             else:
                 parts.append(unit_norms(found, units, p.shape))
         if small and units.of_sample is not None:
@@ -123,20 +129,28 @@ class Found:
             own = self.units.sample_factors(factor) * scale
             return (own if weights is None else own * weights).to(dtype)
 
-        shared: dict[torch.dtype, Tensor] = {}
+        if factors.dim() == 2:
+            columns = {p: column for column, (_, p) in enumerate(self.named)}
 
-        def of(column: int, p: Parameter) -> Tensor:
-            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            if factors.dim() == 2:
-                return final(factors[:, column], dtype)
-            if dtype not in shared:
-                shared[dtype] = final(factors, dtype)
-            return shared[dtype]
+            def of(p: Parameter) -> Tensor:
+                return final(factors[:, columns[p]], _summed_in(p))
 
-        own = {p: of(column, p) for column, (_, p) in enumerate(self.named) if p in self.uses}
+        else:
+            shared: dict[torch.dtype, Tensor] = {}
+
+            def of(p: Parameter) -> Tensor:
+                dtype = _summed_in(p)
+                if dtype not in shared:
+                    shared[dtype] = final(factors, dtype)
+                return shared[dtype]
+
         # Tables come last: what the other layers hold is gone then.
-        found = weighted_gradients(self.uses, own)
+        found = weighted_gradients(self.uses, of)
         while self.joint:
             table = self.joint.pop()
-            found.update(table.weighted(of(0, table.members[0])))
+            found.update(table.weighted(of(table.members[0])))
         return found
+
+
+def _summed_in(parameter: Parameter) -> torch.dtype:
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32

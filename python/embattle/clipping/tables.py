@@ -35,9 +35,9 @@ class JointTable:
     grad: Tensor
 
     def _use(self) -> RowUse:
-        firsts = itertools.accumulate((len(p) for p in self.members[:-1]), initial=0)
-        columns = (indices.shape[1] for indices in self.indices)
-        starts = _starts(tuple(firsts), tuple(columns), self.grad.device)
+        rows = tuple([p.shape[0] for p in self.members])
+        columns = tuple([indices.shape[1] for indices in self.indices])
+        starts = _starts(rows, columns, self.grad.device)
         return RowUse(torch.cat(self.indices, 1).add_(starts), self.grad, None, False)
 
     def apart(self, units: Units) -> bool:
@@ -54,7 +54,7 @@ class JointTable:
 
     def weighted(self, factor: Tensor) -> Iterator[tuple[Parameter, Tensor]]:
         """Every table's sum_b factor_b g_b; all of them are parts of one tensor."""
-        sizes = [len(p) for p in self.members]
+        sizes = [p.shape[0] for p in self.members]
         whole = self._use().weighted(factor, sum(sizes))
         return zip(self.members, torch.split(whole, sizes), strict=True)
 
@@ -121,7 +121,8 @@ def side_by_side(grads: list[Tensor]) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _starts(firsts: tuple[int, ...], columns: tuple[int, ...], device: torch.device) -> Tensor:
+def _starts(rows: tuple[int, ...], columns: tuple[int, ...], device: torch.device) -> Tensor:
     """Each table's first row, as often as it has columns of indices."""
-    rows = [first for first, count in zip(firsts, columns, strict=True) for _ in range(count)]
-    return torch.tensor(rows, device=device)
+    firsts = itertools.accumulate(rows[:-1], initial=0)
+    found = [first for first, count in zip(firsts, columns, strict=True) for _ in range(count)]
+    return torch.tensor(found, device=device)

@@ -23,6 +23,9 @@ from embattle.ops.embedding import embedding_grad_rows
 
 # Largest temporary of an unfolded convolution input, in elements.
 _CHUNK = 1 << 24
+# Elements of a sparse gradient from which on an optimiser gains more from distinct rows than it
+# takes to sum the equal ones.
+_COALESCED = 1 << 16
 
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
@@ -116,6 +119,10 @@ class RowUse:
             [self.grad],
         )
 
+    def apart(self, units: Units) -> bool:
+        """Whether no unit can have a row twice: the table's gradient is then `masked`'s rows."""
+        return units.of_sample is None and self.indices.shape[1] == 1
+
     def masked(self) -> Tensor:
         """grad, zero at padding."""
         if self.padding_idx is None:
@@ -123,13 +130,14 @@ class RowUse:
         return self.grad.masked_fill((self.indices == self.padding_idx)[..., None], 0)
 
     def weighted(self, factor: Tensor, rows: int) -> Tensor:
-        """sum_b factor_b g_b, [rows, D]; a sparse tensor where sparse, on the CPU coalesced."""
+        """sum_b factor_b g_b, [rows, D]; a sparse tensor where sparse, a large one coalesced."""
         if not self.sparse:
             return ops.embedding_grad_sum(
                 self.indices, self.grad, rows, weights=factor, padding_idx=self.padding_idx
             )
-        if self.grad.is_cuda:
-            # How many rows there are is known to the device alone.
+        # On CUDA, how many rows there are is known to the device alone.
+        coalesced = not self.grad.is_cuda and self.grad.numel() >= _COALESCED
+        if not coalesced:
             indices, grad = self.indices.flatten(), _scaled(self.grad, factor).flatten(0, 1)
             if self.padding_idx is not None:
                 keep = indices != self.padding_idx
@@ -142,7 +150,7 @@ class RowUse:
             indices[None],
             grad,
             (rows, grad.shape[-1]),
-            is_coalesced=not self.grad.is_cuda,
+            is_coalesced=coalesced,
             check_invariants=False,
         )
 
