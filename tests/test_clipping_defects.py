@@ -384,6 +384,25 @@ def test_sparse_gradient_follows_the_batch() -> None:
     assert table.weight.grad.coalesce().indices()[0].tolist() == [1, 5, 9]
 
 
+def test_large_sparse_gradient_holds_each_row_once() -> None:
+    ids = torch.randint(0, 500, (64, 20))
+    model = nn.Sequential(nn.Embedding(50_000, 64, padding_idx=3), nn.Flatten(), nn.Linear(1280, 2))
+    with PerSampleClipper(model, 0.1) as clipper:
+        clipper.backward(losses(model, ids))
+    wanted = gradients(model)[0]
+    model.zero_grad()
+    model[0].sparse = True
+    with clipper:
+        clipper.backward(losses(model, ids))
+        clipper.backward(losses(model, ids), scale=0.5)
+    table = model[0].weight.grad
+    assert table is not None
+    rows = set(ids.flatten().tolist()) - {3}
+    assert table.is_coalesced()
+    assert table.indices()[0].tolist() == sorted(rows)
+    assert torch.allclose(table.to_dense(), 1.5 * wanted, rtol=1e-6, atol=1e-9)
+
+
 def test_compiled_model() -> None:
     model = mlp()
     x = torch.randn(4, 3)

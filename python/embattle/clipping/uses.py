@@ -135,8 +135,8 @@ class RowUse:
             return ops.embedding_grad_sum(
                 self.indices, self.grad, rows, weights=factor, padding_idx=self.padding_idx
             )
-        # On CUDA, how many rows there are is known to the device alone.
-        coalesced = not self.grad.is_cuda and self.grad.numel() >= _COALESCED
+        # Elsewhere, how many rows there are is known to the device alone.
+        coalesced = self.grad.device.type == "cpu" and self.grad.numel() >= _COALESCED
         if not coalesced:
             indices, grad = self.indices.flatten(), _scaled(self.grad, factor).flatten(0, 1)
             if self.padding_idx is not None:
