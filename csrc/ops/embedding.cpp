@@ -12,7 +12,7 @@ struct EmbeddingCpu {
   static void embedding_perturb(const PerturbArgs& args, const Tensor&) {
     cpu_kernels().embedding_perturb(args, torch_parallel_for);
   }
-  static void segment_sum(const SegmentSumArgs& args, const Tensor&) {
+  static void segment_sum(const char*, const SegmentSumArgs& args, const Tensor&) {
     cpu_kernels().segment_sum(args, torch_parallel_for);
   }
   static void rowwise_adagrad(const AdagradArgs& args, const Tensor&) {
