@@ -26,6 +26,9 @@ std::tuple<Tensor, Tensor> embedding_grad_rows(const Tensor& indices, const Tens
                                                int64_t padding) {
   Segments segments =
       weighted_segments("embedding_grad_rows", indices, grad, rows, weights, padding);
+  if (rows > 0 && segments.args.count > (int64_t(1) << 62) / rows)
+    fail("embattle.embedding_grad_rows: ", segments.args.count, " indices into ", rows,
+         " rows are more than can be sorted");
   struct Result {
     const Segments& segments;
     Tensor keys, sums;
