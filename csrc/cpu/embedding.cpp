@@ -193,8 +193,8 @@ void EMBATTLE_AT_LEVEL(segment_sum)(const SegmentSumArgs& args, ParallelFor para
     using T = Element<decltype(type)>;
     const T* const grad = static_cast<const T*>(args.grad.data);
     T* const out = static_cast<T*>(sums);
-    // All bits zero is the number zero in every dtype.
-    if (!args.found)
+    // All bits zero is the number zero in every dtype. Without columns there is no memory.
+    if (!args.found && dim > 0)
       spread(parallel_for, args.rows, kGrain / (1 + dim) + 1, [&](int64_t begin, int64_t end) {
         memset(out + begin * dim, 0, static_cast<size_t>((end - begin) * dim) * sizeof(T));
       });
