@@ -134,6 +134,17 @@ def _step(count: int, dim: int) -> Callable[[torch.dtype], tuple[Any, int]]:
     return make
 
 
+def _weighted(
+    batch: int, tokens: int, dim: int, rows: int
+) -> Callable[[torch.dtype], tuple[Any, int]]:
+    def make(dtype: torch.dtype) -> tuple[Any, int]:
+        ids = torch.randint(0, rows, (batch, tokens))
+        grad, weights = _randn(batch, tokens, dim, dtype=dtype), torch.rand(batch)
+        return (ids, grad, rows, weights), _bytes(ids, grad) + rows * dim * grad.element_size()
+
+    return make
+
+
 F32, HALF = torch.float32, (torch.bfloat16, torch.float16)
 
 
@@ -200,6 +211,17 @@ def _cases() -> list[Case]:
         ops.embedding_perturb,
         peers.perturbed_rows,
     )
+    summed = Case(
+        "embedding_grad_sum",
+        "[512, 32, 64], 10k rows",
+        F32,
+        "copy",
+        None,
+        _weighted(512, 32, 64, 10_000),
+        lambda ids, grad, rows, weights: ops.embedding_grad_sum(ids, grad, rows, weights=weights),
+        peers.row_sums,
+    )
+    narrow = summed._replace(size="[512, 8, 16], 8k rows", make=_weighted(512, 8, 16, 8000))
     adagrad = Case(
         "rowwise_adagrad_",
         "100k x 64, 16384",
@@ -217,6 +239,7 @@ def _cases() -> list[Case]:
     cases += [many, *(many._replace(dtype=dtype, bar=1.3) for dtype in HALF)]
     cases += [embedding((512, 32, 64), 3.0), embedding((64, 512, 768), None)]
     cases += [embedding((64, 512, 768), 1.3, dtype) for dtype in HALF]
+    cases += [summed, narrow]
     cases += [one, several, several._replace(dtype=torch.bfloat16)]
     cases += [perturb, perturb._replace(dtype=torch.bfloat16), adagrad]
     return cases

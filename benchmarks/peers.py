@@ -80,6 +80,12 @@ def embedding_norms(ids: Tensor, grad: Tensor) -> Tensor:
     return grad.new_zeros(batch).index_add_(0, pairs[:, 0], summed.square().sum(1)).sqrt()
 
 
+def row_sums(ids: Tensor, grad: Tensor, rows: int, weights: Tensor) -> Tensor:
+    """[rows, D] a table's gradient, samples weighted."""
+    scaled = (grad * wide(weights, grad)).flatten(0, 1)
+    return scaled.new_zeros(rows, grad.shape[-1]).index_add_(0, ids.flatten(), scaled)
+
+
 def perturbed_rows(weight: Tensor, ids: Tensor, delta: Tensor, inverse: Tensor) -> Tensor:
     return F.embedding(ids, weight) + F.embedding(inverse, delta)
 

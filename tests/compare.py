@@ -140,6 +140,9 @@ def assert_matches_reference(op: str, call: Call, results: list[Tensor]) -> None
         weight, indices, delta, inverse = call.args
         sizes = Call([weight.abs(), indices, delta.abs(), inverse], {})
         scales = [(expected(op, sizes)[0], 1)]
+    elif op == "embedding_grad_sum":
+        count = call.args[0].numel()
+        scales = [(expected(op, call.double().map(torch.abs))[0], count)]
     elif op == "rowwise_adagrad_":
         before = call.args[0].double()
         scales = [(before.abs() + (wanted[0] - before).abs(), call.args[3].numel())]

@@ -35,6 +35,7 @@ ON_THE_CPU_ALONE = {
     "test_examples.py": "runs examples, which choose the CPU",
     "test_gpu_check.py": "runs what the tools do without a GPU",
     "test_libraries.py::test_two_processes_give_what_one_does": _RANKS,
+    "test_ops_grad_rows.py": "the rows that occur are found on the CPU alone",
     "test_ops_numerics.py::"
     "test_op_is_what_the_reference_says": "test_cuda_device.py has all its samples",
     "test_pretend.py": "makes the pretend device in a process of its own",

@@ -716,6 +716,66 @@ def _embedding_grad_norm() -> Iterator[Sample]:
     )
 
 
+def _embedding_grad_sum() -> Iterator[Sample]:
+    def sample(
+        name: str,
+        shape: tuple[int, ...],
+        dim: int,
+        rows: int,
+        *,
+        weights: torch.dtype | None = None,
+        padding: int | None = None,
+        drawn: int | None = None,
+        layout: Callable[[Tensor], Tensor] | None = None,
+    ) -> Sample:
+        """drawn: how many of the rows occur, where not all do."""
+
+        def build(dtype: torch.dtype, g: torch.Generator) -> Call:
+            indices = _indices(shape, rows if drawn is None else drawn, g)
+            grad = _randn((*shape, dim), dtype, g)
+            if layout is not None:
+                indices, grad = layout(indices), layout(grad)
+            options: dict[str, Any] = {"padding_idx": padding}
+            if weights is not None:
+                options["weights"] = _randn(shape[:1], weights, g)
+                options["weights"][1:2] = 0
+            return Call([indices, grad, rows], options)
+
+        return Sample("embedding_grad_sum", name, build)
+
+    f32 = torch.float32
+    yield sample("distinct", (4, 5), 6, 500)
+    yield sample("repeated", (4, 9), 6, 3)
+    yield sample("all-the-same", (8, 11), 6, 1)
+    yield sample("untouched", (4, 9), 6, 40, weights=f32, drawn=7)
+    yield sample("padding", (4, 9), 6, 3, padding=0)
+    yield sample("padding-weights", (4, 9), 6, 3, padding=2, weights=f32)
+    yield sample("padding-of-none", (4, 9), 6, 9, padding=8, weights=f32, drawn=7)
+    yield sample("all-padding", (8, 11), 6, 1, padding=0, weights=f32)
+    yield sample("1d", (9,), 7, 3)
+    yield sample("1d-weights", (9,), 7, 3, weights=f32)
+    yield sample("one-token", (5, 1), 7, 3, weights=f32)
+    yield sample("3d", (3, 2, 5), 4, 4, padding=1, weights=f32)
+    yield sample("0d", (), 4, 3)
+    yield sample("0d-padding", (), 4, 1, padding=0)
+    for dim in (1, 8, 13, 16, 32, 48, 64, 100, 300):
+        yield sample(f"{dim}-columns", (3, 7), dim, 5)
+        yield sample(f"{dim}-columns-weights", (3, 7), dim, 5, weights=f32)
+    yield sample("long", (30, 30), 3, 100, weights=f32)
+    yield sample("many-rows", (6, 20), 5, 70_000, weights=f32, padding=3)
+    yield sample("no-samples", (0, 4), 6, 3, weights=f32)
+    yield sample("no-tokens", (3, 0), 6, 3, weights=f32)
+    yield sample("no-tokens-3d", (3, 0, 2), 6, 3)
+    yield sample("no-width", (3, 4), 0, 3, weights=f32)
+    yield sample("no-rows", (0,), 6, 0, drawn=1)
+    yield sample("no-rows-weights", (3, 0), 6, 0, weights=f32, drawn=1)
+    for name in ("transposed", "expanded"):
+        yield sample(name, (4, 9), 6, 3, layout=LAYOUTS[name])
+        yield sample(f"{name}-weights", (4, 9), 16, 3, weights=f32, layout=LAYOUTS[name])
+    for dtype in DTYPES:
+        yield sample(f"weights-{str(dtype).removeprefix('torch.')}", (4, 9), 6, 3, weights=dtype)
+
+
 def _embedding_perturb() -> Iterator[Sample]:
     def sample(
         name: str,
@@ -806,6 +866,7 @@ _TABLE: dict[str, Callable[[], Iterator[Sample]]] = {
     "clip_and_sum": _clip_and_sum,
     "linear_grad_norm": _linear_grad_norm,
     "embedding_grad_norm": _embedding_grad_norm,
+    "embedding_grad_sum": _embedding_grad_sum,
     "embedding_perturb": _embedding_perturb,
     "rowwise_adagrad_": _rowwise_adagrad,
 }

@@ -151,6 +151,28 @@ def test_segment_sums(dtype: torch.dtype, order: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"{o[0]}{o[1]}")
+@pytest.mark.parametrize("dtype", samples.DTYPES, ids=lambda d: str(d)[6:])
+def test_weighted_sums_beside_a_padding_row(dtype: torch.dtype, order: tuple[str, int]) -> None:
+    emulated.kernels().set_order(*order)
+    g = torch.Generator().manual_seed(9)
+    # Runs of a team and of the block, of the padding as well; one item a sample and many.
+    for shape, rows, dim in (((7, 9), 4, 5), ((300,), 3, 13), ((40, 3, 7), 5, 150), ((3, 1), 9, 2)):
+        indices = torch.randint(0, rows, shape, generator=g)
+        grad = torch.randn(*shape, dim, generator=g).to(dtype)
+        for weights in samples.DTYPES:
+            for padding in (None, int(indices.flatten()[0]), rows - 1):
+                options = {
+                    "weights": torch.randn(shape[0], generator=g).to(weights),
+                    "padding_idx": padding,
+                }
+                call = samples.Call([indices, grad, rows], options)
+                sums = run("embedding_grad_sum", call.clone(), emulated)
+                assert_matches_reference("embedding_grad_sum", call, sums)
+                if padding is not None:
+                    assert not sums[0][padding].any()
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"{o[0]}{o[1]}")
 def test_a_step_of_hot_rows(order: tuple[str, int]) -> None:
     emulated.kernels().set_order(*order)
     g = torch.Generator().manual_seed(6)

@@ -55,7 +55,7 @@ def test_the_peers_compute_what_the_ops_do() -> None:
         assert one.compiled is None or "eager" in one.calls
     ops = {"pgd_step", "project", "random_start", "gaussian_noise", "momentum_step", "group_norm"}
     ops |= {"clip_and_sum", "per_sample_norm", "linear_grad_norm", "embedding_grad_norm"}
-    assert seen == ops | {"embedding_perturb", "rowwise_adagrad_"}
+    assert seen == ops | {"embedding_grad_sum", "embedding_perturb", "rowwise_adagrad_"}
 
 
 def test_a_row_says_which_targets_are_missed() -> None:

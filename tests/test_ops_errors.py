@@ -77,6 +77,7 @@ def good(op: str) -> dict[str, Any]:
         "clip_and_sum": {"grads": [ones(3, 4), ones(3)], "max_norm": 1.0},
         "linear_grad_norm": {"input": ones(3, 2, 4), "grad_output": ones(3, 2, 5)},
         "embedding_grad_norm": {"indices": rows, "grad_output": ones(2, 3, 4)},
+        "embedding_grad_sum": {"indices": rows, "grad_output": ones(2, 3, 4), "rows": 7},
         "embedding_perturb": {
             "weight": ones(7, 4),
             "indices": rows,
@@ -295,6 +296,37 @@ def _embedding_grad_norm() -> Iterator[Bad]:
     yield Bad(op, "per_sample_weights", ones(2, 3), "no offsets")
 
 
+def _embedding_grad_sum() -> Iterator[Bad]:
+    op = "embedding_grad_sum"
+    yield from _indices(op, "indices")
+    yield from _tensors(op, "grad_output")
+    yield Bad(op, "grad_output", ones(2, 4), "[2, 4]")
+    yield Bad(op, "grad_output", ones(6, 4), "[6, 4]")
+    yield Bad(op, "grad_output", ones(2, 4, 4), "[2, 4, 4]")
+    bad = torch.tensor([[0, 1, 2], [2, 7, 1]])
+    yield Bad(op, "indices", bad, "7 at position 4")
+    yield Bad(op, "indices", bad.int(), "7 at position 4")
+    yield Bad(op, "indices", -bad, "-1 at position 1")
+    yield Bad(op, "indices", bad, "7 at position 4", {"padding_idx": 1, "weights": ones(2)})
+    scalar = {"grad_output": ones(4), "weights": ones(1)}
+    yield Bad(op, "indices", torch.tensor(3), "[]", scalar)
+    yield Bad(op, "rows", -1, "-1")
+    yield Bad(op, "rows", 1.5, "float")
+    yield Bad(op, "rows", "7", "str")
+    yield Bad(op, "rows", None, "None")
+    yield Bad(op, "padding_idx", -1, "-1")
+    yield Bad(op, "padding_idx", 7, "7")
+    yield Bad(op, "padding_idx", 1.5, "float")
+    yield Bad(op, "weights", ones(3), "[3]")
+    yield Bad(op, "weights", ones(2, 1), "[2, 1]")
+    yield Bad(op, "weights", ones(2, 3), "[2, 3]")
+    yield Bad(op, "weights", torch.tensor(1.0), "[]")
+    yield Bad(op, "weights", ones(2, dtype=torch.int64), "Long")
+    yield Bad(op, "weights", ones(2, dtype=torch.bool), "Bool")
+    yield Bad(op, "weights", [1.0, 2.0], "list")
+    yield Bad(op, "weights", 1.0, "float")
+
+
 def _tables(op: str) -> Iterator[Bad]:
     yield from _tensors(op, "weight")
     yield from _indices(op, "indices")
@@ -353,6 +385,7 @@ CASES = [
     *_clip_and_sum(),
     *_linear_grad_norm(),
     *_embedding_grad_norm(),
+    *_embedding_grad_sum(),
     *_embedding_perturb(),
     *_rowwise_adagrad(),
     *_written(),

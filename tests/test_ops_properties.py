@@ -360,6 +360,9 @@ def test_other_ops_give_the_same_bits_for_any_number_of_threads(op: str, threads
         "clip_and_sum": lambda: Call([lists], {"max_norm": 20.0, "weights": random(64).abs()}),
         "linear_grad_norm": lambda: Call([random(40, 30, 64), random(40, 30, 33)], {}),
         "embedding_grad_norm": lambda: Call([ids(99, 70), random(99, 70, 32)], {}),
+        "embedding_grad_sum": lambda: Call(
+            [ids(90, 30), random(90, 30, 64), 50], {"weights": random(90), "padding_idx": 3}
+        ),
         "embedding_perturb": lambda: Call(
             [random(50, 64), ids(90, 30), random(50, 64), ids(90, 30)], {}
         ),

@@ -263,6 +263,18 @@ def _table_cases(device: str, tiny: bool) -> Iterator[Case]:
         },
         same=("eager",),
     )
+    factors = torch.rand(batch, device=device)
+    yield Case(
+        "embedding_grad_sum",
+        f"{size} in {vocab} rows",
+        "float32",
+        _size(grad, ids) + 4 * vocab * dim,
+        {
+            "embattle": lambda: ops.embedding_grad_sum(ids, grad, vocab, weights=factors),
+            "eager": lambda: peers.row_sums(ids, grad, vocab, factors),
+        },
+        same=("eager",),
+    )
     distinct, inverse = torch.unique(ids, return_inverse=True)
     weight = torch.randn(vocab, dim, device=device)
     delta = torch.randn(len(distinct), dim, device=device)

@@ -7,7 +7,7 @@ set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 dir=build/sanitize
 select="test_ops_errors or threads or what_the_reference_says and"
-select+=" (plain or budget or top or box-tensor or nonfinite or mixed or odd or bag or many)"
+select+=" (plain or budget or top or box-tensor or nonfinite or mixed or odd or bag or many or columns)"
 echo "==> building with sanitizers ($dir)"
 # One SIMD level, the highest of v2 and v3 that runs here: the loops of all are the same source.
 level=v2
@@ -22,4 +22,5 @@ echo "==> native tests under ASan and UBSan"
 # shellcheck disable=SC2086
 PYTHONPATH="$dir/python" OMP_NUM_THREADS=2 bash tools/under_asan.sh \
   "$python" -m pytest -q -p no:cacheprovider -k "${SELECT-$select}" \
-  ${TESTS:-tests/test_ops_errors.py tests/test_ops_properties.py tests/test_ops_numerics.py}
+  ${TESTS:-tests/test_ops_errors.py tests/test_ops_properties.py tests/test_ops_numerics.py \
+  tests/test_ops_grad_rows.py}

@@ -193,8 +193,8 @@ void EMBATTLE_AT_LEVEL(segment_sum)(const SegmentSumArgs& args, ParallelFor para
     using T = Element<decltype(type)>;
     const T* const grad = static_cast<const T*>(args.grad.data);
     T* const out = static_cast<T*>(sums);
-    // All bits zero is the number zero in every dtype.
-    if (!keys)
+    // All bits zero is the number zero in every dtype. Without columns there is no memory.
+    if (!args.found && dim > 0)
       spread(parallel_for, args.rows, kGrain / (1 + dim) + 1, [&](int64_t begin, int64_t end) {
         memset(out + begin * dim, 0, static_cast<size_t>((end - begin) * dim) * sizeof(T));
       });
@@ -202,8 +202,8 @@ void EMBATTLE_AT_LEVEL(segment_sum)(const SegmentSumArgs& args, ParallelFor para
     spread(parallel_for, runs.items(), kGrain / (1 + dim) + 1, [&](int64_t begin, int64_t end) {
       const int64_t last = runs.first_from(end);
       for (int64_t run = runs.first_from(begin); run < last; ++run) {
-        T* const row = out + (keys ? run : runs.key(run)) * dim;
-        if (keys) keys[run] = runs.key(run);
+        T* const row = out + (args.found ? run : runs.key(run)) * dim;
+        if (args.found) keys[run] = runs.key(run);
         write_sum(runs, run, grad, weights, dim, row);
       }
     });

@@ -22,8 +22,8 @@ struct SampleCuda {
   static void embedding_perturb(const PerturbArgs& args, const Tensor& x) {
     launch("embedding_perturb", cuda::embedding_perturb, args, x);
   }
-  static void segment_sum(const SegmentSumArgs& args, const Tensor& x) {
-    launch("embedding_perturb_backward", cuda::segment_sum, args, x);
+  static void segment_sum(const char* op, const SegmentSumArgs& args, const Tensor& x) {
+    launch(op, cuda::segment_sum, args, x);
   }
   static void rowwise_adagrad(const AdagradArgs& args, const Tensor& x) {
     launch("rowwise_adagrad_", cuda::rowwise_adagrad, args, x);

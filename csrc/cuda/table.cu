@@ -1,4 +1,5 @@
-// Sums of gradients by row of a table: the backward of embedding_perturb, and rowwise_adagrad_.
+// Sums of gradients by row of a table: the backward of embedding_perturb, embedding_grad_sum, and
+// rowwise_adagrad_.
 //
 // The batch is sorted by row; some lanes of a warp have each run of equal rows, a whole block a
 // long one. A row is summed in double and in the order of the batch (a long one in the block's
@@ -17,14 +18,20 @@ constexpr int kFlight = 4;  // rows that a thread loads at once
 struct TableParams {
   SortedIndices runs;
   Rows grad;
-  Rows out;    // the sums, or the table
-  Data state;  // rowwise_adagrad_ only
+  Rows out;  // the sums, or the table
   int lanes = 32;
+  // segment_sum only
+  ConstData weights;            // of samples
+  double samples_per_item = 1;  // the inverse of the tokens
+  int64_t padding = -1;
+  // rowwise_adagrad_ only
+  Data state;
   double lr = 0, eps = 0, max_norm = 0;
 };
 
-// A run, as the threads that work on it see it; T is the gradient's element type.
-template <class T>
+// A run, as the threads that work on it see it; T is the gradient's element type. The weights cost
+// registers: without them a kernel is one of its own.
+template <class T, bool kWeighted>
 class Run {
  public:
   static constexpr int kStep = Rows::kStep<T>;
@@ -52,15 +59,17 @@ class Run {
       bool more = true;
       for (int64_t i = item_ + (whole_ ? team : 0); more; i += kFlight * stride) {
         Pack<T, kStep> x[kFlight];
+        double weight[kFlight];
 #pragma unroll
         for (int f = 0; f < kFlight; ++f) {
           more = more && p_.runs.together(item_, i + f * stride);
           x[f] = more ? p_.grad.raw<T>(p_.runs.position(i + f * stride), c) : Pack<T, kStep>{};
+          weight[f] = kWeighted && more ? weight_of(p_.runs.position(i + f * stride)) : 1;
         }
 #pragma unroll
         for (int f = 0; f < kFlight; ++f)
 #pragma unroll
-          for (int e = 0; e < kStep; ++e) sum[e] += double(widen(x[f].at[e]));
+          for (int e = 0; e < kStep; ++e) sum[e] += weight[f] * double(widen(x[f].at[e]));
       }
     }
     if (!whole_) return;
@@ -87,6 +96,13 @@ class Run {
   }
 
  private:
+  // The sample is the quotient by the tokens: half an item keeps what comes out further from whole
+  // numbers than rounding moves it, below 2^50 items. A division of integers would be a call.
+  __device__ __forceinline__ double weight_of(int64_t position) const {
+    const auto sample = int64_t((double(position) + 0.5) * p_.samples_per_item);
+    return load_one<double>(p_.weights.data, p_.weights.dtype, sample);
+  }
+
   const TableParams& p_;
   const Lanes& team_;
   int64_t item_;
@@ -95,7 +111,7 @@ class Run {
 };
 
 // f(run) for every run. All threads of the block call it.
-template <class T, class F>
+template <class T, bool kWeighted, class F>
 __device__ __forceinline__ void each_run(const TableParams& p, double* held, F f) {
   const Lanes team(p.lanes);
   const int teams = kThreads / p.lanes;
@@ -110,19 +126,22 @@ __device__ __forceinline__ void each_run(const TableParams& p, double* held, F f
     for (int64_t i = begin - 1; i < end; ++i) {
       const bool alone = i < begin;
       if (alone ? head && !for_block : runs.head(i) && is_long(i))
-        f(Run<T>(p, team, alone ? own : i, !alone, held));
+        f(Run<T, kWeighted>(p, team, alone ? own : i, !alone, held));
       if (alone && !__syncthreads_or(for_block)) break;
     }
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads)
+// Two blocks on a multiprocessor: left to itself, the compiler makes room for more, and spills.
+template <class T, bool kWeighted>
+__global__ void __launch_bounds__(kThreads, kWeighted ? 2 : 0)
     segment_sum_kernel(const __grid_constant__ TableParams p) {
   EMBATTLE_DYNAMIC_SHARED(shared);
-  each_run<T>(p, reinterpret_cast<double*>(shared), [&](const Run<T>& run) {
+  using Run = Run<T, kWeighted>;
+  each_run<T, kWeighted>(p, reinterpret_cast<double*>(shared), [&](const Run& run) {
+    if (run.row() == p.padding) return;  // all threads of the run
     for (int64_t c = run.column(); c - run.column() < p.grad.dim; c += run.width()) {
-      double sum[Run<T>::kStep];
+      double sum[Run::kStep];
       run.total(c, sum);
       if (run.writes() && c < p.grad.dim) p.out.store_as<T>(run.row(), c, sum);
     }
@@ -132,8 +151,9 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kThreads) adagrad_kernel(const __grid_constant__ TableParams p) {
   EMBATTLE_DYNAMIC_SHARED(shared);
-  constexpr int kStep = Run<T>::kStep;
-  each_run<T>(p, reinterpret_cast<double*>(shared), [&](const Run<T>& run) {
+  using Run = Run<T, false>;
+  constexpr int kStep = Run::kStep;
+  each_run<T, false>(p, reinterpret_cast<double*>(shared), [&](const Run& run) {
     double sum[kStep] = {}, square = 0;
     for (int64_t c = run.column(); c - run.column() < p.grad.dim; c += run.width()) {
       run.total(c, sum);
@@ -196,8 +216,14 @@ int segment_sum(const SegmentSumArgs& args, const Context& context) {
       cudaMemsetAsync(args.out.data, 0, bytes, static_cast<cudaStream_t>(context.stream));
   if (error != cudaSuccess) return error;
   TableParams p = params_of(args.grad, args.out, args.dim);
+  p.weights = args.weights;
+  p.samples_per_item = 1 / double(args.tokens);
+  p.padding = args.padding;
   return with_type(args.grad.dtype, [&](auto tag) {
-    return run(p, segment_sum_kernel<decltype(tag)>, args.inverse, args.rows, args.count, context);
+    using T = decltype(tag);
+    const auto kernel =
+        args.weights.data ? segment_sum_kernel<T, true> : segment_sum_kernel<T, false>;
+    return run(p, kernel, args.inverse, args.rows, args.count, context);
   });
 }
 

@@ -12,7 +12,7 @@ struct EmbeddingCpu {
   static void embedding_perturb(const PerturbArgs& args, const Tensor&) {
     cpu_kernels().embedding_perturb(args, torch_parallel_for);
   }
-  static void segment_sum(const SegmentSumArgs& args, const Tensor&) {
+  static void segment_sum(const char*, const SegmentSumArgs& args, const Tensor&) {
     cpu_kernels().segment_sum(args, torch_parallel_for);
   }
   static void rowwise_adagrad(const AdagradArgs& args, const Tensor&) {
@@ -26,6 +26,9 @@ std::tuple<Tensor, Tensor> embedding_grad_rows(const Tensor& indices, const Tens
                                                int64_t padding) {
   Segments segments =
       weighted_segments("embedding_grad_rows", indices, grad, rows, weights, padding);
+  if (rows > 0 && segments.args.count > (int64_t(1) << 62) / rows)
+    fail("embattle.embedding_grad_rows: ", segments.args.count, " indices into ", rows,
+         " rows are more than can be sorted");
   struct Result {
     const Segments& segments;
     Tensor keys, sums;

@@ -176,11 +176,11 @@ Segments checked_segments(const char* op, const Tensor& grad, const char* name,
 }
 
 template <class Device>
-Tensor summed(Segments& segments) {
+Tensor summed(const char* op, Segments& segments) {
   SegmentSumArgs& args = segments.args;
   Tensor out = torch::stable::new_empty(segments.grad, {args.rows, args.dim});
   args.out = {out.mutable_data_ptr(), args.grad.dtype};
-  Device::segment_sum(args, out);
+  Device::segment_sum(op, args, out);
   return out;
 }
 
@@ -189,7 +189,7 @@ Tensor embedding_perturb_backward(const Tensor& grad, const Tensor& inverse, int
   const char* op = "embedding_perturb_backward";
   if (rows < 0) fail("embattle.", op, ": delta_rows must not be negative, got ", rows);
   Segments segments = checked_segments(op, grad, "inverse", inverse, -1, rows);
-  return summed<Device>(segments);
+  return summed<Device>(op, segments);
 }
 
 // The gradients of samples that have a weight each, and one row that gets nothing.
@@ -209,16 +209,16 @@ Segments weighted_segments(const char* op, const Tensor& indices, const Tensor& 
   found.weights = packed(*weights);
   check_device(op, "weights", *found.weights, "grad_output", found.grad);
   found.args.weights = {found.weights->const_data_ptr(), float_dtype(op, "weights", *weights)};
-  for (int64_t d = 1; d < indices.dim(); ++d) found.args.tokens *= indices.size(d);
+  if (found.args.count > 0) found.args.tokens = found.args.count / indices.size(0);
   return found;
 }
 
 template <class Device>
 Tensor embedding_grad_sum(const Tensor& indices, const Tensor& grad, int64_t rows,
                           const OptionalTensor& weights, int64_t padding) {
-  Segments segments =
-      weighted_segments("embedding_grad_sum", indices, grad, rows, weights, padding);
-  return summed<Device>(segments);
+  const char* op = "embedding_grad_sum";
+  Segments segments = weighted_segments(op, indices, grad, rows, weights, padding);
+  return summed<Device>(op, segments);
 }
 
 template <class Device>

@@ -182,6 +182,9 @@ SegmentSumArgs segment_of(const py::dict& d) {
   a.count = d["count"].cast<int64_t>();
   a.dim = d["dim"].cast<int64_t>();
   a.rows = d["rows"].cast<int64_t>();
+  a.weights = in(d["weights"].cast<Pointer>());
+  a.tokens = d["tokens"].cast<int64_t>();
+  a.padding = d["padding"].cast<int64_t>();
   a.out = out(d["out"].cast<Pointer>());
   return a;
 }

@@ -321,7 +321,21 @@ def embedding_perturb(weight: Tensor, indices: Tensor, delta: Tensor, inverse: T
     return out
 
 
-def segment_sum(grad: Tensor, inverse: Tensor, rows: int) -> Tensor:
+def embedding_grad_sum(
+    indices: Tensor,
+    grad_output: Tensor,
+    rows: int,
+    *,
+    weights: Tensor | None = None,
+    padding_idx: int | None = None,
+) -> Tensor:
+    padding = -1 if padding_idx is None else padding_idx
+    return segment_sum(grad_output, indices, rows, weights, padding)
+
+
+def segment_sum(
+    grad: Tensor, inverse: Tensor, rows: int, weights: Tensor | None = None, padding: int = -1
+) -> Tensor:
     """The gradient with respect to delta of embedding_perturb; delta has that many rows."""
     held = _Held()
     out = torch.full((rows, grad.shape[-1]), -7.0, dtype=grad.dtype)
@@ -332,6 +346,9 @@ def segment_sum(grad: Tensor, inverse: Tensor, rows: int) -> Tensor:
             "count": inverse.numel(),
             "dim": grad.shape[-1],
             "rows": rows,
+            "weights": held.pointer(weights),
+            "tokens": 1 if weights is None else math.prod(inverse.shape[1:]),
+            "padding": padding,
             "out": held.pointer(out),
         }
     )

@@ -178,18 +178,17 @@ def _(
 ) -> tuple[Tensor, int]:
     size = info.batch_size
     indices = moved(indices, in_dims[0], size)
-    kept = indices != padding_idx
     indices = _shifted(indices, rows, size)
     grad_output = moved(grad_output, in_dims[1], size)
     if indices.dim() > 1:
         indices, grad_output = indices.flatten(0, 1), grad_output.flatten(0, 1)
-        kept = kept.flatten(0, 1)
-    if padding_idx >= 0:
-        grad_output = torch.where(kept[..., None], grad_output, 0.0)
     if weights is not None:
         weights = moved(weights, in_dims[3], size).flatten()
     out: Tensor = _ops.embedding_grad_sum(indices, grad_output, rows * size, weights)
-    return out.reshape(size, rows, out.shape[1]), 0
+    out = out.reshape(size, rows, out.shape[1])
+    if padding_idx >= 0:
+        out[:, padding_idx] = 0
+    return out, 0
 
 
 @register_vmap("embattle::embedding_perturb")
