@@ -122,25 +122,12 @@ inline void write_sum(const Runs& runs, int64_t run, const T* grad, const Weight
     return;
   }
   int64_t c = 0;
-  for (; c + 32 <= dim; c += 32) {
-    f64x4 low[4] = {}, high[4] = {};
-    for (int64_t i = begin; i < end; ++i) {
-      const double factor = weight(i);
-      f64x4 x[4];
-      load16(row(i) + c, x);
-      for (int k = 0; k < 4; ++k) low[k] += factor * x[k];
-      load16(row(i) + c + 16, x);
-      for (int k = 0; k < 4; ++k) high[k] += factor * x[k];
-    }
-    store16(out + c, low);
-    store16(out + c + 16, high);
-  }
   for (; c + 16 <= dim; c += 16) {
     f64x4 sum[4] = {};
     for (int64_t i = begin; i < end; ++i) {
+      const double factor = weight(i);
       f64x4 x[4];
       load16(row(i) + c, x);
-      const double factor = weight(i);
       for (int k = 0; k < 4; ++k) sum[k] += factor * x[k];
     }
     store16(out + c, sum);
