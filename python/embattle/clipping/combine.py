@@ -225,8 +225,9 @@ def weighted_gradient(uses: list[Use], factor: Tensor, parameter: Tensor) -> Ten
             part = use.weighted(factor, len(parameter))
         else:
             part = use.weighted(factor)
-        part = part.to(parameter.dtype)
-        if isinstance(use, LinearUse) and len(part) != len(parameter):
+        if part.dtype != parameter.dtype:
+            part = part.to(parameter.dtype)
+        if isinstance(use, LinearUse) and part.shape[0] != parameter.shape[0]:
             whole = torch.zeros_like(parameter) if total is None else total
             whole[use.rows[0] : use.rows[1]] += part
             total = whole

@@ -81,7 +81,7 @@ class Record:
                 f"{tuple(x.shape)}, was modified by an inplace operation before its gradient "
                 "was computed"
             )
-        return x.detach()
+        return x.detach() if x.requires_grad else x
 
 
 def _metadata(node: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from embattle.clipping.uses import RowUse
 
 # Elements of tables, and of gradients of their rows, that are worked on as one.
 _TOGETHER = 1 << 18
+_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass
@@ -68,10 +69,12 @@ def join_tables(uses: dict[Parameter, list[Use]]) -> list[JointTable]:
     room: dict[Key, int] = {}
     for p, own in uses.items():
         use = own[0]
-        if len(own) > 1 or not isinstance(use, RowUse) or not _is_small(p, use):
+        if len(own) > 1 or not isinstance(use, RowUse) or use.sparse:
+            continue
+        size = max(p.numel(), use.grad.numel())
+        if size > _TOGETHER // 2 or use.grad.dtype != p.dtype or p.dtype not in _DTYPES:
             continue
         key = (p.shape[1], p.dtype)
-        size = max(p.numel(), use.grad.numel())
         if size > room.get(key, 0):
             groups.setdefault(key, []).append([])
             room[key] = _TOGETHER
@@ -88,15 +91,6 @@ def join_tables(uses: dict[Parameter, list[Use]]) -> list[JointTable]:
     return joint
 
 
-def _is_small(parameter: Parameter, use: RowUse) -> bool:
-    return (
-        not use.sparse
-        and use.grad.dtype == parameter.dtype
-        and parameter.dtype in (torch.float32, torch.float64)
-        and max(parameter.numel(), use.grad.numel()) <= _TOGETHER // 2
-    )
-
-
 def side_by_side(grads: list[Tensor]) -> Tensor:
     """[B, L, D] tensors as one of all their L; a view where they are parts of one already.
 
@@ -104,20 +98,22 @@ def side_by_side(grads: list[Tensor]) -> Tensor:
     """
     first = grads[0]
     row, _, one = first.stride()
+    width = first.shape[2]
     place = first.storage_offset()
     storage = first.untyped_storage()._cdata
+    columns = 0
     for grad in grads:
+        strides, own = grad.stride(), grad.shape[1]
         if (
-            grad.storage_offset() != place
-            or grad.stride(0) != row
-            or grad.stride(2) != one
-            or (grad.shape[1] > 1 and grad.stride(1) != first.shape[2])
+            grad.storage_offset() != place + columns * width
+            or strides[0] != row
+            or strides[2] != one
+            or (own > 1 and strides[1] != width)
             or grad.untyped_storage()._cdata != storage
         ):
             return torch.cat(grads, 1)
-        place += grad.shape[1] * grad.shape[2]
-    shape = (len(first), sum(grad.shape[1] for grad in grads), first.shape[2])
-    return first.as_strided(shape, (row, first.shape[2], one))
+        columns += own
+    return first.as_strided((first.shape[0], columns, width), (row, width, one))
 
 
 @functools.lru_cache(maxsize=256)

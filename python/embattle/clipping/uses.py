@@ -30,7 +30,8 @@ _COALESCED = 1 << 16
 
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
     """x [B, ...] times factor [B] (float32 or float64), in x's dtype."""
-    return (x * factor.reshape(-1, *[1] * (x.dim() - 1))).to(x.dtype)
+    scaled = x * factor.reshape(-1, *[1] * (x.dim() - 1))
+    return scaled if scaled.dtype == x.dtype else scaled.to(x.dtype)
 
 
 def _tokens(x: Tensor) -> Tensor:
