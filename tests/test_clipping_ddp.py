@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from embattle.clipping import PerSampleClipper
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,8 +31,7 @@ def dense(model: nn.Module) -> list[Tensor]:
     return [g.to_dense() if g.is_sparse else g for g in grads]
 
 
-def rank_main(rank: int, where: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{where}/init", rank=rank, world_size=2)
+def of_rank(rank: int, where: Path) -> None:
     model = DistributedDataParallel(Model())
     # Ranks hold different numbers of samples.
     own = batch()[:2] if rank == 0 else batch()[2:]
@@ -46,12 +44,10 @@ def rank_main(rank: int, where: str) -> None:
         summing.backward(model(own[:1]), last=False)
         summing.backward(model(own[1:]))
     torch.save(dense(model), f"{where}/sum{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    mp.spawn(rank_main, (str(tmp_path),), nprocs=2)
+    ranks.run(of_rank, tmp_path)
     model = Model()
     with PerSampleClipper(model, 0.3) as clipper:
         clipper.backward(model(batch()))

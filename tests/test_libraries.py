@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 from typing import Any
 
 import embattle as eb
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import toys
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -120,15 +118,7 @@ def grads_of(form: str, early: bool) -> dict[str, Tensor]:
     return {n: p.grad for n, p in model.named_parameters()}
 
 
-def rank_main(rank: int, where: str) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{where}/init",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    torch.set_num_threads(1)
+def of_rank(rank: int, where: Path) -> None:
     tokens, labels = toys.text_batch()
     tokens, labels = tokens[rank * 3 : rank * 3 + 3], labels[rank * 3 : rank * 3 + 3]
     for form, early in CASES:
@@ -156,12 +146,10 @@ def rank_main(rank: int, where: str) -> None:
             loss.backward()
         whole = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
         torch.save(whole, f"{where}/fsdp-{form}-{early}-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_processes_give_what_one_does(tmp_path: Path) -> None:
-    mp.spawn(rank_main, (str(tmp_path),), nprocs=2)
+    ranks.run(of_rank, tmp_path)
     names = [("ddp", *case) for case in CASES] + [("fsdp", *case) for case in SHARDED]
     for kind, form, early in names:
         expected = grads_of(form, early)
