@@ -336,7 +336,7 @@ def embedding_grad_sum(
 def segment_sum(
     grad: Tensor, inverse: Tensor, rows: int, weights: Tensor | None = None, padding: int = -1
 ) -> Tensor:
-    """The gradient with respect to delta of embedding_perturb; delta has that many rows."""
+    """What embedding_grad_sum and the backward of embedding_perturb launch; padding -1: none."""
     held = _Held()
     out = torch.full((rows, grad.shape[-1]), -7.0, dtype=grad.dtype)
     kernels().segment_sum(

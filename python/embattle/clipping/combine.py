@@ -218,10 +218,7 @@ def weighted_gradient(uses: list[Use], factor: Tensor, parameter: Tensor) -> Ten
     """
     total: Tensor | None = None
     for use in uses:
-        if isinstance(use, BagUse):
-            rows = use.rows(factor)
-            part = rows.weighted(factor.new_ones(len(rows.grad)), len(parameter))
-        elif isinstance(use, RowUse):
+        if isinstance(use, (RowUse, BagUse)):
             part = use.weighted(factor, len(parameter))
         else:
             part = use.weighted(factor)

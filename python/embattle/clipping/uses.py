@@ -130,23 +130,27 @@ class RowUse:
             return self.grad
         return self.grad.masked_fill((self.indices == self.padding_idx)[..., None], 0)
 
-    def weighted(self, factor: Tensor, rows: int) -> Tensor:
-        """sum_b factor_b g_b, [rows, D]; a sparse tensor where sparse, a large one coalesced."""
+    def weighted(self, factor: Tensor | None, rows: int) -> Tensor:
+        """sum_b factor_b g_b, [rows, D]; a sparse tensor where sparse, a large one coalesced.
+
+        Without factors, the sum of g_b.
+        """
         if not self.sparse:
             return ops.embedding_grad_sum(
                 self.indices, self.grad, rows, weights=factor, padding_idx=self.padding_idx
             )
         # Elsewhere, how many rows there are is known to the device alone.
         coalesced = self.grad.device.type == "cpu" and self.grad.numel() >= _COALESCED
-        if not coalesced:
-            indices, grad = self.indices.flatten(), _scaled(self.grad, factor).flatten(0, 1)
-            if self.padding_idx is not None:
-                keep = indices != self.padding_idx
-                indices, grad = indices[keep], grad[keep]
-        else:
+        if coalesced:
             indices, grad = embedding_grad_rows(
                 self.indices, self.grad, rows, weights=factor, padding_idx=self.padding_idx
             )
+        else:
+            grad = self.grad if factor is None else _scaled(self.grad, factor)
+            indices, grad = self.indices.flatten(), grad.flatten(0, 1)
+            if self.padding_idx is not None:
+                keep = indices != self.padding_idx
+                indices, grad = indices[keep], grad[keep]
         return torch.sparse_coo_tensor(
             indices[None],
             grad,
@@ -217,12 +221,14 @@ class BagUse:
             kept = kept / counts.clamp(min=1)[owners]
         return kept
 
-    def rows(self, factor: Tensor) -> RowUse:
-        """The gradient of each row in use, weighted: a use of one row by each of N samples."""
+    def weighted(self, factor: Tensor, rows: int) -> Tensor:
+        """sum_b factor_b g_b, as from RowUse."""
         owners = self.owners()
         scale = self._coefficients(owners) * factor.to(self.grad.dtype)[owners]
         grad = self.grad[owners] * scale[:, None]
-        return RowUse(self.indices[:, None], grad[:, None], self.padding_idx, self.sparse)
+        # One row for each of N samples, their factors in it.
+        use = RowUse(self.indices[:, None], grad[:, None], self.padding_idx, self.sparse)
+        return use.weighted(None, rows)
 
     def cleaned(self, bad: Tensor) -> BagUse:
         """The same with the samples marked in bad [B] set to zero."""
