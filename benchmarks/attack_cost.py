@@ -26,7 +26,7 @@ from typing import Any
 import embattle as eb
 import torch
 import torch.nn.functional as F
-from embattle.guard import Mode
+from embattle.perturb.guard import Mode
 from origin import in_words, origin
 from torch import Tensor, nn
 

@@ -16,7 +16,7 @@ from embattle.audit.evaluation import evaluate, predict, sweep
 from embattle.audit.honesty import order_checks, transfer_check, unbounded_check
 from embattle.audit.metrics import score, success_rate
 from embattle.data.batch import Batch
-from embattle.perturb import Site
+from embattle.perturb.site import Site
 
 
 class Linear(nn.Module):

@@ -8,8 +8,8 @@ import embattle as eb
 import pytest
 import torch
 import toys
-from embattle.replay import DropoutMasks
-from embattle.stage import Stage
+from embattle.perturb.replay import DropoutMasks
+from embattle.perturb.stage import Stage
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

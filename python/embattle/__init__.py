@@ -69,9 +69,9 @@ if TYPE_CHECKING:
     from embattle.objectives import Smart as Smart
     from embattle.objectives import Trades as Trades
     from embattle.objectives import Vat as Vat
-    from embattle.perturb import Site as Site
-    from embattle.strength import PerDim as PerDim
-    from embattle.strength import Relative as Relative
+    from embattle.perturb.site import Site as Site
+    from embattle.perturb.strength import PerDim as PerDim
+    from embattle.perturb.strength import Relative as Relative
 
 # Public name -> the module that defines it.
 _EXPORTS: dict[str, str] = {
@@ -94,13 +94,13 @@ _EXPORTS: dict[str, str] = {
     "Monitor": "monitor",
     "NEFTune": "attacks",
     "PGD": "attacks",
-    "PerDim": "strength",
+    "PerDim": "perturb.strength",
     "PerSampleClipper": "clipping",
     "R3F": "objectives",
-    "Relative": "strength",
+    "Relative": "perturb.strength",
     "RowSelection": "clipping",
     "SMARTStep": "attacks",
-    "Site": "perturb",
+    "Site": "perturb.site",
     "Smart": "objectives",
     "TokenSwap": "attacks",
     "Trades": "objectives",

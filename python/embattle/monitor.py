@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from embattle.attacks import FGSM, PGD
-from embattle.perturb import Site
-from embattle.stage import LossFn, Masks
+from embattle.perturb.site import Site
+from embattle.perturb.stage import LossFn, Masks
 
 
 class RobustTrainingWarning(UserWarning):

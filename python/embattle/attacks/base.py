@@ -16,11 +16,11 @@ from embattle.attacks.judge import ASCENDS, Ascend, Judge, Predict
 from embattle.attacks.leaving import climb_leaving
 from embattle.attacks.result import AttackResult
 from embattle.attacks.starts import BoxStart, GaussianStart
-from embattle.blocks import Block
-from embattle.guard import MODES, Mode
-from embattle.perturb import Site
-from embattle.stage import Evaluation, LossFn, Masks, Stage
-from embattle.strength import Strength, resolve, words
+from embattle.perturb.blocks import Block
+from embattle.perturb.guard import MODES, Mode
+from embattle.perturb.site import Site
+from embattle.perturb.stage import Evaluation, LossFn, Masks, Stage
+from embattle.perturb.strength import Strength, resolve, words
 
 Norm: TypeAlias = Literal["l2", "linf", "l1"] | float
 

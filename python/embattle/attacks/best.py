@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from embattle.attacks.judge import Judge
-from embattle.stage import Evaluation, Stage
+from embattle.perturb.stage import Evaluation, Stage
 
 
 @dataclass

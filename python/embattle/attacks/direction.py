@@ -12,8 +12,8 @@ from embattle import ops
 from embattle.attacks.base import Attack, Norm
 from embattle.attacks.judge import Ascend
 from embattle.attacks.starts import BoxStart, GaussianStart
-from embattle.blocks import Block
-from embattle.strength import Strength, words
+from embattle.perturb.blocks import Block
+from embattle.perturb.strength import Strength, words
 
 
 @dataclass(kw_only=True, repr=False)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from embattle import ops
 from embattle.attacks.base import Attack, Norm
-from embattle.blocks import Block
-from embattle.strength import Strength, words
+from embattle.perturb.blocks import Block
+from embattle.perturb.strength import Strength, words
 
 
 @dataclass(kw_only=True, repr=False)

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from embattle import losses
-from embattle.stage import Evaluation
+from embattle.perturb.stage import Evaluation
 
 Predict: TypeAlias = Callable[[Tensor], Tensor]
 Ascend: TypeAlias = Literal["loss", "kl", "symmetric_kl", "squared_distance", "dlr", "margin"]

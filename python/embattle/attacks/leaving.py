@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from embattle.attacks.judge import Judge
-from embattle.blocks import Block
-from embattle.stage import Evaluation, Stage
+from embattle.perturb.blocks import Block
+from embattle.perturb.stage import Evaluation, Stage
 
 if TYPE_CHECKING:
     from embattle.attacks.base import Attack

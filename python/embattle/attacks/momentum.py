@@ -14,7 +14,7 @@ from embattle import ops
 from embattle.attacks.base import Attack, Norm
 from embattle.attacks.gradient import PGD
 from embattle.attacks.starts import BoxStart, GaussianStart
-from embattle.blocks import Block
+from embattle.perturb.blocks import Block
 
 
 @dataclass(kw_only=True, repr=False)

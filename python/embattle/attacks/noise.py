@@ -10,8 +10,8 @@ import torch
 
 from embattle import ops
 from embattle.attacks.base import Attack
-from embattle.blocks import Block
-from embattle.strength import Strength, words
+from embattle.perturb.blocks import Block
+from embattle.perturb.strength import Strength, words
 
 
 @dataclass(kw_only=True, repr=False)
@@ -78,7 +78,7 @@ class NEFTune(_Noise):
     norm: Any = "linf"
 
     def __post_init__(self) -> None:
-        from embattle.strength import PerDim
+        from embattle.perturb.strength import PerDim
 
         self.eps = PerDim(self.alpha)
         super().__post_init__()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from embattle.stage import Stage
+from embattle.perturb.stage import Stage
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embattle import ops
-from embattle.strength import Strength, resolve, words
+from embattle.perturb.strength import Strength, resolve, words
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from embattle.attacks.judge import Judge, Predict
-from embattle.perturb import Site
-from embattle.stage import Evaluation, Stage, call
+from embattle.perturb.site import Site
+from embattle.perturb.stage import Evaluation, Stage, call
 
 TokenLoss = Callable[[Tensor], Any]
 

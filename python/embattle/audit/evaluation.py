@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from embattle.attacks import Attack
 from embattle.data.batch import Batch
-from embattle.perturb import Site
+from embattle.perturb.site import Site
 
 Tick = Callable[[], None]
 

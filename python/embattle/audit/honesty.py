@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from embattle.attacks import Attack
 from embattle.audit.evaluation import evaluate, examined
 from embattle.data.batch import Batch
-from embattle.perturb import Site
+from embattle.perturb.site import Site
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from embattle.doctor import version_of
 from embattle.errors import InputError
 from embattle.files import replacing, write_text
 from embattle.models import TextClassifier, load
-from embattle.perturb import Site
+from embattle.perturb.site import Site
 from embattle.progress import bar, say
 from embattle.recipe import AttackRecipe, Recipe
 from embattle.threat import make_attack

@@ -12,7 +12,7 @@ from torch import Tensor
 from embattle.attacks import Attack
 from embattle.losses import cross_entropy, squared_distance
 from embattle.objectives import AdversarialObjective
-from embattle.perturb import Site
+from embattle.perturb.site import Site
 
 LossPerSample = Callable[[Any, dict[str, Any]], Tensor]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from embattle.attacks.judge import Predict
-from embattle.carrier import carry, leaves
+from embattle.objectives.carry import carry, leaves
 from embattle.objectives.base import AdversarialObjective
-from embattle.stage import LossFn, Masks
+from embattle.perturb.stage import LossFn, Masks
 
 
 class AWP:

@@ -16,9 +16,9 @@ from embattle.objectives.batch import Batch
 from embattle.objectives.consistency import R3F, Alp, Mart, Smart, Trades, Vat
 from embattle.objectives.free import FreeAT, free
 from embattle.objectives.mixed import adversarial, apr, mixed
-from embattle.perturb import Site
+from embattle.perturb.site import Site
 from embattle.schedules import Constant, Schedule
-from embattle.stage import LossFn, Masks, Stage, as_sites
+from embattle.perturb.stage import LossFn, Masks, Stage, as_sites
 
 Form: TypeAlias = Callable[[Batch], Tensor]
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from embattle.attacks.base import Attack
 from embattle.attacks.judge import DIVERGENCES, Ascend, Judge
-from embattle.blocks import Block
-from embattle.carrier import carry, leaves
+from embattle.perturb.blocks import Block
+from embattle.objectives.carry import carry, leaves
 from embattle.masking import Masking, Outcome
-from embattle.stage import Evaluation, Lookups, Stage
+from embattle.perturb.stage import Evaluation, Lookups, Stage
 
 
 @dataclass

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from embattle.guard import preserved_random_state
-from embattle.stage import Evaluation, LossFn, call
+from embattle.perturb.guard import preserved_random_state
+from embattle.perturb.stage import Evaluation, LossFn, call
 
 
 class Bregman:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embattle.blocks import Block
-from embattle.carrier import add_up, carry, leaves
+from embattle.perturb.blocks import Block
+from embattle.objectives.carry import add_up, carry, leaves
 from embattle.objectives.batch import Batch
-from embattle.stage import Evaluation
+from embattle.perturb.stage import Evaluation
 
 
 def free(batch: Batch) -> Tensor:

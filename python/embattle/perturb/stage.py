@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from embattle.blocks import Block, build, output_block
-from embattle.guard import (
+from embattle.perturb.blocks import Block, build, output_block
+from embattle.perturb.guard import (
     MODES,
     Mode,
     RandomState,
@@ -20,8 +20,8 @@ from embattle.guard import (
     frozen_statistics,
     frozen_weights,
 )
-from embattle.perturb import Addition, Call, Site, is_plain
-from embattle.replay import DropoutMasks
+from embattle.perturb.site import Addition, Call, Site, is_plain
+from embattle.perturb.replay import DropoutMasks
 
 LossFn: TypeAlias = Callable[[], "Tensor | tuple[Tensor, Tensor]"]
 Masks: TypeAlias = "Tensor | Sequence[Tensor | None] | None"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embattle import ops
-from embattle.perturb import Addition, Call, Site, is_plain
+from embattle.perturb.site import Addition, Call, Site, is_plain
 
 Place = tuple[int, int]  # which site, which of its calls
 

@@ -1,0 +1,1 @@
+"""How a model is perturbed: sites, the unknowns there, one batch under attack, strengths, guards."""
