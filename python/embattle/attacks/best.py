@@ -2,48 +2,108 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from embattle.attacks.judge import Judge
-from embattle.perturb.stage import Evaluation, Stage
+from embattle.criteria import Criterion
+from embattle.criteria.base import ascended, reached
+from embattle.perturb.evaluation import Evaluation
+from embattle.perturb.stage import Stage
+
+# By how much an evaluation may differ from the one of the same deltas in another batch of iterates.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
-@dataclass
+class _Candidate:
+    """Deltas, what they were evaluated to, and what counts: the goal first, then the objective."""
+
+    def __init__(
+        self, deltas: list[Tensor], at: Evaluation, value: Tensor, goal: Tensor | None
+    ) -> None:
+        self.deltas, self.at, self.value, self.goal = deltas, at, value, goal
+
+    def beaten_by(self, other: _Candidate) -> Tensor:
+        """Give bool `[B]` (or 0-d, of the batches): where the other is worse for the model."""
+        wins = other.value > self.value
+        if self.goal is None or other.goal is None:
+            return wins
+        return torch.where(other.goal == self.goal, wins, other.goal > self.goal)
+
+
 class Best:
-    """The worst-case deltas so far: per sample, or per batch where samples share a delta."""
+    """The worst deltas so far, for each sample and for the batch as a whole.
 
-    values: Tensor
-    evaluation: Evaluation
-    fooled: Tensor | None
-    deltas: list[Tensor]
+    Each sample has its worst iterate where samples do not depend on each other. Where they do (batch
+    norm in train mode, negatives from the batch, deltas that samples share), joining iterates gives
+    a batch that was never evaluated: then the worst iterate of the whole batch counts. Which of both
+    it is, an evaluation of what was joined tells (`settle`). The clean point is a candidate.
 
-
-def better(stage: Stage, best: Best | None, values: Tensor, now: Evaluation, judge: Judge) -> Best:
-    """Take over, sample by sample, what is worse for the model than the best so far.
-
-    A fooled sample outranks one that is not; otherwise the larger value wins.
+    Args:
+        stage: of the batch.
+        goal: what counts.
+        clean: the evaluation without perturbation.
     """
-    fooled = judge.fooled(now)
-    if best is None:
-        return Best(values, now, fooled, [block.delta.detach().clone() for block in stage.blocks])
-    wins = values > best.values
-    if fooled is not None and best.fooled is not None:
-        if not any(block.coupled for block in stage.blocks):
-            wins = torch.where(fooled == best.fooled, wins, fooled)
-        fooled = torch.where(wins, fooled, best.fooled)
-    old = best.evaluation
-    outputs = now.outputs
-    if outputs is not None and old.outputs is not None:
-        outputs = torch.where(wins.reshape(-1, *[1] * (outputs.dim() - 1)), outputs, old.outputs)
-    return Best(
-        torch.where(wins, values, best.values),
-        Evaluation(torch.where(wins, now.losses, old.losses), outputs),
-        fooled,
-        [
-            torch.where(block.per_row(wins), block.delta.detach(), delta)
-            for block, delta in zip(stage.blocks, best.deltas, strict=True)
-        ],
+
+    def __init__(self, stage: Stage, goal: Criterion, clean: Evaluation) -> None:
+        self.stage, self.goal, self.clean = stage, goal, clean
+        zeros = [torch.zeros_like(block.delta) for block in stage.blocks]
+        self.joined = self._candidate(zeros, clean)
+        self.whole = self.joined
+
+    def offer(self, at: Evaluation) -> None:
+        """Take the current deltas over, where they are worse for the model than the best so far."""
+        blocks = self.stage.blocks
+        now = self._candidate([block.delta.detach().clone() for block in blocks], at)
+        batch = self.whole_value(self.whole).beaten_by(self.whole_value(now))
+        self.whole = _where(batch, now, self.whole, [batch] * len(blocks))
+        if not self.stage.found.coupled:
+            wins = self.joined.beaten_by(now)
+            self.joined = _where(wins, now, self.joined, [b.per_row(wins) for b in blocks])
+
+    def settle(self) -> Evaluation:
+        """Leave the best deltas in the blocks, and give what they were evaluated to."""
+        if self.stage.found.coupled:
+            self.stage.found.set(self.whole.deltas)
+            return self.whole.at
+        self.stage.found.set(self.joined.deltas)
+        at = self.stage.evaluate(grad=False, lookups="detached").detach()
+        now = self._candidate(self.joined.deltas, at)
+        differ = ~torch.isclose(
+            now.value, self.joined.value, rtol=self._tolerance, atol=self._tolerance
+        )
+        if now.goal is not None and self.joined.goal is not None:
+            differ = differ | (now.goal != self.joined.goal)
+        interact = differ.any()
+        chosen = _where(interact, self.whole, now, [interact] * len(self.stage.blocks))
+        self.stage.found.set(chosen.deltas)
+        return chosen.at
+
+    @staticmethod
+    def whole_value(one: _Candidate) -> _Candidate:
+        """Sum a candidate up over the batch."""
+        goal = None if one.goal is None else one.goal.sum()
+        return _Candidate([], one.at, one.value.sum(), goal)
+
+    @property
+    def _tolerance(self) -> float:
+        return _TOLERANCE.get(self.joined.value.dtype, 1e-2)
+
+    def _candidate(self, deltas: list[Tensor], at: Evaluation) -> _Candidate:
+        value = ascended(self.goal, at, self.clean).detach()
+        # A loss that is no number is not the worst there is.
+        value = torch.where(value.isnan(), -torch.inf, value)
+        return _Candidate(deltas, at, value, reached(self.goal, at, self.clean))
+
+
+def _where(wins: Tensor, one: _Candidate, two: _Candidate, rows: list[Any]) -> _Candidate:
+    goal = None
+    if one.goal is not None and two.goal is not None:
+        goal = torch.where(wins, one.goal, two.goal)
+    return _Candidate(
+        [torch.where(r, a, b) for r, a, b in zip(rows, one.deltas, two.deltas, strict=True)],
+        one.at.where(wins.expand(one.at.batch), two.at),
+        torch.where(wins, one.value, two.value),
+        goal,
     )

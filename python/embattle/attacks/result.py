@@ -2,59 +2,276 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from embattle.perturb.stage import Stage
+from embattle.criteria import Criterion
+from embattle.criteria.base import reached
+from embattle.perturb.evaluation import Evaluation, LossFn, call
+from embattle.perturb.perturbation import Perturbation
 
 
-@dataclass(frozen=True)
+class AttackWarning(UserWarning):
+    """A sign that an attack is weaker than it looks, or not what was asked for."""
+
+
 class AttackResult:
-    """The worst perturbations that an attack found for one batch.
+    """The perturbations that an attack found for one batch, and what they were evaluated to.
 
-    Everything stays on the device; nothing waits for it until you read a value.
+    Losses, predictions and success are those of `deltas`, evaluated with the batch as a whole, from
+    the same random numbers as without perturbation: dropout is never counted as success. A result
+    can be pickled and copied; it then holds neither the model nor a graph.
 
     Attributes:
-        deltas: one tensor for each perturbed output (row scope: `[distinct rows, dim]`).
-        clean_losses: losses without perturbation, `[B]`.
-        losses: losses under `deltas`, `[B]`.
-        clean_predictions, predictions: predictions without and with it; None if the loss function
-            returns no outputs.
-        success: bool `[B]`: right before and wrong now where `labels` were given, else changed.
-            None without predictions.
+        deltas: one tensor for each perturbed output, samples first (scope "row": `[distinct rows,
+            dim]`; a parameter: its shape).
         steps: gradient steps made for each sample, int64 `[B]`.
     """
 
-    deltas: list[Tensor]
-    clean_losses: Tensor
-    losses: Tensor
-    clean_predictions: Tensor | None
-    predictions: Tensor | None
-    success: Tensor | None
-    steps: Tensor
-    norm: str | float = field(repr=False)
-    stage: Stage = field(repr=False)
+    def __init__(
+        self,
+        found: Perturbation,
+        goal: Criterion,
+        norm: Any,
+        steps: Tensor,
+        clean: Evaluation | None,
+        now: Evaluation | None,
+    ) -> None:
+        found.forget()
+        self.steps = steps
+        self._norm, self._found = norm, found
+        self._deltas: list[Tensor] = []
+        self._clean, self._now = clean, now
+        self._numbers: dict[str, Any] = {}
+        if clean is None or now is None:
+            return
+        self._numbers = {
+            "clean_reached": reached(goal, clean, clean),
+            "reached": reached(goal, now, clean),
+            "counted": goal.counted(now),
+            "clean_accuracy": goal.accuracy(clean),
+            "robust_accuracy": goal.accuracy(now),
+        }
+        for name, one in (("clean_predictions", clean), ("predictions", now)):
+            self._numbers[name] = None if one.outputs is None else goal.predict(one.outputs)
+
+    # --- what was found --------------------------------------------------------------------------
+
+    @property
+    def deltas(self) -> list[Tensor]:
+        """One tensor for each perturbed output."""
+        if self._found is None:
+            return self._deltas
+        return [block.delta for block in self._found.blocks]
+
+    @property
+    def delta(self) -> Tensor:
+        """The only delta.
+
+        Raises:
+            ValueError: there are several.
+        """
+        if len(self.deltas) != 1:
+            raise ValueError(f"delta: there are {len(self.deltas)}, one for each call; see deltas")
+        return self.deltas[0]
 
     @property
     def norms(self) -> list[Tensor]:
-        """The norms of each delta's groups, `[groups]` each."""
-        return [block.norms(self.norm) for block in self.stage.blocks]
+        """The norms of each delta's groups, `[groups]` each, in the attack's norm.
+
+        Where the model computes in float16 or bfloat16, these are the norms of what the embeddings
+        really moved by, after rounding; they can exceed eps, or be zero.
+        """
+        if self._found is None:
+            return list(self._numbers["norms"])
+        return [block.norms(self._norm) for block in self._found.blocks]
 
     @property
     def nonfinite(self) -> Tensor:
         """How many groups ever had a gradient with a NaN or Inf (a 0-d int64 tensor)."""
-        counts = [(block.nonfinite > 0).sum() for block in self.stage.blocks]
+        return self._count("nonfinite")
+
+    @property
+    def zero_gradient(self) -> Tensor:
+        """How many groups that could move never had a gradient other than zero (0-d, int64).
+
+        Such groups were not attacked: the model may look robust there only because its gradients
+        vanish (saturated logits, a loss that rounds to zero). Try `ascend="margin"` or another
+        attack on them.
+        """
+        return self._count("zero_gradient")
+
+    def _count(self, name: str) -> Tensor:
+        if self._found is None:
+            return self._numbers[name]  # type: ignore[no-any-return]
+        if name == "nonfinite":
+            counts = [(block.nonfinite > 0).sum() for block in self._found.blocks]
+        else:
+            counts = [block.still() for block in self._found.blocks]
+        if name == "zero_gradient" and not int(self._steps_made):
+            return torch.zeros_like(counts[0])
         return torch.stack(counts).sum()
+
+    @property
+    def _steps_made(self) -> int:
+        return int(self.steps.max()) if self.steps.numel() else 0
+
+    # --- what it was evaluated to ----------------------------------------------------------------
+
+    @property
+    def clean_losses(self) -> Tensor | None:
+        """Losses without perturbation, `[B]`; None if the loss function gave outputs alone."""
+        return self._evaluated(self._clean).losses
+
+    @property
+    def losses(self) -> Tensor | None:
+        """Losses under `deltas`, `[B]`."""
+        return self._evaluated(self._now).losses
+
+    @property
+    def clean_outputs(self) -> Tensor | None:
+        """Outputs without perturbation, `[B, ...]`; None if the loss function gave losses alone."""
+        return self._evaluated(self._clean).outputs
+
+    @property
+    def outputs(self) -> Tensor | None:
+        """Outputs under `deltas`."""
+        return self._evaluated(self._now).outputs
+
+    @property
+    def clean_predictions(self) -> Tensor | None:
+        """Predictions without perturbation; None without outputs, or a criterion that has none."""
+        return self._number("clean_predictions")
+
+    @property
+    def predictions(self) -> Tensor | None:
+        """Predictions under `deltas`."""
+        return self._number("predictions")
+
+    @property
+    def clean_reached(self) -> Tensor | None:
+        """Bool `[B]`: where the criterion's goal holds without perturbation."""
+        return self._number("clean_reached")
+
+    @property
+    def reached(self) -> Tensor | None:
+        """Bool `[B]`: where the goal holds under `deltas`; None: the criterion has none."""
+        return self._number("reached")
+
+    @property
+    def success(self) -> Tensor | None:
+        """Bool `[B]`: the goal holds under `deltas`, and did not hold without."""
+        before, now = self.clean_reached, self.reached
+        return None if before is None or now is None else now & ~before
+
+    @property
+    def clean_accuracy(self) -> Tensor | None:
+        """Share of right answers without perturbation, over labels that count; 0-d."""
+        return self._number("clean_accuracy")
+
+    @property
+    def robust_accuracy(self) -> Tensor | None:
+        """Share of right answers under `deltas`; for a goal without labels, of samples that stand.
+
+        0-d; None if the criterion has neither.
+        """
+        accuracy = self._number("robust_accuracy")
+        if accuracy is not None or self.reached is None:
+            return accuracy
+        standing = ~self.reached
+        counted = self._number("counted")
+        if counted is None:
+            return standing.double().mean()
+        return (standing & counted).sum().double() / counted.sum()
+
+    def _evaluated(self, one: Evaluation | None) -> Evaluation:
+        if one is None:
+            raise RuntimeError(
+                "this attack was run with evaluate=False: only its deltas are known. Run it with "
+                "evaluate=True, or evaluate them: result.evaluate(loss_fn)"
+            )
+        return one
+
+    def _number(self, name: str) -> Any:
+        self._evaluated(self._now)
+        return self._numbers[name]
+
+    # --- using it --------------------------------------------------------------------------------
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Perturb the model inside the block: its forward passes then see the deltas.
 
         The deltas are constants there: gradients reach the model's weights, as training needs it.
+        They belong to the attacked batch and to this thread: the model refuses other inputs inside
+        the block, and another thread's passes are not perturbed. Blocks can be nested; of the same
+        site the innermost counts.
+
+        Raises:
+            RuntimeError: another batch was run, or part of a pass; or the result is a copy that was
+                pickled, which knows no model.
         """
-        with self.stage.applied():
+        if self._found is None:
+            raise RuntimeError("this result was pickled, and knows no model to perturb any more")
+        with self._found.applied():
             yield
+
+    def evaluate(self, loss_fn: LossFn) -> Evaluation:
+        """Evaluate the deltas: run `loss_fn` on the perturbed model, without gradients."""
+        with self.applied(), torch.no_grad():
+            return call(loss_fn)
+
+    def warn(self, eps: Any) -> AttackResult:
+        """Warn of what makes the attack weaker than it looks; this waits for the device."""
+        zero = int(self.zero_gradient)
+        if zero:
+            warnings.warn(
+                f"{zero} of {sum(n.numel() for n in self._moved())} groups had no gradient other "
+                "than zero, and were not attacked: the model looks robust there without being "
+                "tested. Saturated logits? Ascend the margin: Misclassify(labels, "
+                "ascend='margin'), or run AutoAttack",
+                AttackWarning,
+                stacklevel=3,
+            )
+        for block, norms in zip(self._found.blocks, self.norms, strict=True):
+            if block.base.dtype == block.delta.dtype or not norms.numel():
+                continue
+            asked = block.asked(self._norm)
+            off = ((norms - asked).abs() > 0.1 * asked).sum()
+            if int(off):
+                warnings.warn(
+                    f"the model computes in {str(block.base.dtype)[6:]}, which rounds the "
+                    f"perturbations of {int(off)} groups to a norm more than 10 % off (see "
+                    "result.norms): eps is too small for this dtype; attack the model in float32",
+                    AttackWarning,
+                    stacklevel=3,
+                )
+        return self
+
+    def _moved(self) -> list[Tensor]:
+        return [block.moved for block in self._found.blocks]
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(str(tuple(delta.shape)) for delta in self.deltas)
+        return f"AttackResult(deltas {shapes})"
+
+    # --- copies ----------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        numbers = self._numbers | {
+            "norms": self.norms,
+            "nonfinite": self.nonfinite,
+            "zero_gradient": self.zero_gradient,
+        }
+        return vars(self) | {"_found": None, "_deltas": self.deltas, "_numbers": numbers}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttackResult:
+        other = object.__new__(AttackResult)
+        vars(other).update({name: deepcopy(value, memo) for name, value in vars(self).items()})
+        return other

@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embattle import ops
-from embattle.perturb.site import Addition, Call, Site, is_plain
+from embattle.perturb.calls import Call, Layout, is_plain
+from embattle.perturb.hook import Addition
+from embattle.perturb.masks import Geometry
+from embattle.perturb.site import Site
+from embattle.perturb.strength import group_sizes
 
 Place = tuple[int, int]  # which site, which of its calls
 
@@ -26,15 +30,15 @@ class Block:
     """A delta that is added, as it is, to one output. The base of the other kinds.
 
     Attributes:
-        base: the unperturbed embeddings in the block's space, detached.
+        base: the unperturbed embeddings in the block's space (samples first), detached.
         delta: the leaf that is differentiated, zeros at first; float32 where `base` is narrower.
         geometry: the ops' `group`, `offsets` and `mask`.
         places: the outputs that the block is added to.
+        layouts: how the samples are laid out at each place.
         coupled: whether the samples of the batch share the delta.
         nonfinite: int32 `[groups]`, how often a group's gradient was not finite.
+        moved: bool `[groups]`, whether a group ever had a gradient other than zero.
     """
-
-    coupled = False
 
     def __init__(
         self,
@@ -44,19 +48,19 @@ class Block:
         group: str = "sample",
         offsets: Tensor | None = None,
         mask: Tensor | None = None,
+        layouts: Sequence[Layout] | None = None,
+        coupled: bool = False,
     ) -> None:
-        if mask is not None and mask.shape != base.shape[:-1]:
-            raise ValueError(
-                f"mask has shape {tuple(mask.shape)}; the embeddings {tuple(base.shape)} need "
-                f"{tuple(base.shape[:-1])}"
-            )
         self.base = base
         self.places = list(places)
+        self.layouts = list(layouts) if layouts else [Layout()] * len(self.places)
+        self.coupled = coupled
         self.geometry: dict[str, Any] = {"group": group, "offsets": offsets, "mask": mask}
         self.delta = torch.zeros_like(
             base, dtype=torch.promote_types(base.dtype, torch.float32)
         ).requires_grad_()
         self.nonfinite = torch.zeros(self.groups, dtype=torch.int32, device=base.device)
+        self.moved = torch.zeros(self.groups, dtype=torch.bool, device=base.device)
 
     @property
     def samples(self) -> int:
@@ -81,15 +85,33 @@ class Block:
         other.geometry = self.geometry | {"mask": None if mask is None else mask[rows]}
         other.set(self.delta.detach()[rows])
         other.nonfinite = self.nonfinite.new_zeros(other.groups)
+        other.moved = self.moved.new_zeros(other.groups)
         return other
+
+    def note(self, grad: Tensor) -> None:
+        """Note which groups have a gradient other than zero."""
+        offsets, mask = self.geometry["offsets"], self.geometry["mask"]
+        if mask is not None:
+            grad = grad * mask.unsqueeze(-1)
+        if offsets is not None:
+            self.moved |= ops.group_norm(grad, norm="linf", offsets=offsets) != 0
+        elif self.geometry["group"] == "sample" and grad.dim() > 1:
+            self.moved |= grad.flatten(1).any(1)
+        else:
+            self.moved |= grad.flatten(0, -2).any(1)
+
+    def still(self) -> Tensor:
+        """Count the groups that could move and never had a gradient, a 0-d int64 tensor."""
+        movable = group_sizes(self.base, self.geometry) > 0
+        return (movable & ~self.moved).sum()
 
     def set(self, delta: Tensor) -> None:
         """Take over the values of `delta`."""
         self.delta = delta.detach().requires_grad_()
 
     def additions(self) -> list[Tensor]:
-        """Give what is added at each of `places`."""
-        return [self.delta]
+        """Give what is added at each of `places`, as the module lays it out."""
+        return [self.layouts[0].to_module(self.delta)]
 
     def fused(self) -> list[Addition] | None:
         """Give what makes the perturbed outputs in passes that leave weights alone, if it can."""
@@ -97,14 +119,16 @@ class Block:
 
     def gather(self, grads: Sequence[Tensor]) -> Tensor:
         """Turn gradients at `places` into the gradient of the block's delta."""
-        return grads[0]
+        return self.layouts[0].to_samples(grads[0])
 
     def spread(self, grad: Tensor) -> list[Tensor]:
         """Turn a gradient of delta into those at `places` (not for rows, where it is a sum)."""
-        return [grad]
+        return [self.layouts[0].to_module(grad)]
 
     def per_row(self, values: Tensor) -> Tensor:
         """Spread one value per sample over the rows of delta: broadcastable to its shape."""
+        if self.coupled:
+            return values[:1].reshape(-1, *[1] * (self.base.dim() - 1))
         offsets = self.geometry["offsets"]
         if offsets is not None:
             rows = self.base.shape[:-1].numel()
@@ -114,11 +138,20 @@ class Block:
 
     def per_group(self, values: Tensor) -> Tensor:
         """Spread one value per sample over the groups, `[groups]`."""
+        if self.coupled:
+            return values[:1].expand(self.groups)
         each = self.groups // max(self.samples, 1)
         return values if each == 1 else values.reshape(-1, 1).expand(-1, each).reshape(-1)
 
     def norms(self, norm: Any) -> Tensor:
-        """Norms of the delta's groups, `[groups]`."""
+        """Norms of the groups of the perturbation, `[groups]`, as the model's dtype rounds it."""
+        delta, base = self.delta.detach(), self.base
+        if base.dtype != delta.dtype:  # otherwise the rounding is below what a norm shows
+            delta = (base + delta.to(base.dtype)).to(delta.dtype) - base.to(delta.dtype)
+        return ops.group_norm(delta, norm=norm, **self.geometry)
+
+    def asked(self, norm: Any) -> Tensor:
+        """Norms of the groups of the delta itself, `[groups]`."""
         return ops.group_norm(self.delta.detach(), norm=norm, **self.geometry)
 
 
@@ -130,38 +163,29 @@ class RowBlock(Block):
     and masked occurrences are left alone.
     """
 
-    coupled = True
-
     def __init__(
         self,
         module: nn.Module,
         calls: Sequence[Call],
         index: int,
-        masks: list[Any],
+        masks: Sequence[Tensor | None],
         *,
         whole: bool = False,
     ) -> None:
         self.module = module
-        found = [_arguments(module, call) for call in calls]
+        self._modules = [call.module for call in calls]
+        found = [_arguments(call) for call in calls]
         indices = [arguments["input"] for arguments in found]
         flat = torch.cat([i.reshape(-1) for i in indices])
-        kept = torch.ones_like(flat, dtype=torch.bool)
-        if any(mask is not None for mask in masks):
-            for one, mask in zip(indices, masks, strict=True):
-                if mask is not None and mask.shape != one.shape:
-                    raise ValueError(
-                        f"mask has shape {tuple(mask.shape)}; with scope='row' it needs the "
-                        f"indices' shape {tuple(one.shape)}"
-                    )
-            kept = torch.cat(
-                [
-                    torch.ones_like(i, dtype=torch.bool).reshape(-1) if m is None else m.reshape(-1)
-                    for i, m in zip(indices, masks, strict=True)
-                ]
-            )
-        padding = getattr(module, "padding_idx", None)
-        if padding is not None:
-            kept = kept & (flat != padding)
+        # Where an occurrence is masked, and where it is padding (tied modules may differ in that).
+        kept = _joined(indices, masks, True)
+        paddings = [call.module.padding_idx for call in calls]
+        padding = _joined(
+            indices,
+            [None if p is None else i == p for i, p in zip(indices, paddings, strict=True)],  # type: ignore[arg-type]
+            False,
+        )
+        kept = kept & ~padding
         weight: Tensor = module.weight.detach()  # type: ignore[operator]
         full = torch.full_like(flat, -1)
         if whole:
@@ -175,24 +199,25 @@ class RowBlock(Block):
         # Where in the table of deltas: unperturbed occurrences read a row of zeros, and padding
         # another one, since a bag's mean does not count padding.
         full = torch.where(full < 0, rows.numel(), full)
-        if padding is not None:
-            full = torch.where(flat == padding, rows.numel() + 1, full)
+        full = torch.where(padding, rows.numel() + 1, full)
         self.inverses = [
             part.reshape(i.shape) for part, i in zip(torch.split(full, sizes), indices, strict=True)
         ]
         self._arguments = found
-        self._plain = is_plain(module)
+        self._plain = all(is_plain(one) for one in self._modules)
         if self._plain:
             self._moving = [
                 torch.where(inverse < rows.numel(), inverse, -1) for inverse in self.inverses
             ]
         places = [(index, i) for i in range(len(calls))]
-        super().__init__(weight if whole else weight[rows], places, group="token")
+        super().__init__(weight if whole else weight[rows], places, group="token", coupled=True)
 
     def additions(self) -> list[Tensor]:
         return [
-            self._place(self.delta, inverse, arguments)
-            for inverse, arguments in zip(self.inverses, self._arguments, strict=True)
+            _placed(module, self.delta, inverse, arguments)
+            for module, inverse, arguments in zip(
+                self._modules, self.inverses, self._arguments, strict=True
+            )
         ]
 
     def fused(self) -> list[Addition] | None:
@@ -218,26 +243,34 @@ class RowBlock(Block):
         (grad,) = torch.autograd.grad(outputs, self.delta, list(grads))
         return grad
 
-    def per_row(self, values: Tensor) -> Tensor:
-        return values[:1].reshape(-1, *[1] * (self.base.dim() - 1))
 
-    def per_group(self, values: Tensor) -> Tensor:
-        return values[:1].expand(self.groups)
+def _joined(indices: Sequence[Tensor], values: Sequence[Tensor | None], missing: bool) -> Tensor:
+    """Join what is known of each call's indices, bool, in one flat tensor."""
+    return torch.cat(
+        [
+            torch.full_like(i, missing, dtype=torch.bool).reshape(-1) if v is None else v.reshape(-1)
+            for i, v in zip(indices, values, strict=True)
+        ]
+    )
 
-    def _place(self, delta: Tensor, inverse: Tensor, arguments: dict[str, Any]) -> Tensor:
-        table = torch.cat([delta, delta.new_zeros(2, delta.shape[1])])
-        if isinstance(self.module, nn.EmbeddingBag):
-            weights = arguments.get("per_sample_weights")
-            return F.embedding_bag(
-                inverse,
-                table,
-                arguments.get("offsets"),
-                mode=self.module.mode,
-                per_sample_weights=None if weights is None else weights.detach().to(delta.dtype),
-                include_last_offset=self.module.include_last_offset,
-                padding_idx=None if self.module.padding_idx is None else delta.shape[0] + 1,
-            )
-        return F.embedding(inverse, table)
+
+def _placed(
+    module: nn.Module, delta: Tensor, inverse: Tensor, arguments: dict[str, Any]
+) -> Tensor:
+    """Look the rows of a table of deltas up, as the module does its own."""
+    table = torch.cat([delta, delta.new_zeros(2, delta.shape[1])])
+    if isinstance(module, nn.EmbeddingBag):
+        weights = arguments.get("per_sample_weights")
+        return F.embedding_bag(
+            inverse,
+            table,
+            arguments.get("offsets"),
+            mode=module.mode,
+            per_sample_weights=None if weights is None else weights.to(delta.dtype),
+            include_last_offset=module.include_last_offset,
+            padding_idx=None if module.padding_idx is None else delta.shape[0] + 1,
+        )
+    return F.embedding(inverse, table)
 
 
 def _perturbed_rows(
@@ -251,7 +284,11 @@ class JointBlock(Block):
     """One ball around several outputs together: sample b's delta spans all of them."""
 
     def __init__(
-        self, values: Sequence[Tensor], places: Sequence[Place], masks: Sequence[Tensor | None]
+        self,
+        values: Sequence[Tensor],
+        places: Sequence[Place],
+        masks: Sequence[Tensor | None],
+        layouts: Sequence[Layout],
     ) -> None:
         first = values[0]
         for value in values:
@@ -262,27 +299,32 @@ class JointBlock(Block):
                 )
         batch = first.shape[0]
         self.shapes = [value.shape for value in values]
-        parts = [value.reshape(batch, -1, 1) for value in values]
-        self.sizes = [part.shape[1] for part in parts]
+        self.sizes = [value.shape[1:].numel() for value in values]
+        parts = [
+            value.reshape(batch, size, 1) for value, size in zip(values, self.sizes, strict=True)
+        ]
         mask = None
         if any(m is not None for m in masks):
             mask = torch.cat(
                 [
                     torch.ones_like(part[..., 0], dtype=torch.bool)
                     if m is None
-                    else m.unsqueeze(-1).expand(value.shape).reshape(batch, -1)
-                    for value, part, m in zip(values, parts, masks, strict=True)
+                    else m.unsqueeze(-1).expand(value.shape).reshape(batch, size)
+                    for value, part, m, size in zip(values, parts, masks, self.sizes, strict=True)
                 ],
                 dim=1,
             )
-        super().__init__(torch.cat(parts, dim=1), places, mask=mask)
+        super().__init__(torch.cat(parts, dim=1), places, mask=mask, layouts=layouts)
 
     def additions(self) -> list[Tensor]:
         return self.spread(self.delta)
 
     def spread(self, grad: Tensor) -> list[Tensor]:
         parts = torch.split(grad, self.sizes, dim=1)
-        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [
+            layout.to_module(part.reshape(shape))
+            for part, shape, layout in zip(parts, self.shapes, self.layouts, strict=True)
+        ]
 
     def narrow(self, rows: Tensor) -> Block:
         other = super().narrow(rows)
@@ -292,36 +334,71 @@ class JointBlock(Block):
 
     def gather(self, grads: Sequence[Tensor]) -> Tensor:
         batch = self.delta.shape[0]
-        return torch.cat([g.reshape(batch, -1, 1).to(self.delta.dtype) for g in grads], dim=1)
+        return torch.cat(
+            [
+                layout.to_samples(grad).reshape(batch, size, 1).to(self.delta.dtype)
+                for grad, layout, size in zip(grads, self.layouts, self.sizes, strict=True)
+            ],
+            dim=1,
+        )
 
 
-def _arguments(module: nn.Module, call: Call) -> dict[str, Any]:
+def _arguments(call: Call) -> dict[str, Any]:
     names = ("input", "offsets", "per_sample_weights")
     found = dict(zip(names, call.args, strict=False)) | call.kwargs
     if not isinstance(found.get("input"), Tensor):
-        raise ValueError(f"Site: {type(module).__name__} was called without a tensor of indices")
-    return found
+        raise ValueError(
+            f"Site: {type(call.module).__name__} was called without a tensor of indices"
+        )
+    return {
+        name: value.detach() if isinstance(value, Tensor) else value
+        for name, value in found.items()
+    }
 
 
-def output_block(
-    site: Site, call: Call, place: Place, *, offsets: Tensor | None, mask: Tensor | None
+def call_block(
+    site: Site, call: Call, place: Place, geometry: Geometry
 ) -> Block:
     """Make the block of one call's output; a jagged output brings its own offsets."""
+    layout, base = call.layout, call.value.detach()
+    shared = layout.samples is None
+    mask = geometry.mask(*place, call)
+    if site.scope == "weight" and site.group == "sample":
+        # One ball around the whole parameter: a single sample.
+        base = base.unsqueeze(0)
+        mask = None if mask is None else mask.unsqueeze(0)
+        return Block(base, [place], mask=mask, layouts=[_Whole()], coupled=True)  # type: ignore[list-item]
+    if base.dim() < 2 and not shared:
+        raise ValueError(
+            f"Site: {type(call.module).__name__} returned shape {tuple(base.shape)}; embeddings "
+            "need a dim of samples and one of features"
+        )
     return Block(
-        call.value.detach(),
+        layout.to_samples(base),
         [place],
-        group=site.group,
-        offsets=offsets if call.offsets is None else call.offsets,
+        group="token" if shared else site.group,
+        offsets=geometry.bounds(*place, call),
         mask=mask,
+        layouts=[layout],
+        coupled=shared,
     )
+
+
+class _Whole(Layout):
+    """A parameter as the only sample of a batch."""
+
+    def to_samples(self, value: Tensor) -> Tensor:
+        return value.unsqueeze(0)
+
+    def to_module(self, value: Tensor) -> Tensor:
+        return value.squeeze(0)
 
 
 def build(
     sites: Sequence[Site],
     calls: Sequence[Sequence[Call]],
+    geometry: Geometry,
     *,
-    masks: Sequence[Tensor | None],
-    offsets: Tensor | None = None,
     joint: bool = False,
 ) -> list[Block]:
     """Make the blocks of an attack from what its opening forward pass recorded.
@@ -333,27 +410,38 @@ def build(
     for site, recorded in zip(sites, calls, strict=True):
         if not recorded:
             raise RuntimeError(
-                f"{site!r}: the loss function did not call this module. Was the site created after "
-                "torch.compile, or removed?"
+                f"{site!r}: the loss function did not call this module. Does the model look its "
+                "embeddings up elsewhere (Site.embeddings(model) finds the look-ups of an "
+                "encoder-decoder), read the table directly (Site.weight(module)), or was the site "
+                "removed, or created after torch.compile?"
             )
     if joint:
         if (
-            any(site.scope == "row" or site.group == "token" for site in sites)
-            or offsets is not None
+            any(site.scope != "output" or site.group == "token" for site in sites)
+            or geometry.packed
+            or any(call.layout.samples is None for recorded in calls for call in recorded)
         ):
-            raise ValueError("joint: needs sites of scope 'output' and group 'sample', no offsets")
+            raise ValueError(
+                "joint: needs sites of scope 'output' and group 'sample', no offsets, and samples "
+                "in all outputs"
+            )
         places = [(s, c) for s, recorded in enumerate(calls) for c in range(len(recorded))]
-        values = [calls[s][c].value.detach() for s, c in places]
-        return [JointBlock(values, places, [masks[s] for s, _ in places])]
+        layouts = [calls[s][c].layout for s, c in places]
+        values = [
+            layout.to_samples(calls[s][c].value.detach())
+            for (s, c), layout in zip(places, layouts, strict=True)
+        ]
+        masks = [geometry.mask(s, c, calls[s][c]) for s, c in places]
+        return [JointBlock(values, places, masks, layouts)]
     blocks: list[Block] = []
     for index, (site, recorded) in enumerate(zip(sites, calls, strict=True)):
         if site.scope == "row":
-            of_each = [masks[index]] * len(recorded)
+            masks = [geometry.mask(index, number, call) for number, call in enumerate(recorded)]
             whole = site.rows == "table"
-            blocks.append(RowBlock(site.module, recorded, index, of_each, whole=whole))
+            blocks.append(RowBlock(site.module, recorded, index, masks, whole=whole))
             continue
         blocks.extend(
-            output_block(site, call, (index, number), offsets=offsets, mask=masks[index])
+            call_block(site, call, (index, number), geometry)
             for number, call in enumerate(recorded)
         )
     return blocks

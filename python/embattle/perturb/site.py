@@ -1,124 +1,191 @@
-"""Perturb the output of any embedding module of any model, from a hook that is always there."""
+"""A site says what is perturbed: outputs of modules, rows of a table, or a parameter itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, cast
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from embattle import checks
+from embattle.perturb.calls import Call, Layout, is_lookup
+from embattle.perturb.hook import Addition, Hook, Perturb, Use, Watch, can_stand_in, stand_in
+from embattle.perturb.outputs import Key
+from embattle.perturb.tables import SwappedParameter
+
 Group = Literal["sample", "token"]
-Scope = Literal["output", "row"]
+Scope = Literal["output", "row", "weight"]
 Rows = Literal["batch", "table"]
-# What a site adds: a tensor, or what makes the perturbed output from the output.
-Addition: TypeAlias = Tensor | Callable[[Tensor], Tensor]
-
-
-@dataclass
-class Call:
-    """One call of a site's module during the forward pass that opens an attack.
-
-    Attributes:
-        value: the values of the module's output; a leaf where the gradient at zero will be asked
-            for. The model goes on with a copy, which it may change in place.
-        source: the module's output, attached to its weights.
-        args: the module's positional arguments (row scope reads the indices from them).
-        kwargs: the module's keyword arguments.
-        compiled: the call was traced by `torch.compile`: no gradient can be asked at `value`.
-    """
-
-    value: Tensor
-    source: Tensor
-    compiled: bool = False
-    args: tuple[Any, ...] = field(default=(), repr=False)
-    kwargs: dict[str, Any] = field(default_factory=dict, repr=False)
-    offsets: Tensor | None = field(default=None, repr=False)
-    key: tuple[object, ...] | None = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        # `args` keeps the inputs alive: until then no other tensor can have their address.
-        self.key = None if self.compiled else _key(self.args, self.kwargs)
-
-    def repeats(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a later call has the very same inputs, unchanged since (not merely equal)."""
-        return self.key is not None and self.key == _key(args, kwargs)
+# A number, or a function of the call that gives it.
+OfCall: TypeAlias = "int | None | Callable[[Call], int | None]"
+# What a site or a run knows of each call: masks and offsets.
+PerCallTensor: TypeAlias = (
+    "Tensor | Callable[[Call], Tensor | None] | Sequence[Tensor | None] | None"
+)
 
 
 class Site:
-    """A place where a model can be perturbed: the output of one module.
+    """A place where a model can be perturbed: the output of a module, or rows of its table.
 
-    The site is a forward hook that stays on the module and does nothing until an attack uses it.
-    Create it *before* `torch.compile`: a hook that comes later is silently ignored there.
+    `Site(module)`, or `Site.output(module)`, perturbs what the module returns.
+    `Site.embeddings(model)` finds the look-ups of a model's input embeddings; `Site.weight(module)`
+    perturbs a parameter wherever it is used. The site is a forward hook that stays on the modules
+    and does nothing until an attack uses it; it leaves them when the site is gone. Create it
+    *before* `torch.compile`: a hook that comes later is silently ignored there.
 
     Args:
-        module: any module that returns a floating-point tensor (or a tuple that starts with one),
-            or a Hugging Face model, of which the input embeddings are taken.
-        group: what has a ball of its own: `"sample"` (everything of one sample, dim 0) or
-            `"token"` (every vector of the last dim).
+        module: any module that returns floating-point embeddings: a tensor, a tuple that starts with
+            one, a dict that holds some; or several modules that look the same table up.
+        group: what has a ball of its own: `"sample"` (everything of one sample) or `"token"`
+            (every vector of the last dim).
         scope: `"output"` perturbs what the module returns; `"row"` perturbs rows of the embedding
-            table: a row has the same delta wherever it occurs in the batch, and a ball of its own.
+            table: a row has the same delta wherever it is looked up in the batch, and a ball of its
+            own. Give `model` where other modules look the same table up. A table that is also read
+            directly (tied softmax) is refused: `Site.weight`.
         rows: of scope `"row"`: deltas are stored for the distinct rows of the `"batch"` alone, or
             for the whole `"table"`, as APR's authors do. Rows outside the batch have no gradient
             and stay at zero unless the attack starts at random; a `Relative` eps is then measured
             on the whole table.
-        model: the model around `module`, needed for attacks in eval mode, and for leaving batch
-            norms alone when the model is compiled.
+        model: the model around `module`, needed for attacks in eval mode, and for leaving its state
+            alone when it is compiled.
+        samples: the dim of the output that holds the samples: 0, or 1 where time comes first; None
+            if the samples share the output (negatives that serve all): each vector then has a ball
+            of its own. Or a function of the `Call`.
+        per_sample: how many consecutive entries of that dim belong to one sample (multiple choice
+            flattened into the batch); or a function of the call.
+        mask: bool, True where a vector may move, of the shape of the output without its last dim: a
+            function of the call, as the site outlives the batch. Vectors looked up at a table's
+            `padding_idx` never move.
+        offsets: `[B + 1]`, bounds of the samples in packed rows: a function of the call.
+        key: which value of a dict, or element of a tuple, is perturbed; by default all
+            floating-point values of a dict, and the first element of a tuple.
 
     Raises:
-        TypeError: `module` is not a module, or has no weight to take rows from.
+        TypeError: `module` is not a module, is a whole model, or has no weight to take rows from.
         ValueError: unknown group, scope or rows; `rows="table"` without scope `"row"`.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        module: nn.Module | Sequence[nn.Module],
         *,
         group: Group = "sample",
         scope: Scope = "output",
         rows: Rows = "batch",
         model: nn.Module | None = None,
+        samples: OfCall = 0,
+        per_sample: int | Callable[[Call], int] = 1,
+        mask: Callable[[Call], Tensor | None] | None = None,
+        offsets: Callable[[Call], Tensor | None] | None = None,
+        key: Key = None,
     ) -> None:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"Site: module must be a torch.nn.Module, got {type(module).__name__}")
-        if group not in ("sample", "token"):
-            raise ValueError(f"Site: group must be 'sample' or 'token', got {group!r}")
-        if scope not in ("output", "row"):
-            raise ValueError(f"Site: scope must be 'output' or 'row', got {scope!r}")
-        if rows not in ("batch", "table"):
-            raise ValueError(f"Site: rows must be 'batch' or 'table', got {rows!r}")
+        modules = [module] if isinstance(module, nn.Module) else list(_sequence(module))
+        checks.one_of("Site", "group", group, ("sample", "token"))
+        checks.one_of("Site", "scope", scope, ("output", "row"))
+        checks.one_of("Site", "rows", rows, ("batch", "table"))
         if rows == "table" and scope != "row":
             raise ValueError(f"Site: rows='table' needs scope='row', got scope={scope!r}")
-        getter = getattr(module, "get_input_embeddings", None)
-        if callable(getter):
-            model = module if model is None else model
-            module = getter()
-        if scope == "row" and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            raise TypeError(
-                f"Site: scope='row' needs an nn.Embedding or nn.EmbeddingBag, got "
-                f"{type(module).__name__}; use scope='output'"
-            )
-        if isinstance(module, nn.EmbeddingBag) and scope == "row" and module.mode == "max":
-            raise ValueError("Site: scope='row' needs a bag of mode 'sum' or 'mean', got 'max'")
-        self.module = module
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"Site: model must be a torch.nn.Module, got {type(model).__name__}")
+        for name, value in (("mask", mask), ("offsets", offsets)):
+            if value is not None and not callable(value):
+                raise TypeError(
+                    f"Site: {name} must be a function of the call, got {type(value).__name__}: a "
+                    f"tensor belongs to a batch, give it to the attack: run(..., {name}=...)"
+                )
+        if not callable(samples) and samples is not None:
+            checks.integer("Site", "samples", samples, 0)
+        if not callable(per_sample):
+            checks.integer("Site", "per_sample", per_sample, 1)
+        if scope == "row":
+            modules = _with_tied(modules, model)
+        self.modules = modules
         self.group: Group = "token" if scope == "row" else group
         self.scope: Scope = scope
         self.rows: Rows = rows
         self.model = model
-        self._additions: Sequence[Addition] | None = None
-        self._calls: list[Call] | None = None
-        self._detach = self._attached = self._graph = False
-        self._turn = 0
-        self._record: list[Call] | None = None
-        self._attach = False
-        self._begin: Callable[[Call], Tensor] | None = None
-        self._aside: Callable[..., Any] | None = None
-        self._handle = module.register_forward_hook(self._hook, with_kwargs=True)
+        self.samples, self.per_sample = samples, per_sample
+        self.mask, self.offsets, self.key = mask, offsets, key
+        self.known_shapes: set[torch.Size] = set()  # whose dim of samples was looked at
+        self._hook = Hook()
+        handles = [one.register_forward_hook(self._hook, with_kwargs=True) for one in modules]
+        self._finalizer = weakref.finalize(self, _remove, handles)
+
+    # --- other ways to name a place -----------------------------------------------------------------
+
+    @classmethod
+    def output(cls, module: nn.Module, **options: Any) -> Site:
+        """Perturb what a module returns: `Site(module, **options)`."""
+        return cls(module, **options)
+
+    @classmethod
+    def embeddings(cls, model: nn.Module, **options: Any) -> Site:
+        """Perturb the input embeddings of a model, at all look-ups that share the table.
+
+        A Hugging Face model (and any with `get_input_embeddings`) names its table; encoder-decoders
+        look it up in several modules. Of other models all `nn.Embedding` and `nn.EmbeddingBag`
+        modules are taken, those of positions too, if there are any.
+
+        Args:
+            model: the model; attacks in eval mode know it then.
+            options: as for `Site`.
+
+        Raises:
+            TypeError: not a module.
+            ValueError: the model looks nothing up.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Site.embeddings: needs a torch.nn.Module, got {type(model).__name__}")
+        getter = getattr(model, "get_input_embeddings", None)
+        table = getter() if callable(getter) else None
+        if isinstance(table, nn.Module):
+            weight = getattr(table, "weight", None)
+            tied = [m for m in model.modules() if is_lookup(m) and _shares(m, weight)]
+            found = tied or [table]
+        else:
+            found = [module for module in model.modules() if is_lookup(module)]
+        if not found:
+            raise ValueError(
+                f"Site.embeddings: {type(model).__name__} has no nn.Embedding or nn.EmbeddingBag; "
+                "name the module that makes its embeddings: Site.output(module)"
+            )
+        return cls(found, **{"model": model} | options)
+
+    @classmethod
+    def weight(
+        cls,
+        module: nn.Module,
+        name: str = "weight",
+        *,
+        group: Literal["row", "table"] = "row",
+        model: nn.Module | None = None,
+    ) -> Site:
+        """Perturb a parameter wherever the model reads it: look-ups, products, propagation.
+
+        Args:
+            module: the module that owns the parameter.
+            name: the parameter's name there, such as `"weight"`.
+            group: what has a ball of its own: each `"row"`, or the whole `"table"`.
+            model: the model, where other modules hold the same parameter (tied weights).
+
+        Raises:
+            AttributeError: there is no such parameter.
+        """
+        return WeightSite(module, name, group=group, model=model)
+
+    # --- a site's life ---------------------------------------------------------------------------
+
+    @property
+    def module(self) -> nn.Module:
+        """The first of the site's modules."""
+        return self.modules[0]
 
     def remove(self) -> None:
-        """Take the hook off the module. The site cannot be used afterwards."""
-        self._handle.remove()
+        """Take the hooks off the modules. The site cannot be used afterwards."""
+        self._finalizer()
 
     def __enter__(self) -> Site:
         return self
@@ -126,212 +193,265 @@ class Site:
     def __exit__(self, *exc: object) -> None:
         self.remove()
 
+    def _options(self) -> dict[str, Any]:
+        names = ("group", "scope", "rows", "model", "samples", "per_sample", "mask", "offsets")
+        return {name: getattr(self, name) for name in (*names, "key")}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy watches the copied modules, with a hook of its own.
+        return _make_site, (self.modules, self._options())
+
     def __repr__(self) -> str:
         balls = "row" if self.scope == "row" else self.group
         what = "output"
         if self.scope == "row":
             what = "all rows" if self.rows == "table" else "rows"
-        return f"Site({what} of {type(self.module).__name__}, one ball per {balls})"
+        count = f"{len(self.modules)} x " if len(self.modules) > 1 else ""
+        return f"Site({what} of {count}{type(self.module).__name__}, one ball per {balls})"
+
+    # --- what an attack does with it -----------------------------------------------------------------
+
+    @property
+    def use(self) -> Use | None:
+        """What the site is being used for now."""
+        return self._hook.use
 
     @property
     def busy(self) -> bool:
         """Whether an attack is using the site now."""
-        return self._additions is not None or self._record is not None
+        return self._hook.use is not None
 
-    def watch(
+    @property
+    def table(self) -> nn.Parameter | None:
+        """The table whose every use must be known: that of scope "row"."""
+        return self.module.weight if self.scope == "row" else None  # type: ignore[return-value]
+
+    def layout(self, call: Call) -> Layout:
+        """Tell where the samples are in a call's output."""
+        samples = self.samples(call) if callable(self.samples) else self.samples
+        each = self.per_sample(call) if callable(self.per_sample) else self.per_sample
+        if samples is None:
+            return Layout(None)
+        samples = checks.integer("Site", "samples", samples, 0)
+        if samples >= call.value.dim():
+            raise ValueError(
+                f"Site: samples={samples} names no dim of an output {tuple(call.value.shape)}"
+            )
+        return Layout(samples, checks.integer("Site", "per_sample", each, 1))
+
+    def watch(self, **options: Any) -> list[Call]:
+        """Record the calls of the coming forward pass (see `hook.Watch`)."""
+        watch = Watch(self.modules, self.key, self.layout, **options)
+        self._hook.use = watch
+        return watch.calls
+
+    def place(
         self,
-        *,
-        attach: bool,
-        begin: Callable[[Call], Tensor] | None = None,
-        graph: bool = False,
-        aside: bool = False,
-    ) -> list[Call]:
-        """Record the calls of the coming forward pass.
-
-        Args:
-            attach: give the model leaves instead of the outputs, so that the gradient at zero can
-                be asked for there. It then does not reach the module's weights: `Call.source` does.
-            begin: gives for each call what is added to its output at once. A compiled model does
-                not call it, and stays unperturbed in this pass.
-            graph: the pass keeps its graph.
-            aside: where the pass is compiled, step out of it at this module, so that what it
-                returns and where its gradient is asked are seen: the code before and after is
-                compiled apart.
-        """
-        self._aside = None
-        if aside:
-            self._aside = torch.compiler.disable(self._open)  # type: ignore[no-untyped-call]
-        self._additions, self._record, self._turn = None, [], 0
-        self._attach, self._begin, self._graph = attach, begin, graph
-        return self._record
-
-    def add(
-        self,
+        calls: list[Call],
         additions: Sequence[Addition],
-        calls: list[Call] | None = None,
         *,
-        attached: bool = False,
+        known: str | None = None,
         detach: bool = False,
         graph: bool = False,
     ) -> None:
-        """Perturb the output of the i-th call of the coming forward passes by `additions[i]`.
-
-        Args:
-            additions: one for each call.
-            calls: the opening's calls. Their outputs stand in for those of later calls with the
-                very same inputs, and an `nn.Embedding` is not looked up again.
-            attached: take the outputs of `calls` attached to the module's weights.
-            detach: cut the outputs off the module's weights.
-            graph: the passes keep their graphs.
-        """
-        self._additions, self._calls, self._record, self._turn = additions, calls, None, 0
-        self._attached, self._detach, self._graph = attached, detach, graph
-        if calls is not None and is_plain(self.module) and "forward" not in self.module.__dict__:
-            self.module.forward = self._look_up
+        """Perturb the coming forward passes (see `hook.Perturb`)."""
+        self._hook.use = Perturb(
+            self.modules, self.key, calls, additions, known=known, detach=detach, graph=graph
+        )
+        if known is not None:
+            for module in self.modules:
+                if can_stand_in(module):
+                    module.forward = stand_in(self._hook, module)
 
     def rest(self) -> None:
-        """Leave the module's output alone again."""
-        self._additions, self._calls, self._record, self._begin = None, None, None, None
-        if self.module.__dict__.get("forward") == self._look_up:
-            del self.module.forward
+        """Leave the modules' outputs alone again."""
+        self._hook.use = None
+        for module in self.modules:
+            if getattr(module.__dict__.get("forward"), "__module__", None) == stand_in.__module__:
+                del module.forward
 
-    def _known(
-        self, turn: int, args: tuple[Any, ...], kwargs: dict[str, Any], otherwise: Tensor | None
-    ) -> Tensor | None:
-        """Give the opening's output where this call repeats it."""
-        if self._calls is None or not self._calls[turn].repeats(args, kwargs):
-            return otherwise
-        call = self._calls[turn]
-        return call.source if self._attached else call.value.detach()
+    @property
+    def complete(self) -> bool:
+        """Whether the passes since the deltas were placed called each module as often as before."""
+        use = self._hook.use
+        return not isinstance(use, Perturb) or use.complete
 
-    def _look_up(self, input: Tensor) -> Tensor:
-        """Stand in for the forward method of an `nn.Embedding` while deltas are placed."""
-        known = self._known(self._turn % len(self._additions or [0]), (input,), {}, None)
-        if known is not None:
-            return known
-        return nn.Embedding.forward(cast(nn.Embedding, self.module), input)
+    @contextmanager
+    def placed(self, calls: list[Call], additions: Sequence[Addition], known: str | None) -> Iterator[None]:
+        """Perturb the passes inside the block; then what was placed before is there again."""
+        before = self._hook.use
+        self.place(calls, additions, known=known)
+        try:
+            yield
+            complete = self.complete
+        finally:
+            self.rest()
+            self._hook.use = before
+        if not complete:
+            raise RuntimeError(
+                f"{self!r}: inside `applied()` the model was run in part, or its modules once more "
+                "than in the attacked batch: which delta belongs to which call is then unknown. "
+                "Run whole forward passes of the attacked batch there"
+            )
 
-    def _hook(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        additions = self._additions
-        if additions is not None:
-            # The counter is left alone for a single call: a compiled model would guard on it.
-            turn = 0
-            if len(additions) > 1:
-                turn = self._turn % len(additions)
-                self._turn += 1
-            return self._perturb(turn, additions[turn], args, kwargs, output)
-        if self._record is not None:
-            if self._aside is not None:
-                return self._aside(args, kwargs, output)
-            if not torch.compiler.is_compiling():
-                return self._open(args, kwargs, output)
-            value, offsets = rows_of(output)
-            self._record.append(Call(value.detach(), value, True, args, kwargs, offsets))
+
+class WeightSite(Site):
+    """A parameter that is perturbed wherever it is used (see `Site.weight`)."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        *,
+        group: Literal["row", "table"],
+        model: nn.Module | None,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"Site.weight: needs a torch.nn.Module, got {type(module).__name__}")
+        checks.one_of("Site.weight", "group", group, ("row", "table"))
+        self._parameter = SwappedParameter(module, name, model)
+        self.name = name
+        self.modules = [module]
+        self.group = "token" if group == "row" else "sample"
+        self.scope, self.rows, self.model = "weight", "table", model
+        self.samples, self.per_sample = None, 1
+        self.known_shapes = set()
+        self.mask, self.offsets, self.key = None, None, None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        group = "row" if self.group == "token" else "table"
+        return _make_weight, (self.module, self.name, group, self.model)
+
+    def __repr__(self) -> str:
+        balls = "row" if self.group == "token" else "table"
+        return f"Site({self.name} of {type(self.module).__name__}, one ball per {balls})"
+
+    @property
+    def use(self) -> Use | None:
         return None
 
-    def _open(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Record a call of the opening pass, and give the model what it goes on with."""
-        self._refuse_checkpoints()
-        value, offsets = rows_of(output)
-        leaf = value.detach()
-        if self._attach and self._begin is None:
+    @property
+    def busy(self) -> bool:
+        return self._parameter.swapped
+
+    @property
+    def table(self) -> nn.Parameter:
+        return self._parameter.original
+
+    def remove(self) -> None:
+        """Nothing stays on the module."""
+
+    def watch(self, *, attach: bool, begin: Any = None, **options: Any) -> list[Call]:
+        original = self._parameter.original
+        leaf = original.detach()
+        call = Call(self.module, leaf, original, False, layout=Layout(None))
+        if attach and begin is None:
             leaf.requires_grad_()
-        call = Call(leaf, value, False, args, kwargs, offsets)
-        cast(list[Call], self._record).append(call)
-        if self._begin is not None:
-            value = leaf if self._attach else value
-            return _with_rows(output, value + self._begin(call).to(value.dtype))
-        return _with_rows(output, leaf.clone() if self._attach else value.clone())
+            self._parameter.swap(leaf)
+        elif begin is not None:
+            value = leaf if attach else original
+            self._parameter.swap(value + begin(call).to(value.dtype))
+        return [call]
 
-    def _perturb(
+    def place(
         self,
-        turn: int,
-        addition: Addition,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-    ) -> Any:
-        value, _ = rows_of(output)
-        if not torch.compiler.is_compiling():
-            self._refuse_checkpoints()
-            value = cast(Tensor, self._known(turn, args, kwargs, value))
-        if self._detach:
-            value = value.detach()
-        if not isinstance(addition, Tensor):
-            return _with_rows(output, addition(value))
-        if value.shape != addition.shape:
-            raise RuntimeError(
-                f"Site: {type(self.module).__name__} returned shape {tuple(value.shape)} where the "
-                f"perturbation has {tuple(addition.shape)}: the loss function must run the "
-                "same batch at every call"
+        calls: list[Call],
+        additions: Sequence[Addition],
+        *,
+        known: str | None = None,
+        detach: bool = False,
+        graph: bool = False,
+    ) -> None:
+        (addition,) = additions
+        original = self._parameter.original
+        value = original.detach() if detach else original
+        assert isinstance(addition, Tensor)
+        self._parameter.swap(value + addition.to(value.dtype))
+
+    def rest(self) -> None:
+        self._parameter.restore()
+
+    @property
+    def complete(self) -> bool:
+        return True
+
+    @contextmanager
+    def placed(self, calls: list[Call], additions: Sequence[Addition], known: str | None) -> Iterator[None]:
+        before = self._parameter.current
+        self.place(calls, additions)
+        try:
+            yield
+        finally:
+            self._parameter.restore()
+            if before is not None:
+                self._parameter.swap(before)
+
+
+def as_sites(sites: Site | Sequence[Site]) -> list[Site]:
+    """Make a list of one site or several.
+
+    Raises:
+        TypeError: anything else, or none at all.
+        ValueError: a site that is given twice.
+    """
+    found = list(sites) if isinstance(sites, (list, tuple)) else [sites]
+    wrong = [one for one in found if not isinstance(one, Site)]
+    if wrong or not found:
+        what = type(wrong[0]).__name__ if wrong else "none"
+        raise TypeError(f"sites must be an embattle.Site or a sequence of them, got {what}")
+    if len({id(one) for one in found}) < len(found):
+        raise ValueError("sites: the same site is given twice")
+    return found  # type: ignore[return-value]
+
+
+def _sequence(modules: Any) -> Sequence[nn.Module]:
+    if not isinstance(modules, (list, tuple)) or not modules:
+        raise TypeError(f"Site: module must be a torch.nn.Module, got {type(modules).__name__}")
+    for one in modules:
+        if not isinstance(one, nn.Module):
+            raise TypeError(f"Site: module must be a torch.nn.Module, got {type(one).__name__}")
+    return modules
+
+
+def _with_tied(modules: list[nn.Module], model: nn.Module | None) -> list[nn.Module]:
+    """Check the modules of scope "row", and add those of the model that look the same table up."""
+    for module in modules:
+        if not is_lookup(module):
+            raise TypeError(
+                f"Site: scope='row' needs an nn.Embedding or nn.EmbeddingBag, got "
+                f"{type(module).__name__}; use scope='output'"
             )
-        return _with_rows(output, value + addition.to(value.dtype))
-
-    def _refuse_checkpoints(self) -> None:
-        """Stop where the module would be run again, unperturbed, in the backward pass."""
-        hooks = _saved_tensors_hooks()
-        inside = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
-        # A reentrant checkpoint runs its segment without a graph, although the pass has one.
-        if inside or (self._graph and not torch.is_grad_enabled()):
-            raise RuntimeError(
-                f"Site: {type(self.module).__name__} is called inside a gradient checkpoint (or "
-                "under no_grad), which runs it again in the backward pass, without the "
-                "perturbation: put the site's module outside the checkpointed part"
+    weight = modules[0].weight
+    if any(not _shares(module, weight) for module in modules):
+        raise ValueError("Site: scope='row' needs modules that share one table; make a site of each")
+    others = [] if model is None else [m for m in model.modules() if is_lookup(m)]
+    for module in others:
+        if _shares(module, weight) and not any(module is one for one in modules):
+            modules = [*modules, module]
+    for module in modules:
+        if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
+            raise ValueError("Site: scope='row' needs a bag of mode 'sum' or 'mean', got 'max'")
+        if type(module) not in (nn.Embedding, nn.EmbeddingBag) or module.max_norm is not None:
+            raise TypeError(
+                f"Site: scope='row' adds deltas to the rows that a plain look-up gives; "
+                f"{type(module).__name__} may scale or renormalise its rows. Perturb the table "
+                "itself, Site.weight(module), or what the module returns, scope='output'"
             )
+    return modules
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module is an `nn.Embedding` whose rows depend on its weight and indices alone."""
-    return type(module) is nn.Embedding and module.max_norm is None
+def _shares(module: nn.Module, weight: Any) -> bool:
+    return weight is not None and getattr(module, "weight", None) is weight
 
 
-def rows_of(output: Any) -> tuple[Tensor, Tensor | None]:
-    """Find the embeddings in what a module returned; of a jagged tensor its rows and offsets."""
-    value = output[0] if isinstance(output, (tuple, list)) and output else output
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(
-            "Site: the module must return a floating-point tensor, or a tuple that starts with "
-            f"one; got {type(value).__name__}"
-            + (f" of {value.dtype}" if isinstance(value, Tensor) else "")
-        )
-    if not value.is_nested:
-        return value, None
-    if value.layout != torch.jagged:
-        raise TypeError("Site: nested tensors must be of layout torch.jagged")
-    return value.values(), value.offsets()  # type: ignore[attr-defined]
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
-def _with_rows(output: Any, value: Tensor) -> Any:
-    first = output[0] if isinstance(output, (tuple, list)) else output
-    if first.is_nested:
-        value = torch.nested.nested_tensor_from_jagged(
-            value, first.offsets(), first.lengths(), first._ragged_idx
-        )
-    if isinstance(output, tuple) and hasattr(output, "_replace"):
-        return type(output)(value, *output[1:])
-    if isinstance(output, (tuple, list)):
-        return type(output)([value, *output[1:]])
-    return value
+def _make_site(modules: list[nn.Module], options: dict[str, Any]) -> Site:
+    return Site(modules, **options)
 
 
-def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...] | None:
-    """Tell inputs from any others while they live: address, layout and version of each tensor."""
-    found: list[object] = []
-    for value in (*args, *kwargs, *kwargs.values()):
-        if not isinstance(value, Tensor):
-            found.append(value if isinstance(value, (str, int, float)) else id(value))
-        elif type(value) is Tensor and not value.is_inference():
-            found.append(
-                (value.data_ptr(), value.shape, value.stride(), value.dtype, value._version)
-            )
-        else:
-            return None
-    return tuple(found)
-
-
-def _saved_tensors_hooks() -> tuple[Any, Any] | None:
-    """Give the saved-tensors hooks in force, where this torch tells."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return None if top is None else top(False)
+def _make_weight(module: nn.Module, name: str, group: Any, model: nn.Module | None) -> Site:
+    return Site.weight(module, name, group=group, model=model)

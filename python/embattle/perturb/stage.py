@@ -1,4 +1,4 @@
-"""One batch under attack: its sites, its blocks, and the forward passes of the loss function."""
+"""One batch under attack: its sites, its deltas, and the forward passes of the loss function."""
 
 from __future__ import annotations
 
@@ -6,40 +6,39 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from embattle.perturb.blocks import Block, build, output_block
+from embattle.perturb.blocks import Block, build, call_block
+from embattle.perturb.calls import Call, is_lookup
+from embattle.perturb.evaluation import Evaluation, LossFn, call
+from embattle.perturb.gradients import (
+    differentiate,
+    refuse_other_layouts,
+    refuse_other_uses,
+    refuse_unused,
+)
 from embattle.perturb.guard import (
     MODES,
+    KeptState,
     Mode,
     RandomState,
     eval_mode,
-    frozen_statistics,
+    fresh_autocast_cache,
     frozen_weights,
+    kept_state,
+    usable_tensors,
 )
-from embattle.perturb.site import Addition, Call, Site, is_plain
+from embattle.perturb.masks import Geometry
+from embattle.perturb.perturbation import Lookups, Perturbation
 from embattle.perturb.replay import DropoutMasks
+from embattle.perturb.site import PerCallTensor, Site, as_sites
 
-LossFn: TypeAlias = Callable[[], "Tensor | tuple[Tensor, Tensor]"]
-Masks: TypeAlias = "Tensor | Sequence[Tensor | None] | None"
-# Where a pass takes the unperturbed embeddings from: from the modules, or from the opening pass
-# (where inputs are the same), with or without the way to the modules' weights.
-Lookups: TypeAlias = Literal["fresh", "attached", "detached"]
-
-
-class Evaluation(NamedTuple):
-    """What the loss function returned: losses `[B]`, and the model's outputs if it gave them."""
-
-    losses: Tensor
-    outputs: Tensor | None
-
-    def detach(self) -> Evaluation:
-        """Cut both off the graph."""
-        outputs = None if self.outputs is None else self.outputs.detach()
-        return Evaluation(self.losses.detach(), outputs)
+Masks: TypeAlias = "PerCallTensor | Sequence[PerCallTensor]"
+# From the rows that are left (int64 [n]) to the loss function of these samples.
+Subset: TypeAlias = Callable[[Tensor], LossFn]
 
 
 class Opening(NamedTuple):
@@ -49,54 +48,22 @@ class Opening(NamedTuple):
     perturbed: bool
 
 
-def call(loss_fn: LossFn) -> Evaluation:
-    """Run the loss function and check what it returns.
-
-    Raises:
-        TypeError: not a tensor, nor a pair of losses and outputs.
-        ValueError: not one loss per sample.
-    """
-    got = loss_fn()
-    losses, outputs = got if isinstance(got, tuple) and len(got) == 2 else (got, None)
-    if not isinstance(losses, Tensor) or not (outputs is None or isinstance(outputs, Tensor)):
-        raise TypeError(
-            "loss_fn must return losses [B], or a pair (losses [B], outputs); got "
-            f"{type(got).__name__}"
-        )
-    if losses.dim() != 1:
-        raise ValueError(
-            f"loss_fn must return one loss per sample, a tensor [B]; got shape "
-            f"{tuple(losses.shape)}. Use reduction='none' and average over all other dims"
-        )
-    return Evaluation(losses, outputs)
-
-
-def as_sites(sites: Site | Sequence[Site]) -> list[Site]:
-    """Make a list of one site or several.
-
-    Raises:
-        TypeError: anything else, or none at all.
-    """
-    found = list(sites) if isinstance(sites, (list, tuple)) else [sites]
-    wrong = [one for one in found if not isinstance(one, Site)]
-    if wrong or not found:
-        what = type(wrong[0]).__name__ if wrong else "none"
-        raise TypeError(f"sites must be an embattle.Site or a sequence of them, got {what}")
-    return found  # type: ignore[return-value]
-
-
 class Stage:
     """The sites of one batch, with the deltas that are being sought there.
 
     Args:
-        loss_fn: runs the model on the batch; returns losses `[B]`, or `(losses, outputs)`.
+        loss_fn: runs the model on the batch; returns losses `[B]`, or an `Evaluation`.
         sites: one site or several.
-        mask: bool, True where a vector takes part; one for all sites, or one (or None) for each.
-        offsets: int64 `[groups + 1]`, for packed rows: the groups' bounds in the flattened rows.
+        mask: bool, True where a vector takes part: a tensor (for one call), a function of the call,
+            or a sequence with an entry for each call; for several sites a sequence of these.
+        offsets: int64 `[B + 1]`, the samples' bounds in packed rows; given like `mask`.
         joint: one ball around all outputs of a sample together, instead of one for each output.
         mode: what the model does in the attack's own passes (see `embattle.PGD`).
+        same_random: all passes of the attack have the same random numbers, as in mode "same":
+            needed where their values are compared.
         compile: `torch.compile` the loss function; the pass that opens an attack, which shows where
             the embeddings are, in two parts, before and after them.
+        subset: the loss function of some of the samples.
     """
 
     def __init__(
@@ -105,52 +72,45 @@ class Stage:
         sites: Site | Sequence[Site],
         *,
         mask: Masks = None,
-        offsets: Tensor | None = None,
+        offsets: Masks = None,
         joint: bool = False,
         mode: Mode = "as_is",
+        same_random: bool = False,
         compile: bool = False,
+        subset: Subset | None = None,
     ) -> None:
-        self.loss_fn = loss_fn
-        self.compile = compile
-        self.sites = as_sites(sites)
-        if mask is None or isinstance(mask, Tensor):
-            self.masks: list[Tensor | None] = [mask] * len(self.sites)
-        else:
-            self.masks = list(mask)
-            if len(self.masks) != len(self.sites):
-                raise ValueError(f"{len(self.masks)} masks were given for {len(self.sites)} sites")
-        for one in self.masks:
-            if one is not None and one.dtype != torch.bool:
-                raise TypeError(f"mask must be of dtype bool, got {one.dtype}; use mask.bool()")
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function, got {type(loss_fn).__name__}")
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
-        self.offsets, self.joint, self.mode = offsets, joint, mode
+        self.loss_fn, self.subset, self.compile = loss_fn, subset, compile
+        self.found = Perturbation(as_sites(sites))
+        self.geometry = Geometry(self.sites, mask, offsets)
+        self.joint, self.mode, self.same_random = joint, mode, same_random or mode == "same"
         self.models: list[nn.Module] = []
         for site in self.sites:
             if site.model is not None and not any(site.model is model for model in self.models):
                 self.models.append(site.model)
-        if mode == "eval" and not self.models:
-            raise ValueError("mode='eval' needs to know the model: Site(module, model=model)")
-        if compile and not self.models:
-            raise ValueError("compile=True needs to know the model: Site(module, model=model)")
-        self.blocks: list[Block] = []
-        self.calls: list[list[Call]] = []
+        for asked, name in ((mode == "eval", "mode='eval'"), (compile, "compile=True")):
+            if asked and not self.models:
+                raise ValueError(f"{name} needs to know the model: Site(module, model=model)")
+        if compile and any(site.scope == "weight" for site in self.sites):
+            raise ValueError("compile=True: compiled code does not see an exchanged parameter")
         self.batch = 0
+        self._state: KeptState | None = None
+        self._first: RandomState | None = None  # where evaluations start from
         self._replay: RandomState | None = None
         self._masks: DropoutMasks | None = None
 
-    def by_rows(self, labels: Tensor | None) -> None:
-        """Call the loss function with the rows of the batch that it is to run.
+    @property
+    def sites(self) -> list[Site]:
+        """Where the model is perturbed."""
+        return self.found.sites
 
-        Raises:
-            ValueError: samples cannot leave this batch one by one, or there are no labels.
-        """
-        if labels is None:
-            raise ValueError("stop_when_fooled needs labels")
-        if self.offsets is not None or any(site.scope == "row" for site in self.sites):
-            raise ValueError("stop_when_fooled: samples of packed rows or of scope 'row' stay")
-        self._by_rows: Callable[[Tensor], Any] = self.loss_fn  # type: ignore[assignment]
-        self.loss_fn = partial(self._by_rows, torch.arange(labels.shape[0], device=labels.device))
+    @property
+    def blocks(self) -> list[Block]:
+        """The deltas, once the stage is open."""
+        return self.found.blocks
 
     @property
     def quick_loss_fn(self) -> LossFn:
@@ -160,9 +120,17 @@ class Stage:
 
     def narrow(self, rows: Tensor, blocks: list[Block]) -> Stage:
         """Make a stage of some of the samples, which `blocks` belong to."""
+        if self.subset is None:
+            raise ValueError(
+                "samples can only leave the batch where the loss function of some of them is "
+                "known: run(..., subset=lambda rows: loss_fn_of_those_rows)"
+            )
         other = copy(self)
-        other.loss_fn, other.blocks, other.batch = partial(self._by_rows, rows), blocks, len(rows)
+        other.found = self.found.narrow(rows, blocks)
+        other.loss_fn, other.batch = self.subset(rows), len(rows)
         return other
+
+    # --- around the passes ---------------------------------------------------------------------------
 
     @contextmanager
     def attacking(
@@ -179,27 +147,33 @@ class Stage:
             raise RuntimeError(f"{busy[0]!r} is already in use by an attack")
         before = RandomState.capture()
         generator = seed()
-        state = RandomState.capture()
-        if self.mode == "same" and self._replay is None:
-            self._remember(state)
+        self._first = RandomState.capture()
+        if self.same_random and self._replay is None:
+            self._remember(self._first)
+        first = self._first
         with ExitStack() as stack:
-            stack.push(lambda kind, *_: (before if kind is not None else state).restore())
-            stack.callback(self.rest)
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(frozen_statistics(self.models))
+            stack.push(lambda kind, *_: (before if kind is not None else first).restore())
+            stack.callback(self._over)
+            stack.enter_context(usable_tensors())
+            stack.enter_context(fresh_autocast_cache())
+            self._state = stack.enter_context(kept_state(self.models))
             stack.enter_context(frozen_weights(self.models))
+            stack.enter_context(_followed(self.sites))
             if self.mode == "eval":
                 stack.enter_context(eval_mode(self.models))
             yield generator
 
+    def _over(self) -> None:
+        self._state = None
+        self.rest()
+
     def rest(self) -> None:
         """Leave the model unperturbed."""
-        for site in self.sites:
-            site.rest()
+        self.found.rest()
 
     def remember_random_state(self) -> None:
         """Replay from here in the passes of mode "same", the next one included."""
-        if self.mode == "same":
+        if self.same_random:
             self._remember(RandomState.capture())
 
     def _remember(self, state: RandomState) -> None:
@@ -210,15 +184,35 @@ class Stage:
         """Free the dropout masks: later passes draw them anew."""
         self._masks = None
 
-    def run(self, loss_fn: LossFn) -> Evaluation:
-        """Call the loss function; in mode "same" with the random numbers of the first pass."""
+    # --- passes ----------------------------------------------------------------------------------
+
+    def run(self, loss_fn: LossFn | None = None, *, first: bool = False) -> Evaluation:
+        """Make a pass; in mode "same" with the random numbers of the first one.
+
+        Args:
+            loss_fn: the loss function as it is to be called; compiled, if so asked, by default.
+            first: start from the random state of the attack's first pass in any mode.
+        """
+        loss_fn = self.quick_loss_fn if loss_fn is None else loss_fn
+        if self._state is not None:
+            self._state.rewind()
         if self._replay is None:
-            return call(loss_fn)
-        self._replay.restore()
-        if self._masks is None or self._masks.idle:
-            return call(loss_fn)
-        with self._masks:
-            return call(loss_fn)
+            if first and self._first is not None:
+                self._first.restore()
+            evaluation = call(loss_fn)
+        else:
+            self._replay.restore()
+            with ExitStack() as stack:
+                if self._masks is not None and not self._masks.idle:
+                    stack.enter_context(self._masks)
+                evaluation = call(loss_fn)
+        for site in self.sites:
+            if not site.complete:
+                raise RuntimeError(
+                    f"{site!r}: the loss function called its modules in another number than in "
+                    "the pass before: it must run the same batch in the same way at every call"
+                )
+        return evaluation
 
     def open(
         self, *, attach: bool = False, start: Callable[[Block], None] | None = None
@@ -228,14 +222,14 @@ class Stage:
         Args:
             attach: keep the graph, with a leaf at each place instead of the way to the module's
                 weights, which `sources` give.
-            start: called with each block, to set its delta. Where every block is one output, this
+            start: called with each block, to set its delta. Where every block is one call, this
                 happens inside the pass, which is then a perturbed one (and keeps its graph).
         """
         inside = start is not None and not self.joint
-        inside = inside and all(site.scope == "output" for site in self.sites)
+        inside = inside and all(site.scope != "row" for site in self.sites)
         started: list[list[Block]] = [[] for _ in self.sites]
         calls: list[list[Call]] = []
-        self.calls = calls
+        self.found.calls = calls
         try:
             for index, site in enumerate(self.sites):
                 begin = None
@@ -246,26 +240,20 @@ class Stage:
                     site.watch(attach=attach, begin=begin, graph=graph, aside=self.compile)
                 )
             with torch.set_grad_enabled(attach or inside):
-                evaluation = self.run(self.quick_loss_fn)
+                evaluation = self.run()
         finally:
             self.rest()
+        self.geometry.finish(calls)
         perturbed = inside and all(
             len(blocks) == len(recorded) for blocks, recorded in zip(started, calls, strict=True)
         )
-        if perturbed and any(calls):
-            self.blocks = [block for blocks in started for block in blocks]
+        if perturbed and all(calls):
+            self.found.blocks = [block for blocks in started for block in blocks]
         else:
-            self.blocks = build(
-                self.sites, calls, masks=self.masks, offsets=self.offsets, joint=self.joint
-            )
+            self.found.blocks = build(self.sites, calls, self.geometry, joint=self.joint)
             perturbed = False
-        batch = self.batch = evaluation.losses.shape[0]
-        for block in self.blocks:
-            if not block.coupled and block.samples != batch:
-                raise ValueError(
-                    f"{batch} losses for embeddings {tuple(block.base.shape)}, which hold "
-                    f"{block.samples} samples in dim 0: samples must come first (or give offsets)"
-                )
+        self.batch = evaluation.batch
+        self._check_samples()
         if start is not None and not perturbed:
             for block in self.blocks:
                 start(block)
@@ -274,148 +262,130 @@ class Stage:
     def _begin(
         self, index: int, start: Callable[[Block], None], blocks: list[Block], call: Call
     ) -> Tensor:
-        block = output_block(
-            self.sites[index],
-            call,
-            (index, len(blocks)),
-            offsets=self.offsets,
-            mask=self.masks[index],
-        )
+        block = call_block(self.sites[index], call, (index, len(blocks)), self.geometry)
         start(block)
         blocks.append(block)
-        return block.delta
+        return block.additions()[0]
 
-    def values(self) -> list[Tensor] | None:
-        """Give the tensors at which the gradient at zero can be asked for, block by block.
+    def _check_samples(self) -> None:
+        for block in self.blocks:
+            if not block.coupled and block.samples != self.batch:
+                raise ValueError(
+                    f"{self.batch} losses for embeddings {tuple(block.base.shape)}, which hold "
+                    f"{block.samples} samples in dim 0: say where the samples are, "
+                    "Site(..., samples=1) where time comes first, samples=None for an output that "
+                    "all samples share, per_sample=K for K entries of a sample, or a function of "
+                    "the call; or give offsets for packed rows"
+                )
+
+    def evaluate(
+        self,
+        *,
+        grad: bool,
+        lookups: Lookups = "fresh",
+        detach: bool = False,
+        first: bool = False,
+    ) -> Evaluation:
+        """Run the loss function at the current deltas (see `Perturbation.place` and `run`)."""
+        with torch.set_grad_enabled(grad):
+            self.found.place(lookups=lookups, detach=detach, graph=grad, compile=self.compile)
+            return self.run(first=first)
+
+    # --- gradients -----------------------------------------------------------------------------------
+
+    def gradients(self, values: Tensor) -> list[Tensor]:
+        """Differentiate with respect to the deltas, and nothing else.
+
+        The sum of the values is taken: each sample's delta gets its own sample's gradient.
+        """
+        leaves = [block.delta for block in self.blocks]
+        self.check_graph(values, leaves)
+        grads = differentiate(values, leaves, self._narrow_types)
+        return self.noted(
+            [
+                torch.zeros_like(leaf) if grad is None else grad
+                for leaf, grad in zip(leaves, self._used(grads), strict=True)
+            ]
+        )
+
+    def gradients_at_zero(self, values: Tensor) -> list[Tensor] | None:
+        """Differentiate with respect to the deltas in the graph of the opening pass.
 
         Returns:
-            None if the model is compiled: its traced pass does not show them.
+            None if the model is compiled: its traced pass does not show the places.
         """
-        if any(call.compiled for recorded in self.calls for call in recorded):
+        places = self.found.values()
+        if places is None:
             return None
-        return [
-            self.calls[site][number].value for block in self.blocks for site, number in block.places
-        ]
+        self.check_graph(values, places)
+        return self.noted(
+            self.found.gather(self._used(differentiate(values, places, self._narrow_types)))
+        )
 
-    def sources(self) -> list[Tensor]:
-        """Give the modules' own outputs at the places, attached to their weights."""
-        return [
-            self.calls[site][number].source
-            for block in self.blocks
-            for site, number in block.places
-        ]
-
-    def gather(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """Turn gradients at the places, block by block, into the blocks' gradients."""
-        found, position = [], 0
-        for block in self.blocks:
-            part = grads[position : position + len(block.places)]
-            position += len(block.places)
-            found.append(
-                block.gather(
-                    [
-                        torch.zeros_like(addition) if grad is None else grad
-                        for grad, addition in zip(part, _like(block, part), strict=True)
-                    ]
-                )
+    def check_graph(self, values: Tensor, leaves: Sequence[Tensor]) -> None:
+        """Refuse what the graph shows to be wrong: other uses of a table, time before samples."""
+        if not values.requires_grad:
+            raise RuntimeError(
+                "the losses do not depend on the perturbed embeddings: does loss_fn detach, or run "
+                "under torch.no_grad()?"
             )
-        return found
+        refuse_other_uses(values, self.sites)
+        refuse_other_layouts(values, leaves, self.found, self.batch)
+
+    def noted(self, grads: list[Tensor]) -> list[Tensor]:
+        """Note which groups have a gradient."""
+        for block, grad in zip(self.blocks, grads, strict=True):
+            block.note(grad)
+        return grads
+
+    def _used(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        refuse_unused(grads, self.found)
+        return grads
+
+    @property
+    def _narrow_types(self) -> bool:
+        """Whether gradients pass through float16, in which small ones vanish."""
+        if any(block.base.dtype == torch.float16 for block in self.blocks):
+            return True
+        device = self.blocks[0].base.device.type if self.blocks else "cpu"
+        return torch.is_autocast_enabled(device) and (
+            torch.get_autocast_dtype(device) == torch.float16
+        )
+
+    # --- what objectives ask ---------------------------------------------------------------------
 
     def agreement(self) -> Callable[[], Tensor] | None:
         """Give what computes the nearest-embedding agreement, where the sites have tables."""
         fits = all(
             isinstance(site.module, nn.Embedding) and site.scope == "output" for site in self.sites
         )
-        if not fits or self.joint or self.offsets is not None:
+        plain = all(layout.plain for block in self.blocks for layout in block.layouts)
+        if not fits or not plain or self.joint or self.geometry.packed:
             return None
         tables = [cast(Tensor, site.module.weight) for site in self.sites]
         return partial(_agreement, self.blocks, tables)
 
     @property
     def plain(self) -> bool:
-        """Whether every site perturbs the output of a lookup, which no pass changes."""
-        return all(_is_lookup(site.module) and site.scope == "output" for site in self.sites)
-
-    def place(
-        self, *, lookups: Lookups = "fresh", detach: bool = False, graph: bool = False
-    ) -> None:
-        """Hand the current deltas to the sites, for the passes to come.
-
-        Args:
-            lookups: where the embeddings come from, if the module is a lookup.
-            detach: cut the embeddings off the modules' weights.
-            graph: the passes keep their graphs.
-        """
-        additions: list[dict[int, Addition]] = [{} for _ in self.sites]
-        for block in self.blocks:
-            found = block.fused() if lookups == "detached" else None
-            for (index, number), addition in zip(
-                block.places, block.additions() if found is None else found, strict=True
-            ):
-                additions[index][number] = addition
-        for site, each, calls in zip(self.sites, additions, self.calls, strict=True):
-            fits = is_plain if lookups == "detached" else _is_lookup
-            known = lookups != "fresh" and fits(site.module)
-            known = known and not self.compile and not any(call.compiled for call in calls)
-            site.add(
-                [each[number] for number in range(len(each))],
-                calls if known else None,
-                attached=lookups == "attached",
-                detach=detach,
-                graph=graph,
-            )
-
-    @contextmanager
-    def applied(self, *, lookups: Lookups = "fresh") -> Iterator[None]:
-        """Perturb the model inside the block; the deltas are constants there.
-
-        Args:
-            lookups: "attached" perturbs the outputs of the opening pass where the module is a
-                lookup, so that its weights' gradient is computed once for both passes.
-        """
-        for block in self.blocks:
-            block.delta = block.delta.detach()
-        self.place(lookups=lookups)
-        try:
-            yield
-        finally:
-            self.rest()
-
-    def evaluate(
-        self, *, grad: bool, lookups: Lookups = "fresh", detach: bool = False
-    ) -> Evaluation:
-        """Run the loss function at the current deltas (`lookups`, `detach`: see `place`)."""
-        with torch.set_grad_enabled(grad):
-            self.place(lookups=lookups, detach=detach, graph=grad)
-            return self.run(self.quick_loss_fn)
-
-    def gradients(self, losses: Tensor) -> list[Tensor]:
-        """Differentiate with respect to the deltas, and nothing else.
-
-        The sum of the losses is taken: each sample's delta gets its own sample's gradient.
-        """
-        leaves = [block.delta for block in self.blocks]
-        if not losses.requires_grad:
-            raise RuntimeError(
-                "the losses do not depend on the perturbed embeddings: does loss_fn detach, or run "
-                "under torch.no_grad()?"
-            )
-        grads = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
-        return [
-            torch.zeros_like(leaf) if grad is None else grad
-            for leaf, grad in zip(leaves, grads, strict=True)
-        ]
+        """Whether every site perturbs the output of a look-up, which no pass changes."""
+        return all(
+            site.scope == "output" and all(is_lookup(module) for module in site.modules)
+            for site in self.sites
+        )
 
 
-def _is_lookup(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-
-
-def _like(block: Block, grads: Sequence[Tensor | None]) -> Sequence[Tensor]:
-    """Give tensors of the shapes of the block's places, computed only if one is missing."""
-    if any(grad is None for grad in grads):
-        return block.additions()
-    return [grad for grad in grads if grad is not None]
+@contextmanager
+def _followed(sites: Sequence[Site]) -> Iterator[None]:
+    """Let the tables of scope "row" and "weight" require gradients: then every use of them shows."""
+    tables: list[Any] = [site.table for site in sites if site.table is not None]
+    turned = [table for table in tables if not table.requires_grad]
+    try:
+        for table in turned:
+            table.requires_grad_(True)
+        yield
+    finally:
+        for table in turned:
+            table.requires_grad_(False)
 
 
 def _agreement(blocks: Sequence[Block], tables: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,186 @@
+"""Gradients of losses with respect to deltas, and what their graph must not show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from embattle.perturb.site import Site
+
+if TYPE_CHECKING:
+    from embattle.perturb.perturbation import Perturbation
+
+# Factors on losses whose gradients pass through float16: most gradients, then the smallest ones,
+# then those that overflow.
+_SCALES = (2.0**10, 2.0**15, 1.0)
+
+
+def differentiate(
+    values: Tensor, leaves: Sequence[Tensor], through_half: bool
+) -> list[Tensor | None]:
+    """Give d sum(values) / d leaf, None for a leaf that the values do not depend on.
+
+    Args:
+        values: `[B]`, with their graph.
+        leaves: where.
+        through_half: gradients pass through float16. They are then computed under a factor, in
+            which confident samples' gradients do not vanish, and come in float32.
+
+    Raises:
+        RuntimeError: a reentrant gradient checkpoint lies between.
+    """
+    if not through_half:
+        return _differentiate(values.sum(), leaves)
+    found: list[Tensor | None] = []
+    for scale in _SCALES:
+        keep = scale != _SCALES[-1]
+        grads = _differentiate((values.float() * scale).sum(), leaves, keep=keep)
+        scaled = [None if g is None else g.float() / scale for g in grads]
+        found = scaled if not found else [_better(a, b) for a, b in zip(found, scaled, strict=True)]
+        if all(g is None or bool(g.isfinite().all() & (g != 0).flatten(1).any(1).all()) for g in found):
+            break
+    return found
+
+
+def _better(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+    """Take from `two` what vanished or overflowed in `one`."""
+    if one is None or two is None:
+        return one
+    lost = ~one.isfinite() | ((one == 0) & two.isfinite())
+    return torch.where(lost, two, one)
+
+
+def _differentiate(
+    total: Tensor, leaves: Sequence[Tensor], keep: bool = False
+) -> list[Tensor | None]:
+    try:
+        return list(torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=keep))
+    except RuntimeError as error:
+        if "heckpoint" not in str(error):
+            raise
+        raise RuntimeError(
+            "a part of the model runs in a reentrant gradient checkpoint, through which torch "
+            "cannot differentiate with respect to a perturbation: use "
+            "checkpoint(..., use_reentrant=False) (transformers: "
+            "gradient_checkpointing_kwargs={'use_reentrant': False})"
+        ) from error
+
+
+def refuse_unused(grads: Sequence[Tensor | None], found: Perturbation) -> None:
+    """Refuse sites that the losses do not depend on.
+
+    Args:
+        grads: of the blocks, or of all their places, None where there is no path.
+        found: the blocks.
+
+    Raises:
+        RuntimeError: all of a site's calls are without a gradient.
+    """
+    if all(grad is not None for grad in grads):
+        return
+    used: set[int] = set()
+    position = 0
+    by_place = len(grads) != len(found.blocks)
+    for number, block in enumerate(found.blocks):
+        for index, _ in block.places:
+            grad = grads[position if by_place else number]
+            position += 1
+            if grad is not None:
+                used.add(index)
+    for index, site in enumerate(found.sites):
+        if index not in used:
+            raise RuntimeError(
+                f"{site!r}: the losses do not depend on what it perturbs. Is its output detached, "
+                "unused, or used for a penalty only? A table that the model reads directly is "
+                "perturbed by Site.weight(module)"
+            )
+
+
+def refuse_other_uses(values: Tensor, sites: Sequence[Site]) -> None:
+    """Refuse tables whose perturbation would miss some of their uses.
+
+    Raises:
+        RuntimeError: the graph leads to a table of scope "row" or "weight" by another way than the
+            perturbed look-ups.
+    """
+    tables = {id(site.table): site for site in sites if site.table is not None}
+    if not tables:
+        return
+    seen: set[Node] = set()
+    todo: list[Any] = [values.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        site = tables.get(id(getattr(node, "variable", None)))
+        if site is not None:
+            raise RuntimeError(
+                f"{site!r}: the model also reads the table in another way, where it would stay "
+                "unperturbed (another module that shares it, a tied softmax, a direct product). "
+                "Give the model, Site(..., model=model), or perturb the table wherever it is "
+                "used: Site.weight(module, model=model)"
+            )
+        todo.extend(after for after, _ in node.next_functions)
+
+
+def refuse_other_layouts(
+    values: Tensor, leaves: Sequence[Tensor], found: Perturbation, batch: int
+) -> None:
+    """Refuse outputs whose samples are in another dim of the same size (time first).
+
+    Only where sizes coincide is there a doubt. Two samples' values are then differentiated by
+    themselves, once for each shape: what they depend on tells the dim.
+
+    Raises:
+        ValueError: the samples are in another dim than the site says.
+    """
+    by_place = len(leaves) != len(found.blocks)
+    position = 0
+    for number, block in enumerate(found.blocks):
+        places = block.places
+        mine = leaves[position : position + len(places)] if by_place else [leaves[number]]
+        position += len(places)
+        if block.coupled or block.geometry["offsets"] is not None or batch < 2:
+            continue
+        doubtful = [
+            (found.sites[index], found.calls[index][call].value.shape)
+            for (index, call), layout in zip(places, block.layouts, strict=True)
+            if layout.plain and batch in found.calls[index][call].value.shape[1:-1]
+        ]
+        if all(shape in site.known_shapes for site, shape in doubtful):
+            continue
+        probes = []
+        for sample in (0, 1):
+            grads = torch.autograd.grad(
+                values[sample], mine, allow_unused=True, retain_graph=True
+            )
+            if by_place:
+                probes.append(grads)
+            else:
+                (grad,) = grads
+                probes.append((None,) if grad is None else tuple(block.spread(grad)))
+        for (index, call), *pair in zip(places, *probes, strict=False):
+            site, shape = found.sites[index], found.calls[index][call].value.shape
+            for dim in range(1, len(shape) - 1):
+                if shape[dim] == batch and _belongs(pair, dim) and not _belongs(pair, 0):
+                    raise ValueError(
+                        f"{site!r}: the samples of an output {tuple(shape)} are in dim {dim}, not "
+                        f"in dim 0 (each loss depends on one entry of dim {dim} alone): "
+                        f"Site(..., samples={dim})"
+                    )
+            site.known_shapes.add(shape)
+
+
+def _belongs(grads: Sequence[Tensor | None], dim: int) -> bool:
+    """Whether the gradient of sample 0 (and 1) is zero outside of entry 0 (and 1) of a dim."""
+    for sample, grad in enumerate(grads):
+        if grad is not None:
+            others = [i for i in range(grad.shape[dim]) if i != sample]
+            if bool((grad.index_select(dim, torch.tensor(others, device=grad.device)) != 0).any()):
+                return False
+    return True

@@ -1,0 +1,299 @@
+"""What sits on a site's modules: it watches the pass that opens an attack, and perturbs others."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from embattle.perturb.calls import Call, Layout, is_plain
+from embattle.perturb.outputs import Key, Part, parts_of, replace_parts
+
+# What is added at a call: a tensor, or what makes the perturbed output from the output.
+Addition: TypeAlias = Tensor | Callable[[Tensor], Tensor]
+LayoutOf: TypeAlias = Callable[[Call], Layout]
+
+
+class Use(Protocol):
+    """What a hook does while an attack uses its site."""
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Give the output that the model goes on with, or None to leave it alone."""
+        ...
+
+
+class Hook:
+    """The forward hook of a site's modules: idle unless `use` is set.
+
+    A copy of the model gets an idle hook that belongs to no site, whatever the original is doing.
+    """
+
+    def __init__(self) -> None:
+        self.use: Use | None = None
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        use = self.use
+        return None if use is None else use(module, args, kwargs, output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, ()
+
+
+class _Turns:
+    """What both uses share: whose calls they are, and which is next."""
+
+    def __init__(self, modules: Sequence[nn.Module], key: Key) -> None:
+        self.modules, self.key = list(modules), key
+        self.thread = threading.get_ident()
+
+    def foreign(self, module: nn.Module) -> bool:
+        """Whether a call is made by another thread, whose model stays unperturbed.
+
+        Raises:
+            RuntimeError: the module is a replica (`nn.DataParallel`).
+        """
+        if not any(module is one for one in self.modules):
+            raise RuntimeError(
+                f"Site: a replica of {type(module).__name__} was called during an attack: "
+                "nn.DataParallel is not supported; use DistributedDataParallel"
+            )
+        return threading.get_ident() != self.thread
+
+
+class Watch(_Turns):
+    """Record the calls of the coming forward pass.
+
+    Args:
+        modules: the site's modules.
+        key: which element of their outputs.
+        layout_of: where the samples are in a call's output.
+        attach: give the model leaves instead of the outputs, so that the gradient at zero can be
+            asked for there. It then does not reach the modules' weights: `Call.source` does.
+        begin: gives for each call what is added to its output at once. A compiled model does not
+            call it, and stays unperturbed in this pass.
+        graph: the pass keeps its graph.
+        aside: where the pass is compiled, step out of it at the module, so that what it returns and
+            where its gradient is asked are seen: the code before and after is compiled apart.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        key: Key,
+        layout_of: LayoutOf,
+        *,
+        attach: bool,
+        begin: Callable[[Call], Tensor] | None = None,
+        graph: bool = False,
+        aside: bool = False,
+    ) -> None:
+        super().__init__(modules, key)
+        self.calls: list[Call] = []
+        self.layout_of, self.attach, self.begin, self.graph = layout_of, attach, begin, graph
+        self.aside: Callable[..., Any] | None = None
+        if aside:
+            self.aside = torch.compiler.disable(self._open)  # type: ignore[no-untyped-call]
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        if self.aside is not None:
+            return self.aside(module, args, kwargs, output)
+        if not torch.compiler.is_compiling():
+            return self._open(module, args, kwargs, output)
+        for part in parts_of(output, self.key):
+            value = part.value
+            self.calls.append(
+                Call(module, value.detach(), value, True, args, kwargs, part.key, part.offsets)
+            )
+        return None
+
+    def _open(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        if self.foreign(module):
+            return None
+        refuse_checkpoints(module, self.graph)
+        refuse_static_graph(module)
+        values = {
+            part.key: self._record(module, args, kwargs, part)
+            for part in parts_of(output, self.key)
+        }
+        return replace_parts(output, values)
+
+    def _record(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], part: Part
+    ) -> Tensor:
+        value, leaf = part.value, part.value.detach()
+        if self.attach and self.begin is None:
+            leaf.requires_grad_()
+        call = Call(module, leaf, value, False, args, kwargs, part.key, part.offsets)
+        call.layout = self.layout_of(call)
+        self.calls.append(call)
+        if self.begin is not None:
+            value = leaf if self.attach else value
+            return value + self.begin(call).to(value.dtype)
+        return leaf.clone() if self.attach else value.clone()
+
+
+class Perturb(_Turns):
+    """Perturb the output of the i-th call of a forward pass by `additions[i]`.
+
+    Args:
+        modules: the site's modules.
+        key: which element of their outputs.
+        calls: those of the pass that opened the attack.
+        additions: one for each of `calls`.
+        known: take the embeddings of calls with the very same inputs from `calls`, where the module
+            is an `nn.Embedding`: "attached" to its weights, or "detached"; None looks them up.
+        detach: cut the outputs off the modules' weights.
+        graph: the passes keep their graphs.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        key: Key,
+        calls: Sequence[Call],
+        additions: Sequence[Addition],
+        *,
+        known: str | None = None,
+        detach: bool = False,
+        graph: bool = False,
+    ) -> None:
+        super().__init__(modules, key)
+        self.calls, self.additions = calls, additions
+        self.known, self.detach, self.graph = known, detach, graph
+        self.turn = 0
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        if torch.compiler.is_compiling():
+            return self._traced(output)
+        if self.foreign(module):
+            return None
+        refuse_checkpoints(module, self.graph)
+        values = {}
+        for part in parts_of(output, self.key):
+            turn = self._next(module, args, kwargs)
+            value = self._known(turn, args, kwargs)
+            value = part.value if value is None else value
+            values[part.key] = self._perturbed(module, value, self.additions[turn])
+        return replace_parts(output, values)
+
+    def _traced(self, output: Any) -> Any:
+        values = {}
+        for part in parts_of(output, self.key):
+            # The counter is left alone for a single call: a compiled model would guard on it.
+            turn = 0
+            if len(self.additions) > 1:
+                turn = self.turn % len(self.additions)
+                self.turn += 1
+            addition = self.additions[turn]
+            value = part.value.detach() if self.detach else part.value
+            added = value + addition.to(value.dtype) if isinstance(addition, Tensor) else None
+            values[part.key] = addition(value) if added is None else added  # type: ignore[operator]
+        return replace_parts(output, values)
+
+    def look_up(self, module: nn.Module, indices: Tensor) -> Tensor | None:
+        """Give the rows that an `nn.Embedding` need not look up again."""
+        if threading.get_ident() != self.thread:
+            return None
+        return self._known(self.turn % max(len(self.calls), 1), (indices,), {})
+
+    @property
+    def complete(self) -> bool:
+        """Whether the calls so far were whole passes."""
+        return self.turn == 0 or any(call.compiled for call in self.calls)
+
+    def _next(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        turn = self.turn % max(len(self.calls), 1)
+        fits = bool(self.calls) and self.calls[turn].same_batch(module, args, kwargs)
+        if not fits and turn and self.calls[0].same_batch(module, args, kwargs):
+            turn, fits = 0, True  # the pass before was broken off
+        if not fits:
+            raise RuntimeError(
+                f"Site: {type(module).__name__} was called with other inputs than those of the "
+                "attacked batch. The perturbation belongs to that batch alone: leave "
+                "`applied()` to run another one (or `generate`), and let the loss function run the "
+                "same batch in every pass (draw negatives before it, or use mode='same')"
+            )
+        self.turn = (turn + 1) % len(self.calls)
+        return turn
+
+    def _known(self, turn: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Give the opening's output where this call repeats it."""
+        if self.known is None or not self.calls[turn].repeats(args, kwargs):
+            return None
+        call = self.calls[turn]
+        return call.source if self.known == "attached" else call.value.detach()
+
+    def _perturbed(self, module: nn.Module, value: Tensor, addition: Addition) -> Tensor:
+        if self.detach:
+            value = value.detach()
+        if not isinstance(addition, Tensor):
+            return addition(value)
+        if value.shape != addition.shape:
+            raise RuntimeError(
+                f"Site: {type(module).__name__} returned shape {tuple(value.shape)} where the "
+                f"perturbation has {tuple(addition.shape)}: the loss function must run the "
+                "same batch at every call, and another batch must run outside of `applied()`"
+            )
+        return value + addition.to(value.dtype)
+
+
+def stand_in(hook: Hook, module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Make a forward method for an `nn.Embedding` that leaves out look-ups that are known."""
+
+    def forward(input: Tensor) -> Tensor:
+        use = hook.use
+        known = use.look_up(module, input) if isinstance(use, Perturb) else None
+        return nn.Embedding.forward(module, input) if known is None else known  # type: ignore[arg-type]
+
+    return forward
+
+
+def can_stand_in(module: nn.Module) -> bool:
+    """Whether `stand_in` may replace a module's forward method."""
+    return is_plain(module) and "forward" not in module.__dict__
+
+
+def refuse_checkpoints(module: nn.Module, graph: bool) -> None:
+    """Stop where the module would be run again, unperturbed, in the backward pass."""
+    hooks = _saved_tensors_hooks()
+    inside = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    # A reentrant checkpoint runs its segment without a graph, although the pass has one.
+    if inside or (graph and not torch.is_grad_enabled()):
+        raise RuntimeError(
+            f"Site: {type(module).__name__} is called inside a gradient checkpoint (or "
+            "under no_grad), which runs it again in the backward pass, without the "
+            "perturbation: put the site's module outside the checkpointed part"
+        )
+
+
+def refuse_static_graph(module: nn.Module) -> None:
+    """Stop under DDP with a static graph, which an attack's passes break without a word."""
+    wrapper = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is not None and getattr(wrapper, "static_graph", False):
+        raise RuntimeError(
+            f"Site: {type(module).__name__} runs inside DistributedDataParallel with "
+            "static_graph=True, which leaves gradients unsynchronised where a model runs several "
+            "times before one backward pass: use static_graph=False"
+        )
+
+
+def _saved_tensors_hooks() -> tuple[Any, Any] | None:
+    """Give the saved-tensors hooks in force, where this torch tells."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if top is None else top(False)
