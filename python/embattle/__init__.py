@@ -58,6 +58,15 @@ if TYPE_CHECKING:
     from embattle.clipping import ClipResult as ClipResult
     from embattle.clipping import PerSampleClipper as PerSampleClipper
     from embattle.clipping import RowSelection as RowSelection
+    from embattle.criteria import Criterion as Criterion
+    from embattle.criteria import Demote as Demote
+    from embattle.criteria import Deviate as Deviate
+    from embattle.criteria import Diverge as Diverge
+    from embattle.criteria import MaximizeLoss as MaximizeLoss
+    from embattle.criteria import Misclassify as Misclassify
+    from embattle.criteria import MultiLabel as MultiLabel
+    from embattle.criteria import Promote as Promote
+    from embattle.criteria import Target as Target
     from embattle.monitor import Monitor as Monitor
     from embattle.objectives import AWP as AWP
     from embattle.objectives import R3F as R3F
@@ -69,6 +78,7 @@ if TYPE_CHECKING:
     from embattle.objectives import Smart as Smart
     from embattle.objectives import Trades as Trades
     from embattle.objectives import Vat as Vat
+    from embattle.perturb.evaluation import Evaluation as Evaluation
     from embattle.perturb.site import Site as Site
     from embattle.perturb.strength import PerDim as PerDim
     from embattle.perturb.strength import Relative as Relative
@@ -83,6 +93,11 @@ _EXPORTS: dict[str, str] = {
     "BoxStart": "attacks",
     "Bregman": "objectives",
     "ClipResult": "clipping",
+    "Criterion": "criteria",
+    "Demote": "criteria",
+    "Deviate": "criteria",
+    "Diverge": "criteria",
+    "Evaluation": "perturb.evaluation",
     "FGM": "attacks",
     "FGSM": "attacks",
     "FreeAT": "objectives",
@@ -91,17 +106,22 @@ _EXPORTS: dict[str, str] = {
     "MIFGSM": "attacks",
     "MSAP": "attacks",
     "Mart": "objectives",
+    "MaximizeLoss": "criteria",
+    "Misclassify": "criteria",
     "Monitor": "monitor",
+    "MultiLabel": "criteria",
     "NEFTune": "attacks",
     "PGD": "attacks",
     "PerDim": "perturb.strength",
     "PerSampleClipper": "clipping",
+    "Promote": "criteria",
     "R3F": "objectives",
     "Relative": "perturb.strength",
     "RowSelection": "clipping",
     "SMARTStep": "attacks",
     "Site": "perturb.site",
     "Smart": "objectives",
+    "Target": "criteria",
     "TokenSwap": "attacks",
     "Trades": "objectives",
     "UniformNoise": "attacks",
