@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -10,19 +11,23 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from embattle import ops
-from embattle.attacks.best import Best, better
-from embattle.attacks.judge import ASCENDS, Ascend, Judge, Predict
-from embattle.attacks.leaving import climb_leaving
+from embattle import checks, ops
+from embattle.attacks.best import Best
+from embattle.attacks.leaving import search_leaving
+from embattle.attacks.opening import Opened, open_attack
 from embattle.attacks.result import AttackResult
 from embattle.attacks.starts import BoxStart, GaussianStart
+from embattle.criteria import Criterion, MaximizeLoss
+from embattle.criteria.base import ascended
 from embattle.perturb.blocks import Block
+from embattle.perturb.evaluation import Evaluation, LossFn
 from embattle.perturb.guard import MODES, Mode
 from embattle.perturb.site import Site
-from embattle.perturb.stage import Evaluation, LossFn, Masks, Stage
-from embattle.perturb.strength import Strength, resolve, words
+from embattle.perturb.stage import Masks, Stage, Subset
+from embattle.perturb.strength import Strength, check_strength, resolve, words
 
 Norm: TypeAlias = Literal["l2", "linf", "l1"] | float
+Bound: TypeAlias = float | Tensor | None
 
 _NORMS = {"l1": "l1", "l2": "l2", "linf": "linf", 1: "l1", 2: "l2", math.inf: "linf"}
 
@@ -38,25 +43,28 @@ class Attack:
         random_start: start uniformly in the ball instead of at zero; or a `GaussianStart` or
             `BoxStart`.
         restarts: how often to start anew; the worst try of each sample counts.
-        keep: "last" takes the last iterate, "best" the iterate with the largest loss (a fooled
-            sample outranks one that is not), at the price of one more forward pass.
-        ascend: what is made large. "loss": what the loss function returns. From its outputs:
-            "kl", "symmetric_kl", "squared_distance": how far they are from the clean outputs
-            (TRADES, VAT, SMART; these have no gradient at zero: start at random); "dlr", "margin":
-            see `embattle.losses` (these need labels).
-        stop_when_fooled: samples that are fooled leave the batch, and cost nothing in later steps.
-            The loss function is then called with the rows that remain (an int64 tensor), and
-            labels are needed. Waits for the device at every step.
+        keep: "last" takes the last iterate; "best" the worst one of all, the clean point included:
+            the criterion's goal first, then its objective, for each sample, or for the batch as a
+            whole where samples depend on each other. That takes two more forward passes.
+        lower, upper: bounds of the perturbed embeddings: a number, or a tensor that broadcasts to
+            the embeddings (samples first). An embedding that lies outside already may stay there.
+        stop_when_fooled: samples that reach the criterion's goal leave the batch, and cost nothing
+            in later steps. `run` then needs `subset`; the model must draw no random numbers, and
+            samples must not depend on each other. Waits for the device at every step.
         mode: the model in the attack's passes. "as_is": as it is, each pass draws its own dropout
             masks. "same": as it is, all passes have the same random numbers, so the same dropout
             masks (drawn only once on a CPU). "eval": in eval mode (the site must know its model).
-            Running statistics of batch norms never change during an attack, and the global random
-            state is put back.
+            Iterates are compared (`keep="best"`, `restarts`) and evaluated under the same random
+            numbers in any mode. State of the model other than its weights never changes during an
+            attack, and the global random state is put back.
         generator: source of the attack's own random numbers; torch's CPU generator by default,
             which then advances by one draw per run.
         compile: `torch.compile` the loss function, model and all (give the model uncompiled). The
             pass that opens the attack, which shows where the embeddings are, is compiled in parts:
             up to them, and from there. The site must know its model.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, by name.
     """
 
     norm: Norm = "l2"
@@ -65,7 +73,8 @@ class Attack:
     random_start: bool | GaussianStart | BoxStart = False
     restarts: int = 1
     keep: Literal["last", "best"] = "last"
-    ascend: Ascend = "loss"
+    lower: Bound = None
+    upper: Bound = None
     stop_when_fooled: bool = False
     mode: Mode = "as_is"
     generator: torch.Generator | None = field(default=None, compare=False)
@@ -74,39 +83,48 @@ class Attack:
     def __post_init__(self) -> None:
         name = type(self).__name__
         key = self.norm.lower() if isinstance(self.norm, str) else self.norm
-        if key not in _NORMS:
+        known = isinstance(key, (str, numbers.Real)) and not isinstance(key, bool)
+        if not known or key not in _NORMS:
             raise ValueError(
                 f"{name}: norm must be 'l2', 'linf' or 'l1' (or 2, inf, 1); got {self.norm!r}"
             )
         self.norm = _NORMS[key]  # type: ignore[assignment]
-        if isinstance(self.eps, (int, float)) and not self.eps >= 0:
-            raise ValueError(f"{name}: eps must be at least 0, got {self.eps}")
-        if self.steps < 0:
-            raise ValueError(f"{name}: steps must be at least 0, got {self.steps}")
-        if self.restarts < 1:
-            raise ValueError(f"{name}: restarts must be at least 1, got {self.restarts}")
+        self.eps = check_strength(name, "eps", self.eps)
+        self.steps = checks.integer(name, "steps", self.steps, 0)
+        self.restarts = checks.integer(name, "restarts", self.restarts, 1)
+        if not isinstance(self.random_start, (GaussianStart, BoxStart)):
+            checks.flag(name, "random_start", self.random_start)
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"{name}: restarts={self.restarts} needs random_start=True")
-        if self.ascend not in ASCENDS:
-            raise ValueError(
-                f"{name}: ascend must be one of {', '.join(ASCENDS)}; got {self.ascend!r}"
-            )
-        if self.keep not in ("last", "best"):
-            raise ValueError(f"{name}: keep must be 'last' or 'best', got {self.keep!r}")
-        if self.mode not in MODES:
-            raise ValueError(f"{name}: mode must be one of {', '.join(MODES)}; got {self.mode!r}")
+        checks.one_of(name, "keep", self.keep, ("last", "best"))
+        for side in ("lower", "upper"):
+            self._check_bound(name, side)
+        numeric = [b for b in (self.lower, self.upper) if isinstance(b, float)]
+        if len(numeric) == 2 and numeric[0] > numeric[1]:
+            raise ValueError(f"{name}: lower={numeric[0]:g} is above upper={numeric[1]:g}")
+        checks.flag(name, "stop_when_fooled", self.stop_when_fooled)
+        checks.one_of(name, "mode", self.mode, MODES)
+        checks.flag(name, "compile", self.compile)
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"{name}: generator must be a torch.Generator, got {self.generator!r}")
+
+    def _check_bound(self, name: str, side: str) -> None:
+        value = getattr(self, side)
+        if value is None or isinstance(value, Tensor):
+            return
+        setattr(self, side, checks.real(name, side, value, finite=False))
 
     def __repr__(self) -> str:
         parts = [f"{self.norm} ball of radius {words(self.eps)}", *self._words()]
         if self.random_start:
             given = self.random_start
             parts.append("random start" if isinstance(given, bool) else str(given))
-        if self.ascend != "loss":
-            parts.append(f"ascending the {self.ascend}")
         if self.restarts > 1:
             parts.append(f"worst of {self.restarts} restarts")
         if self.keep == "best":
             parts.append("best iterate")
+        if self.lower is not None or self.upper is not None:
+            parts.append("inside a box")
         if self.stop_when_fooled:
             parts.append("until fooled")
         if self.mode != "as_is":
@@ -118,9 +136,26 @@ class Attack:
 
     # --- what an attack may change ---------------------------------------------------------------
 
+    # Whether the attack draws numbers although it starts at zero.
+    draws: ClassVar[bool] = False
+
+    def goal(self, criterion: Criterion | None) -> Criterion:
+        """Give what the attack is for, given what the caller said."""
+        return MaximizeLoss() if criterion is None else criterion
+
     def begin(self, block: Block, scale: float) -> dict[str, Any]:
-        """Work out what the steps on a block need; the dict is theirs to keep between steps."""
-        return {"eps": self._resolve(self.eps, block, scale)}
+        """Work out what the steps on a block need; the dict is theirs to keep between steps.
+
+        It holds `eps`, and `lower` and `upper` where there is a box, as bounds of the delta.
+        """
+        state: dict[str, Any] = {"eps": self._resolve(self.eps, block, scale)}
+        for side, value in (("lower", self.lower), ("upper", self.upper)):
+            if value is not None:
+                base = block.base.to(block.delta.dtype)
+                bound = torch.as_tensor(value, dtype=base.dtype, device=base.device) - base
+                # The clean embeddings are always allowed.
+                state[side] = bound.clamp(max=0) if side == "lower" else bound.clamp(min=0)
+        return state
 
     def start(self, block: Block, state: dict[str, Any], generator: torch.Generator | None) -> None:
         """Set the delta that the steps start from."""
@@ -132,11 +167,17 @@ class Attack:
                 eps=state["eps"],
                 norm=self.norm,
                 geometry=block.geometry,
+                box=box(state),
                 generator=generator,
             )
         elif self.random_start:
             start = ops.random_start(
-                like, eps=state["eps"], norm=self.norm, generator=generator, **block.geometry
+                like,
+                eps=state["eps"],
+                norm=self.norm,
+                generator=generator,
+                **block.geometry,
+                **box(state),
             )
         else:
             start = torch.zeros_like(like)
@@ -145,7 +186,10 @@ class Attack:
     def step(
         self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor
     ) -> None:
-        """Make step `number`: `values` `[B]` and `grad` belong to the block's current delta."""
+        """Make step `number`: `values` `[B]` and `grad` belong to the block's current delta.
+
+        `grad` is, for each sample, the gradient of its own value (not of a mean over the batch).
+        """
         raise NotImplementedError(f"{type(self).__name__} makes no gradient steps")
 
     def with_steps(self, share: float) -> Attack:
@@ -160,31 +204,42 @@ class Attack:
         loss_fn: LossFn,
         sites: Site | Sequence[Site],
         *,
+        criterion: Criterion | None = None,
         mask: Masks = None,
-        offsets: Tensor | None = None,
-        labels: Tensor | None = None,
-        predictions: Predict | None = None,
+        offsets: Masks = None,
         joint: bool = False,
         scale: float = 1.0,
+        subset: Subset | None = None,
+        evaluate: bool = True,
     ) -> AttackResult:
-        """Find the perturbation of one batch that makes its losses large.
+        """Find the perturbation of one batch that the criterion asks for.
 
         Args:
-            loss_fn: runs the model on the batch. Returns one loss per sample, `[B]`, or a pair of
-                the losses and the model's outputs (logits), from which predictions are made.
+            loss_fn: runs the model on the batch. Takes nothing; returns one loss per sample, `[B]`,
+                or an `Evaluation` of losses and the model's outputs.
             sites: where to perturb.
+            criterion: what the attack is for, such as `Misclassify(labels)`; by default the losses
+                are made large, and there is no success.
             mask: bool, shape of the embeddings without their last dim: True where a vector may
-                move. One for all sites, or a sequence with one (or None) for each.
-            offsets: int64 `[B + 1]`, bounds of the samples in packed rows.
-            labels: the true classes, `[B]`: then `success` counts only what was right before.
-            predictions: from outputs to predictions `[B]`; the largest logit (or the sign of a
-                single one) by default.
+                move. A tensor where there is one call of the site's modules; a function of the
+                call; a sequence with an entry for each call; for several sites a sequence of these.
+            offsets: int64 `[B + 1]`, bounds of the samples in packed rows; given like `mask`.
             joint: one ball around all outputs of a sample together, not one each.
             scale: factor on eps and step size, as a schedule gives it.
+            subset: gives the loss function of some of the samples, from their rows (int64 `[n]`);
+                `stop_when_fooled` needs it.
+            evaluate: evaluate what was found, and the clean point where no pass has shown it. False
+                makes no pass beyond the search; the result then has deltas alone.
 
         Returns:
             The result; the model is as it was.
+
+        Raises:
+            RuntimeError: the losses do not depend on a site.
+            ValueError: shapes that do not belong together, or a criterion without a gradient at the
+                start.
         """
+        goal = self.checked_goal(criterion)
         stage = Stage(
             loss_fn,
             sites,
@@ -192,51 +247,107 @@ class Attack:
             offsets=offsets,
             joint=joint,
             mode=self.mode,
+            same_random=self.compares or self.stop_when_fooled,
             compile=self.compile,
+            subset=subset,
         )
-        judge = Judge(labels, predictions)
-        if self.stop_when_fooled:
-            stage.by_rows(labels)
         with stage.attacking(self.own_generator) as generator:
-            shared = self.starts_at_zero and self.steps > 0
-            clean = stage.open(attach=shared).evaluation
-            judge.clean = None if clean.outputs is None else clean.outputs.detach()
-            first = None
-            if shared and (places := stage.values()) is not None:
-                total = judge.values(clean, self.ascend).sum()
-                grads = torch.autograd.grad(total, places, allow_unused=True)
-                first = (clean.detach(), stage.gather(grads))
-            clean = clean.detach()
+            needed = evaluate or self.compares or self.stop_when_fooled or goal.needs_clean
+            opened = open_attack(self, stage, goal, generator, scale, clean=needed)
             if self.stop_when_fooled:
-                found, steps = climb_leaving(
-                    self, stage, clean, first=first, generator=generator, scale=scale, judge=judge
-                )
+                now, steps = search_leaving(self, stage, goal, opened, generator, scale)
             else:
-                best = self.climb(
-                    stage, first=first, generator=generator, scale=scale, judge=judge, final=True
-                )
-                assert best is not None
-                found = best
-                steps = torch.full_like(clean.losses, self.steps * self.restarts).long()
-        stage.forget_masks()
-        for block in stage.blocks:
-            block.delta = block.delta.detach()
-        return AttackResult(
-            deltas=[block.delta for block in stage.blocks],
-            clean_losses=clean.losses,
-            losses=found.losses,
-            clean_predictions=judge.predict(clean),
-            predictions=judge.predict(found),
-            success=judge.success(clean, found),
-            steps=steps,
-            norm=self.norm,
-            stage=stage,
-        )
+                now = self.search(stage, goal, opened, generator, scale, evaluate=evaluate)
+                steps = torch.full((stage.batch,), self.steps * self.restarts)
+                steps = steps.to(stage.blocks[0].base.device)
+            stage.forget_masks()
+            clean = opened.clean if evaluate else None
+            result = AttackResult(stage.found, goal, self.norm, steps, clean, now)
+        return result.warn() if evaluate else result
+
+    def search(
+        self,
+        stage: Stage,
+        goal: Criterion,
+        opened: Opened,
+        generator: torch.Generator | None,
+        scale: float,
+        *,
+        evaluate: bool = False,
+    ) -> Evaluation | None:
+        """Run the attack's steps on an opened stage, whose blocks then hold the deltas.
+
+        Args:
+            stage: opened, and attacking.
+            goal: what is ascended, and what counts.
+            opened: what the opening pass gave.
+            generator: of the attack's random numbers.
+            scale: factor on the strengths.
+            evaluate: evaluate the deltas that are returned.
+
+        Returns:
+            Evaluation of the final deltas, if it is asked for or known anyway.
+        """
+        best = Best(stage, goal, opened.clean) if self.compares and opened.clean else None
+        for restart in range(self.restarts):
+            known = opened if restart == 0 else opened.after()
+            states = known.states
+            if states is None:
+                states = [self.begin(block, scale) for block in stage.blocks]
+                for block, state in zip(stage.blocks, states, strict=True):
+                    self.start(block, state, generator)
+            for number in range(self.steps):
+                at, grads = known.look(stage, goal)
+                known = opened.after()
+                values = self.values(stage, goal, at, opened.clean)
+                if best is not None and self.keep == "best":
+                    best.offer(at)
+                for block, grad, state in zip(stage.blocks, grads, states, strict=True):
+                    self.step(block, grad, state, number, values)
+            if best is not None:
+                best.offer(stage.evaluate(grad=False, lookups="detached").detach())
+        if best is not None:
+            return best.settle()
+        if evaluate:
+            return stage.evaluate(grad=False, lookups="detached", first=True).detach()
+        return None
+
+    def values(
+        self, stage: Stage, goal: Criterion, at: Evaluation, clean: Evaluation | None
+    ) -> Tensor:
+        """What counts for each sample, `[B]`: where samples share a delta, the batch's sum."""
+        values = ascended(goal, at, clean).detach()
+        return values.sum().expand_as(values) if stage.found.coupled else values
+
+    @property
+    def compares(self) -> bool:
+        """Whether the attack compares iterates by their values."""
+        return self.keep == "best" or self.restarts > 1
 
     @property
     def starts_at_zero(self) -> bool:
         """Whether the first step's gradient is the one at the unperturbed embeddings."""
         return not self.random_start
+
+    def checked_goal(self, criterion: Criterion | None) -> Criterion:
+        """Check what the attack is for.
+
+        Raises:
+            TypeError: not a criterion.
+            ValueError: it has no gradient where the attack starts.
+        """
+        if criterion is not None and not isinstance(criterion, Criterion):
+            raise TypeError(
+                "criterion must be an embattle.Criterion, such as Misclassify(labels); got "
+                f"{type(criterion).__name__}"
+            )
+        goal = self.goal(criterion)
+        if goal.needs_clean and self.starts_at_zero and self.steps:
+            raise ValueError(
+                f"{goal!r} measures from the clean outputs, and has no gradient at zero: give "
+                f"{type(self).__name__} a random_start, such as GaussianStart(0.001)"
+            )
+        return goal
 
     def own_generator(self) -> torch.Generator | None:
         """Seed a generator for one run, so that the global one can be put back."""
@@ -250,87 +361,10 @@ class Attack:
         )
         return torch.Generator().manual_seed(int(seed))
 
-    # Whether the attack draws numbers although it starts at zero.
-    draws: ClassVar[bool] = False
-
-    def climb(
-        self,
-        stage: Stage,
-        *,
-        first: tuple[Evaluation, list[Tensor]] | None = None,
-        opened: tuple[Evaluation, list[dict[str, Any]]] | None = None,
-        generator: torch.Generator | None = None,
-        scale: float = 1.0,
-        judge: Judge,
-        final: bool = False,
-    ) -> Evaluation | None:
-        """Run the attack's steps on an opened stage, whose blocks then hold the deltas.
-
-        Args:
-            stage: opened, and attacking.
-            first: evaluation and gradients at the first start, if they are known already.
-            opened: an evaluation at the first start with its graph, and the blocks' states.
-            generator: of the attack's random numbers.
-            scale: factor on the strengths.
-            judge: knows the labels and the clean outputs.
-            final: evaluate the deltas that are returned.
-
-        Returns:
-            Evaluation of the final deltas (None unless asked for).
-        """
-        track = self.keep == "best" or self.restarts > 1
-        best: Best | None = None
-        last: Evaluation | None = None
-        for restart in range(self.restarts):
-            known = restart == 0
-            if known and opened is not None:
-                states = opened[1]
-            else:
-                states = [self.begin(block, scale) for block in stage.blocks]
-                for block, state in zip(stage.blocks, states, strict=True):
-                    self.start(block, state, generator)
-            for number in range(self.steps):
-                known = known and number == 0
-                at, grads = self.look(
-                    stage, judge, first=first if known else None, opened=opened if known else None
-                )
-                values = self.values_of(stage, judge, at)
-                if self.keep == "best":
-                    best = better(stage, best, values, at, judge)
-                for block, grad, state in zip(stage.blocks, grads, states, strict=True):
-                    self.step(block, grad, state, number, values)
-            if track or final:
-                last = stage.evaluate(grad=False, lookups="detached").detach()
-                if track:
-                    values = self.values_of(stage, judge, last)
-                    best = better(stage, best, values, last, judge)
-        if best is not None:
-            for block, delta in zip(stage.blocks, best.deltas, strict=True):
-                block.set(delta)
-            last = best.evaluation
-        return last
-
-    def look(
-        self,
-        stage: Stage,
-        judge: Judge,
-        *,
-        first: tuple[Evaluation, list[Tensor]] | None = None,
-        opened: tuple[Evaluation, list[dict[str, Any]]] | None = None,
-    ) -> tuple[Evaluation, list[Tensor]]:
-        """Evaluate the current deltas, with the gradients there; both detached."""
-        if first is not None:
-            return first
-        at = opened[0] if opened is not None else stage.evaluate(grad=True, lookups="detached")
-        grads = stage.gradients(judge.values(at, self.ascend))
-        return at.detach(), grads
-
-    def values_of(self, stage: Stage, judge: Judge, at: Evaluation) -> Tensor:
-        """What counts for each sample, `[B]`: where samples share a delta, the batch's sum."""
-        values = judge.values(at, self.ascend)
-        if any(block.coupled for block in stage.blocks):
-            return values.sum().expand_as(values)
-        return values
-
     def _resolve(self, value: Strength, block: Block, scale: float) -> float | Tensor:
         return resolve(value, block.base, norm=self.norm, geometry=block.geometry, scale=scale)
+
+
+def box(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Give an attack's bounds of the delta, as the ops take them."""
+    return {side: state[side] for side in ("lower", "upper") if side in state}

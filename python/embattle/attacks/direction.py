@@ -8,12 +8,47 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from embattle import ops
-from embattle.attacks.base import Attack, Norm
-from embattle.attacks.judge import Ascend
+from embattle import checks, ops
+from embattle.attacks.base import Attack, Norm, box
 from embattle.attacks.starts import BoxStart, GaussianStart
+from embattle.criteria import Criterion, Diverge
 from embattle.perturb.blocks import Block
-from embattle.perturb.strength import Strength, words
+from embattle.perturb.evaluation import Evaluation
+from embattle.perturb.strength import Strength, check_strength, words
+
+
+class Along(Criterion):
+    """Ascend one criterion on the way to the goal of another."""
+
+    def __init__(self, ascent: Criterion, target: Criterion) -> None:
+        self.ascent, self.target = ascent, target
+        self.needs_outputs = True  # type: ignore[misc]
+        self.needs_clean = ascent.needs_clean  # type: ignore[misc]
+
+    def check(self, clean: Evaluation) -> None:
+        """Check both."""
+        self.ascent.check(clean)
+        self.target.check(clean)
+
+    def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
+        """Give what the first ascends."""
+        return self.ascent.objective(now, clean)
+
+    def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor | None:
+        """Give where the second's goal holds."""
+        return self.target.reached(now, clean)
+
+    def predict(self, outputs: Tensor) -> Tensor | None:
+        """Give the second's predictions."""
+        return self.target.predict(outputs)
+
+    def accuracy(self, now: Evaluation) -> Tensor | None:
+        """Give the second's accuracy."""
+        return self.target.accuracy(now)
+
+    def counted(self, evaluation: Evaluation) -> Tensor | None:
+        """Give which samples count for the second."""
+        return self.target.counted(evaluation)
 
 
 @dataclass(kw_only=True, repr=False)
@@ -22,7 +57,9 @@ class VAT(Attack):
 
     A random unit vector d is turned `steps` times into `g / ||g||`, g being the gradient of
     `KL(p || p(x + xi * d))` (power iteration); the perturbation is `eps * d`. Needs no labels, but
-    outputs. The authors' text code agrees; it draws one vector and makes one iteration.
+    outputs; a criterion says what counts as success. The authors' text code agrees; it draws one
+    vector and makes one iteration. The paper normalises the embeddings first, which is the model's
+    business here: see `Relative`.
 
     Args:
         xi: size of the finite difference.
@@ -30,8 +67,10 @@ class VAT(Attack):
 
     steps: int = 1
     random_start: bool | GaussianStart | BoxStart = True
-    ascend: Ascend = "kl"
     xi: Strength = 0.1
+
+    def goal(self, criterion: Criterion | None) -> Criterion:
+        return _diverging("kl", criterion)
 
     def _words(self) -> list[str]:
         count = f"{self.steps} power iteration" + ("s" if self.steps != 1 else "")
@@ -39,8 +78,10 @@ class VAT(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1:
-            raise ValueError(f"VAT: steps must be at least 1, got {self.steps}")
+        checks.integer("VAT", "steps", self.steps, 1)
+        self.xi = check_strength("VAT", "xi", self.xi)
+        if self.keep == "best":
+            raise ValueError("VAT: keep='best' has no meaning: its iterates are directions")
         if self.norm != "l2" or not isinstance(self.random_start, bool) or not self.random_start:
             raise ValueError("VAT: the direction is of norm 'l2', from a random start")
 
@@ -50,15 +91,18 @@ class VAT(Attack):
     def start(self, block: Block, state: dict[str, Any], generator: torch.Generator | None) -> None:
         like = torch.zeros_like(block.delta.detach())
         noise = ops.gaussian_noise(like, std=1.0, generator=generator, **block.geometry)
-        block.set(self._scaled(block, noise, state["xi"]))
+        block.set(self._scaled(block, noise, state["xi"], {}))
 
     def step(
         self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor
     ) -> None:
-        size = state["eps"] if number == self.steps - 1 else state["xi"]
-        block.set(self._scaled(block, grad, size))
+        last = number == self.steps - 1
+        size = state["eps"] if last else state["xi"]
+        block.set(self._scaled(block, grad, size, box(state) if last else {}))
 
-    def _scaled(self, block: Block, direction: Tensor, size: float | Tensor) -> Tensor:
+    def _scaled(
+        self, block: Block, direction: Tensor, size: float | Tensor, bounds: dict[str, Tensor]
+    ) -> Tensor:
         zero = torch.zeros_like(block.delta.detach())
         return ops.pgd_step(
             zero,
@@ -68,6 +112,7 @@ class VAT(Attack):
             norm="l2",
             nonfinite=block.nonfinite,
             **block.geometry,
+            **bounds,
         )
 
 
@@ -77,17 +122,18 @@ class SMARTStep(Attack):
 
     `delta ~ N(0, sigma^2)`, then `delta <- P_eps(delta + step_size * g)` with the raw gradient and
     the linf ball. The authors' code never projects: `projection="code"` scales each token's
-    `delta + step_size * g` to a largest coordinate of 1 instead, and ignores eps.
+    `delta + step_size * g` to a largest coordinate of 1 (times a schedule's factor) instead, and
+    ignores eps; it also ascends a divergence of its own (`stable_kl`), where this ascends the
+    symmetric KL. A gradient with a NaN or Inf leaves its group's delta as it was.
 
     Args:
         step_size: the paper's eta.
-        sigma: of the start.
+        sigma: of the start; `random_start` may be another start, but not False.
         projection: "paper" or "code".
     """
 
     norm: Norm = "linf"
     eps: Strength = 1e-5
-    ascend: Ascend = "symmetric_kl"
     random_start: bool | GaussianStart | BoxStart = True
     step_size: float = 1e-3
     sigma: float = 1e-5
@@ -95,27 +141,65 @@ class SMARTStep(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.projection not in ("paper", "code"):
+        self.step_size = checks.real("SMARTStep", "step_size", self.step_size, 0)
+        self.sigma = checks.real("SMARTStep", "sigma", self.sigma, 0)
+        checks.one_of("SMARTStep", "projection", self.projection, ("paper", "code"))
+        if self.random_start is False:
             raise ValueError(
-                f"SMARTStep: projection must be 'paper' or 'code', got {self.projection!r}"
+                "SMARTStep: random_start=False: the symmetric KL has no gradient at zero; give "
+                "True (N(0, sigma^2)), a GaussianStart or a BoxStart"
             )
+
+    def goal(self, criterion: Criterion | None) -> Criterion:
+        return _diverging("symmetric_kl", criterion)
 
     def _words(self) -> list[str]:
         count = f"{self.steps} raw step" + ("s" if self.steps != 1 else "")
         return [f"{count} of {self.step_size:g} x gradient"]
 
+    def begin(self, block: Block, scale: float) -> dict[str, Any]:
+        return super().begin(block, scale) | {"scale": scale}
+
     def start(self, block: Block, state: dict[str, Any], generator: torch.Generator | None) -> None:
+        if self.random_start is not True:
+            super().start(block, state, generator)
+            return
         like = torch.zeros_like(block.delta.detach())
-        block.set(ops.gaussian_noise(like, std=self.sigma, generator=generator, **block.geometry))
+        eps = state["eps"] if self.projection == "paper" else torch.inf
+        block.set(
+            ops.gaussian_noise(
+                like,
+                std=self.sigma,
+                eps=eps,
+                norm=self.norm,
+                generator=generator,
+                **block.geometry,
+                **box(state),
+            )
+        )
 
     def step(
         self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor
     ) -> None:
-        moved = block.delta.detach() + self.step_size * grad
+        finite = ops.group_norm(grad, norm="linf", **block.geometry).isfinite()
+        block.nonfinite += ~finite
+        usable = block.per_group_row(finite)
+        delta = block.delta.detach()
+        moved = torch.where(usable, delta + self.step_size * grad.to(delta.dtype), delta)
         if self.projection == "paper":
-            block.set(ops.project(moved, eps=state["eps"], norm=self.norm, **block.geometry))
+            eps = state["eps"]
+            block.set(ops.project(moved, eps=eps, norm=self.norm, **block.geometry, **box(state)))
             return
         largest = moved.abs().amax(-1, keepdim=True)
-        scaled = torch.where(largest > 0, moved / largest, torch.zeros_like(moved))
-        mask = block.geometry["mask"]
-        block.set(scaled if mask is None else scaled * mask.unsqueeze(-1))
+        scaled = torch.where(largest > 0, state["scale"] * moved / largest, 0.0)
+        scaled = torch.where(usable, scaled, delta)
+        block.set(
+            ops.project(scaled, eps=torch.inf, norm="linf", **block.geometry, **box(state))
+        )
+
+
+def _diverging(divergence: Literal["kl", "symmetric_kl"], criterion: Criterion | None) -> Criterion:
+    """Ascend a divergence, unless the criterion does so itself."""
+    if criterion is None:
+        return Diverge(divergence)
+    return criterion if criterion.needs_clean else Along(Diverge(divergence), criterion)

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from embattle import ops
-from embattle.attacks.base import Attack, Norm
+from embattle import checks, ops
+from embattle.attacks.base import Attack, Norm, box
 from embattle.perturb.blocks import Block
-from embattle.perturb.strength import Strength, words
+from embattle.perturb.strength import Strength, check_strength, words
 
 
 @dataclass(kw_only=True, repr=False)
@@ -37,12 +37,18 @@ class PGD(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.step_size is None and isinstance(self.eps, (int, float)) and math.isinf(self.eps):
-            raise ValueError(f"{type(self).__name__}: eps=inf needs a step_size")
-        if isinstance(self.step_size, (int, float)) and not math.isfinite(self.step_size):
-            raise ValueError(
-                f"{type(self).__name__}: step_size must be finite, got {self.step_size}"
-            )
+        name = type(self).__name__
+        if self.step_size is None and isinstance(self.eps, float) and math.isinf(self.eps):
+            raise ValueError(f"{name}: eps=inf needs a step_size")
+        if self.step_size is not None:
+            self.step_size = check_strength(name, "step_size", self.step_size)
+            if isinstance(self.step_size, float) and math.isinf(self.step_size):
+                raise ValueError(f"{name}: step_size must be finite, got {self.step_size}")
+        self.top = checks.real(name, "top", self.top, 0)
+        if self.top == 0 or (self.top > 1 and self.top != int(self.top)):
+            raise ValueError(f"{name}: top must be a whole number or a share in (0, 1), got {self.top}")
+        if self.max_groups is not None:
+            self.max_groups = checks.integer(name, "max_groups", self.max_groups, 1)
 
     def _words(self) -> list[str]:
         size = "2.5 x eps / steps" if self.step_size is None else words(self.step_size)
@@ -74,6 +80,7 @@ class PGD(Attack):
             max_groups=self.max_groups,
             nonfinite=block.nonfinite,
             **block.geometry,
+            **box(state),
         )
 
 
@@ -132,8 +139,7 @@ class MSAP(PGD):
         super().__post_init__()
         if self.norm != "l2":
             raise ValueError(f"MSAP: steps are of norm 'l2', got {self.norm!r}")
-        if self.projection not in ("ball", "box"):
-            raise ValueError(f"MSAP: projection must be 'ball' or 'box', got {self.projection!r}")
+        checks.one_of("MSAP", "projection", self.projection, ("ball", "box"))
 
     def _words(self) -> list[str]:
         size = "eps / 4" if self.step_size is None else words(self.step_size)
@@ -153,4 +159,6 @@ class MSAP(PGD):
             super().step(block, grad, state, number, values)
             return
         super().step(block, grad, state | {"eps": math.inf}, number, values)
-        ops.project_(block.delta.detach(), eps=state["eps"], norm="linf", **block.geometry)
+        ops.project_(
+            block.delta.detach(), eps=state["eps"], norm="linf", **block.geometry, **box(state)
+        )

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from embattle import ops
-from embattle.attacks.base import Attack, Norm
+from embattle import checks, ops
+from embattle.attacks.base import Attack, Norm, box
 from embattle.attacks.gradient import PGD
 from embattle.attacks.starts import BoxStart, GaussianStart
 from embattle.perturb.blocks import Block
@@ -31,6 +31,15 @@ class MIFGSM(PGD):
 
     norm: Norm = "linf"
     decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.decay = checks.real("MIFGSM", "decay", self.decay, 0)
+        if self.max_groups is not None:
+            raise ValueError(
+                f"MIFGSM: max_groups={self.max_groups} is not offered, as the velocity moves all "
+                "tokens; use PGD"
+            )
 
     def _words(self) -> list[str]:
         size = (
@@ -61,6 +70,7 @@ class MIFGSM(PGD):
             top=self.top,
             nonfinite=block.nonfinite,
             **block.geometry,
+            **box(state),
         )
         block.set(delta)
 
@@ -70,10 +80,11 @@ class APGD(Attack):
     """Auto-PGD (Croce and Hein, ICML 2020, algorithm 1): no step size to choose.
 
     The step starts at `2 * eps`; at the checkpoints of the paper it is halved, and the search goes
-    back to the best point, for each sample that has stopped improving. `ascend="loss"` on a
-    cross-entropy is APGD-CE, `ascend="dlr"` APGD-DLR. Needs a finite eps. The authors' code differs
-    from the paper in the checkpoints (computed in whole steps) and in `<=` for the share of
-    improvements (condition 1): `checkpoints="code"` gives theirs.
+    back to the best point, for each sample that has stopped improving. On a cross-entropy it is
+    APGD-CE, with `Misclassify(labels, ascend="dlr")` APGD-DLR. Needs a finite eps. The authors' code
+    differs from the paper in the checkpoints (computed in whole steps) and in `<=` for the share of
+    improvements (condition 1): `checkpoints="code"` gives theirs. It also starts on the surface of
+    the ball where this starts uniformly inside, and its l1 form is another algorithm.
 
     Args:
         momentum: the paper's alpha.
@@ -90,12 +101,11 @@ class APGD(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.eps, (int, float)) and math.isinf(self.eps):
+        if isinstance(self.eps, float) and math.isinf(self.eps):
             raise ValueError("APGD: eps must be finite, got inf")
-        if self.checkpoints not in ("paper", "code"):
-            raise ValueError(
-                f"APGD: checkpoints must be 'paper' or 'code', got {self.checkpoints!r}"
-            )
+        self.momentum = checks.real("APGD", "momentum", self.momentum, 0, 1)
+        self.share = checks.real("APGD", "share", self.share, 0, 1)
+        checks.one_of("APGD", "checkpoints", self.checkpoints, ("paper", "code"))
         self._checks = (
             paper_checkpoints(self.steps)
             if self.checkpoints == "paper"
@@ -154,6 +164,7 @@ class APGD(Attack):
             norm=self.norm,
             nonfinite=block.nonfinite,
             **block.geometry,
+            **box(state),
         )
         block.set(moved)
 

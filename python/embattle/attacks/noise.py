@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from embattle import ops
-from embattle.attacks.base import Attack
+from embattle import checks, ops
+from embattle.attacks.base import Attack, box
 from embattle.perturb.blocks import Block
-from embattle.perturb.strength import Strength, words
+from embattle.perturb.strength import PerDim, Strength, check_strength, resolve, words
 
 
 @dataclass(kw_only=True, repr=False)
@@ -21,7 +22,7 @@ class _Noise(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps or not self.random_start:
+        if self.steps or self.random_start is not True:
             raise ValueError(f"{type(self).__name__}: makes no steps, and always starts at random")
 
     def _words(self) -> list[str]:
@@ -40,6 +41,10 @@ class GaussianNoise(_Noise):
     std: Strength
     eps: Strength = math.inf
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.std = check_strength("GaussianNoise", "std", self.std)
+
     def _words(self) -> list[str]:
         return [f"standard deviation {words(self.std)}"]
 
@@ -55,6 +60,7 @@ class GaussianNoise(_Noise):
                 norm=self.norm,
                 generator=generator,
                 **block.geometry,
+                **box(state),
             )
         )
 
@@ -68,17 +74,29 @@ class UniformNoise(_Noise):
 class NEFTune(_Noise):
     """NEFTune (Jain et al., 2023): uniform noise in `+- alpha / sqrt(L * d)`, L unmasked tokens.
 
+    L counts the tokens of the sample, whatever has a ball of its own. There is no `eps` to give.
+
     Args:
-        alpha: the paper's alpha, 5 to 15. Give a mask (or offsets): padding and packing otherwise
-            change L, and with it the scale.
+        alpha: the paper's alpha, 5 to 15. Give a mask (or offsets) where no `padding_idx` tells
+            padding: padding and packing otherwise change L, and with it the scale.
     """
 
     alpha: float = 5.0
-    eps: Strength = math.inf
-    norm: Any = "linf"
+    eps: Strength = field(init=False, default=math.inf)
+    norm: Any = field(init=False, default="linf")
 
     def __post_init__(self) -> None:
-        from embattle.perturb.strength import PerDim
-
+        self.alpha = checks.real("NEFTune", "alpha", self.alpha, 0)
         self.eps = PerDim(self.alpha)
         super().__post_init__()
+
+    def begin(self, block: Block, scale: float) -> dict[str, Any]:
+        state = super().begin(block, scale)
+        if block.geometry["group"] == "token" and block.geometry["offsets"] is None:
+            if block.coupled:
+                raise ValueError("NEFTune: noises the tokens of samples, not rows or parameters")
+            geometry = block.geometry | {"group": "sample"}
+            size = resolve(self.eps, block.base, norm="linf", geometry=geometry, scale=scale)
+            assert isinstance(size, Tensor)
+            state["eps"] = block.per_group(size).contiguous()
+        return state

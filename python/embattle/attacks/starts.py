@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embattle import ops
-from embattle.perturb.strength import Strength, resolve, words
+from embattle.perturb.strength import Strength, check_strength, resolve, words
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class GaussianStart:
 
     std: Strength
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "std", check_strength("GaussianStart", "std", self.std))
+
     def draw(
         self,
         like: Tensor,
@@ -29,12 +32,19 @@ class GaussianStart:
         eps: float | Tensor,
         norm: Any,
         geometry: dict[str, Any],
+        box: dict[str, Tensor],
         generator: torch.Generator | None,
     ) -> Tensor:
         """Draw a start of the shape of `like`."""
         std = resolve(self.std, base, norm=norm, geometry=geometry)
         return ops.gaussian_noise(
-            torch.zeros_like(like), std=std, eps=eps, norm=norm, generator=generator, **geometry
+            torch.zeros_like(like),
+            std=std,
+            eps=eps,
+            norm=norm,
+            generator=generator,
+            **geometry,
+            **box,
         )
 
     def __str__(self) -> str:
@@ -51,6 +61,9 @@ class BoxStart:
 
     size: Strength
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", check_strength("BoxStart", "size", self.size))
+
     def draw(
         self,
         like: Tensor,
@@ -59,12 +72,13 @@ class BoxStart:
         eps: float | Tensor,
         norm: Any,
         geometry: dict[str, Any],
+        box: dict[str, Tensor],
         generator: torch.Generator | None,
     ) -> Tensor:
         """Draw a start of the shape of `like`."""
         size = resolve(self.size, base, norm=norm, geometry=geometry)
-        box = ops.random_start(like, eps=size, norm="linf", generator=generator, **geometry)
-        return ops.project(box, eps=eps, norm=norm, **geometry)
+        start = ops.random_start(like, eps=size, norm="linf", generator=generator, **geometry)
+        return ops.project(start, eps=eps, norm=norm, **geometry, **box)
 
     def __str__(self) -> str:
         return f"uniform start in +- {words(self.size)}"

@@ -129,11 +129,8 @@ class Block:
         """Spread one value per sample over the rows of delta: broadcastable to its shape."""
         if self.coupled:
             return values[:1].reshape(-1, *[1] * (self.base.dim() - 1))
-        offsets = self.geometry["offsets"]
-        if offsets is not None:
-            rows = self.base.shape[:-1].numel()
-            spread = torch.repeat_interleave(values, offsets.diff(), output_size=rows)
-            return spread.reshape(*self.base.shape[:-1], 1)
+        if self.geometry["offsets"] is not None:
+            return self.per_group_row(values)
         return values.reshape(-1, *[1] * (self.base.dim() - 1))
 
     def per_group(self, values: Tensor) -> Tensor:
@@ -142,6 +139,17 @@ class Block:
             return values[:1].expand(self.groups)
         each = self.groups // max(self.samples, 1)
         return values if each == 1 else values.reshape(-1, 1).expand(-1, each).reshape(-1)
+
+    def per_group_row(self, values: Tensor) -> Tensor:
+        """Spread one value per group over the rows of delta: broadcastable to its shape."""
+        offsets = self.geometry["offsets"]
+        if offsets is not None:
+            rows = self.base.shape[:-1].numel()
+            spread = torch.repeat_interleave(values, offsets.diff(), output_size=rows)
+            return spread.reshape(*self.base.shape[:-1], 1)
+        if self.geometry["group"] == "token":
+            return values.reshape(*self.base.shape[:-1], 1)
+        return values.reshape(-1, *[1] * (self.base.dim() - 1))
 
     def norms(self, norm: Any) -> Tensor:
         """Norms of the groups of the perturbation, `[groups]`, as the model's dtype rounds it."""

@@ -278,6 +278,15 @@ class Stage:
                     "the call; or give offsets for packed rows"
                 )
 
+    @property
+    def drew_random_numbers(self) -> bool:
+        """Whether the pass just made, from the attack's first random state, drew any."""
+        now, first = RandomState.capture(), self._first
+        if first is None or not torch.equal(now.cpu, first.cpu):
+            return True
+        pairs = zip(now.cuda or [], first.cuda or [], strict=False)
+        return any(not torch.equal(one, two) for one, two in pairs)
+
     def evaluate(
         self,
         *,

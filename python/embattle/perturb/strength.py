@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from embattle import ops
+from embattle import checks, ops
 
 To: TypeAlias = Literal["mean_norm", "group_norm", "token_norm"]
 _TO = ("mean_norm", "group_norm", "token_norm")
@@ -32,11 +33,27 @@ class Convention(Protocol):
 Strength: TypeAlias = float | Tensor | Convention
 
 
-def positive(name: str, value: float) -> float:
-    """Check that `value` is a number that is not negative."""
-    if not value >= 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
-    return float(value)
+def check_strength(who: str, name: str, value: Any) -> Strength:
+    """Check a strength: a number that is not negative, a floating-point tensor, or a convention.
+
+    Raises:
+        TypeError: something else.
+        ValueError: a negative number or NaN, or a tensor that is neither one value nor `[groups]`.
+    """
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or value.dim() > 1:
+            raise ValueError(
+                f"{who}: {name} must be one value, or one per group [groups], in floating point; "
+                f"got {tuple(value.shape)} of {value.dtype}"
+            )
+        return value
+    if isinstance(value, Convention):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{who}: {name} must be a number, a tensor [groups], Relative or PerDim; got {value!r}"
+        )
+    return checks.real(who, name, value, 0, finite=False)
 
 
 @dataclass(frozen=True)
@@ -57,9 +74,8 @@ class Relative:
     to: To = "mean_norm"
 
     def __post_init__(self) -> None:
-        positive("Relative: value", self.value)
-        if self.to not in _TO:
-            raise ValueError(f"Relative: to must be one of {', '.join(_TO)}; got {self.to!r}")
+        object.__setattr__(self, "value", checks.real("Relative", "value", self.value, 0))
+        checks.one_of("Relative", "to", self.to, _TO)
 
     def resolve(self, base: Tensor, *, norm: Any, geometry: dict[str, Any]) -> Tensor:
         """Give one radius per group, `[groups]`, in float32 or the type of `base`."""
@@ -91,7 +107,7 @@ class PerDim:
     value: float
 
     def __post_init__(self) -> None:
-        positive("PerDim: value", self.value)
+        object.__setattr__(self, "value", checks.real("PerDim", "value", self.value, 0))
 
     def resolve(self, base: Tensor, *, norm: Any, geometry: dict[str, Any]) -> Tensor:
         """Give one strength per group, `[groups]`."""
