@@ -1,0 +1,451 @@
+"""After an attack, and between its passes, a model's state is as before; attacks run everywhere."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from embattle.perturb.guard import (
+    fresh_autocast_cache,
+    kept_state,
+    usable_tensors,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Average(nn.Module):
+    """Divides by a running average, which `update` renews in one of the ways that users have."""
+
+    def __init__(self, update: Callable[[Average, Tensor], None], start: Any = None) -> None:
+        super().__init__()
+        self.update = update
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.ones(4) if start is None else start)
+        self.register_buffer("late", None)
+        self.plain = torch.ones(4)
+        self.number = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.update(self, x.detach().mean(0))
+        return x / self.mean.reshape(-1)[:4].abs().clamp(min=0.1)
+
+
+def _in_place(m: Average, x: Tensor) -> None:
+    m.mean.mul_(0.9).add_(x, alpha=0.1)
+    m.steps += 1
+
+
+def _replaced(m: Average, x: Tensor) -> None:
+    m.mean = m.mean * 0.9 + x * 0.1
+    m.steps = m.steps + 1
+
+
+def _by_data(m: Average, x: Tensor) -> None:
+    m.mean.data.mul_(0.9).add_(x, alpha=0.1)
+
+
+def _data_replaced(m: Average, x: Tensor) -> None:
+    m.mean.data = m.mean * 0.9 + x * 0.1
+
+
+def _by_numpy(m: Average, x: Tensor) -> None:
+    m.mean.numpy()[:] += x.numpy()
+
+
+def _resized(m: Average, x: Tensor) -> None:
+    m.mean.resize_(3, 4).fill_(3.0)
+
+
+def _set(m: Average, x: Tensor) -> None:
+    m.mean.set_(torch.full((4,), 2.0))
+
+
+def _late(m: Average, x: Tensor) -> None:
+    m.late = x if m.late is None else m.late + x
+    m.mean.copy_(m.late)
+
+
+def _removed(m: Average, x: Tensor) -> None:
+    if "late" in m._buffers:
+        del m.late
+    m.mean.add_(1.0)
+
+
+def _created(m: Average, x: Tensor) -> None:
+    if not hasattr(m, "made"):
+        m.register_buffer("made", torch.zeros(4), persistent=False)
+    m.made += x
+    m.mean.copy_(m.made)
+
+
+def _attribute(m: Average, x: Tensor) -> None:
+    m.plain.add_(x)
+    m.mean = m.mean * 1.0 + m.plain
+
+
+def _attribute_replaced(m: Average, x: Tensor) -> None:
+    m.plain = m.plain + x
+    m.number = m.number * 0.9 + x.mean()
+    m.hidden = (x, m.plain)
+    m.mean = m.mean + m.plain + m.number
+
+
+UPDATES = [
+    _in_place,
+    _replaced,
+    _by_data,
+    _data_replaced,
+    _by_numpy,
+    _resized,
+    _set,
+    _late,
+    _removed,
+    _created,
+    _attribute,
+    _attribute_replaced,
+]
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    """Give all that must be as before: names, objects, versions, memory, shapes."""
+    found: list[Any] = []
+    for name, module in model.named_modules():
+        held = {k: v for k, v in vars(module).items() if k not in vars(nn.Module())}
+        found.append((name, module.training, sorted(held)))
+        found.append(sorted(module._non_persistent_buffers_set))
+        for key, value in [*module._buffers.items(), *held.items()]:
+            what: tuple[Any, ...] = (key, id(value))
+            if isinstance(value, Tensor):
+                version = None if value.is_inference() else value._version
+                what += (version, value.shape, value.layout)
+                if value.layout is torch.strided:
+                    what += (value.stride(), value.storage_offset())
+            found.append(what)
+    return found
+
+
+def values_of(model: nn.Module) -> list[Tensor]:
+    """Copy the values of all buffers and tensor attributes."""
+    return [
+        value.detach().clone()
+        for module in model.modules()
+        for value in [*module._buffers.values(), *vars(module).values()]
+        if isinstance(value, Tensor)
+    ]
+
+
+def passes(model: nn.Module, x: Tensor, models: list[nn.Module]) -> list[Tensor]:
+    """Run three passes, rewinding before each, and check that nothing is left of them."""
+    before, values = state_of(model), values_of(model)
+    with kept_state(models) as state:
+        outputs = []
+        for _ in range(3):
+            state.rewind()
+            outputs.append(model(x))
+    assert state_of(model) == before
+    torch.testing.assert_close(values_of(model), values, rtol=0, atol=0, equal_nan=True)
+    return outputs
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("update", UPDATES)
+def test_averages_of_the_users_own(update: Any, known: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), Average(update)), torch.randn(5, 4)
+    alone = copy.deepcopy(model)(x)
+    outputs = passes(model, x, [model] if known else [])
+    for output in outputs:
+        assert torch.equal(output, alone)
+    before, values = state_of(model), values_of(model)
+    with pytest.raises(RuntimeError, match="shapes"), kept_state([model] if known else []):
+        model[0](model(x)[:, :3])
+    assert state_of(model) == before
+    torch.testing.assert_close(values_of(model), values, rtol=0, atol=0)
+    assert torch.equal(model(x), alone)
+
+
+def _norms() -> nn.Module:
+    two = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4, momentum=None))
+    instance = nn.InstanceNorm1d(2, track_running_stats=True)
+    return nn.Sequential(nn.Linear(4, 4), two, nn.Unflatten(1, (2, 2)), instance, nn.Flatten())
+
+
+def _spectral() -> nn.Module:
+    new = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    old = nn.utils.spectral_norm(nn.Linear(4, 4))
+    return nn.Sequential(new, old, nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("build", [_norms, _spectral])
+def test_torchs_own_statistics_and_vectors(build: Callable[[], nn.Module], known: bool) -> None:
+    torch.manual_seed(0)
+    model, x = build(), torch.randn(5, 4)
+    alone = copy.deepcopy(model)(x)
+    for output in passes(model, x, [model] if known else []):
+        assert torch.equal(output, alone)
+    assert torch.equal(model(x), alone)
+
+
+def test_without_rewinding_passes_are_as_always() -> None:
+    torch.manual_seed(0)
+    model, x = _spectral(), torch.randn(5, 4)
+    other = copy.deepcopy(model)
+    with kept_state([model]):
+        assert all(torch.equal(model(x), other(x)) for _ in range(3))
+    assert not torch.equal(model(x), other(x))
+
+
+def test_what_no_pass_writes_is_not_written() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.full((4,), 2.0))
+            self.w = torch.ones(4, requires_grad=True)  # a weight that is no parameter
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale * self.w
+
+    model, x = Reads(), torch.randn(3, 4, requires_grad=True)
+    earlier = model(x).sum()  # has saved the buffer for its backward pass
+    with kept_state([model]) as state:
+        inside = model(x).sum()
+        state.rewind()
+        model(x)
+    (earlier + inside).backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full((3, 4), 4.0))
+    assert model.w.grad is not None
+
+
+def test_graphs_from_before_may_go_back_and_those_that_would_lie_may_not() -> None:
+    class Scales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.scale.add_(x.detach().mean(0))
+            return x * self.scale
+
+    model, x = Scales(), torch.randn(3, 4, requires_grad=True)
+    earlier = model(x).sum()
+    (right,) = torch.autograd.grad(earlier, x, retain_graph=True)
+    with kept_state([model]) as state:
+        inside = model(x).sum()
+        state.rewind()
+        model(x)
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            inside.backward()
+    earlier.backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, right)
+
+
+def test_shared_aliased_and_expanded_buffers() -> None:
+    class Holds(nn.Module):
+        def __init__(self, table: Tensor) -> None:
+            super().__init__()
+            self.register_buffer("table", table)
+            self.register_buffer("first", table[0])
+            self.register_buffer("wide", torch.ones(1, 4).expand(3, 4))
+            self.view = table[:, 1:3]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.first += x[0]
+            self.view.mul_(2.0)
+            self.wide[0].data[0] += 1.0
+            return x + self.table.sum(0) + self.wide[2]
+
+    table = torch.randn(3, 4)
+    model, x = nn.Sequential(Holds(table), Holds(table)), torch.randn(5, 4)
+    alone = copy.deepcopy(model)(x)
+    outputs = passes(model, x, [model])
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[0], alone)
+
+
+def test_buffers_that_are_not_plain_do_no_harm() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            eye = torch.eye(4)
+            with torch.inference_mode():
+                frozen = torch.ones(4)
+            for name, value in {
+                "coo": eye.to_sparse(),
+                "csr": eye.to_sparse_csr(),
+                "meta": torch.empty(3, device="meta"),
+                "nested": torch.nested.nested_tensor([eye[0], eye[:2, 0]], layout=torch.jagged),
+                "empty": torch.empty(0, 4),
+                "complex": torch.ones(4, dtype=torch.complex64).conj(),
+                "nan": torch.full((4,), float("nan")),
+                "bits": torch.ones(4, dtype=torch.float8_e4m3fn),
+                "frozen": frozen,
+            }.items():
+                self.register_buffer(name, value)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.coo.mul_(2.0)
+            self.meta.add_(1.0)
+            self.complex.add_(1.0)
+            with torch.inference_mode():
+                self.frozen.add_(1.0)
+            return x + torch.mv(self.coo, self.frozen)
+
+    model, x = Odd(), torch.randn(4)
+    before = state_of(model)
+    with kept_state([model]) as state:
+        outputs = []
+        for _ in range(2):
+            state.rewind()
+            outputs.append(model(x))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], x + 4.0)
+    assert state_of(model) == before
+    assert torch.equal(model.coo.to_dense(), torch.eye(4))
+    assert torch.equal(model.frozen, torch.ones(4))
+
+
+def test_lazy_modules_are_made_inside() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    with kept_state([model]):
+        model(torch.randn(4, 5))
+    assert model[0].weight.shape == (3, 5)
+    assert model(torch.randn(4, 5)).shape == (4, 3)
+
+
+def test_a_childs_buffer_that_its_parent_writes() -> None:
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queue = nn.Module()
+            self.queue.register_buffer("rows", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.queue.rows.add_(1.0)
+            return x + self.queue.rows
+
+    outputs = passes(Parent(), torch.randn(4), [])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_weights_swapped_inside_autocast_are_seen() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 4), torch.randn(3, 4)
+    swapped = layer.weight.detach() * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+        with fresh_autocast_cache():
+            layer.weight.data, kept = swapped, layer.weight.data
+            right = F.linear(x, swapped, layer.bias)
+            assert torch.equal(layer(x), right)
+            layer.weight.data = kept
+        assert torch.equal(layer(x), F.linear(x, kept.clone(), layer.bias))
+
+
+class Lookups(nn.Module):
+    """Two kinds of look-ups, attention under a padding mask, masks and in-place operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8, padding_idx=0)
+        self.bag = nn.EmbeddingBag(20, 8, mode="sum")
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm, self.head = nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 8))
+
+    def forward(self, batch: dict[str, Any], eps: Tensor | None = None) -> Tensor:
+        tokens = batch["tokens"]
+        padding = tokens.eq(0)
+        batch["weights"].clamp_(min=0.5)
+        x = self.embedding(tokens)
+        if eps is not None:
+            x = x + eps
+        x = self.layer(x * batch["weights"].unsqueeze(-1), src_key_padding_mask=padding)
+        x = self.attention(x, x, x, key_padding_mask=batch["padding"])[0]
+        x = torch.where(batch["padding"].unsqueeze(-1), torch.zeros_like(x), x)
+        both = torch.stack([x, x * batch["weights"][..., None]])
+        bags = self.bag(batch["items"], batch["offsets"], per_sample_weights=batch["shares"])
+        x = both[batch["pick"], batch["rows"]].mean(1) + bags * self.scale
+        batch["counts"] += 1
+        batch["bias"][:, 0] = 2.0
+        return self.head(self.norm(x)) + batch["bias"] * batch["counts"]
+
+
+def _batch() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(1, 20, (4, 5), generator=generator)
+    tokens[0, 3:] = 0
+    return {
+        "tokens": tokens,
+        "padding": tokens == 0,
+        "weights": torch.rand(4, 5, generator=generator),
+        "pick": torch.tensor([0, 1, 1, 0]),
+        "rows": torch.arange(4),
+        "items": torch.randint(0, 20, (9,), generator=generator),
+        "offsets": torch.tensor([0, 2, 2, 5]),
+        "shares": torch.rand(9, generator=generator),
+        "counts": torch.zeros(4, 1),
+        "bias": torch.zeros(4, 3),
+        "labels": torch.tensor([0, 2, 1, -100]),
+    }
+
+
+def _two_passes(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
+    delta = torch.zeros(4, 5, 8, requires_grad=True)
+    found = []
+    with usable_tensors():
+        for _ in range(2):
+            losses = F.cross_entropy(model(batch, delta), batch["labels"], reduction="none")
+            (grad,) = torch.autograd.grad(losses.sum(), delta)
+            delta = (delta + 0.1 * grad.sign()).detach().requires_grad_()
+            found += [losses.detach(), grad]
+    found.append(delta)
+    assert not any(one.is_inference() for one in found)
+    return found
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("inside", ["inference_mode", "no_grad", "both"])
+def test_gradients_inside_an_evaluation(inside: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model = Lookups().train(training)
+    right = _two_passes(copy.deepcopy(model), _batch())
+    before = values_of(model)
+    inference, grad = inside != "no_grad", inside == "inference_mode"
+    with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        model.register_buffer("scale", torch.linspace(0.5, 1.5, 8))
+        batch = _batch()
+        first = {key: value.clone() for key, value in batch.items()}
+        with kept_state([model]):
+            found = _two_passes(model, dict(batch))
+        assert torch.is_inference_mode_enabled() == inference
+        assert torch.is_grad_enabled() == grad
+        if inference:  # what was written in place were clones
+            torch.testing.assert_close(batch, first, rtol=0, atol=0)
+        outputs = model.eval()(batch)
+    torch.testing.assert_close(found, right, rtol=0, atol=0)
+    torch.testing.assert_close(values_of(model), before, rtol=0, atol=0)
+    assert not outputs.requires_grad
+
+
+def test_inference_blocks_of_the_users_own_stay() -> None:
+    teacher, student = nn.Linear(4, 4), nn.Linear(4, 4)
+    with torch.inference_mode():
+        x = torch.randn(3, 4)
+        with usable_tensors():
+            with torch.inference_mode():
+                target = teacher(x)
+            loss = F.mse_loss(student(x), target)
+            loss.backward()
+    assert teacher.weight.grad is None
+    assert student.weight.grad is not None
+    with torch.no_grad():
+        right = F.mse_loss(student(x), teacher(x))
+    assert torch.equal(loss.detach(), right)
