@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from embattle.attacks import FGSM, PGD
+from embattle.criteria import Criterion
+from embattle.perturb.evaluation import LossFn
 from embattle.perturb.site import Site
-from embattle.perturb.stage import LossFn, Masks
+from embattle.perturb.stage import Masks
 
 
 class RobustTrainingWarning(UserWarning):
@@ -101,23 +103,31 @@ class Monitor:
         return found
 
     def check_held(
-        self, loss_fn: LossFn, *, labels: Tensor, eps: float, steps: int = 10, mask: Masks = None
+        self,
+        loss_fn: LossFn,
+        *,
+        criterion: Criterion,
+        eps: float,
+        steps: int = 10,
+        mask: Masks = None,
     ) -> list[str]:
         """Attack a held-out batch with FGSM and PGD in the same linf ball, and compare with before.
 
         Args:
-            loss_fn: of the held batch; returns (losses, logits).
-            labels: `[B]`.
+            loss_fn: of the held batch.
+            criterion: with labels, such as `Misclassify(labels)`.
             eps: radius of the linf ball.
             steps: of PGD.
             mask: as for `Attack.run`.
         """
         accuracies = []
         for attack in (FGSM(eps=eps), PGD(eps=eps, norm="linf", steps=steps, keep="best")):
-            result = attack.run(loss_fn, self.sites, mask=mask, labels=labels)
-            if result.predictions is None:
-                raise ValueError("Monitor: check_held needs outputs: return (losses, logits)")
-            accuracies.append(float((result.predictions == labels).float().mean()))
+            result = attack.run(loss_fn, self.sites, criterion=criterion, mask=mask)
+            if result.robust_accuracy is None:
+                raise ValueError(
+                    f"Monitor: check_held needs an accuracy, which {criterion!r} lacks"
+                )
+            accuracies.append(float(result.robust_accuracy))
         fgsm, pgd = accuracies
         if pgd >= self._best_pgd:
             self._best_pgd, self._fgsm_then = pgd, fgsm

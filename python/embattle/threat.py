@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from embattle.attacks import FGM, FGSM, PGD, Attack, UniformNoise
 from embattle.objectives import AdversarialObjective
 from embattle.perturb.site import Site
+from embattle.perturb.strength import Relative
 from embattle.recipe import AttackRecipe, Recipe, ThreatRecipe
 from embattle.schedules import WarmUp
-from embattle.perturb.strength import Relative
 
 if TYPE_CHECKING:
     from embattle.data.batch import Batch

@@ -5,7 +5,7 @@ from embattle.attacks.direction import VAT, SMARTStep
 from embattle.attacks.gradient import FGM, FGSM, MSAP, PGD
 from embattle.attacks.momentum import APGD, MIFGSM
 from embattle.attacks.noise import GaussianNoise, NEFTune, UniformNoise
-from embattle.attacks.result import AttackResult
+from embattle.attacks.result import AttackResult, AttackWarning
 from embattle.attacks.starts import BoxStart, GaussianStart
 from embattle.attacks.tokens import SwapResult, TokenSwap
 
@@ -19,6 +19,7 @@ __all__ = [
     "VAT",
     "Attack",
     "AttackResult",
+    "AttackWarning",
     "BoxStart",
     "GaussianNoise",
     "GaussianStart",

@@ -254,10 +254,12 @@ class Attack:
         with stage.attacking(self.own_generator) as generator:
             needed = evaluate or self.compares or self.stop_when_fooled or goal.needs_clean
             opened = open_attack(self, stage, goal, generator, scale, clean=needed)
+            now: Evaluation | None
             if self.stop_when_fooled:
                 now, steps = search_leaving(self, stage, goal, opened, generator, scale)
             else:
-                now = self.search(stage, goal, opened, generator, scale, evaluate=evaluate)
+                found = self.search(stage, goal, opened, generator, scale, evaluate=evaluate)
+                now = found if evaluate else None
                 steps = torch.full((stage.batch,), self.steps * self.restarts)
                 steps = steps.to(stage.blocks[0].base.device)
             stage.forget_masks()
@@ -365,6 +367,6 @@ class Attack:
         return resolve(value, block.base, norm=self.norm, geometry=block.geometry, scale=scale)
 
 
-def box(state: dict[str, Any]) -> dict[str, Tensor]:
+def box(state: dict[str, Any]) -> dict[str, Any]:
     """Give an attack's bounds of the delta, as the ops take them."""
     return {side: state[side] for side in ("lower", "upper") if side in state}

@@ -35,10 +35,11 @@ class _Candidate:
 class Best:
     """The worst deltas so far, for each sample and for the batch as a whole.
 
-    Each sample has its worst iterate where samples do not depend on each other. Where they do (batch
-    norm in train mode, negatives from the batch, deltas that samples share), joining iterates gives
-    a batch that was never evaluated: then the worst iterate of the whole batch counts. Which of both
-    it is, an evaluation of what was joined tells (`settle`). The clean point is a candidate.
+    Each sample has its worst iterate where samples do not depend on each other. Where they do
+    (batch norm in train mode, negatives from the batch, deltas that samples share), joining
+    iterates gives a batch that was never evaluated: then the worst iterate of the whole batch
+    counts. Which of both it is, an evaluation of what was joined tells (`settle`). The clean point
+    is a candidate.
 
     Args:
         stage: of the batch.

@@ -101,7 +101,7 @@ class VAT(Attack):
         block.set(self._scaled(block, grad, size, box(state) if last else {}))
 
     def _scaled(
-        self, block: Block, direction: Tensor, size: float | Tensor, bounds: dict[str, Tensor]
+        self, block: Block, direction: Tensor, size: float | Tensor, bounds: dict[str, Any]
     ) -> Tensor:
         zero = torch.zeros_like(block.delta.detach())
         return ops.pgd_step(
@@ -165,18 +165,7 @@ class SMARTStep(Attack):
             super().start(block, state, generator)
             return
         like = torch.zeros_like(block.delta.detach())
-        eps = state["eps"] if self.projection == "paper" else torch.inf
-        block.set(
-            ops.gaussian_noise(
-                like,
-                std=self.sigma,
-                eps=eps,
-                norm=self.norm,
-                generator=generator,
-                **block.geometry,
-                **box(state),
-            )
-        )
+        block.set(ops.gaussian_noise(like, std=self.sigma, generator=generator, **block.geometry))
 
     def step(
         self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor
@@ -193,9 +182,7 @@ class SMARTStep(Attack):
         largest = moved.abs().amax(-1, keepdim=True)
         scaled = torch.where(largest > 0, state["scale"] * moved / largest, 0.0)
         scaled = torch.where(usable, scaled, delta)
-        block.set(
-            ops.project(scaled, eps=torch.inf, norm="linf", **block.geometry, **box(state))
-        )
+        block.set(ops.project(scaled, eps=torch.inf, norm="linf", **block.geometry, **box(state)))
 
 
 def _diverging(divergence: Literal["kl", "symmetric_kl"], criterion: Criterion | None) -> Criterion:

@@ -46,7 +46,9 @@ class PGD(Attack):
                 raise ValueError(f"{name}: step_size must be finite, got {self.step_size}")
         self.top = checks.real(name, "top", self.top, 0)
         if self.top == 0 or (self.top > 1 and self.top != int(self.top)):
-            raise ValueError(f"{name}: top must be a whole number or a share in (0, 1), got {self.top}")
+            raise ValueError(
+                f"{name}: top must be a whole number or a share in (0, 1), got {self.top}"
+            )
         if self.max_groups is not None:
             self.max_groups = checks.integer(name, "max_groups", self.max_groups, 1)
 

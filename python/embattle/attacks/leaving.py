@@ -76,8 +76,9 @@ def search_leaving(
             part, some = stage.narrow(rows, blocks), goal.select(rows)
             known = Opened(clean.select(rows))
             over = number == attack.steps
+            grads: list[Tensor] = []
             if over:
-                at, grads = part.evaluate(grad=False).detach(), []
+                at = part.evaluate(grad=False).detach()
             else:
                 if restart == 0 and number == 0 and opened.first is not None:
                     first, all_grads = opened.first
@@ -106,6 +107,8 @@ def search_leaving(
                 attack.step(block, grad, state, number, values)
             steps[rows] += 1
         _note(whole, blocks, rows)
+    for block in whole:  # whoever was not attacked did not lack a gradient
+        block.moved |= block.per_group(steps == 0)
     stage.found.set(worst.deltas)
     now = stage.evaluate(grad=False).detach()
     _check_independent(goal, clean, now, worst)
@@ -142,9 +145,7 @@ def _attacked(stage: Stage, goal: Criterion, clean: Evaluation) -> Tensor:
     return wanted.nonzero().squeeze(1)
 
 
-def _check_independent(
-    goal: Criterion, clean: Evaluation, now: Evaluation, worst: _Worst
-) -> None:
+def _check_independent(goal: Criterion, clean: Evaluation, now: Evaluation, worst: _Worst) -> None:
     """Refuse results that the whole batch does not confirm."""
     there = reached(goal, now, clean)
     losses = ascended(goal, now, clean) if now.losses is None else now.losses

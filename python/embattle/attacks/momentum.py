@@ -81,10 +81,10 @@ class APGD(Attack):
 
     The step starts at `2 * eps`; at the checkpoints of the paper it is halved, and the search goes
     back to the best point, for each sample that has stopped improving. On a cross-entropy it is
-    APGD-CE, with `Misclassify(labels, ascend="dlr")` APGD-DLR. Needs a finite eps. The authors' code
-    differs from the paper in the checkpoints (computed in whole steps) and in `<=` for the share of
-    improvements (condition 1): `checkpoints="code"` gives theirs. It also starts on the surface of
-    the ball where this starts uniformly inside, and its l1 form is another algorithm.
+    APGD-CE, with `Misclassify(labels, ascend="dlr")` APGD-DLR. Needs a finite eps. The authors'
+    code differs from the paper in the checkpoints (computed in whole steps) and in `<=` for the
+    share of improvements (condition 1): `checkpoints="code"` gives theirs. It also starts on the
+    surface of the ball where this starts uniformly inside, and its l1 form is another algorithm.
 
     Args:
         momentum: the paper's alpha.

@@ -109,7 +109,7 @@ class AttackResult:
 
     def _count(self, name: str) -> Tensor:
         if self._found is None:
-            return self._numbers[name]  # type: ignore[no-any-return]
+            return self._numbers[name]
         if name == "nonfinite":
             counts = [(block.nonfinite > 0).sum() for block in self._found.blocks]
         else:
@@ -198,9 +198,10 @@ class AttackResult:
             )
         return one
 
-    def _number(self, name: str) -> Any:
+    def _number(self, name: str) -> Tensor | None:
         self._evaluated(self._now)
-        return self._numbers[name]
+        found: Tensor | None = self._numbers[name]
+        return found
 
     # --- using it --------------------------------------------------------------------------------
 
@@ -227,7 +228,7 @@ class AttackResult:
         with self.applied(), torch.no_grad():
             return call(loss_fn)
 
-    def warn(self, eps: Any) -> AttackResult:
+    def warn(self) -> AttackResult:
         """Warn of what makes the attack weaker than it looks; this waits for the device."""
         zero = int(self.zero_gradient)
         if zero:

@@ -32,7 +32,7 @@ class GaussianStart:
         eps: float | Tensor,
         norm: Any,
         geometry: dict[str, Any],
-        box: dict[str, Tensor],
+        box: dict[str, Any],
         generator: torch.Generator | None,
     ) -> Tensor:
         """Draw a start of the shape of `like`."""
@@ -72,7 +72,7 @@ class BoxStart:
         eps: float | Tensor,
         norm: Any,
         geometry: dict[str, Any],
-        box: dict[str, Tensor],
+        box: dict[str, Any],
         generator: torch.Generator | None,
     ) -> Tensor:
         """Draw a start of the shape of `like`."""

@@ -4,40 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from embattle.attacks.judge import Judge, Predict
+from embattle import checks
+from embattle.criteria import Criterion, MaximizeLoss
+from embattle.criteria.base import ascended, reached
+from embattle.perturb.evaluation import Evaluation, LossFn
+from embattle.perturb.guard import MODES, Mode
 from embattle.perturb.site import Site
-from embattle.perturb.stage import Evaluation, Stage, call
+from embattle.perturb.stage import Stage
 
-TokenLoss = Callable[[Tensor], Any]
+# From tokens [B, T] to the loss function of the batch with these tokens.
+TokenLoss: TypeAlias = Callable[[Tensor], LossFn]
 
 
 @dataclass(frozen=True)
 class SwapResult:
-    """The texts that a token attack ended in.
+    """The texts that a token attack ended in; what is reported was evaluated on them.
 
     Attributes:
         tokens: int64 `[B, T]`, with the exchanged tokens.
         swapped: bool `[B, T]`, where a token was exchanged.
-        clean_losses, losses: `[B]`, before and after, both evaluated exactly.
+        clean, now: the evaluations before and after, under the same random numbers.
         clean_predictions, predictions: None if the loss function returns no outputs.
-        success: bool `[B]`, as in `AttackResult`.
+        success: bool `[B]`: the goal holds now and did not before; None without a goal.
+        robust_accuracy: share of right answers after, 0-d; None if the criterion knows none.
         passes: forward passes of the batch.
     """
 
     tokens: Tensor
     swapped: Tensor
-    clean_losses: Tensor
-    losses: Tensor
+    clean: Evaluation
+    now: Evaluation
     clean_predictions: Tensor | None
     predictions: Tensor | None
     success: Tensor | None
+    robust_accuracy: Tensor | None
     passes: int
+
+    @property
+    def clean_losses(self) -> Tensor | None:
+        """Losses before, `[B]`."""
+        return self.clean.losses
+
+    @property
+    def losses(self) -> Tensor | None:
+        """Losses after, `[B]`."""
+        return self.now.losses
 
 
 @dataclass(kw_only=True)
@@ -46,112 +62,144 @@ class TokenSwap:
 
     In each of `swaps` rounds the exchanges with the largest first-order gain
     `(E[v] - E[token]) . dL/dE` are found, the `tries` best of each sample are evaluated, and the
-    one with the largest loss is kept if it beats the loss so far. So the result ends in text that a
-    person can read, and its loss is the model's own. The paper searches with a beam over
-    characters; here the search is greedy over tokens.
+    one with the largest value is kept if it beats the value so far. A sample that has reached the
+    criterion's goal is left alone. So the result ends in text that a person can read, and its loss
+    is the model's own. The paper searches with a beam over characters; here the search is greedy
+    over tokens.
 
     Args:
         swaps: most tokens exchanged in a sample.
         tries: exchanges evaluated exactly in each round.
         allowed: bool `[V]`: tokens that may come in (give False to special tokens).
         similarity: least cosine similarity of the old and the new embedding, in [-1, 1].
+        mode: "as_is" or "eval" (the site must know its model). All passes have the same random
+            numbers: dropout is never counted as a gain.
     """
 
     swaps: int = 1
     tries: int = 8
     allowed: Tensor | None = None
     similarity: float | None = None
+    mode: Mode = "as_is"
 
     def __post_init__(self) -> None:
-        if self.swaps < 1:
-            raise ValueError(f"TokenSwap: swaps must be at least 1, got {self.swaps}")
-        if self.tries < 1:
-            raise ValueError(f"TokenSwap: tries must be at least 1, got {self.tries}")
-        if self.similarity is not None and not -1 <= self.similarity <= 1:
-            raise ValueError(f"TokenSwap: similarity must lie in [-1, 1], got {self.similarity}")
-        if self.allowed is not None and self.allowed.dtype != torch.bool:
-            raise TypeError(f"TokenSwap: allowed must be of dtype bool, got {self.allowed.dtype}")
+        self.swaps = checks.integer("TokenSwap", "swaps", self.swaps, 1)
+        self.tries = checks.integer("TokenSwap", "tries", self.tries, 1)
+        if self.similarity is not None:
+            self.similarity = checks.real("TokenSwap", "similarity", self.similarity, -1, 1)
+        if self.allowed is not None and (
+            not isinstance(self.allowed, Tensor) or self.allowed.dtype != torch.bool
+        ):
+            kind = getattr(self.allowed, "dtype", type(self.allowed).__name__)
+            raise TypeError(f"TokenSwap: allowed must be a tensor of dtype bool, got {kind}")
+        checks.one_of("TokenSwap", "mode", self.mode, MODES)
 
     def run(
         self,
-        loss_fn: TokenLoss,
+        loss_of: TokenLoss,
         site: Site,
         tokens: Tensor,
         *,
-        mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        predictions: Predict | None = None,
+        mask: Tensor,
+        criterion: Criterion | None = None,
     ) -> SwapResult:
         """Attack a batch of texts.
 
         Args:
-            loss_fn: takes tokens `[B, T]`, runs the model on them, and returns losses `[B]` or
-                (losses, outputs).
+            loss_of: takes tokens `[B, T]` and gives the loss function of the batch with them.
             site: on the model's `nn.Embedding`, which must be called once, with the tokens.
             tokens: int64 `[B, T]`.
-            mask: bool `[B, T]`, True where a token may be exchanged.
-            labels: as for `Attack.run`.
-            predictions: as for `Attack.run`.
+            mask: bool `[B, T]`, True where a token may be exchanged: not at special tokens. The
+                table's `padding_idx` is never exchanged, nor put in.
+            criterion: as for `Attack.run`.
 
         Returns:
             The texts found; the model is as it was.
+
+        Raises:
+            TypeError: the site is not on an `nn.Embedding`, or `mask` is not bool.
+            ValueError: shapes that do not belong together.
         """
-        if not isinstance(site.module, nn.Embedding):
+        table_of = site.module
+        if not isinstance(table_of, nn.Embedding):
             raise TypeError(
-                f"TokenSwap: needs a site on an nn.Embedding, got {type(site.module).__name__}"
+                f"TokenSwap: needs a site on an nn.Embedding, got {type(table_of).__name__}"
             )
-        table = site.module.weight.detach()
+        table = table_of.weight.detach()
         if self.allowed is not None and self.allowed.shape != table.shape[:1]:
             raise ValueError(
                 f"TokenSwap: allowed has shape {tuple(self.allowed.shape)} for a table of "
                 f"{table.shape[0]} rows"
             )
-        current = tokens.clone()
-        movable = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.clone()
-        judge = Judge(labels, predictions)
-        passes = 0
-
-        def at_current() -> Any:
-            return loss_fn(current)
-
-        stage = Stage(at_current, site)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"TokenSwap: mask must be a bool tensor, got {mask!r:.80}")
+        if mask.shape != tokens.shape:
+            raise ValueError(
+                f"TokenSwap: mask has shape {tuple(mask.shape)}, tokens {tuple(tokens.shape)}"
+            )
+        padding = table_of.padding_idx
+        movable = mask.clone() if padding is None else mask & (tokens != padding)
+        goal = MaximizeLoss() if criterion is None else criterion
+        current, passes = tokens.clone(), 0
+        clean = now = None
+        stage = Stage(lambda: loss_of(current)(), site, mode=self.mode, same_random=True)
         with stage.attacking():
-            clean: Evaluation | None = None
-            best: Evaluation | None = None
             for _ in range(self.swaps):
-                here, gradient = _gradient(stage, tokens.shape)
+                evaluation, gradient = _gradient(stage, goal, clean, tokens.shape)
                 passes += 1
-                clean = here if clean is None else clean
-                best = here if best is None else best
-                where, what = self._candidates(table, gradient, current, movable)
+                clean = evaluation if clean is None else clean
+                now = evaluation if now is None else now
+                open_ = _unreached(goal, now, clean)
+                where, what = self._candidates(
+                    table, gradient, current, movable & open_[:, None], padding
+                )
                 choice = torch.full_like(where[:, 0], -1)
+                value = ascended(goal, now, clean).detach()
                 for one in range(where.shape[1]):
                     trial = self._place(current, where[:, one], what[:, one])
                     with torch.no_grad():
-                        got = call(partial(loss_fn, trial))
+                        got = stage.run(loss_of(trial)).detach()
                     passes += 1
-                    best, choice = _keep(best, got, one, choice)
+                    gain = ascended(goal, got, clean)
+                    there, before = reached(goal, got, clean), reached(goal, now, clean)
+                    wins = gain > value
+                    if there is not None and before is not None:
+                        wins = torch.where(there == before, wins, there)
+                    wins = wins & (where[:, one] >= 0)
+                    now, value = got.where(wins, now), torch.where(wins, gain, value)
+                    choice = torch.where(wins, one, choice)
                 chosen = choice >= 0
                 rows = torch.arange(len(tokens), device=tokens.device)
                 position = where[rows, choice.clamp(min=0)]
                 token = what[rows, choice.clamp(min=0)]
                 current = self._place(current, torch.where(chosen, position, -1), token)
                 movable[rows, position] &= ~chosen
+                if not bool(chosen.any()):
+                    break
+            with torch.no_grad():
+                now = stage.run(loss_of(current)).detach()
         assert clean is not None
-        assert best is not None
+        before, after = reached(goal, clean, clean), reached(goal, now, clean)
+        found = [None if e.outputs is None else goal.predict(e.outputs) for e in (clean, now)]
         return SwapResult(
             tokens=current,
             swapped=current != tokens,
-            clean_losses=clean.losses,
-            losses=best.losses,
-            clean_predictions=judge.predict(clean),
-            predictions=judge.predict(best),
-            success=judge.success(clean, best),
-            passes=passes,
+            clean=clean,
+            now=now,
+            clean_predictions=found[0],
+            predictions=found[1],
+            success=None if before is None or after is None else after & ~before,
+            robust_accuracy=goal.accuracy(now),
+            passes=passes + 1,
         )
 
     def _candidates(
-        self, table: Tensor, gradient: Tensor, tokens: Tensor, movable: Tensor
+        self,
+        table: Tensor,
+        gradient: Tensor,
+        tokens: Tensor,
+        movable: Tensor,
+        padding: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Positions (-1: none) and tokens of the exchanges with the largest gain, `[B, tries]`."""
         where, what = [], []
@@ -165,6 +213,8 @@ class TokenSwap:
                 out |= ~self.allowed.to(out.device)[None]
             if self.similarity is not None:
                 out |= unit[old] @ unit.T < self.similarity
+            if padding is not None:
+                out[:, padding] = True
             gain.masked_fill_(out, -torch.inf)
             value, index = gain.flatten().topk(min(self.tries, gain.numel()))
             position = index // table.shape[0]
@@ -181,9 +231,13 @@ class TokenSwap:
         return trial
 
 
-def _gradient(stage: Stage, shape: torch.Size) -> tuple[Evaluation, Tensor]:
+def _gradient(
+    stage: Stage, goal: Criterion, clean: Evaluation | None, shape: torch.Size
+) -> tuple[Evaluation, Tensor]:
     evaluation = stage.open(attach=True).evaluation
-    values = stage.values()
+    if clean is None:
+        goal.check(evaluation)
+    values = stage.found.values()
     if values is None:
         raise ValueError("TokenSwap: the model is compiled; run the attack on the model itself")
     if len(values) != 1 or values[0].shape[:-1] != shape:
@@ -191,17 +245,16 @@ def _gradient(stage: Stage, shape: torch.Size) -> tuple[Evaluation, Tensor]:
             f"TokenSwap: the embedding must be called once, with tokens {tuple(shape)}; its "
             f"outputs were {[tuple(value.shape) for value in values]}"
         )
-    (gradient,) = torch.autograd.grad(evaluation.losses.sum(), values)
-    return evaluation.detach(), gradient
+    at = evaluation.detach()
+    (gradient,) = stage.gradients_at_zero(  # type: ignore[misc]
+        ascended(goal, evaluation, at if clean is None else clean)
+    )
+    return at, gradient
 
 
-def _keep(
-    best: Evaluation, got: Evaluation, number: int, choice: Tensor
-) -> tuple[Evaluation, Tensor]:
-    """Take over the samples whose loss grew; `choice` says which trial each has (-1: none)."""
-    wins = got.losses > best.losses
-    outputs = got.outputs
-    if outputs is not None and best.outputs is not None:
-        outputs = torch.where(wins.reshape(-1, *[1] * (outputs.dim() - 1)), outputs, best.outputs)
-    losses = torch.where(wins, got.losses, best.losses)
-    return Evaluation(losses, outputs), torch.where(wins, number, choice)
+def _unreached(goal: Criterion, now: Evaluation, clean: Evaluation) -> Tensor:
+    """Give bool `[B]`: the samples that are still to be attacked."""
+    there, counted = reached(goal, now, clean), goal.counted(now)
+    still = torch.ones(now.batch, dtype=torch.bool, device=now.device)
+    still = still if there is None else ~there
+    return still if counted is None else still & counted

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embattle.attacks.judge import Predict
-from embattle.objectives.carry import carry, leaves
+from embattle import checks
+from embattle.criteria import Criterion
 from embattle.objectives.base import AdversarialObjective
-from embattle.perturb.stage import LossFn, Masks
+from embattle.objectives.carry import carry, leaves
+from embattle.perturb.evaluation import LossFn
+from embattle.perturb.guard import fresh_autocast_cache, kept_state
+from embattle.perturb.stage import Masks
 
 
 class AWP:
@@ -39,12 +42,13 @@ class AWP:
         gamma: float = 0.01,
         delay: int = 0,
     ) -> None:
-        if not gamma >= 0:
-            raise ValueError(f"AWP: gamma must be at least 0, got {gamma}")
+        gamma = checks.real("AWP", "gamma", gamma, 0)
+        delay = checks.integer("AWP", "delay", delay, 0)
         if objective.name in ("free", "freeat"):
             raise ValueError(f"AWP: form {objective.name!r} moves its deltas while it trains")
         self.objective, self.gamma, self.delay = objective, gamma, delay
         found = model.parameters() if isinstance(model, nn.Module) else model
+        self._models = [model] if isinstance(model, nn.Module) else []
         self._weights = [p for p in found if p.requires_grad and p.dim() > 1]
 
     def __repr__(self) -> str:
@@ -54,21 +58,22 @@ class AWP:
         self,
         loss_fn: LossFn,
         *,
+        criterion: Criterion | None = None,
         mask: Masks = None,
-        offsets: Tensor | None = None,
-        labels: Tensor | None = None,
-        predictions: Predict | None = None,
+        offsets: Masks = None,
         joint: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of one batch, as the objective does."""
         objective = self.objective
         batch = objective.batch(
-            loss_fn, mask=mask, offsets=offsets, labels=labels, predictions=predictions, joint=joint
+            loss_fn, criterion=criterion, mask=mask, offsets=offsets, joint=joint
         )
         batch.early = False
-        loss = objective.form(batch)
-        if objective.step < self.delay or self.gamma == 0 or not loss.requires_grad:
-            return objective.finish(batch, loss)
+        if objective.step < self.delay or self.gamma == 0 or not torch.is_grad_enabled():
+            return objective.finish(batch, objective.form(batch))
+        # The passes at w are no training passes: statistics move with those at w + v alone.
+        with kept_state(self._models):
+            loss = objective.form(batch)
         grads = torch.autograd.grad(loss, self._weights, allow_unused=True)
         batch.frozen = True
         kept = [weight.detach().clone() for weight in self._weights]
@@ -77,7 +82,8 @@ class AWP:
                 for weight, grad in zip(self._weights, grads, strict=True):
                     if grad is not None:
                         _move(weight, grad, self.gamma)
-            loss = objective.form(batch)
+            with fresh_autocast_cache():
+                loss = objective.form(batch)
             params = leaves(loss)
             found = torch.autograd.grad(loss, params, allow_unused=True)
         finally:

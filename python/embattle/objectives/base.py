@@ -9,16 +9,18 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from embattle import checks
 from embattle.attacks.base import Attack
-from embattle.attacks.judge import Judge, Predict
+from embattle.criteria import Criterion
 from embattle.masking import Masking
 from embattle.objectives.batch import Batch
 from embattle.objectives.consistency import R3F, Alp, Mart, Smart, Trades, Vat
 from embattle.objectives.free import FreeAT, free
 from embattle.objectives.mixed import adversarial, apr, mixed
-from embattle.perturb.site import Site
+from embattle.perturb.evaluation import LossFn
+from embattle.perturb.site import Site, as_sites
+from embattle.perturb.stage import Masks, Stage
 from embattle.schedules import Constant, Schedule
-from embattle.perturb.stage import LossFn, Masks, Stage, as_sites
 
 Form: TypeAlias = Callable[[Batch], Tensor]
 
@@ -74,7 +76,7 @@ class AdversarialObjective:
     One call per batch finds the perturbations and returns the loss to backpropagate:
 
         objective = AdversarialObjective(attack, site, lam=1.0, eps_schedule=WarmUp(100))
-        loss, metrics = objective(loss_fn, labels=labels)
+        loss, metrics = objective(loss_fn, criterion=Misclassify(labels))
         loss.backward()
 
     Args:
@@ -117,12 +119,14 @@ class AdversarialObjective:
             raise ValueError(
                 f"AdversarialObjective: form must be one of {', '.join(FORMS)}; got {form!r}"
             )
-        if not lam >= 0:
-            raise ValueError(f"AdversarialObjective: lam must be at least 0, got {lam}")
+        lam = checks.real("AdversarialObjective", "lam", lam, 0)
+        if not isinstance(attack, Attack):
+            raise TypeError(f"AdversarialObjective: attack must be an Attack, got {attack!r}")
         self.attack = attack
         self.sites = as_sites(sites)
         self.form = FORMS[form]() if isinstance(form, str) else form
         self.name = form if isinstance(form, str) else getattr(form, "__name__", repr(form))
+        _refuse_options(attack, self.name)
         self.lam = lam
         self.masking = masking
         self.eps_schedule: Schedule = Constant() if eps_schedule is None else eps_schedule
@@ -139,36 +143,33 @@ class AdversarialObjective:
         self,
         loss_fn: LossFn,
         *,
+        criterion: Criterion | None = None,
         mask: Masks = None,
-        offsets: Tensor | None = None,
-        labels: Tensor | None = None,
-        predictions: Predict | None = None,
+        offsets: Masks = None,
         joint: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of one batch.
 
         Args:
-            loss_fn: as for `Attack.run`: losses `[B]`, or (losses, outputs).
-            mask, offsets, labels, predictions, joint: as for `Attack.run`.
+            loss_fn: as for `Attack.run`: returns losses `[B]`, or an `Evaluation`.
+            criterion, mask, offsets, joint: as for `Attack.run`.
 
         Returns:
             The loss (0-d), and metrics, detached: `loss`, `clean_loss`, `adversarial_loss`,
-            `clean_accuracy` and `robust_accuracy` (with outputs and labels), `eps_scale`, `lam`,
-            `steps`, `masked` (samples left out, with masking) and `nonfinite` (groups).
+            `clean_accuracy` and `robust_accuracy` (where the criterion knows them), `eps_scale`,
+            `lam`, `steps`, `masked` (samples left out, with masking), and of groups `nonfinite` and
+            `zero_gradient` (never moved).
         """
-        batch = self.batch(
-            loss_fn, mask=mask, offsets=offsets, labels=labels, predictions=predictions, joint=joint
-        )
+        batch = self.batch(loss_fn, criterion=criterion, mask=mask, offsets=offsets, joint=joint)
         return self.finish(batch, self.form(batch))
 
     def parts(
         self,
         loss_fn: LossFn,
         *,
+        criterion: Criterion | None = None,
         mask: Masks = None,
-        offsets: Tensor | None = None,
-        labels: Tensor | None = None,
-        predictions: Predict | None = None,
+        offsets: Masks = None,
         joint: bool = False,
     ) -> tuple[Parts, dict[str, Tensor]]:
         """Compute the losses of one batch sample by sample, for `PerSampleClipper.backward`.
@@ -177,7 +178,7 @@ class AdversarialObjective:
         (`early_backward` does not apply).
 
         Args:
-            loss_fn, mask, offsets, labels, predictions, joint: as for a call.
+            loss_fn, criterion, mask, offsets, joint: as for a call.
 
         Returns:
             The parts, and metrics as for a call.
@@ -190,14 +191,17 @@ class AdversarialObjective:
                 f"AdversarialObjective.parts: form must be one of {', '.join(_ADDITIVE)}; got "
                 f"{self.name!r}, whose samples have no losses to add"
             )
-        batch = self.batch(
-            loss_fn, mask=mask, offsets=offsets, labels=labels, predictions=predictions, joint=joint
-        )
+        batch = self.batch(loss_fn, criterion=criterion, mask=mask, offsets=offsets, joint=joint)
         clean = None if self.name == "adversarial" else batch.clean()
         batch.ascend()
         adversarial = batch.perturbed()
         kept = batch.weights(adversarial, clean)
-        parts = Parts(None if clean is None else clean.losses, adversarial.losses, kept, batch.lam)
+        parts = Parts(
+            None if clean is None else batch.losses(clean),
+            batch.losses(adversarial),
+            kept,
+            batch.lam,
+        )
         _, metrics = self.finish(batch, parts.summed.mean())
         return parts, metrics
 
@@ -205,10 +209,9 @@ class AdversarialObjective:
         self,
         loss_fn: LossFn,
         *,
+        criterion: Criterion | None = None,
         mask: Masks = None,
-        offsets: Tensor | None = None,
-        labels: Tensor | None = None,
-        predictions: Predict | None = None,
+        offsets: Masks = None,
         joint: bool = False,
     ) -> Batch:
         """Prepare a batch for `form` (a call of the objective does this, and `finish`)."""
@@ -225,7 +228,7 @@ class AdversarialObjective:
         return Batch(
             stage,
             attack,
-            Judge(labels, predictions),
+            criterion,
             self.eps_schedule(self.step),
             self.lam * self.lam_schedule(self.step),
             self.early_backward,
@@ -240,9 +243,10 @@ class AdversarialObjective:
         metrics["eps_scale"] = torch.tensor(batch.scale)
         metrics["lam"] = torch.tensor(batch.lam)
         if stage.blocks:
-            metrics["nonfinite"] = torch.stack(
-                [(block.nonfinite > 0).sum() for block in stage.blocks]
-            ).sum()
+            counts = [(block.nonfinite > 0).sum() for block in stage.blocks]
+            metrics["nonfinite"] = torch.stack(counts).sum()
+            if batch.attack.steps and not batch.frozen:
+                metrics["zero_gradient"] = torch.stack([b.still() for b in stage.blocks]).sum()
         metrics["steps"] = torch.tensor(batch.attack.steps)
         for name in _SCHEDULES:
             update = getattr(getattr(self, name), "update", None)
@@ -252,16 +256,49 @@ class AdversarialObjective:
         return loss, metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs: the step, and the schedules' states."""
+        """Give what a resumed run needs.
+
+        That is the step, the schedules' and the form's states (deltas that live on, an older
+        model), and the state of the attack's generator.
+        """
         state: dict[str, Any] = {"step": self.step}
-        for name in _SCHEDULES:
-            if hasattr(getattr(self, name), "state_dict"):
-                state[name] = getattr(self, name).state_dict()
+        for name, part in self._stateful():
+            state[name] = part.state_dict()
+        if self.attack.generator is not None:
+            state["generator"] = self.attack.generator.get_state()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         self.step = int(state["step"])
-        for name in _SCHEDULES:
+        for name, part in self._stateful():
             if name in state:
-                getattr(self, name).load_state_dict(state[name])
+                part.load_state_dict(state[name])
+        if self.attack.generator is not None and "generator" in state:
+            self.attack.generator.set_state(state["generator"].cpu())
+
+    def _stateful(self) -> list[tuple[str, Any]]:
+        parts = [(name, getattr(self, name)) for name in _SCHEDULES]
+        parts += [("form", self.form), ("bregman", getattr(self.form, "bregman", None))]
+        return [(name, part) for name, part in parts if hasattr(part, "state_dict")]
+
+
+def _refuse_options(attack: Attack, form: str) -> None:
+    """Refuse options that a form would pass over."""
+    if attack.stop_when_fooled:
+        raise ValueError(
+            "AdversarialObjective: stop_when_fooled=True: samples do not leave a training batch; "
+            "leave samples out of the update by `masking`"
+        )
+    if form not in ("free", "freeat"):
+        return
+    for name, value, usual in (
+        ("mode", attack.mode, attack.mode != "eval"),
+        ("restarts", attack.restarts, attack.restarts == 1),
+        ("keep", attack.keep, attack.keep == "last"),
+    ):
+        if not usual:
+            raise ValueError(
+                f"AdversarialObjective: form {form!r} trains in the attack's passes and cannot "
+                f"have {name}={value!r}"
+            )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from embattle.attacks.base import Attack
-from embattle.attacks.judge import DIVERGENCES, Ascend, Judge
-from embattle.perturb.blocks import Block
-from embattle.objectives.carry import carry, leaves
+from embattle.attacks.opening import Opened, open_attack
+from embattle.criteria import Criterion, Misclassify
+from embattle.criteria.base import ascended
 from embattle.masking import Masking, Outcome
-from embattle.perturb.stage import Evaluation, Lookups, Stage
+from embattle.objectives.carry import carry, leaves
+from embattle.perturb.evaluation import Evaluation
+from embattle.perturb.perturbation import Lookups
+from embattle.perturb.stage import Stage
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Batch:
     Attributes:
         stage: the batch's sites and loss function.
         attack: the attack.
-        judge: knows the labels.
+        criterion: what the attack is for, and what accuracy is; None: the losses alone count.
         scale: factor on the attack's strengths.
         lam: weight of the adversarial part.
         early: whether gradients that are known already are carried (see `AdversarialObjective`).
@@ -36,7 +37,7 @@ class Batch:
 
     stage: Stage
     attack: Attack
-    judge: Judge
+    criterion: Criterion | None
     scale: float
     lam: float
     early: bool
@@ -47,71 +48,112 @@ class Batch:
 
     @property
     def labels(self) -> Tensor:
-        """The labels, for forms that need them."""
-        if self.judge.labels is None:
-            raise ValueError("this form needs labels: objective(loss_fn, labels=...)")
-        return self.judge.labels
+        """The class of each sample, for forms that need it.
+
+        Raises:
+            ValueError: the criterion has none.
+        """
+        labels = getattr(self.criterion, "labels", None)
+        if not isinstance(self.criterion, Misclassify) or labels is None:
+            raise ValueError(
+                "this form needs classes: objective(loss_fn, criterion=Misclassify(labels)); got "
+                f"{self.criterion!r}"
+            )
+        return self.criterion.labels
+
+    def losses(self, evaluation: Evaluation) -> Tensor:
+        """The losses, for forms that train on them.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if evaluation.losses is None:
+            raise ValueError("this form needs losses: let loss_fn return Evaluation(losses, ...)")
+        return evaluation.losses
 
     def outputs(self, evaluation: Evaluation) -> Tensor:
         """The outputs, for forms that need them."""
         if evaluation.outputs is None:
-            raise ValueError("this form needs outputs: let loss_fn return (losses, logits)")
+            raise ValueError(
+                "this form needs outputs: let loss_fn return Evaluation(losses, outputs)"
+            )
         return evaluation.outputs
 
     def clean(self) -> Evaluation:
         """Make the clean training pass, with its graph."""
         self.stage.remember_random_state()
-        evaluation = self.stage.run(self.stage.quick_loss_fn)
+        evaluation = self.stage.run()
+        self._check(evaluation)
         self.report("clean", evaluation)
         return evaluation
 
-    def clean_and_first(self) -> tuple[Tensor, Evaluation, tuple[Evaluation, list[Tensor]] | None]:
+    def clean_and_first(
+        self, *, unlabelled: bool = False
+    ) -> tuple[Tensor, Evaluation, Opened | None]:
         """Make the clean training pass, and share it with the first ascent step if that is right.
 
+        Args:
+            unlabelled: there need be no losses: the mean is then zero.
+
         Returns:
-            The mean clean loss, to be backpropagated; the detached evaluation; and evaluation and
-            gradients at zero if the attack can start from them.
+            The mean clean loss, to be backpropagated; the detached evaluation; and what the attack
+            can start from.
         """
+        stage, attack = self.stage, self.attack
         usable = self.early and torch.is_grad_enabled() and not self.frozen
-        shared = usable and self.attack.starts_at_zero and self.attack.steps > 0
-        shared = shared and self.attack.mode != "eval" and self.attack.ascend == "loss"
-        # A plain lookup's outputs are the attack's too, wherever it starts.
-        known = shared or (usable and self.stage.plain and not self.stage.compile)
+        goal = attack.goal(self.criterion)
+        shared = usable and attack.starts_at_zero and attack.steps > 0 and attack.mode != "eval"
+        # A plain look-up's outputs are the attack's too, wherever it starts.
+        known = shared or (usable and stage.plain and not stage.compile)
         if not usable:
             evaluation = self.clean()
-            return evaluation.losses.mean(), evaluation.detach(), None
-        self.stage.remember_random_state()
+            if unlabelled and evaluation.outputs is not None and evaluation.losses is None:
+                return evaluation.outputs.new_zeros(()), evaluation.detach(), None
+            return self.losses(evaluation).mean(), evaluation.detach(), None
+        stage.remember_random_state()
         if known:
-            opening = self.stage.open(attach=True)
-            evaluation, values = opening.evaluation, self.stage.values()
+            opening = stage.open(attach=True)
+            evaluation, values = opening.evaluation, stage.found.values()
         else:
-            evaluation, values = self.stage.run(self.stage.quick_loss_fn), None
+            evaluation, values = stage.run(), None
+        self._check(evaluation)
         self.report("clean", evaluation)
-        mean = evaluation.losses.mean()
+        clean = evaluation.detach()
+        if unlabelled and evaluation.losses is None:
+            return clean.outputs.new_zeros(()), clean, None  # type: ignore[union-attr]
+        losses = self.losses(evaluation)
+        ascent = ascended(goal, evaluation, clean) if shared else losses
+        # Another objective than the losses needs a backward pass of its own.
+        shared = shared and ascent is losses
+        mean = losses.mean()
         places = values or []
         params = [p for p in leaves(mean) if not any(p is place for place in places)]
+        if values is not None:
+            stage.check_graph(losses, places)
         grads = torch.autograd.grad(mean, [*places, *params], allow_unused=True)
-        first, sources = None, []
+        opened, sources = None, []
         if values is not None:
             if shared:
-                first = (evaluation.detach(), self.stage.gather(grads[: len(places)]))
-            sources = self.stage.sources()
+                # The mean's gradient is 1/B of each sample's own.
+                first = stage.gathered(grads[: len(places)], clean.batch)
+                opened = Opened(clean, first=(clean, first))
+            sources = stage.found.sources()
             self.reuse = True
         loss = carry(mean.detach(), [*sources, *params], grads)
-        return loss, evaluation.detach(), first
+        return loss, clean, opened
 
     def ascend(
         self,
-        first: tuple[Evaluation, list[Tensor]] | None = None,
+        opened: Opened | None = None,
         *,
-        ascend: Ascend | None = None,
+        toward: Criterion | None = None,
         clean: Evaluation | None = None,
     ) -> None:
         """Find the deltas; the stage's blocks hold them afterwards.
 
         Args:
-            first: evaluation and gradients at zero, where the stage is open already.
-            ascend: what is made large, if not what the attack says.
+            opened: what is known of the first start, where the stage is open already.
+            toward: what the attack is for, if not the criterion.
             clean: the clean evaluation, for what is measured from there.
 
         Raises:
@@ -120,47 +162,43 @@ class Batch:
         if self.frozen:
             return
         stage, attack = self.stage, self.attack
-        if ascend is not None and ascend != attack.ascend:
-            attack = copy(attack)
-            attack.ascend = ascend
-        if clean is not None:
-            self.judge.clean = self.outputs(clean).detach()
-        if attack.ascend in DIVERGENCES and attack.starts_at_zero and attack.steps:
-            raise ValueError(
-                f"the {attack.ascend} from the clean outputs has no gradient at zero: give "
-                f"{type(attack).__name__} a random_start, such as GaussianStart(0.001)"
-            )
+        goal = attack.checked_goal(self.criterion if toward is None else toward)
+        before = stage.same_random
+        stage.same_random = before or attack.compares
         with stage.attacking(attack.own_generator) as generator:
-            if self.reuse:
-                attack.climb(
-                    stage, first=first, generator=generator, scale=self.scale, judge=self.judge
-                )
-                return
-            states: list[dict[str, Any]] = []
+            if goal.needs_clean or attack.compares:
+                clean = self._clean_of_attack(clean)
+            if not self.reuse:
+                opened = open_attack(attack, stage, goal, generator, self.scale, clean=False)
+            opened = opened or Opened()
+            if opened.clean is None:
+                opened.clean = clean
+            attack.search(stage, goal, opened, generator, self.scale)
+        if not before:
+            stage.same_random = False
+            stage.forget_random_state()
 
-            def start(block: Block) -> None:
-                states.append(attack.begin(block, self.scale))
-                attack.start(block, states[-1], generator)
-
-            drawn = None if generator is None else generator.get_state()
-            opening = stage.open(start=start)
-            if generator is not None and drawn is not None and not opening.perturbed:
-                generator.set_state(drawn)  # climb draws the starts that attack.run would
-            attack.climb(
-                stage,
-                opened=(opening.evaluation, states) if opening.perturbed else None,
-                generator=generator,
-                scale=self.scale,
-                judge=self.judge,
-            )
+    def _clean_of_attack(self, clean: Evaluation | None) -> Evaluation:
+        """Give the clean evaluation in the mode of the attack's passes, detached."""
+        stage, attack = self.stage, self.attack
+        same = attack.mode == "same" or (attack.mode == "as_is" and not attack.compares)
+        if clean is not None and same:
+            return clean.detach()
+        stage.rest()
+        with torch.no_grad():
+            return stage.run(first=True).detach()
 
     def perturbed(self) -> Evaluation:
         """Make the training pass under the deltas, with its graph."""
         lookups: Lookups = "attached" if self.reuse else "fresh"
-        with self.stage.applied(lookups=lookups):
-            evaluation = self.stage.evaluate(grad=torch.is_grad_enabled(), lookups=lookups)
+        with self.stage.found.applied(lookups=lookups, compile=self.stage.compile):
+            evaluation = self.stage.run()
         self.report("adversarial", evaluation)
         return evaluation
+
+    def _check(self, evaluation: Evaluation) -> None:
+        if self.criterion is not None:
+            self.criterion.check(evaluation)
 
     def weights(self, adversarial: Evaluation, clean: Evaluation | None) -> Tensor | None:
         """Ask the masking policy; give weights `[B]`, or None where all samples take part."""
@@ -168,19 +206,19 @@ class Batch:
             return None
         stage = self.stage
         norms = None
-        if not any(block.coupled for block in stage.blocks):
+        if not stage.found.coupled:
             norms = sample_norms(stage)
         kept = self.masking(
             Outcome(
-                losses=adversarial.losses.detach(),
-                clean_losses=None if clean is None else clean.losses.detach(),
+                losses=self.losses(adversarial).detach(),
+                clean_losses=None if clean is None else self.losses(clean).detach(),
                 outputs=None if adversarial.outputs is None else adversarial.outputs.detach(),
                 norms=norms,
                 agreement=stage.agreement(),
             )
         )
         self.metrics["masked"] = (~kept).sum()
-        return kept.to(adversarial.losses.dtype)
+        return kept.to(self.losses(adversarial).dtype)
 
     def mean(self, values: Tensor, weights: Tensor | None) -> Tensor:
         """Average over the batch; a masked sample adds nothing, not even a NaN."""
@@ -189,13 +227,14 @@ class Batch:
         return torch.where(weights > 0, values, torch.zeros_like(values)).mean()
 
     def report(self, name: str, evaluation: Evaluation) -> None:
-        """Note the mean loss and, with labels, the accuracy of a pass."""
-        self.metrics[f"{name}_loss"] = evaluation.losses.detach().mean()
-        predicted = self.judge.predict(evaluation.detach())
-        labels = self.judge.labels
-        if predicted is not None and labels is not None and predicted.shape == labels.shape:
-            key = "robust_accuracy" if name == "adversarial" else f"{name}_accuracy"
-            self.metrics[key] = (predicted == labels).float().mean()
+        """Note the mean loss and, if the criterion has one, the accuracy of a pass."""
+        if evaluation.losses is not None:
+            self.metrics[f"{name}_loss"] = evaluation.losses.detach().mean()
+        if self.criterion is not None and evaluation.outputs is not None:
+            accuracy = self.criterion.accuracy(evaluation.detach())
+            if accuracy is not None:
+                key = "robust_accuracy" if name == "adversarial" else f"{name}_accuracy"
+                self.metrics[key] = accuracy
 
 
 def sample_norms(stage: Stage) -> Tensor:

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from embattle.perturb.guard import preserved_random_state
-from embattle.perturb.stage import Evaluation, LossFn, call
+from embattle import checks
+from embattle.perturb.evaluation import Evaluation, LossFn, call
+from embattle.perturb.guard import fresh_autocast_cache, kept_state, preserved_random_state
 
 
 class Bregman:
@@ -25,14 +26,13 @@ class Bregman:
     """
 
     def __init__(self, model: nn.Module, *, weight: float = 1.0, momentum: float = 0.99) -> None:
-        if not weight >= 0:
-            raise ValueError(f"Bregman: weight must be at least 0, got {weight}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"Bregman: momentum must lie in [0, 1), got {momentum}")
-        self.weight, self.momentum = weight, momentum
+        self.weight = checks.real("Bregman", "weight", weight, 0)
+        self.momentum = checks.real("Bregman", "momentum", momentum, 0, 1)
+        if self.momentum == 1:
+            raise ValueError("Bregman: momentum must lie in [0, 1), got 1")
+        self._model = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._old: list[Tensor] = []
-        self._older: list[Tensor] = []
 
     @torch.no_grad()
     def older(self, loss_fn: LossFn) -> Evaluation:
@@ -44,7 +44,7 @@ class Bregman:
         now = [p.detach() for p in self._parameters]
         if not self._old:
             self._old = [p.clone() for p in now]
-        with self._exchanged(), preserved_random_state():
+        with self._exchanged(), preserved_random_state(), kept_state([self._model]):
             evaluation = call(loss_fn)
         torch._foreach_lerp_(self._old, now, 1 - self.momentum)
         return evaluation
@@ -52,10 +52,28 @@ class Bregman:
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
         kept = [p.data for p in self._parameters]
-        try:
-            for parameter, old in zip(self._parameters, self._old, strict=True):
-                parameter.data = old
-            yield
-        finally:
-            for parameter, data in zip(self._parameters, kept, strict=True):
-                parameter.data = data
+        with fresh_autocast_cache():
+            try:
+                for parameter, old in zip(self._parameters, self._old, strict=True):
+                    parameter.data = old
+                yield
+            finally:
+                for parameter, data in zip(self._parameters, kept, strict=True):
+                    parameter.data = data
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give what a resumed run needs: the older parameters, by number."""
+        return {str(number): old for number, old in enumerate(self._old)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state.
+
+        Raises:
+            ValueError: it is of another model.
+        """
+        olds = [state[str(number)] for number in range(len(state))]
+        shapes = [tuple(p.shape) for p in self._parameters]
+        if olds and [tuple(old.shape) for old in olds] != shapes:
+            raise ValueError("Bregman: the state belongs to a model with other parameters")
+        pairs = zip(olds, self._parameters, strict=False)
+        self._old = [old.to(p.device, p.dtype).clone() for old, p in pairs]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from embattle.attacks.judge import DIVERGENCES
-from embattle.losses import per_sample, two_sided
+from embattle.criteria import Diverge
+from embattle.losses import DIVERGENCES, per_sample, two_sided
 from embattle.objectives.batch import Batch
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ class Trades:
 
     def __call__(self, batch: Batch) -> Tensor:
         clean = batch.clean()
-        batch.ascend(ascend=self.divergence, clean=clean)
+        batch.ascend(toward=Diverge(self.divergence), clean=clean)
         perturbed = batch.perturbed()
         distance = DIVERGENCES[self.divergence](batch.outputs(clean), batch.outputs(perturbed))
-        return clean.losses.mean() + batch.lam * batch.mean(
+        return batch.losses(clean).mean() + batch.lam * batch.mean(
             distance, batch.weights(perturbed, clean)
         )
 
@@ -48,14 +48,15 @@ class Vat:
     """Virtual adversarial training (Miyato et al., 2017, eq. 8): `L + lam * KL(p || p(x + r))`.
 
     p, the clean prediction, is a constant in the divergence. The attack is `VAT`, or any other: it
-    ascends the KL.
+    ascends the KL. A batch without labels has the divergence alone: let the loss function return
+    `Evaluation(outputs=logits)`.
     """
 
     divergence: Divergence = "kl"
 
     def __call__(self, batch: Batch) -> Tensor:
-        loss, clean, _ = batch.clean_and_first()
-        batch.ascend(ascend=self.divergence, clean=clean)
+        loss, clean, _ = batch.clean_and_first(unlabelled=True)
+        batch.ascend(toward=Diverge(self.divergence), clean=clean)
         perturbed = batch.perturbed()
         distance = DIVERGENCES[self.divergence](batch.outputs(clean), batch.outputs(perturbed))
         return loss + batch.lam * batch.mean(distance, batch.weights(perturbed, clean))
@@ -101,8 +102,8 @@ class Alp:
         perturbed = batch.perturbed()
         distance = per_sample((batch.outputs(clean) - batch.outputs(perturbed)).square())
         weights = batch.weights(perturbed, clean)
-        values = perturbed.losses / 2 + batch.lam * distance
-        return clean.losses.mean() / 2 + batch.mean(values, weights)
+        values = batch.losses(perturbed) / 2 + batch.lam * distance
+        return batch.losses(clean).mean() / 2 + batch.mean(values, weights)
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,11 @@ class Smart:
         if self.bregman is not None:
             old = batch.outputs(self.bregman.older(batch.stage.loss_fn))
         clean = batch.clean()
-        batch.ascend(ascend=self.divergence, clean=clean)
+        batch.ascend(toward=Diverge(self.divergence), clean=clean)
         perturbed = batch.perturbed()
         measure = DIVERGENCES[self.divergence]
         distance = measure(batch.outputs(clean), batch.outputs(perturbed))
-        loss = clean.losses.mean() + batch.lam * batch.mean(
+        loss = batch.losses(clean).mean() + batch.lam * batch.mean(
             distance, batch.weights(perturbed, clean)
         )
         if self.bregman is None or old is None:
@@ -153,6 +154,6 @@ class R3F:
         batch.ascend()
         perturbed = batch.perturbed()
         distance = DIVERGENCES["symmetric_kl"](batch.outputs(clean), batch.outputs(perturbed))
-        return clean.losses.mean() + batch.lam * batch.mean(
+        return batch.losses(clean).mean() + batch.lam * batch.mean(
             distance, batch.weights(perturbed, clean)
         )

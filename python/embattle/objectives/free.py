@@ -7,10 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embattle.perturb.blocks import Block
-from embattle.objectives.carry import add_up, carry, leaves
+from embattle import ops
+from embattle.attacks.base import box
+from embattle.criteria import Criterion
+from embattle.criteria.base import ascended
 from embattle.objectives.batch import Batch
-from embattle.perturb.stage import Evaluation
+from embattle.objectives.carry import add_up, carry, leaves
+from embattle.perturb.blocks import Block
+from embattle.perturb.evaluation import Evaluation
+from embattle.perturb.stage import Stage
 
 
 def free(batch: Batch) -> Tensor:
@@ -42,6 +47,14 @@ class FreeAT:
         self.deltas = [block.delta.detach() for block in batch.stage.blocks]
         return loss
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give what a resumed run needs: the deltas, by number."""
+        return {str(number): delta for number, delta in enumerate(self.deltas)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state."""
+        self.deltas = [state[str(number)].clone() for number in range(len(state))]
+
 
 def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
     """Make `count` passes that give weight and delta gradients alike, moving the delta after each.
@@ -52,8 +65,6 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
         kept: deltas to start from where the shapes agree; then the last pass moves them too.
     """
     stage, attack = batch.stage, batch.attack
-    if attack.ascend != "loss":
-        raise ValueError(f"this form ascends the loss itself, not ascend={attack.ascend!r}")
     if count < 1:
         raise ValueError(f"this form needs an attack with steps, not {attack!r}")
     if not torch.is_grad_enabled():
@@ -65,9 +76,15 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
         states.append(attack.begin(block, batch.scale))
         attack.start(block, states[-1], generator)
         place = len(states) - 1
-        usable = kept and place < len(kept) and not block.coupled
-        if kept and usable and kept[place].shape == block.delta.shape:
-            block.set(kept[place])
+        if not kept or place >= len(kept) or block.coupled:
+            return
+        old = kept[place].to(block.delta.device, block.delta.dtype)
+        if old.shape == block.delta.shape:
+            # Another batch has another mask, and perhaps another radius.
+            eps = states[-1]["eps"]
+            block.set(
+                ops.project(old, eps=eps, norm=attack.norm, **block.geometry, **box(states[-1]))
+            )
 
     total: list[Tensor | None] = []
     params: list[Tensor] = []
@@ -78,6 +95,7 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
     plain = stage.plain
     try:
         opening = stage.open(attach=plain, start=start)
+        _refuse_unused_parameters(stage)
         for number in range(count):
             # Training passes: dropout, batch norm and random state are the model's own business.
             if number == 0 and opening.perturbed:
@@ -86,26 +104,24 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
                 evaluation = stage.evaluate(
                     grad=True, lookups="detached" if plain else "fresh", detach=plain
                 )
-            mean = evaluation.losses.mean()
+            losses_now = _ascends_losses(attack.goal(batch.criterion), batch, evaluation)
+            mean = losses_now.mean()
             if not params:
                 deltas = [block.delta for block in stage.blocks]
                 params = [p for p in leaves(mean) if not any(p is d for d in deltas)]
             deltas = [block.delta for block in stage.blocks]
+            stage.check_graph(losses_now, deltas)
             # A share of the mean is differentiated, so that the sum is the average as it is.
             grads = torch.autograd.grad(mean / count, [*deltas, *params], allow_unused=True)
-            steps = [None if g is None else g * count for g in grads[: len(deltas)]]
             total = add_up(total, grads)
             losses.append(mean.detach())
             if number < count - 1 or kept is not None:
-                values = attack.values_of(stage, batch.judge, evaluation.detach())
-                for block, grad, state in zip(stage.blocks, steps, states, strict=True):
-                    attack.step(
-                        block,
-                        torch.zeros_like(block.delta) if grad is None else grad,
-                        state,
-                        number,
-                        values,
-                    )
+                at = evaluation.detach()
+                values = attack.values(stage, attack.goal(batch.criterion), at, at)
+                # Each sample's own gradient is count * B times that of its share of the mean.
+                own = stage.of_blocks(grads[: len(deltas)], count * at.batch)
+                for block, grad, state in zip(stage.blocks, own, states, strict=True):
+                    attack.step(block, grad, state, number, values)
     finally:
         stage.rest()
     assert evaluation is not None
@@ -115,9 +131,29 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
     places: list[Tensor | None] = []
     if plain:
         for block, one in zip(stage.blocks, total, strict=False):
-            found = [stage.calls[site][call].source for site, call in block.places]
             spread = block.spread(torch.zeros_like(block.delta) if one is None else one)
-            sources.extend(found)
-            places.extend(g.to(s.dtype) for g, s in zip(spread, found, strict=True))
+            for (site, call), grad in zip(block.places, spread, strict=True):
+                source = stage.found.calls[site][call].source
+                assert source is not None
+                sources.append(source)
+                places.append(grad.to(source.dtype))
     value = torch.stack(losses).mean()
     return carry(value, [*sources, *params], [*places, *total[len(stage.blocks) :]])
+
+
+def _ascends_losses(goal: Criterion, batch: Batch, evaluation: Evaluation) -> Tensor:
+    losses = batch.losses(evaluation)
+    if goal.needs_clean or ascended(goal, evaluation, None) is not losses:
+        raise ValueError(
+            f"this form trains on what it ascends, the losses; {goal!r} ascends something else"
+        )
+    return losses
+
+
+def _refuse_unused_parameters(stage: Stage) -> None:
+    if any(call.unused_parameters for recorded in stage.found.calls for call in recorded):
+        raise RuntimeError(
+            "this form trains in the attack's passes, which DistributedDataParallel with "
+            "find_unused_parameters=True does not allow: it waits for gradients that never come; "
+            "use find_unused_parameters=False, or form='mixed'"
+        )

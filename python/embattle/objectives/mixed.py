@@ -15,14 +15,14 @@ def mixed(batch: Batch) -> Tensor:
     batch.ascend(first)
     adversarial = batch.perturbed()
     weights = batch.weights(adversarial, clean)
-    return loss + batch.lam * batch.mean(adversarial.losses, weights)
+    return loss + batch.lam * batch.mean(batch.losses(adversarial), weights)
 
 
 def adversarial(batch: Batch) -> Tensor:
     """`mean L_adv` alone (Madry et al., ICLR 2018)."""
     batch.ascend()
     evaluation = batch.perturbed()
-    return batch.mean(evaluation.losses, batch.weights(evaluation, None))
+    return batch.mean(batch.losses(evaluation), batch.weights(evaluation, None))
 
 
 def apr(batch: Batch) -> Tensor:

@@ -1,1 +1,1 @@
-"""How a model is perturbed: sites, the unknowns there, one batch under attack, strengths, guards."""
+"""How a model is perturbed: sites, deltas, one batch under attack, strengths, guards."""

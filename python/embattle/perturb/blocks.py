@@ -37,6 +37,7 @@ class Block:
         layouts: how the samples are laid out at each place.
         coupled: whether the samples of the batch share the delta.
         nonfinite: int32 `[groups]`, how often a group's gradient was not finite.
+        whole: whether the groups are all rows of a table, those that the batch does not read too.
         moved: bool `[groups]`, whether a group ever had a gradient other than zero.
     """
 
@@ -50,11 +51,12 @@ class Block:
         mask: Tensor | None = None,
         layouts: Sequence[Layout] | None = None,
         coupled: bool = False,
+        whole: bool = False,
     ) -> None:
         self.base = base
         self.places = list(places)
         self.layouts = list(layouts) if layouts else [Layout()] * len(self.places)
-        self.coupled = coupled
+        self.coupled, self.whole = coupled, whole
         self.geometry: dict[str, Any] = {"group": group, "offsets": offsets, "mask": mask}
         self.delta = torch.zeros_like(
             base, dtype=torch.promote_types(base.dtype, torch.float32)
@@ -103,7 +105,9 @@ class Block:
     def still(self) -> Tensor:
         """Count the groups that could move and never had a gradient, a 0-d int64 tensor."""
         movable = group_sizes(self.base, self.geometry) > 0
-        return (movable & ~self.moved).sum()
+        still = movable & ~self.moved
+        # Rows of a whole table that the batch does not read have no gradient by right.
+        return still.sum() if not self.whole else still.sum() * still.equal(movable)
 
     def set(self, delta: Tensor) -> None:
         """Take over the values of `delta`."""
@@ -190,7 +194,7 @@ class RowBlock(Block):
         paddings = [call.module.padding_idx for call in calls]
         padding = _joined(
             indices,
-            [None if p is None else i == p for i, p in zip(indices, paddings, strict=True)],  # type: ignore[arg-type]
+            [None if p is None else i == p for i, p in zip(indices, paddings, strict=True)],
             False,
         )
         kept = kept & ~padding
@@ -218,7 +222,8 @@ class RowBlock(Block):
                 torch.where(inverse < rows.numel(), inverse, -1) for inverse in self.inverses
             ]
         places = [(index, i) for i in range(len(calls))]
-        super().__init__(weight if whole else weight[rows], places, group="token", coupled=True)
+        base = weight if whole else weight[rows]
+        super().__init__(base, places, group="token", coupled=True, whole=whole)
 
     def additions(self) -> list[Tensor]:
         return [
@@ -256,15 +261,13 @@ def _joined(indices: Sequence[Tensor], values: Sequence[Tensor | None], missing:
     """Join what is known of each call's indices, bool, in one flat tensor."""
     return torch.cat(
         [
-            torch.full_like(i, missing, dtype=torch.bool).reshape(-1) if v is None else v.reshape(-1)
+            (torch.full_like(i, missing, dtype=torch.bool) if v is None else v).reshape(-1)
             for i, v in zip(indices, values, strict=True)
         ]
     )
 
 
-def _placed(
-    module: nn.Module, delta: Tensor, inverse: Tensor, arguments: dict[str, Any]
-) -> Tensor:
+def _placed(module: nn.Module, delta: Tensor, inverse: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Look the rows of a table of deltas up, as the module does its own."""
     table = torch.cat([delta, delta.new_zeros(2, delta.shape[1])])
     if isinstance(module, nn.EmbeddingBag):
@@ -364,9 +367,7 @@ def _arguments(call: Call) -> dict[str, Any]:
     }
 
 
-def call_block(
-    site: Site, call: Call, place: Place, geometry: Geometry
-) -> Block:
+def call_block(site: Site, call: Call, place: Place, geometry: Geometry) -> Block:
     """Make the block of one call's output; a jagged output brings its own offsets."""
     layout, base = call.layout, call.value.detach()
     shared = layout.samples is None
@@ -375,7 +376,7 @@ def call_block(
         # One ball around the whole parameter: a single sample.
         base = base.unsqueeze(0)
         mask = None if mask is None else mask.unsqueeze(0)
-        return Block(base, [place], mask=mask, layouts=[_Whole()], coupled=True)  # type: ignore[list-item]
+        return Block(base, [place], mask=mask, layouts=[_Whole()], coupled=True)
     if base.dim() < 2 and not shared:
         raise ValueError(
             f"Site: {type(call.module).__name__} returned shape {tuple(base.shape)}; embeddings "
@@ -389,6 +390,7 @@ def call_block(
         mask=mask,
         layouts=[layout],
         coupled=shared,
+        whole=site.scope == "weight",
     )
 
 

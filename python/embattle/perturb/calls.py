@@ -40,7 +40,7 @@ class Layout(NamedTuple):
                 f"Site: per_sample={self.per_sample} does not divide the {value.shape[0]} entries "
                 f"of dim {self.samples}"
             )
-        return value.unflatten(0, (-1, self.per_sample))
+        return value.reshape(-1, self.per_sample, *value.shape[1:])
 
     def to_module(self, value: Tensor) -> Tensor:
         """Undo `to_samples`."""
@@ -49,6 +49,9 @@ class Layout(NamedTuple):
         if self.per_sample != 1:
             value = value.flatten(0, 1)
         return value.movedim(0, self.samples or 0)
+
+
+PLAIN = Layout()
 
 
 @dataclass
@@ -66,6 +69,7 @@ class Call:
         key: which element of a dict or tuple the embeddings are.
         offsets: bounds of the samples, if the output is ragged.
         layout: where the samples are.
+        unused_parameters: the model runs in DDP with `find_unused_parameters`.
         checked: whether the integers among the inputs are known, so that others are noticed.
     """
 
@@ -77,8 +81,9 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict, repr=False)
     key: Key = None
     offsets: Tensor | None = field(default=None, repr=False)
-    layout: Layout = Layout()
+    layout: Layout = PLAIN
     checked: bool = field(default=True, init=False, repr=False)
+    unused_parameters: bool = field(default=False, init=False, repr=False)
     identity: tuple[object, ...] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -97,9 +102,7 @@ class Call:
         """Whether a later call has the very same inputs, unchanged since (not merely equal)."""
         return self.identity is not None and self.identity == _identity(args, kwargs)
 
-    def same_batch(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
+    def same_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a later call can be this one: of the same module, with equal indices.
 
         Floating-point inputs may differ from pass to pass, integers may not.

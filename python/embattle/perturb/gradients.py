@@ -41,9 +41,14 @@ def differentiate(
         grads = _differentiate((values.float() * scale).sum(), leaves, keep=keep)
         scaled = [None if g is None else g.float() / scale for g in grads]
         found = scaled if not found else [_better(a, b) for a, b in zip(found, scaled, strict=True)]
-        if all(g is None or bool(g.isfinite().all() & (g != 0).flatten(1).any(1).all()) for g in found):
+        if all(g is None or _complete(g) for g in found):
             break
     return found
+
+
+def _complete(grad: Tensor) -> bool:
+    """Whether no sample's gradient overflowed or vanished."""
+    return bool(grad.isfinite().all() & (grad != 0).flatten(1).any(1).all())
 
 
 def _better(one: Tensor | None, two: Tensor | None) -> Tensor | None:
@@ -156,9 +161,7 @@ def refuse_other_layouts(
             continue
         probes = []
         for sample in (0, 1):
-            grads = torch.autograd.grad(
-                values[sample], mine, allow_unused=True, retain_graph=True
-            )
+            grads = torch.autograd.grad(values[sample], mine, allow_unused=True, retain_graph=True)
             if by_place:
                 probes.append(grads)
             else:

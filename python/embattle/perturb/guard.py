@@ -234,9 +234,6 @@ def kept_state(models: Sequence[nn.Module]) -> Iterator[ModelState]:
         yield state
 
 
-frozen_statistics = kept_state  # the name that `Stage` knows
-
-
 @contextmanager
 def eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
     """Put the models in eval mode; every submodule gets its own flag back afterwards."""

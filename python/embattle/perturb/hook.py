@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
@@ -81,7 +82,6 @@ class Watch(_Turns):
             asked for there. It then does not reach the modules' weights: `Call.source` does.
         begin: gives for each call what is added to its output at once. A compiled model does not
             call it, and stays unperturbed in this pass.
-        graph: the pass keeps its graph.
         aside: where the pass is compiled, step out of it at the module, so that what it returns and
             where its gradient is asked are seen: the code before and after is compiled apart.
     """
@@ -94,12 +94,11 @@ class Watch(_Turns):
         *,
         attach: bool,
         begin: Callable[[Call], Tensor] | None = None,
-        graph: bool = False,
         aside: bool = False,
     ) -> None:
         super().__init__(modules, key)
         self.calls: list[Call] = []
-        self.layout_of, self.attach, self.begin, self.graph = layout_of, attach, begin, graph
+        self.layout_of, self.attach, self.begin = layout_of, attach, begin
         self.aside: Callable[..., Any] | None = None
         if aside:
             self.aside = torch.compiler.disable(self._open)  # type: ignore[no-untyped-call]
@@ -123,8 +122,7 @@ class Watch(_Turns):
     ) -> Any:
         if self.foreign(module):
             return None
-        refuse_checkpoints(module, self.graph)
-        refuse_static_graph(module)
+        refuse_checkpoints(module)
         values = {
             part.key: self._record(module, args, kwargs, part)
             for part in parts_of(output, self.key)
@@ -139,6 +137,7 @@ class Watch(_Turns):
             leaf.requires_grad_()
         call = Call(module, leaf, value, False, args, kwargs, part.key, part.offsets)
         call.layout = self.layout_of(call)
+        call.unused_parameters = finds_unused_parameters(module)
         self.calls.append(call)
         if self.begin is not None:
             value = leaf if self.attach else value
@@ -157,7 +156,6 @@ class Perturb(_Turns):
         known: take the embeddings of calls with the very same inputs from `calls`, where the module
             is an `nn.Embedding`: "attached" to its weights, or "detached"; None looks them up.
         detach: cut the outputs off the modules' weights.
-        graph: the passes keep their graphs.
     """
 
     def __init__(
@@ -169,11 +167,10 @@ class Perturb(_Turns):
         *,
         known: str | None = None,
         detach: bool = False,
-        graph: bool = False,
     ) -> None:
         super().__init__(modules, key)
         self.calls, self.additions = calls, additions
-        self.known, self.detach, self.graph = known, detach, graph
+        self.known, self.detach = known, detach
         self.turn = 0
 
     def __call__(
@@ -183,7 +180,7 @@ class Perturb(_Turns):
             return self._traced(output)
         if self.foreign(module):
             return None
-        refuse_checkpoints(module, self.graph)
+        refuse_checkpoints(module)
         values = {}
         for part in parts_of(output, self.key):
             turn = self._next(module, args, kwargs)
@@ -269,28 +266,45 @@ def can_stand_in(module: nn.Module) -> bool:
     return is_plain(module) and "forward" not in module.__dict__
 
 
-def refuse_checkpoints(module: nn.Module, graph: bool) -> None:
+def refuse_checkpoints(module: nn.Module) -> None:
     """Stop where the module would be run again, unperturbed, in the backward pass."""
     hooks = _saved_tensors_hooks()
     inside = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
-    # A reentrant checkpoint runs its segment without a graph, although the pass has one.
-    if inside or (graph and not torch.is_grad_enabled()):
+    # A reentrant checkpoint runs its segment without a graph, and has no hooks.
+    if inside or (not torch.is_grad_enabled() and _called_by_checkpoint()):
         raise RuntimeError(
-            f"Site: {type(module).__name__} is called inside a gradient checkpoint (or "
-            "under no_grad), which runs it again in the backward pass, without the "
-            "perturbation: put the site's module outside the checkpointed part"
+            f"Site: {type(module).__name__} is called inside a gradient checkpoint, which runs it "
+            "again in the backward pass, without the perturbation: put the site's module outside "
+            "the checkpointed part"
         )
 
 
-def refuse_static_graph(module: nn.Module) -> None:
-    """Stop under DDP with a static graph, which an attack's passes break without a word."""
+def _called_by_checkpoint() -> bool:
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def finds_unused_parameters(module: nn.Module) -> bool:
+    """Whether the model runs in DDP with `find_unused_parameters`.
+
+    Raises:
+        RuntimeError: it runs in DDP with a static graph, which an attack's passes break without a
+            word.
+    """
     wrapper = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-    if wrapper is not None and getattr(wrapper, "static_graph", False):
+    if wrapper is None:
+        return False
+    if getattr(wrapper, "static_graph", False):
         raise RuntimeError(
             f"Site: {type(module).__name__} runs inside DistributedDataParallel with "
             "static_graph=True, which leaves gradients unsynchronised where a model runs several "
             "times before one backward pass: use static_graph=False"
         )
+    return bool(getattr(wrapper, "find_unused_parameters", False))
 
 
 def _saved_tensors_hooks() -> tuple[Any, Any] | None:

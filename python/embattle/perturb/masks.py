@@ -100,8 +100,7 @@ class Geometry:
                 where = "; with scope='row' it needs the indices' shape"
                 raise ValueError(
                     f"mask has shape {tuple(given.shape)}; the embeddings "
-                    f"{tuple(call.value.shape)} need {tuple(shape)}"
-                    + (where if rows else "")
+                    f"{tuple(call.value.shape)} need {tuple(shape)}" + (where if rows else "")
                 )
         if rows:
             return given  # padding is known by its index there
@@ -130,20 +129,18 @@ def padding_mask(call: Call) -> Tensor | None:
         return None
     if call.layout.samples is None and call.value is not None and not call.args:
         rows = torch.arange(call.value.shape[0], device=call.value.device)
-        return rows != padding
+        return torch.ne(rows, padding)
     indices = call.indices
     if indices is None or indices.shape != call.value.shape[:-1]:
         return None
-    return indices.to(call.value.device) != padding
+    return torch.ne(indices.to(call.value.device), padding)
 
 
 def _listed(given: Any) -> bool:
     return isinstance(given, (list, tuple))
 
 
-def _per_site(
-    name: str, sites: Sequence[Site], given: Any, dtype: torch.dtype
-) -> list[PerCall]:
+def _per_site(name: str, sites: Sequence[Site], given: Any, dtype: torch.dtype) -> list[PerCall]:
     if len(sites) == 1:
         each = [given]
     elif given is None or callable(given):

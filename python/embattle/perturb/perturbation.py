@@ -51,7 +51,6 @@ class Perturbation:
         *,
         lookups: Lookups = "fresh",
         detach: bool = False,
-        graph: bool = False,
         compile: bool = False,
     ) -> None:
         """Hand the current deltas to the sites, for the passes to come.
@@ -59,11 +58,10 @@ class Perturbation:
         Args:
             lookups: where the embeddings come from, if the module is a look-up.
             detach: cut the embeddings off the modules' weights.
-            graph: the passes keep their graphs.
             compile: the passes are compiled.
         """
         for site, calls, additions, known in self._per_site(lookups, compile):
-            site.place(calls, additions, known=known, detach=detach, graph=graph)
+            site.place(calls, additions, known=known, detach=detach)
 
     def rest(self) -> None:
         """Leave the model unperturbed."""
@@ -117,11 +115,11 @@ class Perturbation:
         """
         if self.compiled:
             return None
-        return [self.calls[site][call].value for block in self.blocks for site, call in block.places]
+        return [self.calls[s][c].value for block in self.blocks for s, c in block.places]
 
     def sources(self) -> list[Tensor]:
         """Give the modules' own outputs at the places, attached to their weights."""
-        found = [self.calls[site][call].source for block in self.blocks for site, call in block.places]
+        found = [self.calls[s][c].source for block in self.blocks for s, c in block.places]
         return [source for source in found if source is not None]
 
     def gather(self, grads: Sequence[Tensor | None]) -> list[Tensor]:

@@ -20,7 +20,7 @@ Group = Literal["sample", "token"]
 Scope = Literal["output", "row", "weight"]
 Rows = Literal["batch", "table"]
 # A number, or a function of the call that gives it.
-OfCall: TypeAlias = "int | None | Callable[[Call], int | None]"
+OfCall: TypeAlias = "int | Callable[[Call], int | None] | None"
 # What a site or a run knows of each call: masks and offsets.
 PerCallTensor: TypeAlias = (
     "Tensor | Callable[[Call], Tensor | None] | Sequence[Tensor | None] | None"
@@ -37,8 +37,8 @@ class Site:
     *before* `torch.compile`: a hook that comes later is silently ignored there.
 
     Args:
-        module: any module that returns floating-point embeddings: a tensor, a tuple that starts with
-            one, a dict that holds some; or several modules that look the same table up.
+        module: any module that returns floating-point embeddings: a tensor, a tuple that starts
+            with one, a dict that holds some; or several modules that look the same table up.
         group: what has a ball of its own: `"sample"` (everything of one sample) or `"token"`
             (every vector of the last dim).
         scope: `"output"` perturbs what the module returns; `"row"` perturbs rows of the embedding
@@ -114,7 +114,7 @@ class Site:
         handles = [one.register_forward_hook(self._hook, with_kwargs=True) for one in modules]
         self._finalizer = weakref.finalize(self, _remove, handles)
 
-    # --- other ways to name a place -----------------------------------------------------------------
+    # --- other ways to name a place --------------------------------------------------------------
 
     @classmethod
     def output(cls, module: nn.Module, **options: Any) -> Site:
@@ -209,7 +209,7 @@ class Site:
         count = f"{len(self.modules)} x " if len(self.modules) > 1 else ""
         return f"Site({what} of {count}{type(self.module).__name__}, one ball per {balls})"
 
-    # --- what an attack does with it -----------------------------------------------------------------
+    # --- what an attack does with it -------------------------------------------------------------
 
     @property
     def use(self) -> Use | None:
@@ -252,11 +252,10 @@ class Site:
         *,
         known: str | None = None,
         detach: bool = False,
-        graph: bool = False,
     ) -> None:
         """Perturb the coming forward passes (see `hook.Perturb`)."""
         self._hook.use = Perturb(
-            self.modules, self.key, calls, additions, known=known, detach=detach, graph=graph
+            self.modules, self.key, calls, additions, known=known, detach=detach
         )
         if known is not None:
             for module in self.modules:
@@ -277,7 +276,9 @@ class Site:
         return not isinstance(use, Perturb) or use.complete
 
     @contextmanager
-    def placed(self, calls: list[Call], additions: Sequence[Addition], known: str | None) -> Iterator[None]:
+    def placed(
+        self, calls: list[Call], additions: Sequence[Addition], known: str | None
+    ) -> Iterator[None]:
         """Perturb the passes inside the block; then what was placed before is there again."""
         before = self._hook.use
         self.place(calls, additions, known=known)
@@ -341,7 +342,8 @@ class WeightSite(Site):
     def remove(self) -> None:
         """Nothing stays on the module."""
 
-    def watch(self, *, attach: bool, begin: Any = None, **options: Any) -> list[Call]:
+    def watch(self, **options: Any) -> list[Call]:
+        attach, begin = options["attach"], options.get("begin")
         original = self._parameter.original
         leaf = original.detach()
         call = Call(self.module, leaf, original, False, layout=Layout(None))
@@ -360,7 +362,6 @@ class WeightSite(Site):
         *,
         known: str | None = None,
         detach: bool = False,
-        graph: bool = False,
     ) -> None:
         (addition,) = additions
         original = self._parameter.original
@@ -376,7 +377,9 @@ class WeightSite(Site):
         return True
 
     @contextmanager
-    def placed(self, calls: list[Call], additions: Sequence[Addition], known: str | None) -> Iterator[None]:
+    def placed(
+        self, calls: list[Call], additions: Sequence[Addition], known: str | None
+    ) -> Iterator[None]:
         before = self._parameter.current
         self.place(calls, additions)
         try:
@@ -423,7 +426,7 @@ def _with_tied(modules: list[nn.Module], model: nn.Module | None) -> list[nn.Mod
             )
     weight = modules[0].weight
     if any(not _shares(module, weight) for module in modules):
-        raise ValueError("Site: scope='row' needs modules that share one table; make a site of each")
+        raise ValueError("Site: scope='row' needs modules of one table; make a site of each")
     others = [] if model is None else [m for m in model.modules() if is_lookup(m)]
     for module in others:
         if _shares(module, weight) and not any(module is one for one in modules):

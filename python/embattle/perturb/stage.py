@@ -22,8 +22,8 @@ from embattle.perturb.gradients import (
 )
 from embattle.perturb.guard import (
     MODES,
-    KeptState,
     Mode,
+    ModelState,
     RandomState,
     eval_mode,
     fresh_autocast_cache,
@@ -97,7 +97,7 @@ class Stage:
         if compile and any(site.scope == "weight" for site in self.sites):
             raise ValueError("compile=True: compiled code does not see an exchanged parameter")
         self.batch = 0
-        self._state: KeptState | None = None
+        self._state: ModelState | None = None
         self._first: RandomState | None = None  # where evaluations start from
         self._replay: RandomState | None = None
         self._masks: DropoutMasks | None = None
@@ -130,7 +130,7 @@ class Stage:
         other.loss_fn, other.batch = self.subset(rows), len(rows)
         return other
 
-    # --- around the passes ---------------------------------------------------------------------------
+    # --- around the passes -----------------------------------------------------------------------
 
     @contextmanager
     def attacking(
@@ -179,6 +179,10 @@ class Stage:
     def _remember(self, state: RandomState) -> None:
         self._replay = state
         self._masks = None if self.compile else DropoutMasks()
+
+    def forget_random_state(self) -> None:
+        """Draw anew in the passes to come."""
+        self._replay = self._masks = None
 
     def forget_masks(self) -> None:
         """Free the dropout masks: later passes draw them anew."""
@@ -235,10 +239,7 @@ class Stage:
                 begin = None
                 if inside and start is not None:
                     begin = partial(self._begin, index, start, started[index])
-                graph = attach or inside
-                calls.append(
-                    site.watch(attach=attach, begin=begin, graph=graph, aside=self.compile)
-                )
+                calls.append(site.watch(attach=attach, begin=begin, aside=self.compile))
             with torch.set_grad_enabled(attach or inside):
                 evaluation = self.run()
         finally:
@@ -297,10 +298,10 @@ class Stage:
     ) -> Evaluation:
         """Run the loss function at the current deltas (see `Perturbation.place` and `run`)."""
         with torch.set_grad_enabled(grad):
-            self.found.place(lookups=lookups, detach=detach, graph=grad, compile=self.compile)
+            self.found.place(lookups=lookups, detach=detach, compile=self.compile)
             return self.run(first=first)
 
-    # --- gradients -----------------------------------------------------------------------------------
+    # --- gradients -------------------------------------------------------------------------------
 
     def gradients(self, values: Tensor) -> list[Tensor]:
         """Differentiate with respect to the deltas, and nothing else.
@@ -310,12 +311,7 @@ class Stage:
         leaves = [block.delta for block in self.blocks]
         self.check_graph(values, leaves)
         grads = differentiate(values, leaves, self._narrow_types)
-        return self.noted(
-            [
-                torch.zeros_like(leaf) if grad is None else grad
-                for leaf, grad in zip(leaves, self._used(grads), strict=True)
-            ]
-        )
+        return self.of_blocks(grads, 1)
 
     def gradients_at_zero(self, values: Tensor) -> list[Tensor] | None:
         """Differentiate with respect to the deltas in the graph of the opening pass.
@@ -330,6 +326,19 @@ class Stage:
         return self.noted(
             self.found.gather(self._used(differentiate(values, places, self._narrow_types)))
         )
+
+    def of_blocks(self, grads: Sequence[Tensor | None], scale: float) -> list[Tensor]:
+        """Complete gradients at the deltas, of a `scale`-th of the losses."""
+        full = [
+            torch.zeros_like(block.delta) if grad is None else grad
+            for block, grad in zip(self.blocks, self._used(grads), strict=True)
+        ]
+        return self.noted(full if scale == 1 else list(torch._foreach_mul(full, scale)))
+
+    def gathered(self, grads: Sequence[Tensor | None], scale: float) -> list[Tensor]:
+        """Turn gradients at the places, of a `scale`-th of the losses, into the blocks'."""
+        found = self.found.gather(self._used(grads))
+        return self.noted(list(torch._foreach_mul(found, scale)))
 
     def check_graph(self, values: Tensor, leaves: Sequence[Tensor]) -> None:
         """Refuse what the graph shows to be wrong: other uses of a table, time before samples."""
@@ -385,7 +394,7 @@ class Stage:
 
 @contextmanager
 def _followed(sites: Sequence[Site]) -> Iterator[None]:
-    """Let the tables of scope "row" and "weight" require gradients: then every use of them shows."""
+    """Let tables that are perturbed require gradients: then every use of them shows."""
     tables: list[Any] = [site.table for site in sites if site.table is not None]
     turned = [table for table in tables if not table.requires_grad]
     try:

@@ -132,7 +132,9 @@ def group_sizes(base: Tensor, geometry: dict[str, Any]) -> Tensor:
         return (total[offsets[1:]] - total[offsets[:-1]]) * width
     if group == "token" or base.dim() < 2:
         return part * width
-    return part.reshape(base.shape[:-1]).flatten(1).sum(1) * width if base.dim() > 2 else part * width
+    if base.dim() == 2:
+        return part * width
+    return part.reshape(base.shape[:-1]).flatten(1).sum(1) * width
 
 
 def resolve(
