@@ -107,7 +107,7 @@ class Block:
         movable = group_sizes(self.base, self.geometry) > 0
         still = movable & ~self.moved
         # Rows of a whole table that the batch does not read have no gradient by right.
-        return still.sum() if not self.whole else still.sum() * still.equal(movable)
+        return still.sum() if not self.whole else still.sum() * (still == movable).all()
 
     def set(self, delta: Tensor) -> None:
         """Take over the values of `delta`."""
