@@ -162,7 +162,7 @@ def refuse_other_layouts(
         probes = []
         for sample in (0, 1):
             grads = torch.autograd.grad(values[sample], mine, allow_unused=True, retain_graph=True)
-            if by_place:
+            if mine[0] is not block.delta:
                 probes.append(grads)
             else:
                 (grad,) = grads

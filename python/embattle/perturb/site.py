@@ -83,6 +83,12 @@ class Site:
         key: Key = None,
     ) -> None:
         modules = [module] if isinstance(module, nn.Module) else list(_sequence(module))
+        for one in modules:
+            if callable(getattr(one, "get_input_embeddings", None)):
+                raise TypeError(
+                    f"Site: {type(one).__name__} is a whole model: Site.embeddings(model) perturbs "
+                    "its input embeddings, Site.output(model.a_module) what a module returns"
+                )
         checks.one_of("Site", "group", group, ("sample", "token"))
         checks.one_of("Site", "scope", scope, ("output", "row"))
         checks.one_of("Site", "rows", rows, ("batch", "table"))
