@@ -155,7 +155,7 @@ def test_restarts_and_best_iterates_never_do_worse(text: Text) -> None:
 def test_the_reported_best_is_reproduced_by_its_deltas(text: Text) -> None:
     result = eb.PGD(
         eps=1.0, step_size=3.0, steps=3, restarts=3, random_start=True, keep="best"
-    ).run(text.loss_fn, text.site, mask=text.mask, labels=text.labels)
+    ).run(text.loss_fn, text.site, mask=text.mask, criterion=eb.Misclassify(text.labels))
     assert torch.allclose(text.losses(result.deltas[0]), result.losses)
     with result.applied():
         logits = text.model(text.tokens)
@@ -169,17 +169,18 @@ def test_a_fooled_sample_outranks_a_larger_loss() -> None:
     embedding = torch.nn.Embedding(1, 1, _weight=torch.zeros(1, 1))
     tokens = torch.zeros(1, dtype=torch.long)
 
-    def loss() -> tuple[Tensor, Tensor]:
+    def loss() -> eb.Evaluation:
         x = embedding(tokens)[:, 0]
         # The loss is largest at 1; the prediction (x > 1.5) turns only later.
-        return 1 - (x - 1).square(), (x - 1.5)[:, None]
+        return eb.Evaluation(1 - (x - 1).square(), (x - 1.5)[:, None])
 
     attack = eb.PGD(eps=2.0, norm="linf", step_size=1.0, steps=1, keep="best", random_start=False)
-    calm = attack.run(loss, eb.Site(embedding), labels=torch.zeros(1))
+    goal = eb.Misclassify(torch.zeros(1, dtype=torch.long))
+    calm = attack.run(loss, eb.Site(embedding), criterion=goal)
     assert calm.success.tolist() == [False]
     assert calm.deltas[0].item() == 1.0
     bold = eb.PGD(eps=2.0, norm="linf", step_size=2.0, steps=1, keep="best")
-    found = bold.run(loss, eb.Site(embedding), labels=torch.zeros(1))
+    found = bold.run(loss, eb.Site(embedding), criterion=goal)
     assert found.deltas[0].item() == 2.0  # the same loss as at 0, but fooled
     assert found.success.tolist() == [True]
 

@@ -280,8 +280,11 @@ def test_apgd_checkpoints() -> None:
 
 def test_apgd_dlr(text: Problem) -> None:
     """Eq. 6 is what is ascended, and what decides."""
-    got = eb.APGD(eps=1.0, steps=7, ascend="dlr", generator=seeded()).run(
-        text.loss_fn, text.sites, labels=text.labels, **text.arguments
+    got = eb.APGD(eps=1.0, steps=7, generator=seeded()).run(
+        text.loss_fn,
+        text.sites,
+        criterion=eb.Misclassify(text.labels, ascend="dlr"),
+        **text.arguments,
     )
 
     def dlr(deltas: list[Tensor]) -> Tensor:
@@ -353,8 +356,8 @@ def check(
     """Compare loss and weight gradients."""
     model = problem.model
     model.zero_grad()
-    labels = {"labels": problem.labels} if problem.kind != "factors" else {}
-    loss, _ = objective(problem.loss_fn, **problem.arguments, **labels)
+    goal = None if problem.kind == "factors" else eb.Misclassify(problem.labels)
+    loss, _ = objective(problem.loss_fn, criterion=goal, **problem.arguments)
     loss.backward()
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -570,9 +573,14 @@ def test_freelb_starts_uniformly_in_its_box(text: Problem, eps: float) -> None:
     check(text, objective, expected)
 
 
-def test_freelb_on_rows() -> None:
+@pytest.mark.parametrize("kind", ["rows", "parameters"])
+def test_freelb_on_tables(kind: str) -> None:
+    """The passes that move the deltas train the tables too."""
     problem = Problem("factors")
-    sites = [eb.Site(problem.model.user, scope="row"), eb.Site(problem.model.item, scope="row")]
+    tables = (problem.model.user, problem.model.item)
+    sites = [
+        eb.Site(table, scope="row") if kind == "rows" else eb.Site.weight(table) for table in tables
+    ]
     attack = eb.PGD(eps=0.6, step_size=0.3, steps=2)
     objective = eb.AdversarialObjective(attack, sites, form="free")
     users, positive, negative = problem.batch

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from embattle import Evaluation
 from embattle.losses import cross_entropy
 from torch import Tensor, nn
 
@@ -92,12 +93,10 @@ def text_batch(batch: int = 6, length: int = 7, seed: int = 1) -> tuple[Tensor, 
     return tokens, torch.randint(0, 3, (batch,), generator=g)
 
 
-def classify(
-    model: nn.Module, tokens: Tensor, labels: Tensor
-) -> Callable[[], tuple[Tensor, Tensor]]:
-    def loss() -> tuple[Tensor, Tensor]:
+def classify(model: nn.Module, tokens: Tensor, labels: Tensor) -> Callable[[], Evaluation]:
+    def loss() -> Evaluation:
         logits = model(tokens)
-        return cross_entropy(logits, labels), logits
+        return Evaluation(cross_entropy(logits, labels), logits)
 
     return loss
 

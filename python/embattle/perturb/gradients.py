@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from embattle.perturb.site import Site
-
 if TYPE_CHECKING:
     from embattle.perturb.perturbation import Perturbation
 
@@ -105,17 +103,17 @@ def refuse_unused(grads: Sequence[Tensor | None], found: Perturbation) -> None:
             )
 
 
-def refuse_other_uses(values: Tensor, sites: Sequence[Site]) -> None:
+def refuse_other_uses(values: Tensor, found: Perturbation) -> None:
     """Refuse tables whose perturbation would miss some of their uses.
 
     Raises:
         RuntimeError: the graph leads to a table of scope "row" or "weight" by another way than the
             perturbed look-ups.
     """
-    tables = {id(site.table): site for site in sites if site.table is not None}
+    tables = {id(site.table): site for site in found.sites if site.table is not None}
     if not tables:
         return
-    seen: set[Node] = set()
+    seen = set(found.own)  # a perturbed look-up may lead to its table
     todo: list[Any] = [values.grad_fn]
     while todo:
         node = todo.pop()

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from embattle.perturb.calls import Call, Layout, is_plain
 from embattle.perturb.outputs import Key, Part, parts_of, replace_parts
@@ -53,9 +54,16 @@ class Hook:
 class _Turns:
     """What both uses share: whose calls they are, and which is next."""
 
-    def __init__(self, modules: Sequence[nn.Module], key: Key) -> None:
-        self.modules, self.key = list(modules), key
+    def __init__(self, modules: Sequence[nn.Module], key: Key, own: set[Node] | None) -> None:
+        self.modules, self.key, self.own = list(modules), key, own
         self.thread = threading.get_ident()
+
+    def perturbed(self, value: Tensor, addition: Tensor) -> Tensor:
+        """Add to an output, and note the node that does."""
+        value = value + addition.to(value.dtype)
+        if self.own is not None and value.grad_fn is not None:
+            self.own.add(value.grad_fn)
+        return value
 
     def foreign(self, module: nn.Module) -> bool:
         """Whether a call is made by another thread, whose model stays unperturbed.
@@ -84,6 +92,7 @@ class Watch(_Turns):
             call it, and stays unperturbed in this pass.
         aside: where the pass is compiled, step out of it at the module, so that what it returns and
             where its gradient is asked are seen: the code before and after is compiled apart.
+        own: takes in the graph's nodes of the perturbed outputs.
     """
 
     def __init__(
@@ -95,8 +104,9 @@ class Watch(_Turns):
         attach: bool,
         begin: Callable[[Call], Tensor] | None = None,
         aside: bool = False,
+        own: set[Node] | None = None,
     ) -> None:
-        super().__init__(modules, key)
+        super().__init__(modules, key, own)
         self.calls: list[Call] = []
         self.layout_of, self.attach, self.begin = layout_of, attach, begin
         self.aside: Callable[..., Any] | None = None
@@ -140,8 +150,7 @@ class Watch(_Turns):
         call.unused_parameters = finds_unused_parameters(module)
         self.calls.append(call)
         if self.begin is not None:
-            value = leaf if self.attach else value
-            return value + self.begin(call).to(value.dtype)
+            return self.perturbed(leaf if self.attach else value, self.begin(call))
         return leaf.clone() if self.attach else value.clone()
 
 
@@ -156,6 +165,7 @@ class Perturb(_Turns):
         known: take the embeddings of calls with the very same inputs from `calls`, where the module
             is an `nn.Embedding`: "attached" to its weights, or "detached"; None looks them up.
         detach: cut the outputs off the modules' weights.
+        own: takes in the graph's nodes of the perturbed outputs.
     """
 
     def __init__(
@@ -167,8 +177,9 @@ class Perturb(_Turns):
         *,
         known: str | None = None,
         detach: bool = False,
+        own: set[Node] | None = None,
     ) -> None:
-        super().__init__(modules, key)
+        super().__init__(modules, key, own)
         self.calls, self.additions = calls, additions
         self.known, self.detach = known, detach
         self.turn = 0
@@ -247,7 +258,7 @@ class Perturb(_Turns):
                 f"perturbation has {tuple(addition.shape)}: the loss function must run the "
                 "same batch at every call, and another batch must run outside of `applied()`"
             )
-        return value + addition.to(value.dtype)
+        return self.perturbed(value, addition)
 
 
 def stand_in(hook: Hook, module: nn.Module) -> Callable[[Tensor], Tensor]:

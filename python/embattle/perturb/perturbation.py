@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from embattle.perturb.blocks import Block
 from embattle.perturb.calls import Call, is_lookup, is_plain
@@ -30,11 +31,13 @@ class Perturbation:
         sites: where.
         calls: of each site, the calls of the pass that opened the attack.
         blocks: the deltas.
+        own: the nodes by which the last pass's graph leads to perturbed tables.
     """
 
     sites: list[Site]
     calls: list[list[Call]] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
+    own: set[Node] = field(default_factory=set)
 
     @property
     def coupled(self) -> bool:
@@ -60,8 +63,10 @@ class Perturbation:
             detach: cut the embeddings off the modules' weights.
             compile: the passes are compiled.
         """
+        self.own.clear()
         for site, calls, additions, known in self._per_site(lookups, compile):
-            site.place(calls, additions, known=known, detach=detach)
+            own = None if site.table is None else self.own
+            site.place(calls, additions, known=known, detach=detach, own=own)
 
     def rest(self) -> None:
         """Leave the model unperturbed."""
@@ -146,6 +151,7 @@ class Perturbation:
 
     def forget(self) -> None:
         """Let go of graphs, when the attack is over."""
+        self.own.clear()
         for recorded in self.calls:
             for call in recorded:
                 call.forget()

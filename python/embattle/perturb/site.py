@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from embattle import checks
 from embattle.perturb.calls import Call, Layout, is_lookup
@@ -258,10 +259,11 @@ class Site:
         *,
         known: str | None = None,
         detach: bool = False,
+        own: set[Node] | None = None,
     ) -> None:
         """Perturb the coming forward passes (see `hook.Perturb`)."""
         self._hook.use = Perturb(
-            self.modules, self.key, calls, additions, known=known, detach=detach
+            self.modules, self.key, calls, additions, known=known, detach=detach, own=own
         )
         if known is not None:
             for module in self.modules:
@@ -357,8 +359,7 @@ class WeightSite(Site):
             leaf.requires_grad_()
             self._parameter.swap(leaf)
         elif begin is not None:
-            value = leaf if attach else original
-            self._parameter.swap(value + begin(call).to(value.dtype))
+            self._swap(leaf if attach else original, begin(call), options.get("own"))
         return [call]
 
     def place(
@@ -368,12 +369,18 @@ class WeightSite(Site):
         *,
         known: str | None = None,
         detach: bool = False,
+        own: set[Node] | None = None,
     ) -> None:
         (addition,) = additions
         original = self._parameter.original
-        value = original.detach() if detach else original
         assert isinstance(addition, Tensor)
-        self._parameter.swap(value + addition.to(value.dtype))
+        self._swap(original.detach() if detach else original, addition, own)
+
+    def _swap(self, value: Tensor, addition: Tensor, own: set[Node] | None) -> None:
+        value = value + addition.to(value.dtype)
+        if own is not None and value.grad_fn is not None:
+            own.add(value.grad_fn)
+        self._parameter.swap(value)
 
     def rest(self) -> None:
         self._parameter.restore()

@@ -234,12 +234,14 @@ class Stage:
         started: list[list[Block]] = [[] for _ in self.sites]
         calls: list[list[Call]] = []
         self.found.calls = calls
+        self.found.own.clear()
         try:
             for index, site in enumerate(self.sites):
                 begin = None
                 if inside and start is not None:
                     begin = partial(self._begin, index, start, started[index])
-                calls.append(site.watch(attach=attach, begin=begin, aside=self.compile))
+                own = None if site.table is None else self.found.own
+                calls.append(site.watch(attach=attach, begin=begin, aside=self.compile, own=own))
             with torch.set_grad_enabled(attach or inside):
                 evaluation = self.run()
         finally:
@@ -347,7 +349,7 @@ class Stage:
                 "the losses do not depend on the perturbed embeddings: does loss_fn detach, or run "
                 "under torch.no_grad()?"
             )
-        refuse_other_uses(values, self.sites)
+        refuse_other_uses(values, self.found)
         refuse_other_layouts(values, leaves, self.found, self.batch)
 
     def noted(self, grads: list[Tensor]) -> list[Tensor]:
