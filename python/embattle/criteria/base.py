@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
-from types import MemberDescriptorType
+from types import FunctionType, MemberDescriptorType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -254,14 +254,16 @@ def largest(values: Tensor) -> Tensor:
 
 
 def _attributes(criterion: Criterion) -> Iterator[tuple[str, Any]]:
-    # Of the instance, of its slots, and of its class: a tensor may be in any.
-    names: dict[str, Any] = {}
+    # Of the instance, of its slots, and of its classes: a tensor may be in any.
+    found: dict[str, Any] = {}
     for kind in reversed(type(criterion).__mro__):
-        names.update(vars(kind))
-    for name, value in {**names, **vars(criterion)}.items():
+        if kind not in (object, ABC, Criterion):
+            found.update({n: v for n, v in vars(kind).items() if not n.startswith("__")})
+    for name, value in {**found, **vars(criterion)}.items():
         if isinstance(value, MemberDescriptorType):
             value = getattr(criterion, name, None)
-        yield name, value
+        if not isinstance(value, FunctionType):
+            yield name, value
 
 
 def _holds_tensors(value: Any) -> bool:
