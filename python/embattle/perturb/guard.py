@@ -88,9 +88,15 @@ class _Tensor:
     @property
     def nbytes(self) -> int:
         """The size of the values (and, of a sparse tensor, of two coordinates for each)."""
-        sparse = str(self.tensor.layout).startswith("torch.sparse")
         each = self.tensor.element_size()
-        return self.tensor._nnz() * (each + 16) if sparse else self.memory.numel() * each
+        if not self.plain and str(self.tensor.layout).startswith("torch.sparse"):
+            return self.tensor._nnz() * (each + 16)
+        return self.memory.numel() * each
+
+    @property
+    def written(self) -> bool:
+        """Whether autograd knows of a write."""
+        return self.version is not None and self.tensor._version != self.version
 
     def keep(self) -> None:
         """Copy the values, unless that was done."""
@@ -107,13 +113,7 @@ class _Tensor:
             Whether they are still to be copied back: on a device comparing would wait for it.
         """
         tensor, version, copy = self.tensor, self.version, self.copy
-        written = version is not None and tensor._version != version
-        if written and copy is None:
-            raise RuntimeError(
-                f"compiled code has written a buffer of shape {tuple(self.data.shape)}, which was "
-                f"not copied before: the model's buffers hold more than {_MUCH >> 20} MiB. Run "
-                "this model uncompiled in attacks"
-            )
+        written = self.written
         if self.plain and (tensor.dtype != self.data.dtype or not tensor.is_set_to(self.data)):
             tensor.data = self.data  # it was resized, or given other memory
             written = True
@@ -266,6 +266,7 @@ class KeptState:
     def _rewind(self, *, last: bool) -> None:
         for held in self._modules.values():
             held.rewind()
+        unseen = [kept for kept in self._tensors.values() if kept.copy is None and kept.written]
         with torch.no_grad():
             groups: dict[Any, list[_Tensor]] = {}
             for kept in self._tensors.values():
@@ -274,6 +275,12 @@ class KeptState:
             for group in groups.values():
                 copies = [one.copy for one in group if one.copy is not None]
                 torch._foreach_copy_([one.memory for one in group], copies)
+        if unseen:
+            raise RuntimeError(
+                f"compiled code has written a buffer of shape {tuple(unseen[0].data.shape)}, which "
+                f"was not copied before: large buffers hold more than {_MUCH >> 20} MiB together. "
+                "Attack this model uncompiled"
+            )
 
 
 @contextmanager
