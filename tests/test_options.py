@@ -89,9 +89,9 @@ def test_what_run_takes_is_checked() -> None:
     attack = eb.FGM(eps=0.5)
     with pytest.raises(TypeError, match=r"write embattle.Evaluation\(losses, outputs\)"):
         attack.run(lambda: (loss().losses, loss().outputs), site)  # type: ignore[arg-type,return-value]
-    with pytest.raises(TypeError, match="criterion must be an embattle.Criterion.*Tensor"):
+    with pytest.raises(TypeError, match=r"criterion must be an embattle.Criterion.*Tensor"):
         attack.run(loss, site, criterion=labels)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="sites must be an embattle.Site.*Embedding"):
+    with pytest.raises(TypeError, match=r"sites must be an embattle.Site.*Embedding"):
         attack.run(loss, model.embedding)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the same site is given twice"):
         attack.run(loss, [site, site])
@@ -102,11 +102,11 @@ def test_what_run_takes_is_checked() -> None:
     with pytest.raises(ValueError, match=r"Diverge.*no gradient at zero.*GaussianStart"):
         attack.run(loss, site, criterion=eb.Diverge())
     leaving = eb.PGD(eps=0.5, stop_when_fooled=True)
-    with pytest.raises(ValueError, match="needs the loss function of the samples.*subset"):
+    with pytest.raises(ValueError, match=r"needs the loss function of the samples.*subset"):
         leaving.run(loss, site, criterion=eb.Misclassify(labels))
 
 
-# --- boxes -----------------------------------------------------------------------------------------
+# --- boxes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
@@ -142,7 +142,7 @@ def test_boxes(attack: Callable[..., eb.attacks.Attack], norm: str) -> None:
     assert "inside a box" in repr(made)
 
 
-# --- attacks ---------------------------------------------------------------------------------------
+# --- attacks --------------------------------------------------------------------------------------
 
 
 def test_smart_keeps_the_delta_where_a_gradient_is_no_number() -> None:
@@ -210,7 +210,7 @@ def test_neftune_counts_the_tokens_of_the_sample(group: str, given: str) -> None
     assert torch.all(largest > 0.8 * bound)
 
 
-# --- objectives ------------------------------------------------------------------------------------
+# --- objectives -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["free", "freeat"])
@@ -231,7 +231,7 @@ def test_forms_refuse_what_they_would_pass_over(form: str, options: dict, words:
 
 def test_objectives_refuse_early_leaving_and_wrong_types() -> None:
     site = eb.Site(nn.Embedding(3, 2))
-    with pytest.raises(ValueError, match="stop_when_fooled=True.*masking"):
+    with pytest.raises(ValueError, match=r"stop_when_fooled=True.*masking"):
         eb.AdversarialObjective(eb.PGD(eps=1.0, stop_when_fooled=True), site)
     with pytest.raises(TypeError, match="attack must be an Attack"):
         eb.AdversarialObjective("pgd", site)  # type: ignore[arg-type]

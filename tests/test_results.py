@@ -64,7 +64,7 @@ def assert_reported_is_evaluated(
     assert torch.equal(result.reached, criterion.reached(now, None))
 
 
-# --- dropout ----------------------------------------------------------------------------------------
+# --- dropout --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["as_is", "same"])
@@ -106,7 +106,7 @@ def test_samples_cannot_leave_a_model_that_draws_random_numbers() -> None:
         )  # fmt: skip
 
 
-# --- samples that depend on each other --------------------------------------------------------------
+# --- samples that depend on each other ------------------------------------------------------------
 
 
 def in_batch(model: nn.Module, site_of: nn.Module) -> tuple[Callable[[], Tensor], eb.Site]:
@@ -158,14 +158,14 @@ def test_samples_cannot_leave_a_batch_whose_samples_interact() -> None:
     with torch.no_grad():
         labels = model(tokens).argmax(1)
     attack = eb.PGD(eps=1.5, step_size=0.5, steps=6, stop_when_fooled=True)
-    with pytest.raises(ValueError, match="depend on each other.*batch norm"):
+    with pytest.raises(ValueError, match=r"depend on each other.*batch norm"):
         attack.run(
             loss_of(model, tokens, labels), site, criterion=eb.Misclassify(labels),
             subset=lambda rows: loss_of(model, tokens[rows], labels[rows]),
         )  # fmt: skip
 
 
-# --- best ------------------------------------------------------------------------------------------
+# --- best -----------------------------------------------------------------------------------------
 
 
 def test_the_clean_point_is_a_candidate() -> None:
@@ -225,7 +225,7 @@ def test_the_default_step_size() -> None:
     torch.testing.assert_close(lengths[0], torch.full_like(lengths[0], 0.8 * 2.5 / 4))
 
 
-# --- passes ----------------------------------------------------------------------------------------
+# --- passes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("start", "evaluated"), [(False, 11), (True, 12)])
@@ -252,7 +252,7 @@ def test_an_attack_that_nobody_asks_to_evaluate_makes_no_pass_more(
     assert calls == evaluated
 
 
-# --- gradients that are not there -------------------------------------------------------------------
+# --- gradients that are not there -----------------------------------------------------------------
 
 
 def test_groups_without_a_gradient_are_counted_and_warned_of() -> None:
@@ -314,7 +314,7 @@ def test_small_gradients_are_not_lost_in_float16() -> None:
     assert torch.all(cosine[kept] > 0.99)
 
 
-# --- rounding --------------------------------------------------------------------------------------
+# --- rounding -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -341,7 +341,7 @@ def test_norms_are_those_after_rounding(dtype: torch.dtype) -> None:
     assert torch.equal(result.norms[0], moved)
 
 
-# --- labels ----------------------------------------------------------------------------------------
+# --- labels ---------------------------------------------------------------------------------------
 
 
 def test_success_and_accuracy_know_what_does_not_count() -> None:
@@ -387,7 +387,7 @@ def test_targeted_attacks_know_their_target() -> None:
     assert (result.predictions == target).sum() >= (untargeted.predictions == target).sum()
 
 
-# --- copies ----------------------------------------------------------------------------------------
+# --- copies ---------------------------------------------------------------------------------------
 
 
 def test_results_are_pickled_and_copied_without_model_and_graph() -> None:

@@ -39,7 +39,7 @@ def pairs(length: int = 5) -> tuple[Pairs, Tensor, Tensor, eb.Site]:
     return model, one, two, eb.Site(model.embedding)
 
 
-# --- masks belong to calls --------------------------------------------------------------------------
+# --- masks belong to calls ------------------------------------------------------------------------
 
 
 def test_one_mask_for_two_calls_is_refused() -> None:
@@ -101,7 +101,7 @@ def test_a_tensor_is_not_given_to_a_site_and_a_float_mask_not_to_a_run() -> None
         )
 
 
-# --- whose samples ----------------------------------------------------------------------------------
+# --- whose samples --------------------------------------------------------------------------------
 
 
 class TimeFirst(nn.Module):
@@ -197,7 +197,7 @@ def test_several_entries_of_one_sample(start: bool) -> None:
         eb.FGM(eps=0.5).run(loss, eb.Site(model.embedding, per_sample=5))
 
 
-# --- what a site is on ------------------------------------------------------------------------------
+# --- what a site is on ----------------------------------------------------------------------------
 
 
 def test_outputs_in_dicts_and_tuples() -> None:
@@ -250,7 +250,7 @@ def test_look_ups_of_an_encoder_decoder_are_found() -> None:
     result = eb.PGD(eps=1.0, steps=3).run(loss, site)
     assert [tuple(d.shape) for d in result.deltas] == [(3, 6, 16), (3, 4, 16)]
     assert torch.all(result.losses > result.clean_losses)
-    with pytest.raises(RuntimeError, match="Site.embeddings"):
+    with pytest.raises(RuntimeError, match=r"Site.embeddings"):
         eb.FGM(eps=1.0).run(loss, eb.Site(nn.Embedding(3, 4)))
 
 
@@ -263,7 +263,7 @@ def test_embeddings_of_a_plain_model_are_all_its_look_ups() -> None:
     model = toys.factors()
     result = eb.FGM(eps=0.5).run(toys.rank(model, toys.triplets()), eb.Site.embeddings(model))
     assert len(result.deltas) == 3
-    with pytest.raises(ValueError, match="has no nn.Embedding"):
+    with pytest.raises(ValueError, match=r"has no nn.Embedding"):
         eb.Site.embeddings(nn.Linear(2, 2))
 
 
@@ -445,7 +445,7 @@ def test_rows_of_look_ups_that_are_not_plain(module: nn.Module) -> None:
         torch.testing.assert_close(loss(), result.losses)
 
 
-# --- applied(): the attacked batch, and nothing else --------------------------------------------
+# --- applied(): the attacked batch, and nothing else ----------------------------------------------
 
 
 def test_applied_nests() -> None:
@@ -537,9 +537,9 @@ def test_a_call_more_and_a_pass_that_raised_shift_nothing() -> None:
         torch.testing.assert_close(loss(), result.losses)
     same = torch.randint(0, 20, (3, 5))
     result = eb.PGD(eps=0.5, steps=2).run(lambda: model(same, same).sqrt() + model(same, one), site)
-    with pytest.raises(RuntimeError, match="run in part, or its modules once more"):
-        with result.applied():
-            model.encode(same)
+    words = "run in part, or its modules once more"
+    with pytest.raises(RuntimeError, match=words), result.applied():
+        model.encode(same)
 
 
 def test_a_loss_function_that_changes_its_calls_is_refused() -> None:
