@@ -481,3 +481,12 @@ def test_attacks_run_where_gradients_are_off(context: Any) -> None:
         again = result.evaluate(toys.classify(model, inside, known))
     torch.testing.assert_close(result.losses, expected.losses)
     torch.testing.assert_close(again.losses.clone(), expected.losses)
+
+
+def test_noise_that_bfloat16_rounds_away_is_warned_of_in_training() -> None:
+    model = toys.Encoder().bfloat16()
+    tokens, labels = toys.text_batch()
+    noise = eb.UniformNoise(norm="linf", eps=1e-5)
+    objective = eb.AdversarialObjective(noise, eb.Site(model.embedding), form="r3f")
+    with pytest.warns(eb.attacks.AttackWarning, match="bfloat16, which rounds"):
+        objective(toys.classify(model, tokens, labels))

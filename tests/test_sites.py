@@ -693,3 +693,30 @@ def test_empty_batches() -> None:
                 result = attack.run(loss, site, criterion=eb.Misclassify(labels))
                 assert result.delta.shape == (0, 7, 8)
                 assert result.success.shape == (0,)
+
+
+def test_features_first_is_noticed_where_sizes_coincide() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 5).double(), torch.randn(5, 3, dtype=torch.float64)
+    turned = nn.Sequential(layer)
+    turned.register_forward_hook(lambda m, a, out: out.T)  # [features, samples]
+    with pytest.raises(ValueError, match=r"are in dim 1.*samples=1"):
+        eb.FGM(eps=0.5).run(lambda: turned(x).square().sum(0), eb.Site(turned))
+    result = eb.FGM(eps=0.5).run(lambda: turned(x).square().sum(0), eb.Site(turned, samples=1))
+    torch.testing.assert_close(result.norms[0], torch.full((5,), 0.5, dtype=torch.float64))
+
+
+def test_two_sites_on_one_module_are_refused() -> None:
+    model = toys.factors()
+    loss = toys.rank(model, toys.triplets())
+    with pytest.raises(ValueError, match="both perturb Embedding: their balls would add up"):
+        eb.FGM(eps=0.5).run(loss, [eb.Site(model.item), eb.Site(model.item, group="token")])
+
+
+def test_a_site_that_was_removed_perturbs_nothing_and_says_so() -> None:
+    model = toys.factors()
+    loss, site = toys.rank(model, toys.triplets()), eb.Site(model.item)
+    result = eb.FGM(eps=0.5).run(loss, site)
+    site.remove()
+    with pytest.raises(RuntimeError, match="was removed"), result.applied():
+        loss()
