@@ -637,6 +637,17 @@ def test_select_gives_the_criterion_of_some_samples(name: str) -> None:
 
 
 @each
+def test_labels_made_in_inference_mode(name: str) -> None:
+    make, shape = EACH[name]
+    with torch.inference_mode():
+        criterion = make()  # as under a validation loop
+    clean, now = (seen(torch.randn(shape).requires_grad_()) for _ in range(2))
+    criterion.check(clean)
+    value = ascended(criterion, now, clean)
+    assert torch.autograd.grad(value.sum(), now.outputs)[0].any()
+
+
+@each
 def test_pickles_and_copies(name: str) -> None:
     criterion, now, clean = one_of_each(name)
     value = ascended(criterion, now, clean)
