@@ -308,7 +308,7 @@ def of(labels: Any, kind: Any = torch.int64) -> Tensor:
         (lambda: eb.MultiLabel(of((1, 4))), (5, 4), (1, 4), "MultiLabel"),
         (lambda: eb.Deviate(of((5, 1)), 1), (5,), (5, 1), "reshape"),
         (lambda: eb.Deviate(of((5,)), 1), (5, 1), (5,), "reshape"),
-        (lambda: eb.Deviate(of((1,)), 1), (5,), (1,), "outputs' shape"),
+        (lambda: eb.Deviate(of((1,)), 1), (5,), (1,), r"targets \(1,\)$"),
         (lambda: eb.Deviate(of((5,)), torch.ones(4)), (5,), (4,), "by must"),
         (lambda: eb.Deviate(of((5,)), torch.ones(1)), (5,), (1,), "by must"),
         (lambda: eb.Promote(of((5, 1)), 1), (5, 4), (5, 1), "one for each"),
