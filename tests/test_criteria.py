@@ -308,7 +308,7 @@ def of(labels: Any, kind: Any = torch.int64) -> Tensor:
         (lambda: eb.MultiLabel(of((1, 4))), (5, 4), (1, 4), "MultiLabel"),
         (lambda: eb.Deviate(of((5, 1)), 1), (5,), (5, 1), "reshape"),
         (lambda: eb.Deviate(of((5,)), 1), (5, 1), (5,), "reshape"),
-        (lambda: eb.Deviate(of((1,)), 1), (5,), (1,), "outputs' shape"),
+        (lambda: eb.Deviate(of((1,)), 1), (5,), (1,), r"targets \(1,\)$"),
         (lambda: eb.Deviate(of((5,)), torch.ones(4)), (5,), (4,), "by must"),
         (lambda: eb.Deviate(of((5,)), torch.ones(1)), (5,), (1,), "by must"),
         (lambda: eb.Promote(of((5, 1)), 1), (5, 4), (5, 1), "one for each"),
@@ -634,6 +634,17 @@ def test_select_gives_the_criterion_of_some_samples(name: str) -> None:
         torch.testing.assert_close(some.counted(now_some), counted[rows])
     nobody = criterion.select(rows[:0])
     assert ascended(nobody, now.select(rows[:0]), clean.select(rows[:0])).shape == (0,)
+
+
+@each
+def test_labels_made_in_inference_mode(name: str) -> None:
+    make, shape = EACH[name]
+    with torch.inference_mode():
+        criterion = make()  # as under a validation loop
+    clean, now = (seen(torch.randn(shape).requires_grad_()) for _ in range(2))
+    criterion.check(clean)
+    value = ascended(criterion, now, clean)
+    assert torch.autograd.grad(value.sum(), now.outputs)[0].any()
 
 
 @each

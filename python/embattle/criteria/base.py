@@ -232,7 +232,15 @@ def integers(who: str, name: str, value: Any) -> Tensor:
     if value.dim() < 1:
         raise ValueError(f"{who}: {name} must have one entry for each sample, got a single number")
     # In narrow types a comparison with -100 would wrap around.
-    return value.detach().long()
+    return constant(value.long())
+
+
+def constant(value: Tensor) -> Tensor:
+    """Cut a tensor off its graph; of one made in inference mode, a copy that can be in a graph."""
+    if not value.is_inference():
+        return value.detach()
+    with torch.inference_mode(False):
+        return value.clone()
 
 
 def require(good: Tensor, values: Tensor, message: str) -> None:

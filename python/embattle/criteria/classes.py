@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embattle import checks, losses
-from embattle.criteria.base import Criterion, any_of, integers, largest, needed, require
+from embattle.criteria.base import Criterion, any_of, constant, integers, largest, needed, require
 from embattle.perturb.evaluation import Evaluation
 
 _OF_LABELS = {"cross_entropy": losses.cross_entropy, "margin": losses.margin, "dlr": losses.dlr}
@@ -229,8 +229,8 @@ class MultiLabel(Criterion):
             kind = type(self.labels).__name__
             raise TypeError(f"MultiLabel: labels must be a tensor, got {kind}")
         # Floating point stays: rounding would hide that labels are not 0 and 1.
-        labels = self.labels.detach()
-        _set(self, "labels", labels if labels.is_floating_point() else labels.long())
+        labels = self.labels if self.labels.is_floating_point() else self.labels.long()
+        _set(self, "labels", constant(labels))
         threshold = checks.real("MultiLabel", "threshold", self.threshold, 0, 1)
         if threshold in (0.0, 1.0):
             raise ValueError(f"MultiLabel: threshold must lie inside (0, 1), got {threshold:g}")

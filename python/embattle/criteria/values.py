@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embattle import checks, losses
-from embattle.criteria.base import Criterion, any_of, largest, needed, require
+from embattle.criteria.base import Criterion, any_of, constant, largest, needed, require
 from embattle.criteria.classes import logits
 from embattle.perturb.evaluation import Evaluation
 
@@ -52,7 +52,7 @@ class Deviate(Criterion):
             targets,
             "Deviate: targets must be finite; leave out samples without a target",
         )
-        object.__setattr__(self, "targets", targets.detach())
+        object.__setattr__(self, "targets", constant(targets))
         if isinstance(by, Tensor):
             if by.dim() != 1 or by.dtype == torch.bool or by.is_complex():
                 raise ValueError(
@@ -60,7 +60,7 @@ class Deviate(Criterion):
                     f"{by.dtype}"
                 )
             require((by > 0) & by.isfinite(), by, "Deviate: by must be above 0 and finite")
-            object.__setattr__(self, "by", by.detach())
+            object.__setattr__(self, "by", constant(by))
         else:
             number = checks.real("Deviate", "by", by, 0)
             if number == 0:
@@ -121,8 +121,9 @@ class Deviate(Criterion):
 class Diverge(Criterion):
     """Other outputs than the clean ones, without labels, as virtual adversarial training has it.
 
-    Reached where the predicted class is another one, at any place of a sequence. The squared
-    distance is for outputs that are no logits: it has no goal, and makes no predictions.
+    Reached where the predicted class is another one, at any place of a sequence (padding is one:
+    leave it out of the outputs). The squared distance is for outputs that are no logits: it has no
+    goal, and makes no predictions.
 
     Args:
         divergence: from the clean outputs to those under attack: `"kl"`, `"symmetric_kl"` or
