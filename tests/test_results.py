@@ -7,6 +7,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import embattle as eb
 import pytest
@@ -314,6 +315,19 @@ def test_small_gradients_are_not_lost_in_float16() -> None:
     assert torch.all(cosine[kept] > 0.99)
 
 
+# --- balls -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"keep": "best", "steps": 2}, {"steps": 0}])
+def test_a_start_that_may_be_the_result_is_in_the_ball(options: dict[str, Any]) -> None:
+    """SMART's start, N(0, sigma^2), is not projected by itself; as a candidate it must be."""
+    _, _, labels, loss, site = made()
+    attack = eb.SMARTStep(eps=0.02, sigma=1.0, step_size=0.0, **options)
+    result = attack.run(loss, site, criterion=eb.Misclassify(labels))
+    assert torch.all(result.norms[0] <= 0.02 + 1e-12)
+    assert torch.all(result.delta.abs() <= 0.02 + 1e-12)
+
+
 # --- rounding -------------------------------------------------------------------------------------
 
 
@@ -339,6 +353,22 @@ def test_norms_are_those_after_rounding(dtype: torch.dtype) -> None:
     handle.remove()
     moved = (seen[-1].float() - clean.float()).flatten(1).abs().amax(1)
     assert torch.equal(result.norms[0], moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_half_types_are_rounded_alike_in_all_passes(dtype: torch.dtype) -> None:
+    """The attack's quick look-ups round as those under the returned deltas do."""
+    torch.manual_seed(0)
+    table = nn.Embedding(9, 6).to(dtype)
+    tokens = torch.randint(0, 9, (6, 3))
+
+    def loss() -> Tensor:
+        return table(tokens).float().sin().sum((1, 2)) * 50
+
+    for keep in ("last", "best"):
+        attack = eb.PGD(eps=0.3, step_size=0.1, steps=4, keep=keep)  # type: ignore[arg-type]
+        result = attack.run(loss, eb.Site(table, scope="row"))
+        assert torch.equal(result.losses, result.evaluate(loss).losses)
 
 
 # --- labels ---------------------------------------------------------------------------------------

@@ -165,7 +165,17 @@ class SMARTStep(Attack):
             super().start(block, state, generator)
             return
         like = torch.zeros_like(block.delta.detach())
-        block.set(ops.gaussian_noise(like, std=self.sigma, generator=generator, **block.geometry))
+        # The paper projects after a step; a start that may itself be the result is projected too.
+        ball: dict[str, Any] = {}
+        if self.projection == "paper" and (
+            self.keep == "best" or self.stop_when_fooled or not self.steps
+        ):
+            ball = {"eps": state["eps"], "norm": self.norm, **box(state)}
+        block.set(
+            ops.gaussian_noise(
+                like, std=self.sigma, generator=generator, **block.geometry, **ball
+            )
+        )
 
     def step(
         self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor

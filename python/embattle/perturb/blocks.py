@@ -100,7 +100,7 @@ class Block:
         elif self.geometry["group"] == "sample" and grad.dim() > 1:
             self.moved |= grad.flatten(1).any(1)
         else:
-            self.moved |= grad.flatten(0, -2).any(1)
+            self.moved |= grad.reshape(-1, grad.shape[-1]).any(1)
 
     def still(self, done: Tensor | None = None) -> Tensor:
         """Count the groups that could move and never had a gradient, a 0-d int64 tensor.
@@ -240,9 +240,11 @@ class RowBlock(Block):
         ]
 
     def fused(self) -> list[Addition] | None:
-        if not self._plain:
-            return None
         weight = cast(Tensor, self.module.weight).detach()
+        # In half types it would round once what `additions` round twice: other losses than those
+        # under the deltas that are returned.
+        if not self._plain or weight.dtype != self.delta.dtype:
+            return None
         return [
             partial(_perturbed_rows, weight, arguments["input"], self.delta, moving)
             for arguments, moving in zip(self._arguments, self._moving, strict=True)
