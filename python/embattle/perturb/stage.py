@@ -241,7 +241,10 @@ class Stage:
                 if inside and start is not None:
                     begin = partial(self._begin, index, start, started[index])
                 own = None if site.table is None else self.found.own
-                calls.append(site.watch(attach=attach, begin=begin, aside=self.compile, own=own))
+                watch = site.watch(
+                    attach=attach, begin=begin, aside=self.compile, own=own, found=calls
+                )
+                calls.append(watch)
             with torch.set_grad_enabled(attach or inside):
                 evaluation = self.run()
         finally:
