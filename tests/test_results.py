@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import random
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import embattle as eb
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -447,3 +449,35 @@ def test_a_result_keeps_neither_the_loss_function_nor_the_graph() -> None:
     gc.collect()
     assert seen() is None
     assert not result.delta.requires_grad
+
+
+# --- random numbers of others -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["numpy", "python"])
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_what_numpy_and_python_draw_is_never_success(source: str, keep: str) -> None:
+    """Negatives and masks are often drawn with numpy: an evaluation draws the clean one's again."""
+    model, tokens, labels, _, site = made()
+
+    def drawn() -> Tensor:
+        if source == "numpy":
+            return torch.from_numpy(np.random.rand(16, 3) < 0.5)  # noqa: NPY002
+        return torch.tensor([[random.random() < 0.5 for _ in range(3)] for _ in range(16)])
+
+    def loss() -> Evaluation:
+        logits = model(tokens) * drawn()
+        return Evaluation(F.cross_entropy(logits, labels, reduction="none"), logits)
+
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+    attack = eb.PGD(eps=0.0, step_size=0.1, steps=3, keep=keep)  # type: ignore[arg-type]
+    before = np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    result = attack.run(loss, site, criterion=eb.Misclassify(labels))
+    assert not result.success.any()
+    assert torch.equal(result.losses, result.clean_losses)
+    assert torch.equal(result.losses, result.evaluate(loss).losses)
+    random.setstate(before[1])
+    leaving = eb.PGD(eps=0.1, steps=3, stop_when_fooled=True)
+    with pytest.raises(ValueError, match=r"draws random numbers"):
+        leaving.run(loss, site, criterion=eb.Misclassify(labels), subset=lambda rows: loss)
