@@ -80,8 +80,14 @@ class VAT(Attack):
         super().__post_init__()
         checks.integer("VAT", "steps", self.steps, 1)
         self.xi = check_strength("VAT", "xi", self.xi)
-        if self.keep == "best":
-            raise ValueError("VAT: keep='best' has no meaning: its iterates are directions")
+        for option, given in (
+            ("keep='best'", self.keep == "best"),
+            ("stop_when_fooled=True", self.stop_when_fooled),
+        ):
+            if given:
+                raise ValueError(
+                    f"VAT: {option} has no meaning: its iterates are directions, of length xi"
+                )
         if self.norm != "l2" or not isinstance(self.random_start, bool) or not self.random_start:
             raise ValueError("VAT: the direction is of norm 'l2', from a random start")
 
@@ -172,9 +178,7 @@ class SMARTStep(Attack):
         ):
             ball = {"eps": state["eps"], "norm": self.norm, **box(state)}
         block.set(
-            ops.gaussian_noise(
-                like, std=self.sigma, generator=generator, **block.geometry, **ball
-            )
+            ops.gaussian_noise(like, std=self.sigma, generator=generator, **block.geometry, **ball)
         )
 
     def step(

@@ -41,6 +41,8 @@ class Block:
         moved: bool `[groups]`, whether a group ever had a gradient other than zero.
     """
 
+    joined = False  # whether the delta spans several outputs
+
     def __init__(
         self,
         base: Tensor,
@@ -194,7 +196,7 @@ class RowBlock(Block):
         self._modules = [call.module for call in calls]
         found = [_arguments(call) for call in calls]
         indices = [arguments["input"] for arguments in found]
-        flat = torch.cat([i.reshape(-1) for i in indices])
+        flat = torch.cat([i.reshape(-1).long() for i in indices])
         # Where an occurrence is masked, and where it is padding (tied modules may differ in that).
         kept = _joined(indices, masks, True)
         paddings = [call.module.padding_idx for call in calls]
@@ -301,6 +303,8 @@ def _perturbed_rows(
 
 class JointBlock(Block):
     """One ball around several outputs together: sample b's delta spans all of them."""
+
+    joined = True
 
     def __init__(
         self,
