@@ -237,7 +237,18 @@ def kinds(
         dtype = torch.float32  # the power iteration needs it
     look = draw(
         st.sampled_from(
-            ["plain", "plain", "plain", "bag", "weighted", "dict", "tuple", "time", "packed", "choices"]
+            [
+                "plain",
+                "plain",
+                "plain",
+                "bag",
+                "weighted",
+                "dict",
+                "tuple",
+                "time",
+                "packed",
+                "choices",
+            ]
         )
     )
     bodies: tuple[str, ...] = BODIES
@@ -402,7 +413,9 @@ def losses_of(
             if plain:
                 losses = eb.losses.cross_entropy(seen, right)
             else:
-                losses = (seen.reshape(len(goal), -1) - goal.reshape(len(goal), -1)).square().mean(1)
+                losses = (
+                    (seen.reshape(len(goal), -1) - goal.reshape(len(goal), -1)).square().mean(1)
+                )
             if alone:
                 return losses
             return Evaluation(None if bare else losses, out)
@@ -499,7 +512,9 @@ def strengths(draw: st.DrawFn, size: float) -> Any:
     if kind == "zero":
         return 0.0
     if kind == "to":
-        return eb.Relative(size, to=draw(st.sampled_from(["mean_norm", "group_norm", "token_norm"])))
+        return eb.Relative(
+            size, to=draw(st.sampled_from(["mean_norm", "group_norm", "token_norm"]))
+        )
     if kind == "dim":
         return eb.PerDim(2 * size)
     return torch.tensor(size) if kind == "tensor" else size

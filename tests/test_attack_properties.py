@@ -66,9 +66,7 @@ def as_before(case: Case, random: Tensor, mode: str) -> Iterator[None]:
 def run(attack: eb.Attack, case: Case, **options: Any) -> eb.AttackResult:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", eb.attacks.AttackWarning)
-        return attack.run(
-            case.loss, case.site, criterion=case.criterion, **case.run, **options
-        )
+        return attack.run(case.loss, case.site, criterion=case.criterion, **case.run, **options)
 
 
 def assert_same(one: Tensor | None, two: Tensor | None) -> None:
@@ -129,9 +127,7 @@ def movable(case: Case, calls: list[Tensor]) -> list[Tensor]:
     return found
 
 
-def radii(
-    strength: Any, norm: str, groups: list[Tensor], may: list[Tensor]
-) -> list[float]:
+def radii(strength: Any, norm: str, groups: list[Tensor], may: list[Tensor]) -> list[float]:
     """The radius of each group, by the definitions."""
     base = [torch.where(m, g, 0.0).double() for g, m in zip(groups, may, strict=True)]
 
@@ -174,13 +170,14 @@ def check_ball(case: Case, attack: eb.Attack, result: eb.AttackResult, seen: Any
         assert torch.equal(one[~may_here], two[~may_here]), "a masked or padding place moved"
     exact = case.kind.dtype not in HALVES
     differences = [two.double() - one.double() for one, two in zip(clean, moved, strict=True)]
-    blocks = zip(
-        grouped(case, clean), grouped(case, differences), grouped(case, may), strict=True
-    )
+    blocks = zip(grouped(case, clean), grouped(case, differences), grouped(case, may), strict=True)
     norm = ball_of(attack)
     for number, (base, off, kept) in enumerate(blocks):
         norms = torch.stack(
-            [hostile.norms_of(o.reshape(1, -1), attack.norm)[0] if o.numel() else o.sum() for o in off]
+            [
+                hostile.norms_of(o.reshape(1, -1), attack.norm)[0] if o.numel() else o.sum()
+                for o in off
+            ]
         )
         reported = result.norms[number].double()
         torch.testing.assert_close(reported, norms, rtol=1e-5, atol=1e-6 if exact else 1e-7)
@@ -491,9 +488,7 @@ def test_samples_that_leave(mode: str) -> None:
 FORMS = ("mixed", "adversarial", "trades", "mart", "alp", "smart", "vat", "r3f", "free", "freeat")
 
 
-def reference(
-    form: str, case: Case, result: eb.AttackResult, lam: float, random: Tensor
-) -> Tensor:
+def reference(form: str, case: Case, result: eb.AttackResult, lam: float, random: Tensor) -> Tensor:
     """The form's formula in plain torch, at the deltas of `result`."""
     torch.set_rng_state(random)
     clean = call(case.loss)

@@ -838,5 +838,7 @@ def test_training_on_places_that_are_made_from_one_another(early: bool) -> None:
     deltas = attack.run(loss, sites, evaluate=False).deltas
     expected = model(x).mean() + 0.7 * model(x, list(deltas)).mean()
     torch.testing.assert_close(value.detach(), expected.detach())
-    for one, two in zip(found, torch.autograd.grad(expected, list(model.parameters())), strict=True):
+    for one, two in zip(
+        found, torch.autograd.grad(expected, list(model.parameters())), strict=True
+    ):
         torch.testing.assert_close(one, two)

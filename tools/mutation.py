@@ -44,7 +44,16 @@ TESTS = {
     "criteria": ["criteria", "losses", "results", "options", "leaving"],
     "attacks": ["results", "options", "attacks", "leaving", "tokens", "sites", "perturb"],
     "objectives": ["objective", "options", "results", "sites"],
-    "perturb": ["sites", "results", "perturb", "guard", "replay", "options", "objective", "leaving"],
+    "perturb": [
+        "sites",
+        "results",
+        "perturb",
+        "guard",
+        "replay",
+        "options",
+        "objective",
+        "leaving",
+    ],
     "clipping": ["clipping", "clipping_defects", "clipping_norms"],
 }
 COMMON = ["attack_properties"]
