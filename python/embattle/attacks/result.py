@@ -240,6 +240,10 @@ class AttackResult:
                 AttackWarning,
                 stacklevel=3,
             )
+        self._warn_of_rounding()
+        return self
+
+    def _warn_of_rounding(self) -> None:
         for block, norms in zip(self._found.blocks, self.norms, strict=True):
             if block.base.dtype == block.delta.dtype or not norms.numel():
                 continue
@@ -251,9 +255,8 @@ class AttackResult:
                     f"perturbations of {int(off)} groups to a norm more than 10 % off (see "
                     "result.norms): eps is too small for this dtype; attack the model in float32",
                     AttackWarning,
-                    stacklevel=3,
+                    stacklevel=4,
                 )
-        return self
 
     def _moved(self) -> list[Tensor]:
         return [block.moved for block in self._found.blocks]
@@ -273,6 +276,6 @@ class AttackResult:
         return vars(self) | {"_found": None, "_deltas": self.deltas, "_numbers": numbers}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttackResult:
-        other = object.__new__(AttackResult)
+        other = object.__new__(type(self))
         vars(other).update({name: deepcopy(value, memo) for name, value in vars(self).items()})
         return other
