@@ -138,6 +138,8 @@ class Attack:
 
     # Whether the attack draws numbers although it starts at zero.
     draws: ClassVar[bool] = False
+    # Whether the steps need a gradient; otherwise they are given none.
+    climbs: ClassVar[bool] = True
 
     def goal(self, criterion: Criterion | None) -> Criterion:
         """Give what the attack is for, given what the caller said."""
@@ -188,7 +190,8 @@ class Attack:
     ) -> None:
         """Make step `number`: `values` `[B]` and `grad` belong to the block's current delta.
 
-        `grad` is, for each sample, the gradient of its own value (not of a mean over the batch).
+        `grad` is, for each sample, the gradient of its own value (not of a mean over the batch);
+        zeros for an attack that needs none.
         """
         raise NotImplementedError(f"{type(self).__name__} makes no gradient steps")
 
@@ -301,7 +304,7 @@ class Attack:
                 for block, state in zip(stage.blocks, states, strict=True):
                     self.start(block, state, generator)
             for number in range(self.steps):
-                at, grads = known.look(stage, goal)
+                at, grads = known.look(stage, goal, gradient=self.climbs)
                 known = opened.after()
                 values = self.values(stage, goal, at, opened.clean)
                 if best is not None and self.keep == "best":
@@ -311,7 +314,7 @@ class Attack:
             if best is not None:
                 best.offer(stage.evaluate(grad=False, lookups="detached").detach())
         if best is not None:
-            return best.settle()
+            return best.settle().at
         if evaluate:
             return stage.evaluate(grad=False, lookups="detached", first=True).detach()
         return None

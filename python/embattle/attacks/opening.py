@@ -34,10 +34,15 @@ class Opened:
     graph: Evaluation | None = None
     states: list[dict[str, Any]] | None = None
 
-    def look(self, stage: Stage, goal: Criterion) -> tuple[Evaluation, list[Tensor]]:
-        """Evaluate the current deltas, with the gradients there; both detached."""
+    def look(
+        self, stage: Stage, goal: Criterion, *, gradient: bool = True
+    ) -> tuple[Evaluation, list[Tensor]]:
+        """Evaluate the current deltas, with the gradients there (or zeros); both detached."""
         if self.first is not None:
             return self.first
+        if not gradient:
+            at = stage.evaluate(grad=False, lookups="detached").detach()
+            return at, [torch.zeros_like(block.delta) for block in stage.blocks]
         at = self.graph
         if at is None:
             at = stage.evaluate(grad=True, lookups="detached", detach=True)
@@ -77,7 +82,7 @@ def open_attack(
         at = evaluation.detach()
         grads = stage.gradients_at_zero(ascended(goal, evaluation, at))
         return Opened(at, first=None if grads is None else (at, grads))
-    if clean:
+    if clean or not attack.climbs:
         evaluation = stage.open().evaluation.detach()
         goal.check(evaluation)
         return Opened(evaluation)

@@ -15,6 +15,7 @@ from embattle.perturb.blocks import Block, build, call_block
 from embattle.perturb.calls import Call, is_lookup
 from embattle.perturb.evaluation import Evaluation, LossFn, call
 from embattle.perturb.gradients import (
+    NoGradient,
     differentiate,
     refuse_other_layouts,
     refuse_other_uses,
@@ -184,6 +185,19 @@ class Stage:
         """Draw anew in the passes to come."""
         self._replay = self._masks = None
 
+    @contextmanager
+    def drawing(self, seed: int) -> Iterator[None]:
+        """Draw other random numbers in the passes inside, whatever the mode.
+
+        Only while attacking: the random state is put back at the end of that.
+        """
+        kept, self._replay, self._masks = (self._replay, self._masks), None, None
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            self._replay, self._masks = kept
+
     def forget_masks(self) -> None:
         """Free the dropout masks: later passes draw them anew."""
         self._masks = None
@@ -345,7 +359,7 @@ class Stage:
     def check_graph(self, values: Tensor, leaves: Sequence[Tensor]) -> None:
         """Refuse what the graph shows to be wrong: other uses of a table, time before samples."""
         if not values.requires_grad:
-            raise RuntimeError(
+            raise NoGradient(
                 "the losses do not depend on the perturbed embeddings: does loss_fn detach, or run "
                 "under torch.no_grad()?"
             )
