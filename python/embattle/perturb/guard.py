@@ -118,7 +118,7 @@ class _Tensor:
         if self.plain and (tensor.dtype != self.data.dtype or not tensor.is_set_to(self.data)):
             tensor.data = self.data  # it was resized, or given other memory
             written = True
-        elsewhere = self.plain and copy is not None and not self.memory.is_cpu
+        elsewhere = self.plain and copy is not None and _on_device(self.memory)
         if copy is not None and not elsewhere and (written or not self._same(copy)):
             with torch.inference_mode(version is None):
                 self.memory.copy_(copy)
@@ -134,6 +134,10 @@ class _Tensor:
         if self.plain:
             return torch.equal(self.memory, copy)
         return self.memory is self.tensor and self.version is not None
+
+
+def _on_device(tensor: Tensor) -> bool:
+    return not tensor.is_cpu
 
 
 def _memory(tensor: Tensor) -> Tensor:
@@ -266,7 +270,7 @@ class KeptState:
             return []
         # What requires a gradient or is a parameter's memory is a weight; the lazy has no values.
         parameters = [p for module in modules for p in module._parameters.values()]
-        weights = {p.data_ptr() for p in parameters if type(p) is nn.Parameter} - {0}
+        weights = {p.data_ptr() for p in parameters if type(p) is nn.Parameter}
         new = {
             key: _Tensor(tensor)
             for key, tensor in found.items()
