@@ -17,7 +17,7 @@ from embattle.attacks.best import Best
 from embattle.attacks.leaving import narrow_all, note
 from embattle.attacks.momentum import APGD
 from embattle.attacks.opening import open_attack
-from embattle.attacks.result import AttackResult, AttackWarning
+from embattle.attacks.result import AttackResult, AttackWarning, warn_of_rounding
 from embattle.attacks.square import Square
 from embattle.criteria import Criterion, Deviate, Misclassify, MultiLabel, Target
 from embattle.criteria.base import ascended, reached
