@@ -407,9 +407,7 @@ class _Standing:
     blocks: list[Block]
     states: list[dict[str, Any]]
 
-    def narrow(
-        self, whole: Stage, blocks: list[Block], stay: Tensor, rows: Tensor
-    ) -> _Standing:
+    def narrow(self, whole: Stage, blocks: list[Block], stay: Tensor, rows: Tensor) -> _Standing:
         """Keep some of the samples: `stay` of those here, which are `rows` of the whole batch."""
         some = [block.narrow(stay) for block in blocks]
         return _Standing(

@@ -126,6 +126,4 @@ class Square(Attack):
         return block.per_group_row(eps).to(block.delta.dtype) if isinstance(eps, Tensor) else eps
 
     def _inside(self, block: Block, delta: Tensor, state: dict[str, Any]) -> Tensor:
-        return ops.project(
-            delta, eps=state["eps"], norm=self.norm, **block.geometry, **box(state)
-        )
+        return ops.project(delta, eps=state["eps"], norm=self.norm, **block.geometry, **box(state))
