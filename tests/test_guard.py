@@ -69,6 +69,7 @@ def _late(m: Average, x: Tensor) -> None:
 def _removed(m: Average, x: Tensor) -> None:
     if "late" in m._buffers:
         del m.late
+    m.plain = None
     m.mean.add_(1.0)
 
 
