@@ -18,7 +18,6 @@ from embattle.attacks.opening import Opened, open_attack
 from embattle.attacks.result import AttackResult
 from embattle.attacks.starts import BoxStart, GaussianStart
 from embattle.criteria import Criterion, MaximizeLoss
-from embattle.criteria.base import ascended
 from embattle.perturb.blocks import Block
 from embattle.perturb.evaluation import Evaluation, LossFn
 from embattle.perturb.guard import MODES, Mode
@@ -304,9 +303,12 @@ class Attack:
                 for block, state in zip(stage.blocks, states, strict=True):
                     self.start(block, state, generator)
             for number in range(self.steps):
-                at, grads = known.look(stage, goal, gradient=self.climbs)
+                # A group without a gradient at first and at last is taken to have none.
+                note = number in (0, self.steps - 1)
+                at, values, grads = known.look(stage, goal, gradient=self.climbs, note=note)
                 known = opened.after()
-                values = self.values(stage, goal, at, opened.clean)
+                if stage.found.coupled:  # no sample has a value of its own then
+                    values = values.sum().expand_as(values)
                 if best is not None and self.keep == "best":
                     best.offer(at)
                 for block, grad, state in zip(stage.blocks, grads, states, strict=True):
@@ -318,13 +320,6 @@ class Attack:
         if evaluate:
             return stage.evaluate(grad=False, lookups="detached", first=True).detach()
         return None
-
-    def values(
-        self, stage: Stage, goal: Criterion, at: Evaluation, clean: Evaluation | None
-    ) -> Tensor:
-        """What counts for each sample, `[B]`: where samples share a delta, the batch's sum."""
-        values = ascended(goal, at, clean).detach()
-        return values.sum().expand_as(values) if stage.found.coupled else values
 
     @property
     def compares(self) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from embattle.attacks.opening import Opened
+from embattle.attacks.opening import Look, Opened
 from embattle.criteria import Criterion
 from embattle.criteria.base import ascended, reached
 from embattle.perturb.blocks import Block
@@ -79,14 +79,16 @@ def search_leaving(
             grads: list[Tensor] = []
             if over:
                 at = part.evaluate(grad=False).detach()
+                values = ascended(some, at, known.clean)
             else:
                 if restart == 0 and number == 0 and opened.first is not None:
-                    first, all_grads = opened.first
-                    known.first = (first.select(rows), [grad[rows] for grad in all_grads])
-                at, grads = known.look(part, some, gradient=attack.climbs)
+                    first = opened.first
+                    known.first = Look(
+                        first.at.select(rows), first.values[rows], [g[rows] for g in first.grads]
+                    )
+                at, values, grads = known.look(part, some, gradient=attack.climbs)
             fooled = reached(some, at, known.clean)
             assert fooled is not None
-            values = ascended(some, at, known.clean).detach()
             kept = attack.keep == "best" or attack.restarts > 1
             worst.write(
                 rows, blocks, at, values,
