@@ -123,6 +123,10 @@ class Block:
         """Give what is added at each of `places`, as the module lays it out."""
         return [self.layouts[0].to_module(self.delta)]
 
+    def fixed(self, detached: bool) -> bool:
+        """Whether what the sites add follows the delta's memory, without being made anew."""
+        return self.layouts[0].plain and not self.whole
+
     def fused(self) -> list[Addition] | None:
         """Give what makes the perturbed outputs in passes that leave weights alone, if it can."""
         return None
@@ -239,6 +243,9 @@ class RowBlock(Block):
             )
         ]
 
+    def fixed(self, detached: bool) -> bool:
+        return detached and self._plain
+
     def fused(self) -> list[Addition] | None:
         if not self._plain:
             return None
@@ -335,6 +342,9 @@ class JointBlock(Block):
 
     def additions(self) -> list[Tensor]:
         return self.spread(self.delta)
+
+    def fixed(self, detached: bool) -> bool:
+        return False
 
     def spread(self, grad: Tensor) -> list[Tensor]:
         parts = torch.split(grad, self.sizes, dim=1)

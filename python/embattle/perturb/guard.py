@@ -291,6 +291,8 @@ class KeptState:
         for held in self._modules.values():
             if held is not None:
                 held.rewind()
+        if not self._tensors:
+            return
         unseen = [kept for kept in self._tensors.values() if kept.copy is None and kept.written]
         with torch.no_grad():
             groups: dict[Any, list[_Tensor]] = {}

@@ -71,7 +71,7 @@ class _Turns:
         Raises:
             RuntimeError: the module is a replica (`nn.DataParallel`).
         """
-        if not any(module is one for one in self.modules):
+        if module is not self.modules[0] and not any(module is one for one in self.modules):
             raise RuntimeError(
                 f"Site: a replica of {type(module).__name__} was called during an attack: "
                 "nn.DataParallel is not supported; use DistributedDataParallel"
@@ -193,13 +193,20 @@ class Perturb(_Turns):
         if self.foreign(module):
             return None
         refuse_checkpoints(module)
-        values = {}
-        for part in parts_of(output, self.key):
-            turn = self._next(module, args, kwargs)
-            value = self._known(turn, args, kwargs)
-            value = part.value if value is None else value
-            values[part.key] = self._perturbed(module, value, self.additions[turn])
+        if type(output) is Tensor and not output.is_nested and output.is_floating_point():
+            return self._one(module, args, kwargs, output)
+        values = {
+            part.key: self._one(module, args, kwargs, part.value)
+            for part in parts_of(output, self.key)
+        }
         return replace_parts(output, values)
+
+    def _one(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
+    ) -> Tensor:
+        turn = self._next(module, args, kwargs)
+        known = self._known(turn, args, kwargs)
+        return self._perturbed(module, value if known is None else known, self.additions[turn])
 
     def _traced(self, output: Any) -> Any:
         values = {}
@@ -227,8 +234,8 @@ class Perturb(_Turns):
         return self.turn == 0 or any(call.compiled for call in self.calls)
 
     def _next(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        turn = self.turn % max(len(self.calls), 1)
-        fits = bool(self.calls) and self.calls[turn].same_batch(module, args, kwargs)
+        turn = self.turn
+        fits = turn < len(self.calls) and self.calls[turn].same_batch(module, args, kwargs)
         if not fits and turn and self.calls[0].same_batch(module, args, kwargs):
             turn, fits = 0, True  # the pass before was broken off
         if not fits:
@@ -238,7 +245,7 @@ class Perturb(_Turns):
                 "`applied()` to run another one (or `generate`), and let the loss function run the "
                 "same batch in every pass (draw negatives before it, or use mode='same')"
             )
-        self.turn = (turn + 1) % len(self.calls)
+        self.turn = turn + 1 if turn + 1 < len(self.calls) else 0
         return turn
 
     def _known(self, turn: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

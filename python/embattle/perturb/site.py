@@ -288,6 +288,12 @@ class Site:
                 if can_stand_in(module):
                     module.forward = stand_in(self._hook, module)
 
+    def again(self) -> None:
+        """Start another pass with what was placed before."""
+        use = self._hook.use
+        assert isinstance(use, Perturb)
+        use.turn = 0
+
     def rest(self) -> None:
         """Leave the modules' outputs alone again."""
         self._hook.use = None
@@ -400,6 +406,9 @@ class WeightSite(Site):
         if own is not None and value.grad_fn is not None:
             own.add(value.grad_fn)
         self._parameter.swap(value)
+
+    def again(self) -> None:
+        """What was placed serves one pass: it is made anew."""
 
     def rest(self) -> None:
         self._parameter.restore()
