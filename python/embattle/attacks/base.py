@@ -159,7 +159,7 @@ class Attack:
         return state
 
     def start(self, block: Block, state: dict[str, Any], generator: torch.Generator | None) -> None:
-        """Set the delta that the steps start from."""
+        """Set the delta that the steps start from; a new block's is zero."""
         like = block.delta.detach()
         if isinstance(self.random_start, (GaussianStart, BoxStart)):
             start = self.random_start.draw(
@@ -181,7 +181,7 @@ class Attack:
                 **box(state),
             )
         else:
-            start = torch.zeros_like(like)
+            return
         block.set(start)
 
     def step(

@@ -92,15 +92,7 @@ class Block:
 
     def note(self, grad: Tensor) -> None:
         """Note which groups have a gradient other than zero."""
-        offsets, mask = self.geometry["offsets"], self.geometry["mask"]
-        if mask is not None:
-            grad = grad * mask.unsqueeze(-1)
-        if offsets is not None:
-            self.moved |= ops.group_norm(grad, norm="linf", offsets=offsets) != 0
-        elif self.geometry["group"] == "sample" and grad.dim() > 1:
-            self.moved |= grad.flatten(1).any(1)
-        else:
-            self.moved |= grad.flatten(0, -2).any(1)
+        self.moved |= ops.group_norm(grad, norm="linf", **self.geometry) != 0
 
     def still(self, done: Tensor | None = None) -> Tensor:
         """Count the groups that could move and never had a gradient, a 0-d int64 tensor.

@@ -118,13 +118,6 @@ class Site:
             checks.integer("Site", "per_sample", per_sample, 1)
         if scope == "row":
             modules = _with_tied(modules, model)
-        for one in modules:
-            if key is None and callable(getattr(one, "get_input_embeddings", None)):
-                raise TypeError(
-                    f"Site: {type(one).__name__} is a whole model, whose output is no embedding. "
-                    "Its input embeddings: Site.embeddings(model); one value of its output: "
-                    "Site.output(model, key='last_hidden_state')"
-                )
         self.modules = modules
         self.group: Group = "token" if scope == "row" else group
         self.scope: Scope = scope
@@ -438,8 +431,9 @@ def as_sites(sites: Site | Sequence[Site]) -> list[Site]:
         TypeError: anything else, or none at all.
         ValueError: a site that is given twice.
     """
-    found: list[Any] = list(sites) if isinstance(sites, (list, tuple)) else [sites]
-    wrong = [one for one in found if not isinstance(one, Site)]
+    given: list[Any] = list(sites) if isinstance(sites, (list, tuple)) else [sites]
+    found = [one for one in given if isinstance(one, Site)]
+    wrong = [one for one in given if not isinstance(one, Site)]
     if wrong or not found:
         what = type(wrong[0]).__name__ if wrong else "none"
         raise TypeError(f"sites must be an embattle.Site or a sequence of them, got {what}")
