@@ -41,6 +41,8 @@ class Block:
         moved: bool `[groups]`, whether a group ever had a gradient other than zero.
     """
 
+    joined = False  # whether the delta spans several outputs
+
     def __init__(
         self,
         base: Tensor,
@@ -190,7 +192,7 @@ class RowBlock(Block):
         self._modules = [call.module for call in calls]
         found = [_arguments(call) for call in calls]
         indices = [arguments["input"] for arguments in found]
-        flat = torch.cat([i.reshape(-1) for i in indices])
+        flat = torch.cat([i.reshape(-1).long() for i in indices])
         # Where an occurrence is masked, and where it is padding (tied modules may differ in that).
         kept = _joined(indices, masks, True)
         paddings = [call.module.padding_idx for call in calls]
@@ -236,10 +238,16 @@ class RowBlock(Block):
         ]
 
     def fixed(self, detached: bool) -> bool:
-        return detached and self._plain
+        return detached and self._fuses
+
+    @property
+    def _fuses(self) -> bool:
+        # In half types it would round once what `additions` round twice: other losses than those
+        # under the deltas that are returned.
+        return self._plain and self.base.dtype == self.delta.dtype
 
     def fused(self) -> list[Addition] | None:
-        if not self._plain:
+        if not self._fuses:
             return None
         weight = cast(Tensor, self.module.weight).detach()
         return [
@@ -298,6 +306,8 @@ def _perturbed_rows(
 
 class JointBlock(Block):
     """One ball around several outputs together: sample b's delta spans all of them."""
+
+    joined = True
 
     def __init__(
         self,

@@ -73,9 +73,10 @@ class Perturbation:
         fixed = all(block.fixed(lookups == "detached") for block in self.blocks)
         self._placed = placed if fixed else None
         self.own.clear()
+        deltas = [block.delta for block in self.blocks]
         for site, calls, additions, known in self._per_site(lookups, compile):
             own = None if site.table is None else self.own
-            site.place(calls, additions, known=known, detach=detach, own=own)
+            site.place(calls, additions, known=known, detach=detach, own=own, deltas=deltas)
 
     def rest(self) -> None:
         """Leave the model unperturbed."""

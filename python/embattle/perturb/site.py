@@ -269,12 +269,20 @@ class Site:
         known: str | None = None,
         detach: bool = False,
         own: set[Node] | None = None,
+        deltas: Sequence[Tensor] = (),
     ) -> None:
         """Perturb the coming forward passes (see `hook.Perturb`)."""
         if not self._finalizer.alive:
             raise RuntimeError(f"{self!r} was removed from its modules and perturbs nothing")
         self._hook.use = Perturb(
-            self.modules, self.key, calls, additions, known=known, detach=detach, own=own
+            self.modules,
+            self.key,
+            calls,
+            additions,
+            known=known,
+            detach=detach,
+            own=own,
+            deltas=deltas,
         )
         if known is not None:
             for module in self.modules:
@@ -388,6 +396,7 @@ class WeightSite(Site):
         known: str | None = None,
         detach: bool = False,
         own: set[Node] | None = None,
+        deltas: Sequence[Tensor] = (),
     ) -> None:
         (addition,) = additions
         original = self._parameter.original
@@ -441,13 +450,26 @@ def as_sites(sites: Site | Sequence[Site]) -> list[Site]:
         raise ValueError("sites: the same site is given twice")
     for number, one in enumerate(found):
         for other in found[:number]:
-            both = [m for m in one.modules if any(m is n for n in other.modules)]
-            if both and one.key in (None, other.key):
+            both = _both(one, other)
+            if both is not None:
                 raise ValueError(
-                    f"sites: {other!r} and {one!r} both perturb {type(both[0]).__name__}: their "
+                    f"sites: {other!r} and {one!r} both perturb {type(both).__name__}: their "
                     "balls would add up. Give one site for it"
                 )
     return found
+
+
+def _both(one: Site, other: Site) -> nn.Module | None:
+    """Find a module whose embeddings two sites would perturb."""
+    if one.table is not None and one.table is other.table:
+        return one.module
+    shared = [m for m in one.modules if any(m is n for n in other.modules)]
+    if "weight" in (one.scope, other.scope):
+        # Another parameter, or what a layer makes of it, is another place; a row is the parameter.
+        shared = [m for m in shared if is_lookup(m)] if one.scope != other.scope else []
+    elif None not in (one.key, other.key) and one.key != other.key:
+        return None
+    return shared[0] if shared else None
 
 
 def _sequence(modules: Any) -> Sequence[nn.Module]:
