@@ -71,7 +71,7 @@ class _Turns:
         Raises:
             RuntimeError: the module is a replica (`nn.DataParallel`).
         """
-        if not any(module is one for one in self.modules):
+        if module is not self.modules[0] and not any(module is one for one in self.modules):
             raise RuntimeError(
                 f"Site: a replica of {type(module).__name__} was called during an attack: "
                 "nn.DataParallel is not supported; use DistributedDataParallel"
@@ -158,6 +158,7 @@ class Watch(_Turns):
         call = Call(module, leaf, source, False, args, kwargs, part.key, part.offsets)
         call.layout = self.layout_of(call)
         call.unused_parameters = finds_unused_parameters(module)
+        call.through_half = computes_in_half(value)
         self.calls.append(call)
         if self.begin is not None:
             return self.perturbed(leaf if self.attach else value, self.begin(call))
@@ -204,13 +205,20 @@ class Perturb(_Turns):
         if self.foreign(module):
             return None
         refuse_checkpoints(module)
-        values = {}
-        for part in parts_of(output, self.key):
-            turn = self._next(module, args, kwargs)
-            value = self._known(turn, args, kwargs)
-            value = part.value if value is None else value
-            values[part.key] = self._perturbed(module, value, self.additions[turn])
+        if type(output) is Tensor and not output.is_nested and output.is_floating_point():
+            return self._one(module, args, kwargs, output)
+        values = {
+            part.key: self._one(module, args, kwargs, part.value)
+            for part in parts_of(output, self.key)
+        }
         return replace_parts(output, values)
+
+    def _one(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
+    ) -> Tensor:
+        turn = self._next(module, args, kwargs)
+        known = self._known(turn, args, kwargs)
+        return self._perturbed(module, value if known is None else known, self.additions[turn])
 
     def _traced(self, output: Any) -> Any:
         values = {}
@@ -238,8 +246,8 @@ class Perturb(_Turns):
         return self.turn == 0 or any(call.compiled for call in self.calls)
 
     def _next(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        turn = self.turn % max(len(self.calls), 1)
-        fits = bool(self.calls) and self.calls[turn].same_batch(module, args, kwargs)
+        turn = self.turn
+        fits = turn < len(self.calls) and self.calls[turn].same_batch(module, args, kwargs)
         if not fits and turn and self.calls[0].same_batch(module, args, kwargs):
             turn, fits = 0, True  # the pass before was broken off
         if not fits:
@@ -249,7 +257,7 @@ class Perturb(_Turns):
                 "`applied()` to run another one (or `generate`), and let the loss function run the "
                 "same batch in every pass (draw negatives before it, or use mode='same')"
             )
-        self.turn = (turn + 1) % len(self.calls)
+        self.turn = turn + 1 if turn + 1 < len(self.calls) else 0
         return turn
 
     def _known(self, turn: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -346,6 +354,14 @@ def finds_unused_parameters(module: nn.Module) -> bool:
             "times before one backward pass: use static_graph=False"
         )
     return bool(getattr(wrapper, "find_unused_parameters", False))
+
+
+def computes_in_half(value: Tensor) -> bool:
+    """Whether the model goes on in float16."""
+    if value.dtype == torch.float16:
+        return True
+    device = value.device.type
+    return torch.is_autocast_enabled(device) and (torch.get_autocast_dtype(device) == torch.float16)
 
 
 def _saved_tensors_hooks() -> tuple[Any, Any] | None:
