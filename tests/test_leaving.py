@@ -53,6 +53,8 @@ def test_fooled_samples_cost_nothing_more(keep: str, joint: bool) -> None:
     assert torch.all(early.steps[wrong] == 0)
     assert torch.all(early.deltas[0][wrong] == 0)
     assert torch.all(early.steps <= 8)
+    # Every pass over the rest of the batch follows a step of those samples.
+    assert int(early.steps.sum()) == sum(sizes)
     unfooled = ~early.success & ~wrong
     for got, expected in zip(early.deltas, full.deltas, strict=True):
         assert torch.allclose(got[unfooled], expected[unfooled])
