@@ -64,6 +64,41 @@ def test_fooled_samples_cost_nothing_more(keep: str, joint: bool) -> None:
     assert torch.equal(early.success, ~wrong & (early.predictions != labels))
 
 
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_who_is_never_fooled_has_what_the_whole_batch_would_have(keep: str) -> None:
+    """The last iterate is not the worst one here; and no group is said to lack a gradient."""
+    embedding = torch.nn.Embedding(6, 1).double()
+    with torch.no_grad():
+        embedding.weight.copy_(torch.tensor([[-0.5], [-0.3], [-0.1], [0.1], [-0.05], [0.5]]))
+    # Four are never fooled, one is by and by, and one is wrong from the start.
+    bars = torch.tensor([2.0, 2.0, 2.0, 2.0, 0.98, -3.0]).double()
+    tokens, labels = torch.arange(6).unsqueeze(1), torch.zeros(6, dtype=torch.long)
+
+    def of(rows: Tensor) -> Callable[[], eb.Evaluation]:
+        def loss() -> eb.Evaluation:
+            logits = torch.stack([bars[rows], (4 * embedding(tokens[rows])).sin().sum((1, 2))], 1)
+            return eb.Evaluation(eb.losses.cross_entropy(logits, labels[rows]), logits)
+
+        return loss
+
+    options = {"norm": "linf", "eps": 1.0, "step_size": 0.45, "steps": 5}
+    whole, goal, site = of(torch.arange(6)), eb.Misclassify(labels), eb.Site(embedding)
+    early = eb.PGD(**options, keep=keep, stop_when_fooled=True).run(
+        whole, site, criterion=goal, subset=of
+    )
+    last, best = (
+        eb.PGD(**options, keep=k).run(whole, site, criterion=goal)  # type: ignore[arg-type]
+        for k in ("last", "best")
+    )
+    assert early.reached.tolist() == [False] * 4 + [True] * 2
+    assert not torch.allclose(last.delta[:4], best.delta[:4])
+    torch.testing.assert_close(early.delta[:4], (last if keep == "last" else best).delta[:4])
+    assert int(early.steps[0]) == 5
+    assert 0 < int(early.steps[4]) < 5
+    assert int(early.steps[5]) == 0
+    assert int(early.zero_gradient) == 0
+
+
 @pytest.mark.parametrize("attack", ["apgd", "mi", "restarts", "token"])
 def test_attacks_with_memory_leave_too(attack: str) -> None:
     model, tokens, labels, sizes = setup()

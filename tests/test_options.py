@@ -494,7 +494,7 @@ def test_noise_that_bfloat16_rounds_away_is_warned_of_in_training() -> None:
         objective(toys.classify(model, tokens, labels))
 
 
-# --- directions, boxes, integers of 32 bits ---------------------------------------------------------
+# --- directions, boxes, integers of 32 bits -------------------------------------------------------
 
 
 def test_samples_do_not_leave_with_a_direction() -> None:
@@ -543,7 +543,7 @@ def test_rows_of_indices_of_32_bits() -> None:
     assert torch.equal(short.losses, long.losses)
 
 
-# --- defaults ---------------------------------------------------------------------------------------
+# --- defaults -------------------------------------------------------------------------------------
 
 _BALL = {
     "norm": "l2", "steps": 1, "random_start": False, "restarts": 1, "keep": "last", "lower": None,

@@ -769,7 +769,7 @@ def test_a_site_that_was_removed_perturbs_nothing_and_says_so() -> None:
         loss()
 
 
-# --- places that are made from one another ----------------------------------------------------------
+# --- places that are made from one another --------------------------------------------------------
 
 
 class Stacked(nn.Module):

@@ -85,7 +85,7 @@ class Mutant:
     seconds: float = 0.0
 
 
-# --- mutants ----------------------------------------------------------------------------------------
+# --- mutants --------------------------------------------------------------------------------------
 
 
 def unimportant(tree: ast.AST) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -99,14 +99,14 @@ def unimportant(tree: ast.AST) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         elif isinstance(node, ast.AnnAssign):
             alias = ast.unparse(node.annotation) == "TypeAlias"
             found.append(node if alias else node.annotation)
-        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            found.append(node)
-        elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
-            found.append(node)
-        elif isinstance(node, ast.Assert):
-            found.append(node)
         elif isinstance(node, ast.keyword) and node.arg == "strict":
             found.append(node.value)
+        elif (
+            isinstance(node, ast.Assert)
+            or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+            or (isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal")
+        ):
+            found.append(node)
     return [_span(node) for node in found if node is not None]
 
 
@@ -171,11 +171,13 @@ def mutated(source: str, mutant: Mutant) -> str | None:
     return code
 
 
-def sample(packages: list[str], count: int, seed: int) -> tuple[list[Mutant], int]:
+def sample(packages: list[str], count: int, seed: int, skip: list[str]) -> tuple[list[Mutant], int]:
     """Draw places, and one mutant for each; also how many places there are."""
     places: dict[tuple[Any, ...], list[Mutant]] = {}
     for package in packages:
         for path in sorted((ROOT / "python/embattle" / package).rglob("*.py")):
+            if path.name in skip:
+                continue
             for place, mutant in mutants_of(path):
                 places.setdefault(place, []).append(mutant)
     rng = random.Random(seed)
@@ -362,6 +364,7 @@ def run_forked(tree: Path, names: list[str], log: Path, limit: float) -> int | N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--packages", nargs="+", default=list(PACKAGES))
+    parser.add_argument("--skip", nargs="*", default=[], help="names of files to leave out")
     parser.add_argument("--count", type=int, default=240, help="how many mutants")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -387,7 +390,7 @@ def main() -> None:
             before = json.loads(options.again.read_text())
             chosen, places = survivors(before), before["places"]
         else:
-            chosen, places = sample(options.packages, options.count, options.seed)
+            chosen, places = sample(options.packages, options.count, options.seed, options.skip)
         print(f"{len(chosen)} mutants of {places} places in {', '.join(options.packages)}")
         preload()
         done: list[Mutant] = []
