@@ -11,7 +11,8 @@ JOBS ?= $(shell nproc)
 
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help setup dev demo test device-test lint format sanitize bench cuda-check gpu-check emulator-asan clean
+.PHONY: help setup dev demo test device-test lint format sanitize bench cuda-check gpu-check emulator-asan mutation \
+	clean
 
 help:
 	@echo "make demo      train and audit a real recommender (about 8 minutes on two cores)"
@@ -22,6 +23,7 @@ help:
 	@echo "make gpu-check OUT=dir  test and measure the CUDA kernels on the GPU at hand"
 	@echo "make sanitize  the native tests under AddressSanitizer and UBSan"
 	@echo "make emulator-asan [SHORT=1]  the CUDA kernels in the emulator under AddressSanitizer and UBSan"
+	@echo "make mutation  change the code at random places and see whether the tests notice (an hour)"
 	@echo "make clean     remove the build and the virtual environment"
 
 # ---- Set-up ----
@@ -84,6 +86,12 @@ sanitize: setup
 
 emulator-asan: dev
 	@PYTHON=$(PY) JOBS=$(JOBS) SHORT=$(SHORT) bash tools/emulator_asan.sh
+
+# For the night: more property cases than CI's 1,000 are EMBATTLE_PROPERTY_CASES=20000 make test.
+mutation: dev
+	@$(PY) -c "import cosmic_ray, coverage" 2>/dev/null || \
+		$(PY) -m pip install --quiet $$($(PY) tools/requirements.py mutation)
+	OMP_NUM_THREADS=1 $(PY) tools/mutation.py --processes $(JOBS) $(MUTATION)
 
 clean:
 	rm -rf build $(VENV) python/embattle/_C*.so
