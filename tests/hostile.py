@@ -536,7 +536,7 @@ def attacks(draw: st.DrawFn, case: Case, **fixed: Any) -> eb.Attack:
     if draw(st.integers(0, 3)) == 0:
         low, high = sorted(torch.randn(2, generator=torch.Generator().manual_seed(case.seed)))
         options["lower"], options["upper"] = float(low), float(high)
-        if draw(st.booleans()):
+        if case.where != "joint" and draw(st.booleans()):
             options["lower"] = torch.full((DIM,), float(low))
         if draw(st.booleans()):
             options.pop(draw(st.sampled_from(["lower", "upper"])))

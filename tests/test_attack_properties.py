@@ -22,12 +22,11 @@ import torch
 from embattle import Evaluation
 from embattle.perturb.evaluation import call
 from hostile import DIM, VOCAB, Case
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 CASES = int(os.environ.get("EMBATTLE_PROPERTY_CASES", "1000"))
-NOSHRINK = bool(os.environ.get("NOSHRINK"))
 HALVES = (torch.bfloat16, torch.float16)
 BETWEEN = ("none", "dropout", "batch_norm", "in_batch", "spectral")
 
@@ -37,7 +36,6 @@ def share(of: float) -> settings:
     return settings(
         max_examples=max(1, round(of * CASES)),
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-        phases=[p for p in Phase if p is not Phase.shrink] if NOSHRINK else tuple(Phase),
     )
 
 
@@ -274,7 +272,8 @@ def check_result(case: Case, attack: eb.Attack, ambient: Any, **options: Any) ->
     hostile.random_gradients(model)
     torch.manual_seed(case.seed + 1)
     before = hostile.state_of(model)
-    with ambient:
+    inside = ambient if ambient is autocast else nullcontext
+    with ambient():
         result = run(attack, case, **options)
     drew = (attack.random_start or attack.draws) and attack.generator is None
     torch.set_rng_state(before["random"])
@@ -284,9 +283,10 @@ def check_result(case: Case, attack: eb.Attack, ambient: Any, **options: Any) ->
     after = hostile.state_of(model)
     hostile.assert_same_state(after | {"random": random}, before | {"random": random})
 
-    with as_before(case, random, attack.mode), hostile.outputs_seen(case) as clean_seen:
+    with inside(), as_before(case, random, attack.mode), hostile.outputs_seen(case) as clean_seen:
         clean = call(case.loss)
     with (
+        inside(),
         as_before(case, random, attack.mode),
         hostile.outputs_seen(case) as seen,
         result.applied(),
@@ -305,7 +305,8 @@ def check_result(case: Case, attack: eb.Attack, ambient: Any, **options: Any) ->
     if radius_is_zero(attack):
         assert_same(result.losses, result.clean_losses)
         assert result.success is None or not result.success.any()
-    check_copies(case, attack, result, random)
+    with inside():
+        check_copies(case, attack, result, random)
     return result
 
 
@@ -360,7 +361,11 @@ def check_copies(case: Case, attack: eb.Attack, result: eb.AttackResult, random:
         assert_same(other.evaluate(case.loss).losses, result.losses)
 
 
-AMBIENT = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+def autocast() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+AMBIENT = [nullcontext, nullcontext, torch.no_grad, torch.inference_mode, autocast]
 
 
 @pytest.mark.parametrize("between", BETWEEN)
@@ -374,8 +379,10 @@ def test_what_is_reported_was_evaluated(between: str, place: str) -> None:
     def check(data: st.DataObject) -> None:
         case = data.draw(hostile.cases(hostile.kinds(between), places))
         attack = data.draw(hostile.attacks(case))
-        ambient = AMBIENT[data.draw(st.sampled_from(["grad", "grad", "no_grad", "inference"]))]
-        check_result(case, attack, ambient())
+        ambient = data.draw(st.sampled_from(AMBIENT))
+        if ambient is autocast and case.kind.dtype != torch.float32:
+            ambient = nullcontext
+        check_result(case, attack, ambient)
 
     check()
 
@@ -414,7 +421,7 @@ def test_a_pass_that_raises_leaves_everything_as_before(between: str) -> None:
         hostile.assert_same_state(hostile.state_of(case.model), before)
         first = case.site[0] if isinstance(case.site, list) else case.site
         assert not first.busy
-        check_result(case, attack, nullcontext())
+        check_result(case, attack, nullcontext)
 
     check()
 
@@ -513,7 +520,7 @@ def test_samples_that_leave(mode: str) -> None:
         assume(goal is not None)
         assume(not (isinstance(goal, eb.Diverge) and goal.divergence == "squared_distance"))
         attack = data.draw(hostile.attacks(case, stop_when_fooled=True, mode=mode))
-        result = check_result(case, attack, nullcontext(), subset=case.subset)
+        result = check_result(case, attack, nullcontext, subset=case.subset)
         for delta in result.deltas:
             assert torch.all(delta[result.clean_reached] == 0)
         assert torch.all(result.steps[result.clean_reached] == 0)
