@@ -525,7 +525,7 @@ def attacks(draw: st.DrawFn, case: Case, **fixed: Any) -> eb.Attack:
     diverging = isinstance(case.criterion, eb.Diverge)
     names = ["PGD", "PGD", "PGD", "APGD", "MIFGSM", "FGM", "FGSM", "MSAP", "Uniform", "Gaussian"]
     if case.criterion is not None:
-        names += ["VAT", "SMART"]
+        names += ["SMART"] if fixed.get("stop_when_fooled") else ["VAT", "SMART"]
     name = draw(st.sampled_from(names))
     options: dict[str, Any] = {
         "eps": draw(strengths(draw(st.sampled_from([0.01, 0.3, 1.0, 3.0])))),
