@@ -89,6 +89,7 @@ NOT_ON_PRETEND = {
     "test_ops_torch.py::test_results_share_no_memory_with_arguments": "it has no storage",
     "test_perturb.py::test_embeddings_are_looked_up_once_per_batch": _SUBCLASS,
     "test_perturb.py::test_jagged_batches_have_a_ball_per_sample": "it has no nested tensors",
+    "test_perturb.py::test_nothing_waits_for_the_device_until_it_is_read": _SUBCLASS,
     "test_perturb.py::test_weights_are_frozen_in_passes_for_the_delta_only": _SUBCLASS,
     "test_reference.py::test_ball_and_box": _SLOW,
     "test_reference.py::test_project_gradient": _SLOW,
