@@ -14,7 +14,6 @@ from typing import Any
 
 import embattle as eb
 import torch
-import torch.nn.functional as F
 from embattle import Evaluation
 from hypothesis import strategies as st
 from torch import Tensor, nn

@@ -89,9 +89,9 @@ def unimportant(tree: ast.AST) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         elif isinstance(node, ast.AnnAssign):
             alias = ast.unparse(node.annotation) == "TypeAlias"
             found.append(node if alias else node.annotation)
-        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            found.append(node)
-        elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
+        elif (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING") or (
+            isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal"
+        ):
             found.append(node)
     return [_span(node) for node in found if node is not None]
 
@@ -104,12 +104,13 @@ def deletable(tree: ast.AST) -> list[Any]:
     """Statements that can be left out: calls, and changes of something that is there."""
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.Await)):
-            found.append(node)
-        elif isinstance(node, ast.AugAssign):
-            found.append(node)
-        elif isinstance(node, ast.Assign) and isinstance(
-            node.targets[0], (ast.Attribute, ast.Subscript)
+        if (
+            (isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.Await)))
+            or isinstance(node, ast.AugAssign)
+            or (
+                isinstance(node, ast.Assign)
+                and isinstance(node.targets[0], (ast.Attribute, ast.Subscript))
+            )
         ):
             found.append(node)
     return found
