@@ -235,6 +235,13 @@ inline T toward(T x, double goal) {
   return x;
 }
 
+// The number of type T that is nearest to x.
+template <class T>
+inline double nearest(double x) {
+  T rounded;
+  return store(&rounded, 1, splat(x))[0];
+}
+
 // The largest number of type T that is not above x >= 0.
 template <class T>
 inline double round_down(double x) {
@@ -272,6 +279,7 @@ struct Elements {
   double at(int64_t i) const { return value_of(p[i]); }
   void move_toward(int64_t i, double goal) const { p[i] = toward(p[i], goal); }
   double unit() const { return Type<T>::unit; }
+  double nearest(double x) const { return embattle::nearest<T>(x); }
   double round_down(double x) const { return embattle::round_down<T>(x); }
 };
 
@@ -316,6 +324,9 @@ struct Elements<Any> {
   }
   double unit() const {
     return with_elements(x, [](auto e) { return e.unit(); });
+  }
+  double nearest(double value) const {
+    return with_elements(x, [&](auto e) { return e.nearest(value); });
   }
   double round_down(double value) const {
     return with_elements(x, [&](auto e) { return e.round_down(value); });

@@ -429,6 +429,7 @@ void check_bounds(const unsigned char* p, size_t size) {
 
 void watch(const void* address, size_t size, bool write, bool atomic = false) {
   if (!self) return;
+  ++the_counters.accesses;
   const auto* p = static_cast<const unsigned char*>(address);
   Watched* w = arena.contains(p) ? &arena : statics.contains(p) ? &statics : nullptr;
   if (!w) return;
@@ -611,6 +612,9 @@ void prepare(uint64_t first, unsigned count, unsigned cluster) {
 // ---------------------------------------------------------------------------------
 
 Device& device() { return the_device; }
+bool has_clusters() {
+  return the_device.capability_major >= 9 && (the_device.code == 0 || the_device.code >= 90);
+}
 
 unsigned blocks_at_once(unsigned threads, size_t dynamic_shared) {
   const Device& d = the_device;
@@ -629,7 +633,6 @@ void set_order(Order order_, uint32_t seed) {
 std::string take_error() {
   std::string error;
   std::swap(error, the_error);
-  cudaGetLastError();
   return error;
 }
 
@@ -704,10 +707,12 @@ unsigned ballot(unsigned mask, bool predicate) {
 }
 
 unsigned char* dynamic_shared() { return self->block->shared; }
-unsigned cluster_rank() { return self->block->rank; }
+// Code for older devices has no cluster operations, and goes on without (csrc/cuda/device.cuh).
+unsigned cluster_rank() { return has_clusters() ? self->block->rank : 0; }
 unsigned cluster_size() { return self->block->cluster->blocks; }
 
 void cluster_barrier() {
+  if (!has_clusters()) return;
   Cluster& c = *self->block->cluster;
   if (!meet(c, State::cluster_barrier, kClusterBarrier, "cluster")) return;
   for (unsigned b = 0; b < c.blocks; ++b) c.lead[b].visited = false;
@@ -722,6 +727,7 @@ void grid_barrier() {
 }
 
 void* map_shared_rank(const void* p, unsigned rank) {
+  if (!has_clusters()) return const_cast<void*>(p);
   const Cluster& c = *self->block->cluster;
   const auto* at = static_cast<const unsigned char*>(p);
   if (rank >= c.blocks)
