@@ -99,11 +99,11 @@ struct Place {
   }
   template <class N>
   V lower(int64_t i, N n) const {
-    return lower_elements ? lower_elements.load(i, n) : splat(lower_value);
+    return lower_elements ? lower_elements.load(i, n) : first_lanes(lower_value, n);
   }
   template <class N>
   V upper(int64_t i, N n) const {
-    return upper_elements ? upper_elements.load(i, n) : splat(upper_value);
+    return upper_elements ? upper_elements.load(i, n) : first_lanes(upper_value, n);
   }
 
   // z, put where origin + z lies in the box.
@@ -183,30 +183,31 @@ inline void find_l1(const Cut& cut, double sum, double most, double aim, const F
 }
 
 // l2 with a box: the length of s z, put in the box, rises in s. It is solved for on the elements
-// that are free at s, until that changes nothing.
+// that are free at s, until that changes nothing. In units in which z and the goal have length 1:
+// squares then neither vanish nor overflow.
 template <class P, class F>
 inline void find_l2_boxed(const Cut& cut, double norm, double aim, const P& place, const F& z,
                           Multiplier* found) {
-  const double goal = aim / norm * (aim / norm);
   Bracket bracket;
-  bracket.at = aim / norm;
+  bracket.outer = norm / aim < 0x1p1000 ? norm / aim : 0x1p1000;
+  bracket.at = 1;
   for (;;) {
     const double s = bracket.at;
     const auto sums = totals<2>(cut, [&](int64_t i, auto n, V* acc) {
-      const V full = z(i, n), moved = full * s;
+      const V unit = z(i, n) / norm, moved = unit * (s * aim);
       const V put = place.in_box(i, n, moved);
       const auto free = put == moved;
-      const V unit = full * (1 / norm), bound = put * (1 / norm);
+      const V bound = put / aim;
       acc[0] += free ? unit * unit : V{};
       acc[1] += free ? V{} : bound * bound;
     });
-    const double square = sums.v[0] * s * s + sums.v[1], left = goal - sums.v[1];
+    const double square = sums.v[0] * s * s + sums.v[1], left = 1 - sums.v[1];
     const double newton = left > 0 && sums.v[0] > 0 ? __builtin_sqrt(left / sums.v[0]) : 0;
-    found->scale = newton;
+    found->scale = newton * aim / norm;
     if (newton > 0 && __builtin_fabs(newton - s) <= 0x1p-52 * s) return;
-    if (!look_on(bracket, square <= goal, newton)) break;
+    if (!look_on(bracket, square <= 1, newton)) break;
   }
-  found->scale = bracket.inner;
+  found->scale = bracket.inner * aim / norm;
 }
 
 // l1 with a box: the sum of max(|z| - t, 0), put in the box, falls in t, and is neither convex nor

@@ -141,18 +141,6 @@ inline void write_sum(const Runs& runs, int64_t run, const T* grad, const Weight
   }
 }
 
-// The l2 norm, also where squares leave the range of doubles.
-inline double length_of(const double* x, int64_t n) {
-  const double square = squares(x, n);
-  if (square > 1e-280 && square < HUGE_VAL) return sqrt(square);
-  double most = 0, sum = 0;
-  for (int64_t c = 0; c < n; ++c)
-    if (!(fabs(x[c]) <= most)) most = fabs(x[c]);  // a NaN stays
-  if (!(most > 0 && most < HUGE_VAL)) return most;
-  for (int64_t c = 0; c < n; ++c) sum += x[c] / most * (x[c] / most);
-  return most * sqrt(sum);
-}
-
 inline bool finite(double x) { return fabs(x) < HUGE_VAL; }
 
 }  // namespace
@@ -224,7 +212,7 @@ void EMBATTLE_AT_LEVEL(rowwise_adagrad)(const AdagradArgs& args, ParallelFor par
         const auto* const grad = static_cast<decltype(grad_type)>(args.grad.data);
         const auto step_row = [&](int64_t run, double* total) {
           sum_run(runs, run, grad, dim, total);
-          const double norm = length_of(total, dim);
+          const double norm = row_norm(static_cast<const double*>(total), dim);
           if (!finite(norm)) return;  // one bad sample must not destroy a row
           const double factor = norm > args.max_norm ? args.max_norm / norm : 1;
           S& state = states[runs.key(run)];

@@ -43,6 +43,14 @@ struct Whole {
 };
 
 inline V splat(double x) { return x - V{}; }
+// x in the first n lanes, and zero in the others, as a load has them.
+template <class N>
+inline V first_lanes(double x, N n) {
+  if (static_cast<int>(n) == kLanes) return splat(x);
+  V first{};
+  for (int k = 0; k < n; ++k) first[k] = x;
+  return first;
+}
 inline I bits(V x) { return reinterpret_cast<I>(x); }
 inline V from_bits(I x) { return reinterpret_cast<V>(x); }
 constexpr int64_t kSign = INT64_MIN;

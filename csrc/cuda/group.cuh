@@ -163,14 +163,14 @@ class Group {
     });
   }
 
-  // A chunk of an input, zero where it is not valid. kTyped: its elements are T. kKept: shared
-  // memory may hold it.
-  template <bool kTyped, bool kKept = true>
+  // A chunk of an input, zero where it is not valid. kTyped: its elements are T; with kOrNot they
+  // may be others, and shared memory then does not hold it. kKept: shared memory may hold it.
+  template <bool kTyped, bool kKept = true, bool kOrNot = false>
   __device__ __forceinline__ void fetch(const Stream& s, int k, int64_t c, unsigned valid,
                                         Chunk& out) const {
     const int size = kTyped ? int(sizeof(T)) : bytes_of(s.type);
     const void* from = nullptr;
-    if (valid == 0) {
+    if (valid == 0 || (kOrNot && s.type != dtype_of<T>)) {
     } else if (kKept && s.slot >= 0 && k < p_.resident) {
       from = slots_ + s.slot + (k * int(blockDim.x) + int(threadIdx.x)) * (kElements * size);
     } else if (valid == kAllValid && s.aligned) {
@@ -183,7 +183,7 @@ class Group {
         load_pack(from, s.type, out);
       return;
     }
-    const Slow slow = load_some(s.data, kTyped ? dtype_of<T> : s.type, c, valid);
+    const Slow slow = load_some(s.data, kTyped && !kOrNot ? dtype_of<T> : s.type, c, valid);
 #pragma unroll
     for (int i = 0; i < kElements; ++i) out[i] = slow.at[i];
   }
@@ -195,31 +195,26 @@ class Group {
   }
 
   // A chunk of the velocity, which in the full profile may be of another type. That is rare, and
-  // not worth registers: it is then read element by element.
+  // not worth registers: it is then read and written element by element.
   __device__ __forceinline__ void fetch_velocity(int k, int64_t c, unsigned valid,
                                                  Chunk& out) const {
-    if (!kFull || p_.velocity.type == dtype_of<T>)
-      return fetch<true>(p_.velocity, k, c, valid, out);
-    const Slow slow = load_some(p_.velocity.data, p_.velocity.type, c, valid);
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) out[i] = slow.at[i];
+    fetch<true, true, kFull>(p_.velocity, k, c, valid, out);
   }
 
   // Writes a chunk of the new velocity, and what masked-out elements have.
   __device__ __forceinline__ void write_velocity(int64_t c, unsigned valid,
                                                  const Chunk& values) const {
-    const void* const base = p_.apgd ? p_.x0.data : nullptr;
-    if (!kFull || p_.velocity.type == dtype_of<T>) {
+    if (valid == kAllValid && p_.velocity_aligned) {
       Pack<T, kElements> kept;
 #pragma unroll
       for (int i = 0; i < kElements; ++i) kept.at[i] = Round<T>::nearest(values[i]);
-      return write(p_.velocity_out, p_.velocity_aligned, c, valid, kept, base);
+      return write_whole(static_cast<T*>(p_.velocity_out) + c * kElements, kept);
     }
     Slow slow;
 #pragma unroll
     for (int i = 0; i < kElements; ++i) slow.at[i] = values[i];
     store_some(p_.velocity_out, p_.velocity.type, c, in_range(c), valid, slow,
-               static_cast<const T*>(base));
+               static_cast<const T*>(p_.apgd ? p_.x0.data : nullptr));
   }
 
   // x - x0 and, in the full profile, what surrounds it.
@@ -456,22 +451,25 @@ class Group {
     write(p_.out, p_.out_aligned, c, valid, result, p_.x0.data);
   }
 
+  // Writes a chunk that is aligned.
+  template <class U>
+  __device__ __forceinline__ static void write_whole(U* to, const Pack<U, kElements>& values) {
+    constexpr int kPiece = 16 / int(sizeof(U)) < kElements ? 16 / int(sizeof(U)) : kElements;
+#pragma unroll
+    for (int i = 0; i < kElements; i += kPiece) {
+      Pack<U, kPiece> piece;
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j) piece.at[j] = values.at[i + j];
+      reinterpret_cast<Pack<U, kPiece>*>(to)[i / kPiece] = piece;
+    }
+  }
+
   // Writes a chunk's valid elements, and `base` (or zero) to those that are masked out.
   template <class U>
   __device__ __forceinline__ void write(void* out, bool aligned, int64_t c, unsigned valid,
                                         const Pack<U, kElements>& values, const void* base) const {
     U* to = static_cast<U*>(out) + c * kElements;
-    if (valid == kAllValid && aligned) {
-      constexpr int kPiece = 16 / int(sizeof(U)) < kElements ? 16 / int(sizeof(U)) : kElements;
-#pragma unroll
-      for (int i = 0; i < kElements; i += kPiece) {
-        Pack<U, kPiece> piece;
-#pragma unroll
-        for (int j = 0; j < kPiece; ++j) piece.at[j] = values.at[i + j];
-        reinterpret_cast<Pack<U, kPiece>*>(to)[i / kPiece] = piece;
-      }
-      return;
-    }
+    if (valid == kAllValid && aligned) return write_whole(to, values);
     const Pack<U, kElements> copy = values;
     write_some(to, copy, in_range(c), valid,
                kFull && base ? static_cast<const U*>(base) + c * kElements : nullptr);
@@ -692,8 +690,9 @@ class Group {
     int round = 0;
     A unit = 1;  // l2: power of two that brings the values into range
     double radius = 0;
-    double at = 0;    // where the search is: l2 with a box: the scale; l1: the threshold
-    Bracket bracket;  // with a box: what that lies between
+    double at = 0;      // where the search is: l1: the threshold; l2 with a box: the scale
+    Bracket bracket;    // with a box: what that lies between
+    double square = 0;  // l2 with a box: of all values, times unit^2
   };
 
   __device__ bool has_box() const { return kFull && p_.boxed; }
@@ -752,7 +751,7 @@ class Group {
         double w = 0;  // how far the origin is from where the search would put the element
         if (search.pass == Pass::box) {
           if (kNorm == Norm::l2)
-            w = v * search.at;
+            w = v * (search.at * result.scale);
           else
             w = larger(magnitude(v) - result.base - search.at, 0.0);
           if (kNorm == Norm::l1 && v < 0) w = -w;
@@ -760,12 +759,13 @@ class Group {
         const double put = boxed(x, i, w);
         const bool free = search.pass == Pass::box && put == w && (kNorm == Norm::l2 || w != 0);
         if constexpr (kNorm == Norm::l2) {
-          // a: squares of the free elements, not scaled; b: of where the others are put.
-          const double unit = search.unit;
+          // a: squares of the free elements, not scaled; b: of where the others are put, in units
+          // of eps.
+          const double unit = search.unit, part = put / result.eps;
           if (free)
             s.a += v * unit * (v * unit);
           else
-            s.b += put * unit * (put * unit);
+            s.b += part * part;
         } else {
           // a: the sum; b: how many elements are free.
           s.a += magnitude(put);
@@ -791,13 +791,16 @@ class Group {
       if (!(s.a > (kNorm == Norm::l2 ? radius * radius : radius))) return;
       if constexpr (kNorm == Norm::l2) {
         result.fit = Fit::scaled;
-        result.scale = 0;
-        if (has_box()) {
-          search.bracket.at = search.at = smaller(radius / sqrt(s.b), 1.0);
+        // What brings the values to the ball's surface; with a box in units of that.
+        result.scale = radius / sqrt(s.b);
+        if (has_box() && radius > 0) {
+          search.square = s.b;
+          search.bracket.outer = smaller(1 / result.scale, 0x1p1000);
+          search.bracket.at = search.at = 1;
           search.pass = Pass::nearest;
           return;
         }
-        result.scale = smaller(radius / sqrt(s.b), 1.0) * kInside<T>;
+        result.scale = smaller(result.scale, 1.0) * kInside<T>;
       } else {
         result.fit = Fit::shifted;
         if (has_box()) {
@@ -816,13 +819,17 @@ class Group {
       s = team_.agree(kSumA | kSumB, s);
       const double radius = search.radius;
       if (search.pass == Pass::nearest) {
-        // Where ball and box do not meet, the box wins: what was set up is the answer.
-        const bool apart = kNorm == Norm::l2 ? s.b > radius * radius : s.a > radius;
+        // Where ball and box do not meet, the box wins: nothing is left of the values.
+        const bool apart = kNorm == Norm::l2 ? s.b > 1 : s.a > radius;
         search.pass = apart ? Pass::finish : Pass::box;
+        if (kNorm == Norm::l2 && apart) result.scale = 0;
       } else if constexpr (kNorm == Norm::l2) {
-        next_in_box(search, s.a * search.at * search.at + s.b, radius * radius,
-                    sqrt(larger(radius * radius * (1 - 2e-15) - s.b, 0.0) / s.a), result.scale);
-        if (search.pass == Pass::finish) result.scale *= kInside<T>;
+        const double free = s.a / search.square;
+        double answer = search.bracket.inner;
+        next_in_box(search, free * search.at * search.at + s.b, 1,
+                    sqrt(larger(1 - 2e-15 - s.b, 0.0) / free), answer);
+        if (search.pass == Pass::finish)
+          result.scale = smaller(answer * result.scale, 1.0) * kInside<T>;
       } else {
         next_in_box(search, s.a, radius, search.at + (s.a - radius * (1 - 1e-15)) / s.b,
                     result.shift);

@@ -127,7 +127,8 @@ int run(const StepArgs& args, const Context& context) {
   p.velocity = stream_of(args.velocity, kElements);
   p.grad = stream_of(args.grad, kElements);
   p.velocity_out = args.velocity_out.data;
-  p.velocity_aligned = aligned(args.velocity_out.data, sizeof(T) * kElements);
+  p.velocity_aligned =
+      args.velocity.dtype == dtype_of<T> && aligned(args.velocity_out.data, sizeof(T) * kElements);
   p.step = args.step_size;
   p.top = args.top;
   p.decay = args.decay;

@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(kThreads, kWeighted ? 2 : 0)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) adagrad_kernel(const __grid_constant__ TableParams p) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 0)
+    adagrad_kernel(const __grid_constant__ TableParams p) {
   EMBATTLE_DYNAMIC_SHARED(shared);
   using Run = Run<T, false>;
   constexpr int kStep = Run::kStep;

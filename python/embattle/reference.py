@@ -248,20 +248,21 @@ class _Ball:
         inner = torch.zeros_like(eps) if self.norm == "l2" else 1 - base
         outer = torch.ones_like(eps) if self.norm == "l2" else -base
         for _ in range(200):
-            middle = (inner + outer) / 2
+            middle = torch.where(inner == 0, outer * 2.0**-20, (inner + outer) / 2)
             inside = _norm(self.boxed(moved(middle)), self.norm) <= self.eps
             inner, outer = torch.where(inside, middle, inner), torch.where(inside, outer, middle)
         by = inner.detach()
         result = self.boxed(moved(by))
         free = (result == moved(by)) & (result != 0)
-        bound = torch.where(free, 0.0, result) / unit
+        bound = torch.where(free, 0.0, result)
         if self.norm == "l2":
-            left = (eps.square() - bound.square().sum(1, keepdim=True)).clamp_min(0)
+            radius = torch.where(fits, 0.0, self.eps)
+            left = (radius.square() - bound.square().sum(1, keepdim=True)).clamp_min(0)
             total = torch.where(free, z / unit, 0.0).square().sum(1, keepdim=True)
-            closed = (left / torch.where(total > 0, total, 1.0)).sqrt()
+            closed = (left / torch.where(total > 0, total, 1.0)).sqrt() / unit
         else:
             total = torch.where(free, below, 0.0).sum(1, keepdim=True)
-            total = total + bound.abs().sum(1, keepdim=True) - eps
+            total = total + bound.abs().sum(1, keepdim=True) / unit - eps
             closed = total / free.sum(1, keepdim=True).clamp_min(1)
         by = torch.where(free.any(1, keepdim=True), closed, by)
         result = torch.where(fits, boxed, self.boxed(moved(by)))
@@ -299,7 +300,7 @@ class _Ball:
                     break
                 stored = torch.where(outside, torch.nextafter(stored, goal), stored)
             moved = torch.where(stored == ideal, 0.0, stored.double() - ideal.double())
-        stored = (ideal.double() + moved).to(like.dtype)
+        stored = torch.where(ideal.isfinite(), (ideal.double() + moved).to(like.dtype), stored)
         return self.groups.unpack(stored, self.base.to(like.dtype))
 
 
