@@ -234,7 +234,7 @@ class _Ball:
         unit = _max(size).detach()
         unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
         eps = self.eps / unit
-        base = torch.where(eps < 0.5, 1.0, 0.0)
+        base = (eps < 0.5).to(z.dtype)
         below = size / unit - base
 
         def moved(by: Tensor) -> Tensor:  # one per group
@@ -258,8 +258,8 @@ class _Ball:
         if self.norm == "l2":
             radius = torch.where(fits, 0.0, self.eps)
             left = (radius.square() - bound.square().sum(1, keepdim=True)).clamp_min(0)
-            total = torch.where(free, z / unit, 0.0).square().sum(1, keepdim=True)
-            closed = (left / torch.where(total > 0, total, 1.0)).sqrt() / unit
+            total = _norm(torch.where(free, z, 0.0), "l2")
+            closed = left.sqrt() / torch.where(total > 0, total, 1.0)
         else:
             total = torch.where(free, below, 0.0).sum(1, keepdim=True)
             total = total + bound.abs().sum(1, keepdim=True) / unit - eps

@@ -308,5 +308,9 @@ PYBIND11_MODULE(emulated_kernels, m) {
                     py::arg("largest_shared") = c.largest_shared,
                     py::arg("lowered_limits") = c.lowered_limits, py::arg("accesses") = c.accesses);
   });
+  // The error that the runtime keeps, one that others have left there, and how it is forgotten.
   m.def("last_error", [] { return int(cudaPeekAtLastError()); });
+  m.def("leave_error", [] { emu::record(cudaErrorInvalidValue); });
+  m.def("forget_error", [] { (void)cudaGetLastError(); });
+  m.def("refuse_launches", [](unsigned count) { emu::device().refusals = count; });
 }

@@ -522,6 +522,7 @@ bool check_launch(const Launch& l) {
   const uint64_t grid = uint64_t(l.grid.x) * l.grid.y * l.grid.z;
   const unsigned cluster = l.cluster.x * l.cluster.y * l.cluster.z;
   std::string what;
+  if (the_device.refusals && the_device.refusals--) what = "as the test wants it";
   if (grid == 0) what = "an empty grid";
   if (l.grid.x > 0x7fffffffu || l.grid.y > 65535 || l.grid.z > 65535) what = "too large a grid";
   if (threads == 0 || threads > 1024) what = std::to_string(threads) + " threads in a block";

@@ -45,6 +45,7 @@ struct Device {
   int registers_per_multiprocessor = 65536;
   int registers = 128;  // of a thread of any kernel: they are not known here
   bool cooperative = true;
+  unsigned refusals = 0;  // launches that are refused whatever they ask for
   int max_cluster = 8;
 };
 
