@@ -35,16 +35,12 @@ def test_no_call_lowers_what_another_was_allowed() -> None:
     # Host threads share a kernel's limit; so do a captured graph and a later call.
     kernels = emulated.kernels()
     kernels.take_counters()
-    for tokens in (8000, 3000, 5000):
+    for tokens in (8000, 4096, 5000):
         ids = torch.arange(tokens)[None] % 7
         emulated.embedding_grad_norm(ids, torch.ones(1, tokens, 1))
-        assert kernels.take_counters()["lowered_limits"] == 0
-    x = torch.randn(1, 40_000)
-    for width in (40_000, 20_000, 30_000):
-        emulated.group_norm(x[:, :width])
         counters = kernels.take_counters()
+        assert counters["largest_shared"] > 48 << 10, "no launch that needs to be allowed"
         assert counters["lowered_limits"] == 0
-    assert counters["largest_shared"] > 48 << 10, "no launch that needs to be allowed"
 
 
 def test_a_refused_launch_leaves_no_error_behind() -> None:

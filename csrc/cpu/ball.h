@@ -346,8 +346,13 @@ inline void apply(const Cut& cut, double eps, const P& place, const F& source, c
                         const V centre = place.origin(i, n), given = source.given(i, n);
                         if (boxed) z = place.in_box(i, n, z);
                         V x = z == given - centre ? given : centre + z;
-                        // Bounds are numbers of the type: rounding stays inside.
-                        if (boxed) x = between(x, place.lower(i, n), place.upper(i, n));
+                        if (boxed) {  // bounds are numbers of the type: rounding stays inside
+                          const V low = place.lower(i, n), high = place.upper(i, n);
+                          // The origin and what leads to a bound may add up to its neighbour.
+                          x = between(x, low, high);
+                          x = z == low - centre ? low : x;
+                          x = z == high - centre ? high : x;
+                        }
                         add_length<kNorm>(place.out.store(i, n, x) - centre, acc[0]);
                       }).v[0];
   if (cut.groups.mask)

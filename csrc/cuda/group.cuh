@@ -659,8 +659,9 @@ class Group {
     const double x0 = x.x0(i);
     T r = v == x.x(i) - x0 ? x.given.at[i] : Round<T>::nearest(x0 + v);
     if (magnitude(double(widen(r)) - x0) > most) r = step_toward(r, x0);
-    if (double(widen(r)) < x.low(i)) r = x.lower.at[i];
-    if (double(widen(r)) > x.high(i)) r = x.upper.at[i];
+    // At a bound the result is the bound: x0 and what leads there may add up to its neighbour.
+    if (double(widen(r)) < x.low(i) || v == x.low(i) - x0) r = x.lower.at[i];
+    if (double(widen(r)) > x.high(i) || v == x.high(i) - x0) r = x.upper.at[i];
     return r;
   }
 

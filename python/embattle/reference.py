@@ -286,8 +286,10 @@ class _Ball:
             stored = torch.where(z == given - self.origin, given.to(like.dtype), ideal)
             goal = self.origin
             if self.lower is not None and self.upper is not None:
-                stored = stored.maximum(self.lower.to(like.dtype))
-                stored = stored.minimum(self.upper.to(like.dtype))
+                # Also where the origin and what leads to a bound add up to the bound's neighbour.
+                low, high = self.lower.to(like.dtype), self.upper.to(like.dtype)
+                stored = torch.where(z == self.lower - self.origin, low, stored.maximum(low))
+                stored = torch.where(z == self.upper - self.origin, high, stored.minimum(high))
                 goal = goal.maximum(self.lower).minimum(self.upper)
             goal = goal.to(like.dtype)
             for attempt in range(16):
