@@ -69,7 +69,9 @@ format: setup
 bench: dev
 	$(RUN) -m pytest benchmarks $(BENCH)
 
-cuda-check: dev
+cuda-check: setup
+	@PYTHON=$(PY) JOBS=$(JOBS) EMBATTLE_CUDA=ON bash tools/build.sh build/dev
+	@touch build/dev/.stamp
 	$(PY) tools/check_cuda_kernels.py --build build/dev $(if $(TABLE),--out $(TABLE))
 
 # SYSTEM_PYTHON=1: no virtual environment and no network, with the python3 that is there.
