@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import embattle as eb
 import pytest
 import torch
 import toys
+from embattle.attacks import AttackWarning
 from torch import Tensor
 
 
@@ -197,6 +200,28 @@ def test_nonfinite_gradients_stay_in_their_group() -> None:
     assert result.nonfinite.item() == 1
     assert torch.all(result.deltas[0][1] == 0)
     assert torch.allclose(result.norms[0], torch.tensor([1.0, 0.0, 1.0]))
+
+
+def test_groups_without_a_gradient_are_counted_and_told() -> None:
+    """Where the goal is not reached: a wrong sample with a flat loss is no sign of robustness."""
+    rows = torch.tensor([[1.0, 0.0, -1.0], [-1.0, 1.0, 0.0], [2.0, 0.0, 1.0]])
+    embedding = torch.nn.Embedding(3, 3, _weight=rows)
+
+    def attack(labels: Tensor, **options: Any) -> eb.AttackResult:
+        goal = eb.Misclassify(labels, **options)
+        return eb.FGM(eps=0.1).run(
+            lambda: eb.Evaluation(outputs=1e5 * embedding(torch.arange(3))),
+            eb.Site(embedding),
+            criterion=goal,
+        )
+
+    right, worst = rows.argmax(1), rows.argmin(1)
+    with pytest.warns(AttackWarning, match="3 of 3 groups"):
+        assert attack(right).zero_gradient == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert attack(right, ascend="margin").zero_gradient == 0
+        assert attack(worst, ascend="dlr").zero_gradient == 3
 
 
 def test_scale_multiplies_eps_and_steps(text: Text) -> None:

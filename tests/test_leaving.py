@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import embattle as eb
 import pytest
 import torch
@@ -23,23 +25,27 @@ def setup() -> tuple[toys.Encoder, Tensor, Tensor, list[int]]:
 def test_fooled_samples_cost_nothing_more(keep: str, joint: bool) -> None:
     model, tokens, labels, sizes = setup()
 
-    def loss(rows: Tensor) -> tuple[Tensor, Tensor]:
-        sizes.append(len(rows))
-        logits = model(tokens[rows])
-        return eb.losses.cross_entropy(logits, labels[rows]), logits
+    def subset(rows: Tensor) -> Callable[[], eb.Evaluation]:
+        part = toys.classify(model, tokens[rows], labels[rows])
 
-    def whole() -> tuple[Tensor, Tensor]:
-        logits = model(tokens)
-        return eb.losses.cross_entropy(logits, labels), logits
+        def counted() -> eb.Evaluation:
+            sizes.append(len(rows))
+            return part()
+
+        return counted
+
+    whole = toys.classify(model, tokens, labels)
 
     site = eb.Site(model.embedding)
     options = {"eps": 2.0, "step_size": 0.3, "steps": 8, "keep": keep}
-    arguments = {"mask": tokens != 0, "labels": labels, "joint": joint}
-    early = eb.PGD(**options, stop_when_fooled=True).run(loss, site, **arguments)
+    goal = eb.Misclassify(labels)
+    arguments = {"mask": tokens != 0, "criterion": goal, "joint": joint}
+    attack = eb.PGD(**options, stop_when_fooled=True)
+    early = attack.run(whole, site, subset=subset, **arguments)
     full = eb.PGD(**options).run(whole, site, **arguments)
 
     wrong = early.clean_predictions != labels
-    assert sizes[0] == 10
+    assert sizes[0] < 10  # whoever is wrong already is not attacked
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < sizes[0]
     # Whoever is fooled in the end was fooled on the way at the latest.
@@ -50,10 +56,9 @@ def test_fooled_samples_cost_nothing_more(keep: str, joint: bool) -> None:
     unfooled = ~early.success & ~wrong
     for got, expected in zip(early.deltas, full.deltas, strict=True):
         assert torch.allclose(got[unfooled], expected[unfooled])
-    with early.applied():
-        losses, logits = whole()
-    assert torch.allclose(losses, early.losses)
-    assert torch.equal(logits.argmax(1), early.predictions)
+    again = early.evaluate(whole)
+    assert torch.allclose(again.losses, early.losses)
+    assert torch.equal(again.outputs.argmax(1), early.predictions)
     assert torch.equal(early.success, ~wrong & (early.predictions != labels))
 
 
@@ -61,10 +66,14 @@ def test_fooled_samples_cost_nothing_more(keep: str, joint: bool) -> None:
 def test_attacks_with_memory_leave_too(attack: str) -> None:
     model, tokens, labels, sizes = setup()
 
-    def loss(rows: Tensor) -> tuple[Tensor, Tensor]:
-        sizes.append(len(rows))
-        logits = model(tokens[rows])
-        return eb.losses.cross_entropy(logits, labels[rows]), logits
+    def subset(rows: Tensor) -> Callable[[], eb.Evaluation]:
+        part = toys.classify(model, tokens[rows], labels[rows])
+
+        def counted() -> eb.Evaluation:
+            sizes.append(len(rows))
+            return part()
+
+        return counted
 
     made = {
         "apgd": eb.APGD(eps=1.0, steps=10, stop_when_fooled=True),
@@ -73,30 +82,64 @@ def test_attacks_with_memory_leave_too(attack: str) -> None:
         "token": eb.PGD(eps=eb.Relative(0.3, to="group_norm"), steps=4, stop_when_fooled=True),
     }[attack]
     site = eb.Site(model.embedding, group="token" if attack == "token" else "sample")
-    result = made.run(loss, site, mask=tokens != 0, labels=labels)
+    whole = toys.classify(model, tokens, labels)
+    goal = eb.Misclassify(labels)
+    result = made.run(whole, site, mask=tokens != 0, criterion=goal, subset=subset)
     assert result.success.any()
-    assert min(sizes) < 10
-    with result.applied():
-        losses, logits = loss(torch.arange(10))
-    assert torch.allclose(losses, result.losses)
-    assert torch.equal(logits.argmax(1), result.predictions)
+    assert min(sizes) < max(sizes) < 10
+    again = result.evaluate(whole)
+    assert torch.allclose(again.losses, result.losses)
+    assert torch.equal(again.outputs.argmax(1), result.predictions)
 
 
 def test_leaving_says_what_it_needs() -> None:
     model, tokens, labels, _ = setup()
     attack = eb.PGD(eps=1.0, stop_when_fooled=True)
-    with pytest.raises(ValueError, match="labels"):
-        attack.run(toys.classify(model, tokens, labels), eb.Site(model.embedding))
+    site, whole = eb.Site(model.embedding), toys.classify(model, tokens, labels)
+    def subset(rows: Tensor) -> Callable[[], eb.Evaluation]:
+        return toys.classify(model, tokens[rows], labels[rows])
+
+    with pytest.raises(ValueError, match="no goal that a sample can reach"):
+        attack.run(whole, site, subset=subset)
+    goal = eb.Misclassify(labels)
+    with pytest.raises(ValueError, match="subset=lambda rows"):
+        attack.run(whole, site, criterion=goal)
     with pytest.raises(ValueError, match="outputs"):
-        attack.run(
-            lambda rows: eb.losses.cross_entropy(model(tokens[rows]), labels[rows]),
-            eb.Site(model.embedding),
-            labels=labels,
-        )
-    factors = toys.factors()
+        attack.run(lambda: whole().losses, site, criterion=goal, subset=subset)
+    rows = eb.Site(model.embedding, scope="row")
     with pytest.raises(ValueError, match="'row'"):
+        attack.run(whole, rows, criterion=goal, subset=subset)
+    with pytest.raises(ValueError, match="stop_when_fooled=True"):
+        eb.AdversarialObjective(attack, site)
+    drawing = toys.encoder(dropout=0.5)
+    with pytest.raises(ValueError, match="dropout"):
         attack.run(
-            toys.rank(factors, toys.triplets()),
-            eb.Site(factors.user, scope="row"),
-            labels=torch.zeros(9),
+            toys.classify(drawing, tokens, labels),
+            eb.Site(drawing.embedding),
+            criterion=goal,
+            subset=lambda rows: toys.classify(drawing, tokens[rows], labels[rows]),
+        )
+
+
+def test_samples_that_depend_on_each_other_cannot_leave() -> None:
+    model, tokens, labels, _ = setup()
+
+    def centred(rows: Tensor) -> Callable[[], eb.Evaluation]:
+        def loss() -> eb.Evaluation:
+            logits = model(tokens[rows])
+            logits = logits - logits.mean(0)
+            return eb.Evaluation(eb.losses.cross_entropy(logits, labels[rows]), logits)
+
+        return loss
+
+    every = torch.arange(10)
+    with torch.no_grad():
+        labels = centred(every)().outputs.argmax(1)
+    attack = eb.PGD(eps=2.0, step_size=0.3, steps=8, stop_when_fooled=True)
+    with pytest.raises(ValueError, match="depend on each other"):
+        attack.run(
+            centred(every),
+            eb.Site(model.embedding),
+            criterion=eb.Misclassify(labels),
+            subset=centred,
         )

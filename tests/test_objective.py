@@ -33,22 +33,22 @@ def test_mixed_is_clean_plus_lambda_times_adversarial(random: bool, early: bool)
         eps=0.7, steps=2, random_start=random, generator=torch.Generator().manual_seed(3)
     )
     objective = eb.AdversarialObjective(attack, site, lam=0.5, early_backward=early)
-    loss, metrics = objective(loss_fn, mask=tokens != 0, labels=labels)
+    loss, metrics = objective(loss_fn, mask=tokens != 0, criterion=eb.Misclassify(labels))
     got = gradients(model, 3.0 * loss)
 
     attack.generator.manual_seed(3)  # type: ignore[union-attr]
-    result = attack.run(loss_fn, site, mask=tokens != 0)
-    clean = loss_fn()[0].mean()
+    result = attack.run(loss_fn, site, mask=tokens != 0, criterion=eb.Misclassify(labels))
+    clean = loss_fn().losses.mean()
     with result.applied():
-        adversarial = loss_fn()[0].mean()
+        adversarial = loss_fn().losses.mean()
     expected = clean + 0.5 * adversarial
     assert torch.allclose(loss, expected)
     assert_same(got, gradients(model, 3.0 * expected))
     assert torch.allclose(metrics["clean_loss"], clean)
     assert torch.allclose(metrics["adversarial_loss"], adversarial)
     assert not any(value.requires_grad for value in metrics.values())
-    accuracy = (result.clean_predictions == labels).float().mean()
-    assert torch.equal(metrics["clean_accuracy"], accuracy)
+    assert torch.equal(metrics["clean_accuracy"], result.clean_accuracy)
+    assert torch.equal(metrics["robust_accuracy"], result.robust_accuracy)
     assert not site.busy
 
 
@@ -64,7 +64,7 @@ def test_mixed_looks_up_once_and_makes_no_extra_pass_from_a_random_start(
     plain = torch.embedding
     monkeypatch.setattr(torch, "embedding", lambda *a, **k: (lookups.append(1), plain(*a, **k))[1])
 
-    def counted() -> tuple[Tensor, Tensor]:
+    def counted() -> eb.Evaluation:
         passes.append(1)
         return loss_fn()
 
@@ -105,7 +105,7 @@ def test_adversarial_alone(random: bool) -> None:
     )
     passes = 0
 
-    def counted() -> tuple[Tensor, Tensor]:
+    def counted() -> eb.Evaluation:
         nonlocal passes
         passes += 1
         return loss_fn()
@@ -116,7 +116,7 @@ def test_adversarial_alone(random: bool) -> None:
     result = attack.run(loss_fn, site, mask=tokens != 0)
     assert torch.allclose(loss, result.losses.mean())
     with result.applied():
-        expected = gradients(model, loss_fn()[0].mean())
+        expected = gradients(model, loss_fn().losses.mean())
     assert_same(gradients(model, loss), expected)
 
 
@@ -126,7 +126,7 @@ def test_the_first_ascent_step_shares_the_clean_pass(random: bool, passes: int) 
     loss_fn = toys.classify(model, *toys.text_batch())
     made = 0
 
-    def counted() -> tuple[Tensor, Tensor]:
+    def counted() -> eb.Evaluation:
         nonlocal made
         made += 1
         return loss_fn()
@@ -201,7 +201,7 @@ def test_zero_lambda_makes_no_attack() -> None:
     objective = eb.AdversarialObjective(eb.FGM(eps=0.3), eb.Site(model.embedding), lam=0.0)
     loss, metrics = objective(loss_fn)
     assert "adversarial_loss" not in metrics
-    assert_same(gradients(model, loss), gradients(model, loss_fn()[0].mean()))
+    assert_same(gradients(model, loss), gradients(model, loss_fn().losses.mean()))
 
 
 def test_evaluation_without_gradients() -> None:
@@ -209,7 +209,7 @@ def test_evaluation_without_gradients() -> None:
     tokens, labels = toys.text_batch()
     objective = eb.AdversarialObjective(eb.PGD(eps=0.3, steps=2), eb.Site(model.embedding))
     with torch.no_grad():
-        loss, metrics = objective(toys.classify(model, tokens, labels), labels=labels)
+        loss, metrics = objective(toys.classify(model, tokens, labels), criterion=eb.Misclassify(labels))
     assert not loss.requires_grad
     assert metrics["adversarial_loss"] > metrics["clean_loss"]
 
@@ -230,8 +230,8 @@ def test_masked_samples_leave_the_update_even_when_not_finite() -> None:
     got = gradients(model, loss)
     result = attack.run(loss_fn, site)
     with result.applied():
-        adversarial = loss_fn()[0]
-    expected = loss_fn()[0].mean() + adversarial[:2].sum() / 6
+        adversarial = loss_fn().losses
+    expected = loss_fn().losses.mean() + adversarial[:2].sum() / 6
     assert torch.allclose(loss, expected)
     assert_same(got, gradients(model, expected))
 
@@ -363,14 +363,14 @@ def test_adaptive_schedule_in_an_objective() -> None:
     with torch.no_grad():
         predicted = model(tokens).argmax(-1)
     for _ in range(2):
-        objective(toys.classify(model, tokens, predicted), labels=predicted)
+        objective(toys.classify(model, tokens, predicted), criterion=eb.Misclassify(predicted))
     assert schedule(0) == pytest.approx(0.5)
     state = objective.state_dict()
     objective.eps_schedule = eb.schedules.Adaptive(target=0.01)
     objective.load_state_dict(state)
     assert objective.eps_schedule(0) == pytest.approx(0.5)
     objective.lam_schedule = eb.schedules.Constant(0.0)  # no attack: nothing to learn from
-    objective(toys.classify(model, tokens, predicted), labels=predicted)
+    objective(toys.classify(model, tokens, predicted), criterion=eb.Misclassify(predicted))
     assert objective.eps_schedule(0) == pytest.approx(0.5)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import embattle as eb
 import pytest
 import torch
@@ -21,6 +23,10 @@ class Bag(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.embedding(tokens).mean(1) @ self.weights
 
+    def losses(self, tokens: Tensor) -> Callable[[], Tensor]:
+        """The loss function of some tokens; what the model gives is what is ascended."""
+        return lambda: self(tokens)
+
 
 def test_a_linear_model_gets_the_best_exchange() -> None:
     model = Bag()
@@ -28,7 +34,7 @@ def test_a_linear_model_gets_the_best_exchange() -> None:
     allowed = torch.arange(12) % 2 == 0
     mask = torch.arange(5)[None].expand(4, 5) != 0
     result = eb.TokenSwap(swaps=1, tries=2, allowed=allowed).run(
-        model, eb.Site(model.embedding), tokens, mask=mask
+        model.losses, eb.Site(model.embedding), tokens, mask=mask
     )
     for b in range(4):
         best, best_loss = tokens[b], model(tokens[b : b + 1]).item()
@@ -43,7 +49,7 @@ def test_a_linear_model_gets_the_best_exchange() -> None:
         assert result.losses[b].item() == pytest.approx(best_loss)
     assert torch.all(result.swapped.sum(1) <= 1)
     assert torch.equal(result.swapped, result.tokens != tokens)
-    assert result.passes == 3
+    assert result.passes == 4  # the gradient, two tries, and the text that is returned
 
 
 def test_several_exchanges_of_an_encoder() -> None:
@@ -51,14 +57,13 @@ def test_several_exchanges_of_an_encoder() -> None:
     tokens, labels = toys.text_batch()
     allowed = torch.arange(40) > 0
 
-    def loss(ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model(ids)
-        return eb.losses.cross_entropy(logits, labels), logits
+    def loss_of(ids: Tensor) -> Callable[[], eb.Evaluation]:
+        return toys.classify(model, ids, labels)
 
     site = eb.Site(model.embedding)
     results = [
         eb.TokenSwap(swaps=swaps, tries=4, allowed=allowed).run(
-            loss, site, tokens, mask=tokens != 0, labels=labels
+            loss_of, site, tokens, mask=tokens != 0
         )
         for swaps in (1, 3)
     ]
@@ -71,22 +76,44 @@ def test_several_exchanges_of_an_encoder() -> None:
         assert torch.all(result.tokens[tokens == 0] == 0)
         assert torch.all(result.tokens[tokens != 0] != 0)
         with torch.no_grad():
-            losses, logits = loss(result.tokens)
-        assert torch.allclose(losses, result.losses)
-        assert torch.equal(logits.argmax(1), result.predictions)
+            again = loss_of(result.tokens)()
+        assert torch.allclose(again.losses, result.losses)
+        assert torch.equal(again.outputs, result.now.outputs)
     assert not site.busy
+
+
+def test_a_sample_that_reached_the_goal_is_left_alone() -> None:
+    model = toys.encoder()
+    tokens, labels = toys.text_batch()
+    result = eb.TokenSwap(swaps=3, tries=4).run(
+        lambda ids: toys.classify(model, ids, labels),
+        eb.Site(model.embedding),
+        tokens,
+        mask=tokens != 0,
+        criterion=eb.Misclassify(labels),
+    )
+    right = result.clean_predictions == labels
+    assert torch.equal(result.swapped.any(1), right)
+    assert torch.equal(result.success, right & (result.predictions != labels))
+    assert result.success.any()
+    assert result.robust_accuracy == (result.predictions == labels).float().mean()
 
 
 def test_similarity_keeps_exchanges_close() -> None:
     model = Bag()
     tokens = torch.randint(0, 12, (4, 5), generator=torch.Generator().manual_seed(1))
     site = eb.Site(model.embedding)
-    near = eb.TokenSwap(swaps=5, tries=4, similarity=0.5).run(model, site, tokens)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    near = eb.TokenSwap(swaps=5, tries=4, similarity=0.5).run(
+        model.losses, site, tokens, mask=mask
+    )
     rows = model.embedding.weight.detach()
     old, new = rows[tokens[near.swapped]], rows[near.tokens[near.swapped]]
     assert len(old) > 0
     assert torch.all(torch.cosine_similarity(old, new) >= 0.5 - 1e-6)
-    nothing = eb.TokenSwap(allowed=torch.zeros(12, dtype=torch.bool)).run(model, site, tokens)
+    nothing = eb.TokenSwap(allowed=torch.zeros(12, dtype=torch.bool)).run(
+        model.losses, site, tokens, mask=mask
+    )
     assert torch.equal(nothing.tokens, tokens)
     assert torch.allclose(nothing.losses, nothing.clean_losses)
 
@@ -101,10 +128,17 @@ def test_token_swap_says_what_is_wrong() -> None:
     with pytest.raises(TypeError, match="bool"):
         eb.TokenSwap(allowed=torch.ones(3))
     model = Bag()
-    tokens = torch.zeros(2, 3, dtype=torch.long)
+    site, tokens = eb.Site(model.embedding), torch.zeros(2, 3, dtype=torch.long)
+    every = tokens == 0
     with pytest.raises(ValueError, match="12 rows"):
         eb.TokenSwap(allowed=torch.ones(3, dtype=torch.bool)).run(
-            model, eb.Site(model.embedding), tokens
+            model.losses, site, tokens, mask=every
         )
     with pytest.raises(TypeError, match="Linear"):
-        eb.TokenSwap().run(model, eb.Site(nn.Linear(2, 2)), tokens)
+        eb.TokenSwap().run(model.losses, eb.Site(nn.Linear(2, 2)), tokens, mask=every)
+    with pytest.raises(TypeError, match="mask"):
+        eb.TokenSwap().run(model.losses, site, tokens)
+    with pytest.raises(TypeError, match="bool"):
+        eb.TokenSwap().run(model.losses, site, tokens, mask=tokens)
+    with pytest.raises(TypeError, match="return a loss function.*got Tensor"):
+        eb.TokenSwap().run(model, site, tokens, mask=every)

@@ -107,13 +107,13 @@ class AttackResult:
         """
         return self._count("zero_gradient")
 
-    def _count(self, name: str) -> Tensor:
+    def _count(self, name: str, done: Tensor | None = None) -> Tensor:
         if self._found is None:
             return self._numbers[name]
         if name == "nonfinite":
             counts = [(block.nonfinite > 0).sum() for block in self._found.blocks]
         else:
-            counts = [block.still() for block in self._found.blocks]
+            counts = [block.still(done) for block in self._found.blocks]
         if name == "zero_gradient" and not int(self._steps_made):
             return torch.zeros_like(counts[0])
         return torch.stack(counts).sum()
@@ -230,7 +230,7 @@ class AttackResult:
 
     def warn(self) -> AttackResult:
         """Warn of what makes the attack weaker than it looks; this waits for the device."""
-        zero = int(self.zero_gradient)
+        zero = int(self._count("zero_gradient", self._numbers["reached"]))
         if zero:
             warnings.warn(
                 f"{zero} of {sum(n.numel() for n in self._moved())} groups had no gradient other "

@@ -142,7 +142,9 @@ class TokenSwap:
         goal = MaximizeLoss() if criterion is None else criterion
         current, passes = tokens.clone(), 0
         clean = now = None
-        stage = Stage(lambda: loss_of(current)(), site, mode=self.mode, same_random=True)
+        stage = Stage(
+            lambda: _loss_fn(loss_of, current)(), site, mode=self.mode, same_random=True
+        )
         with stage.attacking():
             for _ in range(self.swaps):
                 evaluation, gradient = _gradient(stage, goal, clean, tokens.shape)
@@ -229,6 +231,16 @@ class TokenSwap:
         position = where.clamp(min=0)
         trial[rows, position] = torch.where(where >= 0, what, trial[rows, position])
         return trial
+
+
+def _loss_fn(loss_of: TokenLoss, tokens: Tensor) -> LossFn:
+    loss_fn = loss_of(tokens)
+    if not callable(loss_fn):
+        raise TypeError(
+            "TokenSwap: loss_of must take tokens and return a loss function, which takes nothing; "
+            f"got {type(loss_fn).__name__}: write lambda tokens: lambda: loss_of(tokens)"
+        )
+    return loss_fn
 
 
 def _gradient(

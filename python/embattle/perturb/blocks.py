@@ -102,9 +102,15 @@ class Block:
         else:
             self.moved |= grad.flatten(0, -2).any(1)
 
-    def still(self) -> Tensor:
-        """Count the groups that could move and never had a gradient, a 0-d int64 tensor."""
+    def still(self, done: Tensor | None = None) -> Tensor:
+        """Count the groups that could move and never had a gradient, a 0-d int64 tensor.
+
+        Args:
+            done: bool `[B]`, samples that do not count; ignored where samples share the delta.
+        """
         movable = group_sizes(self.base, self.geometry) > 0
+        if done is not None and not self.coupled:
+            movable = movable & ~self.per_group(done)
         still = movable & ~self.moved
         # Rows of a whole table that the batch does not read have no gradient by right.
         return still.sum() if not self.whole else still.sum() * (still == movable).all()

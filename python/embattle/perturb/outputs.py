@@ -82,7 +82,9 @@ def _holds(value: Any) -> bool:
 
 def _torchrec(value: Any) -> str | None:
     """Tell TorchRec's containers by what they offer."""
-    if callable(getattr(value, "values", None)) and not isinstance(value, (Tensor, Mapping)):
+    if isinstance(value, (Tensor, Mapping)):  # first: compiled code may not ask a tensor
+        return None
+    if callable(getattr(value, "values", None)):
         if callable(getattr(value, "key_dim", None)):
             return "keyed"
         if callable(getattr(value, "offsets", None)) and callable(getattr(value, "lengths", None)):

@@ -103,6 +103,13 @@ class Site:
             checks.integer("Site", "per_sample", per_sample, 1)
         if scope == "row":
             modules = _with_tied(modules, model)
+        for one in modules:
+            if key is None and callable(getattr(one, "get_input_embeddings", None)):
+                raise TypeError(
+                    f"Site: {type(one).__name__} is a whole model, whose output is no embedding. "
+                    "Its input embeddings: Site.embeddings(model); one value of its output: "
+                    "Site.output(model, key='last_hidden_state')"
+                )
         self.modules = modules
         self.group: Group = "token" if scope == "row" else group
         self.scope: Scope = scope
