@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from embattle.perturb import guard
 from embattle.perturb.guard import (
     fresh_autocast_cache,
     kept_state,
@@ -334,6 +335,94 @@ def test_a_childs_buffer_that_its_parent_writes() -> None:
     assert torch.equal(outputs[0], outputs[2])
 
 
+class Bank(nn.Module):
+    """A large table that is looked up, and a large memory of which one row is written."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.write = write
+        self.register_buffer("table", torch.randn(64, 4))
+        self.register_buffer("memory", torch.randn(64, 4))
+        self.register_buffer("links", torch.eye(64).to_sparse())
+        self.register_buffer("small", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.write(self.memory, x.detach()[0])
+        self.small += 1.0
+        return x @ self.table.T @ torch.mm(self.links, self.memory) * self.small
+
+
+WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "row": lambda memory, row: memory[3].copy_(row),
+    "data": lambda memory, row: memory.data[1:].mul_(0.5),
+    "index": lambda memory, row: memory.index_put_((torch.tensor([2]),), row[None]),
+    "out": lambda memory, row: torch.add(memory, 1.0, out=memory),
+    "foreach": lambda memory, row: torch._foreach_add_([memory], 1.0),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+def test_large_buffers_are_copied_only_before_a_write(
+    write: Callable[[Tensor, Tensor], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "_MUCH", 2000)
+    monkeypatch.setattr(guard, "_LARGE", 500)
+    torch.manual_seed(0)
+    model, x = Bank(write), torch.randn(3, 4)
+    alone = copy.deepcopy(model)(x)
+    copied: list[tuple[int, ...]] = []
+    keep = guard._Tensor.keep
+
+    def noted(self: guard._Tensor) -> None:
+        copied.append(tuple(self.tensor.shape))
+        keep(self)
+
+    monkeypatch.setattr(guard._Tensor, "keep", noted)
+    for output in passes(model, x, [model]):
+        assert torch.equal(output, alone)
+    assert set(copied) == {(4,), (64, 4)}
+    copied.clear()
+    model.write = lambda memory, row: None
+    passes(model, x, [model])
+    assert copied == [(4,)]
+
+
+def test_large_buffers_that_were_written_unseen_are_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guard, "_MUCH", 100)
+    monkeypatch.setattr(guard, "_LARGE", 50)
+    model, x = Bank(WRITES["row"]), torch.randn(3, 4)
+    values = model.small.clone()
+    unseen = torch.utils._python_dispatch._disable_current_modes
+    said = pytest.raises(RuntimeError, match=r"compiled code.*\(64, 4\)")
+    with said, kept_state([model]), unseen():
+        model(x)
+    assert torch.equal(model.small, values)
+
+
+def test_weights_that_are_attributes_as_well_are_not_kept() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.table = self.layer.weight.data
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.steps += 1
+            return self.layer(x) @ self.table
+
+    model = Tied()
+    with kept_state([model]) as state:
+        model(torch.randn(3, 4))
+        with torch.no_grad():
+            model.layer.weight.fill_(2.0)
+        state.rewind()
+    assert model.table.eq(2.0).all()
+    assert model.steps == 0
+
+
 def test_weights_swapped_inside_autocast_are_seen() -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(4, 4), torch.randn(3, 4)
@@ -449,3 +538,47 @@ def test_inference_blocks_of_the_users_own_stay() -> None:
     with torch.no_grad():
         right = F.mse_loss(student(x), teacher(x))
     assert torch.equal(loss.detach(), right)
+
+
+def test_statistics_that_were_made_in_inference_mode() -> None:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        norm, average = nn.BatchNorm1d(4), Average(_in_place)
+        model = nn.Sequential(nn.Identity(), norm, average)
+    model[0] = nn.Linear(4, 4)
+    x = torch.randn(5, 4)
+    alone = copy.deepcopy(model).requires_grad_(False)
+    for module in alone.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.clone()
+    values = values_of(model)
+    with torch.inference_mode(), usable_tensors(), kept_state([model]) as state:
+        outputs = []
+        for _ in range(3):
+            state.rewind()
+            outputs.append(model(x).detach())
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[0], alone(x).detach())
+    torch.testing.assert_close(values_of(model), values, rtol=0, atol=0)
+
+
+def test_an_encoder_of_a_library_in_inference_mode() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, num_labels=3,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config).eval()
+
+    def gradient() -> Tensor:
+        tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
+        batch = {"attention_mask": tokens.ne(0).long(), "labels": torch.tensor([0, 2])}
+        with usable_tensors(), kept_state([model]):
+            embeddings = model.bert.embeddings.word_embeddings(tokens).detach().requires_grad_()
+            loss = model(inputs_embeds=embeddings, **batch).loss
+            return torch.autograd.grad(loss, embeddings)[0]
+
+    right = gradient()
+    with torch.inference_mode():
+        assert torch.equal(gradient(), right)

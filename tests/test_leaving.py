@@ -96,6 +96,7 @@ def test_leaving_says_what_it_needs() -> None:
     model, tokens, labels, _ = setup()
     attack = eb.PGD(eps=1.0, stop_when_fooled=True)
     site, whole = eb.Site(model.embedding), toys.classify(model, tokens, labels)
+
     def subset(rows: Tensor) -> Callable[[], eb.Evaluation]:
         return toys.classify(model, tokens[rows], labels[rows])
 

@@ -209,7 +209,9 @@ def test_evaluation_without_gradients() -> None:
     tokens, labels = toys.text_batch()
     objective = eb.AdversarialObjective(eb.PGD(eps=0.3, steps=2), eb.Site(model.embedding))
     with torch.no_grad():
-        loss, metrics = objective(toys.classify(model, tokens, labels), criterion=eb.Misclassify(labels))
+        loss, metrics = objective(
+            toys.classify(model, tokens, labels), criterion=eb.Misclassify(labels)
+        )
     assert not loss.requires_grad
     assert metrics["adversarial_loss"] > metrics["clean_loss"]
 

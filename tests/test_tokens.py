@@ -104,9 +104,7 @@ def test_similarity_keeps_exchanges_close() -> None:
     tokens = torch.randint(0, 12, (4, 5), generator=torch.Generator().manual_seed(1))
     site = eb.Site(model.embedding)
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    near = eb.TokenSwap(swaps=5, tries=4, similarity=0.5).run(
-        model.losses, site, tokens, mask=mask
-    )
+    near = eb.TokenSwap(swaps=5, tries=4, similarity=0.5).run(model.losses, site, tokens, mask=mask)
     rows = model.embedding.weight.detach()
     old, new = rows[tokens[near.swapped]], rows[near.tokens[near.swapped]]
     assert len(old) > 0

@@ -39,7 +39,7 @@ def per_sample(values: Tensor) -> Tensor:
 
 def per_counted(values: Tensor, kept: Tensor) -> Tensor:
     """Average each sample's values where `kept` (bool, of their shape) is True; 0 if nowhere."""
-    values = torch.where(kept, values, torch.zeros_like(values))
+    values = torch.where(kept, values, 0.0)
     if values.dim() == 1:
         return values
     wide = torch.promote_types(values.dtype, torch.float32)  # float16 sums may overflow
@@ -89,9 +89,10 @@ def _same_shape(who: str, first: str, one: Tensor, second: str, two: Tensor) -> 
 def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Cross-entropy of each sample, `[B]`, averaged over its labels that are not `ignore_index`."""
     check_labels("cross_entropy", logits, labels)
+    labels = labels.long()
     losses = F.cross_entropy(
         two_sided(logits).flatten(0, -2),
-        labels.reshape(-1).long(),
+        labels.reshape(-1),
         reduction="none",
         ignore_index=ignore_index,
     ).reshape(labels.shape)
@@ -115,7 +116,7 @@ def _sides(
     check_labels(who, logits, labels)
     logits, labels = two_sided(logits), labels.long()
     kept = labels != ignore_index
-    index = torch.where(kept, labels, torch.zeros_like(labels)).unsqueeze(-1)
+    index = torch.where(kept, labels, 0).unsqueeze(-1)
     right = logits.gather(-1, index).squeeze(-1)
     wrong = logits.scatter(-1, index, -_FAR).amax(-1)
     return right, wrong, kept
@@ -131,7 +132,8 @@ def dlr(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Difference of logits ratio (Croce and Hein, ICML 2020, eq. 6), `[B]`.
 
     `-(z_y - max_{i != y} z_i) / (z_pi1 - z_pi3)`, with pi the descending order. It does not change
-    when the logits are scaled. Where fewer than three logits are finite it is the margin.
+    when the logits are scaled. Where fewer than three logits, or not the label's, are finite, it is
+    the margin.
 
     Raises:
         ValueError: fewer than three classes. The ratio would be 1 or -1, without a gradient.
@@ -143,10 +145,10 @@ def dlr(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
         )
     right, wrong, kept = _sides("dlr", logits, labels, ignore_index)
     largest = logits.topk(3, dim=-1).values
-    spread = largest[..., 0] - largest[..., 2]
-    usable = (spread > 0) & (spread < _FAR)
-    ratio = (wrong - right) / torch.where(usable, spread, torch.ones_like(spread))
-    return per_counted(ratio, kept)
+    spread = largest.select(-1, 0) - largest.select(-1, 2)
+    lead = wrong - right
+    usable = (spread > 0) & (spread < _FAR) & lead.isfinite()
+    return per_counted(lead / torch.where(usable, spread, 1.0), kept)
 
 
 def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:

@@ -264,6 +264,8 @@ class Attack:
                 steps = steps.to(stage.blocks[0].base.device)
             stage.forget_masks()
             clean = opened.clean if evaluate else None
+            if clean is not None:
+                _excuse(stage, goal.counted(clean))
             result = AttackResult(stage.found, goal, self.norm, steps, clean, now)
         return result.warn() if evaluate else result
 
@@ -365,6 +367,14 @@ class Attack:
 
     def _resolve(self, value: Strength, block: Block, scale: float) -> float | Tensor:
         return resolve(value, block.base, norm=self.norm, geometry=block.geometry, scale=scale)
+
+
+def _excuse(stage: Stage, counted: Tensor | None) -> None:
+    """Do not count the samples that have no label among those without a gradient."""
+    if counted is not None:
+        for block in stage.blocks:
+            if not block.coupled:
+                block.moved |= block.per_group(~counted)
 
 
 def box(state: dict[str, Any]) -> dict[str, Any]:

@@ -240,19 +240,7 @@ class AttackResult:
                 AttackWarning,
                 stacklevel=3,
             )
-        for block, norms in zip(self._found.blocks, self.norms, strict=True):
-            if block.base.dtype == block.delta.dtype or not norms.numel():
-                continue
-            asked = block.asked(self._norm)
-            off = ((norms - asked).abs() > 0.1 * asked).sum()
-            if int(off):
-                warnings.warn(
-                    f"the model computes in {str(block.base.dtype)[6:]}, which rounds the "
-                    f"perturbations of {int(off)} groups to a norm more than 10 % off (see "
-                    "result.norms): eps is too small for this dtype; attack the model in float32",
-                    AttackWarning,
-                    stacklevel=3,
-                )
+        warn_of_rounding(self._found, self._norm)
         return self
 
     def _moved(self) -> list[Tensor]:
@@ -276,3 +264,20 @@ class AttackResult:
         other = object.__new__(AttackResult)
         vars(other).update({name: deepcopy(value, memo) for name, value in vars(self).items()})
         return other
+
+
+def warn_of_rounding(found: Perturbation, norm: Any) -> None:
+    """Warn of perturbations that the model's dtype rounds away; this waits for the device."""
+    for block in found.blocks:
+        if block.base.dtype == block.delta.dtype or not block.delta.numel():
+            continue
+        asked = block.asked(norm)
+        off = int(((block.norms(norm) - asked).abs() > 0.1 * asked).sum())
+        if off:
+            warnings.warn(
+                f"the model computes in {str(block.base.dtype)[6:]}, which rounds the "
+                f"perturbations of {off} groups to a norm more than 10 % off (see result.norms): "
+                "eps is too small for this dtype; attack the model in float32",
+                AttackWarning,
+                stacklevel=4,
+            )

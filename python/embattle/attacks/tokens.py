@@ -142,9 +142,7 @@ class TokenSwap:
         goal = MaximizeLoss() if criterion is None else criterion
         current, passes = tokens.clone(), 0
         clean = now = None
-        stage = Stage(
-            lambda: _loss_fn(loss_of, current)(), site, mode=self.mode, same_random=True
-        )
+        stage = Stage(lambda: _loss_fn(loss_of, current)(), site, mode=self.mode, same_random=True)
         with stage.attacking():
             for _ in range(self.swaps):
                 evaluation, gradient = _gradient(stage, goal, clean, tokens.shape)

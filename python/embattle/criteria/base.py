@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass
-from types import MemberDescriptorType
+from dataclasses import dataclass, fields, is_dataclass
+from types import FunctionType, MemberDescriptorType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -48,6 +48,15 @@ class Criterion(ABC):
     shared: ClassVar[tuple[str, ...]] = ()
     needs_outputs: ClassVar[bool] = False
     needs_clean: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        for kind in ("per_sample", "shared"):
+            names = getattr(cls, kind)
+            if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+                raise TypeError(
+                    f"{cls.__name__}: {kind} must be a tuple of names, got {names!r}; a tuple of "
+                    "one name ends with a comma"
+                )
 
     def check(self, clean: Evaluation) -> None:
         """Check shapes, types and values against the first evaluation of a batch.
@@ -223,15 +232,23 @@ def integers(who: str, name: str, value: Any) -> Tensor:
     if value.dim() < 1:
         raise ValueError(f"{who}: {name} must have one entry for each sample, got a single number")
     # In narrow types a comparison with -100 would wrap around.
-    return value.detach().long()
+    return constant(value.long())
 
 
-def refuse(bad: Tensor, values: Tensor, message: str) -> None:
-    """Raise a ValueError where `bad` is True anywhere; on CUDA it is raised later, with no wait."""
-    if bad.device.type == "cuda":
-        torch._assert_async(~bad.any(), message)
-    elif bad.any():
-        raise ValueError(f"{message}; got {values[bad][0].item()}")
+def constant(value: Tensor) -> Tensor:
+    """Cut a tensor off its graph; of one made in inference mode, a copy that can be in a graph."""
+    if not value.is_inference():
+        return value.detach()
+    with torch.inference_mode(False):
+        return value.clone()
+
+
+def require(good: Tensor, values: Tensor, message: str) -> None:
+    """Raise a ValueError unless all are `good`; on CUDA it is raised later, so that none waits."""
+    if good.device.type == "cuda":
+        torch._assert_async(good.all(), message)
+    elif not good.all():
+        raise ValueError(f"{message}; got {values[good.logical_not()][0].item()}")
 
 
 def any_of(values: Tensor) -> Tensor:
@@ -245,19 +262,23 @@ def largest(values: Tensor) -> Tensor:
 
 
 def _attributes(criterion: Criterion) -> Iterator[tuple[str, Any]]:
-    # Of the instance, of its slots, and of its class: a tensor may be in any.
-    names: dict[str, Any] = {}
+    # Of the instance, of its slots, and of its classes: a tensor may be in any.
+    found: dict[str, Any] = {}
     for kind in reversed(type(criterion).__mro__):
-        names.update(vars(kind))
-    for name, value in {**names, **vars(criterion)}.items():
+        if kind not in (object, ABC, Criterion):
+            found.update({n: v for n, v in vars(kind).items() if not n.startswith("__")})
+    for name, value in {**found, **vars(criterion)}.items():
         if isinstance(value, MemberDescriptorType):
             value = getattr(criterion, name, None)
-        yield name, value
+        if not isinstance(value, FunctionType):
+            yield name, value
 
 
 def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         value = list(value.values())
+    elif is_dataclass(value) and not isinstance(value, (type, Criterion)):
+        value = [getattr(value, field.name) for field in fields(value)]
     if isinstance(value, (list, tuple, set)):
         return any(map(_holds_tensors, value))
     return isinstance(value, (Tensor, np.ndarray, Criterion))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embattle import checks, losses
-from embattle.criteria.base import Criterion, any_of, integers, largest, needed, refuse
+from embattle.criteria.base import Criterion, any_of, constant, integers, largest, needed, require
 from embattle.perturb.evaluation import Evaluation
 
 _OF_LABELS = {"cross_entropy": losses.cross_entropy, "margin": losses.margin, "dlr": losses.dlr}
@@ -68,13 +68,13 @@ class Misclassify(Criterion):
                 f"Misclassify: ascend='dlr' needs at least three classes, got outputs "
                 f"{tuple(outputs.shape)}; use ascend='margin'"
             )
-        bad = ((self.labels < 0) | (self.labels >= classes)) & self._kept
+        labels = self.labels
         hint = (
             "; ratings and other values are a matter for embattle.Deviate" if classes == 2 else ""
         )
-        refuse(
-            bad,
-            self.labels,
+        require(
+            ((labels >= 0) & (labels < classes)) | (labels == self.ignore_index),
+            labels,
             f"Misclassify: labels must lie in [0, {classes}) for outputs {tuple(outputs.shape)}, "
             f"or be ignore_index={self.ignore_index}{hint}",
         )
@@ -91,7 +91,7 @@ class Misclassify(Criterion):
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
         """Give True where a label that counts is not predicted."""
-        return any_of(~self._right(now) & self._kept)
+        return any_of(self._wrong(now))
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Give the class with the largest logit, of the labels' shape."""
@@ -99,8 +99,8 @@ class Misclassify(Criterion):
 
     def accuracy(self, now: Evaluation) -> Tensor:
         """Give the share of labels that are predicted, of those that count."""
-        kept = self._kept
-        return (self._right(now) & kept).sum() / kept.sum()
+        count = self._kept.sum()
+        return (count - self._wrong(now).sum()) / count
 
     def counted(self, evaluation: Evaluation) -> Tensor:
         """Give True where a sample has a label that counts."""
@@ -110,10 +110,10 @@ class Misclassify(Criterion):
     def _kept(self) -> Tensor:
         return self.labels != self.ignore_index
 
-    def _right(self, now: Evaluation) -> Tensor:
+    def _wrong(self, now: Evaluation) -> Tensor:
         outputs = needed("Misclassify", now)
         losses.check_labels("Misclassify", outputs, self.labels)
-        return losses.predict(outputs) == self.labels
+        return (losses.predict(outputs) != self.labels) & self._kept
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -158,8 +158,8 @@ class Target(Criterion):
         super().check(clean)
         message = f"Target: classes must lie in [0, {count}) for outputs {tuple(outputs.shape)}"
         if isinstance(self.classes, Tensor):
-            bad = ((classes < 0) | (classes >= count)) & (classes != self.ignore_index)
-            refuse(bad, classes, f"{message}, or be ignore_index={self.ignore_index}")
+            good = ((classes >= 0) & (classes < count)) | (classes == self.ignore_index)
+            require(good, classes, f"{message}, or be ignore_index={self.ignore_index}")
         elif self.classes >= count:
             raise ValueError(f"{message}; got {self.classes}")
 
@@ -174,7 +174,8 @@ class Target(Criterion):
         outputs = needed("Target", now)
         classes = self._classes(outputs)
         kept = classes != self.ignore_index
-        return any_of(kept) & ~any_of((losses.predict(outputs) != classes) & kept)
+        missed = any_of((losses.predict(outputs) != classes) & kept)
+        return any_of(kept) & missed.logical_not()
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Give the class with the largest logit."""
@@ -228,8 +229,8 @@ class MultiLabel(Criterion):
             kind = type(self.labels).__name__
             raise TypeError(f"MultiLabel: labels must be a tensor, got {kind}")
         # Floating point stays: rounding would hide that labels are not 0 and 1.
-        labels = self.labels.detach()
-        _set(self, "labels", labels if labels.is_floating_point() else labels.long())
+        labels = self.labels if self.labels.is_floating_point() else self.labels.long()
+        _set(self, "labels", constant(labels))
         threshold = checks.real("MultiLabel", "threshold", self.threshold, 0, 1)
         if threshold in (0.0, 1.0):
             raise ValueError(f"MultiLabel: threshold must lie inside (0, 1), got {threshold:g}")
@@ -237,8 +238,8 @@ class MultiLabel(Criterion):
         checks.one_of("MultiLabel", "ascend", self.ascend, ("loss", "bce", "margin"))
         checks.integer("MultiLabel", "ignore_index", self.ignore_index, _LEAST)
         labels = self.labels
-        refuse(
-            (labels != 0) & (labels != 1) & self._kept,
+        require(
+            (labels == 0) | (labels == 1) | (labels == self.ignore_index),
             labels,
             f"MultiLabel: labels must be 0, 1 or ignore_index={self.ignore_index}; one class "
             "number for each sample is a matter for embattle.Misclassify",
@@ -264,14 +265,14 @@ class MultiLabel(Criterion):
         if self.ascend == "margin":
             beyond = outputs - math.log(self.threshold / (1 - self.threshold))
             wrong = torch.where(positive, -beyond, beyond)
-            worst = largest(wrong.masked_fill(~kept, -math.inf))
-            return worst.masked_fill(~any_of(kept), 0.0)
+            worst = largest(torch.where(kept, wrong, -math.inf))
+            return torch.where(any_of(kept), worst, 0.0)
         entropies = -F.logsigmoid(torch.where(positive, outputs, -outputs))
         return losses.per_counted(entropies, kept)
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
         """Give True where a label that counts is wrong."""
-        return any_of(~self._right(now) & self._kept)
+        return any_of(self._wrong(now))
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Give 1 where the sigmoid is above the threshold, else 0; of the outputs' shape."""
@@ -279,8 +280,8 @@ class MultiLabel(Criterion):
 
     def accuracy(self, now: Evaluation) -> Tensor:
         """Give the share of labels that are right, of those that count."""
-        kept = self._kept
-        return (self._right(now) & kept).sum() / kept.sum()
+        count = self._kept.sum()
+        return (count - self._wrong(now).sum()) / count
 
     def counted(self, evaluation: Evaluation) -> Tensor:
         """Give True where a sample has a label that counts."""
@@ -290,10 +291,10 @@ class MultiLabel(Criterion):
     def _kept(self) -> Tensor:
         return self.labels != self.ignore_index
 
-    def _right(self, now: Evaluation) -> Tensor:
+    def _wrong(self, now: Evaluation) -> Tensor:
         outputs = needed("MultiLabel", now)
         self._check_shape(outputs)
-        return (outputs.sigmoid() > self.threshold) == (self.labels == 1)
+        return ((outputs.sigmoid() > self.threshold) != (self.labels == 1)) & self._kept
 
     def _check_shape(self, outputs: Tensor) -> None:
         if self.labels.shape != outputs.shape:

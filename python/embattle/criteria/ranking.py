@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from embattle import checks
-from embattle.criteria.base import Criterion, integers, refuse
+from embattle.criteria.base import Criterion, integers, require
 from embattle.criteria.classes import logits
 from embattle.perturb.evaluation import Evaluation
 
@@ -59,7 +59,7 @@ class _Place(Criterion):
             )
         message = f"{who}: items must lie in [0, {count}) for outputs {tuple(outputs.shape)}"
         if isinstance(self.items, Tensor):
-            refuse((items < 0) | (items >= count), items, message)
+            require((items >= 0) & (items < count), items, message)
         elif self.items >= count:
             raise ValueError(f"{message}; got {self.items}")
 
@@ -73,7 +73,7 @@ class _Place(Criterion):
         index = self._items(outputs).unsqueeze(1)
         own = outputs.gather(1, index).squeeze(1)
         others = outputs.scatter(1, index, -math.inf)
-        return own, others.topk(self.k, dim=1).values[:, -1]
+        return own, others.topk(self.k, dim=1).values.select(1, -1)
 
     def _lead(self, now: Evaluation) -> Tensor:
         own, bar = (score.masked_fill(score.isinf(), 0.0) for score in self._scores(now))

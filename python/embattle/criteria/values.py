@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embattle import checks, losses
-from embattle.criteria.base import Criterion, any_of, largest, needed, refuse
+from embattle.criteria.base import Criterion, any_of, constant, largest, needed, require
 from embattle.criteria.classes import logits
 from embattle.perturb.evaluation import Evaluation
 
@@ -47,20 +47,20 @@ class Deviate(Criterion):
                 f"Deviate: targets must be values, got {tuple(targets.shape)} of {targets.dtype}; "
                 "embattle.Misclassify and embattle.MultiLabel take labels"
             )
-        refuse(
-            ~targets.isfinite(),
+        require(
+            targets.isfinite(),
             targets,
             "Deviate: targets must be finite; leave out samples without a target",
         )
-        object.__setattr__(self, "targets", targets.detach())
+        object.__setattr__(self, "targets", constant(targets))
         if isinstance(by, Tensor):
             if by.dim() != 1 or by.dtype == torch.bool or by.is_complex():
                 raise ValueError(
                     f"Deviate: by must be a number or [B] numbers, got {tuple(by.shape)} of "
                     f"{by.dtype}"
                 )
-            refuse(~((by > 0) & by.isfinite()), by, "Deviate: by must be above 0 and finite")
-            object.__setattr__(self, "by", by.detach())
+            require((by > 0) & by.isfinite(), by, "Deviate: by must be above 0 and finite")
+            object.__setattr__(self, "by", constant(by))
         else:
             number = checks.real("Deviate", "by", by, 0)
             if number == 0:
@@ -85,7 +85,8 @@ class Deviate(Criterion):
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
         """Give True where an output is more than `by` off."""
-        return any_of(self._off(now))
+        distances, by = self._both(now)
+        return any_of(distances > by)
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Give the outputs: the values are the predictions."""
@@ -93,13 +94,14 @@ class Deviate(Criterion):
 
     def accuracy(self, now: Evaluation) -> Tensor:
         """Give the share of outputs that are at most `by` off."""
-        return (~self._off(now)).to(torch.get_default_dtype()).mean()
+        distances, by = self._both(now)
+        return (distances <= by).to(torch.get_default_dtype()).mean()
 
-    def _off(self, now: Evaluation) -> Tensor:
+    def _both(self, now: Evaluation) -> tuple[Tensor, Tensor | float]:
         distances, by = self._distances(needed("Deviate", now)), self.by
         if isinstance(by, Tensor):
             by = by.reshape(-1, *[1] * (distances.dim() - 1))
-        return distances > by
+        return distances, by
 
     def _distances(self, outputs: Tensor) -> Tensor:
         targets = self.targets
@@ -119,8 +121,9 @@ class Deviate(Criterion):
 class Diverge(Criterion):
     """Other outputs than the clean ones, without labels, as virtual adversarial training has it.
 
-    Reached where the predicted class is another one, at any place of a sequence. The squared
-    distance is for outputs that are no logits: it has no goal, and makes no predictions.
+    Reached where the predicted class is another one, at any place of a sequence (padding is one:
+    leave it out of the outputs). The squared distance is for outputs that are no logits: it has no
+    goal, and makes no predictions.
 
     Args:
         divergence: from the clean outputs to those under attack: `"kl"`, `"symmetric_kl"` or

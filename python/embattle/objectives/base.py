@@ -11,6 +11,7 @@ from torch import Tensor
 
 from embattle import checks
 from embattle.attacks.base import Attack
+from embattle.attacks.result import warn_of_rounding
 from embattle.criteria import Criterion
 from embattle.masking import Masking
 from embattle.objectives.batch import Batch
@@ -247,6 +248,8 @@ class AdversarialObjective:
             metrics["nonfinite"] = torch.stack(counts).sum()
             if batch.attack.steps and not batch.frozen:
                 metrics["zero_gradient"] = torch.stack([b.still() for b in stage.blocks]).sum()
+            if self.step == 0:
+                warn_of_rounding(stage.found, batch.attack.norm)
         metrics["steps"] = torch.tensor(batch.attack.steps)
         for name in _SCHEDULES:
             update = getattr(getattr(self, name), "update", None)

@@ -61,6 +61,12 @@ class Batch:
             )
         return self.criterion.labels
 
+    @property
+    def counted_labels(self) -> Tensor:
+        """Where `labels` are not the criterion's `ignore_index`, bool."""
+        assert isinstance(self.criterion, Misclassify)
+        return self.labels != self.criterion.ignore_index
+
     def losses(self, evaluation: Evaluation) -> Tensor:
         """The losses, for forms that train on them.
 

@@ -63,7 +63,7 @@ class Bregman:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Give what a resumed run needs: the older parameters, by number."""
-        return {str(number): old for number, old in enumerate(self._old)}
+        return {str(number): old.clone() for number, old in enumerate(self._old)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a state.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from embattle.criteria import Diverge
-from embattle.losses import DIVERGENCES, per_sample, two_sided
+from embattle.losses import DIVERGENCES, per_counted, per_sample, two_sided
 from embattle.objectives.batch import Batch
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class Mart:
         clean = batch.clean()
         batch.ascend()
         perturbed = batch.perturbed()
-        labels = batch.labels.long()
+        kept = batch.counted_labels
+        labels = batch.labels.masked_fill(~kept, 0)
         p = two_sided(batch.outputs(clean)).log_softmax(-1)
         q = two_sided(batch.outputs(perturbed)).log_softmax(-1)
         where = labels.unsqueeze(-1)
@@ -84,7 +85,7 @@ class Mart:
         bce = -q.gather(-1, where).squeeze(-1) - rest
         wrong = 1 - p.gather(-1, where).squeeze(-1).exp()
         kl = (p.exp() * (p - q)).sum(-1)
-        values = per_sample(bce + batch.lam * kl * wrong)
+        values = per_counted(bce + batch.lam * kl * wrong, kept)
         return batch.mean(values, batch.weights(perturbed, clean))
 
 

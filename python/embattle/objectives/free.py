@@ -49,7 +49,7 @@ class FreeAT:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Give what a resumed run needs: the deltas, by number."""
-        return {str(number): delta for number, delta in enumerate(self.deltas)}
+        return {str(number): delta.clone() for number, delta in enumerate(self.deltas)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a state."""
@@ -113,13 +113,13 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
             stage.check_graph(losses_now, deltas)
             # A share of the mean is differentiated, so that the sum is the average as it is.
             grads = torch.autograd.grad(mean / count, [*deltas, *params], allow_unused=True)
+            # Each sample's own gradient is count * B times that of its share of the mean.
+            own = stage.of_blocks(grads[: len(deltas)], count * evaluation.batch)
             total = add_up(total, grads)
             losses.append(mean.detach())
             if number < count - 1 or kept is not None:
                 at = evaluation.detach()
                 values = attack.values(stage, attack.goal(batch.criterion), at, at)
-                # Each sample's own gradient is count * B times that of its share of the mean.
-                own = stage.of_blocks(grads[: len(deltas)], count * at.batch)
                 for block, grad, state in zip(stage.blocks, own, states, strict=True):
                     attack.step(block, grad, state, number, values)
     finally:

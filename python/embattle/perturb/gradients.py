@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 if TYPE_CHECKING:
     from embattle.perturb.perturbation import Perturbation
@@ -153,28 +152,29 @@ def refuse_other_layouts(
         doubtful = [
             (found.sites[index], found.calls[index][call].value.shape)
             for (index, call), layout in zip(places, block.layouts, strict=True)
-            if layout.plain and batch in found.calls[index][call].value.shape[1:-1]
+            if layout.plain and batch in found.calls[index][call].value.shape[1:]
         ]
         if all(shape in site.known_shapes for site, shape in doubtful):
             continue
         probes = []
         for sample in (0, 1):
             grads = torch.autograd.grad(values[sample], mine, allow_unused=True, retain_graph=True)
-            if by_place:
+            if mine[0] is not block.delta:
                 probes.append(grads)
             else:
                 (grad,) = grads
                 probes.append((None,) if grad is None else tuple(block.spread(grad)))
         for (index, call), *pair in zip(places, *probes, strict=False):
             site, shape = found.sites[index], found.calls[index][call].value.shape
-            for dim in range(1, len(shape) - 1):
+            for dim in range(1, len(shape)):
                 if shape[dim] == batch and _belongs(pair, dim) and not _belongs(pair, 0):
                     raise ValueError(
                         f"{site!r}: the samples of an output {tuple(shape)} are in dim {dim}, not "
                         f"in dim 0 (each loss depends on one entry of dim {dim} alone): "
                         f"Site(..., samples={dim})"
                     )
-            site.known_shapes.add(shape)
+            if any(grad is not None and bool((grad != 0).any()) for grad in pair):
+                site.known_shapes.add(shape)
 
 
 def _belongs(grads: Sequence[Tensor | None], dim: int) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -59,6 +60,10 @@ def preserved_random_state() -> Iterator[RandomState]:
 # What every module has in its __dict__ (its hooks, its `training` flag): not looked at.
 _OWN = frozenset(vars(nn.Module()))
 _ABSENT = object()
+# Where buffers of more than _LARGE bytes hold more than _MUCH together, they are not copied before
+# something is about to write them.
+_MUCH = 64 << 20
+_LARGE = 1 << 20
 
 
 class _Tensor:
@@ -68,58 +73,66 @@ class _Tensor:
     strides after the module gave the tensor others, and writing through it tells autograd nothing.
     """
 
+    __slots__ = ("copy", "data", "memory", "plain", "tensor", "version")
+
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        # A sparse, quantised or meta tensor, or one of a class of its own (DTensor), is put back
-        # as a whole, and only if its version says that it was written.
-        self.dense = (
-            type(tensor) is Tensor
-            and tensor.layout is torch.strided
-            and not tensor.is_quantized
-            and not tensor.is_meta
-        )
+        whole = tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta
+        self.plain = type(tensor) is Tensor and not whole
         self.version = None if tensor.is_inference() else tensor._version
         self.data = tensor.data
-        self.memory = _memory(self.data) if self.dense else tensor
-        self.copy = self.memory.clone()
+        # One that is not strided has more than its memory; a write through `.data` would miss it.
+        self.memory = tensor if whole else _memory(self.data) if self.plain else self.data
+        self.copy: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the values (and, of a sparse tensor, of two coordinates for each)."""
+        each = self.tensor.element_size()
+        if not self.plain and str(self.tensor.layout).startswith("torch.sparse"):
+            return self.tensor._nnz() * (each + 16)
+        return self.memory.numel() * each
 
     @property
     def written(self) -> bool:
         """Whether autograd knows of a write."""
         return self.version is not None and self.tensor._version != self.version
 
-    @property
-    def moved(self) -> bool:
-        """Whether it was resized, or given other memory."""
-        now, was = self.tensor, self.data
-        return self.dense and (
-            now.data_ptr() != was.data_ptr()
-            or now.shape != was.shape
-            or now.stride() != was.stride()
-            or now.dtype != was.dtype
-        )
+    def keep(self) -> None:
+        """Copy the values, unless that was done."""
+        if self.copy is None:
+            self.copy = self.memory.clone()
 
-    def rewind(self, *, last: bool) -> None:
+    def rewind(self, *, last: bool) -> bool:
         """Put the values back; the `last` time the version too, which only rises until then.
 
         Batch norms write their statistics, and `.data` is written, without a new version: on a CPU
-        the values are compared; elsewhere, where that would wait for the device, they are copied.
-        """
-        written = self.written
-        if self.moved:
-            self.tensor.data = self.data
-            written = True
-        if written or (self.dense and not self._same()):
-            with torch.inference_mode(self.version is None), torch.no_grad():
-                self.memory.copy_(self.copy)
-        if written and self.version is not None:
-            if last:
-                torch._C._autograd._unsafe_set_version_counter((self.tensor,), (self.version,))
-            else:
-                torch.autograd.graph.increment_version(self.tensor)
+        the values are compared.
 
-    def _same(self) -> bool:
-        return self.memory.is_cpu and torch.equal(self.memory, self.copy)
+        Returns:
+            Whether they are still to be copied back: on a device comparing would wait for it.
+        """
+        tensor, version, copy = self.tensor, self.version, self.copy
+        written = self.written
+        if self.plain and (tensor.dtype != self.data.dtype or not tensor.is_set_to(self.data)):
+            tensor.data = self.data  # it was resized, or given other memory
+            written = True
+        elsewhere = self.plain and copy is not None and not self.memory.is_cpu
+        if copy is not None and not elsewhere and (written or not self._same(copy)):
+            with torch.inference_mode(version is None):
+                self.memory.copy_(copy)
+        if written and version is not None:
+            # A detached tensor shares the version (and is what stands for an inference tensor).
+            if last:
+                torch._C._autograd._unsafe_set_version_counter((tensor.detach(),), (version,))
+            else:
+                torch.autograd.graph.increment_version(tensor.detach())
+        return elsewhere
+
+    def _same(self, copy: Tensor) -> bool:
+        if self.plain:
+            return torch.equal(self.memory, copy)
+        return self.memory is self.tensor and self.version is not None
 
 
 def _memory(tensor: Tensor) -> Tensor:
@@ -133,39 +146,33 @@ def _memory(tensor: Tensor) -> Tensor:
 class _Module:
     """Which tensors a module holds, as buffers and as attributes."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.buffers = dict(module._buffers)
-        # A tensor that stands for a parameter is a weight, whoever put it there.
-        own = _OWN.union(module._parameters) if module._parameters else _OWN
-        self.attributes = {k: v for k, v in vars(module).items() if k not in own}
-        self.size = len(vars(module))
-        self.own = own
+    __slots__ = ("attributes", "buffers", "module", "size", "weights")
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Give those whose values can be kept: what requires a gradient is a weight."""
-        for one in (*self.buffers.values(), *self.attributes.values()):
-            if isinstance(one, Tensor) and not one.requires_grad and not is_lazy(one):
-                yield one
+    def __init__(self, module: nn.Module) -> None:
+        held = vars(module)
+        self.module = module
+        self.size = len(held)
+        self.buffers = module._buffers.copy()
+        self.attributes = {name: held[name] for name in held.keys() - _OWN}
+        self.weights = tuple(module._parameters)
 
     def rewind(self) -> None:
         """Hold the same tensors again."""
+        held, was = vars(self.module), self.buffers
         now = self.module._buffers
-        was = self.buffers
         if len(now) != len(was) or any(now.get(k, _ABSENT) is not v for k, v in was.items()):
             self.module._non_persistent_buffers_set.difference_update(now.keys() - was.keys())
             now.clear()
             now.update(was)
-        attributes = vars(self.module)
         for name, value in self.attributes.items():
-            found = attributes.get(name, _ABSENT)
+            found = held.get(name, _ABSENT)
             if found is not value and (_holds_tensor(found) or _holds_tensor(value)):
-                attributes[name] = value
-        if len(attributes) != self.size:
-            new = attributes.keys() - self.attributes.keys() - self.own
-            for name in new:
-                if _holds_tensor(attributes[name]):
-                    del attributes[name]
+                held[name] = value
+        if len(held) != self.size:
+            # A tensor that stands for a parameter is a weight, whoever put it there.
+            for name in held.keys() - self.attributes.keys() - _OWN - set(self.weights):
+                if _holds_tensor(held[name]):
+                    del held[name]
 
 
 def _holds_tensor(value: Any) -> bool:
@@ -174,23 +181,80 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-class ModelState:
+class _Writes(TorchDispatchMode):
+    """Copies large tensors only when they are about to be written: most never are."""
+
+    def __init__(self, tensors: Sequence[_Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tensors: dict[int, list[_Tensor]] = {}
+        for one in tensors:
+            self._tensors.setdefault(_place(one.tensor), []).append(one)
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let `torch.compile` work as if this were not there."""
+        return True
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for index, spec in enumerate(func._schema.arguments):
+                if spec.alias_info is not None and spec.alias_info.is_write:
+                    found = args[index] if index < len(args) else kwargs.get(spec.name)
+                    for one in found if isinstance(found, (list, tuple)) else [found]:
+                        for kept in self._tensors.get(_place(one), ()):
+                            kept.keep()
+        return func(*args, **kwargs)
+
+
+def _place(tensor: Tensor | None) -> int:
+    """Tell which memory a tensor is in; a sparse one, or one of a class of its own, is a place."""
+    if type(tensor) is Tensor and tensor.layout is torch.strided:
+        return int(tensor.untyped_storage()._cdata)
+    return id(tensor)
+
+
+class KeptState:
     """The buffers and tensor attributes of modules, as they were when these were first met."""
 
     def __init__(self) -> None:
         self._modules: dict[int, _Module] = {}
         self._tensors: dict[int, _Tensor] = {}
 
-    def keep(self, model: nn.Module) -> None:
-        """Remember what the model and its submodules hold, unless it is known already."""
+    def keep(self, model: nn.Module) -> list[_Tensor]:
+        """Remember what the model and its submodules hold, unless it is known already.
+
+        Returns:
+            The tensors whose values are not copied yet.
+        """
         if id(model) in self._modules:
-            return
+            return []
+        found: dict[int, Tensor] = {}
         for module in model.modules():
             if id(module) not in self._modules:
                 held = self._modules[id(module)] = _Module(module)
-                for tensor in held.tensors():
-                    if id(tensor) not in self._tensors:
-                        self._tensors[id(tensor)] = _Tensor(tensor)
+                for values in (held.buffers, held.attributes):
+                    for value in values.values():
+                        if isinstance(value, Tensor):
+                            found[id(value)] = value
+        if not found:
+            return []
+        # What requires a gradient or is a parameter's memory is a weight; the lazy has no values.
+        weights = {p.data_ptr() for p in model.parameters() if type(p) is nn.Parameter} - {0}
+        new = {
+            key: _Tensor(tensor)
+            for key, tensor in found.items()
+            if not (key in self._tensors or tensor.requires_grad or is_lazy(tensor))
+        }
+        new = {k: v for k, v in new.items() if not (v.plain and v.data.data_ptr() in weights)}
+        self._tensors.update(new)
+        return list(new.values())
 
     def rewind(self) -> None:
         """Put everything back between two passes, so that both see the same model.
@@ -202,12 +266,25 @@ class ModelState:
     def _rewind(self, *, last: bool) -> None:
         for held in self._modules.values():
             held.rewind()
-        for kept in self._tensors.values():
-            kept.rewind(last=last)
+        unseen = [kept for kept in self._tensors.values() if kept.copy is None and kept.written]
+        with torch.no_grad():
+            groups: dict[Any, list[_Tensor]] = {}
+            for kept in self._tensors.values():
+                if kept.rewind(last=last):
+                    groups.setdefault((kept.data.device, kept.data.dtype), []).append(kept)
+            for group in groups.values():
+                copies = [one.copy for one in group if one.copy is not None]
+                torch._foreach_copy_([one.memory for one in group], copies)
+        if unseen:
+            raise RuntimeError(
+                f"compiled code has written a buffer of shape {tuple(unseen[0].data.shape)}, which "
+                f"was not copied before: large buffers hold more than {_MUCH >> 20} MiB together. "
+                "Attack this model uncompiled"
+            )
 
 
 @contextmanager
-def kept_state(models: Sequence[nn.Module]) -> Iterator[ModelState]:
+def kept_state(models: Sequence[nn.Module]) -> Iterator[KeptState]:
     """Keep all state of the models other than weights from changing, also when the block raises.
 
     That is every buffer (statistics of norms, vectors of `spectral_norm`, averages and counters of
@@ -219,16 +296,22 @@ def kept_state(models: Sequence[nn.Module]) -> Iterator[ModelState]:
     With no model given, modules are found as they are called, which one that is compiled with the
     loss function does not show: give the model there.
     """
-    state = ModelState()
+    state = KeptState()
+
+    def on_call(module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            for one in state.keep(module):
+                one.keep()
+
     with ExitStack() as stack:
-        for model in models:
-            state.keep(model)
+        found = [one for model in models for one in state.keep(model)]
+        large = [one for one in found if one.nbytes > _LARGE]
+        if sum(one.nbytes for one in large) > _MUCH:
+            stack.enter_context(_Writes(large))
+            found = [one for one in found if one.nbytes <= _LARGE]
+        for one in found:
+            one.keep()
         if not models:
-
-            def on_call(module: nn.Module, args: Any) -> None:
-                if not torch.compiler.is_compiling():
-                    state.keep(module)
-
             stack.callback(register_module_forward_pre_hook(on_call).remove)
         stack.callback(state._rewind, last=True)
         yield state

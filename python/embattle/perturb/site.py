@@ -84,6 +84,12 @@ class Site:
         key: Key = None,
     ) -> None:
         modules = [module] if isinstance(module, nn.Module) else list(_sequence(module))
+        for one in modules:
+            if callable(getattr(one, "get_input_embeddings", None)):
+                raise TypeError(
+                    f"Site: {type(one).__name__} is a whole model: Site.embeddings(model) perturbs "
+                    "its input embeddings, Site.output(model.a_module) what a module returns"
+                )
         checks.one_of("Site", "group", group, ("sample", "token"))
         checks.one_of("Site", "scope", scope, ("output", "row"))
         checks.one_of("Site", "rows", rows, ("batch", "table"))
@@ -263,6 +269,8 @@ class Site:
         own: set[Node] | None = None,
     ) -> None:
         """Perturb the coming forward passes (see `hook.Perturb`)."""
+        if not self._finalizer.alive:
+            raise RuntimeError(f"{self!r} was removed from its modules and perturbs nothing")
         self._hook.use = Perturb(
             self.modules, self.key, calls, additions, known=known, detach=detach, own=own
         )
@@ -418,6 +426,14 @@ def as_sites(sites: Site | Sequence[Site]) -> list[Site]:
         raise TypeError(f"sites must be an embattle.Site or a sequence of them, got {what}")
     if len({id(one) for one in found}) < len(found):
         raise ValueError("sites: the same site is given twice")
+    for number, one in enumerate(found):
+        for other in found[:number]:
+            both = [m for m in one.modules if any(m is n for n in other.modules)]
+            if both and one.key in (None, other.key):
+                raise ValueError(
+                    f"sites: {other!r} and {one!r} both perturb {type(both[0]).__name__}: their "
+                    "balls would add up. Give one site for it"
+                )
     return found  # type: ignore[return-value]
 
 

@@ -22,8 +22,8 @@ from embattle.perturb.gradients import (
 )
 from embattle.perturb.guard import (
     MODES,
+    KeptState,
     Mode,
-    ModelState,
     RandomState,
     eval_mode,
     fresh_autocast_cache,
@@ -97,7 +97,7 @@ class Stage:
         if compile and any(site.scope == "weight" for site in self.sites):
             raise ValueError("compile=True: compiled code does not see an exchanged parameter")
         self.batch = 0
-        self._state: ModelState | None = None
+        self._state: KeptState | None = None
         self._first: RandomState | None = None  # where evaluations start from
         self._replay: RandomState | None = None
         self._masks: DropoutMasks | None = None
