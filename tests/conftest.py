@@ -35,6 +35,7 @@ ON_THE_CPU_ALONE = {
     "test_examples.py": "runs examples, which choose the CPU",
     "test_gpu_check.py": "runs what the tools do without a GPU",
     "test_libraries.py::test_two_processes_give_what_one_does": _RANKS,
+    "test_libraries.py::test_what_ddp_would_get_wrong_is_refused": _RANKS,
     "test_ops_grad_rows.py": "the rows that occur are found on the CPU alone",
     "test_ops_numerics.py::"
     "test_op_is_what_the_reference_says": "test_cuda_device.py has all its samples",
@@ -63,11 +64,10 @@ NOT_ON_PRETEND = {
     "test_criteria.py::test_pickles_and_copies": "it has no storage",
     "test_integrations.py::test_accelerate": _PLACING,
     "test_integrations.py::test_compiled_models": _COMPILE,
-    "test_integrations.py::test_gradient_accumulation_gives_the_same_model": _PLACING,
+    "test_integrations.py::test_an_autocast_block_of_the_users_own": _AUTOCAST,
+    "test_integrations.py::test_attacks_run_in_lightnings_evaluation": _PLACING,
     "test_integrations.py::test_lightning": _PLACING,
     "test_integrations.py::test_peft_and_autocast": _AUTOCAST,
-    "test_integrations.py::test_the_mixin_goes_before_any_trainer": _PLACING,
-    "test_integrations.py::test_transformers_trainer": _PLACING,
     "test_job.py": _PLACING,
     "test_objective.py::"
     "test_mixed_looks_up_once_and_makes_no_extra_pass_from_a_random_start": _SUBCLASS,
@@ -94,6 +94,7 @@ NOT_ON_PRETEND = {
     "test_reference.py::test_project_gradient": _SLOW,
     "test_reference.py::test_projection_is_the_nearest_point": _SLOW,
     "test_reference.py::test_steepest_ascent": _SLOW,
+    "test_trainer.py": _PLACING,
 }
 
 _ends_at: float | None = None

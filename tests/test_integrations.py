@@ -1,7 +1,8 @@
-"""The other libraries, really run, on tiny models."""
+"""Other libraries and torch's own wrappers, really run, on tiny models."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,21 @@ def test_accelerate() -> None:
     objective = eb.AdversarialObjective(eb.PGD(eps=0.3, steps=2), site)
     losses = []
     for _ in range(5):
-        loss, _ = objective(toys.classify(model, tokens, labels), mask=tokens != 0)
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
+        with accelerator.accumulate(model):
+            loss, metrics = objective(
+                toys.classify(model, tokens, labels),
+                criterion=eb.Misclassify(labels),
+                mask=tokens != 0,
+            )
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+    assert metrics["robust_accuracy"] <= metrics["clean_accuracy"]
 
 
-@pytest.mark.parametrize("manual", [False, True])
-def test_lightning(tmp_path: Path, manual: bool) -> None:
-    lightning = pytest.importorskip("lightning")
+def lightning_module(lightning: Any, manual: bool) -> Any:
     from embattle.integrations.lightning import AdversarialModule
 
     class Robust(AdversarialModule, lightning.LightningModule):
@@ -44,15 +49,15 @@ def test_lightning(tmp_path: Path, manual: bool) -> None:
             super().__init__()
             self.model = toys.encoder(dtype=torch.float32)
             self.automatic_optimization = not manual
-            self.objective = eb.AdversarialObjective(
-                eb.PGD(eps=0.3, steps=2), eb.Site(self.model.embedding)
-            )
+            self.site = eb.Site(self.model.embedding, model=self.model)
+            self.objective = eb.AdversarialObjective(eb.PGD(eps=0.3, steps=2), self.site)
+            self.results: list[Any] = []
 
         def loss_fn(self, batch: Any) -> Any:
             return toys.classify(self.model, *batch)()
 
         def objective_arguments(self, batch: Any) -> dict[str, Any]:
-            return {"mask": batch[0] != 0, "labels": batch[1]}
+            return {"mask": batch[0] != 0, "criterion": eb.Misclassify(batch[1])}
 
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -66,29 +71,94 @@ def test_lightning(tmp_path: Path, manual: bool) -> None:
             optimizer.step()
             return None
 
-    tokens, labels = toys.text_batch(batch=12)
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(tokens, labels), batch_size=6
-    )
-    module = Robust()
-    before = module.model.head.weight.detach().clone()
-    run = lightning.Trainer(
-        max_epochs=2,
+        def attacked(self, batch: Any) -> None:
+            attack = eb.PGD(eps=0.5, steps=3, keep="best")
+            result = attack.run(
+                lambda: self.loss_fn(batch), self.site, **self.objective_arguments(batch)
+            )
+            self.results.append((torch.is_inference_mode_enabled(), batch, result))
+            self.log("robust_accuracy", result.robust_accuracy)
+
+        def validation_step(self, batch: Any, *arguments: Any) -> None:
+            self.attacked(batch)
+
+        def test_step(self, batch: Any, *arguments: Any) -> None:
+            self.attacked(batch)
+
+    return Robust()
+
+
+def lightning_trainer(lightning: Any, folder: Path, **options: Any) -> Any:
+    return lightning.Trainer(
         accelerator="cpu" if devices.kind == "cpu" else "gpu",
         devices=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir=tmp_path,
+        default_root_dir=folder,
+        **options,
     )
-    run.fit(module, loader)
+
+
+def texts(batch: int = 12) -> Any:
+    tokens, labels = toys.text_batch(batch=batch)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens, labels), batch_size=6)
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_lightning(tmp_path: Path, manual: bool) -> None:
+    lightning = pytest.importorskip("lightning")
+    module = lightning_module(lightning, manual)
+    before = module.model.head.weight.detach().clone()
+    run = lightning_trainer(lightning, tmp_path, max_epochs=2, limit_val_batches=0)
+    run.fit(module, texts())
     assert module.objective.step == 4
     assert not torch.equal(before, module.model.head.weight)
-    assert run.callback_metrics["train_adversarial_loss"] > run.callback_metrics["train_clean_loss"]
+    logged = run.callback_metrics
+    assert logged["train_adversarial_loss"] > logged["train_clean_loss"]
+    assert logged["train_robust_accuracy"] <= logged["train_clean_accuracy"]
     run.save_checkpoint(tmp_path / "robust.ckpt")
-    other = Robust()
+    other = lightning_module(lightning, manual)
     other.on_load_checkpoint(torch.load(tmp_path / "robust.ckpt", weights_only=True))
     assert other.objective.step == 4
+
+
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_attacks_run_in_lightnings_evaluation(tmp_path: Path, verb: str, inference: bool) -> None:
+    """In inference mode, or without gradients, they find what they find outside."""
+    lightning = pytest.importorskip("lightning")
+    module = lightning_module(lightning, False)
+    run = lightning_trainer(lightning, tmp_path, inference_mode=inference)
+    getattr(run, verb)(module, texts(), verbose=False)
+    assert len(module.results) == 2
+    assert "robust_accuracy" in run.callback_metrics
+    module.eval()
+    for mode, batch, result in module.results:
+        assert mode == inference
+        tokens, labels = (one.clone() for one in batch)
+        outside = eb.PGD(eps=0.5, steps=3, keep="best").run(
+            toys.classify(module.model, tokens, labels),
+            module.site,
+            mask=tokens != 0,
+            criterion=eb.Misclassify(labels),
+        )
+        assert torch.allclose(result.delta, outside.delta, atol=1e-6)
+        assert torch.equal(result.success, outside.success)
+        assert (result.losses > result.clean_losses).all()
+
+
+def test_scaled_losses_are_not_differentiated_early(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    module = lightning_module(lightning, False)
+    module.log_dict = lambda scalars: None
+    batch = next(iter(texts()))
+    module.robust_loss(batch)
+    assert module.objective.early_backward
+    module.trainer = lightning_trainer(lightning, tmp_path)
+    module.trainer.strategy.precision_plugin.precision = "16-mixed"
+    module.robust_loss(batch)
+    assert not module.objective.early_backward
 
 
 def test_tied_embeddings_and_checkpointing() -> None:
@@ -114,7 +184,7 @@ def test_tied_embeddings_and_checkpointing() -> None:
         for early in (False, True):
             model.zero_grad()
             objective = eb.AdversarialObjective(
-                eb.PGD(eps=0.3, steps=2), eb.Site(model), early_backward=early
+                eb.PGD(eps=0.3, steps=2), eb.Site.embeddings(model), early_backward=early
             )
             loss, _ = objective(loss_fn)
             loss.backward()
@@ -122,6 +192,20 @@ def test_tied_embeddings_and_checkpointing() -> None:
             objective.sites[0].remove()
     for other in found[1:]:
         assert torch.allclose(found[0], other, atol=1e-6)
+
+
+def test_reentrant_checkpoints_of_layers_say_what_to_do() -> None:
+    torch.manual_seed(0)
+    model = toys.tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.train()
+    tokens, labels = torch.randint(5, 60, (4, 8)), torch.tensor([0, 1, 0, 1])
+    site = eb.Site.embeddings(model)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        eb.PGD(eps=0.3).run(
+            lambda: eb.losses.cross_entropy(model(input_ids=tokens).logits, labels), site
+        )
+    assert not site.busy
 
 
 def test_compiled_models() -> None:
@@ -139,6 +223,66 @@ def test_compiled_models() -> None:
         results.append((loss.detach(), metrics["adversarial_loss"], model.head.weight.grad.clone()))
     for eager, other in zip(*results, strict=True):
         assert torch.allclose(eager, other, atol=1e-5)
+
+
+class Plain(nn.Module):
+    """An embedding, and two linear layers, whose weights autocast keeps in low precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 16)
+        self.hidden, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(self.embedding(tokens)).tanh().mean(1)).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("form", ["mixed", "free", "trades", "awp", "bregman"])
+def test_an_autocast_block_of_the_users_own(form: str, dtype: torch.dtype) -> None:
+    """Around the whole step it gives what a block in each pass gives: no weight is seen as it was.
+
+    Two steps, the second one after weights were changed within the block.
+    """
+    tokens, labels = toys.text_batch()
+    found = []
+    for around in (False, True):
+        torch.manual_seed(0)
+        model = Plain()
+        site = eb.Site(model.embedding, model=model)
+        options: dict[str, Any] = {"form": "mixed" if form == "awp" else form}
+        if form == "bregman":
+            options["form"] = eb.Smart(bregman=eb.Bregman(model, momentum=0.0))
+        attack = eb.PGD(
+            eps=0.5,
+            steps=2,
+            random_start=form in ("trades", "bregman"),
+            generator=torch.Generator().manual_seed(0),
+        )
+        objective: Any = eb.AdversarialObjective(attack, site, **options)
+        if form == "awp":
+            objective = eb.AWP(objective, model, gamma=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=5.0)
+        plain = toys.classify(model, tokens, labels)
+
+        def loss_fn(plain: Any = plain) -> Any:
+            with torch.autocast(devices.kind, dtype=dtype):
+                return plain()
+
+        values = []
+        block = torch.autocast(devices.kind, dtype=dtype) if around else nullcontext()
+        with block:  # a disabled one would keep the cache as well
+            model(tokens)  # the cache has the weights
+            for _ in range(2):
+                loss, metrics = objective(plain if around else loss_fn)
+                optimizer.zero_grad()
+                loss.backward()
+                assert all(p.grad is not None for p in model.parameters())
+                optimizer.step()
+                values += [loss.detach(), metrics.get("bregman", loss.detach())]
+        found.append([*values, *(p.grad for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 0.05 * one.norm()  # the types round to 0.4 %
 
 
 def test_peft_and_autocast() -> None:

@@ -223,7 +223,9 @@ def test_one_feature_alone() -> None:
     assert result.delta.shape == (3, 5)
     values: list[Tensor] = []
     with result.applied():
-        handle = model.embeddings.register_forward_hook(lambda m, a, out: values.append(out["user"]))
+        handle = model.embeddings.register_forward_hook(
+            lambda m, a, out: values.append(out["user"])
+        )
         losses = loss_fn()
         handle.remove()
     assert torch.allclose(losses, result.losses)
