@@ -35,7 +35,6 @@ ON_THE_CPU_ALONE = {
     "test_examples.py": "runs examples, which choose the CPU",
     "test_gpu_check.py": "runs what the tools do without a GPU",
     "test_libraries.py::test_two_processes_give_what_one_does": _RANKS,
-    "test_libraries.py::test_what_ddp_would_get_wrong_is_refused": _RANKS,
     "test_ops_grad_rows.py": "the rows that occur are found on the CPU alone",
     "test_ops_numerics.py::"
     "test_op_is_what_the_reference_says": "test_cuda_device.py has all its samples",
@@ -54,6 +53,7 @@ _PLACING = "the library puts models on devices that it knows"
 _SLOW = "thousands of small calls, each of which costs it milliseconds"
 _SUBCLASS = "its tensors are a subclass, whose look-ups are never taken to be repeats"
 NOT_ON_PRETEND = {
+    "test_autocast.py": _AUTOCAST,
     "test_clipping.py::test_compiled": _COMPILE,
     "test_clipping.py::test_float32": "test_equals_loop_over_samples takes the same way",
     "test_clipping_defects.py::test_autocast": _AUTOCAST,
@@ -64,7 +64,6 @@ NOT_ON_PRETEND = {
     "test_criteria.py::test_pickles_and_copies": "it has no storage",
     "test_integrations.py::test_accelerate": _PLACING,
     "test_integrations.py::test_compiled_models": _COMPILE,
-    "test_integrations.py::test_an_autocast_block_of_the_users_own": _AUTOCAST,
     "test_integrations.py::test_attacks_run_in_lightnings_evaluation": _PLACING,
     "test_integrations.py::test_lightning": _PLACING,
     "test_integrations.py::test_peft_and_autocast": _AUTOCAST,

@@ -114,6 +114,11 @@ def grads_of(form: str, early: bool) -> dict[str, Tensor]:
 
 
 def of_rank(rank: int, where: Path) -> None:
+    train_wrapped(rank, where)
+    try_what_is_refused(rank, where)
+
+
+def train_wrapped(rank: int, where: Path) -> None:
     tokens, labels = toys.text_batch()
     tokens, labels = tokens[rank * 3 : rank * 3 + 3], labels[rank * 3 : rank * 3 + 3]
     for form, early in CASES:
@@ -143,18 +148,6 @@ def of_rank(rank: int, where: Path) -> None:
         torch.save(whole, f"{where}/fsdp-{form}-{early}-{rank}.pt")
 
 
-def test_two_processes_give_what_one_does(tmp_path: Path) -> None:
-    ranks.run(of_rank, tmp_path)
-    names = [("ddp", *case) for case in CASES] + [("fsdp", *case) for case in SHARDED]
-    for kind, form, early in names:
-        expected = grads_of(form, early)
-        for rank in range(2):
-            got = torch.load(tmp_path / f"{kind}-{form}-{early}-{rank}.pt", weights_only=True)
-            assert got.keys() == expected.keys()
-            for name, grad in expected.items():
-                assert torch.allclose(got[name], grad, atol=1e-5), (kind, form, early, name)
-
-
 class Partly(torch.nn.Module):
     """An encoder with a layer that no pass uses."""
 
@@ -167,7 +160,7 @@ class Partly(torch.nn.Module):
         return self.base(tokens)
 
 
-def of_refusing_rank(rank: int, where: Path) -> None:
+def try_what_is_refused(rank: int, where: Path) -> None:
     tokens, labels = toys.text_batch()
     tokens, labels = tokens[rank * 3 : rank * 3 + 3], labels[rank * 3 : rank * 3 + 3]
     said = {}
@@ -205,8 +198,21 @@ def of_refusing_rank(rank: int, where: Path) -> None:
     torch.save(said, f"{where}/said-{rank}.pt")
 
 
-def test_what_ddp_would_get_wrong_is_refused(tmp_path: Path) -> None:
-    ranks.run(of_refusing_rank, tmp_path)
+def test_two_processes_give_what_one_does(tmp_path: Path) -> None:
+    """And what DDP would get wrong is refused: the processes are started once for both."""
+    ranks.run(of_rank, tmp_path)
+    names = [("ddp", *case) for case in CASES] + [("fsdp", *case) for case in SHARDED]
+    for kind, form, early in names:
+        expected = grads_of(form, early)
+        for rank in range(2):
+            got = torch.load(tmp_path / f"{kind}-{form}-{early}-{rank}.pt", weights_only=True)
+            assert got.keys() == expected.keys()
+            for name, grad in expected.items():
+                assert torch.allclose(got[name], grad, atol=1e-5), (kind, form, early, name)
+    check_what_was_refused(tmp_path)
+
+
+def check_what_was_refused(tmp_path: Path) -> None:
     for rank in range(2):
         said = torch.load(tmp_path / f"said-{rank}.pt", weights_only=True)
         assert sorted(said) == ["static", "static free", "unused free", "unused freeat"]

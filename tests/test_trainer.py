@@ -414,6 +414,22 @@ def test_training(tmp_path: Path) -> None:
     assert run.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"])
 
 
+def test_adapters_in_mixed_precision(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        toys.tiny_bert(**DRY), peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run = training(tmp_path, model, max_steps=2, bf16=True)
+    run.train()
+    logged = run.state.log_history[0]
+    assert logged["adversarial_loss"] > logged["clean_loss"]
+    assert 0 <= logged["robust_accuracy"] <= logged["clean_accuracy"] <= 1
+    changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+    assert changed
+    assert all("lora_" in name or "modules_to_save" in name for name in changed)
+
+
 @pytest.mark.parametrize("task", ["one class", "next tokens"])
 def test_gradient_accumulation_gives_the_same_model(tmp_path: Path, task: str) -> None:
     """Attacks are made sample by sample: half batches, accumulated, are the whole batch.

@@ -67,7 +67,8 @@ def replace_parts(output: Any, values: Mapping[Key, Tensor]) -> Any:
     if isinstance(output, Tensor):
         return _with_rows(output, values[None])
     if _torchrec(output) == "keyed":
-        parts = [values[key] if key in values else output[key] for key in output.keys()]
+        names = list(output.keys())
+        parts = [values[name] if name in values else output[name] for name in names]
         return _with_rows(output, torch.cat(parts, dim=output.key_dim()))
     if isinstance(output, Mapping):
         made = copy(output)
