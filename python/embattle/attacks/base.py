@@ -18,7 +18,6 @@ from embattle.attacks.opening import Opened, open_attack
 from embattle.attacks.result import AttackResult
 from embattle.attacks.starts import BoxStart, GaussianStart
 from embattle.criteria import Criterion, MaximizeLoss
-from embattle.criteria.base import ascended
 from embattle.perturb.blocks import Block
 from embattle.perturb.evaluation import Evaluation, LossFn
 from embattle.perturb.guard import MODES, Mode
@@ -99,9 +98,12 @@ class Attack:
         checks.one_of(name, "keep", self.keep, ("last", "best"))
         for side in ("lower", "upper"):
             self._check_bound(name, side)
-        numeric = [b for b in (self.lower, self.upper) if isinstance(b, float)]
-        if len(numeric) == 2 and numeric[0] > numeric[1]:
-            raise ValueError(f"{name}: lower={numeric[0]:g} is above upper={numeric[1]:g}")
+        if self.lower is not None and self.upper is not None:
+            low, high = torch.as_tensor(self.lower), torch.as_tensor(self.upper)
+            if bool((low.to(high.device) > high).any()):
+                raise ValueError(
+                    f"{name}: lower={words(self.lower)} is above upper={words(self.upper)}"
+                )
         checks.flag(name, "stop_when_fooled", self.stop_when_fooled)
         checks.one_of(name, "mode", self.mode, MODES)
         checks.flag(name, "compile", self.compile)
@@ -110,9 +112,15 @@ class Attack:
 
     def _check_bound(self, name: str, side: str) -> None:
         value = getattr(self, side)
-        if value is None or isinstance(value, Tensor):
+        if value is None:
             return
-        setattr(self, side, checks.real(name, side, value, finite=False))
+        if not isinstance(value, Tensor):
+            setattr(self, side, checks.real(name, side, value, finite=False))
+        elif value.dtype == torch.bool or value.is_complex() or bool(value.isnan().any()):
+            raise ValueError(
+                f"{name}: {side} must be numbers, none of them NaN; got {tuple(value.shape)} of "
+                f"{value.dtype}"
+            )
 
     def __repr__(self) -> str:
         parts = [f"{self.norm} ball of radius {words(self.eps)}", *self._words()]
@@ -138,6 +146,8 @@ class Attack:
 
     # Whether the attack draws numbers although it starts at zero.
     draws: ClassVar[bool] = False
+    # Whether the steps need a gradient; otherwise they are given none.
+    climbs: ClassVar[bool] = True
 
     def goal(self, criterion: Criterion | None) -> Criterion:
         """Give what the attack is for, given what the caller said."""
@@ -152,13 +162,22 @@ class Attack:
         for side, value in (("lower", self.lower), ("upper", self.upper)):
             if value is not None:
                 base = block.base.to(block.delta.dtype)
-                bound = torch.as_tensor(value, dtype=base.dtype, device=base.device) - base
+                bound = torch.as_tensor(value, dtype=base.dtype, device=base.device)
+                if block.joined and bound.dim():
+                    raise ValueError(f"joint: one {side} for all outputs: give a number")
+                try:
+                    bound = bound.expand_as(base) - base
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"{type(self).__name__}: {side} of shape {tuple(bound.shape)} does not "
+                        f"broadcast to the embeddings {tuple(base.shape)}, samples first"
+                    ) from error
                 # The clean embeddings are always allowed.
                 state[side] = bound.clamp(max=0) if side == "lower" else bound.clamp(min=0)
         return state
 
     def start(self, block: Block, state: dict[str, Any], generator: torch.Generator | None) -> None:
-        """Set the delta that the steps start from."""
+        """Set the delta that the steps start from; a new block's is zero."""
         like = block.delta.detach()
         if isinstance(self.random_start, (GaussianStart, BoxStart)):
             start = self.random_start.draw(
@@ -180,7 +199,7 @@ class Attack:
                 **box(state),
             )
         else:
-            start = torch.zeros_like(like)
+            return
         block.set(start)
 
     def step(
@@ -188,7 +207,8 @@ class Attack:
     ) -> None:
         """Make step `number`: `values` `[B]` and `grad` belong to the block's current delta.
 
-        `grad` is, for each sample, the gradient of its own value (not of a mean over the batch).
+        `grad` is, for each sample, the gradient of its own value (not of a mean over the batch);
+        zeros for an attack that needs none.
         """
         raise NotImplementedError(f"{type(self).__name__} makes no gradient steps")
 
@@ -301,9 +321,12 @@ class Attack:
                 for block, state in zip(stage.blocks, states, strict=True):
                     self.start(block, state, generator)
             for number in range(self.steps):
-                at, grads = known.look(stage, goal)
+                # A group without a gradient at first and at last is taken to have none.
+                note = number in (0, self.steps - 1)
+                at, values, grads = known.look(stage, goal, gradient=self.climbs, note=note)
                 known = opened.after()
-                values = self.values(stage, goal, at, opened.clean)
+                if stage.found.coupled:  # no sample has a value of its own then
+                    values = values.sum().expand_as(values)
                 if best is not None and self.keep == "best":
                     best.offer(at)
                 for block, grad, state in zip(stage.blocks, grads, states, strict=True):
@@ -311,17 +334,10 @@ class Attack:
             if best is not None:
                 best.offer(stage.evaluate(grad=False, lookups="detached").detach())
         if best is not None:
-            return best.settle()
+            return best.settle().at
         if evaluate:
             return stage.evaluate(grad=False, lookups="detached", first=True).detach()
         return None
-
-    def values(
-        self, stage: Stage, goal: Criterion, at: Evaluation, clean: Evaluation | None
-    ) -> Tensor:
-        """What counts for each sample, `[B]`: where samples share a delta, the batch's sum."""
-        values = ascended(goal, at, clean).detach()
-        return values.sum().expand_as(values) if stage.found.coupled else values
 
     @property
     def compares(self) -> bool:
