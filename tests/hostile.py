@@ -161,7 +161,7 @@ class Net(nn.Module):
         return out.squeeze(-1) if kind.body == "binary" else out
 
 
-# --- a batch ----------------------------------------------------------------------------------------
+# --- a batch --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -502,7 +502,7 @@ def _by_turn(masks: list[Tensor]) -> Callable[[Any], Tensor]:
     return of
 
 
-# --- attacks ----------------------------------------------------------------------------------------
+# --- attacks --------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -578,7 +578,7 @@ def attacks(draw: st.DrawFn, case: Case, **fixed: Any) -> eb.Attack:
     return getattr(eb, name)(**options | fixed)
 
 
-# --- what must not change ---------------------------------------------------------------------------
+# --- what must not change -------------------------------------------------------------------------
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def share(of: float) -> settings:
     )
 
 
-# --- evaluations of our own -------------------------------------------------------------------------
+# --- evaluations of our own -----------------------------------------------------------------------
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def tolerance(dtype: torch.dtype) -> dict[str, float]:
     return {"rtol": each, "atol": each}
 
 
-# --- balls ------------------------------------------------------------------------------------------
+# --- balls ----------------------------------------------------------------------------------------
 
 
 def grouped(case: Case, values: list[Tensor]) -> list[list[Tensor]]:
@@ -260,7 +260,7 @@ def check_rows(case: Case, attack: eb.Attack, result: eb.AttackResult, seen: Any
                 torch.testing.assert_close(after - before, off, rtol=1e-5, atol=1e-6)
 
 
-# --- results ----------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 def radius_is_zero(attack: eb.Attack) -> bool:
@@ -380,7 +380,7 @@ def test_what_is_reported_was_evaluated(between: str, place: str) -> None:
     check()
 
 
-# --- more is never less -----------------------------------------------------------------------------
+# --- more is never less ---------------------------------------------------------------------------
 
 
 def stronger(case: Case, less: eb.AttackResult, more: eb.AttackResult) -> None:
@@ -408,7 +408,7 @@ def stronger(case: Case, less: eb.AttackResult, more: eb.AttackResult) -> None:
 
 @pytest.mark.parametrize("between", BETWEEN)
 def test_more_is_never_weaker(between: str) -> None:
-    """More restarts, or more steps of the same size, under `keep="best"`; nor is the clean point."""
+    """More restarts, or more steps of the same size, for `keep="best"`; clean is least."""
 
     @share(0.05)
     @given(st.data())
@@ -456,7 +456,7 @@ def test_more_is_never_weaker(between: str) -> None:
     check()
 
 
-# --- samples that leave -----------------------------------------------------------------------------
+# --- samples that leave ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["as_is", "eval"])
@@ -483,7 +483,7 @@ def test_samples_that_leave(mode: str) -> None:
     check()
 
 
-# --- objectives -------------------------------------------------------------------------------------
+# --- objectives -----------------------------------------------------------------------------------
 
 FORMS = ("mixed", "adversarial", "trades", "mart", "alp", "smart", "vat", "r3f", "free", "freeat")
 
@@ -553,7 +553,7 @@ def test_objectives(form: str) -> None:
         before = hostile.state_of(case.model)
         seed_state = draws.get_state()
         buffers = copy.deepcopy(dict(case.model.named_buffers()))
-        loss, metrics = objective(case.loss, criterion=criterion, **case.run)
+        loss, _ = objective(case.loss, criterion=criterion, **case.run)
         assert torch.isfinite(loss)
         weights = [p for p in case.model.parameters() if p.requires_grad]
         if loss.requires_grad:

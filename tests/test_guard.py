@@ -281,6 +281,47 @@ def test_shared_aliased_and_expanded_buffers() -> None:
     assert torch.equal(outputs[0], alone)
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_buffer_that_two_modules_hold_is_kept_once(known: bool) -> None:
+    """The second module is met after the first has written what both hold."""
+
+    class Holds(nn.Module):
+        def __init__(self, table: Tensor) -> None:
+            super().__init__()
+            self.register_buffer("table", table)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.table.add_(1.0)
+            return x + self.table
+
+    table = torch.zeros(4)
+    model, x = nn.Sequential(Holds(table), Holds(table)), torch.randn(5, 4)
+    with kept_state([model] if known else []) as state:
+        first = model(x)
+        state.rewind()
+        assert torch.equal(model(x), first)
+    assert torch.equal(table, torch.zeros(4))
+
+
+def test_a_buffer_of_a_class_of_its_own_that_is_written_unseen() -> None:
+    class Own(Tensor):
+        pass
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(3).as_subclass(Own))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.data.add_(1.0)
+            return x * 2
+
+    model = Counts()
+    with kept_state([model]):
+        model(torch.ones(3))
+    assert torch.equal(model.count.as_subclass(Tensor), torch.zeros(3))
+
+
 def test_buffers_that_are_not_plain_do_no_harm() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

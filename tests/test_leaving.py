@@ -53,6 +53,8 @@ def test_fooled_samples_cost_nothing_more(keep: str, joint: bool) -> None:
     assert torch.all(early.steps[wrong] == 0)
     assert torch.all(early.deltas[0][wrong] == 0)
     assert torch.all(early.steps <= 8)
+    # Every pass over the rest of the batch follows a step of those samples.
+    assert int(early.steps.sum()) == sum(sizes)
     unfooled = ~early.success & ~wrong
     for got, expected in zip(early.deltas, full.deltas, strict=True):
         assert torch.allclose(got[unfooled], expected[unfooled])
@@ -60,6 +62,41 @@ def test_fooled_samples_cost_nothing_more(keep: str, joint: bool) -> None:
     assert torch.allclose(again.losses, early.losses)
     assert torch.equal(again.outputs.argmax(1), early.predictions)
     assert torch.equal(early.success, ~wrong & (early.predictions != labels))
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_who_is_never_fooled_has_what_the_whole_batch_would_have(keep: str) -> None:
+    """The last iterate is not the worst one here; and no group is said to lack a gradient."""
+    embedding = torch.nn.Embedding(6, 1).double()
+    with torch.no_grad():
+        embedding.weight.copy_(torch.tensor([[-0.5], [-0.3], [-0.1], [0.1], [-0.05], [0.5]]))
+    # Four are never fooled, one is by and by, and one is wrong from the start.
+    bars = torch.tensor([2.0, 2.0, 2.0, 2.0, 0.98, -3.0]).double()
+    tokens, labels = torch.arange(6).unsqueeze(1), torch.zeros(6, dtype=torch.long)
+
+    def of(rows: Tensor) -> Callable[[], eb.Evaluation]:
+        def loss() -> eb.Evaluation:
+            logits = torch.stack([bars[rows], (4 * embedding(tokens[rows])).sin().sum((1, 2))], 1)
+            return eb.Evaluation(eb.losses.cross_entropy(logits, labels[rows]), logits)
+
+        return loss
+
+    options = {"norm": "linf", "eps": 1.0, "step_size": 0.45, "steps": 5}
+    whole, goal, site = of(torch.arange(6)), eb.Misclassify(labels), eb.Site(embedding)
+    early = eb.PGD(**options, keep=keep, stop_when_fooled=True).run(
+        whole, site, criterion=goal, subset=of
+    )
+    last, best = (
+        eb.PGD(**options, keep=k).run(whole, site, criterion=goal)  # type: ignore[arg-type]
+        for k in ("last", "best")
+    )
+    assert early.reached.tolist() == [False] * 4 + [True] * 2
+    assert not torch.allclose(last.delta[:4], best.delta[:4])
+    torch.testing.assert_close(early.delta[:4], (last if keep == "last" else best).delta[:4])
+    assert int(early.steps[0]) == 5
+    assert 0 < int(early.steps[4]) < 5
+    assert int(early.steps[5]) == 0
+    assert int(early.zero_gradient) == 0
 
 
 @pytest.mark.parametrize("attack", ["apgd", "mi", "restarts", "token"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import embattle as eb
 import pytest
 import torch
@@ -281,11 +283,85 @@ def test_nearest_agreement_looks_at_the_table() -> None:
 
     attack = eb.FGSM(eps=0.6)
     objective = eb.AdversarialObjective(attack, eb.Site(embedding), masking=policy)
-    objective(
-        lambda: embedding(tokens).sum((1, 2)), mask=torch.tensor([[True, True], [True, False]])
-    )
-    # 0 moves to .6 (nearest 1), 1 to 1.6 (nearest 1), 3 to 3.6 (nearest 3).
-    assert kept[0].tolist() == [0.5, 1.0]
+    # 0 moves to .6 (nearest 1), 1 to 1.6 (nearest 1), 3 to 3.6 (nearest 3); what is masked stays,
+    # and does not count.
+    for mask, expected in (
+        (None, [0.5, 1.0]),
+        ([[True, True], [True, False]], [0.5, 1.0]),
+        ([[True, False], [True, True]], [0.0, 1.0]),
+        ([[False, False], [True, True]], [0.0, 1.0]),
+    ):
+        given = None if mask is None else torch.tensor(mask)
+        objective(lambda: embedding(tokens).sum((1, 2)), mask=given)
+        assert kept.pop().tolist() == expected
+
+
+@pytest.mark.parametrize("mode", ["as_is", "same", "eval"])
+@pytest.mark.parametrize("keep", ["last", "best"])
+@pytest.mark.parametrize("early", [False, True])
+def test_dropout_masks_of_the_training_passes(mode: str, keep: str, early: bool) -> None:
+    """Only mode "same" gives the pass under the deltas the masks of the clean one."""
+    model = toys.encoder(dropout=0.5)
+    tokens, labels = toys.text_batch()
+    attack = eb.PGD(eps=0.0, step_size=0.1, steps=2, mode=mode, keep=keep)  # type: ignore[arg-type]
+    site = eb.Site(model.embedding, model=model)
+    objective = eb.AdversarialObjective(attack, site, early_backward=early)
+    torch.manual_seed(0)
+    _, metrics = objective(toys.classify(model, tokens, labels))
+    assert bool(metrics["adversarial_loss"] == metrics["clean_loss"]) == (mode == "same")
+    again = objective(toys.classify(model, tokens, labels))[1]
+    assert again["clean_loss"] != metrics["clean_loss"], "the next batch draws anew"
+
+
+def test_groups_with_a_gradient_that_is_no_number_are_counted() -> None:
+    model = toys.factors()
+    batch = toys.triplets()
+    factor = torch.ones(9, dtype=torch.float64)
+    factor[[2, 5]] = float("nan")
+
+    def loss() -> Tensor:
+        return toys.rank(model, batch)() * factor
+
+    objective = eb.AdversarialObjective(eb.PGD(eps=0.5, steps=2), eb.Site(model.user))
+    assert int(objective(loss)[1]["nonfinite"]) == 2
+    assert int(objective(toys.rank(model, batch))[1]["nonfinite"]) == 0
+
+
+def test_weights_without_a_gradient_stay_under_awp() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.extra = toys.factors(), nn.Linear(3, 3).double()
+
+        def forward(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+            positive, negative = self.inner(*batch)
+            return positive + 0.0 * self.extra.weight.sum(), negative
+
+    model = Unused()
+    objective = eb.AdversarialObjective(eb.FGM(eps=0.3), eb.Site(model.inner.user))
+    loss, _ = eb.AWP(objective, model, gamma=0.1)(toys.rank(model, toys.triplets()))  # type: ignore[arg-type]
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("call", ["call", "parts", "awp"])
+def test_each_output_has_a_ball_unless_they_are_joined(call: str) -> None:
+    model = toys.factors()
+    counts = []
+
+    class Watched(eb.FGM):
+        def begin(self, block: Any, scale: float) -> dict[str, Any]:
+            counts.append(block.joined)
+            return super().begin(block, scale)
+
+    sites = [eb.Site(model.user), eb.Site(model.item)]
+    objective = eb.AdversarialObjective(Watched(eps=0.3), sites)
+    make: Any = {"call": objective, "parts": objective.parts, "awp": eb.AWP(objective, model)}[call]
+    for joined, balls in ((None, 3), (False, 3), (True, 1)):
+        counts.clear()
+        make(toys.rank(model, toys.triplets()), **({} if joined is None else {"joint": joined}))
+        assert counts == [bool(joined)] * balls
 
 
 def test_schedules() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toys
-from embattle import Evaluation
+from embattle import Evaluation, attacks, objectives
 from torch import Tensor, nn
 
 
@@ -492,7 +494,7 @@ def test_noise_that_bfloat16_rounds_away_is_warned_of_in_training() -> None:
         objective(toys.classify(model, tokens, labels))
 
 
-# --- directions, boxes, integers of 32 bits ---------------------------------------------------------
+# --- directions, boxes, integers of 32 bits -------------------------------------------------------
 
 
 def test_samples_do_not_leave_with_a_direction() -> None:
@@ -539,3 +541,163 @@ def test_rows_of_indices_of_32_bits() -> None:
     long = attack.run(toys.classify(model, tokens, labels), site)
     assert torch.equal(short.delta, long.delta)
     assert torch.equal(short.losses, long.losses)
+
+
+# --- defaults -------------------------------------------------------------------------------------
+
+_BALL = {
+    "norm": "l2", "steps": 1, "random_start": False, "restarts": 1, "keep": "last", "lower": None,
+    "upper": None, "stop_when_fooled": False, "mode": "as_is", "generator": None, "compile": False,
+}  # fmt: skip
+_PGD = _BALL | {"steps": 10, "step_size": None, "top": 1, "max_groups": None}
+_NOISE = _BALL | {"steps": 0, "random_start": True}
+_BATCH = {"criterion": None, "mask": None, "offsets": None, "joint": False}
+_SITE = {
+    "group": "sample", "scope": "output", "rows": "batch", "model": None, "samples": 0,
+    "per_sample": 1, "mask": None, "offsets": None, "key": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        (eb.PGD, _PGD),
+        (eb.FGM, _PGD | {"steps": 1}),
+        (eb.FGSM, _PGD | {"steps": 1, "norm": "linf"}),
+        (eb.MSAP, _PGD | {"projection": "ball"}),
+        (eb.MIFGSM, _PGD | {"norm": "linf", "decay": 1.0}),
+        (
+            eb.APGD,
+            _BALL
+            | {"steps": 20, "random_start": True, "keep": "best", "momentum": 0.75, "share": 0.75}
+            | {"checkpoints": "paper"},
+        ),
+        (eb.VAT, _BALL | {"random_start": True, "xi": 0.1}),
+        (
+            eb.SMARTStep,
+            _BALL
+            | {"norm": "linf", "eps": 1e-5, "random_start": True, "step_size": 1e-3}
+            | {"sigma": 1e-5, "projection": "paper"},
+        ),
+        (eb.GaussianNoise, _NOISE | {"eps": math.inf}),
+        (eb.UniformNoise, _NOISE),
+        (attacks.Attack.run, _BATCH | {"scale": 1.0, "subset": None, "evaluate": True}),
+        (eb.AdversarialObjective.__call__, _BATCH),
+        (eb.AdversarialObjective.parts, _BATCH),
+        (eb.AdversarialObjective.batch, _BATCH),
+        (eb.AWP.__call__, _BATCH),
+        (eb.AWP, {"gamma": 0.01, "delay": 0}),
+        (eb.Bregman, {"weight": 1.0, "momentum": 0.99}),
+        (
+            eb.AdversarialObjective,
+            {"form": "mixed", "lam": 1.0, "masking": None, "eps_schedule": None}
+            | {"lam_schedule": None, "steps_schedule": None, "early_backward": True}
+            | {"compile": False},
+        ),
+        (eb.Site, _SITE),
+        (eb.Site.weight, {"name": "weight", "group": "row", "model": None}),
+        (eb.Relative, {"to": "mean_norm"}),
+        (eb.Misclassify, {"ignore_index": -100, "ascend": "loss"}),
+        (eb.Target, {"ascend": "cross_entropy", "ignore_index": -100}),
+        (eb.MultiLabel, {"threshold": 0.5, "ascend": "loss", "ignore_index": -100}),
+        (eb.Deviate, {"ascend": "loss"}),
+        (eb.Diverge, {"divergence": "kl"}),
+    ],
+)
+def test_defaults(what: Any, expected: dict[str, Any]) -> None:
+    parameters = inspect.signature(what).parameters.values()
+    found = {p.name: p.default for p in parameters if p.default is not p.empty}
+    assert found == expected
+
+
+def test_neftunes_default_is_the_papers_smallest() -> None:
+    assert eb.NEFTune().alpha == 5.0
+    assert eb.NEFTune().norm == "linf"
+
+
+@pytest.mark.parametrize("form", ["Trades", "Vat", "Mart", "Alp", "R3F"])
+def test_forms_are_values(form: str) -> None:
+    make = getattr(objectives, form)
+    assert make() == make()
+    assert hash(make()) == hash(make())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make().anything = 1
+
+
+def test_infinite_bounds_are_no_box() -> None:
+    model = toys.encoder()
+    tokens, labels = toys.text_batch()
+    loss, site = toys.classify(model, tokens, labels), eb.Site(model.embedding)
+    free = eb.PGD(eps=1.0, steps=2).run(loss, site)
+    boxed = eb.PGD(eps=1.0, steps=2, lower=-math.inf, upper=math.inf).run(loss, site)
+    torch.testing.assert_close(boxed.delta, free.delta)
+
+
+@pytest.mark.parametrize(
+    "eps",
+    [
+        eb.Relative(0.1),
+        eb.Relative(0.1, to="group_norm"),
+        eb.PerDim(2.0),
+        torch.tensor(0.4),
+        torch.full((6,), 0.4),
+        0.4,
+    ],
+)
+def test_a_scale_multiplies_every_kind_of_strength(eps: Any) -> None:
+    model = toys.encoder()
+    tokens, labels = toys.text_batch()
+    loss, site = toys.classify(model, tokens, labels), eb.Site(model.embedding)
+    whole = eb.FGM(eps=eps).run(loss, site).norms[0]
+    half = eb.FGM(eps=eps).run(loss, site, scale=0.5).norms[0]
+    torch.testing.assert_close(half, whole / 2)
+    assert torch.all(whole > 0)
+    for factor in (1.0, 0.5):
+        ours = eb.PGD(eps=100.0, step_size=eps, steps=1).run(loss, site, scale=factor)
+        torch.testing.assert_close(ours.norms[0], factor * whole)
+
+
+@pytest.mark.parametrize("kind", [eb.FGM, eb.FGSM])
+def test_one_step_attacks_step_by_eps_from_wherever_they_start(kind: Any) -> None:
+    model = toys.encoder()
+    tokens, labels = toys.text_batch()
+    loss, site = toys.classify(model, tokens, labels), eb.Site(model.embedding)
+
+    def found(**options: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        attack = kind(eps=0.7, random_start=True, generator=generator, **options)
+        return attack.run(loss, site, evaluate=False).delta
+
+    assert torch.equal(found(), found(step_size=0.7))
+    assert not torch.allclose(found(), found(step_size=1.75))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        eb.PGD, eb.FGM, eb.FGSM, eb.MSAP, eb.MIFGSM, eb.APGD, eb.VAT, eb.SMARTStep,
+        eb.UniformNoise, lambda **given: eb.GaussianNoise(std=1.0, **given),
+    ],
+)  # fmt: skip
+def test_every_attack_checks_what_all_have(make: Any) -> None:
+    with pytest.raises(ValueError, match="eps must be at least 0, got -1"):
+        make(eps=-1)
+    with pytest.raises(ValueError, match="mode must be one of"):
+        make(eps=1.0, mode="train")
+    with pytest.raises(ValueError, match="restarts must be at least 1"):
+        make(eps=1.0, restarts=0)
+
+
+def test_neftune_checks_what_all_attacks_have() -> None:
+    with pytest.raises(ValueError, match="mode must be one of"):
+        eb.NEFTune(mode="train")  # type: ignore[arg-type]
+
+
+def test_numbers_are_no_flags_and_words_no_numbers() -> None:
+    with pytest.raises(TypeError, match=r"PGD: eps must be a number, a tensor \[groups\].*'0.3'"):
+        eb.PGD(eps="0.3")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"PGD: eps must be a number, a tensor \[groups\].*True"):
+        eb.PGD(eps=True)
+    with pytest.raises(ValueError, match="ignore_index"):
+        eb.Misclassify(torch.zeros(2, dtype=torch.long), ignore_index=-(2**63) - 1)
+    eb.Misclassify(torch.zeros(2, dtype=torch.long), ignore_index=-(2**63))

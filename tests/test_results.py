@@ -317,7 +317,7 @@ def test_small_gradients_are_not_lost_in_float16() -> None:
     assert torch.all(cosine[kept] > 0.99)
 
 
-# --- balls -----------------------------------------------------------------------------------------
+# --- balls ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{"keep": "best", "steps": 2}, {"steps": 0}])
@@ -451,7 +451,7 @@ def test_a_result_keeps_neither_the_loss_function_nor_the_graph() -> None:
     assert not result.delta.requires_grad
 
 
-# --- random numbers of others -----------------------------------------------------------------------
+# --- random numbers of others ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", ["numpy", "python"])

@@ -89,6 +89,19 @@ def test_padding_never_moves_though_no_mask_is_given() -> None:
         assert torch.all(result.delta[tokens != 0].norm(dim=1) > 0), attack
 
 
+def test_padding_is_known_of_look_ups_alone() -> None:
+    """An embedding that pools gives no vector for each index: nothing of it is padding."""
+
+    class Pooled(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).mean(1)
+
+    torch.manual_seed(0)
+    table, tokens = Pooled(9, 4, padding_idx=0), torch.tensor([[0, 3], [0, 0], [1, 0]])
+    result = eb.FGM(eps=0.5).run(lambda: table(tokens).exp().sum(1), eb.Site(table))
+    torch.testing.assert_close(result.norms[0], torch.full((3,), 0.5))
+
+
 def test_a_tensor_is_not_given_to_a_site_and_a_float_mask_not_to_a_run() -> None:
     model, one, two, site = pairs()
     with pytest.raises(TypeError, match=r"Site: mask must be a function.*run\(..., mask=...\)"):
@@ -756,7 +769,7 @@ def test_a_site_that_was_removed_perturbs_nothing_and_says_so() -> None:
         loss()
 
 
-# --- places that are made from one another ----------------------------------------------------------
+# --- places that are made from one another --------------------------------------------------------
 
 
 class Stacked(nn.Module):

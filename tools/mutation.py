@@ -4,7 +4,8 @@
 
 Mutants come from cosmic-ray's operators, and from one of our own that deletes a statement. Places
 are drawn first and then one mutant for each, since a comparison has ten mutants and a call has one.
-Places that cannot matter are left out: annotations, and what only a type checker reads.
+Places that cannot matter are left out: annotations, what only a type checker reads, and guards
+against mistakes of our own (`assert`, `zip(strict=True)`).
 
 A first run of the tests under coverage tells which tests reach which line. A mutant gets those
 alone, those that killed others in the same file first, then the quickest, up to `--budget` seconds;
@@ -42,8 +43,17 @@ PACKAGES = ("criteria", "attacks", "objectives", "perturb")
 # What tells most, in seconds rather than minutes: no compilers, no processes, no large models.
 TESTS = {
     "criteria": ["criteria", "losses", "results", "options", "leaving"],
-    "attacks": ["results", "options", "attacks", "leaving", "tokens", "sites", "perturb"],
-    "objectives": ["objective", "options", "results", "sites"],
+    "attacks": [
+        "results",
+        "options",
+        "attacks",
+        "leaving",
+        "tokens",
+        "sites",
+        "perturb",
+        "fidelity",
+    ],
+    "objectives": ["objective", "options", "results", "sites", "fidelity"],
     "perturb": [
         "sites",
         "results",
@@ -54,7 +64,7 @@ TESTS = {
         "objective",
         "leaving",
     ],
-    "clipping": ["clipping", "clipping_defects", "clipping_norms"],
+    "clipping": ["clipping", "clipping_defects"],
 }
 COMMON = ["attack_properties"]
 CASES = "80"  # of the property tests
@@ -75,11 +85,11 @@ class Mutant:
     seconds: float = 0.0
 
 
-# --- mutants ----------------------------------------------------------------------------------------
+# --- mutants --------------------------------------------------------------------------------------
 
 
 def unimportant(tree: ast.AST) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where nothing runs: annotations, aliases of types, blocks for type checkers."""
+    """Where nothing runs that a test could see: types, and guards against our own mistakes."""
     found: list[ast.AST | None] = []
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -89,8 +99,12 @@ def unimportant(tree: ast.AST) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         elif isinstance(node, ast.AnnAssign):
             alias = ast.unparse(node.annotation) == "TypeAlias"
             found.append(node if alias else node.annotation)
-        elif (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING") or (
-            isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal"
+        elif isinstance(node, ast.keyword) and node.arg == "strict":
+            found.append(node.value)
+        elif (
+            isinstance(node, ast.Assert)
+            or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+            or (isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal")
         ):
             found.append(node)
     return [_span(node) for node in found if node is not None]
@@ -104,14 +118,11 @@ def deletable(tree: ast.AST) -> list[Any]:
     """Statements that can be left out: calls, and changes of something that is there."""
     found = []
     for node in ast.walk(tree):
-        if (
-            (isinstance(node, ast.Expr) and isinstance(node.value, (ast.Call, ast.Await)))
-            or isinstance(node, ast.AugAssign)
-            or (
-                isinstance(node, ast.Assign)
-                and isinstance(node.targets[0], (ast.Attribute, ast.Subscript))
-            )
-        ):
+        call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+        kept = isinstance(node, ast.Assign) and not isinstance(
+            node.targets[0], (ast.Name, ast.Tuple)
+        )
+        if call or kept or isinstance(node, ast.AugAssign):
             found.append(node)
     return found
 
@@ -160,26 +171,51 @@ def mutated(source: str, mutant: Mutant) -> str | None:
     return code
 
 
-def sample(packages: list[str], count: int, seed: int) -> tuple[list[Mutant], int]:
+def sample(packages: list[str], count: int, seed: int, skip: list[str]) -> tuple[list[Mutant], int]:
     """Draw places, and one mutant for each; also how many places there are."""
     places: dict[tuple[Any, ...], list[Mutant]] = {}
     for package in packages:
         for path in sorted((ROOT / "python/embattle" / package).rglob("*.py")):
+            if path.name in skip:
+                continue
             for place, mutant in mutants_of(path):
                 places.setdefault(place, []).append(mutant)
     rng = random.Random(seed)
     chosen = rng.sample(sorted(places, key=str), min(count, len(places)))
     drawn = [rng.choice(places[place]) for place in chosen]
     for mutant in drawn:
-        source = (ROOT / mutant.file).read_text()
-        changed = mutated(source, mutant) or source
-        old, new = source.split("\n"), changed.split("\n")
-        differ = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
-        mutant.before, mutant.after = old[differ].strip(), new[differ].strip()
+        show(mutant)
     return drawn, len(places)
 
 
-# --- tests ------------------------------------------------------------------------------------------
+def show(mutant: Mutant) -> None:
+    """Note the first line that changes."""
+    source = (ROOT / mutant.file).read_text()
+    old, new = source.split("\n"), (mutated(source, mutant) or source).split("\n")
+    differ = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
+    mutant.before, mutant.after = old[differ].strip(), new[differ].strip()
+
+
+def survivors(result: dict[str, Any]) -> list[Mutant]:
+    """Find the survivors of an earlier run in the files as they are now."""
+    found = []
+    for given in result["mutants"]:
+        if given["outcome"] != "survived":
+            continue
+        alike = []
+        for _, mutant in mutants_of(ROOT / given["file"]):
+            if mutant.operator == given["operator"]:
+                show(mutant)
+                if (mutant.before, mutant.after) == (given["before"], given["after"]):
+                    alike.append(mutant)
+        if alike:
+            found.append(min(alike, key=lambda m: abs(m.line - given["line"])))
+        else:
+            print(f"gone: {given['file']}:{given['line']} {given['before']}")
+    return found
+
+
+# --- tests ----------------------------------------------------------------------------------------
 
 
 def test_files(packages: list[str]) -> list[str]:
@@ -254,7 +290,7 @@ def tests_for(mutant: Mutant, known: dict[str, Any], kills: Counter[str], budget
     return chosen, total
 
 
-# --- running ----------------------------------------------------------------------------------------
+# --- running --------------------------------------------------------------------------------------
 
 
 _worker: dict[str, Any] = {}
@@ -328,10 +364,11 @@ def run_forked(tree: Path, names: list[str], log: Path, limit: float) -> int | N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--packages", nargs="+", default=list(PACKAGES))
+    parser.add_argument("--skip", nargs="*", default=[], help="names of files to leave out")
     parser.add_argument("--count", type=int, default=240, help="how many mutants")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--budget", type=float, default=40, help="seconds of tests for a mutant")
+    parser.add_argument("--budget", type=float, default=25, help="seconds of tests for a mutant")
     parser.add_argument("--limit", type=float, default=30, help="seconds that a mutant may waste")
     parser.add_argument("--slack", type=float, default=3, help="times the clean tests' seconds")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/mutation.json")
@@ -351,15 +388,9 @@ def main() -> None:
         print(f"tests that fail without a mutant, left out: {known['failed'] or 'none'}")
         if options.again:
             before = json.loads(options.again.read_text())
-            places = before["places"]
-            names = Mutant.__dataclass_fields__
-            chosen = [
-                Mutant(**{k: v for k, v in m.items() if k in names})
-                for m in before["mutants"]
-                if m["outcome"] == "survived"
-            ]
+            chosen, places = survivors(before), before["places"]
         else:
-            chosen, places = sample(options.packages, options.count, options.seed)
+            chosen, places = sample(options.packages, options.count, options.seed, options.skip)
         print(f"{len(chosen)} mutants of {places} places in {', '.join(options.packages)}")
         preload()
         done: list[Mutant] = []

@@ -30,7 +30,7 @@ MODES: tuple[Mode, ...] = ("as_is", "same", "eval")
 
 @dataclass(frozen=True, eq=False)
 class RandomState:
-    """The state of the global generators: torch's on the CPU and all CUDA devices, Python's, numpy's.
+    """The state of the global generators: torch's on the CPU and CUDA, Python's and numpy's.
 
     A model may be on another device than the current one, or on several; negatives are often drawn
     with numpy.
