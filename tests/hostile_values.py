@@ -36,9 +36,7 @@ class Draw:
 
     def shape(self, dims: int) -> tuple[int, ...]:
         sizes = (0, 1, 2, 3, 5, 8, 17, 64, 130)
-        return tuple(
-            self.choose.choice(sizes[: 6 if i + 1 < dims else None]) for i in range(dims)
-        )
+        return tuple(self.choose.choice(sizes[: 6 if i + 1 < dims else None]) for i in range(dims))
 
     def layout(self, t: Tensor) -> Tensor:
         if t.dim() < 2 or not t.numel() or self.choose.random() < 0.7:
@@ -218,7 +216,9 @@ def _table_call(op: str, d: Draw) -> Call:
     indices = torch.randint(0, rows, shape, generator=d.numbers)
     if op == "embedding_perturb":
         found = d.choose.choice((0, 1, 7))
-        inverse = torch.randint(-1, found, shape, generator=d.numbers) if found else -1 + 0 * indices
+        inverse = (
+            torch.randint(-1, found, shape, generator=d.numbers) if found else -1 + 0 * indices
+        )
         weight = d.values((rows, dim), d.dtype(), finite=False)
         return Call([weight, indices, d.values((found, dim), d.dtype(), finite=False), inverse], {})
     grad = d.values((*shape, dim), d.dtype(), finite=False)

@@ -1,5 +1,8 @@
-"""How the CUDA launchers deal with the runtime, in the emulator: what kernels were compiled for, limits
-of shared memory, errors; and what kernels take that the CPU takes."""
+"""How the CUDA launchers deal with the runtime, in the emulator.
+
+What kernels were compiled for, limits of shared memory, errors; and that kernels take what the
+CPU's take.
+"""
 
 from __future__ import annotations
 

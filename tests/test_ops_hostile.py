@@ -110,7 +110,8 @@ def boxes() -> Iterator[tuple[str, dict[str, float | torch.Tensor]]]:
         yield f"touching-{width}", {"x0": torch.zeros(shape), "lower": 0.01, "upper": 6.0}
         yield f"edge-{width}", {"x0": x0, "upper": edge}
         yield f"no-origin-{width}", {"lower": 0.03, "upper": 0.05}
-        yield f"crossed-{width}", {"lower": torch.full(shape, 0.4), "upper": torch.full(shape, -0.1)}
+        low, high = torch.full(shape, 0.4), torch.full(shape, -0.1)
+        yield f"crossed-{width}", {"lower": low, "upper": high}
         nans = torch.where(torch.rand(shape, generator=g) < 0.5, NAN, 0.01)
         yield f"nan-{width}", {"lower": nans, "upper": 1 - nans}
         yield f"one-nan-{width}", {"lower": torch.tensor(NAN), "upper": 0.2}

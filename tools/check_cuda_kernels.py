@@ -236,7 +236,8 @@ def main(arguments: list[str] | None = None) -> int:
     faults = [f"{k.name}: {fault}" for k in kernels for fault in k.faults]
     for fault in faults:
         print(f"check_cuda_kernels: {fault}", file=sys.stderr)
-    print(f"{len(kernels)} kernels, {sum(bool(k.rule and k.rule.loads) for k in kernels)} of them hot")
+    hot = sum(bool(k.rule and k.rule.loads) for k in kernels)
+    print(f"{len(kernels)} kernels, {hot} of them hot")
     return 1 if faults else 0
 
 

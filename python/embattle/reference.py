@@ -17,9 +17,9 @@ wins: the result is the point of the box that is nearest to the origin (linf: el
 All values of bounds have a meaning: an element whose bound is a NaN has none, and where lower is
 above upper, upper holds. Rows that are masked out get the origin, box or not.
 
-**Storing.** ``norm(result - x0) <= eps`` holds in float64 on the *stored* values, where ball and box
-meet: where rounding to the result's dtype would leave the ball, that group is rounded towards its
-origin. Box bounds are rounded to the result's dtype.
+**Storing.** ``norm(result - x0) <= eps`` holds in float64 on the *stored* values, where ball and
+box meet: where rounding to the result's dtype would leave the ball, that group is rounded towards
+its origin. Box bounds are rounded to the result's dtype.
 
 **Random numbers** come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1,
 2, 3", SC 2011). ``key``, two non-negative int64 drawn by :func:`draw_key`, gives the Philox key
@@ -639,8 +639,8 @@ def clip_and_sum(
     The factor is ``min(1, C / ||g_b||)`` for "flat" (Abadi et al., "Deep learning with differential
     privacy", CCS 2016), the same with each tensor's own norm (and C, if a sequence) for
     "per_layer", and ``C / (||g_b|| + gamma)`` for "automatic" (Bu et al., "Automatic clipping",
-    NeurIPS 2023; never infinite). A sample with norm zero adds zero, even with C = 0 or gamma = 0, and
-    one whose norm is not finite nothing. Whatever has factor or weight 0 adds exactly nothing.
+    NeurIPS 2023; never infinite). A sample with norm zero adds zero, even with C = 0 or gamma = 0,
+    and one whose norm is not finite nothing. Whatever has factor or weight 0 adds exactly nothing.
 
     Returns:
         The sums, in the dtypes of the grads and without the batch dimension, and the norms: [B], or

@@ -177,8 +177,8 @@ def project(
 ) -> Tensor:
     """The Euclidean projection on the norm ball (and box): exact, for every group on its own.
 
-    The result's norm, in float64 on the stored values, never exceeds eps (but see below for a box), and a
-    second projection changes no bit. Differentiable with respect to `delta`.
+    The result's norm, in float64 on the stored values, never exceeds eps (but see below for a
+    box), and a second projection changes no bit. Differentiable with respect to `delta`.
 
     Args:
         delta: the perturbation, any shape; the perturbed input where `x0` is given.
