@@ -27,6 +27,7 @@ import embattle as eb
 import torch
 import torch.nn.functional as F
 from embattle.perturb.guard import Mode
+from embattle.perturb.hook import Hook
 from origin import in_words, origin
 from torch import Tensor, nn
 
@@ -77,7 +78,7 @@ class Passes:
 PASSES = Passes()
 torch.autograd.grad = PASSES.timed(torch.autograd.grad)
 Tensor.backward = PASSES.timed(Tensor.backward)  # type: ignore[method-assign]
-eb.Site._hook = PASSES.timed(eb.Site._hook, inside=False)  # type: ignore[method-assign]
+Hook.__call__ = PASSES.timed(Hook.__call__, inside=False)  # type: ignore[method-assign]
 
 
 class Usual:

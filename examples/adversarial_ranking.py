@@ -51,13 +51,13 @@ def main(steps: int = 300) -> dict[str, tuple[float, float]]:
 
         def losses(
             batch: tuple[Tensor, Tensor, Tensor], model: Factors = model
-        ) -> tuple[Tensor, Tensor]:
+        ) -> eb.Evaluation:
             u, positive, negative = (
                 table(i)
                 for table, i in zip((model.user, model.item, model.item), batch, strict=True)
             )
             margin = (u * positive).sum(1) - (u * negative).sum(1)
-            return eb.losses.bpr(margin, torch.zeros_like(margin)), margin
+            return eb.Evaluation(eb.losses.bpr(margin, torch.zeros_like(margin)), margin)
 
         seen = draw()  # all that is known of the users: few enough to overfit
         for _ in range(steps):
@@ -70,9 +70,10 @@ def main(steps: int = 300) -> dict[str, tuple[float, float]]:
         batch = draw()
         attack = eb.PGD(eps=0.5, steps=10)
         size = float(model.item.weight.detach().norm(dim=1).mean())
-        result = attack.run(partial(losses, batch), sites)
-        clean = float((result.clean_predictions == 1).float().mean())
-        robust = float((result.predictions == 1).float().mean())
+        # A margin is the logit of a binary decision, whose right answer is always 1.
+        goal = eb.Misclassify(torch.ones(len(batch[0]), dtype=torch.long))
+        result = attack.run(partial(losses, batch), sites, criterion=goal)
+        clean, robust = float(result.clean_accuracy), float(result.robust_accuracy)
         found[name] = (clean, robust)
         # At a fixed eps larger vectors alone look robust: print how large they are.
         print(

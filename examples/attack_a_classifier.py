@@ -5,6 +5,8 @@ python examples/attack_a_classifier.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import embattle as eb
 import torch
 from torch import Tensor, nn
@@ -35,10 +37,14 @@ def main(steps: int = 200) -> dict[str, float]:
         optimizer.step()
 
     site = eb.Site(model.embedding)
+    goal = eb.Misclassify(labels)
 
-    def loss_fn() -> tuple[Tensor, Tensor]:
-        logits = model(tokens)
-        return eb.losses.cross_entropy(logits, labels), logits
+    def loss_of(ids: Tensor) -> Callable[[], eb.Evaluation]:
+        def loss_fn() -> eb.Evaluation:
+            logits = model(ids)
+            return eb.Evaluation(eb.losses.cross_entropy(logits, labels), logits)
+
+        return loss_fn
 
     eps = eb.Relative(0.1)  # of the mean norm of a sample's embeddings
     attacks = [
@@ -49,15 +55,12 @@ def main(steps: int = 200) -> dict[str, float]:
     ]
     accuracy = {"no attack": float((model(tokens).argmax(1) == labels).float().mean())}
     for attack in attacks:
-        result = attack.run(loss_fn, site, labels=labels)
-        accuracy[type(attack).__name__] = float((result.predictions == labels).float().mean())
+        result = attack.run(loss_of(tokens), site, criterion=goal)
+        accuracy[type(attack).__name__] = float(result.robust_accuracy)
 
-    def loss_of(ids: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model(ids)
-        return eb.losses.cross_entropy(logits, labels), logits
-
-    swaps = eb.TokenSwap(swaps=2, tries=4).run(loss_of, site, tokens, labels=labels)
-    accuracy["TokenSwap"] = float((swaps.predictions == labels).float().mean())
+    movable = torch.ones_like(tokens, dtype=torch.bool)  # leave special tokens out, if there are any
+    swaps = eb.TokenSwap(swaps=2, tries=4).run(loss_of, site, tokens, mask=movable, criterion=goal)
+    accuracy["TokenSwap"] = float(swaps.robust_accuracy)
     for name, value in accuracy.items():
         print(f"{name:15s} accuracy {value:.3f}")
     return accuracy

@@ -66,15 +66,17 @@ def main(steps: int = 200, batch: int = 128) -> dict[str, dict[str, float]]:
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         masked, said = 0, list[str]()
 
-        def loss_fn(rows: Tensor, model: nn.Module = model) -> tuple[Tensor, Tensor]:
+        def loss_fn(rows: Tensor, model: nn.Module = model) -> eb.Evaluation:
             logits = model(tokens[rows])
-            return eb.losses.cross_entropy(logits, labels[rows]), logits
+            return eb.Evaluation(eb.losses.cross_entropy(logits, labels[rows]), logits)
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RobustTrainingWarning)  # printed below
             for step in range(steps):
                 rows = torch.randint(0, len(tokens), (batch,))
-                loss, metrics = objective(lambda rows=rows: loss_fn(rows), labels=labels[rows])
+                loss, metrics = objective(
+                    lambda rows=rows: loss_fn(rows), criterion=eb.Misclassify(labels[rows])
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -84,7 +86,9 @@ def main(steps: int = 200, batch: int = 128) -> dict[str, dict[str, float]]:
                     said += monitor.check_tables()
                     held = torch.arange(64)
                     said += monitor.check_held(
-                        lambda held=held: loss_fn(held), labels=truth[:64], eps=0.1
+                        lambda held=held: loss_fn(held),
+                        criterion=eb.Misclassify(truth[:64]),
+                        eps=0.1,
                     )
         right = float((model(tokens).argmax(1) == truth).float().mean())
         found[name] = {

@@ -49,6 +49,7 @@ def main(steps: int = 150) -> dict[str, tuple[float, float]]:
     torch.manual_seed(0)
     tokens = torch.randint(0, 200, (256, 12))
     labels = ((tokens < 100).float().mean(1) > 0.5).long()
+    goal = eb.Misclassify(labels)
     found: dict[str, tuple[float, float]] = {}
     for name, (attack, options) in OBJECTIVES.items():
         torch.manual_seed(1)
@@ -59,20 +60,19 @@ def main(steps: int = 150) -> dict[str, tuple[float, float]]:
         )
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 
-        def loss_fn(model: nn.Module = model) -> tuple[Tensor, Tensor]:
+        def loss_fn(model: nn.Module = model) -> eb.Evaluation:
             logits = model(tokens)
-            return eb.losses.cross_entropy(logits, labels), logits
+            return eb.Evaluation(eb.losses.cross_entropy(logits, labels), logits)
 
         for _ in range(steps):
-            loss, _ = objective(loss_fn, labels=labels)
+            loss, _ = objective(loss_fn, criterion=goal)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         result = eb.PGD(eps=EPS, steps=20, random_start=True, keep="best").run(
-            loss_fn, site, labels=labels
+            loss_fn, site, criterion=goal
         )
-        clean = float((result.clean_predictions == labels).float().mean())
-        robust = float((result.predictions == labels).float().mean())
+        clean, robust = float(result.clean_accuracy), float(result.robust_accuracy)
         found[name] = (clean, robust)
         print(f"{name:12s} clean {clean:.3f}   under PGD-20 {robust:.3f}")
     return found

@@ -34,6 +34,7 @@ ON_THE_CPU_ALONE = {
     "test_emulator.py": _EMULATOR,
     "test_examples.py": "runs examples, which choose the CPU",
     "test_gpu_check.py": "runs what the tools do without a GPU",
+    "test_guard.py::test_averages_that_numpy_writes": "numpy writes memory of the CPU",
     "test_libraries.py::test_two_processes_give_what_one_does": _RANKS,
     "test_ops_grad_rows.py": "the rows that occur are found on the CPU alone",
     "test_ops_numerics.py::"
@@ -61,6 +62,7 @@ NOT_ON_PRETEND = {
     "test_compile.py": _COMPILE,
     "test_criteria.py::test_nothing_waits_for_a_gpu": "its fake tensors are said to be on CUDA",
     "test_criteria.py::test_pickles_and_copies": "it has no storage",
+    "test_guard.py": "its tensors have no memory and versions of their own",
     "test_integrations.py::test_accelerate": _PLACING,
     "test_integrations.py::test_compiled_models": _COMPILE,
     "test_integrations.py::test_gradient_accumulation_gives_the_same_model": _PLACING,

@@ -53,10 +53,6 @@ def _data_replaced(m: Average, x: Tensor) -> None:
     m.mean.data = m.mean * 0.9 + x * 0.1
 
 
-def _by_numpy(m: Average, x: Tensor) -> None:
-    m.mean.numpy()[:] += x.numpy()
-
-
 def _resized(m: Average, x: Tensor) -> None:
     m.mean.resize_(3, 4).fill_(3.0)
 
@@ -73,6 +69,7 @@ def _late(m: Average, x: Tensor) -> None:
 def _removed(m: Average, x: Tensor) -> None:
     if "late" in m._buffers:
         del m.late
+    m.plain = None
     m.mean.add_(1.0)
 
 
@@ -100,7 +97,6 @@ UPDATES = [
     _replaced,
     _by_data,
     _data_replaced,
-    _by_numpy,
     _resized,
     _set,
     _late,
@@ -167,6 +163,22 @@ def test_averages_of_the_users_own(update: Any, known: bool) -> None:
     assert state_of(model) == before
     torch.testing.assert_close(values_of(model), values, rtol=0, atol=0)
     assert torch.equal(model(x), alone)
+
+
+def test_averages_that_numpy_writes() -> None:
+    def write(m: Average, x: Tensor) -> None:
+        m.mean.numpy()[:] += x.numpy()
+
+    outputs = passes(model := Average(write), torch.randn(5, 4), [model])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_on_a_device_values_are_copied_without_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "_on_device", lambda tensor: True)
+    x = torch.randn(5, 4)
+    for model in (_norms(), _spectral(), *map(Average, UPDATES)):
+        outputs = passes(model, x, [model])
+        assert torch.equal(outputs[0], outputs[2])
 
 
 def _norms() -> nn.Module:
@@ -239,7 +251,6 @@ def test_graphs_from_before_may_go_back_and_those_that_would_lie_may_not() -> No
     with kept_state([model]) as state:
         inside = model(x).sum()
         state.rewind()
-        model(x)
         with pytest.raises(RuntimeError, match="inplace operation"):
             inside.backward()
     earlier.backward()
@@ -326,10 +337,13 @@ def test_a_childs_buffer_that_its_parent_writes() -> None:
             super().__init__()
             self.queue = nn.Module()
             self.queue.register_buffer("rows", torch.zeros(4))
+            self.holder = nn.Module()
+            self.holder.total = torch.zeros(4)
 
         def forward(self, x: Tensor) -> Tensor:
             self.queue.rows.add_(1.0)
-            return x + self.queue.rows
+            self.holder.total = self.holder.total + 1.0
+            return x + self.queue.rows + self.holder.total
 
     outputs = passes(Parent(), torch.randn(4), [])
     assert torch.equal(outputs[0], outputs[2])
@@ -427,7 +441,7 @@ def test_weights_swapped_inside_autocast_are_seen() -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(4, 4), torch.randn(3, 4)
     swapped = layer.weight.detach() * 2
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         layer(x)
         with fresh_autocast_cache():
             layer.weight.data, kept = swapped, layer.weight.data

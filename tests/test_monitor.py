@@ -70,13 +70,15 @@ def test_catastrophic_overfitting() -> None:
     model = Overfitted()
     tokens, labels = torch.zeros(4, 1, dtype=torch.long), torch.zeros(4, dtype=torch.long)
     monitor = Monitor(sites=eb.Site(model.embedding))
-    loss_fn = toys.classify(model, tokens, labels)
+    loss_fn, goal = toys.classify(model, tokens, labels), eb.Misclassify(labels)
     model.bad = False
-    assert monitor.check_held(loss_fn, labels=labels, eps=1.0) == []
+    assert monitor.check_held(loss_fn, criterion=goal, eps=1.0) == []
     model.bad = True
     with torch.no_grad():
         model.embedding.weight.zero_()
     with pytest.warns(RobustTrainingWarning, match="catastrophic"):
-        monitor.check_held(loss_fn, labels=labels, eps=1.0)
+        monitor.check_held(loss_fn, criterion=goal, eps=1.0)
     with pytest.raises(ValueError, match="outputs"):
-        monitor.check_held(lambda: loss_fn()[0], labels=labels, eps=1.0)
+        monitor.check_held(lambda: loss_fn().losses, criterion=goal, eps=1.0)
+    with pytest.raises(ValueError, match="accuracy"):
+        monitor.check_held(loss_fn, criterion=eb.MaximizeLoss(), eps=1.0)

@@ -62,11 +62,13 @@ if TYPE_CHECKING:
     from embattle.attacks import PGD as PGD
     from embattle.attacks import VAT as VAT
     from embattle.attacks import AttackResult as AttackResult
+    from embattle.attacks import AutoAttack as AutoAttack
     from embattle.attacks import BoxStart as BoxStart
     from embattle.attacks import GaussianNoise as GaussianNoise
     from embattle.attacks import GaussianStart as GaussianStart
     from embattle.attacks import NEFTune as NEFTune
     from embattle.attacks import SMARTStep as SMARTStep
+    from embattle.attacks import Square as Square
     from embattle.attacks import TokenSwap as TokenSwap
     from embattle.attacks import UniformNoise as UniformNoise
     from embattle.clipping import ClipResult as ClipResult
@@ -104,6 +106,7 @@ _EXPORTS: dict[str, str] = {
     "AdversarialObjective": "objectives",
     "Alp": "objectives",
     "AttackResult": "attacks",
+    "AutoAttack": "attacks",
     "BoxStart": "attacks",
     "Bregman": "objectives",
     "ClipResult": "clipping",
@@ -135,6 +138,7 @@ _EXPORTS: dict[str, str] = {
     "SMARTStep": "attacks",
     "Site": "perturb.site",
     "Smart": "objectives",
+    "Square": "attacks",
     "Target": "criteria",
     "TokenSwap": "attacks",
     "Trades": "objectives",

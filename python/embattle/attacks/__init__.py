@@ -1,11 +1,13 @@
 """Attacks in embedding space: one loop, small hooks, keyword-only arguments."""
 
+from embattle.attacks.auto import AutoAttack, EnsembleResult
 from embattle.attacks.base import Attack
 from embattle.attacks.direction import VAT, SMARTStep
 from embattle.attacks.gradient import FGM, FGSM, MSAP, PGD
 from embattle.attacks.momentum import APGD, MIFGSM
 from embattle.attacks.noise import GaussianNoise, NEFTune, UniformNoise
 from embattle.attacks.result import AttackResult, AttackWarning
+from embattle.attacks.square import Square
 from embattle.attacks.starts import BoxStart, GaussianStart
 from embattle.attacks.tokens import SwapResult, TokenSwap
 
@@ -20,11 +22,14 @@ __all__ = [
     "Attack",
     "AttackResult",
     "AttackWarning",
+    "AutoAttack",
     "BoxStart",
+    "EnsembleResult",
     "GaussianNoise",
     "GaussianStart",
     "NEFTune",
     "SMARTStep",
+    "Square",
     "SwapResult",
     "TokenSwap",
     "UniformNoise",

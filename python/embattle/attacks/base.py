@@ -18,7 +18,6 @@ from embattle.attacks.opening import Opened, open_attack
 from embattle.attacks.result import AttackResult
 from embattle.attacks.starts import BoxStart, GaussianStart
 from embattle.criteria import Criterion, MaximizeLoss
-from embattle.criteria.base import ascended
 from embattle.perturb.blocks import Block
 from embattle.perturb.evaluation import Evaluation, LossFn
 from embattle.perturb.guard import MODES, Mode
@@ -138,6 +137,8 @@ class Attack:
 
     # Whether the attack draws numbers although it starts at zero.
     draws: ClassVar[bool] = False
+    # Whether the steps need a gradient; otherwise they are given none.
+    climbs: ClassVar[bool] = True
 
     def goal(self, criterion: Criterion | None) -> Criterion:
         """Give what the attack is for, given what the caller said."""
@@ -188,7 +189,8 @@ class Attack:
     ) -> None:
         """Make step `number`: `values` `[B]` and `grad` belong to the block's current delta.
 
-        `grad` is, for each sample, the gradient of its own value (not of a mean over the batch).
+        `grad` is, for each sample, the gradient of its own value (not of a mean over the batch);
+        zeros for an attack that needs none.
         """
         raise NotImplementedError(f"{type(self).__name__} makes no gradient steps")
 
@@ -301,9 +303,12 @@ class Attack:
                 for block, state in zip(stage.blocks, states, strict=True):
                     self.start(block, state, generator)
             for number in range(self.steps):
-                at, grads = known.look(stage, goal)
+                # A group without a gradient at first and at last is taken to have none.
+                note = number in (0, self.steps - 1)
+                at, values, grads = known.look(stage, goal, gradient=self.climbs, note=note)
                 known = opened.after()
-                values = self.values(stage, goal, at, opened.clean)
+                if stage.found.coupled:  # no sample has a value of its own then
+                    values = values.sum().expand_as(values)
                 if best is not None and self.keep == "best":
                     best.offer(at)
                 for block, grad, state in zip(stage.blocks, grads, states, strict=True):
@@ -311,17 +316,10 @@ class Attack:
             if best is not None:
                 best.offer(stage.evaluate(grad=False, lookups="detached").detach())
         if best is not None:
-            return best.settle()
+            return best.settle().at
         if evaluate:
             return stage.evaluate(grad=False, lookups="detached", first=True).detach()
         return None
-
-    def values(
-        self, stage: Stage, goal: Criterion, at: Evaluation, clean: Evaluation | None
-    ) -> Tensor:
-        """What counts for each sample, `[B]`: where samples share a delta, the batch's sum."""
-        values = ascended(goal, at, clean).detach()
-        return values.sum().expand_as(values) if stage.found.coupled else values
 
     @property
     def compares(self) -> bool:

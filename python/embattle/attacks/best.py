@@ -20,9 +20,15 @@ class _Candidate:
     """Deltas, what they were evaluated to, and what counts: the goal first, then the objective."""
 
     def __init__(
-        self, deltas: list[Tensor], at: Evaluation, value: Tensor, goal: Tensor | None
+        self,
+        deltas: list[Tensor],
+        at: Evaluation,
+        value: Tensor,
+        goal: Tensor | None,
+        mark: Tensor | None = None,
     ) -> None:
         self.deltas, self.at, self.value, self.goal = deltas, at, value, goal
+        self.mark = torch.zeros_like(value, dtype=torch.int64) if mark is None else mark
 
     def beaten_by(self, other: _Candidate) -> Tensor:
         """Give bool `[B]` (or 0-d, of the batches): where the other is worse for the model."""
@@ -53,33 +59,39 @@ class Best:
         self.joined = self._candidate(zeros, clean)
         self.whole = self.joined
 
-    def offer(self, at: Evaluation) -> None:
-        """Take the current deltas over, where they are worse for the model than the best so far."""
+    def offer(self, at: Evaluation, mark: int = 0) -> None:
+        """Take the current deltas over, where they are worse for the model than the best so far.
+
+        `mark` says where they come from; the clean point has mark 0.
+        """
         blocks = self.stage.blocks
         now = self._candidate([block.delta.detach().clone() for block in blocks], at)
+        now.mark = torch.full_like(now.mark, mark)
         batch = self.whole_value(self.whole).beaten_by(self.whole_value(now))
         self.whole = _where(batch, now, self.whole, [batch] * len(blocks))
         if not self.stage.found.coupled:
             wins = self.joined.beaten_by(now)
             self.joined = _where(wins, now, self.joined, [b.per_row(wins) for b in blocks])
 
-    def settle(self) -> Evaluation:
-        """Leave the best deltas in the blocks, and give what they were evaluated to."""
+    def settle(self) -> _Candidate:
+        """Leave the best deltas in the blocks, and give them with what they were evaluated to."""
         if self.stage.found.coupled:
             self.stage.found.set(self.whole.deltas)
-            return self.whole.at
+            return self.whole
         self.stage.found.set(self.joined.deltas)
         at = self.stage.evaluate(grad=False, lookups="detached").detach()
         now = self._candidate(self.joined.deltas, at)
+        now.mark = self.joined.mark
         differ = ~torch.isclose(
             now.value, self.joined.value, rtol=self._tolerance, atol=self._tolerance
         )
         if now.goal is not None and self.joined.goal is not None:
             differ = differ | (now.goal != self.joined.goal)
+        # Were what was joined to count where it is better, more iterates could end weaker.
         interact = differ.any()
         chosen = _where(interact, self.whole, now, [interact] * len(self.stage.blocks))
         self.stage.found.set(chosen.deltas)
-        return chosen.at
+        return chosen
 
     @staticmethod
     def whole_value(one: _Candidate) -> _Candidate:
@@ -107,4 +119,5 @@ def _where(wins: Tensor, one: _Candidate, two: _Candidate, rows: list[Any]) -> _
         one.at.where(wins.expand(one.at.batch), two.at),
         torch.where(wins, one.value, two.value),
         goal,
+        torch.where(wins, one.mark, two.mark),
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from embattle.attacks.opening import Opened
+from embattle.attacks.opening import Look, Opened
 from embattle.criteria import Criterion
 from embattle.criteria.base import ascended, reached
 from embattle.perturb.blocks import Block
@@ -69,7 +69,7 @@ def search_leaving(
             attack.start(block, state, generator)
         rows = remaining
         blocks = [block.narrow(rows) for block in whole]
-        states = _narrow_all(states, whole, rows)
+        states = narrow_all(states, whole, rows)
         for number in range(attack.steps + 1):
             if not rows.numel():
                 break
@@ -79,14 +79,16 @@ def search_leaving(
             grads: list[Tensor] = []
             if over:
                 at = part.evaluate(grad=False).detach()
+                values = ascended(some, at, known.clean)
             else:
                 if restart == 0 and number == 0 and opened.first is not None:
-                    first, all_grads = opened.first
-                    known.first = (first.select(rows), [grad[rows] for grad in all_grads])
-                at, grads = known.look(part, some)
+                    first = opened.first
+                    known.first = Look(
+                        first.at.select(rows), first.values[rows], [g[rows] for g in first.grads]
+                    )
+                at, values, grads = known.look(part, some, gradient=attack.climbs)
             fooled = reached(some, at, known.clean)
             assert fooled is not None
-            values = ascended(some, at, known.clean).detach()
             kept = attack.keep == "best" or attack.restarts > 1
             worst.write(
                 rows, blocks, at, values,
@@ -95,9 +97,9 @@ def search_leaving(
             worst.reached[rows[fooled]] = True
             stay = (~fooled).nonzero().squeeze(1)
             if stay.numel() < rows.numel():
-                _note(whole, blocks, rows)
+                note(whole, blocks, rows)
                 remaining = remaining[~torch.isin(remaining, rows[fooled])]
-                states = _narrow_all(states, blocks, stay)
+                states = narrow_all(states, blocks, stay)
                 blocks = [block.narrow(stay) for block in blocks]
                 rows, values = rows[stay], values[stay]
                 grads = [grad[stay] for grad in grads]
@@ -106,7 +108,7 @@ def search_leaving(
             for block, grad, state in zip(blocks, grads, states, strict=True):
                 attack.step(block, grad, state, number, values)
             steps[rows] += 1
-        _note(whole, blocks, rows)
+        note(whole, blocks, rows)
     for block in whole:  # whoever was not attacked did not lack a gradient
         block.moved |= block.per_group(steps == 0)
     stage.found.set(worst.deltas)
@@ -160,7 +162,7 @@ def _check_independent(goal: Criterion, clean: Evaluation, now: Evaluation, wors
         )
 
 
-def _narrow_all(
+def narrow_all(
     states: list[dict[str, Any]], blocks: list[Block], rows: Tensor
 ) -> list[dict[str, Any]]:
     """Keep of the states what belongs to some of the samples (tensors by sample or by group)."""
@@ -178,7 +180,7 @@ def _narrow(value: Any, block: Block, rows: Tensor) -> Any:
     return value.reshape(block.samples, -1)[rows].reshape(-1)
 
 
-def _note(whole: list[Block], blocks: list[Block], rows: Tensor) -> None:
+def note(whole: list[Block], blocks: list[Block], rows: Tensor) -> None:
     """Add what was noted of some samples' gradients to what is known of the batch, and clear it."""
     for all_of, some in zip(whole, blocks, strict=True):
         each = all_of.groups // max(all_of.samples, 1)

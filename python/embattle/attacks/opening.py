@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,31 +18,58 @@ if TYPE_CHECKING:
     from embattle.attacks.base import Attack
 
 
+class Look(NamedTuple):
+    """What a pass of the search shows, detached.
+
+    Attributes:
+        at: what the loss function returned.
+        values: what is ascended, `[B]`.
+        grads: of each block.
+    """
+
+    at: Evaluation
+    values: Tensor
+    grads: list[Tensor]
+
+
 @dataclass
 class Opened:
     """What is known of the first start.
 
     Attributes:
         clean: the evaluation without perturbation, detached; None where nobody needs it.
-        first: evaluation (detached) and gradients at the first start.
+        first: evaluation, values (both detached) and gradients at the first start.
         graph: the evaluation at the first start, with its graph.
         states: what the attack keeps for each block, where the first start is drawn already.
     """
 
     clean: Evaluation | None = None
-    first: tuple[Evaluation, list[Tensor]] | None = None
+    first: Look | None = None
     graph: Evaluation | None = None
     states: list[dict[str, Any]] | None = None
 
-    def look(self, stage: Stage, goal: Criterion) -> tuple[Evaluation, list[Tensor]]:
-        """Evaluate the current deltas, with the gradients there; both detached."""
+    def look(
+        self, stage: Stage, goal: Criterion, *, gradient: bool = True, note: bool = True
+    ) -> Look:
+        """Evaluate the current deltas, with the gradients there (or zeros); all detached.
+
+        Args:
+            stage: of the batch.
+            goal: what is ascended.
+            gradient: whether gradients are needed.
+            note: note which groups have a gradient.
+        """
         if self.first is not None:
             return self.first
-        at = self.graph
-        if at is None:
-            at = stage.evaluate(grad=True, lookups="detached", detach=True)
-        grads = stage.gradients(ascended(goal, at, self.clean))
-        return at.detach(), grads
+        if not gradient:
+            at = stage.evaluate(grad=False, lookups="detached")
+            zeros = [torch.zeros_like(block.delta) for block in stage.blocks]
+            return Look(at.detach(), ascended(goal, at, self.clean).detach(), zeros)
+        graph = self.graph
+        if graph is None:
+            graph = stage.evaluate(grad=True, lookups="detached", detach=True)
+        values = ascended(goal, graph, self.clean)
+        return Look(graph.detach(), values.detach(), stage.gradients(values, note=note))
 
     def after(self) -> Opened:
         """Give what is still known after the first step: the clean evaluation."""
@@ -75,9 +102,10 @@ def open_attack(
         evaluation = stage.open(attach=True).evaluation
         goal.check(evaluation)
         at = evaluation.detach()
-        grads = stage.gradients_at_zero(ascended(goal, evaluation, at))
-        return Opened(at, first=None if grads is None else (at, grads))
-    if clean:
+        values = ascended(goal, evaluation, at)
+        grads = stage.gradients_at_zero(values)
+        return Opened(at, first=None if grads is None else Look(at, values.detach(), grads))
+    if clean or not attack.climbs:
         evaluation = stage.open().evaluation.detach()
         goal.check(evaluation)
         return Opened(evaluation)

@@ -261,7 +261,7 @@ class AttackResult:
         return vars(self) | {"_found": None, "_deltas": self.deltas, "_numbers": numbers}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttackResult:
-        other = object.__new__(AttackResult)
+        other = object.__new__(type(self))
         vars(other).update({name: deepcopy(value, memo) for name, value in vars(self).items()})
         return other
 

@@ -6,13 +6,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from embattle.attacks import Attack
+from embattle.attacks import Attack, AttackResult
+from embattle.criteria import Misclassify
 from embattle.data.batch import Batch
+from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.site import Site
 
 Tick = Callable[[], None]
@@ -155,14 +158,21 @@ def _attack_batch(
 
 
 def _try(model: nn.Module, batch: Batch, site: Site, attack: Attack) -> tuple[Tensor, Tensor]:
-    def losses() -> tuple[Tensor, Tensor]:
-        logits = model(**batch.inputs).float()
-        return F.cross_entropy(logits, batch.labels, reduction="none"), logits
+    result = run_attack(model, batch, site, attack)
+    assert result.outputs is not None
+    return result.outputs, _mean_norms(result.norms[0], batch)
 
-    result = attack.run(losses, site, mask=batch.movable, labels=batch.labels)
-    with result.applied(), torch.no_grad():
-        logits = model(**batch.inputs).float()
-    return logits, _mean_norms(result.norms[0], batch)
+
+def run_attack(
+    model: nn.Module, batch: Batch, site: Site, attack: Attack, **options: Any
+) -> AttackResult:
+    """Attack a batch so that the model errs; `options` are those of `Attack.run`."""
+
+    def logits() -> Evaluation:
+        return Evaluation(outputs=model(**batch.inputs).float())
+
+    goal = Misclassify(batch.labels)
+    return attack.run(logits, site, criterion=goal, mask=batch.movable, **options)
 
 
 def _mean_norms(norms: Tensor, batch: Batch) -> Tensor:

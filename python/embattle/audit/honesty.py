@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embattle.attacks import Attack
-from embattle.audit.evaluation import evaluate, examined
+from embattle.audit.evaluation import evaluate, examined, run_attack
 from embattle.data.batch import Batch
 from embattle.perturb.site import Site
 
@@ -120,7 +119,7 @@ def transfer_check(
         for batch in batches:
             batch = batch.to(next(model.parameters()).device)
             total += len(batch)
-            delta = _perturbation(*source, batch, attack)
+            delta = run_attack(source[0], batch, source[1], attack, evaluate=False).delta
             handle = site.module.register_forward_hook(_adding(delta))
             try:
                 with torch.no_grad():
@@ -134,14 +133,6 @@ def transfer_check(
         moved <= own,
         f"{moved} of {total} wrong under the transferred attack, {own} under its own",
     )
-
-
-def _perturbation(model: nn.Module, site: Site, batch: Batch, attack: Attack) -> Tensor:
-    def losses() -> tuple[Tensor, Tensor]:
-        logits = model(**batch.inputs).float()
-        return F.cross_entropy(logits, batch.labels, reduction="none"), logits
-
-    return attack.run(losses, site, mask=batch.movable, labels=batch.labels).deltas[0]
 
 
 def _adding(delta: Tensor) -> Callable[[nn.Module, object, Tensor], Tensor]:

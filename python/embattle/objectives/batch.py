@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from embattle.attacks.base import Attack
-from embattle.attacks.opening import Opened, open_attack
+from embattle.attacks.opening import Look, Opened, open_attack
 from embattle.criteria import Criterion, Misclassify
 from embattle.criteria.base import ascended
 from embattle.masking import Masking, Outcome
@@ -142,7 +142,7 @@ class Batch:
             if shared:
                 # The mean's gradient is 1/B of each sample's own.
                 first = stage.gathered(grads[: len(places)], clean.batch)
-                opened = Opened(clean, first=(clean, first))
+                opened = Opened(clean, first=Look(clean, losses.detach(), first))
             sources = stage.found.sources()
             self.reuse = True
         loss = carry(mean.detach(), [*sources, *params], grads)

@@ -118,8 +118,9 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
             total = add_up(total, grads)
             losses.append(mean.detach())
             if number < count - 1 or kept is not None:
-                at = evaluation.detach()
-                values = attack.values(stage, attack.goal(batch.criterion), at, at)
+                values = losses_now.detach()
+                if stage.found.coupled:
+                    values = values.sum().expand_as(values)
                 for block, grad, state in zip(stage.blocks, own, states, strict=True):
                     attack.step(block, grad, state, number, values)
     finally:

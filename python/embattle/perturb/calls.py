@@ -69,6 +69,7 @@ class Call:
         key: which element of a dict or tuple the embeddings are.
         offsets: bounds of the samples, if the output is ragged.
         layout: where the samples are.
+        through_half: gradients of what follows pass through float16, in which small ones vanish.
         unused_parameters: the model runs in DDP with `find_unused_parameters`.
         checked: whether the integers among the inputs are known, so that others are noticed.
     """
@@ -84,6 +85,7 @@ class Call:
     layout: Layout = PLAIN
     checked: bool = field(default=True, init=False, repr=False)
     unused_parameters: bool = field(default=False, init=False, repr=False)
+    through_half: bool = field(default=False, init=False, repr=False)
     identity: tuple[object, ...] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 _SCALES = (2.0**10, 2.0**15, 1.0)
 
 
+class NoGradient(RuntimeError):
+    """The losses do not depend on a perturbation, as far as autograd can tell."""
+
+
 def differentiate(
     values: Tensor, leaves: Sequence[Tensor], through_half: bool
 ) -> list[Tensor | None]:
@@ -80,7 +84,7 @@ def refuse_unused(grads: Sequence[Tensor | None], found: Perturbation) -> None:
         found: the blocks.
 
     Raises:
-        RuntimeError: all of a site's calls are without a gradient.
+        NoGradient: all of a site's calls are without a gradient.
     """
     if all(grad is not None for grad in grads):
         return
@@ -95,7 +99,7 @@ def refuse_unused(grads: Sequence[Tensor | None], found: Perturbation) -> None:
                 used.add(index)
     for index, site in enumerate(found.sites):
         if index not in used:
-            raise RuntimeError(
+            raise NoGradient(
                 f"{site!r}: the losses do not depend on what it perturbs. Is its output detached, "
                 "unused, or used for a penalty only? A table that the model reads directly is "
                 "perturbed by Site.weight(module)"

@@ -6,9 +6,11 @@ attack, as it does in any other pass.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, Literal
 
 import torch
@@ -57,9 +59,8 @@ def preserved_random_state() -> Iterator[RandomState]:
         state.restore()
 
 
-# What every module has in its __dict__ (its hooks, its `training` flag): not looked at.
-_OWN = frozenset(vars(nn.Module()))
-_ABSENT = object()
+# What modules have in their __dict__, mostly.
+_TENSORLESS = frozenset({bool, dict, float, int, set, str, type(None), OrderedDict})
 # Where buffers of more than _LARGE bytes hold more than _MUCH together, they are not copied before
 # something is about to write them.
 _MUCH = 64 << 20
@@ -117,7 +118,7 @@ class _Tensor:
         if self.plain and (tensor.dtype != self.data.dtype or not tensor.is_set_to(self.data)):
             tensor.data = self.data  # it was resized, or given other memory
             written = True
-        elsewhere = self.plain and copy is not None and not self.memory.is_cpu
+        elsewhere = self.plain and copy is not None and _on_device(self.memory)
         if copy is not None and not elsewhere and (written or not self._same(copy)):
             with torch.inference_mode(version is None):
                 self.memory.copy_(copy)
@@ -135,6 +136,10 @@ class _Tensor:
         return self.memory is self.tensor and self.version is not None
 
 
+def _on_device(tensor: Tensor) -> bool:
+    return not tensor.is_cpu
+
+
 def _memory(tensor: Tensor) -> Tensor:
     """Give the elements that lie in memory, each once (of an expanded tensor, the one row)."""
     if tensor.is_contiguous():
@@ -146,33 +151,53 @@ def _memory(tensor: Tensor) -> Tensor:
 class _Module:
     """Which tensors a module holds, as buffers and as attributes."""
 
-    __slots__ = ("attributes", "buffers", "module", "size", "weights")
+    __slots__ = ("attributes", "buffers", "held", "module", "parameters")
 
     def __init__(self, module: nn.Module) -> None:
-        held = vars(module)
         self.module = module
-        self.size = len(held)
-        self.buffers = module._buffers.copy()
-        self.attributes = {name: held[name] for name in held.keys() - _OWN}
-        self.weights = tuple(module._parameters)
+        self.held = vars(module)
+        self.attributes = self.held.copy()
+        self.buffers = dict(module._buffers.items())  # scripted modules have no more than that
+        self.parameters = frozenset(module._parameters.keys())
+
+    def tensors(self) -> list[Tensor]:
+        """Give the buffers, and the attributes that are tensors."""
+        found = [one for one in self.buffers.values() if one is not None]
+        if not _TENSORLESS.issuperset(map(type, self.attributes.values())):
+            found += [one for one in self.attributes.values() if isinstance(one, Tensor)]
+        return found
 
     def rewind(self) -> None:
         """Hold the same tensors again."""
-        held, was = vars(self.module), self.buffers
         now = self.module._buffers
-        if len(now) != len(was) or any(now.get(k, _ABSENT) is not v for k, v in was.items()):
-            self.module._non_persistent_buffers_set.difference_update(now.keys() - was.keys())
+        if not _identical(now, self.buffers):
+            self.module._non_persistent_buffers_set -= now.keys() - self.buffers.keys()
             now.clear()
-            now.update(was)
+            now.update(self.buffers)
+        if _identical(self.held, self.attributes):
+            return
+        # A tensor that stands for a parameter is a weight, whoever put it there.
+        for name in self.held.keys() - self.attributes.keys() - self.parameters:
+            if _holds_tensor(self.held[name]):
+                del self.held[name]
         for name, value in self.attributes.items():
-            found = held.get(name, _ABSENT)
+            found = self.held.get(name)
             if found is not value and (_holds_tensor(found) or _holds_tensor(value)):
-                held[name] = value
-        if len(held) != self.size:
-            # A tensor that stands for a parameter is a weight, whoever put it there.
-            for name in held.keys() - self.attributes.keys() - _OWN - set(self.weights):
-                if _holds_tensor(held[name]):
-                    del held[name]
+                self.held[name] = value
+
+
+def _inert(module: nn.Module) -> bool:
+    """Whether no pass changes what the module holds: torch's own, with no buffers and hooks."""
+    kind = type(module)
+    return (
+        kind.__module__.startswith("torch.nn.modules.")
+        and kind is not nn.Module
+        and not (module._buffers or module._forward_pre_hooks or module._forward_hooks)
+    )
+
+
+def _identical(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    return len(now) == len(before) and all(map(is_, now.values(), before.values()))
 
 
 def _holds_tensor(value: Any) -> bool:
@@ -224,7 +249,7 @@ class KeptState:
     """The buffers and tensor attributes of modules, as they were when these were first met."""
 
     def __init__(self) -> None:
-        self._modules: dict[int, _Module] = {}
+        self._modules: dict[int, _Module | None] = {}
         self._tensors: dict[int, _Tensor] = {}
 
     def keep(self, model: nn.Module) -> list[_Tensor]:
@@ -235,18 +260,17 @@ class KeptState:
         """
         if id(model) in self._modules:
             return []
+        modules = [one for one in model.modules() if id(one) not in self._modules]
         found: dict[int, Tensor] = {}
-        for module in model.modules():
-            if id(module) not in self._modules:
-                held = self._modules[id(module)] = _Module(module)
-                for values in (held.buffers, held.attributes):
-                    for value in values.values():
-                        if isinstance(value, Tensor):
-                            found[id(value)] = value
+        for module in modules:
+            held = self._modules[id(module)] = None if _inert(module) else _Module(module)
+            if held is not None:
+                found.update((id(one), one) for one in held.tensors())
         if not found:
             return []
         # What requires a gradient or is a parameter's memory is a weight; the lazy has no values.
-        weights = {p.data_ptr() for p in model.parameters() if type(p) is nn.Parameter} - {0}
+        parameters = [p for module in modules for p in module._parameters.values()]
+        weights = {p.data_ptr() for p in parameters if type(p) is nn.Parameter}
         new = {
             key: _Tensor(tensor)
             for key, tensor in found.items()
@@ -265,7 +289,8 @@ class KeptState:
 
     def _rewind(self, *, last: bool) -> None:
         for held in self._modules.values():
-            held.rewind()
+            if held is not None:
+                held.rewind()
         unseen = [kept for kept in self._tensors.values() if kept.copy is None and kept.written]
         with torch.no_grad():
             groups: dict[Any, list[_Tensor]] = {}

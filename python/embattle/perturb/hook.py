@@ -148,6 +148,7 @@ class Watch(_Turns):
         call = Call(module, leaf, value, False, args, kwargs, part.key, part.offsets)
         call.layout = self.layout_of(call)
         call.unused_parameters = finds_unused_parameters(module)
+        call.through_half = computes_in_half(value)
         self.calls.append(call)
         if self.begin is not None:
             return self.perturbed(leaf if self.attach else value, self.begin(call))
@@ -316,6 +317,14 @@ def finds_unused_parameters(module: nn.Module) -> bool:
             "times before one backward pass: use static_graph=False"
         )
     return bool(getattr(wrapper, "find_unused_parameters", False))
+
+
+def computes_in_half(value: Tensor) -> bool:
+    """Whether the model goes on in float16."""
+    if value.dtype == torch.float16:
+        return True
+    device = value.device.type
+    return torch.is_autocast_enabled(device) and (torch.get_autocast_dtype(device) == torch.float16)
 
 
 def _saved_tensors_hooks() -> tuple[Any, Any] | None:

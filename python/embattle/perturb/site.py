@@ -13,7 +13,16 @@ from torch.autograd.graph import Node
 
 from embattle import checks
 from embattle.perturb.calls import Call, Layout, is_lookup
-from embattle.perturb.hook import Addition, Hook, Perturb, Use, Watch, can_stand_in, stand_in
+from embattle.perturb.hook import (
+    Addition,
+    Hook,
+    Perturb,
+    Use,
+    Watch,
+    can_stand_in,
+    computes_in_half,
+    stand_in,
+)
 from embattle.perturb.outputs import Key
 from embattle.perturb.tables import SwappedParameter
 
@@ -364,6 +373,7 @@ class WeightSite(Site):
         original = self._parameter.original
         leaf = original.detach()
         call = Call(self.module, leaf, original, False, layout=Layout(None))
+        call.through_half = computes_in_half(original)
         if attach and begin is None:
             leaf.requires_grad_()
             self._parameter.swap(leaf)
@@ -419,7 +429,7 @@ def as_sites(sites: Site | Sequence[Site]) -> list[Site]:
         TypeError: anything else, or none at all.
         ValueError: a site that is given twice.
     """
-    found = list(sites) if isinstance(sites, (list, tuple)) else [sites]
+    found: list[Any] = list(sites) if isinstance(sites, (list, tuple)) else [sites]
     wrong = [one for one in found if not isinstance(one, Site)]
     if wrong or not found:
         what = type(wrong[0]).__name__ if wrong else "none"
@@ -434,7 +444,7 @@ def as_sites(sites: Site | Sequence[Site]) -> list[Site]:
                     f"sites: {other!r} and {one!r} both perturb {type(both[0]).__name__}: their "
                     "balls would add up. Give one site for it"
                 )
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _sequence(modules: Any) -> Sequence[nn.Module]:

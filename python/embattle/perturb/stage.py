@@ -15,6 +15,7 @@ from embattle.perturb.blocks import Block, build, call_block
 from embattle.perturb.calls import Call, is_lookup
 from embattle.perturb.evaluation import Evaluation, LossFn, call
 from embattle.perturb.gradients import (
+    NoGradient,
     differentiate,
     refuse_other_layouts,
     refuse_other_uses,
@@ -97,6 +98,8 @@ class Stage:
         if compile and any(site.scope == "weight" for site in self.sites):
             raise ValueError("compile=True: compiled code does not see an exchanged parameter")
         self.batch = 0
+        self._checked = False  # whether the graph was looked at
+        self._through_half = False  # whether gradients pass through float16
         self._state: KeptState | None = None
         self._first: RandomState | None = None  # where evaluations start from
         self._replay: RandomState | None = None
@@ -184,6 +187,19 @@ class Stage:
         """Draw anew in the passes to come."""
         self._replay = self._masks = None
 
+    @contextmanager
+    def drawing(self, seed: int) -> Iterator[None]:
+        """Draw other random numbers in the passes inside, whatever the mode.
+
+        Only while attacking: the random state is put back at the end of that.
+        """
+        kept, self._replay, self._masks = (self._replay, self._masks), None, None
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            self._replay, self._masks = kept
+
     def forget_masks(self) -> None:
         """Free the dropout masks: later passes draw them anew."""
         self._masks = None
@@ -255,7 +271,8 @@ class Stage:
         else:
             self.found.blocks = build(self.sites, calls, self.geometry, joint=self.joint)
             perturbed = False
-        self.batch = evaluation.batch
+        self.batch, self._checked = evaluation.batch, False
+        self._through_half = any(call.through_half for recorded in calls for call in recorded)
         self._check_samples()
         if start is not None and not perturbed:
             for block in self.blocks:
@@ -305,15 +322,18 @@ class Stage:
 
     # --- gradients -------------------------------------------------------------------------------
 
-    def gradients(self, values: Tensor) -> list[Tensor]:
+    def gradients(self, values: Tensor, *, note: bool = True) -> list[Tensor]:
         """Differentiate with respect to the deltas, and nothing else.
 
         The sum of the values is taken: each sample's delta gets its own sample's gradient.
+
+        Args:
+            values: `[B]`, with their graph.
+            note: note which groups have a gradient.
         """
         leaves = [block.delta for block in self.blocks]
         self.check_graph(values, leaves)
-        grads = differentiate(values, leaves, self._narrow_types)
-        return self.of_blocks(grads, 1)
+        return self.of_blocks(differentiate(values, leaves, self._through_half), 1, note=note)
 
     def gradients_at_zero(self, values: Tensor) -> list[Tensor] | None:
         """Differentiate with respect to the deltas in the graph of the opening pass.
@@ -326,16 +346,19 @@ class Stage:
             return None
         self.check_graph(values, places)
         return self.noted(
-            self.found.gather(self._used(differentiate(values, places, self._narrow_types)))
+            self.found.gather(self._used(differentiate(values, places, self._through_half)))
         )
 
-    def of_blocks(self, grads: Sequence[Tensor | None], scale: float) -> list[Tensor]:
+    def of_blocks(
+        self, grads: Sequence[Tensor | None], scale: float, *, note: bool = True
+    ) -> list[Tensor]:
         """Complete gradients at the deltas, of a `scale`-th of the losses."""
         full = [
             torch.zeros_like(block.delta) if grad is None else grad
             for block, grad in zip(self.blocks, self._used(grads), strict=True)
         ]
-        return self.noted(full if scale == 1 else list(torch._foreach_mul(full, scale)))
+        full = full if scale == 1 else list(torch._foreach_mul(full, scale))
+        return self.noted(full) if note else full
 
     def gathered(self, grads: Sequence[Tensor | None], scale: float) -> list[Tensor]:
         """Turn gradients at the places, of a `scale`-th of the losses, into the blocks'."""
@@ -345,12 +368,14 @@ class Stage:
     def check_graph(self, values: Tensor, leaves: Sequence[Tensor]) -> None:
         """Refuse what the graph shows to be wrong: other uses of a table, time before samples."""
         if not values.requires_grad:
-            raise RuntimeError(
+            raise NoGradient(
                 "the losses do not depend on the perturbed embeddings: does loss_fn detach, or run "
                 "under torch.no_grad()?"
             )
-        refuse_other_uses(values, self.found)
-        refuse_other_layouts(values, leaves, self.found, self.batch)
+        if not self._checked:
+            refuse_other_uses(values, self.found)
+            refuse_other_layouts(values, leaves, self.found, self.batch)
+            self._checked = True
 
     def noted(self, grads: list[Tensor]) -> list[Tensor]:
         """Note which groups have a gradient."""
@@ -361,16 +386,6 @@ class Stage:
     def _used(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         refuse_unused(grads, self.found)
         return grads
-
-    @property
-    def _narrow_types(self) -> bool:
-        """Whether gradients pass through float16, in which small ones vanish."""
-        if any(block.base.dtype == torch.float16 for block in self.blocks):
-            return True
-        device = self.blocks[0].base.device.type if self.blocks else "cpu"
-        return torch.is_autocast_enabled(device) and (
-            torch.get_autocast_dtype(device) == torch.float16
-        )
 
     # --- what objectives ask ---------------------------------------------------------------------
 
