@@ -117,8 +117,8 @@ def split(
         if not len(rows) or (lacking and name != "validation"):
             raise InputError(
                 f"the {name} part has {_lack(classes, lacking, labels, len(rows))}; give more "
-                f"data, raise data.limits.{name} or its share in data.fractions, or leave small classes "
-                "out with data.min_per_class and data.rare_classes: drop"
+                f"data, raise data.limits.{name} or its share in data.fractions, or leave small "
+                "classes out with data.min_per_class and data.rare_classes: drop"
             )
         parts[name] = examples.take(rows.tolist())
     return Splits(parts, list(classes))
