@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import traceback
 from pathlib import Path
 
 import yaml
@@ -15,9 +16,12 @@ PLAIN = ["the", "dress", "fits", "and", "colour", "is", "shirt", "a", "size", "f
 
 
 def invoke(*words: object) -> tuple[int, str]:
-    """The status and everything printed."""
+    """The status and everything printed, with the traceback of what the command did not expect."""
     result = CliRunner().invoke(app, [str(word) for word in words])
-    return result.exit_code, result.output
+    fault = result.exc_info if result.exit_code == 1 else None
+    return result.exit_code, result.output + (
+        "".join(traceback.format_exception(*fault)) if fault else ""
+    )
 
 
 def make_encoder(folder: Path) -> Path:

@@ -247,7 +247,7 @@ class AuditRecipe(Section):
         ],
         min_length=1,
     )
-    sweep: list[NonNegativeFloat] = [0.25, 0.5, 1.0, 1.5, 2.0, 4.0]
+    sweep: list[PositiveFloat] = Field(default=[0.25, 0.5, 1.0, 1.5, 2.0, 4.0], min_length=1)
     sweep_attack: AttackRecipe = AttackRecipe(kind="pgd", steps=10)
 
     def labelled(self) -> dict[str, AttackRecipe]:

@@ -120,9 +120,7 @@ def _audit(folder: Path) -> None:
         "environment": _environment(),
     }
     curves = _curves(recipe, facts, examples.labels)
-    losses = figures.losses_over_steps(
-        {str(name): run.variants[name].history for name in VARIANTS}
-    )
+    losses = figures.losses_over_steps({str(name): run.variants[name].history for name in VARIANTS})
     samples = _samples(examples.texts, torch.tensor(examples.labels), victims, run.classes)
     html = document(recipe, facts, curves=curves, losses=losses, samples=samples)
     write_text(folder / "metrics.json", json.dumps(_plain(facts), indent=2) + "\n")

@@ -163,9 +163,7 @@ def _copies(texts: list[str], labels: list[str], account: Account) -> None:
         also = f"; {torn:,} texts have several labels" if torn else ""
         account.note("duplicates", f"{copies:,} rows repeat the text of another one{also}")
     if torn:
-        account.warn(
-            f"{torn:,} texts have different labels: no model can get all right"
-        )
+        account.warn(f"{torn:,} texts have different labels: no model can get all right")
 
 
 def _parts(splits: Splits, examples: int, account: Account) -> None:
