@@ -49,9 +49,7 @@ def main(steps: int = 300) -> dict[str, tuple[float, float]]:
             likes = taste[u, a] > taste[u, b]
             return u, torch.where(likes, a, b), torch.where(likes, b, a)
 
-        def losses(
-            batch: tuple[Tensor, Tensor, Tensor], model: Factors = model
-        ) -> eb.Evaluation:
+        def losses(batch: tuple[Tensor, Tensor, Tensor], model: Factors = model) -> eb.Evaluation:
             u, positive, negative = (
                 table(i)
                 for table, i in zip((model.user, model.item, model.item), batch, strict=True)

@@ -58,7 +58,7 @@ def main(steps: int = 200) -> dict[str, float]:
         result = attack.run(loss_of(tokens), site, criterion=goal)
         accuracy[type(attack).__name__] = float(result.robust_accuracy)
 
-    movable = torch.ones_like(tokens, dtype=torch.bool)  # leave special tokens out, if there are any
+    movable = torch.ones_like(tokens, dtype=torch.bool)  # False at special tokens
     swaps = eb.TokenSwap(swaps=2, tries=4).run(loss_of, site, tokens, mask=movable, criterion=goal)
     accuracy["TokenSwap"] = float(swaps.robust_accuracy)
     for name, value in accuracy.items():

@@ -24,10 +24,13 @@ ON_THE_CPU_ALONE = {
     "test_build.py": "reads object files",
     "test_clipping_benchmarks.py": "runs benchmarks, which choose their device",
     "test_clipping_ddp.py": _RANKS,
+    "test_cpu_features.py": "runs a compiler",
+    "test_cuda_build.py": "runs cmake",
     "test_cuda_check.py": "reads reports of compilers",
     "test_cuda_device.py": "takes its tensors to the GPU itself, and runs without --device",
     "test_cuda_group.py": _EMULATOR,
     "test_cuda_kernels.py": _EMULATOR,
+    "test_cuda_launch.py": _EMULATOR,
     "test_cuda_sample.py": _EMULATOR,
     "test_data.py": "has no tensors",
     "test_doctor.py": "has no tensors",
@@ -54,6 +57,7 @@ _PLACING = "the library puts models on devices that it knows"
 _SLOW = "thousands of small calls, each of which costs it milliseconds"
 _SUBCLASS = "its tensors are a subclass, whose look-ups are never taken to be repeats"
 NOT_ON_PRETEND = {
+    "test_autocast.py": _AUTOCAST,
     "test_clipping.py::test_compiled": _COMPILE,
     "test_clipping.py::test_float32": "test_equals_loop_over_samples takes the same way",
     "test_clipping_defects.py::test_autocast": _AUTOCAST,
@@ -65,15 +69,14 @@ NOT_ON_PRETEND = {
     "test_guard.py": "its tensors have no memory and versions of their own",
     "test_integrations.py::test_accelerate": _PLACING,
     "test_integrations.py::test_compiled_models": _COMPILE,
-    "test_integrations.py::test_gradient_accumulation_gives_the_same_model": _PLACING,
+    "test_integrations.py::test_attacks_run_in_lightnings_evaluation": _PLACING,
     "test_integrations.py::test_lightning": _PLACING,
     "test_integrations.py::test_peft_and_autocast": _AUTOCAST,
-    "test_integrations.py::test_the_mixin_goes_before_any_trainer": _PLACING,
-    "test_integrations.py::test_transformers_trainer": _PLACING,
     "test_job.py": _PLACING,
     "test_objective.py::"
     "test_mixed_looks_up_once_and_makes_no_extra_pass_from_a_random_start": _SUBCLASS,
     "test_ops_big.py": _KERNELS,
+    "test_ops_hostile.py": _KERNELS,
     "test_ops_errors.py": _KERNELS,
     "test_ops_numerics.py": _KERNELS,
     "test_ops_properties.py": _KERNELS,
@@ -91,11 +94,13 @@ NOT_ON_PRETEND = {
     "test_ops_torch.py::test_results_share_no_memory_with_arguments": "it has no storage",
     "test_perturb.py::test_embeddings_are_looked_up_once_per_batch": _SUBCLASS,
     "test_perturb.py::test_jagged_batches_have_a_ball_per_sample": "it has no nested tensors",
+    "test_perturb.py::test_nothing_waits_for_the_device_until_it_is_read": _SUBCLASS,
     "test_perturb.py::test_weights_are_frozen_in_passes_for_the_delta_only": _SUBCLASS,
     "test_reference.py::test_ball_and_box": _SLOW,
     "test_reference.py::test_project_gradient": _SLOW,
     "test_reference.py::test_projection_is_the_nearest_point": _SLOW,
     "test_reference.py::test_steepest_ascent": _SLOW,
+    "test_trainer.py": _PLACING,
 }
 
 _ends_at: float | None = None

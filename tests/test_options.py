@@ -490,3 +490,52 @@ def test_noise_that_bfloat16_rounds_away_is_warned_of_in_training() -> None:
     objective = eb.AdversarialObjective(noise, eb.Site(model.embedding), form="r3f")
     with pytest.warns(eb.attacks.AttackWarning, match="bfloat16, which rounds"):
         objective(toys.classify(model, tokens, labels))
+
+
+# --- directions, boxes, integers of 32 bits ---------------------------------------------------------
+
+
+def test_samples_do_not_leave_with_a_direction() -> None:
+    """VAT's iterates are of length xi: one that fools is no perturbation of length eps."""
+    with pytest.raises(ValueError, match="VAT: stop_when_fooled=True has no meaning"):
+        eb.VAT(eps=0.5, stop_when_fooled=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"lower": torch.ones(4), "upper": torch.tensor([2.0, 2.0, 2.0, 0.5])}, "lower.*is above"),
+        ({"lower": 1.0, "upper": torch.zeros(4)}, "lower=1 is above upper"),
+        ({"upper": torch.tensor(float("nan"))}, "upper must be numbers, none of them NaN"),
+        ({"lower": torch.ones(4, dtype=torch.bool)}, r"lower must be numbers.*torch.bool"),
+    ],
+)
+def test_boxes_are_checked(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        eb.PGD(eps=1.0, **options)
+
+
+def test_boxes_that_do_not_fit_say_so() -> None:
+    model = toys.encoder()
+    tokens, labels = toys.text_batch()
+    loss, site = toys.classify(model, tokens, labels), eb.Site(model.embedding)
+    with pytest.raises(ValueError, match=r"lower of shape \(5,\) does not broadcast.*\(6, 7, 8\)"):
+        eb.PGD(eps=1.0, lower=torch.zeros(5)).run(loss, site)
+    with pytest.raises(ValueError, match="joint: one upper for all outputs: give a number"):
+        eb.PGD(eps=1.0, upper=torch.zeros(8)).run(loss, site, joint=True)
+    one = eb.PGD(eps=1.0, lower=-0.2, steps=2).run(loss, site)
+    other = eb.PGD(eps=1.0, lower=torch.full((8,), -0.2, dtype=torch.float64), steps=2).run(
+        loss, site
+    )
+    assert torch.equal(one.delta, other.delta)
+
+
+def test_rows_of_indices_of_32_bits() -> None:
+    model = toys.encoder()
+    tokens, labels = toys.text_batch()
+    site = eb.Site(model.embedding, scope="row")
+    attack = eb.PGD(eps=0.5, steps=2, keep="best")
+    short = attack.run(toys.classify(model, tokens.int(), labels), site)
+    long = attack.run(toys.classify(model, tokens, labels), site)
+    assert torch.equal(short.delta, long.delta)
+    assert torch.equal(short.losses, long.losses)

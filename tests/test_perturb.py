@@ -38,7 +38,6 @@ def test_a_whole_model_is_refused_and_its_input_embeddings_are_found() -> None:
     site = eb.Site.embeddings(model)
     assert site.module is model.inner
     assert site.model is model
-    assert eb.Site.output(model, key="hidden").module is model
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import random
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import embattle as eb
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -314,6 +317,19 @@ def test_small_gradients_are_not_lost_in_float16() -> None:
     assert torch.all(cosine[kept] > 0.99)
 
 
+# --- balls -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"keep": "best", "steps": 2}, {"steps": 0}])
+def test_a_start_that_may_be_the_result_is_in_the_ball(options: dict[str, Any]) -> None:
+    """SMART's start, N(0, sigma^2), is not projected by itself; as a candidate it must be."""
+    _, _, labels, loss, site = made()
+    attack = eb.SMARTStep(eps=0.02, sigma=1.0, step_size=0.0, **options)
+    result = attack.run(loss, site, criterion=eb.Misclassify(labels))
+    assert torch.all(result.norms[0] <= 0.02 + 1e-12)
+    assert torch.all(result.delta.abs() <= 0.02 + 1e-12)
+
+
 # --- rounding -------------------------------------------------------------------------------------
 
 
@@ -339,6 +355,22 @@ def test_norms_are_those_after_rounding(dtype: torch.dtype) -> None:
     handle.remove()
     moved = (seen[-1].float() - clean.float()).flatten(1).abs().amax(1)
     assert torch.equal(result.norms[0], moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_half_types_are_rounded_alike_in_all_passes(dtype: torch.dtype) -> None:
+    """The attack's quick look-ups round as those under the returned deltas do."""
+    torch.manual_seed(0)
+    table = nn.Embedding(9, 6).to(dtype)
+    tokens = torch.randint(0, 9, (6, 3))
+
+    def loss() -> Tensor:
+        return table(tokens).float().sin().sum((1, 2)) * 50
+
+    for keep in ("last", "best"):
+        attack = eb.PGD(eps=0.3, step_size=0.1, steps=4, keep=keep)  # type: ignore[arg-type]
+        result = attack.run(loss, eb.Site(table, scope="row"))
+        assert torch.equal(result.losses, result.evaluate(loss).losses)
 
 
 # --- labels ---------------------------------------------------------------------------------------
@@ -417,3 +449,35 @@ def test_a_result_keeps_neither_the_loss_function_nor_the_graph() -> None:
     gc.collect()
     assert seen() is None
     assert not result.delta.requires_grad
+
+
+# --- random numbers of others -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["numpy", "python"])
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_what_numpy_and_python_draw_is_never_success(source: str, keep: str) -> None:
+    """Negatives and masks are often drawn with numpy: an evaluation draws the clean one's again."""
+    model, tokens, labels, _, site = made()
+
+    def drawn() -> Tensor:
+        if source == "numpy":
+            return torch.from_numpy(np.random.rand(16, 3) < 0.5)  # noqa: NPY002
+        return torch.tensor([[random.random() < 0.5 for _ in range(3)] for _ in range(16)])
+
+    def loss() -> Evaluation:
+        logits = model(tokens) * drawn()
+        return Evaluation(F.cross_entropy(logits, labels, reduction="none"), logits)
+
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+    attack = eb.PGD(eps=0.0, step_size=0.1, steps=3, keep=keep)  # type: ignore[arg-type]
+    before = np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    result = attack.run(loss, site, criterion=eb.Misclassify(labels))
+    assert not result.success.any()
+    assert torch.equal(result.losses, result.clean_losses)
+    assert torch.equal(result.losses, result.evaluate(loss).losses)
+    random.setstate(before[1])
+    leaving = eb.PGD(eps=0.1, steps=3, stop_when_fooled=True)
+    with pytest.raises(ValueError, match=r"draws random numbers"):
+        leaving.run(loss, site, criterion=eb.Misclassify(labels), subset=lambda rows: loss)

@@ -713,6 +713,40 @@ def test_two_sites_on_one_module_are_refused() -> None:
         eb.FGM(eps=0.5).run(loss, [eb.Site(model.item), eb.Site(model.item, group="token")])
 
 
+def test_sites_overlap_whichever_comes_first() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Embedding(9, 3), nn.Embedding(9, 3)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"a": self.a(x), "b": self.b(x)}
+
+    torch.manual_seed(0)
+    model, layer, x = Two(), nn.Linear(3, 2), torch.randint(0, 9, (4, 2))
+
+    def loss() -> Tensor:
+        found = model(x)
+        return layer(found["a"] * found["b"]).square().sum((1, 2))
+
+    whole, one, other = eb.Site(model), eb.Site(model, key="a"), eb.Site(model, key="b")
+    rows = [eb.Site(m, scope="row") for m in (model.a, model.b)]
+    table = eb.Site.weight(model.a, model=model)
+    attack = eb.PGD(eps=0.1, steps=1)
+    for sites in (
+        [whole, one], [one, whole], rows, [table, rows[1]], [rows[0], table],
+        [table, eb.Site(model.a)], [table, eb.Site.weight(model.b, model=model)],
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="their balls would add up"):
+            attack.run(loss, sites)
+    apart = [eb.Site.weight(layer), eb.Site.weight(layer, "bias"), eb.Site(layer)]
+    for sites in ([one, other], [*apart, other]):
+        result = attack.run(loss, sites)
+        torch.testing.assert_close(result.evaluate(loss).losses, result.losses)
+        assert all(float(norms.max()) > 0.09 for norms in result.norms)
+
+
 def test_a_site_that_was_removed_perturbs_nothing_and_says_so() -> None:
     model = toys.factors()
     loss, site = toys.rank(model, toys.triplets()), eb.Site(model.item)
@@ -720,3 +754,91 @@ def test_a_site_that_was_removed_perturbs_nothing_and_says_so() -> None:
     site.remove()
     with pytest.raises(RuntimeError, match="was removed"), result.applied():
         loss()
+
+
+# --- places that are made from one another ----------------------------------------------------------
+
+
+class Stacked(nn.Module):
+    """Embeddings, and one layer that is run twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, deltas: list[Any] | None = None) -> Tensor:
+        d = deltas or [0, 0, 0]
+        hidden = self.layer(self.embedding(x) + d[0]).tanh() + d[1]
+        return (self.layer(hidden).tanh() + d[2]).square().sum((1, 2))
+
+
+class Tanh(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh()
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("start", [False, True])
+def test_places_that_are_made_from_one_another(known: bool, start: bool) -> None:
+    """A place upstream keeps its gradient through the perturbed places that come after it."""
+    torch.manual_seed(0)
+    model, x = Stacked().double(), torch.randint(0, 9, (3, 2))
+    embedding, layer = model.embedding, model.layer
+    block = Tanh(layer)
+
+    def loss() -> Tensor:
+        return block(block(embedding(x))).square().sum((1, 2))
+
+    whole = nn.ModuleList([embedding, block]) if known else None
+    sites = [eb.Site(embedding, model=whole), eb.Site(block, model=whole)]
+    attack = eb.PGD(
+        eps=0.5, step_size=0.1, steps=2, random_start=start,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    seen: list[list[Tensor]] = []
+
+    class Watched(eb.PGD):
+        def step(self, block: Any, grad: Tensor, *args: Any) -> None:  # type: ignore[override]
+            seen.append([block.delta.detach().clone(), grad.clone()])
+            super().step(block, grad, *args)
+
+    for evaluate in (False, True):
+        seen.clear()
+        result = Watched(**vars_of(attack)).run(loss, sites, evaluate=evaluate)
+        for step in range(2):
+            deltas = [pair[0].requires_grad_() for pair in seen[3 * step : 3 * step + 3]]
+            right = torch.autograd.grad(model(x, deltas).sum(), deltas)
+            for (_, grad), expected in zip(seen[3 * step :], right, strict=False):
+                torch.testing.assert_close(grad, expected)
+    torch.testing.assert_close(result.losses, model(x, list(result.deltas)).detach())
+
+
+def vars_of(attack: eb.Attack) -> dict[str, Any]:
+    names = ("eps", "step_size", "steps", "random_start", "generator")
+    return {name: getattr(attack, name) for name in names}
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_training_on_places_that_are_made_from_one_another(early: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Stacked().double(), torch.randint(0, 9, (3, 2))
+    block = Tanh(model.layer)
+
+    def loss() -> Tensor:
+        return block(block(model.embedding(x))).square().sum((1, 2))
+
+    sites = [eb.Site(model.embedding), eb.Site(block)]
+    attack = eb.PGD(eps=0.5, step_size=0.1, steps=2)
+    value, _ = eb.AdversarialObjective(attack, sites, lam=0.7, early_backward=early)(loss)
+    found = torch.autograd.grad(value, list(model.parameters()))
+    deltas = attack.run(loss, sites, evaluate=False).deltas
+    expected = model(x).mean() + 0.7 * model(x, list(deltas)).mean()
+    torch.testing.assert_close(value.detach(), expected.detach())
+    for one, two in zip(
+        found, torch.autograd.grad(expected, list(model.parameters())), strict=True
+    ):
+        torch.testing.assert_close(one, two)

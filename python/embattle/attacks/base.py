@@ -98,9 +98,12 @@ class Attack:
         checks.one_of(name, "keep", self.keep, ("last", "best"))
         for side in ("lower", "upper"):
             self._check_bound(name, side)
-        numeric = [b for b in (self.lower, self.upper) if isinstance(b, float)]
-        if len(numeric) == 2 and numeric[0] > numeric[1]:
-            raise ValueError(f"{name}: lower={numeric[0]:g} is above upper={numeric[1]:g}")
+        if self.lower is not None and self.upper is not None:
+            low, high = torch.as_tensor(self.lower), torch.as_tensor(self.upper)
+            if bool((low.to(high.device) > high).any()):
+                raise ValueError(
+                    f"{name}: lower={words(self.lower)} is above upper={words(self.upper)}"
+                )
         checks.flag(name, "stop_when_fooled", self.stop_when_fooled)
         checks.one_of(name, "mode", self.mode, MODES)
         checks.flag(name, "compile", self.compile)
@@ -109,9 +112,15 @@ class Attack:
 
     def _check_bound(self, name: str, side: str) -> None:
         value = getattr(self, side)
-        if value is None or isinstance(value, Tensor):
+        if value is None:
             return
-        setattr(self, side, checks.real(name, side, value, finite=False))
+        if not isinstance(value, Tensor):
+            setattr(self, side, checks.real(name, side, value, finite=False))
+        elif value.dtype == torch.bool or value.is_complex() or bool(value.isnan().any()):
+            raise ValueError(
+                f"{name}: {side} must be numbers, none of them NaN; got {tuple(value.shape)} of "
+                f"{value.dtype}"
+            )
 
     def __repr__(self) -> str:
         parts = [f"{self.norm} ball of radius {words(self.eps)}", *self._words()]
@@ -153,13 +162,22 @@ class Attack:
         for side, value in (("lower", self.lower), ("upper", self.upper)):
             if value is not None:
                 base = block.base.to(block.delta.dtype)
-                bound = torch.as_tensor(value, dtype=base.dtype, device=base.device) - base
+                bound = torch.as_tensor(value, dtype=base.dtype, device=base.device)
+                if block.joined and bound.dim():
+                    raise ValueError(f"joint: one {side} for all outputs: give a number")
+                try:
+                    bound = bound.expand_as(base) - base
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"{type(self).__name__}: {side} of shape {tuple(bound.shape)} does not "
+                        f"broadcast to the embeddings {tuple(base.shape)}, samples first"
+                    ) from error
                 # The clean embeddings are always allowed.
                 state[side] = bound.clamp(max=0) if side == "lower" else bound.clamp(min=0)
         return state
 
     def start(self, block: Block, state: dict[str, Any], generator: torch.Generator | None) -> None:
-        """Set the delta that the steps start from."""
+        """Set the delta that the steps start from; a new block's is zero."""
         like = block.delta.detach()
         if isinstance(self.random_start, (GaussianStart, BoxStart)):
             start = self.random_start.draw(
@@ -181,7 +199,7 @@ class Attack:
                 **box(state),
             )
         else:
-            start = torch.zeros_like(like)
+            return
         block.set(start)
 
     def step(

@@ -80,8 +80,14 @@ class VAT(Attack):
         super().__post_init__()
         checks.integer("VAT", "steps", self.steps, 1)
         self.xi = check_strength("VAT", "xi", self.xi)
-        if self.keep == "best":
-            raise ValueError("VAT: keep='best' has no meaning: its iterates are directions")
+        for option, given in (
+            ("keep='best'", self.keep == "best"),
+            ("stop_when_fooled=True", self.stop_when_fooled),
+        ):
+            if given:
+                raise ValueError(
+                    f"VAT: {option} has no meaning: its iterates are directions, of length xi"
+                )
         if self.norm != "l2" or not isinstance(self.random_start, bool) or not self.random_start:
             raise ValueError("VAT: the direction is of norm 'l2', from a random start")
 
@@ -165,7 +171,15 @@ class SMARTStep(Attack):
             super().start(block, state, generator)
             return
         like = torch.zeros_like(block.delta.detach())
-        block.set(ops.gaussian_noise(like, std=self.sigma, generator=generator, **block.geometry))
+        # The paper projects after a step; a start that may itself be the result is projected too.
+        ball: dict[str, Any] = {}
+        if self.projection == "paper" and (
+            self.keep == "best" or self.stop_when_fooled or not self.steps
+        ):
+            ball = {"eps": state["eps"], "norm": self.norm, **box(state)}
+        block.set(
+            ops.gaussian_noise(like, std=self.sigma, generator=generator, **block.geometry, **ball)
+        )
 
     def step(
         self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor

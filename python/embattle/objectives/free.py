@@ -113,11 +113,12 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
             stage.check_graph(losses_now, deltas)
             # A share of the mean is differentiated, so that the sum is the average as it is.
             grads = torch.autograd.grad(mean / count, [*deltas, *params], allow_unused=True)
+            moves = number < count - 1 or kept is not None
             # Each sample's own gradient is count * B times that of its share of the mean.
-            own = stage.of_blocks(grads[: len(deltas)], count * evaluation.batch)
+            own = stage.of_blocks(grads[: len(deltas)], count * evaluation.batch if moves else 1)
             total = add_up(total, grads)
             losses.append(mean.detach())
-            if number < count - 1 or kept is not None:
+            if moves:
                 values = losses_now.detach()
                 if stage.found.coupled:
                     values = values.sum().expand_as(values)

@@ -41,6 +41,8 @@ class Block:
         moved: bool `[groups]`, whether a group ever had a gradient other than zero.
     """
 
+    joined = False  # whether the delta spans several outputs
+
     def __init__(
         self,
         base: Tensor,
@@ -92,15 +94,10 @@ class Block:
 
     def note(self, grad: Tensor) -> None:
         """Note which groups have a gradient other than zero."""
-        offsets, mask = self.geometry["offsets"], self.geometry["mask"]
-        if mask is not None:
-            grad = grad * mask.unsqueeze(-1)
-        if offsets is not None:
-            self.moved |= ops.group_norm(grad, norm="linf", offsets=offsets) != 0
-        elif self.geometry["group"] == "sample" and grad.dim() > 1:
-            self.moved |= grad.flatten(1).any(1)
-        else:
-            self.moved |= grad.flatten(0, -2).any(1)
+        # Where reading it back waits for nothing, it is cheaper than another look at the gradient.
+        if self.moved.is_cpu and self.moved.numpy().all():
+            return
+        self.moved |= ops.group_norm(grad, norm="linf", **self.geometry) != 0
 
     def still(self, done: Tensor | None = None) -> Tensor:
         """Count the groups that could move and never had a gradient, a 0-d int64 tensor.
@@ -122,6 +119,10 @@ class Block:
     def additions(self) -> list[Tensor]:
         """Give what is added at each of `places`, as the module lays it out."""
         return [self.layouts[0].to_module(self.delta)]
+
+    def fixed(self, detached: bool) -> bool:
+        """Whether what the sites add follows the delta's memory, without being made anew."""
+        return self.layouts[0].plain and not self.whole
 
     def fused(self) -> list[Addition] | None:
         """Give what makes the perturbed outputs in passes that leave weights alone, if it can."""
@@ -194,7 +195,7 @@ class RowBlock(Block):
         self._modules = [call.module for call in calls]
         found = [_arguments(call) for call in calls]
         indices = [arguments["input"] for arguments in found]
-        flat = torch.cat([i.reshape(-1) for i in indices])
+        flat = torch.cat([i.reshape(-1).long() for i in indices])
         # Where an occurrence is masked, and where it is padding (tied modules may differ in that).
         kept = _joined(indices, masks, True)
         paddings = [call.module.padding_idx for call in calls]
@@ -239,8 +240,17 @@ class RowBlock(Block):
             )
         ]
 
+    def fixed(self, detached: bool) -> bool:
+        return detached and self._fuses
+
+    @property
+    def _fuses(self) -> bool:
+        # In half types it would round once what `additions` round twice: other losses than those
+        # under the deltas that are returned.
+        return self._plain and self.base.dtype == self.delta.dtype
+
     def fused(self) -> list[Addition] | None:
-        if not self._plain:
+        if not self._fuses:
             return None
         weight = cast(Tensor, self.module.weight).detach()
         return [
@@ -300,6 +310,8 @@ def _perturbed_rows(
 class JointBlock(Block):
     """One ball around several outputs together: sample b's delta spans all of them."""
 
+    joined = True
+
     def __init__(
         self,
         values: Sequence[Tensor],
@@ -335,6 +347,9 @@ class JointBlock(Block):
 
     def additions(self) -> list[Tensor]:
         return self.spread(self.delta)
+
+    def fixed(self, detached: bool) -> bool:
+        return False
 
     def spread(self, grad: Tensor) -> list[Tensor]:
         parts = torch.split(grad, self.sizes, dim=1)

@@ -1,11 +1,12 @@
 """Leave the model as it was: buffers, random state, modes, gradient flags; and be able to run.
 
-What is kept is torch's: a model that draws from Python's `random` or from numpy draws on in an
-attack, as it does in any other pass.
+Random state is that of the global generators: torch's, Python's `random` and numpy's. A generator
+of the user's own draws on in an attack, as it does in any other pass.
 """
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -26,27 +28,44 @@ Mode = Literal["as_is", "same", "eval"]
 MODES: tuple[Mode, ...] = ("as_is", "same", "eval")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RandomState:
-    """The state of torch's global generators: the CPU's and those of all CUDA devices.
+    """The state of the global generators: torch's on the CPU and all CUDA devices, Python's, numpy's.
 
-    A model may be on another device than the current one, or on several.
+    A model may be on another device than the current one, or on several; negatives are often drawn
+    with numpy.
     """
 
     cpu: torch.Tensor
     cuda: list[torch.Tensor] | None
+    python: tuple[Any, ...]
+    numpy: Any
 
     @classmethod
     def capture(cls) -> RandomState:
         """Copy the states now (host memory only: no synchronisation)."""
         used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state_all() if used else None)
+        return cls(
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state_all() if used else None,
+            random.getstate(),
+            np.random.get_state(),  # noqa: NPY002
+        )
 
     def restore(self) -> None:
         """Put the states back."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state_all(self.cuda)
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RandomState) or self.python != other.python:
+            return False
+        pairs = zip([self.cpu, *(self.cuda or [])], [other.cpu, *(other.cuda or [])], strict=False)
+        same = all(torch.equal(one, two) for one, two in pairs)
+        return same and all(map(np.array_equal, self.numpy, other.numpy))
 
 
 @contextmanager
@@ -291,6 +310,8 @@ class KeptState:
         for held in self._modules.values():
             if held is not None:
                 held.rewind()
+        if not self._tensors:
+            return
         unseen = [kept for kept in self._tensors.values() if kept.copy is None and kept.written]
         with torch.no_grad():
             groups: dict[Any, list[_Tensor]] = {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from embattle.perturb.calls import Call, Layout, is_plain
+from embattle.perturb.calls import Call, Layout, is_lookup, is_plain
 from embattle.perturb.outputs import Key, Part, parts_of, replace_parts
 
 # What is added at a call: a tensor, or what makes the perturbed output from the output.
@@ -71,7 +71,7 @@ class _Turns:
         Raises:
             RuntimeError: the module is a replica (`nn.DataParallel`).
         """
-        if not any(module is one for one in self.modules):
+        if module is not self.modules[0] and not any(module is one for one in self.modules):
             raise RuntimeError(
                 f"Site: a replica of {type(module).__name__} was called during an attack: "
                 "nn.DataParallel is not supported; use DistributedDataParallel"
@@ -93,6 +93,7 @@ class Watch(_Turns):
         aside: where the pass is compiled, step out of it at the module, so that what it returns and
             where its gradient is asked are seen: the code before and after is compiled apart.
         own: takes in the graph's nodes of the perturbed outputs.
+        found: the calls of all sites so far: an output may be made from another one.
     """
 
     def __init__(
@@ -105,9 +106,11 @@ class Watch(_Turns):
         begin: Callable[[Call], Tensor] | None = None,
         aside: bool = False,
         own: set[Node] | None = None,
+        found: Sequence[Sequence[Call]] = (),
     ) -> None:
         super().__init__(modules, key, own)
         self.calls: list[Call] = []
+        self.found = found
         self.layout_of, self.attach, self.begin = layout_of, attach, begin
         self.aside: Callable[..., Any] | None = None
         if aside:
@@ -143,9 +146,16 @@ class Watch(_Turns):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], part: Part
     ) -> Tensor:
         value, leaf = part.value, part.value.detach()
+        source = value
         if self.attach and self.begin is None:
-            leaf.requires_grad_()
-        call = Call(module, leaf, value, False, args, kwargs, part.key, part.offsets)
+            before = [c.value for calls in [*self.found, self.calls] for c in calls]
+            if leads_to(module, value, before):
+                # Made from another place: cut off, that one would lose its gradient. The weights
+                # between have theirs from the graph, not from the source.
+                leaf, source = value, leaf
+            else:
+                leaf.requires_grad_()
+        call = Call(module, leaf, source, False, args, kwargs, part.key, part.offsets)
         call.layout = self.layout_of(call)
         call.unused_parameters = finds_unused_parameters(module)
         call.through_half = computes_in_half(value)
@@ -167,6 +177,7 @@ class Perturb(_Turns):
             is an `nn.Embedding`: "attached" to its weights, or "detached"; None looks them up.
         detach: cut the outputs off the modules' weights.
         own: takes in the graph's nodes of the perturbed outputs.
+        deltas: of all sites: an output that is made from a perturbed one is not cut off.
     """
 
     def __init__(
@@ -179,10 +190,11 @@ class Perturb(_Turns):
         known: str | None = None,
         detach: bool = False,
         own: set[Node] | None = None,
+        deltas: Sequence[Tensor] = (),
     ) -> None:
         super().__init__(modules, key, own)
         self.calls, self.additions = calls, additions
-        self.known, self.detach = known, detach
+        self.known, self.detach, self.deltas = known, detach, deltas
         self.turn = 0
 
     def __call__(
@@ -193,13 +205,20 @@ class Perturb(_Turns):
         if self.foreign(module):
             return None
         refuse_checkpoints(module)
-        values = {}
-        for part in parts_of(output, self.key):
-            turn = self._next(module, args, kwargs)
-            value = self._known(turn, args, kwargs)
-            value = part.value if value is None else value
-            values[part.key] = self._perturbed(module, value, self.additions[turn])
+        if type(output) is Tensor and not output.is_nested and output.is_floating_point():
+            return self._one(module, args, kwargs, output)
+        values = {
+            part.key: self._one(module, args, kwargs, part.value)
+            for part in parts_of(output, self.key)
+        }
         return replace_parts(output, values)
+
+    def _one(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
+    ) -> Tensor:
+        turn = self._next(module, args, kwargs)
+        known = self._known(turn, args, kwargs)
+        return self._perturbed(module, value if known is None else known, self.additions[turn])
 
     def _traced(self, output: Any) -> Any:
         values = {}
@@ -227,8 +246,8 @@ class Perturb(_Turns):
         return self.turn == 0 or any(call.compiled for call in self.calls)
 
     def _next(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        turn = self.turn % max(len(self.calls), 1)
-        fits = bool(self.calls) and self.calls[turn].same_batch(module, args, kwargs)
+        turn = self.turn
+        fits = turn < len(self.calls) and self.calls[turn].same_batch(module, args, kwargs)
         if not fits and turn and self.calls[0].same_batch(module, args, kwargs):
             turn, fits = 0, True  # the pass before was broken off
         if not fits:
@@ -238,7 +257,7 @@ class Perturb(_Turns):
                 "`applied()` to run another one (or `generate`), and let the loss function run the "
                 "same batch in every pass (draw negatives before it, or use mode='same')"
             )
-        self.turn = (turn + 1) % len(self.calls)
+        self.turn = turn + 1 if turn + 1 < len(self.calls) else 0
         return turn
 
     def _known(self, turn: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -249,7 +268,7 @@ class Perturb(_Turns):
         return call.source if self.known == "attached" else call.value.detach()
 
     def _perturbed(self, module: nn.Module, value: Tensor, addition: Addition) -> Tensor:
-        if self.detach:
+        if self.detach and not leads_to(module, value, self.deltas):
             value = value.detach()
         if not isinstance(addition, Tensor):
             return addition(value)
@@ -260,6 +279,24 @@ class Perturb(_Turns):
                 "same batch at every call, and another batch must run outside of `applied()`"
             )
         return self.perturbed(value, addition)
+
+
+def leads_to(module: nn.Module, value: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Whether a module's output was made from one of `leaves` (a look-up's never is)."""
+    if value.grad_fn is None or is_lookup(module):
+        return False
+    known = {id(leaf) for leaf in leaves} | {id(leaf.grad_fn) for leaf in leaves if leaf.grad_fn}
+    seen: set[Node] = set()
+    todo: list[Any] = [value.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(node) in known or id(getattr(node, "variable", None)) in known:
+            return True
+        todo.extend(after for after, _ in node.next_functions)
+    return False
 
 
 def stand_in(hook: Hook, module: nn.Module) -> Callable[[Tensor], Tensor]:

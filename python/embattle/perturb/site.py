@@ -118,13 +118,6 @@ class Site:
             checks.integer("Site", "per_sample", per_sample, 1)
         if scope == "row":
             modules = _with_tied(modules, model)
-        for one in modules:
-            if key is None and callable(getattr(one, "get_input_embeddings", None)):
-                raise TypeError(
-                    f"Site: {type(one).__name__} is a whole model, whose output is no embedding. "
-                    "Its input embeddings: Site.embeddings(model); one value of its output: "
-                    "Site.output(model, key='last_hidden_state')"
-                )
         self.modules = modules
         self.group: Group = "token" if scope == "row" else group
         self.scope: Scope = scope
@@ -276,17 +269,31 @@ class Site:
         known: str | None = None,
         detach: bool = False,
         own: set[Node] | None = None,
+        deltas: Sequence[Tensor] = (),
     ) -> None:
         """Perturb the coming forward passes (see `hook.Perturb`)."""
         if not self._finalizer.alive:
             raise RuntimeError(f"{self!r} was removed from its modules and perturbs nothing")
         self._hook.use = Perturb(
-            self.modules, self.key, calls, additions, known=known, detach=detach, own=own
+            self.modules,
+            self.key,
+            calls,
+            additions,
+            known=known,
+            detach=detach,
+            own=own,
+            deltas=deltas,
         )
         if known is not None:
             for module in self.modules:
                 if can_stand_in(module):
                     module.forward = stand_in(self._hook, module)
+
+    def again(self) -> None:
+        """Start another pass with what was placed before."""
+        use = self._hook.use
+        assert isinstance(use, Perturb)
+        use.turn = 0
 
     def rest(self) -> None:
         """Leave the modules' outputs alone again."""
@@ -389,6 +396,7 @@ class WeightSite(Site):
         known: str | None = None,
         detach: bool = False,
         own: set[Node] | None = None,
+        deltas: Sequence[Tensor] = (),
     ) -> None:
         (addition,) = additions
         original = self._parameter.original
@@ -400,6 +408,9 @@ class WeightSite(Site):
         if own is not None and value.grad_fn is not None:
             own.add(value.grad_fn)
         self._parameter.swap(value)
+
+    def again(self) -> None:
+        """What was placed serves one pass: it is made anew."""
 
     def rest(self) -> None:
         self._parameter.restore()
@@ -429,8 +440,9 @@ def as_sites(sites: Site | Sequence[Site]) -> list[Site]:
         TypeError: anything else, or none at all.
         ValueError: a site that is given twice.
     """
-    found: list[Any] = list(sites) if isinstance(sites, (list, tuple)) else [sites]
-    wrong = [one for one in found if not isinstance(one, Site)]
+    given: list[Any] = list(sites) if isinstance(sites, (list, tuple)) else [sites]
+    found = [one for one in given if isinstance(one, Site)]
+    wrong = [one for one in given if not isinstance(one, Site)]
     if wrong or not found:
         what = type(wrong[0]).__name__ if wrong else "none"
         raise TypeError(f"sites must be an embattle.Site or a sequence of them, got {what}")
@@ -438,13 +450,26 @@ def as_sites(sites: Site | Sequence[Site]) -> list[Site]:
         raise ValueError("sites: the same site is given twice")
     for number, one in enumerate(found):
         for other in found[:number]:
-            both = [m for m in one.modules if any(m is n for n in other.modules)]
-            if both and one.key in (None, other.key):
+            both = _both(one, other)
+            if both is not None:
                 raise ValueError(
-                    f"sites: {other!r} and {one!r} both perturb {type(both[0]).__name__}: their "
+                    f"sites: {other!r} and {one!r} both perturb {type(both).__name__}: their "
                     "balls would add up. Give one site for it"
                 )
     return found
+
+
+def _both(one: Site, other: Site) -> nn.Module | None:
+    """Find a module whose embeddings two sites would perturb."""
+    if one.table is not None and one.table is other.table:
+        return one.module
+    shared = [m for m in one.modules if any(m is n for n in other.modules)]
+    if "weight" in (one.scope, other.scope):
+        # Another parameter, or what a layer makes of it, is another place; a row is the parameter.
+        shared = [m for m in shared if is_lookup(m)] if one.scope != other.scope else []
+    elif None not in (one.key, other.key) and one.key != other.key:
+        return None
+    return shared[0] if shared else None
 
 
 def _sequence(modules: Any) -> Sequence[nn.Module]:

@@ -257,7 +257,10 @@ class Stage:
                 if inside and start is not None:
                     begin = partial(self._begin, index, start, started[index])
                 own = None if site.table is None else self.found.own
-                calls.append(site.watch(attach=attach, begin=begin, aside=self.compile, own=own))
+                watch = site.watch(
+                    attach=attach, begin=begin, aside=self.compile, own=own, found=calls
+                )
+                calls.append(watch)
             with torch.set_grad_enabled(attach or inside):
                 evaluation = self.run()
         finally:
@@ -301,11 +304,7 @@ class Stage:
     @property
     def drew_random_numbers(self) -> bool:
         """Whether the pass just made, from the attack's first random state, drew any."""
-        now, first = RandomState.capture(), self._first
-        if first is None or not torch.equal(now.cpu, first.cpu):
-            return True
-        pairs = zip(now.cuda or [], first.cuda or [], strict=False)
-        return any(not torch.equal(one, two) for one, two in pairs)
+        return self._first != RandomState.capture()
 
     def evaluate(
         self,

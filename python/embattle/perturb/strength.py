@@ -144,9 +144,11 @@ def resolve(
 
     A single-element tensor is spread over the groups, so that it needs no read-back.
     """
-    if isinstance(value, Convention):
+    if isinstance(value, (int, float)):
+        return float(value) * scale if math.isfinite(value) else float(value)
+    if not isinstance(value, Tensor):
         value = value.resolve(base, norm=norm, geometry=geometry)
-    elif isinstance(value, Tensor):
+    else:
         value = value.to(base.device)
         if value.numel() == 1:
             value = value.reshape(1).expand(group_sizes(base, geometry).shape[0]).contiguous()
