@@ -46,6 +46,8 @@ build/dev/.stamp: $(SOURCES)
 # ---- Jobs ----
 RUN = PYTHONPATH=python $(PY)
 
+# Threads that spin while they wait are slow beside any other work (see python/embattle/__init__.py).
+demo: export OMP_WAIT_POLICY ?= passive
 demo: dev
 	$(RUN) -m embattle train recipes/womens_reviews.yaml --out runs/demo --overwrite $(DEMO)
 	$(RUN) -m embattle audit runs/demo

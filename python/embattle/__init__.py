@@ -11,7 +11,21 @@ import os as _os
 import sys as _sys
 from typing import TYPE_CHECKING
 
-import torch as _torch  # the native library needs torch's libraries loaded
+
+def _is_the_command() -> bool:
+    """Whether Python was started for `embattle ...` or `python -m embattle ...`."""
+    if _sys.argv[:1] == ["-m"]:
+        words = _sys.orig_argv
+        return "embattle" in words[words.index("-m") + 1 :][:1] if "-m" in words else False
+    return _os.path.basename(_sys.argv[0] if _sys.argv else "") == "embattle"
+
+
+if _is_the_command():
+    # Read once, when torch loads OpenMP. Threads that spin while they wait take the cores from each
+    # other as soon as anything else runs on the machine.
+    _os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch as _torch  # noqa: E402  (the native library needs torch's libraries loaded)
 
 
 def _only_asks() -> bool:
