@@ -203,7 +203,7 @@ def test_second_derivatives_raise() -> None:
 def test_an_overwritten_input_raises() -> None:
     """Of a first layer, whose own backward pass nobody runs, too."""
     for layer, x in ((nn.Linear(3, 2), torch.randn(4, 3)), (nn.Embedding(5, 2), torch.arange(4))):
-        with PerSampleClipper(layer, 1.0, check=False) as clipper:
+        with PerSampleClipper(layer, 1.0, verify="first") as clipper:
             out = losses(layer, x)
             x.zero_()
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -1,4 +1,4 @@
-"""Units: the groups of samples whose joint gradient is clipped as one."""
+"""Users: the groups of samples whose joint gradient is clipped as one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def _join(x: Tensor, samples: Tensor, scale: Tensor) -> Tensor:
-    """x [B, T, ...] -> [units, members * T, ...], times scale; exactly zero where scale is."""
+    """x [B, T, ...] -> [U, members * T, ...], times scale; exactly zero where scale is."""
     joined = x[samples]
     if x.is_floating_point():
         factor = scale.to(x.dtype).reshape(*scale.shape, *[1] * (x.dim() - 1))
@@ -19,7 +19,7 @@ def _join(x: Tensor, samples: Tensor, scale: Tensor) -> Tensor:
     return joined.flatten(1, 2)
 
 
-class Units:
+class Users:
     """Which samples belong together.
 
     Without users, every sample is a unit of its own. With users, units of similar size (within a
@@ -30,7 +30,7 @@ class Units:
         count: number of units.
         of_sample: [B] the unit of each sample, or None where every sample is its own.
         weights: [B] the factors of the samples within their unit, or None.
-        ids: [units] the users' ids, or None.
+        ids: [U] the users' ids, or None.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Units:
             grads: tensors [B, T, ...], gradients of outputs: the samples' weights apply to these.
 
         Returns:
-            [units] norms, float64 where units are users, else as they come.
+            [U] norms, float64 where units are users, else as they come.
         """
         if self.of_sample is None:
             return norms(*inputs, *grads)
@@ -94,7 +94,7 @@ class Units:
         return found
 
     def sample_factors(self, factor: Tensor) -> Tensor:
-        """[units] factors -> [B] factors of the samples."""
+        """[U] factors -> [B] factors of the samples."""
         if self.of_sample is None:
             return factor
         assert self.weights is not None

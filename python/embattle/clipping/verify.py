@@ -1,0 +1,318 @@
+"""Whether clipped gradients are right: probes that compare them with autograd's.
+
+*Row probe*: with random weights r, one per loss, the gradient of sum_b r_b loss_b at a layer's
+output must be r_b times that of sum_b loss_b in every row of sample b. That tells which dim holds
+the samples, whatever the sizes, and that no loss reaches another sample's rows.
+
+*Linear probe*: the weighted sums S(r) that the rules make, without clipping, must equal autograd's
+gradient of sum_b r_b loss_b, parameter by parameter.
+
+*One-hot probe*: the norm of S(e_b), which the sums' path gives for one random sample or user b, must
+equal the norm that the norms' path gives.
+
+Differences are relative to the size of what was summed, not of the sum, which may cancel.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from embattle.clipping.context import Layout, tolerance
+from embattle.clipping.grad_sample import GradSample
+from embattle.clipping.graph import Entries, Record
+from embattle.clipping.norms import Named, weighted_gradient
+from embattle.clipping.users import Users
+
+Of: TypeAlias = dict[Parameter, list[GradSample]]
+Verify = Literal["always", "sampled", "first"]
+# One in so many steps is checked, and how often a structure is again where zeros hid something.
+SHARE = 64
+_AGAIN = 16
+# Differences below this part of the largest gradient are rounding, relative to the tolerance.
+_FLOOR = 1e-3
+_KNOWN = 4096
+
+
+@dataclass
+class Known:
+    """What checks have found out about graphs of one signature.
+
+    Attributes:
+        layouts: of each entry; None where it has had no gradient.
+        seen: for each entry, which rows of its samples have had one.
+        unsure: whether zeros let several layouts fit.
+        done: whether every row has had a gradient, and no other layout fits.
+    """
+
+    layouts: list[Layout | None] = field(default_factory=list)
+    seen: list[Tensor | None] = field(default_factory=list)
+    unsure: bool = False
+    done: bool = False
+
+
+class Verifier:
+    """Decides when to check, and remembers what checks have found out."""
+
+    def __init__(self, verify: Verify) -> None:
+        """As PerSampleClipper's verify says."""
+        self.verify = verify
+        self._random = random.Random(0)
+        self._known: dict[object, Known] = {}
+        self._again: dict[object, int] = {}
+
+    def known(self, signature: object, structure: object) -> Known | None:
+        """What is known of a graph, or None where it must be checked now."""
+        chosen = self.verify == "sampled" and self._random.random() < 1 / SHARE
+        found = self._known.get(signature)
+        if found is None or chosen or self.verify == "always":
+            return None
+        if not found.done and self._again.get(structure, 0) < _AGAIN:
+            self._again[structure] = self._again.get(structure, 0) + 1
+            return None
+        return found
+
+    def weights(self, like: Tensor) -> Tensor:
+        """r: random weights of losses."""
+        generator = torch.Generator().manual_seed(self._random.getrandbits(62))
+        draw = torch.randn(like.shape, dtype=torch.float64, generator=generator)
+        return draw.to(like.device)
+
+    def choose(self, count: int) -> int:
+        """A random sample or user."""
+        return self._random.randrange(count)
+
+    def remember(self, signature: object, found: Known) -> None:
+        """Keeps what a check that passed has found out."""
+        before = self._known.get(signature)
+        if before is not None and before.layouts == found.layouts:
+            found.seen = [
+                new if old is None or new is None or old.shape != new.shape else old | new
+                for old, new in zip(before.seen, found.seen, strict=True)
+            ]
+        found.done = not found.unsure and all(
+            seen is None or bool(seen.all()) for seen in found.seen
+        )
+        if len(self._known) > _KNOWN:
+            self._known.clear()
+        self._known[signature] = found
+
+
+def _parts(grad: Tensor, layout: Layout, values: Tensor) -> Tensor:
+    """values [B] as a factor of grad, each row its sample's."""
+    x = grad.flatten(layout.first, layout.last) if layout.last > layout.first else grad
+    rows = layout.of_samples(values, x.shape[layout.first])
+    shape = [1] * x.dim()
+    shape[layout.first] = len(rows)
+    return rows.reshape(shape)
+
+
+def find_layouts(entries: Entries, probed: Entries, r: Tensor) -> Known:
+    """The row probe: each entry's layout.
+
+    Args:
+        entries: gradients of sum_b loss_b, a record's each.
+        probed: the same of sum_b r_b loss_b.
+        r: [B].
+
+    Raises:
+        ValueError: naming the first layer for which no layout fits.
+    """
+    samples = len(r)
+    found = Known()
+    if len(entries) != len(probed):
+        raise RuntimeError(
+            "PerSampleClipper: two backward passes through the losses' graph found different "
+            "layers; a checkpointed part must compute the same each time"
+        )
+    for (record, grad), (_, other) in zip(entries, probed, strict=True):
+        if grad is None or other is None:
+            found.layouts.append(None)
+            found.seen.append(None)
+            continue
+        whole, wanted = record.shaped(grad), record.shaped(other)
+        fits = []
+        candidates = record.layouts(whole, samples)
+        limit = tolerance(grad.dtype)
+        for layout in candidates:
+            merged = whole.flatten(layout.first, layout.last)
+            factor = _parts(whole, layout, r).to(torch.promote_types(grad.dtype, torch.float32))
+            expected = merged * factor
+            away = (wanted.flatten(layout.first, layout.last) - expected).abs()
+            scale = torch.maximum(expected.abs().max(), (merged.abs().max() * r.abs().max()))
+            if not away.numel() or bool(away.max() <= limit * scale):
+                fits.append(layout)
+        if not fits:
+            raise _no_layout(record, whole, candidates, samples)
+        found.layouts.append(fits[0])
+        # Several fit while zeros hide the difference; for this batch they are then all right.
+        found.unsure |= len(fits) > 1
+        found.seen.append((fits[0].to_front(whole, samples).flatten(2) != 0).any(2))
+    return found
+
+
+def likely_layouts(entries: Entries, samples: int) -> list[Layout | None]:
+    """The entries' layouts as the sizes suggest them, where nothing can be checked.
+
+    Raises:
+        ValueError: no dim of an entry can hold the samples.
+    """
+    found = []
+    for record, grad in entries:
+        if grad is None:
+            found.append(None)
+            continue
+        whole = record.shaped(grad)
+        candidates = record.layouts(whole, samples)
+        if not candidates:
+            raise _no_layout(record, whole, candidates, samples)
+        found.append(candidates[0])
+    return found
+
+
+def _no_layout(
+    record: Record, grad: Tensor, candidates: Sequence[Layout], samples: int
+) -> ValueError:
+    name, kind = record.layer.name, type(record.layer.module).__name__
+    if not candidates:
+        return ValueError(
+            f"PerSampleClipper: no dim of the output of layer '{name}' ({kind}), of shape "
+            f"{tuple(grad.shape)}, holds a row for each of the {samples} losses. Name the layer in "
+            "broadcast if its input is the same for all samples; give backward one loss for each "
+            "sample that the model has seen, and leave samples out by weights="
+        )
+    return ValueError(
+        f"PerSampleClipper: in layer '{name}' ({kind}) the losses of some samples depend on the "
+        f"rows of other samples, in whatever dim of its output {tuple(grad.shape)} the "
+        f"{samples} samples are taken to be, so there are no per-sample gradients. Batch "
+        "statistics, in-batch negatives, sorting and listwise losses couple samples; losses[mask] "
+        "leaves samples out (use weights=); a layer whose input is the same for all samples "
+        "(positions) needs broadcast=[name]"
+    )
+
+
+def check_sums(
+    named: Named, of: Of, truth: Sequence[Tensor | None], r: Tensor
+) -> float:
+    """The linear probe.
+
+    Args:
+        named: the trained parameters.
+        of: their grad samples; left as they are.
+        truth: for each parameter, autograd's gradient of sum_b r_b loss_b.
+        r: [B].
+
+    Returns:
+        The largest size of a sum.
+
+    Raises:
+        RuntimeError: naming the first parameter whose sum differs.
+    """
+    sizes: dict[Parameter, float] = {}
+    for _, p in named:
+        own = of.get(p)
+        if own is not None:
+            squared = torch.stack([each.squared_size() for each in own]).sum(0)
+            sizes[p] = float((r.square() * squared).sum().sqrt())
+    largest = max(sizes.values(), default=0.0)
+    for (name, p), wanted in zip(named, truth, strict=True):
+        own = of.get(p)
+        if wanted is None and own is None:
+            continue
+        if own is None:
+            found = None
+        else:
+            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            found = weighted_gradient(own, r.to(dtype), p)
+        limit = tolerance(_lowest(p, own)) * max(sizes.get(p, 0.0), _FLOOR * largest)
+        away = _distance(found, wanted)
+        if not away <= limit:
+            raise RuntimeError(
+                f"PerSampleClipper: the per-sample gradients of parameter '{name}' do not add up "
+                f"to autograd's gradient (they are {away:.3g} apart, of {sizes.get(p, 0.0):.3g}). "
+                "A use of it is missing or not what its layer's rule takes it for; rewrite that "
+                "use with plain layers, or freeze the parameter"
+            )
+    return largest
+
+
+def _lowest(parameter: Parameter, own: Sequence[object] | None) -> torch.dtype:
+    """The least exact dtype that took part."""
+    dtypes = [parameter.dtype, *(getattr(each, "grad").dtype for each in own or ())]
+    return max(dtypes, key=tolerance)
+
+
+def _distance(a: Tensor | None, b: Tensor | None) -> float:
+    if a is None or b is None:
+        x = b if a is None else a
+        assert x is not None
+        return float((x.coalesce().values() if x.is_sparse else x).double().norm())
+    if a.is_sparse != b.is_sparse:
+        a, b = a.to_dense(), b.to_dense()
+    away = a - b
+    return float((away.coalesce().values() if away.is_sparse else away).double().norm())
+
+
+def check_norms(
+    named: Named, of: Of, users: Users, norms: Tensor, user: int, largest: float
+) -> None:
+    """The one-hot probe.
+
+    Args:
+        named: the trained parameters.
+        of: their grad samples; left as they are.
+        users: the samples' users.
+        norms: [U], or [U, parameters].
+        user: the sample or user to look at.
+        largest: the size of the gradients.
+
+    Raises:
+        RuntimeError: the norm is not that of the gradient.
+    """
+    if users.of_sample is None:
+        rows = torch.tensor([user], device=norms.device)
+        factor = torch.ones(1, dtype=torch.float64, device=norms.device)
+    else:
+        rows = (users.of_sample == user).nonzero().flatten()
+        assert users.weights is not None
+        factor = users.weights[rows]
+    total = torch.zeros((), dtype=torch.float64)
+    total_size = 0.0
+    lowest = torch.float64
+    for column, (name, p) in enumerate(named):
+        own = of.get(p)
+        if own is None:
+            continue
+        part = [each.select(rows) for each in own]
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        squared = torch.stack([each.squared_size() for each in part]).sum(0)
+        size = float((factor.square() * squared).sum().sqrt())
+        gradient = weighted_gradient(part, factor.to(dtype), p)
+        values = gradient.coalesce().values() if gradient.is_sparse else gradient
+        square = float(values.double().square().sum())
+        precision = _lowest(p, own)
+        if norms.dim() == 2:
+            _compare(float(norms[user, column]), square**0.5, size, precision, largest, f" '{name}'")
+        total += square
+        total_size = (total_size**2 + size**2) ** 0.5
+        lowest = max(lowest, precision, key=tolerance)
+    if norms.dim() == 1:
+        _compare(float(norms[user]), float(total) ** 0.5, total_size, lowest, largest, "s")
+
+
+def _compare(
+    norm: float, wanted: float, size: float, dtype: torch.dtype, largest: float, what: str
+) -> None:
+    if not abs(norm - wanted) <= tolerance(dtype) * max(size, _FLOOR * largest):
+        raise RuntimeError(
+            f"PerSampleClipper: the norm {norm:.6g} of a sample's gradient of the parameter{what} "
+            f"is not that of the gradient itself, {wanted:.6g}. This is a defect of the rules for "
+            "the layers that use it; freeze it or use mode='per_layer' to find it, and please "
+            "report it"
+        )
