@@ -33,6 +33,7 @@ from embattle.clipping.verify import (
     check_sums,
     find_layouts,
     likely_layouts,
+    precision,
 )
 
 Weights = Tensor | Callable[[Tensor], Tensor] | None
@@ -407,7 +408,8 @@ class PerSampleClipper:
             probed, found.truth = graph.gradients(
                 losses, (seeds * r).to(losses.dtype), parameters, retain_graph=retain_graph
             )
-            found.r, found.probed = r, find_layouts(entries, probed, r)
+            found.limit = precision(self._named, entries)
+            found.r, found.probed = r, find_layouts(entries, probed, r, found.limit)
             found.signature = signature
             del probed
             places = found.probed.layouts
@@ -442,8 +444,9 @@ class PerSampleClipper:
     ) -> None:
         if found.probed is None:
             return
-        largest = check_sums(self._named, of, found.truth, found.r)
-        check_norms(self._named, of, users, norms, self._verifier.choose(users.count), largest)
+        limit, user = found.limit, self._verifier.choose(users.count)
+        largest = check_sums(self._named, of, found.truth, found.r, limit)
+        check_norms(self._named, of, users, norms, user, limit, largest)
         self._verifier.remember(found.signature, found.probed)
 
     def _refuse_changes(self, graph: Graph) -> None:
@@ -547,14 +550,16 @@ class _Pass:
     Attributes:
         grad_samples: of each parameter.
         leaves: nodes of leaves that are not the model's, and their gradients.
-        r, truth, probed, signature: of a pass that is checked: the probe's weights, each
-            parameter's gradient under them, the layouts, and what to remember them by.
+        r, truth, limit, probed, signature: of a pass that is checked: the probe's weights, each
+            parameter's gradient under them, how exact it is, the layouts, and what to remember
+            them by.
     """
 
     grad_samples: dict[Parameter, list[GradSample]] = field(default_factory=dict)
     leaves: list[tuple[Any, Tensor]] = field(default_factory=list)
     r: Tensor = field(default_factory=lambda: torch.zeros(0))
     truth: list[Tensor | None] = field(default_factory=list)
+    limit: float = 0.0
     probed: Known | None = None
     signature: object = None
 

@@ -410,7 +410,7 @@ class DenseGradSample:
         factor = factor.to(grad.dtype)
         if grad.dim() == 2:
             return torch.mv(grad.t(), factor)
-        return torch.mv(grad.flatten(1).t(), factor).reshape(grad.shape[1:])
+        return torch.mv(grad.unsqueeze(-1).flatten(1).t(), factor).reshape(grad.shape[1:])
 
     def cleaned(self, bad: Tensor) -> DenseGradSample:
         """The same with the samples marked in bad [B] set to zero."""

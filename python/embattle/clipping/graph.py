@@ -163,7 +163,7 @@ class Graph:
         if variable is None:
             return
         if variable in self.context.names:
-            self.stray = self.stray or variable
+            self.stray = variable
         else:
             self.leaves.append(node)
 

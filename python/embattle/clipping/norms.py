@@ -137,7 +137,7 @@ def _dense_norms(grads: Sequence[Tensor], users: Users) -> Tensor:
     def norms(*members: Tensor) -> Tensor:
         return ops.per_sample_norm([grad.sum(1) for grad in members])
 
-    return users.gather(norms, [], [grad.unsqueeze(1).flatten(2) for grad in grads])
+    return users.gather(norms, [], [grad.unsqueeze(-1).flatten(1)[:, None] for grad in grads])
 
 
 def _joint_norms(parts: Sequence[Tensor]) -> Tensor:

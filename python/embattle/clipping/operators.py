@@ -382,7 +382,7 @@ class Operators(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         context = self.layer.context
-        if context.silent or getattr(func, "__name__", "") == "__get__":
+        if context.silent:
             return func(*args, **kwargs)
         tensors = _tensors(args, kwargs)
         if not any(self.source(t) is not None for t in tensors):

@@ -15,6 +15,7 @@ Differences are relative to the size of what was summed, not of the sum, which m
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -113,13 +114,20 @@ def _parts(grad: Tensor, layout: Layout, values: Tensor) -> Tensor:
     return rows.reshape(shape)
 
 
-def find_layouts(entries: Entries, probed: Entries, r: Tensor) -> Known:
+def precision(named: Named, entries: Entries) -> float:
+    """How far rounding may take the probes' two sides apart: that of the least exact dtype."""
+    dtypes = {p.dtype for _, p in named} | {grad.dtype for _, grad in entries if grad is not None}
+    return max(map(tolerance, dtypes))
+
+
+def find_layouts(entries: Entries, probed: Entries, r: Tensor, limit: float) -> Known:
     """The row probe: each entry's layout.
 
     Args:
         entries: gradients of sum_b loss_b, a record's each.
         probed: the same of sum_b r_b loss_b.
         r: [B].
+        limit: see `precision`.
 
     Raises:
         ValueError: naming the first layer for which no layout fits.
@@ -139,7 +147,6 @@ def find_layouts(entries: Entries, probed: Entries, r: Tensor) -> Known:
         whole, wanted = record.shaped(grad), record.shaped(other)
         fits = []
         candidates = record.layouts(whole, samples)
-        limit = tolerance(grad.dtype)
         for layout in candidates:
             merged = whole.flatten(layout.first, layout.last)
             factor = _parts(whole, layout, r).to(torch.promote_types(grad.dtype, torch.float32))
@@ -198,7 +205,7 @@ def _no_layout(
 
 
 def check_sums(
-    named: Named, of: Of, truth: Sequence[Tensor | None], r: Tensor
+    named: Named, of: Of, truth: Sequence[Tensor | None], r: Tensor, limit: float
 ) -> float:
     """The linear probe.
 
@@ -207,6 +214,7 @@ def check_sums(
         of: their grad samples; left as they are.
         truth: for each parameter, autograd's gradient of sum_b r_b loss_b.
         r: [B].
+        limit: see `precision`.
 
     Returns:
         The largest size of a sum.
@@ -214,53 +222,22 @@ def check_sums(
     Raises:
         RuntimeError: naming the first parameter whose sum differs.
     """
-    sizes: dict[Parameter, float] = {}
-    for _, p in named:
-        own = of.get(p)
-        if own is not None:
-            squared = torch.stack([each.squared_size() for each in own]).sum(0)
-            sizes[p] = float((r.square() * squared).sum().sqrt())
-    largest = max(sizes.values(), default=0.0)
-    for (name, p), wanted in zip(named, truth, strict=True):
-        own = of.get(p)
-        if wanted is None and own is None:
-            continue
-        if own is None:
-            found = None
-        else:
-            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            found = weighted_gradient(own, r.to(dtype), p)
-        limit = tolerance(_lowest(p, own)) * max(sizes.get(p, 0.0), _FLOOR * largest)
-        away = _distance(found, wanted)
-        if not away <= limit:
+    sizes = [_size(of.get(p, []), r) for _, p in named]
+    largest = max(sizes, default=0.0)
+    for (name, p), size, wanted in zip(named, sizes, truth, strict=True):
+        away = _distance(_weighted(of.get(p, []), r, p), wanted)
+        if not away <= limit * max(size, _FLOOR * largest):
             raise RuntimeError(
                 f"PerSampleClipper: the per-sample gradients of parameter '{name}' do not add up "
-                f"to autograd's gradient (they are {away:.3g} apart, of {sizes.get(p, 0.0):.3g}). "
-                "A use of it is missing or not what its layer's rule takes it for; rewrite that "
-                "use with plain layers, or freeze the parameter"
+                f"to autograd's gradient: they are {away:.3g} apart, of {size:.3g}. A use of it is "
+                "missing, or not what its layer's rule takes it for; rewrite that use with plain "
+                "layers, or freeze the parameter"
             )
     return largest
 
 
-def _lowest(parameter: Parameter, own: Sequence[object] | None) -> torch.dtype:
-    """The least exact dtype that took part."""
-    dtypes = [parameter.dtype, *(getattr(each, "grad").dtype for each in own or ())]
-    return max(dtypes, key=tolerance)
-
-
-def _distance(a: Tensor | None, b: Tensor | None) -> float:
-    if a is None or b is None:
-        x = b if a is None else a
-        assert x is not None
-        return float((x.coalesce().values() if x.is_sparse else x).double().norm())
-    if a.is_sparse != b.is_sparse:
-        a, b = a.to_dense(), b.to_dense()
-    away = a - b
-    return float((away.coalesce().values() if away.is_sparse else away).double().norm())
-
-
 def check_norms(
-    named: Named, of: Of, users: Users, norms: Tensor, user: int, largest: float
+    named: Named, of: Of, users: Users, norms: Tensor, user: int, limit: float, largest: float
 ) -> None:
     """The one-hot probe.
 
@@ -270,49 +247,58 @@ def check_norms(
         users: the samples' users.
         norms: [U], or [U, parameters].
         user: the sample or user to look at.
+        limit: see `precision`.
         largest: the size of the gradients.
 
     Raises:
         RuntimeError: the norm is not that of the gradient.
     """
-    if users.of_sample is None:
+    if users.of_sample is None or users.weights is None:
         rows = torch.tensor([user], device=norms.device)
         factor = torch.ones(1, dtype=torch.float64, device=norms.device)
     else:
         rows = (users.of_sample == user).nonzero().flatten()
-        assert users.weights is not None
         factor = users.weights[rows]
-    total = torch.zeros((), dtype=torch.float64)
-    total_size = 0.0
-    lowest = torch.float64
-    for column, (name, p) in enumerate(named):
-        own = of.get(p)
-        if own is None:
-            continue
-        part = [each.select(rows) for each in own]
-        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        squared = torch.stack([each.squared_size() for each in part]).sum(0)
-        size = float((factor.square() * squared).sum().sqrt())
-        gradient = weighted_gradient(part, factor.to(dtype), p)
-        values = gradient.coalesce().values() if gradient.is_sparse else gradient
-        square = float(values.double().square().sum())
-        precision = _lowest(p, own)
-        if norms.dim() == 2:
-            _compare(float(norms[user, column]), square**0.5, size, precision, largest, f" '{name}'")
-        total += square
-        total_size = (total_size**2 + size**2) ** 0.5
-        lowest = max(lowest, precision, key=tolerance)
+    wanted, sizes = [], []
+    for _, p in named:
+        own = [each.select(rows) for each in of.get(p, [])]
+        gradient = _weighted(own, factor, p)
+        wanted.append(0.0 if gradient is None else _norm(gradient))
+        sizes.append(_size(own, factor))
+    found = norms[user].reshape(-1).tolist()
+    names = [f" '{name}'" for name, _ in named]
     if norms.dim() == 1:
-        _compare(float(norms[user]), float(total) ** 0.5, total_size, lowest, largest, "s")
+        wanted, sizes, names = [math.hypot(*wanted)], [math.hypot(*sizes)], ["s"]
+    for norm, exact, size, name in zip(found, wanted, sizes, names, strict=True):
+        if not abs(norm - exact) <= limit * max(size, _FLOOR * largest):
+            raise RuntimeError(
+                f"PerSampleClipper: the norm {norm:.6g} of a sample's gradient of the parameter"
+                f"{name} is not that of the gradient itself, {exact:.6g}. This is a defect of the "
+                "rules for the layers that use it: freeze it (mode='per_layer' tells which), and "
+                "please report it"
+            )
 
 
-def _compare(
-    norm: float, wanted: float, size: float, dtype: torch.dtype, largest: float, what: str
-) -> None:
-    if not abs(norm - wanted) <= tolerance(dtype) * max(size, _FLOOR * largest):
-        raise RuntimeError(
-            f"PerSampleClipper: the norm {norm:.6g} of a sample's gradient of the parameter{what} "
-            f"is not that of the gradient itself, {wanted:.6g}. This is a defect of the rules for "
-            "the layers that use it; freeze it or use mode='per_layer' to find it, and please "
-            "report it"
-        )
+def _weighted(own: list[GradSample], factor: Tensor, p: Parameter) -> Tensor | None:
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    return weighted_gradient(own, factor.to(dtype), p) if own else None
+
+
+def _size(own: list[GradSample], factor: Tensor) -> float:
+    """The root of the summed squares of what the weighted gradient sums."""
+    if not own:
+        return 0.0
+    squares = torch.stack([each.squared_size() for each in own]).sum(0)
+    return float((factor.square() * squares).sum().sqrt())
+
+
+def _norm(x: Tensor) -> float:
+    return float((x.coalesce().values() if x.is_sparse else x).double().norm())
+
+
+def _distance(a: Tensor | None, b: Tensor | None) -> float:
+    if a is None or b is None:
+        return 0.0 if a is b else _norm(a if b is None else b)  # type: ignore[arg-type]
+    if a.is_sparse != b.is_sparse:
+        a, b = a.to_dense(), b.to_dense()
+    return _norm(a - b)
