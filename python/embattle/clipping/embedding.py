@@ -143,7 +143,13 @@ def _(
         raise ValueError(f"PerSampleClipper: layer '{layer.name}' got 1-D indices without offsets")
     elif include_last_offset:
         ends = offsets.long()
-        used = int(ends[-1])  # what comes behind is in no bag
+        used = int(ends[-1])  # in mode "sum", what comes behind is in no bag
+        if used < len(input) and mode != "sum":
+            raise ValueError(
+                f"PerSampleClipper: layer '{layer.name}' got {len(input)} indices, of which its "
+                f"last offset leaves out {len(input) - used}; torch counts them in part in mode "
+                f"{mode!r}: leave them out of the indices"
+            )
         input = input[:used]
         per_sample_weights = None if per_sample_weights is None else per_sample_weights[:used]
     else:

@@ -160,7 +160,7 @@ def find_layouts(entries: Entries, probed: Entries, r: Tensor, limit: float) -> 
         found.layouts.append(fits[0])
         # Several fit while zeros hide the difference; for this batch they are then all right.
         found.unsure |= len(fits) > 1
-        found.seen.append((fits[0].to_front(whole, samples).flatten(2) != 0).any(2))
+        found.seen.append((fits[0].to_front(whole, samples)[..., None].flatten(2) != 0).any(2))
     return found
 
 
