@@ -143,15 +143,16 @@ def _(
         raise ValueError(f"PerSampleClipper: layer '{layer.name}' got 1-D indices without offsets")
     elif include_last_offset:
         ends = offsets.long()
-        used = int(ends[-1])  # in mode "sum", what comes behind is in no bag
-        if used < len(input) and mode != "sum":
-            raise ValueError(
-                f"PerSampleClipper: layer '{layer.name}' got {len(input)} indices, of which its "
-                f"last offset leaves out {len(input) - used}; torch counts them in part in mode "
-                f"{mode!r}: leave them out of the indices"
-            )
-        input = input[:used]
-        per_sample_weights = None if per_sample_weights is None else per_sample_weights[:used]
+        left = len(input) - int(ends[-1])
+        if left:
+            # The last bag's, as torch has it where it is of one mind.
+            if mode != "max" and weight.dtype != torch.float64:
+                raise ValueError(
+                    f"PerSampleClipper: layer '{layer.name}' got {len(input)} indices, of which "
+                    f"its last offset leaves out {left}. In {weight.dtype} torch's forward and "
+                    "backward disagree on which bag they belong to; leave them out of the indices"
+                )
+            ends = torch.cat([ends[:-1], ends.new_full((1,), len(input))])
     else:
         ends = torch.cat([offsets.long(), offsets.new_full((1,), len(input)).long()])
     if mode == "max":
