@@ -47,7 +47,7 @@ class Known:
 
     Attributes:
         layouts: of each entry; None where it has had no gradient.
-        seen: for each entry, which rows of its samples have had one.
+        seen: for each entry [B, K], which rows of its samples have had one.
         unsure: whether zeros let several layouts fit.
         done: whether every row has had a gradient, and no other layout fits.
     """
@@ -93,8 +93,12 @@ class Verifier:
         """Keeps what a check that passed has found out."""
         before = self._known.get(signature)
         if before is not None and before.layouts == found.layouts:
+            # Where a sample has several rows, all must show at once: losses[mask] shows others
+            # each time, until all have been shown and none told apart.
             found.seen = [
-                new if old is None or new is None or old.shape != new.shape else old | new
+                old | new
+                if old is not None and new is not None and new.shape[1] == old.shape[1] == 1
+                else new
                 for old, new in zip(before.seen, found.seen, strict=True)
             ]
         found.done = not found.unsure and all(
