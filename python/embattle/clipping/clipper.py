@@ -191,14 +191,27 @@ class PerSampleClipper:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Puts the model's own forwards back."""
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Puts the model's own forwards back.
+
+        Raises:
+            RuntimeError: in place of one of torch's that comes after inputs were spread over the
+                batch, which may be why.
+        """
         stack, self._stack = self._stack, None
         context = self._context
         context.batch_size, context.declared = None, False
         context.ran_without_grad = False
+        spread, context.spread = context.spread, set()
         if stack is not None:
             stack.close()
+        if spread and type(error) is RuntimeError and "PerSampleClipper" not in str(error):
+            raise RuntimeError(
+                f"PerSampleClipper: the model failed: {error}. If it does not without the clipper: "
+                f"the inputs of {sorted(spread)} have size 1 where samples are taken to be, and "
+                "were given a row for every sample. If the samples are in another dim of theirs, "
+                "say so by batch_dim={name: dim}"
+            ) from error
 
     def _install(self, stack: ExitStack) -> None:
         current: list[object] = []
@@ -373,6 +386,7 @@ class PerSampleClipper:
         seeds = torch.full_like(losses, loss_scale)
         if samples == 1:
             # The gradient of one loss is autograd's, whatever the model does.
+            self._refuse_spread(graph)
             _, grads = graph.gradients(
                 losses, seeds, [*parameters, *leaves], retain_graph=retain_graph, edges=False
             )
@@ -386,15 +400,16 @@ class PerSampleClipper:
         known = self._verifier.known(signature, (graph.structure, self._version))
         if graph.nested:
             known = None
+        unseen = known is None or None in known.layouts
         entries, grads = graph.gradients(
-            losses, seeds, leaves, retain_graph=retain_graph or known is None
+            losses, seeds, leaves, retain_graph=retain_graph or unseen
         )
         found.keep(graph, grads)
         if known is not None and any(
             layout is None and grad is not None
             for layout, (_, grad) in zip(known.layouts, entries, strict=True)
         ):
-            raise AssertionError
+            known = None
         finite = known is not None or all(
             grad is None or bool(grad.isfinite().all()) for _, grad in entries
         )
@@ -413,6 +428,7 @@ class PerSampleClipper:
             found.signature = signature
             del probed
             places = found.probed.layouts
+        self._context.probed = found.probed is not None
         self._deliver(entries, places, samples, found.grad_samples)
         if not retain_graph:
             graph.forget_inputs()
@@ -504,6 +520,17 @@ class PerSampleClipper:
                 f"{tuple(users.shape)}"
             )
         return Users(samples, users.to(losses.device), weights)
+
+    @staticmethod
+    def _refuse_spread(graph: Graph) -> None:
+        """A single loss cannot tell whether several rows for one have changed it."""
+        for _, record in graph.records:
+            if record.spread_dim is not None:
+                raise ValueError(
+                    f"PerSampleClipper: the input of layer '{record.layer.name}' was given a row "
+                    "for each of several samples, but there is a single loss. Call "
+                    "clipper.expect(1) before the model, or say by batch_dim where samples are"
+                )
 
     def _refuse_stray(self, stray: Parameter | None) -> None:
         if stray is not None:

@@ -23,6 +23,8 @@ class Context:
         backward: whether one of the clipper's own backward passes runs.
         collected: what that pass has delivered where it starts others; else None.
         ran_without_grad: whether a layer ran where no graph was built.
+        spread: layers whose input has been given a row for every sample in this block.
+        probed: whether what is delivered now is checked.
         compare: whether layers that go through torch.func compare themselves with their module.
     """
 
@@ -35,6 +37,8 @@ class Context:
         self.backward = False
         self.collected: list[tuple[object, Tensor]] | None = None
         self.ran_without_grad = False
+        self.spread: set[str] = set()
+        self.probed = False
         self.compare = False
 
 
@@ -42,27 +46,31 @@ class Layout(NamedTuple):
     """Where a tensor's dims hold the samples.
 
     Attributes:
-        first, last: the dims, both included, taken as one; its size is a multiple of B.
-        minor: whether row ``k * B + b`` of them is sample b's, instead of row ``b * K + k``.
+        first, last: the dims, both included, taken as one.
+        inner: how many of its rows in a row are of one sample: row ``(k * B + b) * inner + i`` is
+            sample b's.
     """
 
     first: int
     last: int
-    minor: bool
+    inner: int
 
     def of_samples(self, values: Tensor, rows: int) -> Tensor:
         """values [B] -> [rows]: each row's sample's."""
-        times = rows // max(len(values), 1)
-        return values.repeat(times) if self.minor else values.repeat_interleave(times)
+        outer = rows // max(len(values) * self.inner, 1)
+        return values.repeat_interleave(self.inner).repeat(outer)
 
     def to_front(self, x: Tensor, samples: int) -> Tensor:
         """x -> [B, K, other dims]."""
         x = x.flatten(self.first, self.last) if self.last > self.first else x
         x = x.movedim(self.first, 0) if self.first else x
         times = x.shape[0] // samples
-        if self.minor:
-            return x.reshape(times, samples, *x.shape[1:]).transpose(0, 1)
-        return x.unsqueeze(1) if times == 1 else x.reshape(samples, times, *x.shape[1:])
+        if times == 1:
+            return x.unsqueeze(1)
+        if self.inner == times:
+            return x.reshape(samples, times, *x.shape[1:])
+        x = x.reshape(times // self.inner, samples, self.inner, *x.shape[1:])
+        return x.transpose(0, 1).flatten(1, 2)
 
     def tokens(self, x: Tensor, samples: int, features: int) -> Tensor:
         """x -> [B, T, *features], where the last `features` dims stay."""
@@ -77,33 +85,28 @@ class Layout(NamedTuple):
         return x.reshape(samples, math.prod(x.shape[1 : x.dim() - features]), *own)
 
 
-def layouts(shape: Sequence[int], dims: Sequence[int], samples: int) -> list[Layout]:
-    """All layouts that the sizes allow, the likeliest first.
+def layouts(shape: Sequence[int], dims: Sequence[int], samples: int) -> list[list[Layout]]:
+    """All layouts that the sizes allow, the likeliest first, those of the same dims together.
 
     Args:
         shape: a tensor's.
         dims: which of its dims may hold samples, the likeliest first.
         samples: B.
     """
+    ranges = [(dim, dim) for dim in sorted(dims, key=lambda dim: shape[dim] != samples)]
+    ranges += [(a, b) for a in sorted(dims) for b in range(a + 1, len(shape)) if b in dims]
     found = []
-    for dim in dims:
-        if shape[dim] and shape[dim] % samples == 0:
-            found.append(Layout(dim, dim, False))
-    exact = len(found)
-    for dim in dims:
-        if shape[dim] > samples and shape[dim] % samples == 0:
-            found.append(Layout(dim, dim, True))
-    allowed = sorted(dims)
-    for first in allowed:
-        size = shape[first]
-        for last in range(first + 1, len(shape)):
-            if last not in allowed:
-                break
-            size *= shape[last]
-            if size and size % samples == 0 and shape[first] % samples and shape[last] % samples:
-                found.append(Layout(first, last, False))
-    # One sample a row before several.
-    return sorted(found[:exact], key=lambda x: shape[x.first] != samples) + found[exact:]
+    for first, last in ranges:
+        size = math.prod(shape[first : last + 1])
+        parts = all(dim in dims for dim in range(first, last + 1))
+        whole = first == last or all(shape[dim] % samples for dim in range(first, last + 1))
+        if size and size % samples == 0 and parts and whole:
+            times = size // samples
+            inner = [n for n in range(1, times + 1) if times % n == 0]
+            # Rows of one sample side by side, rows of all samples in turn, something between.
+            inner = [times, *inner[:-1]] if times > 1 else inner
+            found.append([Layout(first, last, n) for n in inner])
+    return found
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -35,7 +35,8 @@ class _Conv(Record):
         out = layout.tokens(grad, samples, features)
         if self.bias is not None:
             spatial = tuple(range(3, out.dim()))
-            put(add, self.bias, DenseGradSample(out.sum((1, *spatial)), out))
+            terms = out if self.layer.context.probed else None
+            put(add, self.bias, DenseGradSample(out.sum((1, *spatial)), terms))
         if self.weight is None:
             return
         x = layout.tokens(self.checked_input(), samples, features).to(out.dtype)

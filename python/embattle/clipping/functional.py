@@ -113,9 +113,9 @@ class Functional:
             context.ran_without_grad = True
         trained = [p for p in self.module.parameters() if p in context.names]
         leaves, spec = tree_flatten((args, kwargs))
-        samples = self._samples(leaves)
+        samples, spread = self._samples(leaves)
         values = [
-            expand(layer, p, p, (samples, *p.shape)) for p in trained
+            expand(layer, p, p, (samples, *p.shape), 0 if spread else None) for p in trained
         ]
         outs, out_spec = self._mapped(leaves, spec, samples, trained, values, still=False)
         sizes = tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))
@@ -223,20 +223,22 @@ class Functional:
             raise ValueError(f"for one sample it returned a tensor of shape {tuple(x.shape)}")
         return x.squeeze(dim)
 
-    def _samples(self, leaves: list[Any]) -> int:
-        sizes = [
-            leaf.shape[self.layer.batch_dim]
-            for leaf in leaves
-            if isinstance(leaf, Tensor) and leaf.dim() > self.layer.batch_dim
-        ]
-        known = self.layer.context.batch_size
-        if known is not None and (known in sizes or not sizes or self.layer.broadcast):
-            return known
-        if sizes and (known is None or sizes[0] != 1):
-            return int(sizes[0])
-        if known is not None:
-            return known
-        raise self.layer.unknown_size()
+    def _samples(self, leaves: list[Any]) -> tuple[int, bool]:
+        """How many samples there are, and whether the inputs are the same for all of them."""
+        layer = self.layer
+        inputs = [x for x in leaves if isinstance(x, Tensor) and x.dim() > layer.batch_dim]
+        sizes = [x.shape[layer.batch_dim] for x in inputs]
+        known = layer.context.batch_size
+        if known in sizes and not layer.broadcast:
+            assert known is not None
+            return known, False
+        same = all(size == 1 for size in sizes) and not any(x.requires_grad for x in inputs)
+        if known is not None and (same or layer.broadcast):
+            layer.context.spread.add(layer.name)
+            return known, True
+        if sizes and not layer.broadcast:
+            return int(sizes[0]), False
+        raise layer.unknown_size()
 
     def _dim(self, leaf: Any, samples: int) -> int | None:
         """Which dim of an argument to map over; None for what all samples share (a mask [T, T]).

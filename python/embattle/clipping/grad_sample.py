@@ -33,7 +33,7 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
     return scaled if scaled.dtype == x.dtype else scaled.to(x.dtype)
 
 
-def _squares(x: Tensor, dims: int) -> Tensor:
+def squares(x: Tensor, dims: int) -> Tensor:
     """Sums of squares over all but the first dims, float64."""
     return x.double().square().sum(tuple(range(dims, x.dim()))) if x.dim() > dims else x.double().square()
 
@@ -93,7 +93,7 @@ class LinearGradSample:
 
     def squared_size(self) -> Tensor:
         """[B] sums of the squared norms of what is summed over tokens."""
-        return (_squares(self.x, 2) * _squares(self.grad, 2)).sum(1)
+        return (squares(self.x, 2) * squares(self.grad, 2)).sum(1)
 
     def dense(self, shape: torch.Size) -> Tensor:
         """[B, *shape] per-sample gradients."""
@@ -177,7 +177,7 @@ class EmbeddingGradSample:
 
     def squared_size(self) -> Tensor:
         """[B] sums of the squared norms of what is summed over repeated rows."""
-        return _squares(self.masked(), 1)
+        return squares(self.masked(), 1)
 
     def dense(self, shape: torch.Size) -> Tensor:
         """[B, *shape] per-sample gradients."""
@@ -384,7 +384,7 @@ class ConvGradSample:
     def squared_size(self) -> Tensor:
         """[B] about the sums of the squared norms of what is summed over positions."""
         places = math.prod(self.grad.shape[3:])
-        return _squares(self.x, 1) * _squares(self.grad, 1) / math.sqrt(max(places, 1))
+        return squares(self.x, 1) * squares(self.grad, 1) / math.sqrt(max(places, 1))
 
     def dense(self, shape: torch.Size) -> Tensor:
         """[B, *shape] per-sample gradients."""
@@ -424,10 +424,10 @@ class DenseGradSample:
 
     def squared_size(self) -> Tensor:
         """[B] sums of the squared norms of what is summed."""
-        found = _squares(self.grad, 1)
+        found = squares(self.grad, 1)
         if self.terms is None:
             return found
-        terms = self.terms if self.terms.dim() == 1 else _squares(self.terms, 1)
+        terms = self.terms if self.terms.dim() == 1 else squares(self.terms, 1)
         return torch.maximum(found, terms)
 
     def dense(self, shape: torch.Size) -> Tensor:

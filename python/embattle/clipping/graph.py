@@ -38,15 +38,17 @@ class Record:
         layer: where it happened.
         x: the input; None once it is not needed any more.
         inputs: what the operator was given beside the trained parameters: there the graph goes on.
+        spread_dim: where x has been given a row for every sample, or None.
     """
 
-    __slots__ = ("__weakref__", "inputs", "layer", "version", "x")
+    __slots__ = ("__weakref__", "inputs", "layer", "spread_dim", "version", "x")
 
     def __init__(self, layer: Layer, x: Tensor, *inputs: Tensor | None) -> None:
         self.layer = layer
         self.x: Tensor | None = x
         self.inputs = [t for t in (x, *inputs) if t is not None and t.requires_grad]
         self.version = x._version
+        self.spread_dim, layer.spread_dim = layer.spread_dim, None
 
     def shaped(self, grad: Tensor) -> Tensor:
         """The gradient of the output in the shape that `sample_dims` speaks of."""
@@ -60,9 +62,9 @@ class Record:
         """Tells the parameters' per-sample gradients, given the shaped gradient of the output."""
         raise NotImplementedError
 
-    def layouts(self, grad: Tensor, samples: int) -> list[Layout]:
-        """Those that the sizes allow, the likeliest first."""
-        dims = self.sample_dims(grad.dim())
+    def layouts(self, grad: Tensor, samples: int) -> list[list[Layout]]:
+        """Those that the sizes allow, the likeliest first, those of the same dims together."""
+        dims = self.sample_dims(grad.dim()) if self.spread_dim is None else [self.spread_dim]
         own = self.layer.batch_dim
         return layouts(grad.shape, sorted(dims, key=lambda dim: dim != own), samples)
 

@@ -78,6 +78,7 @@ class Layer:
         batch_dim: where the samples are likely to be in its inputs.
         broadcast: whether its input is the same for all samples and has no batch dimension.
         original: the module's own forward.
+        spread_dim: where `spread` has just given an input a row for every sample, or None.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Layer:
         self.batch_dim = batch_dim
         self.broadcast = broadcast
         self.original = module.forward
+        self.spread_dim: int | None = None
         self._kept: Any = None
         self._own: Any = type(module)
         self._functional: Functional | None = None
@@ -161,6 +163,7 @@ class Layer:
         Raises:
             RuntimeError: the number of samples is needed and unknown.
         """
+        self.spread_dim = None
         outer = x.dim() - features
         dim = min(self.batch_dim, outer - 1)
         if not self.broadcast and (outer == 0 or x.shape[dim] != 1 or x.requires_grad):
@@ -181,6 +184,8 @@ class Layer:
             x = x.unsqueeze(dim)
         sizes = list(x.shape)
         sizes[dim] = samples
+        self.spread_dim = dim
+        self.context.spread.add(self.name)
         return x.expand(sizes)
 
     def unknown_size(self) -> RuntimeError:

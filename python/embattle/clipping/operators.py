@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from embattle.clipping.context import Layout
-from embattle.clipping.grad_sample import DenseGradSample, GradSample, LinearGradSample
+from embattle.clipping.grad_sample import DenseGradSample, GradSample, LinearGradSample, squares
 from embattle.clipping.graph import Add, Record, note
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def put(add: Add, source: Source, found: GradSample) -> None:
         parts = torch.vmap(pulled)(grads)
     for p, part in zip(roots, parts, strict=True):
         # On the way much may cancel: a normalised weight has no gradient along itself.
-        add(p, DenseGradSample(part.detach(), grads))
+        add(p, DenseGradSample(part.detach(), squares(grads, 1)))
 
 
 # --- the linear layer -----------------------------------------------------------------------------
@@ -136,7 +136,7 @@ class _Linear(Record):
                 size = _shape(self.bias)[0]
                 before, after = self.bias_rows[0], size - self.bias_rows[1]
                 summed = F.pad(summed, (before, after))
-            shift = DenseGradSample(summed, None if out.shape[1] == 1 else out)
+            shift = DenseGradSample(summed, out if self.layer.context.probed else None)
             put(add, self.bias, shift)
         if self.weight is not None:
             x = layout.tokens(self.checked_input(), samples, 1)
@@ -212,15 +212,21 @@ def _lowered(x: Tensor) -> Tensor:
 
 
 def _summed(
-    x: Tensor, spread: Sequence[int], layout: Layout, samples: int, shape: torch.Size
+    record: Record,
+    x: Tensor,
+    spread: Sequence[int],
+    layout: Layout,
+    samples: int,
+    shape: torch.Size,
 ) -> DenseGradSample:
     """Sums x over the dims in spread but the samples; what is left has the parameter's shape."""
     others = [d for d in range(x.dim()) if not layout.first <= d <= layout.last]
     # [B, K, the other dims in their order], of which the parameter's own stay.
     x = layout.to_front(x, samples)
     out = x.sum([1, *(2 + i for i, d in enumerate(others) if d in spread)])
-    terms = x if x.numel() > out.numel() else None
-    return DenseGradSample(out.reshape(samples, *shape), terms)
+    return DenseGradSample(
+        out.reshape(samples, *shape), x if record.layer.context.probed else None
+    )
 
 
 class _Expand(Record):
@@ -235,23 +241,21 @@ class _Expand(Record):
 
     def deliver(self, add: Add, grad: Tensor, layout: Layout, samples: int) -> None:
         """Sums over whatever the parameter was spread over but the samples."""
-        missing = grad.dim() - len(self.shape)
         spread = self.sample_dims(grad.dim())
-        merged = layout.last - layout.first
-        x = layout.to_front(grad, samples)
-        # x: [B, K, the other dims in their order], of which the own ones stay.
-        others = [d for d in range(grad.dim()) if not layout.first <= d <= layout.last]
-        summed = [1, *(2 + i for i, d in enumerate(others) if d in spread)]
-        terms = x
-        out = x.sum(summed).reshape(samples, *self.shape)
-        del missing, merged
-        put(add, self.source, DenseGradSample(out, terms if terms.numel() > out.numel() else None))
+        put(add, self.source, _summed(self, grad, spread, layout, samples, self.shape))
 
 
-def expand(layer: Layer, value: Tensor, source: Source, shape: Sequence[int]) -> Tensor:
-    """value.expand(shape), whose gradient is clipped."""
+def expand(
+    layer: Layer,
+    value: Tensor,
+    source: Source,
+    shape: Sequence[int],
+    spread_dim: int | None = None,
+) -> Tensor:
+    """value.expand(shape), whose gradient is clipped; spread_dim: see Record."""
     out = value.expand(shape)
     if source is not None:
+        layer.spread_dim = spread_dim
         record = _Expand(layer, out.detach())
         record.source, record.shape = source, value.shape
         note(out, record)
@@ -283,7 +287,7 @@ class _Norm(Record):
             terms = grad
             if normalised:
                 terms = grad * self.normalise(self.checked_input()).to(grad.dtype)
-            put(add, source, _summed(terms, spread, layout, samples, _shape(source)))
+            put(add, source, _summed(self, terms, spread, layout, samples, _shape(source)))
 
 
 def normalised(
@@ -362,7 +366,8 @@ class Operators(TorchFunctionMode):
         self.layer = layer
         self.packed = input if isinstance(input, PackedSequence) else None
         self.names = layer.context.names
-        self.constants: dict[int, Tensor] = {id(b): b for b in layer.module.buffers()}
+        held = [*layer.module.buffers(), *layer.module.parameters()]
+        self.constants: dict[int, Tensor] = {id(t): t for t in held}
         self.derived: dict[int, Derived] = {}
 
     def source(self, t: Any) -> Source:
@@ -439,7 +444,7 @@ class Operators(TorchFunctionMode):
             source = self.source(t)
             if source is None:
                 return t
-            if t.shape == shape:
+            if t.shape == shape and 1 not in shape and shape:
                 raise Unknown(f"{func.__name__} without spreading it over the batch")
             return expand(self.layer, t, source, shape)
 

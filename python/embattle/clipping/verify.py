@@ -109,13 +109,29 @@ class Verifier:
         self._known[signature] = found
 
 
-def _parts(grad: Tensor, layout: Layout, values: Tensor) -> Tensor:
-    """values [B] as a factor of grad, each row its sample's."""
-    x = grad.flatten(layout.first, layout.last) if layout.last > layout.first else grad
-    rows = layout.of_samples(values, x.shape[layout.first])
-    shape = [1] * x.dim()
-    shape[layout.first] = len(rows)
-    return rows.reshape(shape)
+def _fitting(
+    grad: Tensor, probed: Tensor, same_dims: Sequence[Layout], r: Tensor, limit: float
+) -> list[Layout]:
+    """The layouts for which probed is grad with each row times its sample's weight."""
+    first, last, _ = same_dims[0]
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    grad, probed = (
+        x.flatten(first, last).movedim(first, 0).unsqueeze(-1).flatten(1).to(dtype)
+        for x in (grad, probed)
+    )
+    weights = r.to(dtype)
+    bound = limit * grad.abs().amax() * weights.abs().amax() if grad.numel() else 0.0
+    # For each row by itself first: the weight that it seems to have had.
+    squares, products = grad.square().sum(1), (grad * probed).sum(1)
+    sizes = squares.sqrt() * math.sqrt(max(grad.shape[1], 1)) * bound
+    fits = []
+    for layout in same_dims:
+        factor = layout.of_samples(weights, len(grad))
+        if not bool(((products - factor * squares).abs() <= sizes * 1.01).all()):
+            continue
+        if bool(((probed - grad * factor[:, None]).abs() <= bound).all()):
+            fits.append(layout)
+    return fits
 
 
 def precision(named: Named, entries: Entries) -> float:
@@ -149,16 +165,8 @@ def find_layouts(entries: Entries, probed: Entries, r: Tensor, limit: float) -> 
             found.seen.append(None)
             continue
         whole, wanted = record.shaped(grad), record.shaped(other)
-        fits = []
         candidates = record.layouts(whole, samples)
-        for layout in candidates:
-            merged = whole.flatten(layout.first, layout.last)
-            factor = _parts(whole, layout, r).to(torch.promote_types(grad.dtype, torch.float32))
-            expected = merged * factor
-            away = (wanted.flatten(layout.first, layout.last) - expected).abs()
-            scale = torch.maximum(expected.abs().max(), (merged.abs().max() * r.abs().max()))
-            if not away.numel() or bool(away.max() <= limit * scale):
-                fits.append(layout)
+        fits = [x for same in candidates for x in _fitting(whole, wanted, same, r, limit)]
         if not fits:
             raise _no_layout(record, whole, candidates, samples)
         found.layouts.append(fits[0])
@@ -183,12 +191,12 @@ def likely_layouts(entries: Entries, samples: int) -> list[Layout | None]:
         candidates = record.layouts(whole, samples)
         if not candidates:
             raise _no_layout(record, whole, candidates, samples)
-        found.append(candidates[0])
+        found.append(candidates[0][0])
     return found
 
 
 def _no_layout(
-    record: Record, grad: Tensor, candidates: Sequence[Layout], samples: int
+    record: Record, grad: Tensor, candidates: Sequence[object], samples: int
 ) -> ValueError:
     name, kind = record.layer.name, type(record.layer.module).__name__
     if not candidates:
