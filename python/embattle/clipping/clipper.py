@@ -401,9 +401,7 @@ class PerSampleClipper:
         if graph.nested:
             known = None
         unseen = known is None or None in known.layouts
-        entries, grads = graph.gradients(
-            losses, seeds, leaves, retain_graph=retain_graph or unseen
-        )
+        entries, grads = graph.gradients(losses, seeds, leaves, retain_graph=retain_graph or unseen)
         found.keep(graph, grads)
         if known is not None and any(
             layout is None and grad is not None

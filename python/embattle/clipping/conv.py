@@ -95,7 +95,11 @@ def _run(
         bias if sources[1] is None else None,
     )
     record.weight, record.bias = sources
-    record.shape, record.groups, record.transposed = weight.shape, groups, output_padding is not None
+    record.shape, record.groups, record.transposed = (
+        weight.shape,
+        groups,
+        output_padding is not None,
+    )
     record.stride, record.padding, record.dilation = numbers
     out = out.clone() if out._is_view() else out
     note(out, record)

@@ -156,7 +156,8 @@ def _(
     else:
         ends = torch.cat([offsets.long(), offsets.new_full((1,), len(input)).long()])
     if mode == "max":
-        return _largest(layer, input, ends, weight, source, padding_idx, max_norm, norm_type, sparse)
+        bounded = (max_norm, norm_type)
+        return _largest(layer, input, ends, weight, source, padding_idx, bounded, sparse)
     out = F.embedding_bag(
         input,
         weight,
@@ -185,8 +186,7 @@ def _largest(
     weight: Tensor,
     source: Source,
     padding_idx: int | None,
-    max_norm: float | None,
-    norm_type: float,
+    bounded: tuple[float | None, float],
     sparse: bool,
 ) -> Tensor:
     """The largest of each coordinate in each bag, from looked-up rows."""
@@ -198,6 +198,6 @@ def _largest(
     absent[place] = False
     if padding_idx is not None:
         absent |= padded == padding_idx
-    rows = look_up(layer, padded, weight, source, padding_idx, max_norm, norm_type, False, sparse)
+    rows = look_up(layer, padded, weight, source, padding_idx, *bounded, False, sparse)
     rows = rows.masked_fill(absent[..., None], -torch.inf)
     return rows.max(1).values.masked_fill(absent.all(1)[:, None], 0)

@@ -114,9 +114,7 @@ class Functional:
         trained = [p for p in self.module.parameters() if p in context.names]
         leaves, spec = tree_flatten((args, kwargs))
         samples, spread = self._samples(leaves)
-        values = [
-            expand(layer, p, p, (samples, *p.shape), 0 if spread else None) for p in trained
-        ]
+        values = [expand(layer, p, p, (samples, *p.shape), 0 if spread else None) for p in trained]
         outs, out_spec = self._mapped(leaves, spec, samples, trained, values, still=False)
         sizes = tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))
         key = (sizes, self.module.training)

@@ -2,8 +2,8 @@
 
 That is what went in and the gradient of the losses with respect to what came out, both with the
 samples in front. Norms of per-sample gradients and their weighted sum follow from these; the
-per-sample gradients themselves are never formed, but for parameters as small as a bias (Bu et al., "Differentially private
-optimization on large model at small cost", ICML 2023: book-keeping).
+per-sample gradients themselves are never formed, but for parameters as small as a bias (Bu et al.,
+"Differentially private optimization on large model at small cost", ICML 2023: book-keeping).
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
 
 def squares(x: Tensor, dims: int) -> Tensor:
     """Sums of squares over all but the first dims, float64."""
-    return x.double().square().sum(tuple(range(dims, x.dim()))) if x.dim() > dims else x.double().square()
+    return (
+        x.double().square().sum(tuple(range(dims, x.dim())))
+        if x.dim() > dims
+        else x.double().square()
+    )
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -243,7 +247,9 @@ class BagGradSample:
         scale = self._coefficients(owners) * factor.to(self.grad.dtype)[owners]
         grad = self.grad[owners] * scale[:, None]
         # One row for each of N samples, their factors in it.
-        use = EmbeddingGradSample(self.indices[:, None], grad[:, None], self.padding_idx, self.sparse)
+        use = EmbeddingGradSample(
+            self.indices[:, None], grad[:, None], self.padding_idx, self.sparse
+        )
         return use.weighted(None, rows)
 
     def cleaned(self, bad: Tensor) -> BagGradSample:

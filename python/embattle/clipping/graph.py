@@ -196,7 +196,7 @@ class Graph:
             if self.nested:
                 return self._nested(losses, seeds, wanted, retain_graph)
             records = self.records if edges else []
-            asked = [GradientEdge(node, 0) for node, _ in records]
+            asked: list[Any] = [GradientEdge(node, 0) for node, _ in records]
             if not asked and not wanted:
                 return [], []
             grads = torch.autograd.grad(
@@ -204,7 +204,9 @@ class Graph:
             )
         finally:
             context.backward = False
-        found = [(record, grad) for (_, record), grad in zip(records, grads, strict=False)]
+        found: Entries = []
+        for (_, record), grad in zip(records, grads, strict=False):
+            found.append((record, grad))
         return found, list(grads[len(asked) :])
 
     def _nested(

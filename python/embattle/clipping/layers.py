@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,15 +47,16 @@ def _forward_or_break(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 @functools.cache
-def _stand_in_class(own: Any, compiler_loaded: bool) -> Any:
+def _stand_in_class(own: Hashable, compiler_loaded: bool) -> Any:
     global _outside_of_graphs
     forward: Any = _forward
     if compiler_loaded:
         if _outside_of_graphs is None:
             _outside_of_graphs = torch.compiler.disable(_forward)  # type: ignore[no-untyped-call]
         forward = _forward_or_break
-    names = {"forward": forward, "__module__": own.__module__, "_embattle_own": own}
-    return type(own.__name__, (own,), names)
+    kind: Any = own
+    names = {"forward": forward, "__module__": kind.__module__, "_embattle_own": kind}
+    return type(kind.__name__, (kind,), names)
 
 
 def _set_class(module: nn.Module, kind: Any) -> None:
@@ -127,7 +128,7 @@ class Layer:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The replacement."""
         module = self.module
-        kind = type(module)
+        kind: Any = type(module)
         if not hasattr(kind, "_embattle_own"):  # a lazy module that has its sizes now
             self._own = kind
             self.original = functools.partial(kind.forward, module)

@@ -83,7 +83,7 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def put(add: Add, source: Source, found: GradSample) -> None:
-    """Adds the per-sample gradient of a parameter, or through a derived tensor to its parameters."""
+    """Adds the per-sample gradient of a parameter, or those of what a derived tensor is made of."""
     if source is None:
         return
     if not isinstance(source, Derived):
@@ -97,7 +97,7 @@ def put(add: Add, source: Source, found: GradSample) -> None:
             by_id = {id(p): v for p, v in zip(roots, values, strict=True)}
             return source.evaluate(by_id)
 
-        _, back = torch.func.vjp(function, *(p.detach() for p in roots))
+        back: Any = torch.func.vjp(function, *(p.detach() for p in roots))[1]
         own: tuple[Tensor, ...] = back(grad)
         return own
 
@@ -224,9 +224,7 @@ def _summed(
     # [B, K, the other dims in their order], of which the parameter's own stay.
     x = layout.to_front(x, samples)
     out = x.sum([1, *(2 + i for i, d in enumerate(others) if d in spread)])
-    return DenseGradSample(
-        out.reshape(samples, *shape), x if record.layer.context.probed else None
-    )
+    return DenseGradSample(out.reshape(samples, *shape), x if record.layer.context.probed else None)
 
 
 class _Expand(Record):
@@ -277,7 +275,9 @@ class _Norm(Record):
 
     def sample_dims(self, dims: int) -> Sequence[int]:
         # Channels behind the samples, or features behind everything.
-        return [0] if self.own == (1,) and dims > 2 else [d for d in range(dims) if d not in self.own]
+        return (
+            [0] if self.own == (1,) and dims > 2 else [d for d in range(dims) if d not in self.own]
+        )
 
     def deliver(self, add: Add, grad: Tensor, layout: Layout, samples: int) -> None:
         spread = [d for d in range(grad.dim()) if d not in self.own]
@@ -438,7 +438,7 @@ class Operators(TorchFunctionMode):
     def _elementwise(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> Any:
-        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+        shape: Any = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
 
         def spread(t: Any) -> Any:
             source = self.source(t)
@@ -478,9 +478,7 @@ def _(ops: Operators, value: Tensor, *sizes: Any, **named: Any) -> Any:
     wanted: Any = sizes or (named.get("size", named.get("sizes")),)
     wanted = wanted[0] if isinstance(wanted[0], (tuple, list)) else wanted
     missing = len(wanted) - value.dim()
-    shape = [
-        value.shape[i - missing] if size == -1 else int(size) for i, size in enumerate(wanted)
-    ]
+    shape = [value.shape[i - missing] if size == -1 else int(size) for i, size in enumerate(wanted)]
     return expand(ops.layer, value, ops.source(value), shape)
 
 

@@ -22,7 +22,7 @@ _DTYPES = (torch.float32, torch.float64)
 
 @dataclass
 class JointTable:
-    """Per-sample gradients of several tables as those of one that holds their rows, one after the other.
+    """Per-sample gradients of several tables as those of one that holds all their rows.
 
     Attributes:
         members: the tables.

@@ -7,8 +7,8 @@ the samples, whatever the sizes, and that no loss reaches another sample's rows.
 *Linear probe*: the weighted sums S(r) that the rules make, without clipping, must equal autograd's
 gradient of sum_b r_b loss_b, parameter by parameter.
 
-*One-hot probe*: the norm of S(e_b), which the sums' path gives for one random sample or user b, must
-equal the norm that the norms' path gives.
+*One-hot probe*: the norm of S(e_b), which the sums' path gives for one random sample or user b,
+must equal the norm that the norms' path gives.
 
 Differences are relative to the size of what was summed, not of the sum, which may cancel.
 """
@@ -182,7 +182,7 @@ def likely_layouts(entries: Entries, samples: int) -> list[Layout | None]:
     Raises:
         ValueError: no dim of an entry can hold the samples.
     """
-    found = []
+    found: list[Layout | None] = []
     for record, grad in entries:
         if grad is None:
             found.append(None)
@@ -273,7 +273,7 @@ def check_norms(
         factor = users.weights[rows]
     wanted, sizes = [], []
     for _, p in named:
-        own = [each.select(rows) for each in of.get(p, [])]
+        own: list[GradSample] = [each.select(rows) for each in of.get(p, [])]
         gradient = _weighted(own, factor, p)
         wanted.append(0.0 if gradient is None else _norm(gradient))
         sizes.append(_size(own, factor))
