@@ -397,35 +397,41 @@ class PerSampleClipper:
             return found
         self._refuse_stray(graph.stray)
         signature = (graph.signature, samples, users.of_sample is None, self._version)
-        known = self._verifier.known(signature, (graph.structure, self._version))
-        if graph.nested:
-            known = None
-        unseen = known is None or None in known.layouts
-        entries, grads = graph.gradients(losses, seeds, leaves, retain_graph=retain_graph or unseen)
+        known, due = self._verifier.known(signature, (graph.structure, self._version))
+        due = due or graph.nested
+        entries, grads = graph.gradients(
+            losses, seeds, leaves, retain_graph=retain_graph or due or None in known.layouts
+        )
         found.keep(graph, grads)
-        if known is not None and any(
+        if not due and any(
             layout is None and grad is not None
             for layout, (_, grad) in zip(known.layouts, entries, strict=True)
         ):
-            known = None
-        finite = known is not None or all(
-            grad is None or bool(grad.isfinite().all()) for _, grad in entries
-        )
-        places: list[Layout | None]
-        if known is not None:
-            places = known.layouts
-        elif not finite:
-            places = likely_layouts(entries, samples)
-        else:
-            r = self._verifier.weights(losses)
-            probed, found.truth = graph.gradients(
-                losses, (seeds * r).to(losses.dtype), parameters, retain_graph=retain_graph
-            )
-            found.limit = precision(self._named, entries)
-            found.r, found.probed = r, find_layouts(entries, probed, r, found.limit)
-            found.signature = signature
+            due, known = True, Known()
+        places = known.layouts
+        if due:
+            whole = not known.done or graph.nested
+            probed: Entries = []
+            finite = _finite(entries)
+            if finite:
+                r = self._verifier.weights(losses)
+                probed, found.truth = graph.gradients(
+                    losses,
+                    (seeds * r).to(losses.dtype),
+                    parameters,
+                    retain_graph=retain_graph,
+                    edges=whole,
+                )
+                finite = _finite(probed)
+            if finite:
+                found.r, found.limit = r, precision(self._named, entries)
+                found.probed, found.signature = known, signature
+                if whole:
+                    found.probed = find_layouts(entries, probed, r, found.limit)
+                places = found.probed.layouts
+            else:
+                places = likely_layouts(entries, samples)
             del probed
-            places = found.probed.layouts
         self._context.probed = found.probed is not None
         self._deliver(entries, places, samples, found.grad_samples)
         if not retain_graph:
@@ -593,6 +599,10 @@ class _Pass:
         for node, grad in zip(graph.leaves, grads, strict=True):
             if grad is not None:
                 self.leaves.append((node, grad))
+
+
+def _finite(entries: Entries) -> bool:
+    return all(grad is None or bool(grad.sum().isfinite()) for _, grad in entries)
 
 
 def _of_one(grad: Tensor) -> GradSample:

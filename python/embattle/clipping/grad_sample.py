@@ -35,11 +35,10 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
 
 def squares(x: Tensor, dims: int) -> Tensor:
     """Sums of squares over all but the first dims, float64."""
-    return (
-        x.double().square().sum(tuple(range(dims, x.dim())))
-        if x.dim() > dims
-        else x.double().square()
-    )
+    if x.dim() <= dims:
+        return x.double().square()
+    norms = torch.linalg.vector_norm(x, dim=tuple(range(dims, x.dim())))
+    return norms.double().square()
 
 
 def _tokens(x: Tensor) -> Tensor:

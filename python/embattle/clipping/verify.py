@@ -34,7 +34,7 @@ from embattle.clipping.users import Users
 Of: TypeAlias = dict[Parameter, list[GradSample]]
 Verify = Literal["always", "sampled", "first"]
 # One in so many steps is checked, and how often a structure is again where zeros hid something.
-SHARE = 64
+SHARE = 80
 _AGAIN = 16
 # Differences below this part of the largest gradient are rounding, relative to the tolerance.
 _FLOOR = 1e-3
@@ -68,16 +68,17 @@ class Verifier:
         self._known: dict[object, Known] = {}
         self._again: dict[object, int] = {}
 
-    def known(self, signature: object, structure: object) -> Known | None:
-        """What is known of a graph, or None where it must be checked now."""
+    def known(self, signature: object, structure: object) -> tuple[Known, bool]:
+        """What is known of a graph, and whether it must be checked now."""
         chosen = self.verify == "sampled" and self._random.random() < 1 / SHARE
         found = self._known.get(signature)
-        if found is None or chosen or self.verify == "always":
-            return None
-        if not found.done and self._again.get(structure, 0) < _AGAIN:
-            self._again[structure] = self._again.get(structure, 0) + 1
-            return None
-        return found
+        if found is None:
+            return Known(), True
+        again = self._again.get(structure, 0)
+        if not found.done and again < _AGAIN:
+            self._again[structure] = again + 1
+            return found, True
+        return found, chosen or self.verify == "always"
 
     def weights(self, like: Tensor) -> Tensor:
         """r: random weights of losses."""
@@ -92,6 +93,8 @@ class Verifier:
     def remember(self, signature: object, found: Known) -> None:
         """Keeps what a check that passed has found out."""
         before = self._known.get(signature)
+        if found.done:
+            return
         if before is not None and before.layouts == found.layouts:
             # Where a sample has several rows, all must show at once: losses[mask] shows others
             # each time, until all have been shown and none told apart.
@@ -120,7 +123,17 @@ def _fitting(
         for x in (grad, probed)
     )
     weights = r.to(dtype)
-    bound = limit * grad.abs().amax() * weights.abs().amax() if grad.numel() else 0.0
+    if not grad.numel():
+        return list(same_dims)
+    largest = torch.linalg.vector_norm(grad, math.inf)
+    bound = limit * largest * weights.abs().amax()
+
+    def differs(layout: Layout) -> Tensor:
+        factor = layout.of_samples(weights, len(grad))[:, None]
+        return torch.linalg.vector_norm(torch.addcmul(probed, grad, factor, value=-1), math.inf)
+
+    if len(same_dims) == 1:
+        return [x for x in same_dims if bool(differs(x) <= bound)]
     # For each row by itself first: the weight that it seems to have had.
     squares, products = grad.square().sum(1), (grad * probed).sum(1)
     sizes = squares.sqrt() * math.sqrt(max(grad.shape[1], 1)) * bound
@@ -129,7 +142,7 @@ def _fitting(
         factor = layout.of_samples(weights, len(grad))
         if not bool(((products - factor * squares).abs() <= sizes * 1.01).all()):
             continue
-        if bool(((probed - grad * factor[:, None]).abs() <= bound).all()):
+        if bool(differs(layout) <= bound):
             fits.append(layout)
     return fits
 
@@ -241,9 +254,10 @@ def check_sums(
         if not away <= limit * max(size, _FLOOR * largest):
             raise RuntimeError(
                 f"PerSampleClipper: the per-sample gradients of parameter '{name}' do not add up "
-                f"to autograd's gradient: they are {away:.3g} apart, of {size:.3g}. A use of it is "
-                "missing, or not what its layer's rule takes it for; rewrite that use with plain "
-                "layers, or freeze the parameter"
+                f"to autograd's gradient: they are {away:.3g} apart, of {size:.3g}. Either the "
+                "losses of some samples depend on the rows of other samples in this batch, as "
+                "sorting has it, or a use of the parameter is missing or not what its layer's rule "
+                "takes it for: rewrite that use with plain layers, or freeze the parameter"
             )
     return largest
 
