@@ -46,16 +46,22 @@ class Known:
     """What checks have found out about graphs of one signature.
 
     Attributes:
-        layouts: of each entry; None where it has had no gradient.
+        fits: for each entry the layouts that have fitted every time, the likeliest first; none
+            where it has had no gradient.
         seen: for each entry [B, K], which rows of its samples have had one.
-        unsure: whether zeros let several layouts fit.
         done: whether every row has had a gradient, and no other layout fits.
+        unsteady: whether no layout has fitted every time, so that each pass must be checked.
     """
 
-    layouts: list[Layout | None] = field(default_factory=list)
+    fits: list[list[Layout]] = field(default_factory=list)
     seen: list[Tensor | None] = field(default_factory=list)
-    unsure: bool = False
     done: bool = False
+    unsteady: bool = False
+
+    @property
+    def layouts(self) -> list[Layout | None]:
+        """Each entry's, or None where it has had no gradient."""
+        return [fits[0] if fits else None for fits in self.fits]
 
 
 class Verifier:
@@ -74,6 +80,8 @@ class Verifier:
         found = self._known.get(signature)
         if found is None:
             return Known(), True
+        if found.unsteady:
+            return found, True
         again = self._again.get(structure, 0)
         if not found.done and again < _AGAIN:
             self._again[structure] = again + 1
@@ -95,7 +103,12 @@ class Verifier:
         before = self._known.get(signature)
         if found.done:
             return
-        if before is not None and before.layouts == found.layouts:
+        if before is not None and len(before.fits) == len(found.fits):
+            found.unsteady = before.unsteady
+            for i, (old, new) in enumerate(zip(before.fits, found.fits, strict=True)):
+                both = [layout for layout in new if layout in old]
+                found.unsteady |= bool(old and new and not both)
+                found.fits[i] = (both or new) if old and new else old or new
             # Where a sample has several rows, all must show at once: losses[mask] shows others
             # each time, until all have been shown and none told apart.
             found.seen = [
@@ -104,8 +117,10 @@ class Verifier:
                 else new
                 for old, new in zip(before.seen, found.seen, strict=True)
             ]
-        found.done = not found.unsure and all(
-            seen is None or bool(seen.all()) for seen in found.seen
+        found.done = (
+            not found.unsteady
+            and all(len(fits) < 2 for fits in found.fits)
+            and all(seen is None or bool(seen.all()) for seen in found.seen)
         )
         if len(self._known) > _KNOWN:
             self._known.clear()
@@ -174,7 +189,7 @@ def find_layouts(entries: Entries, probed: Entries, r: Tensor, limit: float) -> 
         )
     for (record, grad), (_, other) in zip(entries, probed, strict=True):
         if grad is None or other is None:
-            found.layouts.append(None)
+            found.fits.append([])
             found.seen.append(None)
             continue
         whole, wanted = record.shaped(grad), record.shaped(other)
@@ -182,9 +197,8 @@ def find_layouts(entries: Entries, probed: Entries, r: Tensor, limit: float) -> 
         fits = [x for same in candidates for x in _fitting(whole, wanted, same, r, limit)]
         if not fits:
             raise _no_layout(record, whole, candidates, samples)
-        found.layouts.append(fits[0])
         # Several fit while zeros hide the difference; for this batch they are then all right.
-        found.unsure |= len(fits) > 1
+        found.fits.append(fits)
         found.seen.append((fits[0].to_front(whole, samples)[..., None].flatten(2) != 0).any(2))
     return found
 
