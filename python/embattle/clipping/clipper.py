@@ -456,11 +456,7 @@ class PerSampleClipper:
                     record.deliver(add, record.shaped(grad), layout, samples)
 
     def _check(
-        self,
-        found: _Pass,
-        of: dict[Parameter, list[GradSample]],
-        users: Users,
-        norms: Tensor,
+        self, found: _Pass, of: dict[Parameter, list[GradSample]], users: Users, norms: Tensor
     ) -> None:
         if found.probed is None:
             return

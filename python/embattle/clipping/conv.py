@@ -89,10 +89,7 @@ def _run(
         out = function(x, weight, bias, stride, padding, output_padding, groups, dilation)
     sources = ops.sources(weight, bias)
     record = _Conv(
-        ops.layer,
-        x,
-        weight if sources[0] is None else None,
-        bias if sources[1] is None else None,
+        ops.layer, x, weight if sources[0] is None else None, bias if sources[1] is None else None
     )
     record.weight, record.bias = sources
     record.shape, record.groups, record.transposed = (

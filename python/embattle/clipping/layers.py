@@ -270,10 +270,7 @@ def _uses_parameters(module: nn.Module) -> bool:
 
 
 def watched(
-    model: nn.Module,
-    context: Context,
-    batch_dims: Mapping[str, int],
-    broadcast: Iterable[str],
+    model: nn.Module, context: Context, batch_dims: Mapping[str, int], broadcast: Iterable[str]
 ) -> list[Layer]:
     """The modules of model that use parameters to train themselves.
 

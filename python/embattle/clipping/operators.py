@@ -244,11 +244,7 @@ class _Expand(Record):
 
 
 def expand(
-    layer: Layer,
-    value: Tensor,
-    source: Source,
-    shape: Sequence[int],
-    spread_dim: int | None = None,
+    layer: Layer, value: Tensor, source: Source, shape: Sequence[int], spread_dim: int | None = None
 ) -> Tensor:
     """value.expand(shape), whose gradient is clipped; spread_dim: see Record."""
     out = value.expand(shape)
