@@ -293,6 +293,18 @@ def test_checkpointing(reentrant: bool, first: nn.Module) -> None:
     assert_close(gradients(model), wanted, 1e-10)
 
 
+def test_leaves_hidden_by_reentrant_checkpointing_get_their_gradients() -> None:
+    model, head = mlp(dtype=torch.float64), nn.Parameter(torch.randn(2, dtype=torch.float64))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    (wanted,) = torch.autograd.grad((model(x) * head).square().sum(), head)
+    with PerSampleClipper(model, 0.5) as clipper:
+        hidden = model[1](model[0](x))
+        out = checkpoint(lambda h: model[2](h) * head, hidden, use_reentrant=True)
+        clipper.backward(out.square().sum(1))
+    assert head.grad is not None
+    assert_close([head.grad], [wanted], 1e-10)
+
+
 def test_parameters_used_elsewhere_raise_under_reentrant_checkpointing() -> None:
     model = mlp()
     with PerSampleClipper(model, 0.5) as clipper:

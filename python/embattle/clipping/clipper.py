@@ -399,31 +399,44 @@ class PerSampleClipper:
         signature = (graph.signature, samples, users.of_sample is None, self._version)
         known, due = self._verifier.known(signature, (graph.structure, self._version))
         due = due or graph.nested
-        entries, grads = graph.gradients(
-            losses, seeds, leaves, retain_graph=retain_graph or due or None in known.layouts
-        )
+        r = self._verifier.weights(losses) if due else losses
+        share = (seeds * r).to(losses.dtype)
+        probed: Entries = []
+        if graph.nested:
+            # Leaves that a checkpointed part hides get what either pass leaves, the whole in all.
+            probed, first = graph.gradients(
+                losses, share, [*parameters, *leaves], retain_graph=True
+            )
+            rest, others = graph.gradients(losses, seeds - share, leaves, retain_graph=retain_graph)
+            entries = [
+                (record, grad if grad is None or part is None else grad + part)
+                for (record, grad), (_, part) in zip(rest, probed, strict=False)
+            ]
+            found.truth = first[: len(parameters)]
+            grads = [_added(a, b) for a, b in zip(first[len(parameters) :], others, strict=True)]
+        else:
+            unseen = due or None in known.layouts
+            entries, grads = graph.gradients(
+                losses, seeds, leaves, retain_graph=retain_graph or unseen
+            )
         found.keep(graph, grads)
+        places = known.layouts
         if not due and any(
             layout is None and grad is not None
-            for layout, (_, grad) in zip(known.layouts, entries, strict=True)
+            for layout, (_, grad) in zip(places, entries, strict=True)
         ):
-            due, known = True, Known()
-        places = known.layouts
+            # A layer whose place nobody has seen yet; the graph is still there.
+            self._verifier.forget(signature)
+            del entries, grads
+            return self._differentiate(losses, users, loss_scale, retain_graph)
         if due:
             whole = not known.done or graph.nested
-            probed: Entries = []
             finite = _finite(entries)
-            if finite:
-                r = self._verifier.weights(losses)
+            if finite and not graph.nested:
                 probed, found.truth = graph.gradients(
-                    losses,
-                    (seeds * r).to(losses.dtype),
-                    parameters,
-                    retain_graph=retain_graph,
-                    edges=whole,
+                    losses, share, parameters, retain_graph=retain_graph, edges=whole
                 )
-                finite = _finite(probed)
-            if finite:
+            if finite and _finite(probed):
                 found.r, found.limit = r, precision(self._named, entries)
                 found.probed, found.signature = known, signature
                 if whole:
@@ -599,6 +612,10 @@ class _Pass:
 
 def _finite(entries: Entries) -> bool:
     return all(grad is None or bool(grad.sum().isfinite()) for _, grad in entries)
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
 
 
 def _of_one(grad: Tensor) -> GradSample:

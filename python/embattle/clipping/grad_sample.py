@@ -37,7 +37,7 @@ def squares(x: Tensor, dims: int) -> Tensor:
     """Sums of squares over all but the first dims, float64."""
     if x.dim() <= dims:
         return x.double().square()
-    norms = torch.linalg.vector_norm(x, dim=tuple(range(dims, x.dim())))
+    norms: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(dims, x.dim())))
     return norms.double().square()
 
 

@@ -88,6 +88,10 @@ class Verifier:
             return found, True
         return found, chosen or self.verify == "always"
 
+    def forget(self, signature: object) -> None:
+        """Has the graph checked as a new one."""
+        del self._known[signature]
+
     def weights(self, like: Tensor) -> Tensor:
         """r: random weights of losses."""
         generator = torch.Generator().manual_seed(self._random.getrandbits(62))
@@ -145,7 +149,9 @@ def _fitting(
 
     def differs(layout: Layout) -> Tensor:
         factor = layout.of_samples(weights, len(grad))[:, None]
-        return torch.linalg.vector_norm(torch.addcmul(probed, grad, factor, value=-1), math.inf)
+        away = torch.addcmul(probed, grad, factor, value=-1)
+        found: Tensor = torch.linalg.vector_norm(away, math.inf)
+        return found
 
     if len(same_dims) == 1:
         return [x for x in same_dims if bool(differs(x) <= bound)]
