@@ -243,6 +243,7 @@ class PerSampleClipper:
                     "skipped: it is meant for the gradient of the batch. Remove it, and change "
                     "the gradient after clipper.backward"
                 )
+        self._context.compare = self._verifier.chosen()
         stack.callback(self._take_out, [p for _, p in self._named], self._layers)
         guard: Any = self._guard
         for _, p in self._named:
@@ -298,13 +299,13 @@ class PerSampleClipper:
             losses: [B], one per sample, computed inside the with block; sums of several losses of
                 the same sample (clean and adversarial) have their joint gradient clipped.
             weights: see the constructor.
-            users: [B] integers: samples with the same one are a unit, and the norm of their summed
+            users: [B] integers: samples with the same one are one user, and the norm of their summed
                 gradient is bounded. Weights then apply before clipping.
             scale: multiplies the result, not the norms: 1/k for each of k accumulated batches.
             max_norm: overrides the constructor's for this call.
             scaler: a torch.amp.GradScaler: the backward pass runs on scaled losses, norms are those
                 of unscaled gradients, and the result is scaled, as scaler.step expects. If more
-                than half of the units are not finite the result is made so, for the scaler to
+                than half of the norms are not finite the result is made so, for the scaler to
                 notice.
             retain_graph: keep the graph for another backward.
             last: whether this is the last batch before the optimiser's step: ranks are reduced and

@@ -132,7 +132,7 @@ class EmbeddingGradSample:
         )
 
     def apart(self, users: Users) -> bool:
-        """Whether no unit can have a row twice: the table's gradient is then `masked`'s rows."""
+        """Whether no user can have a row twice: the table's gradient is then `masked`'s rows."""
         return users.of_sample is None and self.indices.shape[1] == 1
 
     def masked(self) -> Tensor:

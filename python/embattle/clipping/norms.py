@@ -18,7 +18,7 @@ from embattle.clipping.grad_sample import (
     GradSample,
     LinearGradSample,
 )
-from embattle.clipping.tables import join_tables
+from embattle.clipping.tables import JointTable, join_tables
 from embattle.clipping.users import Users
 
 Named = Sequence[tuple[str, Parameter]]
@@ -195,7 +195,7 @@ class Gradients:
             own = found.pop(p, None)
             if own is not None:
                 self.of[p] = merge(own, users, p.shape)
-        self.joint = join_tables({})
+        self.joint: list[JointTable] = []
 
     def norms(self, device: torch.device, *, apart: bool) -> Tensor:
         """[U] norms of the whole gradient, float64; where apart, [U, parameters] of each."""

@@ -22,14 +22,14 @@ def _join(x: Tensor, samples: Tensor, scale: Tensor) -> Tensor:
 class Users:
     """Which samples belong together.
 
-    Without users, every sample is a unit of its own. With users, units of similar size (within a
+    Without users, every sample is a user of its own. With users, users of similar size (within a
     factor of two) are worked on together, so that a user with many samples does not make the others
     dear.
 
     Attributes:
-        count: number of units.
-        of_sample: [B] the unit of each sample, or None where every sample is its own.
-        weights: [B] the factors of the samples within their unit, or None.
+        count: number of users.
+        of_sample: [B] the user of each sample, or None where every sample is its own.
+        weights: [B] the factors of the samples within their user, or None.
         ids: [U] the users' ids, or None.
     """
 
@@ -40,7 +40,7 @@ class Users:
 
         Args:
             samples: number of samples B.
-            users: [B] integers, equal for samples of the same unit; None: all different.
+            users: [B] integers, equal for samples of the same user; None: all different.
             weights: [B] factors of the samples, with users only.
         """
         self.count = samples
@@ -50,13 +50,13 @@ class Users:
         self._buckets: list[tuple[Tensor, Tensor, Tensor]] = []
         if users is None:
             return
-        self.ids, unit, sizes = torch.unique(users, return_inverse=True, return_counts=True)
-        self.of_sample = unit
+        self.ids, user, sizes = torch.unique(users, return_inverse=True, return_counts=True)
+        self.of_sample = user
         self.count = len(self.ids)
         self.weights = (
             users.new_ones(samples, dtype=torch.float64) if weights is None else weights.double()
         )
-        order = unit.argsort(stable=True)
+        order = user.argsort(stable=True)
         start = sizes.cumsum(0) - sizes
         lowest = 0
         largest = int(sizes.max()) if samples else 0
@@ -73,7 +73,7 @@ class Users:
     def gather(
         self, norms: Callable[..., Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> Tensor:
-        """Norms of units from what the layer saw.
+        """Norms of users from what the layer saw.
 
         Args:
             norms: called with the inputs and the gradients, [n, T, ...] each; returns [n].
@@ -81,7 +81,7 @@ class Users:
             grads: tensors [B, T, ...], gradients of outputs: the samples' weights apply to these.
 
         Returns:
-            [U] norms, float64 where units are users, else as they come.
+            [U] norms, float64 where users are users, else as they come.
         """
         if self.of_sample is None:
             return norms(*inputs, *grads)

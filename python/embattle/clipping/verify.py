@@ -76,7 +76,7 @@ class Verifier:
 
     def known(self, signature: object, structure: object) -> tuple[Known, bool]:
         """What is known of a graph, and whether it must be checked now."""
-        chosen = self.verify == "sampled" and self._random.random() < 1 / SHARE
+        chosen = self.chosen()
         found = self._known.get(signature)
         if found is None:
             return Known(), True
@@ -86,7 +86,13 @@ class Verifier:
         if not found.done and again < _AGAIN:
             self._again[structure] = again + 1
             return found, True
-        return found, chosen or self.verify == "always"
+        return found, chosen
+
+    def chosen(self) -> bool:
+        """Whether something is checked that need not be."""
+        if self.verify == "sampled":
+            return self._random.random() < 1 / SHARE
+        return self.verify == "always"
 
     def forget(self, signature: object) -> None:
         """Has the graph checked as a new one."""
