@@ -299,7 +299,7 @@ class PerSampleClipper:
             losses: [B], one per sample, computed inside the with block; sums of several losses of
                 the same sample (clean and adversarial) have their joint gradient clipped.
             weights: see the constructor.
-            users: [B] integers: samples with the same one are one user, and the norm of their summed
+            users: [B] integers: samples with the same one are one user, and the norm of their joint
                 gradient is bounded. Weights then apply before clipping.
             scale: multiplies the result, not the norms: 1/k for each of k accumulated batches.
             max_norm: overrides the constructor's for this call.
