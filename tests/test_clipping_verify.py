@@ -673,3 +673,10 @@ def test_noise_is_added_once_a_step_for_the_most_that_a_sample_adds(sizes: tuple
                 clipper.backward(losses, last=i + 1 == len(sizes))
         most = 2.0 * 0.5 / min(size for size in sizes if size)
         assert float(gradients(layer)[0].std()) == pytest.approx(most, rel=0.05)
+
+
+def test_a_single_loss_of_rows_that_were_spread_is_refused() -> None:
+    table = nn.Embedding(3, 4)
+    model = Apply(lambda m, x: x.transpose(0, 1) + m.table(torch.arange(1))[None], table=table)
+    x = torch.randn(2, 1, 4)  # two rows for one sample, time first inside of the model
+    refused(model, lambda: model(x).square().sum().reshape(1), "there is a single loss")

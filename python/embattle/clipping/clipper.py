@@ -387,7 +387,7 @@ class PerSampleClipper:
         seeds = torch.full_like(losses, loss_scale)
         if samples == 1:
             # The gradient of one loss is autograd's, whatever the model does.
-            self._refuse_spread(graph)
+            self._refuse_spread()
             _, grads = graph.gradients(
                 losses, seeds, [*parameters, *leaves], retain_graph=retain_graph, edges=False
             )
@@ -535,16 +535,14 @@ class PerSampleClipper:
             )
         return Users(samples, users.to(losses.device), weights)
 
-    @staticmethod
-    def _refuse_spread(graph: Graph) -> None:
+    def _refuse_spread(self) -> None:
         """A single loss cannot tell whether several rows for one have changed it."""
-        for _, record in graph.records:
-            if record.spread_dim is not None:
-                raise ValueError(
-                    f"PerSampleClipper: the input of layer '{record.layer.name}' was given a row "
-                    "for each of several samples, but there is a single loss. Call "
-                    "clipper.expect(1) before the model, or say by batch_dim where samples are"
-                )
+        if self._context.spread:
+            raise ValueError(
+                f"PerSampleClipper: inputs of {sorted(self._context.spread)} were given a row for "
+                "each of several samples, but there is a single loss. Call clipper.expect(1) "
+                "before the model, or say by batch_dim where samples are"
+            )
 
     def _refuse_stray(self, stray: Parameter | None) -> None:
         if stray is not None:

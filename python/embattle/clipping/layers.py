@@ -206,16 +206,20 @@ class Layer:
 
 def _linear(layer: Layer, x: Tensor, own: Any) -> Tensor:
     weight, bias = own["weight"], own["bias"]
-    return linear(layer, layer.spread(x, 1), weight, bias, layer.trained(weight, bias))
+    sources = layer.trained(weight, bias)
+    # Without a record nobody would notice what spreading does.
+    x = x if sources == (None, None) else layer.spread(x, 1)
+    return linear(layer, x, weight, bias, sources)
 
 
 def _look_up(layer: Layer, x: Tensor, own: Any) -> Tensor:
     weight, module = own["weight"], layer.module
+    (source,) = layer.trained(weight)
     return look_up(
         layer,
-        layer.spread(x, 0),
+        x if source is None else layer.spread(x, 0),
         weight,
-        layer.trained(weight)[0],
+        source,
         module.padding_idx,
         module.max_norm,
         module.norm_type,

@@ -529,7 +529,7 @@ def layer_norm(
 ) -> Tensor:
     """F.layer_norm with parameters whose gradients are clipped."""
     shape = tuple(shape)
-    x = layer.spread(x, len(shape))
+    x = x if sources == (None, None) else layer.spread(x, len(shape))
     out = F.layer_norm(x, shape, weight, bias, eps)
     own = tuple(range(x.dim() - len(shape), x.dim()))
 
