@@ -13,12 +13,13 @@ JOBS ?= $(shell nproc)
 
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help setup dev demo test device-test torch-min lint format sanitize bench cuda-check gpu-check emulator-asan clean
+.PHONY: help setup dev demo test clipping-nightly mutation device-test torch-min lint format sanitize bench cuda-check gpu-check emulator-asan clean
 
 help:
 	@echo "make demo      train and audit a real recommender (about 8 minutes on two cores)"
 	@echo "make test      build and run the tests"
 	@echo "make torch-min the tests of ops and attacks under the oldest torch ($(TORCH_MIN))"
+	@echo "make clipping-nightly [CASES=100000]  random models under per-sample clipping"
 	@echo "make lint      ruff, mypy --strict, clang-format"
 	@echo "make bench     the benchmarks, against the memory roofline and eager torch"
 	@echo "make cuda-check [TABLE=file]  spills and 128-bit accesses of the CUDA kernels; needs nvcc, no GPU"
@@ -55,6 +56,11 @@ demo: dev
 # A process for each core, each with one thread; tests of threads ask for more by themselves.
 test: dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(TESTS)
+
+# Other cases each time, unlike those of make test.
+CASES ?= 100000
+clipping-nightly: dev
+	OMP_NUM_THREADS=1 EMBATTLE_CLIPPING_CASES=$(CASES) $(RUN) -m pytest -n $(JOBS) tests/test_clipping_properties.py
 
 # The tests that run on any device, on one that needs no hardware.
 device-test: dev

@@ -62,6 +62,8 @@ NOT_ON_PRETEND = {
     "test_clipping.py::test_float32": "test_equals_loop_over_samples takes the same way",
     "test_clipping_defects.py::test_autocast": _AUTOCAST,
     "test_clipping_defects.py::test_compiled_model": _COMPILE,
+    "test_clipping_properties.py": _SLOW,
+    "test_clipping_verify.py": "default dtypes and generators of the CPU",
     "test_clipping_libraries.py::test_automatic_mixed_precision_with_loss_scaling": _AUTOCAST,
     "test_compile.py": _COMPILE,
     "test_criteria.py::test_nothing_waits_for_a_gpu": "its fake tensors are said to be on CUDA",
