@@ -27,7 +27,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     cat "$log" >&2
     exit 1
   fi
-  install "$torch" numpy hypothesis pytest pytest-xdist
+  install "$torch" numpy hypothesis pytest pytest-xdist transformers
   echo "$wanted" >"$stamp"
 fi
 # Not what torch.compile makes of it: that is the newest torch's affair, and takes long.
