@@ -35,6 +35,7 @@ from embattle.clipping.verify import (
     likely_layouts,
     precision,
 )
+from embattle.perturb.evaluation import Evaluation
 
 Weights = Tensor | Callable[[Tensor], Tensor] | None
 
@@ -283,7 +284,7 @@ class PerSampleClipper:
 
     def backward(
         self,
-        losses: Tensor,
+        losses: Tensor | Evaluation,
         *,
         weights: Weights = None,
         users: Tensor | None = None,
@@ -296,8 +297,9 @@ class PerSampleClipper:
         """Adds the clipped gradients to ``.grad``.
 
         Args:
-            losses: [B], one per sample, computed inside the with block; sums of several losses of
-                the same sample (clean and adversarial) have their joint gradient clipped.
+            losses: [B], one per sample (or an `Evaluation` that holds them), computed inside the
+                with block; sums of several losses of the same sample (clean and adversarial) have
+                their joint gradient clipped.
             weights: see the constructor.
             users: [B] integers: samples with the same one are one user, and the norm of their joint
                 gradient is bounded. Weights then apply before clipping.
@@ -321,6 +323,10 @@ class PerSampleClipper:
         """
         if self._stack is None:
             raise RuntimeError("PerSampleClipper: call backward inside 'with clipper:'")
+        if isinstance(losses, Evaluation):
+            if losses.losses is None:
+                raise ValueError("PerSampleClipper: the Evaluation holds no losses [B]")
+            losses = losses.losses
         self._check_losses(losses)
         weights = self._resolve_weights(self.weights if weights is None else weights, losses)
         own_users = self._users(losses, users, weights)
