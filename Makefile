@@ -26,6 +26,7 @@ help:
 	@echo "make gpu-check OUT=dir  test and measure the CUDA kernels on the GPU at hand"
 	@echo "make sanitize  the native tests under AddressSanitizer and UBSan"
 	@echo "make emulator-asan [SHORT=1]  the CUDA kernels in the emulator under AddressSanitizer and UBSan"
+	@echo "make mutation  change the code at random places and see whether the tests notice (an hour)"
 	@echo "make clean     remove the build and the virtual environment"
 
 # ---- Set-up ----
@@ -101,6 +102,12 @@ sanitize: setup
 
 emulator-asan: dev
 	@PYTHON=$(PY) JOBS=$(JOBS) SHORT=$(SHORT) bash tools/emulator_asan.sh
+
+# For the night: more property cases than CI's 1,000 are EMBATTLE_PROPERTY_CASES=20000 make test.
+mutation: dev
+	@$(PY) -c "import cosmic_ray, coverage" 2>/dev/null || \
+		$(PY) -m pip install --quiet $$($(PY) tools/requirements.py mutation)
+	OMP_NUM_THREADS=1 $(PY) tools/mutation.py --processes $(JOBS) $(MUTATION)
 
 clean:
 	rm -rf build $(VENV) .venv-min python/embattle/_C*.so

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
@@ -376,6 +377,49 @@ def test_what_is_reported_was_evaluated(between: str, place: str) -> None:
         attack = data.draw(hostile.attacks(case))
         ambient = AMBIENT[data.draw(st.sampled_from(["grad", "grad", "no_grad", "inference"]))]
         check_result(case, attack, ambient())
+
+    check()
+
+
+class Broken(Exception):
+    """What a loss function raises in the middle of an attack."""
+
+
+@pytest.mark.parametrize("between", ["dropout", "batch_norm", "spectral"])
+def test_a_pass_that_raises_leaves_everything_as_before(between: str) -> None:
+    @share(0.02)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        case = data.draw(hostile.cases(hostile.kinds(between)))
+        attack = data.draw(hostile.attacks(case))
+        left = [data.draw(st.integers(0, 3))]
+
+        def loss() -> Any:
+            found = case.loss()
+            left[0] -= 1
+            if left[0] < 0:
+                raise Broken
+            return found
+
+        hostile.random_gradients(case.model)
+        torch.manual_seed(case.seed)
+        before = hostile.state_of(case.model)
+        with warnings.catch_warnings(), contextlib.suppress(Broken):
+            warnings.simplefilter("ignore", eb.attacks.AttackWarning)
+            result = attack.run(loss, case.site, criterion=case.criterion, **case.run)
+            with result.applied():
+                left[0] = 0
+                loss()
+        left[0] = 100
+        after = hostile.state_of(case.model)
+        if left[0] == 100 and attack.generator is None:
+            after["random"] = before["random"]  # a run that did not raise has drawn
+        hostile.assert_same_state(
+            after | versions(before) if case.kind.between != "dropout" else after, before
+        )
+        first = case.site[0] if isinstance(case.site, list) else case.site
+        assert not first.busy
+        check_result(case, attack, nullcontext())
 
     check()
 

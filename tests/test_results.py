@@ -146,6 +146,27 @@ def test_negatives_from_the_batch(seed: int) -> None:
     assert totals == sorted(totals), "more restarts ended weaker"
 
 
+@pytest.mark.parametrize("seed", [13, 25, 37, 54])
+def test_samples_that_interact_at_some_deltas_alone(seed: int) -> None:
+    """A hinge between samples: what few restarts joined is kept when later ones show it."""
+    table, x = nn.Embedding(2, 1).double(), torch.arange(2)[:, None]
+    nn.init.zeros_(table.weight)
+
+    def loss() -> Tensor:
+        d = table(x).reshape(2)
+        return (3 * d).sin() - 5 * torch.relu(d.abs() - 0.5).prod()
+
+    totals = []
+    for restarts in range(1, 7):
+        attack = eb.UniformNoise(
+            eps=1.0, norm="linf", restarts=restarts, generator=torch.Generator().manual_seed(seed)
+        )
+        result = attack.run(loss, eb.Site(table))
+        torch.testing.assert_close(result.losses, result.evaluate(loss).losses)
+        totals.append(float(result.losses.sum()))
+    assert totals == sorted(totals), "more restarts ended weaker"
+
+
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_batch_norm_in_train_mode(keep: str) -> None:
     model, _, labels, loss, site = made(norm=True)
@@ -210,8 +231,9 @@ def test_each_restart_differentiates_at_its_own_start() -> None:
         return loss()
 
     eb.PGD(eps=0.5, steps=2, random_start=True, restarts=3).run(counted, site)
-    # The clean pass; of each restart two steps and the evaluation of where they led; the result.
-    assert calls == 1 + 3 * 3 + 1
+    # The clean pass; of each restart two steps, the evaluation of where they led, and that of the
+    # worst of each sample so far.
+    assert calls == 1 + 3 * 4
 
 
 def test_the_default_step_size() -> None:

@@ -44,8 +44,8 @@ class Best:
     Each sample has its worst iterate where samples do not depend on each other. Where they do
     (batch norm in train mode, negatives from the batch, deltas that samples share), joining
     iterates gives a batch that was never evaluated: then the worst iterate of the whole batch
-    counts. Which of both it is, an evaluation of what was joined tells (`settle`). The clean point
-    is a candidate.
+    counts. Which of both it is, an evaluation of what was joined tells (`join`). The clean point is
+    a candidate.
 
     Args:
         stage: of the batch.
@@ -58,6 +58,8 @@ class Best:
         zeros = [torch.zeros_like(block.delta) for block in stage.blocks]
         self.joined = self._candidate(zeros, clean)
         self.whole = self.joined
+        self.evaluated: _Candidate | None = None  # what was joined, as it really is
+        self.interact = torch.zeros((), dtype=torch.bool, device=self.joined.value.device)
 
     def offer(self, at: Evaluation, mark: int = 0) -> None:
         """Take the current deltas over, where they are worse for the model than the best so far.
@@ -72,12 +74,16 @@ class Best:
         if not self.stage.found.coupled:
             wins = self.joined.beaten_by(now)
             self.joined = _where(wins, now, self.joined, [b.per_row(wins) for b in blocks])
+            self.evaluated = None
 
-    def settle(self) -> _Candidate:
-        """Leave the best deltas in the blocks, and give them with what they were evaluated to."""
-        if self.stage.found.coupled:
-            self.stage.found.set(self.whole.deltas)
-            return self.whole
+    def join(self) -> None:
+        """Evaluate what was joined, after a restart: it is a candidate for the whole batch as well.
+
+        Samples may interact at some deltas alone. What counted after few restarts must not be lost
+        where later ones show that.
+        """
+        if self.stage.found.coupled or self.evaluated is not None:
+            return
         self.stage.found.set(self.joined.deltas)
         at = self.stage.evaluate(grad=False, lookups="detached").detach()
         now = self._candidate(self.joined.deltas, at)
@@ -87,9 +93,18 @@ class Best:
         )
         if now.goal is not None and self.joined.goal is not None:
             differ = differ | (now.goal != self.joined.goal)
-        # Were what was joined to count where it is better, more iterates could end weaker.
-        interact = differ.any()
-        chosen = _where(interact, self.whole, now, [interact] * len(self.stage.blocks))
+        self.interact = self.interact | differ.any()
+        batch = self.whole_value(self.whole).beaten_by(self.whole_value(now))
+        self.whole = _where(batch, now, self.whole, [batch] * len(now.deltas))
+        self.evaluated = now
+
+    def settle(self) -> _Candidate:
+        """Leave the best deltas in the blocks, and give them with what they were evaluated to."""
+        self.join()
+        chosen = self.whole
+        if self.evaluated is not None:
+            each = [self.interact] * len(chosen.deltas)
+            chosen = _where(self.interact, self.whole, self.evaluated, each)
         self.stage.found.set(chosen.deltas)
         return chosen
 
