@@ -222,6 +222,7 @@ class _Ensemble:
         self.stage, self.goal, self.clean = stage, goal, clean
         self.generator, self.scale = generator, scale
         self.steps = torch.zeros(clean.batch, dtype=torch.int64, device=clean.device)
+        self.by = torch.zeros_like(self.steps)  # the attack that felled each sample
         self.hidden: NoGradient | None = None
         self.moved = False  # whether an evaluation was ever another than the clean one
         # Which samples have fallen in the last evaluation, and stay as they are in the next steps.
@@ -376,11 +377,14 @@ class _Ensemble:
     # --- what was found --------------------------------------------------------------------------
 
     def _offer(self, at: Evaluation, now: _Standing, mark: int) -> None:
-        if isinstance(self.worst, Best):
-            self.worst.offer(at, mark)
-        else:
+        if not isinstance(self.worst, Best):
             assert self.rows is not None
             self.worst.offer(self.rows, at, now, mark)
+            return
+        # A sample that had fallen before stays with the attack that felled it.
+        marks = torch.full_like(self.steps, mark)
+        self.by = marks if self.there is None else torch.where(self.there, self.by, marks)
+        self.worst.offer(at, self.by)
 
     def settle(self, evaluate: bool) -> tuple[Evaluation | None, Tensor]:
         """Leave the worst deltas in the blocks; give their evaluation, and who found them."""

@@ -59,14 +59,14 @@ class Best:
         self.joined = self._candidate(zeros, clean)
         self.whole = self.joined
 
-    def offer(self, at: Evaluation, mark: int = 0) -> None:
+    def offer(self, at: Evaluation, mark: Tensor | None = None) -> None:
         """Take the current deltas over, where they are worse for the model than the best so far.
 
-        `mark` says where they come from; the clean point has mark 0.
+        `mark` (int64 `[B]`) says where they come from; the clean point has mark 0.
         """
         blocks = self.stage.blocks
         now = self._candidate([block.delta.detach().clone() for block in blocks], at)
-        now.mark = torch.full_like(now.mark, mark)
+        now.mark = now.mark if mark is None else mark
         batch = self.whole_value(self.whole).beaten_by(self.whole_value(now))
         self.whole = _where(batch, now, self.whole, [batch] * len(blocks))
         if not self.stage.found.coupled:
