@@ -227,8 +227,9 @@ def ways_to(goal: Criterion, clean: Evaluation) -> Ways | None:
     A user's own criterion has none: its objective need not be 0 where the goal is reached.
     """
     kind = type(goal)
-    if isinstance(goal, Diverge) and kind is Diverge and goal.predict(needed("", clean)) is not None:
-        return _Classes(Misclassify(losses.predict(needed("", clean))), clean)
+    if kind is Diverge and goal.reached(clean, clean) is not None:
+        predicted = losses.predict(needed("Diverge", clean))
+        return _Classes(Misclassify(predicted), clean)
     made: dict[type[Criterion], type[Ways]] = {
         Misclassify: _Classes,
         MultiLabel: _Labels,

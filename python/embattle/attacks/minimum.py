@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class MinimumNormResult(AttackResult):
     def curve(self) -> tuple[Tensor, Tensor]:
         """Give robust accuracy over eps: the radii where it falls (ascending, 0 first), and it."""
         radii = self.eps[self.eps.isfinite()].double()
-        radii = torch.cat([radii.new_zeros(1), radii]).unique()
+        radii = torch.unique(torch.cat([radii.new_zeros(1), radii]))
         return radii, self.robust_accuracy_at(radii)
 
 
@@ -273,9 +273,7 @@ class _Search:
                 norms = ops.group_norm(delta, norm="l2", **block.geometry).to(radius.dtype)
                 factor = radius / norms.clamp(min=torch.finfo(radius.dtype).tiny)
                 delta = delta * block.per_group_row(factor)
-            block.set(
-                ops.project(delta, eps=radius, norm=norm, **block.geometry, **box(state))
-            )
+            block.set(ops.project(delta, eps=radius, norm=norm, **block.geometry, **box(state)))
 
     def settle(self) -> Evaluation:
         """Leave the smallest deltas in the blocks; they are evaluated with the batch as a whole.

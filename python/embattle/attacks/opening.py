@@ -41,8 +41,8 @@ class Opened:
         if self.first is not None:
             return self.first
         if not gradient:
-            at = stage.evaluate(grad=False, lookups="detached").detach()
-            return at, [torch.zeros_like(block.delta) for block in stage.blocks]
+            seen = stage.evaluate(grad=False, lookups="detached").detach()
+            return seen, [torch.zeros_like(block.delta) for block in stage.blocks]
         at = self.graph
         if at is None:
             at = stage.evaluate(grad=True, lookups="detached", detach=True)
