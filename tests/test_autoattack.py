@@ -342,6 +342,14 @@ def test_deltas_that_samples_share() -> None:
     assert result.losses.sum() > result.clean_losses.sum()
 
 
+def test_results_of_a_removed_site_are_not_applied_in_vain() -> None:
+    layers, x, labels = trained()
+    net = Net(layers)
+    result = attack(net, x, labels, steps=2, queries=2)
+    with pytest.raises(RuntimeError, match="was removed"), result.applied():
+        net(x)
+
+
 def test_deltas_alone() -> None:
     layers, x, labels = trained()
     net = Net(layers)

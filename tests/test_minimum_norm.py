@@ -164,7 +164,7 @@ class Flip(eb.Criterion):
 
 
 def test_other_goals() -> None:
-    model, x, labels, _ = linear()
+    model, x, _, _ = linear()
     with torch.no_grad():
         outputs = model(x)
     first = outputs.argmax(1)
