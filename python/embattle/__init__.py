@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from embattle.attacks import APGD as APGD
     from embattle.attacks import FGM as FGM
     from embattle.attacks import FGSM as FGSM
+    from embattle.attacks import FMN as FMN
     from embattle.attacks import MIFGSM as MIFGSM
     from embattle.attacks import MSAP as MSAP
     from embattle.attacks import PGD as PGD
@@ -117,6 +118,7 @@ _EXPORTS: dict[str, str] = {
     "Evaluation": "perturb.evaluation",
     "FGM": "attacks",
     "FGSM": "attacks",
+    "FMN": "attacks",
     "FreeAT": "objectives",
     "GaussianNoise": "attacks",
     "GaussianStart": "attacks",
