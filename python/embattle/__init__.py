@@ -62,7 +62,9 @@ if TYPE_CHECKING:
     from embattle.attacks import MSAP as MSAP
     from embattle.attacks import PGD as PGD
     from embattle.attacks import VAT as VAT
+    from embattle.attacks import Attack as Attack
     from embattle.attacks import AttackResult as AttackResult
+    from embattle.attacks import AttackWarning as AttackWarning
     from embattle.attacks import AutoAttack as AutoAttack
     from embattle.attacks import BoxStart as BoxStart
     from embattle.attacks import GaussianNoise as GaussianNoise
@@ -106,7 +108,9 @@ _EXPORTS: dict[str, str] = {
     "AWP": "objectives",
     "AdversarialObjective": "objectives",
     "Alp": "objectives",
+    "Attack": "attacks",
     "AttackResult": "attacks",
+    "AttackWarning": "attacks",
     "AutoAttack": "attacks",
     "BoxStart": "attacks",
     "Bregman": "objectives",
