@@ -179,7 +179,8 @@ def test_other_goals() -> None:
     assert torch.all(one >= plain * 0.97)
     assert torch.allclose(one, two, rtol=0.05)
     near, far = (smallest(model, x, eb.Deviate(outputs, by=by)).eps for by in (0.1, 0.2))
-    assert torch.allclose(2 * near, far, rtol=0.05)
+    assert torch.all(far.isfinite())  # at the targets themselves up and down cancel out
+    assert torch.allclose(2 * near, far, rtol=0.15)
     several = smallest(model, x, eb.MultiLabel(outputs > 0)).eps
     exact = (outputs.abs() / model[1].weight.detach().norm(dim=1)).amin(1)
     assert torch.allclose(several, exact, rtol=0.05)
@@ -189,13 +190,19 @@ def test_more_steps_are_no_weaker_and_runs_repeat() -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Identity(), nn.Linear(6, 32), nn.Dropout(0.2), nn.Tanh())
     model.append(nn.Linear(32, 3))
-    x, random = torch.randn(20, 6), torch.get_rng_state()
+    x = torch.randn(20, 6)
     with torch.no_grad():
         labels = model.eval()(x).argmax(1)
     few, many = (smallest(model, x, eb.Misclassify(labels), steps=n).eps for n in (15, 150))
     assert many.median() <= few.median()
     model.train()
-    one, two = (smallest(model, x, eb.Misclassify(labels), steps=10) for _ in range(2))
+    random = torch.get_rng_state()
+    one, two = (
+        smallest(
+            model, x, eb.Misclassify(labels), steps=10, generator=torch.Generator().manual_seed(0)
+        )
+        for _ in range(2)
+    )
     assert torch.equal(one.eps, two.eps)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in model.parameters())

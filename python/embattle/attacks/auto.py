@@ -289,7 +289,7 @@ class _Ensemble:
             try:
                 at, values, rank, grads = self._look(part, now)
                 if step == 0 and part.attack.climbs:
-                    empty = _without_gradient(now.blocks, grads)
+                    empty = without_gradient(now.blocks, grads)
                     still = bool(empty.any())
                     if still and part.fallback is not None:
                         other = part.fallback if rows is None else part.fallback.select(rows)
@@ -381,7 +381,7 @@ class _Ensemble:
         still: bool,
     ) -> None:
         """Step; samples that have fallen stay, and those without a gradient start anew."""
-        empty = _without_gradient(now.blocks, grads) if still else None
+        empty = without_gradient(now.blocks, grads) if still else None
         for block, grad, state in zip(now.blocks, grads, now.states, strict=True):
             before = block.delta.detach().clone()
             attack.step(block, grad, state, number, values)
@@ -474,7 +474,7 @@ def _keep(block: Block, before: Tensor, rows: Tensor | None) -> None:
         block.set(torch.where(block.per_row(rows), before, block.delta.detach()))
 
 
-def _without_gradient(blocks: list[Block], grads: list[Tensor]) -> Tensor:
+def without_gradient(blocks: list[Block], grads: list[Tensor]) -> Tensor:
     """Give bool `[B]`: samples whose gradients are zero (or not finite) everywhere."""
     found: Tensor | None = None
     for block, grad in zip(blocks, grads, strict=True):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from embattle import checks, ops
 from embattle.attacks.ascents import Soft, Ways, ways_to
+from embattle.attacks.auto import without_gradient
 from embattle.attacks.base import Attack, box
 from embattle.attacks.result import AttackResult
 from embattle.criteria import Criterion, Diverge
@@ -88,6 +89,8 @@ class FMN(Attack):
         lower, upper, mode, compile: as for every attack. Random numbers are the same in all passes.
     """
 
+    draws: ClassVar[bool] = True  # directions for samples without a gradient
+
     unit: Strength = 1.0
     eps: Strength = field(init=False, default=1.0)
     steps: int = 100
@@ -162,12 +165,12 @@ class FMN(Attack):
             same_random=True,
             compile=self.compile,
         )
-        with stage.attacking(self.own_generator):
+        with stage.attacking(self.own_generator) as generator:
             evaluation = stage.open(attach=True).evaluation
             goal.check(evaluation)
             clean = evaluation.detach()
             _check(stage, goal, clean)
-            search = _Search(self, stage, goal, clean, scale)
+            search = _Search(self, stage, goal, clean, scale, generator)
             search.run(evaluation)
             now = search.settle()
             stage.forget_masks()
@@ -190,8 +193,15 @@ class _Search:
     """One run: the radius of each sample, and the smallest delta that reached the goal."""
 
     def __init__(
-        self, attack: FMN, stage: Stage, goal: Criterion, clean: Evaluation, scale: float
+        self,
+        attack: FMN,
+        stage: Stage,
+        goal: Criterion,
+        clean: Evaluation,
+        scale: float,
+        generator: torch.Generator | None,
     ) -> None:
+        self.generator = generator
         self.attack, self.stage, self.goal, self.clean = attack, stage, goal, clean
         self.ways: Ways | None = ways_to(goal, clean)
         self.ascent: Criterion = goal if self.ways is None else Soft(self.ways)
@@ -212,6 +222,7 @@ class _Search:
     def run(self, opened: Evaluation) -> None:
         """Make the steps; the first one's pass is the one that opened the attack."""
         attack, stage = self.attack, self.stage
+        still = False  # whether any sample had no gradient at the start
         for number in range(attack.steps):
             grads = None
             if number == 0:
@@ -221,6 +232,10 @@ class _Search:
                 now = stage.evaluate(grad=True, lookups="detached", detach=True)
                 grads = stage.gradients(ascended(self.ascent, now, self.clean))
                 at = now.detach()
+            if number == 0:
+                still = bool(without_gradient(stage.blocks, grads).any())
+            if still:
+                grads = self._stirred(grads)
             cosine = (1 + math.cos(math.pi * number / attack.steps)) / 2
             self._change_radius(at, grads, attack.gamma * (0.02 + 0.98 * cosine))
             self._step(grads, attack.step_size * (0.01 + 0.99 * cosine))
@@ -252,6 +267,17 @@ class _Search:
             slope = slope + _of_samples(block, norms).sum(1).to(slope.dtype)
         distance = self.ways.signed(at).abs().to(slope.dtype) / slope
         return torch.where(slope > 0, torch.minimum(distance, self.far), torch.zeros_like(slope))
+
+    def _stirred(self, grads: list[Tensor]) -> list[Tensor]:
+        """Send samples without a gradient (flat or symmetric there) in a random direction."""
+        empty = without_gradient(self.stage.blocks, grads)
+        found = []
+        for block, grad in zip(self.stage.blocks, grads, strict=True):
+            noise = ops.gaussian_noise(
+                torch.zeros_like(grad), std=1.0, generator=self.generator, **block.geometry
+            )
+            found.append(torch.where(block.per_row(empty), noise, grad))
+        return found
 
     def _step(self, grads: list[Tensor], share: float) -> None:
         norm = self.attack.norm
