@@ -97,6 +97,8 @@ def test_who_is_never_fooled_has_what_the_whole_batch_would_have(keep: str) -> N
     assert 0 < int(early.steps[4]) < 5
     assert int(early.steps[5]) == 0
     assert int(early.zero_gradient) == 0
+    random = eb.PGD(**options, keep=keep, stop_when_fooled=True, random_start=True)
+    assert int(random.run(whole, site, criterion=goal, subset=of).zero_gradient) == 0
 
 
 @pytest.mark.parametrize("attack", ["apgd", "mi", "restarts", "token"])

@@ -345,6 +345,15 @@ def test_weights_without_a_gradient_stay_under_awp() -> None:
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
+def test_awp_in_an_evaluation_is_the_objective() -> None:
+    model, batch = toys.factors(), toys.triplets()
+    objective = eb.AdversarialObjective(eb.FGM(eps=0.3), eb.Site(model.user))
+    with torch.no_grad():
+        expected, _ = objective(toys.rank(model, batch))
+        found, _ = eb.AWP(objective, model, gamma=0.1)(toys.rank(model, batch))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("call", ["call", "parts", "awp"])
 def test_each_output_has_a_ball_unless_they_are_joined(call: str) -> None:
     model = toys.factors()

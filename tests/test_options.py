@@ -701,3 +701,25 @@ def test_numbers_are_no_flags_and_words_no_numbers() -> None:
     with pytest.raises(ValueError, match="ignore_index"):
         eb.Misclassify(torch.zeros(2, dtype=torch.long), ignore_index=-(2**63) - 1)
     eb.Misclassify(torch.zeros(2, dtype=torch.long), ignore_index=-(2**63))
+
+
+def test_starts_are_values() -> None:
+    for make in (eb.GaussianStart, eb.BoxStart):
+        start = make(0.1)
+        assert start == make(0.1)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            start.std = 1.0  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        eb.Relative(0.1).value = 0.2  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        eb.PerDim(0.1).value = 0.2  # type: ignore[misc]
+
+
+def test_criteria_say_what_they_need() -> None:
+    for kind in (eb.Misclassify, eb.Target, eb.MultiLabel, eb.Deviate, eb.Promote, eb.Demote):
+        assert kind.needs_outputs
+        assert not kind.needs_clean
+    assert eb.Diverge.needs_outputs
+    assert eb.Diverge.needs_clean
+    assert not eb.MaximizeLoss.needs_outputs
+    assert not eb.MaximizeLoss.needs_clean

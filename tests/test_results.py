@@ -167,6 +167,34 @@ def test_samples_that_interact_at_some_deltas_alone(seed: int) -> None:
     assert totals == sorted(totals), "more restarts ended weaker"
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_goals_that_interact_though_values_do_not(seed: int) -> None:
+    """Each sample is to be well ahead of the other: not both can be, whatever their own values."""
+
+    class Ahead(eb.Criterion):
+        needs_outputs = True
+
+        def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
+            return now.losses
+
+        def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
+            return now.outputs > 0.2
+
+    table, x = nn.Embedding(2, 1).double(), torch.arange(2)[:, None]
+    nn.init.zeros_(table.weight)
+
+    def loss() -> Evaluation:
+        d = table(x).reshape(2)
+        return Evaluation(d, d - d.flip(0))
+
+    attack = eb.UniformNoise(
+        eps=1.0, norm="linf", restarts=8, generator=torch.Generator().manual_seed(seed)
+    )
+    result = attack.run(loss, eb.Site(table), criterion=Ahead())
+    assert int(result.reached.sum()) == 1
+    assert torch.equal(result.outputs, result.evaluate(loss).outputs)
+
+
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_batch_norm_in_train_mode(keep: str) -> None:
     model, _, labels, loss, site = made(norm=True)
@@ -293,6 +321,22 @@ def test_groups_without_a_gradient_are_counted_and_warned_of() -> None:
     result = eb.PGD(eps=2.0, steps=5).run(loss, site, criterion=margin)
     assert int(result.zero_gradient) == 0
     assert result.success.any()
+
+
+@pytest.mark.parametrize("scope", ["output", "row"])
+def test_samples_without_a_label_are_not_said_to_lack_a_gradient(scope: str) -> None:
+    model, tokens, labels, _, _ = made()
+    labels = labels.clone()
+    labels[::4] = -100
+    site = eb.Site(model.embedding, scope=scope)  # type: ignore[arg-type]
+    attack = eb.PGD(eps=1.0, steps=2)
+    result = attack.run(loss_of(model, tokens, labels), site, criterion=eb.Misclassify(labels))
+    if scope == "output":
+        assert torch.all(result.delta[::4] == 0)
+        assert int(result.zero_gradient) == 0
+    else:
+        seen = tokens[labels >= 0].unique()
+        assert int(result.zero_gradient) == len(tokens.unique()) - len(seen)
 
 
 def test_an_objective_counts_groups_without_a_gradient() -> None:

@@ -161,6 +161,14 @@ def test_time_first_is_noticed_where_sizes_coincide(
         torch.testing.assert_close(result.losses, expected.losses)
 
 
+def test_a_layout_is_looked_at_once() -> None:
+    torch.manual_seed(0)
+    table, tokens = nn.Embedding(30, 4).double(), torch.randint(0, 30, (6, 6))
+    site = eb.Site(table)
+    eb.PGD(eps=0.5, steps=2).run(lambda: table(tokens).tanh().sum((1, 2)), site)
+    assert site.known_shapes == {torch.Size([6, 6, 4])}
+
+
 def test_other_sizes_say_what_to_do() -> None:
     model, tokens = TimeFirst(), torch.randint(0, 30, (4, 6))
     with pytest.raises(ValueError, match=r"6 losses for embeddings \(4, 6, 4\).*samples=1"):
@@ -322,6 +330,21 @@ def test_a_table_is_perturbed_wherever_it_is_used(group: str, start: bool) -> No
         norm = grad.norm(dim=1, keepdim=True) if group == "row" else grad.norm()
         expected = torch.where(norm > 0, 0.7 * grad / norm, 0.0)
         torch.testing.assert_close(once.delta.reshape(12, 5), expected)
+
+
+def test_the_graphs_of_earlier_passes_are_let_go() -> None:
+    from embattle.perturb.stage import Stage
+
+    torch.manual_seed(0)
+    model, x = TiedSoftmax(), torch.randint(1, 12, (6, 3))
+    stage = Stage(lambda: model(x).logsumexp(1), eb.Site.weight(model.table, model=model))
+    with stage.attacking():
+        stage.open(attach=True)
+        sizes = []
+        for _ in range(3):
+            stage.evaluate(grad=True)
+            sizes.append(len(stage.found.own))
+    assert sizes[0] == sizes[2]
 
 
 def test_a_table_that_is_also_read_directly_is_refused_by_rows() -> None:

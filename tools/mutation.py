@@ -278,9 +278,9 @@ def tests_for(mutant: Mutant, known: dict[str, Any], kills: Counter[str], budget
     """The tests that reach a mutant's line, the likeliest killers first."""
     lines = known["lines"].get(mutant.file, {})
     names = set(lines.get(mutant.line, []))
-    if not names:  # what runs at import: whoever reaches the file
-        names = {name for each in lines.values() for name in each}
     seconds = known["seconds"]
+    if not names:  # what runs at import may show anywhere
+        names = set(seconds) - set(known["failed"])
     chosen, total = [], 0.0
     for name in sorted(names, key=lambda n: (-kills[n], seconds[n], n)):
         total += seconds[name]
