@@ -183,8 +183,8 @@ inline void find_l1(const Cut& cut, double sum, double most, double aim, const F
 }
 
 // l2 with a box: the length of s z, put in the box, rises in s. It is solved for on the elements
-// that are free at s, until that changes nothing. In units in which z and the goal have length 1:
-// squares then neither vanish nor overflow.
+// that are free at s, until that changes nothing. In units of the goal, and s in units of what
+// brings z there: near the solution no square that matters vanishes or overflows.
 template <class P, class F>
 inline void find_l2_boxed(const Cut& cut, double norm, double aim, const P& place, const F& z,
                           Multiplier* found) {
@@ -194,15 +194,15 @@ inline void find_l2_boxed(const Cut& cut, double norm, double aim, const P& plac
   for (;;) {
     const double s = bracket.at;
     const auto sums = totals<2>(cut, [&](int64_t i, auto n, V* acc) {
-      const V unit = z(i, n) / norm, moved = unit * (s * aim);
+      const V moved = z(i, n) / norm * (s * aim);
       const V put = place.in_box(i, n, moved);
       const auto free = put == moved;
-      const V bound = put / aim;
-      acc[0] += free ? unit * unit : V{};
-      acc[1] += free ? V{} : bound * bound;
+      const V part = put / aim, square = part * part;
+      acc[0] += free ? square : V{};
+      acc[1] += free ? V{} : square;
     });
-    const double square = sums.v[0] * s * s + sums.v[1], left = 1 - sums.v[1];
-    const double newton = left > 0 && sums.v[0] > 0 ? __builtin_sqrt(left / sums.v[0]) : 0;
+    const double square = sums.v[0] + sums.v[1], left = 1 - sums.v[1];
+    const double newton = left > 0 && sums.v[0] > 0 ? s * __builtin_sqrt(left / sums.v[0]) : 0;
     found->scale = newton * aim / norm;
     if (newton > 0 && __builtin_fabs(newton - s) <= 0x1p-52 * s) return;
     if (!look_on(bracket, square <= 1, newton)) break;

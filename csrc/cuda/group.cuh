@@ -691,9 +691,8 @@ class Group {
     int round = 0;
     A unit = 1;  // l2: power of two that brings the values into range
     double radius = 0;
-    double at = 0;      // where the search is: l1: the threshold; l2 with a box: the scale
-    Bracket bracket;    // with a box: what that lies between
-    double square = 0;  // l2 with a box: of all values, times unit^2
+    double at = 0;    // where the search is: l1: the threshold; l2 with a box: the scale
+    Bracket bracket;  // with a box: what that lies between
   };
 
   __device__ bool has_box() const { return kFull && p_.boxed; }
@@ -760,11 +759,10 @@ class Group {
         const double put = boxed(x, i, w);
         const bool free = search.pass == Pass::box && put == w && (kNorm == Norm::l2 || w != 0);
         if constexpr (kNorm == Norm::l2) {
-          // a: squares of the free elements, not scaled; b: of where the others are put, in units
-          // of eps.
-          const double unit = search.unit, part = put / result.eps;
+          // Squares in units of eps; a: of the free elements; b: of the others.
+          const double part = put / result.eps;
           if (free)
-            s.a += v * unit * (v * unit);
+            s.a += part * part;
           else
             s.b += part * part;
         } else {
@@ -795,7 +793,6 @@ class Group {
         // What brings the values to the ball's surface; with a box in units of that.
         result.scale = radius / sqrt(s.b);
         if (has_box() && radius > 0) {
-          search.square = s.b;
           search.bracket.outer = smaller(1 / result.scale, 0x1p1000);
           search.bracket.at = search.at = 1;
           search.pass = Pass::nearest;
@@ -825,10 +822,9 @@ class Group {
         search.pass = apart ? Pass::finish : Pass::box;
         if (kNorm == Norm::l2 && apart) result.scale = 0;
       } else if constexpr (kNorm == Norm::l2) {
-        const double free = s.a / search.square;
         double answer = search.bracket.inner;
-        next_in_box(search, free * search.at * search.at + s.b, 1,
-                    sqrt(larger(1 - 2e-15 - s.b, 0.0) / free), answer);
+        next_in_box(search, s.a + s.b, 1, search.at * sqrt(larger(1 - 2e-15 - s.b, 0.0) / s.a),
+                    answer);
         if (search.pass == Pass::finish)
           result.scale = smaller(answer * result.scale, 1.0) * kInside<T>;
       } else {
