@@ -94,12 +94,14 @@ class Best:
         self.stage.found.set(self.joined.deltas)
         at = self.stage.evaluate(grad=False, lookups="detached").detach()
         now = self._candidate(self.joined.deltas, at)
-        now.mark, now.rank = self.joined.mark, self.joined.rank
+        now.mark = self.joined.mark
         differ = ~torch.isclose(
             now.value, self.joined.value, rtol=self._tolerance, atol=self._tolerance
         )
         if now.goal is not None and self.joined.goal is not None:
             differ = differ | (now.goal != self.joined.goal)
+        # The ranks of samples that interact were those of other batches.
+        now.rank = torch.where(differ, now.value, self.joined.rank)
         self.interact = self.interact | differ.any()
         batch = self.whole_value(self.whole).beaten_by(self.whole_value(now))
         self.whole = _where(batch, now, self.whole, [batch] * len(now.deltas))
