@@ -2,6 +2,8 @@
 # twice. PYTHON and TORCH choose the interpreter and the torch requirement.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The oldest torch that the native library serves, built for the CPU.
+TORCH_MIN ?= torch==2.10.0+cpu
 VENV := .venv
 # The interpreter that everything runs with. PY=/path/to/python uses an environment of one's own.
 PY ?= $(VENV)/bin/python
@@ -11,12 +13,13 @@ JOBS ?= $(shell nproc)
 
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help setup dev demo test device-test lint format sanitize bench cuda-check gpu-check emulator-asan mutation \
-	clean
+.PHONY: help setup dev demo test clipping-nightly mutation device-test torch-min lint format sanitize bench cuda-check gpu-check emulator-asan clean
 
 help:
 	@echo "make demo      train and audit a real recommender (about 8 minutes on two cores)"
 	@echo "make test      build and run the tests"
+	@echo "make torch-min the tests of ops and attacks under the oldest torch ($(TORCH_MIN))"
+	@echo "make clipping-nightly [CASES=100000]  random models under per-sample clipping"
 	@echo "make lint      ruff, mypy --strict, clang-format"
 	@echo "make bench     the benchmarks, against the memory roofline and eager torch"
 	@echo "make cuda-check [TABLE=file]  spills and 128-bit accesses of the CUDA kernels; needs nvcc, no GPU"
@@ -45,6 +48,8 @@ build/dev/.stamp: $(SOURCES)
 # ---- Jobs ----
 RUN = PYTHONPATH=python $(PY)
 
+# Threads that spin while they wait are slow beside any other work (see python/embattle/__init__.py).
+demo: export OMP_WAIT_POLICY ?= passive
 demo: dev
 	$(RUN) -m embattle train recipes/womens_reviews.yaml --out runs/demo --overwrite $(DEMO)
 	$(RUN) -m embattle audit runs/demo
@@ -53,9 +58,18 @@ demo: dev
 test: dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(TESTS)
 
+# Other cases each time, unlike those of make test.
+CASES ?= 100000
+clipping-nightly: dev
+	OMP_NUM_THREADS=1 EMBATTLE_CLIPPING_CASES=$(CASES) $(RUN) -m pytest -n $(JOBS) tests/test_clipping_properties.py
+
 # The tests that run on any device, on one that needs no hardware.
 device-test: dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --device pretend -n $(JOBS) tests
+
+# The same binary, in an environment of its own.
+torch-min: dev
+	@PYTHON=$(PY) TORCH_MIN="$(TORCH_MIN)" JOBS=$(JOBS) IF_CHEAP=$(IF_CHEAP) bash tools/torch_min.sh $(TESTS)
 
 lint: setup
 	$(PY) -m ruff check .
@@ -71,7 +85,9 @@ format: setup
 bench: dev
 	$(RUN) -m pytest benchmarks $(BENCH)
 
-cuda-check: dev
+cuda-check: setup
+	@PYTHON=$(PY) JOBS=$(JOBS) EMBATTLE_CUDA=ON bash tools/build.sh build/dev
+	@touch build/dev/.stamp
 	$(PY) tools/check_cuda_kernels.py --build build/dev $(if $(TABLE),--out $(TABLE))
 
 # SYSTEM_PYTHON=1: no virtual environment and no network, with the python3 that is there.
@@ -94,4 +110,4 @@ mutation: dev
 	OMP_NUM_THREADS=1 $(PY) tools/mutation.py --processes $(JOBS) $(MUTATION)
 
 clean:
-	rm -rf build $(VENV) python/embattle/_C*.so
+	rm -rf build $(VENV) .venv-min python/embattle/_C*.so

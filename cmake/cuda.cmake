@@ -1,27 +1,37 @@
 # Decides whether the CUDA kernels are compiled, says what it chose, and adds them to _C.
 # Sets cuda_compiled, cuda_archs and cuda_version for module.cpp.
+include(cmake/cuda_choice.cmake)
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/cuda/*.cpp)
 
-set(use_cuda ${EMBATTLE_CUDA})
-if(EMBATTLE_CUDA STREQUAL "AUTO")
-  find_program(nvcc_program nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin)
-  # A CPU-only torch is no reason against them: one library serves both kinds of torch.
-  if(nvcc_program AND cuda_sources)
-    set(use_cuda ON)
-    message(STATUS "CUDA kernels: on (found ${nvcc_program})")
-  else()
+# A CPU-only torch is no reason against them: one library serves both kinds of torch.
+find_program(nvcc_program nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin)
+embattle_choose_cuda("${EMBATTLE_CUDA}" "${nvcc_program}" "${EMBATTLE_DRIVER_SIGNS}"
+  use_cuda architectures why)
+if(EMBATTLE_CUDA AND NOT EMBATTLE_CUDA STREQUAL "AUTO" AND NOT use_cuda)
+  string(REPLACE "; the CPU kernels are built; EMBATTLE_CUDA=ON insists" "" why "${why}")
+  message(FATAL_ERROR "EMBATTLE_CUDA=${EMBATTLE_CUDA} asks for the CUDA kernels, which would be "
+    "${why}. Put nvcc of CUDA 12.4 or newer on the PATH or into CUDA_HOME, or build with "
+    "EMBATTLE_CUDA=OFF.")
+endif()
+if(use_cuda AND NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES "${architectures}")
+endif()
+if(use_cuda AND EMBATTLE_CUDA STREQUAL "AUTO")
+  # What nobody asked for must not break the build: a compiler that nvcc does not take, half a toolkit.
+  include(CheckLanguage)
+  check_language(CUDA)
+  find_package(CUDAToolkit QUIET)
+  if(NOT CMAKE_CUDA_COMPILER OR NOT TARGET CUDA::cudart_static)
     set(use_cuda OFF)
-    message(STATUS "CUDA kernels: off (no nvcc found; the CPU kernels are built; "
-                   "EMBATTLE_CUDA=ON insists)")
+    set(why "off (${nvcc_program} does not compile here; EMBATTLE_CUDA=ON shows why)")
   endif()
 endif()
-if(NOT use_cuda OR NOT cuda_sources)
+message(STATUS "CUDA kernels: ${why}")
+if(NOT use_cuda)
   return()
 endif()
+message(STATUS "CUDA kernels for: ${CMAKE_CUDA_ARCHITECTURES}")
 
-if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES "80-real;90-real;100")
-endif()
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 set(CMAKE_CUDA_STANDARD 20)

@@ -1,8 +1,10 @@
-// Rules that the CPU and the CUDA kernels share, as host and device functions. Their meaning is
-// written out in python/embattle/reference.py.
+// Rules that the CPU and the CUDA kernels share, as host and device functions: each of them is used
+// by both. Their meaning is written out in python/embattle/reference.py.
 #pragma once
 
 #include <cstdint>
+
+#include "launch.h"
 
 #if defined(__CUDACC__)
 #define EMBATTLE_HD __host__ __device__ inline
@@ -59,25 +61,39 @@ struct Words {
   return k < 1 ? 1 : k;
 }
 
-// ||d + a g||^2 by the three sums of one pass: exact to 1e-8 unless the terms cancel, which is when
-// `false` comes back and the sum has to be taken over the elements themselves.
-[[maybe_unused]] EMBATTLE_HD bool square_of_step(double dd, double dg, double gg, double a,
-                                                 double* square) {
-  const double gain = a * a * gg;
-  *square = dd + 2 * a * dg + gain;
-  return *square >= 1e-8 * (dd + gain);
+// ---- Projection on a ball and a box ----
+
+[[maybe_unused]] EMBATTLE_HD bool is_boxed(const Box& box) {
+  return box.lower.data || box.upper.data || box.lower_value > -__builtin_huge_val() ||
+         box.upper_value < __builtin_huge_val();
 }
 
-// How far inside the ball the l2 and l1 projections aim, so that rounding n elements to a type of
-// unit roundoff u hardly ever leaves it: relative, and less than an ulp. Errors average over n
-// elements, but over no more than the type has significands: elements that share one may be off in
-// the same way. Small groups aim at eps itself, and are pulled in where rounding left the ball.
-[[maybe_unused]] EMBATTLE_HD double aim(double u, int64_t n) {
-  if (n < 64) return 1;
-  const double independent = static_cast<double>(n) < 0.5 / u ? static_cast<double>(n) : 0.5 / u;
-  double root = 8;  // a power of two not above the square root
-  while (root * root * 4 <= independent) root *= 2;
-  return 1 - 3 * u / root;
+// x inside [low, high]. A bound that is a NaN bounds nothing; where low > high, high holds.
+template <class T>
+EMBATTLE_HD T between(T x, T low, T high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+// The search for the multiplier with which a group's norm, monotone in it, reaches a goal. `inner`
+// is known to give no more than the goal, `outer` more.
+struct Bracket {
+  double inner = 0, outer = 1;
+  double at = 0;
+  int round = 0;
+};
+
+// Takes whether `at` gives no more than the goal, and where Newton's method would go from there;
+// moves on to the next place to look at, in the bracket. False: the answer is `inner`.
+[[maybe_unused]] EMBATTLE_HD bool look_on(Bracket& b, bool inside, double newton) {
+  (inside ? b.inner : b.outer) = b.at;
+  const double low = b.inner < b.outer ? b.inner : b.outer;
+  const double high = b.inner < b.outer ? b.outer : b.inner;
+  // Newton's steps end on the right piece soon; halves, should they circle.
+  const bool halve = ++b.round > 20 && b.round % 3 == 0;
+  if (halve || !(newton > low && newton < high)) newton = low + (high - low) / 2;
+  b.at = newton;
+  return newton > low && newton < high && b.round < 1000;
 }
 
 // ---- Per-sample clipping ----
@@ -87,8 +103,19 @@ struct Words {
 [[maybe_unused]] EMBATTLE_HD double clip_factor(bool automatic, double norm, double bound,
                                                 double gamma) {
   if (!(norm < __builtin_huge_val()) || norm == 0) return 0;
-  if (automatic) return bound / (norm + gamma);
-  return norm > bound ? bound / norm : 1;
+  if (!automatic) return norm > bound ? bound / norm : 1;
+  // Finite: an infinite factor would make a NaN of the zeros beside a tiny number.
+  const double factor = bound / (norm + gamma);
+  return factor < 0x1.fffffffffffffp1023 ? factor : 0x1.fffffffffffffp1023;
+}
+
+// ---- Row-wise Adagrad ----
+
+// What multiplies a row's gradient, which `factor` has clipped. With eps 0 a row that never had a
+// gradient stays: no 0 / 0.
+[[maybe_unused]] EMBATTLE_HD double adagrad_step(double lr, double factor, double root,
+                                                 double eps) {
+  return root + eps == 0 ? 0 : lr * factor / (root + eps);
 }
 
 }  // namespace

@@ -39,23 +39,25 @@ struct PerGroup {
   bool broadcast = false;
 };
 
-// The box and the centre of a perturbation, in the element type of the result.
+// The box and the centre of a perturbation; tensors are in the element type of the result.
 struct Box {
   ConstData x0;     // [rows, dim] or absent
-  ConstData lower;  // one element (broadcast) or [rows, dim]; or absent
+  ConstData lower;  // one element (broadcast) or [rows, dim]; or absent: lower_value holds
   ConstData upper;
   bool lower_broadcast = false;
   bool upper_broadcast = false;
+  double lower_value = -__builtin_huge_val();  // not yet rounded to the element type
+  double upper_value = __builtin_huge_val();
 };
 
 struct StepArgs {
   Groups groups;
   Norm norm = Norm::l2;
   ConstData delta;     // [rows, dim]
-  ConstData velocity;  // [rows, dim]; momentum_step only
+  ConstData velocity;  // [rows, dim], of any dtype; momentum_step only
   ConstData grad;      // [rows, dim]
   Data out;            // [rows, dim]; may be delta itself
-  Data velocity_out;   // [rows, dim]; momentum_step only; may be velocity itself
+  Data velocity_out;   // [rows, dim], dtype of velocity; momentum_step only; may be velocity itself
   PerGroup step_size;
   PerGroup eps;
   Box box;
@@ -82,7 +84,7 @@ struct NoiseArgs {
   ConstData x;  // [rows, dim]; absent for random_start
   Data out;
   const int64_t* key = nullptr;  // [2]; on the device, or:
-  bool key_on_host = false;      // CUDA only: the launcher reads it before it returns
+  bool key_on_host = false;      // where the CUDA launcher reads it, before it returns
   PerGroup std;
   PerGroup eps;  // infinite: no ball
   Box box;
@@ -128,7 +130,7 @@ struct CpuKernels {
 };
 
 extern const CpuKernels cpu_kernels_v2;  // also the one level of machines that are not x86-64
-extern const CpuKernels cpu_kernels_v3;  // AVX2, FMA, F16C
+extern const CpuKernels cpu_kernels_v3;  // AVX2, FMA, F16C, BMI, and all else of x86-64-v3
 extern const CpuKernels cpu_kernels_v4;  // AVX-512 F, BW, CD, DQ, VL
 
 const CpuKernels& cpu_kernels();     // the level chosen at load

@@ -7,7 +7,8 @@
 //   mask           bool, x.shape[:-1]; masked-out rows take no part and get no perturbation
 //   *_per_group    [groups] or one element; overrides the float beside it
 //   x0             the ball's centre: the first argument and the result are then x = x0 + delta
-//   lower, upper   one element or x.shape: the box the result lies in
+//   lower, upper   the box the result lies in; None for no bound
+//   *_per_element  [] or [1] or x.shape; overrides the float beside it
 //   nonfinite      int32 [groups], incremented where the gradient holds a NaN or an Inf
 //   key            int64 [2]: what Philox is keyed with
 // An op without a trailing underscore never writes its first argument; one with it returns nothing.
@@ -16,23 +17,23 @@
 
 // No argument is keyword-only: torch takes no autograd and vmap rules for keyword-only tensors.
 
-#define EMBATTLE_STEP_OPTIONS                                                    \
-  "float norm=2., bool token=False, Tensor? offsets=None, Tensor? mask=None, "   \
-  "Tensor? step_per_group=None, Tensor? eps_per_group=None, float top=1., "      \
-  "int max_groups=-1, Tensor? x0=None, Tensor? lower=None, Tensor? upper=None, " \
-  "Tensor(n!)? nonfinite=None"
+#define EMBATTLE_BOX                                        \
+  "Tensor? x0=None, float? lower=None, float? upper=None, " \
+  "Tensor? lower_per_element=None, Tensor? upper_per_element=None"
+#define EMBATTLE_STEP_OPTIONS                                                  \
+  "float norm=2., bool token=False, Tensor? offsets=None, Tensor? mask=None, " \
+  "Tensor? step_per_group=None, Tensor? eps_per_group=None, float top=1., "    \
+  "int max_groups=-1, " EMBATTLE_BOX ", Tensor(n!)? nonfinite=None"
 #define EMBATTLE_MOMENTUM_OPTIONS                                                \
   "float norm=2., bool apgd=False, bool token=False, Tensor? offsets=None, "     \
   "Tensor? mask=None, Tensor? step_per_group=None, Tensor? eps_per_group=None, " \
-  "float top=1., Tensor? x0=None, Tensor? lower=None, Tensor? upper=None, "      \
-  "Tensor(n!)? nonfinite=None"
+  "float top=1., " EMBATTLE_BOX ", Tensor(n!)? nonfinite=None"
 #define EMBATTLE_BALL_OPTIONS                                                  \
   "float norm=2., bool token=False, Tensor? offsets=None, Tensor? mask=None, " \
-  "Tensor? eps_per_group=None, Tensor? x0=None, Tensor? lower=None, Tensor? upper=None"
+  "Tensor? eps_per_group=None, " EMBATTLE_BOX
 #define EMBATTLE_NOISE_OPTIONS                                                 \
   "float norm=2., bool token=False, Tensor? offsets=None, Tensor? mask=None, " \
-  "Tensor? std_per_group=None, Tensor? eps_per_group=None, Tensor? x0=None, "  \
-  "Tensor? lower=None, Tensor? upper=None"
+  "Tensor? std_per_group=None, Tensor? eps_per_group=None, " EMBATTLE_BOX
 
 STABLE_TORCH_LIBRARY(embattle, m) {
   // Perturbations in groups.

@@ -31,7 +31,10 @@ class Classifier(nn.Module):
 
 
 class Robust(AdversarialModule, lightning.LightningModule):
-    """What differs from an ordinary module: `objective` and `loss_fn` in place of a step."""
+    """What differs from an ordinary module: `objective` and `loss_fn` in place of a step.
+
+    Attacks run inside Lightning's evaluation as they are.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,12 +45,18 @@ class Robust(AdversarialModule, lightning.LightningModule):
             eps_schedule=eb.schedules.WarmUp(10),
         )
 
-    def loss_fn(self, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def loss_fn(self, batch: list[Tensor]) -> eb.Evaluation:
         logits = self.model(batch[0])
-        return eb.losses.cross_entropy(logits, batch[1]), logits
+        return eb.Evaluation(eb.losses.cross_entropy(logits, batch[1]), logits)
 
     def objective_arguments(self, batch: list[Tensor]) -> dict[str, Any]:
-        return {"labels": batch[1]}
+        return {"criterion": eb.Misclassify(batch[1])}
+
+    def validation_step(self, batch: list[Tensor]) -> None:
+        result = eb.PGD(eps=1.0, steps=5, keep="best").run(
+            lambda: self.loss_fn(batch), self.objective.sites, **self.objective_arguments(batch)
+        )
+        self.log_dict({"clean": result.clean_accuracy, "robust": result.robust_accuracy})
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=0.01)
@@ -69,8 +78,12 @@ def main(epochs: int = 20) -> dict[str, float]:
             enable_model_summary=False,
             default_root_dir=folder,
         )
-        trainer.fit(Robust(), loader)
-    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        robust = Robust()
+        trainer.fit(robust, loader)
+        trained = dict(trainer.callback_metrics)
+        trainer.validate(robust, loader, verbose=False)
+    metrics = trained | dict(trainer.callback_metrics)
+    found = {name: float(value) for name, value in metrics.items()}
     for name, value in found.items():
         print(f"{name:24s} {value:.3f}")
     return found

@@ -64,7 +64,7 @@ class Case:
         `run` calls the model, where it is not just called.
         """
         out = (self.model if run is None else run)(*batch)
-        if out.shape[0] != samples:
+        if "batch_dim" in self.options or out.shape[0] != samples:
             out = out.movedim(self.options.get("batch_dim", 1), 0)
         return (out.reshape(samples, -1).sin() * 3 + out.reshape(samples, -1).square()).sum(1)
 

@@ -18,6 +18,7 @@ from clipping_cases import (
     make,
     single_gradients,
 )
+from embattle import Evaluation
 from embattle.clipping import ClipResult, PerSampleClipper
 from embattle.clipping.tables import side_by_side
 from torch import Tensor
@@ -214,3 +215,21 @@ def test_parts_of_one_tensor_are_joined_without_a_copy() -> None:
         joined = side_by_side(grads)
         assert torch.equal(joined, torch.cat(grads, 1))
         assert (joined.data_ptr() == grads[0].data_ptr()) == same
+
+
+def test_an_evaluation_holds_the_losses() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2).double()
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randint(0, 2, (4,))
+    clipper = PerSampleClipper(model, max_norm=0.1)
+    grads = []
+    for held in (True, False):
+        model.zero_grad()
+        with clipper:
+            logits = model(x)
+            losses = torch.nn.functional.cross_entropy(logits, y, reduction="none")
+            clipper.backward(Evaluation(losses, logits) if held else losses)
+        grads.append(model.weight.grad.clone())
+    assert torch.equal(*grads)
+    with clipper, pytest.raises(ValueError, match=r"holds no losses \[B\]"):
+        clipper.backward(Evaluation(outputs=model(x)))

@@ -182,7 +182,7 @@ def test_with_an_adversarial_objective(part: str, scope: str, known: bool) -> No
     _, norms = clipped_sum(singles, 1.0)
     bound = float(norms[norms > 0].median())
     wanted, norms = clipped_sum(singles, bound)
-    with PerSampleClipper(model, bound, reduction="sum", check=False) as clipper:
+    with PerSampleClipper(model, bound, reduction="sum", verify="first") as clipper:
         parts, metrics = objective.parts(lambda: losses(every), mask=mask)
         if part == "summed":
             result = clipper.backward(parts.summed)

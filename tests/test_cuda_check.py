@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,21 @@ def test_a_good_kernel_has_no_fault_and_a_row_in_the_table() -> None:
 
 def test_a_spill_on_one_architecture_is_a_fault() -> None:
     assert kernel(spill=12).faults == ["sm_90: spills 12 bytes"]
+
+
+def test_every_kernel_of_the_sources_has_a_rule_and_none_may_spill() -> None:
+    sources = (ROOT / "csrc" / "cuda").glob("*.cu")
+    text = "\n".join(path.read_text() for path in sources)
+    names = re.findall(r"__global__ void (?:__launch_bounds__\(.*?\)\s+)?(\w+_kernel)\(", text)
+    assert len(names) > 15
+    assert len(names) == text.count("__global__")
+    for name in names:
+        code = {"sm_90": check.Code(spilled=8, loads=1, stores=1)}
+        assert check.Kernel(f"{name}<float, true>", code).faults == ["sm_90: spills 8 bytes"], name
+
+
+def test_a_kernel_without_a_rule_is_a_fault() -> None:
+    assert "no rule" in check.Kernel("new_kernel", {"sm_90": check.Code()}).faults[0]
 
 
 @pytest.mark.parametrize("load", ["LDG.E.64", "LDG.E.128.CONSTANT", "LDGSTS.E.BYPASS.128"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import embattle as eb
+import hostile_values as hostile
 import pytest
 import samples
 import torch
@@ -76,15 +77,31 @@ def test_a_second_device_gives_the_same_bits(op: str) -> None:
 
 @pytest.mark.parametrize("norm", samples.NORMS)
 @pytest.mark.parametrize("shape", [(256, 32, 128), (4, 512, 768), (2, 3_000_001)])
-def test_a_captured_step_gives_the_same_bits(norm: str, shape: tuple[int, ...]) -> None:
-    delta, grad = torch.randn(2, *shape, device="cuda")
-    want = ops.pgd_step(delta, grad, step_size=0.3, eps=1.0, norm=norm)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = ops.pgd_step(delta, grad, step_size=0.3, eps=1.0, norm=norm)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert same_bits(result, want)
+def test_a_large_captured_step_is_what_the_reference_says(
+    norm: str, shape: tuple[int, ...]
+) -> None:
+    # Sizes at which groups are shared by clusters, and by blocks at large; with an origin and a box
+    # as well, which other kernels serve.
+    delta, grad, x0 = torch.randn(3, *shape, device="cuda")
+    options = {"step_size": 0.3, "eps": 1.0, "norm": norm}
+    for more in ({}, {"x0": x0, "lower": -1.0, "upper": 1.5}):
+        call = samples.Call([delta, grad], {**options, **more})
+        want = run("pgd_step", call)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = run("pgd_step", call)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same_bits(results[0], want[0])
+        assert_matches_reference("pgd_step", call.map(lambda t: t.cpu()), [results[0].cpu()])
+
+
+@pytest.mark.parametrize("op", hostile.OPS)
+def test_hostile_values_give_what_the_reference_says(op: str) -> None:
+    for seed in range(60):
+        call = hostile.call(op, seed)
+        results = run(op, on_gpu(call))
+        hostile.assert_matches(op, call, [r.cpu() for r in results], seed)
 
 
 def test_noise_under_capture_is_fresh_or_refused() -> None:

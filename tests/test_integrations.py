@@ -1,4 +1,4 @@
-"""The other libraries, really run, on tiny models."""
+"""Other libraries and torch's own wrappers, really run, on tiny models."""
 
 from __future__ import annotations
 
@@ -15,86 +15,6 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 
-class Rows(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        # On the CPU, from where trainers take rows to their device.
-        g = torch.Generator().manual_seed(index)
-        tokens = torch.randint(5, 60, (8,), generator=g, device="cpu")
-        length = 4 + index % 5
-        mask = (torch.arange(8, device="cpu") < length).long()
-        return {
-            "input_ids": tokens * mask,
-            "attention_mask": mask,
-            "labels": int(tokens[0]) % 2,
-        }
-
-
-def trainer(folder: Path, accumulate: int = 1, **options: Any) -> Any:
-    pytest.importorskip("accelerate")
-    from embattle.integrations.transformers import AdversarialTrainer
-
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        max_steps=4,
-        per_device_train_batch_size=8 // accumulate,
-        gradient_accumulation_steps=accumulate,
-        logging_steps=2,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=devices.kind == "cpu",
-        learning_rate=1e-3,
-        disable_tqdm=True,
-    )
-    model = toys.tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return AdversarialTrainer(
-        model=model, args=arguments, train_dataset=Rows(), eval_dataset=Rows(), **options
-    )
-
-
-def test_transformers_trainer(tmp_path: Path) -> None:
-    run = trainer(
-        tmp_path,
-        attack=eb.PGD(eps=eb.Relative(0.2), steps=2),
-        objective={"lam": 0.5, "eps_schedule": eb.schedules.WarmUp(2)},
-    )
-    before = run.model.bert.embeddings.word_embeddings.weight.detach().clone()
-    run.train()
-    assert run.objective.step == 4
-    assert not torch.equal(before, run.model.bert.embeddings.word_embeddings.weight)
-    logged = [entry for entry in run.state.log_history if "adversarial_loss" in entry]
-    assert len(logged) == 2
-    assert logged[1]["adversarial_loss"] > logged[1]["clean_loss"]
-    assert logged[1]["eps_scale"] == 1.0
-    assert 0 <= logged[1]["robust_accuracy"] <= logged[1]["clean_accuracy"] <= 1
-    assert "eval_loss" in run.evaluate()
-    assert not run.site.busy
-
-
-def test_gradient_accumulation_gives_the_same_model(tmp_path: Path) -> None:
-    """Attacks are made sample by sample: half batches, accumulated, are the whole batch."""
-    weights = []
-    for accumulate in (1, 2):
-        run = trainer(tmp_path, accumulate, attack=eb.PGD(eps=0.3, steps=2))
-        run.train()
-        weights.append(run.model.classifier.weight.detach().clone())
-    assert torch.allclose(weights[0], weights[1], atol=1e-5)
-
-
-def test_the_mixin_goes_before_any_trainer(tmp_path: Path) -> None:
-    from embattle.integrations.transformers import AdversarialTrainerMixin
-
-    class Mine(AdversarialTrainerMixin, transformers.Trainer):
-        pass
-
-    run = trainer(tmp_path, attack=eb.FGM(eps=0.1))
-    mine = Mine(model=run.model, args=run.args, train_dataset=Rows(), attack=eb.FGM(eps=0.1))
-    mine.train()
-    assert mine.objective.step == 4
-
-
 def test_accelerate() -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=devices.kind == "cpu")
@@ -106,17 +26,21 @@ def test_accelerate() -> None:
     objective = eb.AdversarialObjective(eb.PGD(eps=0.3, steps=2), site)
     losses = []
     for _ in range(5):
-        loss, _ = objective(toys.classify(model, tokens, labels), mask=tokens != 0)
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
+        with accelerator.accumulate(model):
+            loss, metrics = objective(
+                toys.classify(model, tokens, labels),
+                criterion=eb.Misclassify(labels),
+                mask=tokens != 0,
+            )
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+    assert metrics["robust_accuracy"] <= metrics["clean_accuracy"]
 
 
-@pytest.mark.parametrize("manual", [False, True])
-def test_lightning(tmp_path: Path, manual: bool) -> None:
-    lightning = pytest.importorskip("lightning")
+def lightning_module(lightning: Any, manual: bool) -> Any:
     from embattle.integrations.lightning import AdversarialModule
 
     class Robust(AdversarialModule, lightning.LightningModule):
@@ -124,15 +48,15 @@ def test_lightning(tmp_path: Path, manual: bool) -> None:
             super().__init__()
             self.model = toys.encoder(dtype=torch.float32)
             self.automatic_optimization = not manual
-            self.objective = eb.AdversarialObjective(
-                eb.PGD(eps=0.3, steps=2), eb.Site(self.model.embedding)
-            )
+            self.site = eb.Site(self.model.embedding, model=self.model)
+            self.objective = eb.AdversarialObjective(eb.PGD(eps=0.3, steps=2), self.site)
+            self.results: list[Any] = []
 
         def loss_fn(self, batch: Any) -> Any:
             return toys.classify(self.model, *batch)()
 
         def objective_arguments(self, batch: Any) -> dict[str, Any]:
-            return {"mask": batch[0] != 0, "labels": batch[1]}
+            return {"mask": batch[0] != 0, "criterion": eb.Misclassify(batch[1])}
 
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -146,29 +70,94 @@ def test_lightning(tmp_path: Path, manual: bool) -> None:
             optimizer.step()
             return None
 
-    tokens, labels = toys.text_batch(batch=12)
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(tokens, labels), batch_size=6
-    )
-    module = Robust()
-    before = module.model.head.weight.detach().clone()
-    run = lightning.Trainer(
-        max_epochs=2,
+        def attacked(self, batch: Any) -> None:
+            attack = eb.PGD(eps=0.5, steps=3, keep="best")
+            result = attack.run(
+                lambda: self.loss_fn(batch), self.site, **self.objective_arguments(batch)
+            )
+            self.results.append((torch.is_inference_mode_enabled(), batch, result))
+            self.log("robust_accuracy", result.robust_accuracy)
+
+        def validation_step(self, batch: Any, *arguments: Any) -> None:
+            self.attacked(batch)
+
+        def test_step(self, batch: Any, *arguments: Any) -> None:
+            self.attacked(batch)
+
+    return Robust()
+
+
+def lightning_trainer(lightning: Any, folder: Path, **options: Any) -> Any:
+    return lightning.Trainer(
         accelerator="cpu" if devices.kind == "cpu" else "gpu",
         devices=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir=tmp_path,
+        default_root_dir=folder,
+        **options,
     )
-    run.fit(module, loader)
+
+
+def texts(batch: int = 12) -> Any:
+    tokens, labels = toys.text_batch(batch=batch)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens, labels), batch_size=6)
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_lightning(tmp_path: Path, manual: bool) -> None:
+    lightning = pytest.importorskip("lightning")
+    module = lightning_module(lightning, manual)
+    before = module.model.head.weight.detach().clone()
+    run = lightning_trainer(lightning, tmp_path, max_epochs=2, limit_val_batches=0)
+    run.fit(module, texts())
     assert module.objective.step == 4
     assert not torch.equal(before, module.model.head.weight)
-    assert run.callback_metrics["train_adversarial_loss"] > run.callback_metrics["train_clean_loss"]
+    logged = run.callback_metrics
+    assert logged["train_adversarial_loss"] > logged["train_clean_loss"]
+    assert logged["train_robust_accuracy"] <= logged["train_clean_accuracy"]
     run.save_checkpoint(tmp_path / "robust.ckpt")
-    other = Robust()
+    other = lightning_module(lightning, manual)
     other.on_load_checkpoint(torch.load(tmp_path / "robust.ckpt", weights_only=True))
     assert other.objective.step == 4
+
+
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_attacks_run_in_lightnings_evaluation(tmp_path: Path, verb: str, inference: bool) -> None:
+    """In inference mode, or without gradients, they find what they find outside."""
+    lightning = pytest.importorskip("lightning")
+    module = lightning_module(lightning, False)
+    run = lightning_trainer(lightning, tmp_path, inference_mode=inference)
+    getattr(run, verb)(module, texts(), verbose=False)
+    assert len(module.results) == 2
+    assert "robust_accuracy" in run.callback_metrics
+    module.eval()
+    for mode, batch, result in module.results:
+        assert mode == inference
+        tokens, labels = (one.clone() for one in batch)
+        outside = eb.PGD(eps=0.5, steps=3, keep="best").run(
+            toys.classify(module.model, tokens, labels),
+            module.site,
+            mask=tokens != 0,
+            criterion=eb.Misclassify(labels),
+        )
+        assert torch.allclose(result.delta, outside.delta, atol=1e-6)
+        assert torch.equal(result.success, outside.success)
+        assert (result.losses > result.clean_losses).all()
+
+
+def test_scaled_losses_are_not_differentiated_early(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    module = lightning_module(lightning, False)
+    module.log_dict = lambda scalars: None
+    batch = next(iter(texts()))
+    module.robust_loss(batch)
+    assert module.objective.early_backward
+    module.trainer = lightning_trainer(lightning, tmp_path)
+    module.trainer.strategy.precision_plugin.precision = "16-mixed"
+    module.robust_loss(batch)
+    assert not module.objective.early_backward
 
 
 def test_tied_embeddings_and_checkpointing() -> None:
@@ -194,7 +183,7 @@ def test_tied_embeddings_and_checkpointing() -> None:
         for early in (False, True):
             model.zero_grad()
             objective = eb.AdversarialObjective(
-                eb.PGD(eps=0.3, steps=2), eb.Site(model), early_backward=early
+                eb.PGD(eps=0.3, steps=2), eb.Site.embeddings(model), early_backward=early
             )
             loss, _ = objective(loss_fn)
             loss.backward()
@@ -202,6 +191,20 @@ def test_tied_embeddings_and_checkpointing() -> None:
             objective.sites[0].remove()
     for other in found[1:]:
         assert torch.allclose(found[0], other, atol=1e-6)
+
+
+def test_reentrant_checkpoints_of_layers_say_what_to_do() -> None:
+    torch.manual_seed(0)
+    model = toys.tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.train()
+    tokens, labels = torch.randint(5, 60, (4, 8)), torch.tensor([0, 1, 0, 1])
+    site = eb.Site.embeddings(model)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        eb.PGD(eps=0.3).run(
+            lambda: eb.losses.cross_entropy(model(input_ids=tokens).logits, labels), site
+        )
+    assert not site.busy
 
 
 def test_compiled_models() -> None:

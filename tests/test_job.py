@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import signal
 from pathlib import Path
@@ -18,101 +17,17 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("yaml")
 
-import yaml
 from embattle import train as training
 from embattle.cli import app
+from embattle.run_folder import Run
 from safetensors.torch import load_file
+from tiny_job import invoke, make_encoder, recipe_of, write_reviews
 from typer.testing import CliRunner
-
-GOOD = ["love", "great", "perfect", "soft", "flattering"]
-BAD = ["hate", "poor", "itchy", "returned", "cheap"]
-PLAIN = ["the", "dress", "fits", "and", "colour", "is", "shirt", "a", "size", "fabric"]
-
-
-def invoke(*words: object) -> tuple[int, str]:
-    """The status and everything printed."""
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    return result.exit_code, result.output
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A one-layer BERT with random weights and a word-level tokenizer, as a local folder."""
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    folder = tmp_path_factory.mktemp("encoder")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *PLAIN]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=32,
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-    )
-    transformers.BertModel(config).save_pretrained(folder, safe_serialization=True)
-    return folder
-
-
-def write_reviews(path: Path, count: int = 160, *, label: str | None = None) -> None:
-    """Reviews whose words give their label away."""
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["text", "recommended"])
-        for i in range(count):
-            mood = GOOD if i % 2 else BAD
-            words = [PLAIN[i % 10], mood[i % 5], PLAIN[(3 * i + 1) % 10], mood[(i // 5) % 5]]
-            rows.writerow([" ".join([*words, PLAIN[(i // 7) % 10]]), label or i % 2])
-
-
-def recipe_of(folder: Path, encoder: Path, **changes: object) -> Path:
-    """A recipe for a run of a few seconds."""
-    if not (folder / "reviews.csv").exists():
-        write_reviews(folder / "reviews.csv")
-    recipe = {
-        "name": "tiny",
-        "seed": 3,
-        "data": {
-            "path": str(folder / "reviews.csv"),
-            "text": ["text"],
-            "label": "recommended",
-            "fractions": [0.6, 0.2, 0.2],
-        },
-        "model": {"pretrained": str(encoder), "max_tokens": 12},
-        "threat": {"eps": 0.3},
-        "train": {"steps": 12, "batch_size": 8, "learning_rate": 0.01},
-        "audit": {
-            "attacks": [
-                {"kind": "noise", "restarts": 2},
-                {"kind": "fgm"},
-                {"kind": "pgd", "steps": 3, "random_start": True, "restarts": 2},
-            ],
-            "sweep": [0.5, 1.0, 4.0],
-            "sweep_attack": {"kind": "pgd", "steps": 2},
-        },
-        **changes,
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
+    return make_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 def test_the_whole_job(tmp_path: Path, encoder: Path) -> None:
@@ -162,9 +77,9 @@ def test_resuming_gives_the_uninterrupted_run(
 
     status, text = invoke("train", recipe, "--out", broken, "--resume")
     assert status == 0, text
-    first, second = training.Run.read(whole), training.Run.read(broken)
+    first, second = Run.read(whole), Run.read(broken)
     for variant in training.VARIANTS:
-        a, b = first.variants[variant]["history"], second.variants[variant]["history"]
+        a, b = first.variants[variant].history, second.variants[variant].history
         assert len(a) == len(b) == 12
         assert a == b
         for file in (whole / variant).glob("*.safetensors"):

@@ -43,7 +43,7 @@ def encoder_decoder(name: str) -> Any:
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_encoder_decoders(name: str) -> None:
-    """Shared embeddings: the encoder's and the decoder's calls have a delta each, or one only."""
+    """Shared embeddings: the encoder's and the decoder's calls have a delta each."""
     model = encoder_decoder(name)
     source, target = torch.randint(1, 40, (3, 6)), torch.randint(1, 40, (3, 4))
 
@@ -51,12 +51,7 @@ def test_encoder_decoders(name: str) -> None:
         logits = model(input_ids=source, labels=target).logits
         return eb.losses.cross_entropy(logits, target)
 
-    modules = [
-        model.get_encoder().get_input_embeddings(),
-        model.get_decoder().get_input_embeddings(),
-    ]
-    shared = modules[0] is modules[1]
-    sites = [eb.Site(modules[0])] if shared else [eb.Site(module) for module in modules]
+    sites = eb.Site.embeddings(model)
     attack = eb.PGD(eps=0.3, steps=3, keep="best")
     result = attack.run(loss_fn, sites)
     assert sorted(delta.shape[1] for delta in result.deltas) == [4, 6]
@@ -82,7 +77,7 @@ def test_peft(targets: list[str]) -> None:
     def loss_fn() -> Tensor:
         return eb.losses.cross_entropy(model(input_ids=tokens).logits, labels)
 
-    site = eb.Site(model)
+    site = eb.Site.embeddings(model)
     flags = [p.requires_grad for p in model.parameters()]
     found = []
     for early in (False, True):
@@ -119,6 +114,11 @@ def grads_of(form: str, early: bool) -> dict[str, Tensor]:
 
 
 def of_rank(rank: int, where: Path) -> None:
+    train_wrapped(rank, where)
+    try_what_is_refused(rank, where)
+
+
+def train_wrapped(rank: int, where: Path) -> None:
     tokens, labels = toys.text_batch()
     tokens, labels = tokens[rank * 3 : rank * 3 + 3], labels[rank * 3 : rank * 3 + 3]
     for form, early in CASES:
@@ -148,7 +148,58 @@ def of_rank(rank: int, where: Path) -> None:
         torch.save(whole, f"{where}/fsdp-{form}-{early}-{rank}.pt")
 
 
+class Partly(torch.nn.Module):
+    """An encoder with a layer that no pass uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = toys.encoder(dtype=torch.float32)
+        self.unused = torch.nn.Linear(2, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.base(tokens)
+
+
+def try_what_is_refused(rank: int, where: Path) -> None:
+    tokens, labels = toys.text_batch()
+    tokens, labels = tokens[rank * 3 : rank * 3 + 3], labels[rank * 3 : rank * 3 + 3]
+    said = {}
+    for name, form, options in (
+        ("static", "mixed", {"static_graph": True}),
+        ("static free", "free", {"static_graph": True}),
+        ("unused free", "free", {"find_unused_parameters": True}),
+        ("unused freeat", "freeat", {"find_unused_parameters": True}),
+    ):
+        torch.manual_seed(0)
+        model = Partly()
+        site = eb.Site(model.base.embedding, model=model)
+        wrapped = DistributedDataParallel(model, **options)
+        loss_fn = toys.classify(wrapped, tokens, labels)
+        try:
+            objective(site, form, True)(loss_fn, mask=tokens != 0)
+        except RuntimeError as error:
+            said[name] = str(error)
+        assert not site.busy
+        wrapped.zero_grad()
+        if "static" not in name:  # the wrapper still works
+            loss_fn().losses.mean().backward()
+    # What remains allowed: unused parameters, in forms whose training passes are the model's own.
+    for form in ("mixed", "trades"):
+        torch.manual_seed(0)
+        model = Partly()
+        site = eb.Site(model.base.embedding, model=model)
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        attack = eb.PGD(eps=0.4, steps=2, random_start=eb.GaussianStart(0.01))
+        run = eb.AdversarialObjective(attack, site, form=form, early_backward=False)
+        for _ in range(2):
+            wrapped.zero_grad()
+            run(toys.classify(wrapped, tokens, labels), mask=tokens != 0)[0].backward()
+        torch.save(model.base.head.weight.grad, f"{where}/{form}-{rank}.pt")
+    torch.save(said, f"{where}/said-{rank}.pt")
+
+
 def test_two_processes_give_what_one_does(tmp_path: Path) -> None:
+    """And what DDP would get wrong is refused: the processes are started once for both."""
     ranks.run(of_rank, tmp_path)
     names = [("ddp", *case) for case in CASES] + [("fsdp", *case) for case in SHARDED]
     for kind, form, early in names:
@@ -158,3 +209,17 @@ def test_two_processes_give_what_one_does(tmp_path: Path) -> None:
             assert got.keys() == expected.keys()
             for name, grad in expected.items():
                 assert torch.allclose(got[name], grad, atol=1e-5), (kind, form, early, name)
+    check_what_was_refused(tmp_path)
+
+
+def check_what_was_refused(tmp_path: Path) -> None:
+    for rank in range(2):
+        said = torch.load(tmp_path / f"said-{rank}.pt", weights_only=True)
+        assert sorted(said) == ["static", "static free", "unused free", "unused freeat"]
+        for name, sentence in said.items():
+            way_out = "find_unused_parameters=False" if "unused" in name else "static_graph=False"
+            assert way_out in sentence
+    for form in ("mixed", "trades"):
+        grads = [torch.load(tmp_path / f"{form}-{rank}.pt", weights_only=True) for rank in range(2)]
+        assert torch.equal(*grads)
+        assert grads[0].abs().sum() > 0

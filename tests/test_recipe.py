@@ -39,6 +39,9 @@ def test_a_shipped_recipe_is_valid_and_survives_being_written(path: Path, tmp_pa
         ("train.steps", "write --set section.key=value"),
         ("train.steps=[", "not YAML"),
         ("name=../elsewhere", "name"),
+        ("audit.sweep=[]", "audit.sweep"),
+        ("train={steps: 1, steps: 2}", "not YAML"),
+        ("data.label=Title", "'Title' is among the text columns"),
     ],
 )
 def test_a_bad_change_is_named(change: str, message: str) -> None:
@@ -51,6 +54,9 @@ def test_a_bad_change_is_named(change: str, message: str) -> None:
     [
         ("a: [", "line"),
         ("just words", "no recipe"),
+        ("name: x\ndata: {source: y}\nname: z", "line 3: the key 'name' is there twice"),
+        ("name: x\ndata: {text: [a], label: b, label: c}", "the key 'label' is there twice"),
+        ("[" * 5000, "bad.yaml"),
         ("name: x\n", "data is missing"),
         ("name: x\ndata: {source: y, text: [a], label: b}\nfull: {train: {stepz: 1}}", "stepz"),
         ("!!python/object/apply:os.system [ls]", "correct the YAML"),
@@ -69,3 +75,13 @@ def test_changes_come_last_and_full_is_applied() -> None:
     assert (recipe.train.steps, recipe.model.layers) == (7, 3)
     assert recipe.data.limits.train is None
     assert recipe.full == {}
+
+
+def test_a_merged_mapping_may_be_changed(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "name: x\ndata: {source: y, text: [a], label: b}\n"
+        "harden: {attack: &one {kind: pgd, steps: 1}}\n"
+        "audit: {attacks: [{<<: *one, steps: 7}]}\n"
+    )
+    assert recipes.load(path).audit.attacks[0].steps == 7

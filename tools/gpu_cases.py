@@ -235,59 +235,67 @@ def _list_cases(
     )
 
 
-def _table_cases(device: str, tiny: bool) -> Iterator[Case]:
+def _table_cases(device: str, tiny: bool, dtype: torch.dtype) -> Iterator[Case]:
     batch, tokens, dim, vocab = (3, 5, 8, 11) if tiny else (256, 256, 768, 100_000)
     ids = torch.randint(0, vocab, (batch, tokens), device=device)
-    grad, input = torch.randn(2, batch, tokens, dim, device=device)
-    size = str([batch, tokens, dim])
+    grad, input = torch.randn(2, batch, tokens, dim, device=device).to(dtype)
+    size, kind = str([batch, tokens, dim]), str(dtype).removeprefix("torch.")
+    large, exact = not tiny, dtype == torch.float32
     yield Case(
         "linear_grad_norm",
         f"{size} x {dim}",
-        "float32",
+        kind,
         _size(grad, input),
         {
             "embattle": lambda: ops.linear_grad_norm(input, grad),
             "eager": lambda: (grad.mT @ input).flatten(1).norm(dim=1),
             "opacus": lambda: opacus_linear(input, grad),
         },
-        same=("eager", "opacus"),
+        over={"opacus": 1.0},
+        same=("eager", "opacus") if exact else (),
     )
     yield Case(
         "embedding_grad_norm",
         size,
-        "float32",
+        kind,
         _size(grad, ids),
         {
             "embattle": lambda: ops.embedding_grad_norm(ids, grad),
             "eager": lambda: peers.embedding_norms(ids, grad),
         },
-        same=("eager",),
+        rate=0.5 if large else None,
+        over={"eager": 3.0},
+        same=("eager",) if exact else (),
     )
     factors = torch.rand(batch, device=device)
     yield Case(
         "embedding_grad_sum",
         f"{size} in {vocab} rows",
-        "float32",
-        _size(grad, ids) + 4 * vocab * dim,
+        kind,
+        _size(grad, ids) + grad.element_size() * vocab * dim,
         {
             "embattle": lambda: ops.embedding_grad_sum(ids, grad, vocab, weights=factors),
             "eager": lambda: peers.row_sums(ids, grad, vocab, factors),
         },
-        same=("eager",),
+        rate=0.5 if large else None,
+        over={"eager": 1.0},
+        same=("eager",) if exact else (),
     )
     distinct, inverse = torch.unique(ids, return_inverse=True)
-    weight = torch.randn(vocab, dim, device=device)
-    delta = torch.randn(len(distinct), dim, device=device)
+    weight = torch.randn(vocab, dim, device=device).to(dtype)
+    delta = torch.randn(len(distinct), dim, device=device).to(dtype)
     yield Case(
         "embedding_perturb",
         size,
-        "float32",
+        kind,
         2 * _size(delta) + _size(grad) + 2 * _size(ids),
         {
             "embattle": lambda: ops.embedding_perturb(weight, ids, delta, inverse),
             "eager": lambda: peers.perturbed_rows(weight, ids, delta, inverse),
         },
         compiled=lambda: peers.perturbed_rows(weight, ids, delta, inverse),
+        rate=0.7 if large else None,
+        over={"eager": 2.0},
         same=("eager",),
     )
     # Steps in place: each candidate has a table of its own, and small steps.
@@ -296,13 +304,15 @@ def _table_cases(device: str, tiny: bool) -> Iterator[Case]:
     yield Case(
         "rowwise_adagrad_",
         f"{size} in {vocab} rows",
-        "float32",
+        kind,
         _size(grad, ids) + 2 * _size(delta) + 8 * len(distinct),
         {
             "embattle": lambda: ops.rowwise_adagrad_(*tables[0], flat, flat_grad, lr=1e-6),
             "eager": lambda: peers.adagrad(*tables[1], flat, flat_grad),
         },
-        same=("eager",),
+        rate=0.5 if large else None,
+        over={"eager": 1.5},
+        same=("eager",) if exact else (),
     )
 
 
@@ -312,7 +322,8 @@ def cases(device: str, tiny: bool = False) -> Iterator[Case]:
         for dtype in (torch.float32, torch.bfloat16):
             yield from _group_cases(device, (3, 4, 5), dtype)
         yield from _list_cases(device, 4, [7, 33], torch.float32, "float32")
-        yield from _table_cases(device, tiny=True)
+        for dtype in (torch.float32, torch.bfloat16):
+            yield from _table_cases(device, True, dtype)
         return
     f32, bf16 = torch.float32, torch.bfloat16
     yield from _group_cases(device, (64, 512, 768), f32)
@@ -321,6 +332,7 @@ def cases(device: str, tiny: bool = False) -> Iterator[Case]:
     yield from _group_cases(device, (128, 512, 768), bf16)
     yield from _list_cases(device, 256, [64 * 64] * 40 + [512] * 60, f32, "float32")
     yield from _list_cases(device, 256, [524_288], bf16, "bfloat16")
-    yield from _table_cases(device, tiny=False)
+    yield from _table_cases(device, False, f32)
+    yield from _table_cases(device, False, bf16)
     yield from _group_cases(device, (4096, 64), f32)
     yield from _group_cases(device, (64, 128, 768), f32)

@@ -6,8 +6,11 @@
 //   l2    s |z|
 //   l1    max(|z| - base - tau, 0)
 //   linf  min(|z|, eps)
-// and then bounds it by the room that the box leaves. `find` looks for the multiplier, `finish`
-// applies it, stores the result and sees to it that what was stored lies in the ball.
+// and then puts it in the box, origin taken off. That holds wherever the origin lies. Where ball
+// and box do not meet, the multiplier moves every element to zero, and the result is the point of
+// the box that is nearest to the origin (linf: element by element). `find` looks for the
+// multiplier, `finish` applies it, stores the result and sees to it that what was stored lies in
+// the ball.
 #pragma once
 
 #include "../formulas.h"
@@ -61,6 +64,18 @@ inline double length(const Cut& cut, const F& f) {
   return kNorm == Norm::l2 ? length_of_square(cut, sum, f) : sum;
 }
 
+// How far inside the ball the l2 and l1 projections aim, so that rounding n elements to a type of
+// unit roundoff u hardly ever leaves it: relative, and less than an ulp. Errors average over n
+// elements, but over no more than the type has significands: elements that share one may be off in
+// the same way. Small groups aim at eps itself, and are pulled in where rounding left the ball.
+inline double aim(double u, int64_t n) {
+  if (n < 64) return 1;
+  const double independent = static_cast<double>(n) < 0.5 / u ? static_cast<double>(n) : 0.5 / u;
+  double root = 8;  // a power of two not above the square root
+  while (root * root * 4 <= independent) root *= 2;
+  return 1 - 3 * u / root;
+}
+
 // ---- Where results lie ----
 
 // The result and its bounds.
@@ -73,15 +88,9 @@ struct Place {
   bool plain;  // there is neither an origin nor a box
 
   Place(const Data& result, const Box& box)
-      : out(result), x0(box.x0), boxed(box.lower.data || box.upper.data), plain(!x0 && !boxed) {
-    if (box.lower_broadcast)
-      lower_value = Tensor(box.lower).at(0);
-    else
-      lower_elements = Tensor(box.lower);
-    if (box.upper_broadcast)
-      upper_value = Tensor(box.upper).at(0);
-    else
-      upper_elements = Tensor(box.upper);
+      : out(result), x0(box.x0), boxed(is_boxed(box)), plain(!x0 && !boxed) {
+    lower_value = place(box.lower, box.lower_broadcast, box.lower_value, &lower_elements);
+    upper_value = place(box.upper, box.upper_broadcast, box.upper_value, &upper_elements);
   }
 
   template <class N>
@@ -90,24 +99,32 @@ struct Place {
   }
   template <class N>
   V lower(int64_t i, N n) const {
-    return lower_elements ? lower_elements.load(i, n) : splat(lower_value);
+    return lower_elements ? lower_elements.load(i, n) : first_lanes(lower_value, n);
   }
   template <class N>
   V upper(int64_t i, N n) const {
-    return upper_elements ? upper_elements.load(i, n) : splat(upper_value);
+    return upper_elements ? upper_elements.load(i, n) : first_lanes(upper_value, n);
   }
 
-  // How far an element may be from its origin on the side of z, >= 0.
-  template <class N>
-  V room(int64_t i, N n, V z) const {
-    const V centre = origin(i, n);
-    return z >= 0 ? upper(i, n) - centre : centre - lower(i, n);
-  }
-
-  // z with its size bounded by the room.
+  // z, put where origin + z lies in the box.
   template <class N>
   V in_box(int64_t i, N n, V z) const {
-    return with_sign(at_most(abs(z), room(i, n, z)), z);
+    const V centre = origin(i, n);
+    return between(z, lower(i, n) - centre, upper(i, n) - centre);
+  }
+
+  // The point of the box that is nearest to the origin: a number of the element type.
+  template <class N>
+  V nearest(int64_t i, N n) const {
+    return boxed ? between(origin(i, n), lower(i, n), upper(i, n)) : origin(i, n);
+  }
+
+ private:
+  double place(const ConstData& bound, bool broadcast, double value, Tensor* elements) const {
+    if (!bound.data) return out.nearest(value);
+    if (broadcast) return Tensor(bound).at(0);
+    *elements = Tensor(bound);
+    return value;
   }
 };
 
@@ -119,6 +136,7 @@ struct Multiplier {
   double scale = 1;          // l2: s
   double base = 0, tau = 0;  // l1
   bool none = true;          // nothing moves, but for the box
+  bool apart = false;        // ball and box do not meet
 
   template <Norm kNorm>
   V operator()(V z) const {
@@ -164,65 +182,60 @@ inline void find_l1(const Cut& cut, double sum, double most, double aim, const F
   found->tau = tau;
 }
 
-// l2 with a box: sum min(s |z|, room)^2 = aim^2. From s below the root, those that are at their
-// bound stay there, and s solved for the others is again below the root and not smaller.
+// l2 with a box: the length of s z, put in the box, rises in s. It is solved for on the elements
+// that are free at s, until that changes nothing. In units of the goal, and s in units of what
+// brings z there: near the solution no square that matters vanishes or overflows.
 template <class P, class F>
 inline void find_l2_boxed(const Cut& cut, double norm, double aim, const P& place, const F& z,
                           Multiplier* found) {
-  double s = aim / norm;
-  for (int pass = 0; pass < 200; ++pass) {
+  Bracket bracket;
+  bracket.outer = norm / aim < 0x1p1000 ? norm / aim : 0x1p1000;
+  bracket.at = 1;
+  for (;;) {
+    const double s = bracket.at;
     const auto sums = totals<2>(cut, [&](int64_t i, auto n, V* acc) {
-      const V unit = z(i, n) * (1 / norm);
-      const V room = place.room(i, n, unit) * (1 / norm);
-      const V size = abs(unit);
-      const auto free = size * s < room;
-      acc[0] += free ? size * size : V{};
-      acc[1] += free ? V{} : room * room;
+      const V moved = z(i, n) / norm * (s * aim);
+      const V put = place.in_box(i, n, moved);
+      const auto free = put == moved;
+      const V part = put / aim, square = part * part;
+      acc[0] += free ? square : V{};
+      acc[1] += free ? V{} : square;
     });
-    const double goal = aim / norm * (aim / norm) - sums.v[1];
-    if (!(goal > 0) || !(sums.v[0] > 0)) break;
-    const double next = __builtin_sqrt(goal / sums.v[0]);
-    if (!(next > s * (1 + 0x1p-52))) break;
-    s = next;
+    const double square = sums.v[0] + sums.v[1], left = 1 - sums.v[1];
+    const double newton = left > 0 && sums.v[0] > 0 ? s * __builtin_sqrt(left / sums.v[0]) : 0;
+    found->scale = newton * aim / norm;
+    if (newton > 0 && __builtin_fabs(newton - s) <= 0x1p-52 * s) return;
+    if (!look_on(bracket, square <= 1, newton)) break;
   }
-  found->scale = s;
+  found->scale = bracket.inner * aim / norm;
 }
 
-// l1 with a box: the sum of min(max(|z| - t, 0), room) falls in t, and is neither convex nor
-// concave: Newton's steps where they stay in the bracket, else bisection.
+// l1 with a box: the sum of max(|z| - t, 0), put in the box, falls in t, and is neither convex nor
+// concave.
 template <class P, class F>
 inline void find_l1_boxed(const Cut& cut, double most, double aim, const P& place, const F& z,
                           Multiplier* found) {
   const double base = aim < most / 2 ? most : 0;
-  double low = -base, high = most - base;  // sum above aim; at or below it
+  Bracket bracket{most - base, -base};
   // The root where the largest element is alone and has room: no step finds it from 1e30 away.
-  double tau = base > 0 ? -aim : low;
-  for (int pass = 0; pass < 1000; ++pass) {
+  bracket.at = base > 0 ? -aim : 0;
+  found->base = base;
+  for (;;) {
+    const double tau = bracket.at;
     const auto sums = totals<2>(cut, [&](int64_t i, auto n, V* acc) {
       const V value = z(i, n);
       const V left = abs(value) - base - tau;
-      const V room = place.room(i, n, value);
-      acc[0] += left > 0 ? at_most(left, room) : V{};
-      acc[1] += (left > 0) & (left < room) ? splat(1) : V{};
+      const V shrunk = with_sign(left > 0 ? left : V{}, value);
+      const V put = place.in_box(i, n, shrunk);
+      acc[0] += abs(put);
+      acc[1] += (left > 0) & (put == shrunk) ? splat(1) : V{};
     });
-    if (sums.v[0] > aim)
-      low = tau;
-    else
-      high = tau;
-    if (sums.v[0] == aim) break;
-    const double newton = tau + (sums.v[0] - aim) / sums.v[1];
-    const double half = low + (high - low) / 2;
-    const double next = newton > low && newton < high && pass % 3 != 2 ? newton : half;
-    if (!(next > low && next < high)) break;
-    if (__builtin_fabs(next - tau) <= 0x1p-52 * __builtin_fabs(next)) {
-      tau = next;
-      high = next;
-      break;
-    }
-    tau = next;
+    const double newton = tau + (sums.v[0] - aim) / sums.v[1];  // infinite where none is free
+    found->tau = newton;
+    if (sums.v[1] > 0 && __builtin_fabs(newton - tau) <= 0x1p-52 * __builtin_fabs(newton)) return;
+    if (!look_on(bracket, sums.v[0] <= aim, newton)) break;
   }
-  found->base = base;
-  found->tau = high;
+  found->tau = bracket.inner;
 }
 
 // The multiplier of the projection of z on the ball of radius eps and the box, in real numbers:
@@ -246,13 +259,14 @@ inline Multiplier find(const Cut& cut, double eps, const P& place, const F& z, d
   } else if (norm < 0) {
     norm = length<kNorm>(cut, value);
   }
-  double outside = norm;
-  if (place.boxed && norm > eps)
-    outside =
-        length<kNorm>(cut, [&](int64_t i, auto n) { return place.in_box(i, n, value(i, n)); });
+  const auto boxed_length = [&](const auto& f) {
+    return length<kNorm>(cut, [&](int64_t i, auto n) { return place.in_box(i, n, f(i, n)); });
+  };
+  const double outside = place.boxed ? boxed_length(value) : norm;
   if (!(outside > eps)) return found;
   found.none = false;
-  const double goal = eps * aim(place.out.unit(), cut.count());
+  found.apart = place.boxed && boxed_length([](int64_t, auto) { return V{}; }) > eps;
+  const double goal = found.apart ? 0 : eps * aim(place.out.unit(), cut.count());
   if (!(goal > 0)) {
     found.scale = 0;
     found.base = 0;
@@ -270,28 +284,47 @@ inline Multiplier find(const Cut& cut, double eps, const P& place, const F& z, d
 // ---- Storing
 // -------------------------------------------------------------------------------------
 
-// Moves stored elements towards their origin by one unit in the last place, in their order, until
-// the norm (linf: every element) is no longer above eps. `norm` is what it is now. That takes a
-// round or two; where a group is far out all the same, its elements are scaled now and then.
+// Moves stored elements towards what is nearest to their origin, by one unit in the last place and
+// in their order, until the norm (linf: every element) is no longer above eps. `norm` is what it is
+// now. What rounding took out of the ball takes a round or two; where a group is further out all
+// the same, its elements are scaled now and then. Precondition: what is nearest lies in the ball,
+// or linf; bounded all the same.
 template <Norm kNorm, class P>
 inline void pull_in(const Cut& cut, double eps, const P& place, double norm) {
-  for (int round = 1; norm > eps; ++round) {
-    if (kNorm != Norm::linf && round % 16 == 0)
-      for_elements(cut, [&](int64_t i, auto n) {
-        const V centre = place.origin(i, n);
-        place.out.store(i, n, centre + (place.out.load(i, n) - centre) * (eps / norm));
-      });
-    double excess = norm - eps, moved = 0;
+  const auto each_element = [&](const auto& f) {
     cut.runs(cut.begin(), cut.end(), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end && (kNorm == Norm::linf || moved <= excess); ++i) {
-        const double centre = place.origin(i, 1)[0];
-        const double before = __builtin_fabs(place.out.at(i) - centre);
-        if (before == 0 || (kNorm == Norm::linf && before <= eps)) continue;
-        place.out.move_toward(i, centre);
-        const double gain = before - __builtin_fabs(place.out.at(i) - centre);
-        moved += kNorm == Norm::l2 ? gain * (before / norm) : gain;
-      }
+      for (int64_t i = begin; i < end; ++i)
+        if (!f(i, place.origin(i, 1)[0], place.nearest(i, 1)[0])) return;
     });
+  };
+  if (kNorm == Norm::linf)
+    return each_element([&](int64_t i, double centre, double goal) {
+      for (int k = 0; k < 4 && __builtin_fabs(place.out.at(i) - centre) > eps; ++k)
+        place.out.move_toward(i, goal);
+      return true;
+    });
+  for (int round = 1; norm > eps; ++round) {
+    if (round % 16 == 0)  // the last time all the way
+      for_elements(cut, [&](int64_t i, auto n) {
+        const V goal = place.nearest(i, n);
+        const double share = round < 256 ? eps / norm : 0;
+        place.out.store(i, n, goal + (place.out.load(i, n) - goal) * share);
+      });
+    if (round >= 256) return;
+    const double excess = norm - eps;
+    double moved = 0;
+    bool still = true;
+    each_element([&](int64_t i, double centre, double goal) {
+      if (moved > excess) return false;
+      const double x = place.out.at(i), before = __builtin_fabs(x - centre);
+      if (x == goal) return true;
+      still = false;
+      place.out.move_toward(i, goal);
+      const double gain = before - __builtin_fabs(place.out.at(i) - centre);
+      moved += kNorm == Norm::l2 ? gain * (before / norm) : gain;
+      return true;
+    });
+    if (still) return;
     norm = length<kNorm>(
         cut, [&](int64_t i, auto n) { return place.out.load(i, n) - place.origin(i, n); });
   }
@@ -315,14 +348,16 @@ inline void apply(const Cut& cut, double eps, const P& place, const F& source, c
                         V x = z == given - centre ? given : centre + z;
                         if (boxed) {  // bounds are numbers of the type: rounding stays inside
                           const V low = place.lower(i, n), high = place.upper(i, n);
-                          x = x < low ? low : x;
-                          x = x > high ? high : x;
+                          // The origin and what leads to a bound may add up to its neighbour.
+                          x = between(x, low, high);
+                          x = z == low - centre ? low : x;
+                          x = z == high - centre ? high : x;
                         }
                         add_length<kNorm>(place.out.store(i, n, x) - centre, acc[0]);
                       }).v[0];
   if (cut.groups.mask)
     for_elements(cut, [&](int64_t i, auto n) { place.out.store(i, n, place.origin(i, n)); }, false);
-  if (eps == kInfinity) return;
+  if (eps == kInfinity || by.apart) return;
   const double norm = kNorm == Norm::l2
                           ? length_of_square(cut, size,
                                              [&](int64_t i, auto n) {
@@ -345,12 +380,12 @@ inline void finish(const Cut& cut, double eps, const P& place, const F& source, 
   apply<kNorm>(cut, eps, place, source, by, extra);
 }
 
-// Puts the origin everywhere.
+// Puts what is nearest to the origin everywhere, and origins in the rows that take no part.
 template <class P>
 inline void clear(const Cut& cut, const P& place) {
-  const auto put = [&](int64_t i, auto n) { place.out.store(i, n, place.origin(i, n)); };
-  for_elements(cut, put);
-  if (cut.groups.mask) for_elements(cut, put, false);
+  for_elements(cut, [&](int64_t i, auto n) { place.out.store(i, n, place.nearest(i, n)); });
+  if (cut.groups.mask)
+    for_elements(cut, [&](int64_t i, auto n) { place.out.store(i, n, place.origin(i, n)); }, false);
 }
 
 // Calls f(norm's type) for a norm known when the program runs.

@@ -77,9 +77,8 @@ void add_rows_wide(int64_t count, const T* const* rows, const double* factors, i
 }
 
 template <class T>
-void add_block(int64_t count, const T* const* rows, const double* factors, int64_t n, double* total,
-               int64_t ahead) {
-  bool wide = false;
+void add_block(int64_t count, const T* const* rows, const double* factors, bool wide, int64_t n,
+               double* total, int64_t ahead) {
   for (int64_t k = 0; k < count; ++k)
     wide |= !(fabs(factors[k]) > 0x1p-100 && fabs(factors[k]) < 0x1p+100);
   if (wide) return add_rows_wide(count, rows, factors, n, total);
@@ -97,9 +96,10 @@ void add_block(int64_t count, const T* const* rows, const double* factors, int64
 
 // Adds the samples [begin, end) of the columns [column, column + n) of a tensor. `begin` is a
 // multiple of kBlock. Samples of factor zero are not looked at. The samples `ahead` are fetched.
+// wide: float32 may not hold their sums.
 template <class T>
-void add_samples(const SampleTensor& tensor, const double* factors, int64_t begin, int64_t end,
-                 int64_t column, int64_t n, double* total, int64_t ahead) {
+void add_samples(const SampleTensor& tensor, const double* factors, bool wide, int64_t begin,
+                 int64_t end, int64_t column, int64_t n, double* total, int64_t ahead) {
   const T* const grad = static_cast<const T*>(tensor.grad.data) + column;
   for (int64_t first = begin; first < end; first += kBlock) {
     const T* rows[kBlock];
@@ -110,7 +110,7 @@ void add_samples(const SampleTensor& tensor, const double* factors, int64_t begi
       rows[count] = grad + b * tensor.width;
       chosen[count++] = factors[b];
     }
-    add_block(count, rows, chosen, n, total, ahead * tensor.width);
+    add_block(count, rows, chosen, wide, n, total, ahead * tensor.width);
   }
 }
 
@@ -156,7 +156,8 @@ void clip(const SampleList& list, int64_t batch, ClipMode mode, double bound, do
     with_type(tensor.grad.dtype, [&](auto* type) {
       const auto rows = static_cast<decltype(type)>(tensor.grad.data) + tile[t].column;
       for (int64_t b = begin; b < end; ++b)
-        parts[t * (end - begin) + b - begin] = squares(rows + b * tensor.width, tile[t].width);
+        parts[t * (end - begin) + b - begin] =
+            list.squares_of(rows + b * tensor.width, tile[t].width);
     });
   };
   const auto until = [&](int64_t begin) { return begin + group < batch ? begin + group : batch; };
@@ -165,11 +166,13 @@ void clip(const SampleList& list, int64_t batch, ClipMode mode, double bound, do
   int64_t first = 0;
   do {
     const int64_t last = until(first), next = until(last);
+    bool wide = false;
     for (int64_t b = first; b < last; ++b) {
       const double weight = weights.data ? element(weights, b) : 1;
       factors[b] = weight == 0
                        ? 0
                        : weight * clip_factor(mode == ClipMode::automatic, norms[b], bound, gamma);
+      wide |= factors[b] != 0 && !(fabs(factors[b]) * norms[b] < 0x1p+120);
     }
     const auto body = [&](int64_t begin, int64_t end) {
       double local[kTile];
@@ -181,7 +184,7 @@ void clip(const SampleList& list, int64_t batch, ClipMode mode, double bound, do
           for (int64_t c = 0; c < part.width; ++c) total[c] = 0;
         with_type(tensor.grad.dtype, [&](auto* type) {
           using T = Element<decltype(type)>;
-          add_samples<T>(tensor, factors.get(), first, last, part.column, part.width, total,
+          add_samples<T>(tensor, factors.get(), wide, first, last, part.column, part.width, total,
                          next - last);
           if (last == batch) {
             T* const sum = static_cast<T*>(tensor.sum.data) + part.column;
@@ -201,8 +204,8 @@ void clip_per_layer(const ClipArgs& args, ParallelFor parallel_for) {
   // Small tensors are spread over the threads whole; the work inside a large one is.
   const auto one = [&](int64_t t, ParallelFor inner) {
     Scratch<double> norms(args.batch);
-    clip(SampleList(args.tensors + t, 1), args.batch, ClipMode::per_layer, args.max_norm[t], 0,
-         args.weights, norms.get(), inner);
+    clip(SampleList(args.tensors + t, 1, args.norms.dtype == Dtype::f64), args.batch,
+         ClipMode::per_layer, args.max_norm[t], 0, args.weights, norms.get(), inner);
     for (int64_t b = 0; b < args.batch; ++b) put(args.norms, b * args.count + t, norms[b]);
   };
   const auto large = [&](int64_t t) { return args.batch * args.tensors[t].width > 8 * kGrain; };
@@ -218,15 +221,16 @@ void clip_per_layer(const ClipArgs& args, ParallelFor parallel_for) {
 
 void EMBATTLE_AT_LEVEL(per_sample_norm)(const SampleNormArgs& args, ParallelFor parallel_for) {
   Scratch<double> norms(args.batch);
-  sample_norms(SampleList(args.tensors, args.count), 0, args.batch, norms.get(), parallel_for);
+  sample_norms(SampleList(args.tensors, args.count, args.norms.dtype == Dtype::f64), 0, args.batch,
+               norms.get(), parallel_for);
   for (int64_t b = 0; b < args.batch; ++b) put(args.norms, b, norms[b]);
 }
 
 void EMBATTLE_AT_LEVEL(clip_and_sum)(const ClipArgs& args, ParallelFor parallel_for) {
   if (args.mode == ClipMode::per_layer) return clip_per_layer(args, parallel_for);
   Scratch<double> norms(args.batch);
-  clip(SampleList(args.tensors, args.count), args.batch, args.mode, args.max_norm[0], args.gamma,
-       args.weights, norms.get(), parallel_for);
+  clip(SampleList(args.tensors, args.count, args.norms.dtype == Dtype::f64), args.batch, args.mode,
+       args.max_norm[0], args.gamma, args.weights, norms.get(), parallel_for);
   for (int64_t b = 0; b < args.batch; ++b) put(args.norms, b, norms[b]);
 }
 

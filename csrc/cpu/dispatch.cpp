@@ -7,41 +7,49 @@
 #include <vector>
 
 #include "../launch.h"
+#include "features.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace embattle {
 namespace {
 
 #if defined(__x86_64__)
-[[maybe_unused]] bool has_v3() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+int level_here() {
+  const auto cpuid = [](uint32_t leaf, uint32_t (&answers)[4]) {
+    return __get_cpuid_count(leaf, 0, &answers[0], &answers[1], &answers[2], &answers[3]) != 0;
+  };
+  const auto xcr0 = [] {
+    uint32_t low = 0, high = 0;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return uint64_t{high} << 32 | low;
+  };
+  return highest_level(cpuid, xcr0);
 }
-[[maybe_unused]] bool has_v4() {
-  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
-}
+#else
+int level_here() { return 2; }  // the compiler's baseline, under the name of the lowest level
 #endif
 
 // The levels that were compiled (EMBATTLE_SIMD_LEVELS) and that the processor has, lowest first.
 std::vector<const CpuKernels*> available() {
   std::vector<const CpuKernels*> levels;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-#endif
+  [[maybe_unused]] const int here = level_here();
 #if defined(EMBATTLE_HAS_v2)
-  levels.push_back(&cpu_kernels_v2);
+  if (here >= 2) levels.push_back(&cpu_kernels_v2);
 #endif
 #if defined(EMBATTLE_HAS_v3)
-  if (has_v3()) levels.push_back(&cpu_kernels_v3);
+  if (here >= 3) levels.push_back(&cpu_kernels_v3);
 #endif
 #if defined(EMBATTLE_HAS_v4)
-  if (has_v4()) levels.push_back(&cpu_kernels_v4);
+  if (here >= 4) levels.push_back(&cpu_kernels_v4);
 #endif
   if (levels.empty())
     throw std::runtime_error(
-        "embattle: compiled without the x86-64 level of this processor: build with "
-        "EMBATTLE_SIMD_LEVELS=\"v2;v3;v4\"");
+        "embattle: this processor has x86-64-v" + std::to_string(here) +
+        ", and the library holds no kernels for that level. Build it with "
+        "EMBATTLE_SIMD_LEVELS=\"v2;v3;v4\"; a processor below x86-64-v2 (SSE4.2) is not supported");
   return levels;
 }
 

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "../formulas.h"
 #include "../launch_clip.h"
 #include "lanes.h"
 #include "level.h"
@@ -211,15 +212,14 @@ void EMBATTLE_AT_LEVEL(rowwise_adagrad)(const AdagradArgs& args, ParallelFor par
         const auto* const grad = static_cast<decltype(grad_type)>(args.grad.data);
         const auto step_row = [&](int64_t run, double* total) {
           sum_run(runs, run, grad, dim, total);
-          const double square = squares(static_cast<const double*>(total), dim);
-          if (!finite(square)) return;  // one bad sample must not destroy a row
-          const double norm = sqrt(square);
+          const double norm = row_norm(static_cast<const double*>(total), dim);
+          if (!finite(norm)) return;  // one bad sample must not destroy a row
           const double factor = norm > args.max_norm ? args.max_norm / norm : 1;
           S& state = states[runs.key(run)];
-          const double mean = dim > 0 ? factor * factor * square / static_cast<double>(dim) : 0;
+          const double length = factor * norm;
+          const double mean = dim > 0 ? length * length / static_cast<double>(dim) : 0;
           const double sum = static_cast<double>(widened(state)) + mean;
-          const double root = sqrt(sum) + args.eps;
-          const double step = root == 0 ? 0 : args.lr * factor / root;  // with eps 0: no 0 / 0
+          const double step = adagrad_step(args.lr, factor, sqrt(sum), args.eps);
           narrow(sum, state);
           W* const weight = weights + runs.key(run) * dim;
           for (int64_t c = 0; c < dim; ++c)

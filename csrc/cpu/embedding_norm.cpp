@@ -56,12 +56,13 @@ class Chains {
   Scratch<bool> first_;
 };
 
-// Squared norm of one sample. grad: [n, dim]; total: [dim], working memory.
+// Squared norm of one sample, times scale^2. grad: [n, dim]; total: [dim], working memory.
 template <class T>
-double sample_square(const Chains& chains, const T* grad, int64_t n, int64_t dim, double* total) {
+double sample_square(const Chains& chains, const T* grad, int64_t n, int64_t dim, double scale,
+                     double* total) {
   double sum = 0;
   for (int64_t i = 0; i < n;) {
-    if (chains.alone(i)) {  // neighbours without a twin are squared together
+    if (chains.alone(i) && scale == 1) {  // neighbours without a twin are squared together
       int64_t end = i + 1;
       while (end < n && chains.alone(end)) ++end;
       sum += squares(grad + i * dim, (end - i) * dim);
@@ -70,7 +71,7 @@ double sample_square(const Chains& chains, const T* grad, int64_t n, int64_t dim
     }
     if (chains.first(i)) {
       for (int64_t c = 0; c < dim; ++c) total[c] = 0;
-      for (int64_t j = i; j >= 0; j = chains.next(j)) add_scaled(grad + j * dim, 1, dim, total);
+      for (int64_t j = i; j >= 0; j = chains.next(j)) add_scaled(grad + j * dim, scale, dim, total);
       sum += squares(total, dim);
     }
     ++i;
@@ -89,11 +90,19 @@ void samples(const EmbeddingNormArgs& args, ParallelFor parallel_for) {
         const int64_t start = b * args.tokens;
         chains.build(args.indices + start, args.tokens, args.padding);
         put(args.norms, b,
-            sqrt(sample_square(chains, grad + start * args.dim, args.tokens, args.dim,
-                               total.get())));
+            sample_norm(chains, grad + start * args.dim, args.tokens, args.dim, total.get()));
       }
     });
   });
+}
+
+// Norm of one sample; float64 numbers may have squares beyond the range of doubles.
+template <class T>
+double sample_norm(const Chains& chains, const T* grad, int64_t n, int64_t dim, double* total) {
+  const double square = sample_square(chains, grad, n, dim, 1, total);
+  if (sizeof(T) < sizeof(double) || in_range(square)) return sqrt(square);
+  const double scale = scale_for(largest(grad, n * dim, 0));
+  return sqrt(sample_square(chains, grad, n, dim, scale, total)) / scale;
 }
 
 // Every index of a bag has the bag's gradient: its norm, times the norm of the indices' weights.
@@ -122,11 +131,11 @@ void bags(const EmbeddingNormArgs& args, ParallelFor parallel_for) {
           weight += args.weights.data ? element(args.weights, start + j) : 1;
         sum += weight * weight;
       }
-      double square = 0;
+      double norm = 0;
       with_type(args.grad.dtype, [&](auto* type) {
-        square = squares(static_cast<decltype(type)>(args.grad.data) + b * args.dim, args.dim);
+        norm = row_norm(static_cast<decltype(type)>(args.grad.data) + b * args.dim, args.dim);
       });
-      const double norm = kept == 0 ? 0 : sqrt(square) * sqrt(sum);
+      norm = kept == 0 ? 0 : norm * sqrt(sum);
       put(args.norms, b, args.mean && kept > 0 ? norm / static_cast<double>(kept) : norm);
     }
   });

@@ -47,6 +47,10 @@ struct Bare {
   V origin(int64_t, N) const {
     return V{};
   }
+  template <class N>
+  V nearest(int64_t, N) const {
+    return V{};
+  }
 };
 
 // Sees to it that what was stored lies in the l1 or l2 ball; there is no origin. `sum` is the sum

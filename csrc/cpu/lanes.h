@@ -267,6 +267,9 @@ template <class T>
   return sum;
 }
 
+[[gnu::always_inline]] inline double squares_wide(const double* x, int64_t n) {
+  return squares(x, n);
+}
 template <class T>
 [[gnu::always_inline]] inline double squares_wide(const T* x, int64_t n) {
   f64x4 a{}, b{}, c{}, d{};
@@ -286,6 +289,22 @@ template <class T>
   }
   return sum;
 }
+
+// The largest size among x[0, n) and `so_far`, or NaN where one is.
+template <class T>
+inline double largest(const T* x, int64_t n, double so_far) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double value = static_cast<double>(widened(x[i])), size = value < 0 ? -value : value;
+    if (size > so_far || size != size) so_far = size;
+  }
+  return so_far;
+}
+
+// A power of two by which numbers up to `largest`, squared, stay in the range of doubles.
+inline double scale_for(double largest) {
+  return largest > 0x1p400 ? 0x1p-600 : largest < 0x1p-400 ? 0x1p600 : 1;
+}
+inline bool in_range(double square) { return square > 1e-280 && square < 1e280; }
 
 // Blocks of 512 are summed in float32, 16 squares in a lane, and added in float64. A block that
 // comes near the ends of float32's range is done again in float64.
@@ -310,6 +329,20 @@ template <class T>
     sum += __builtin_expect(moderate, true) ? block : squares_wide(x + start, i - start);
   }
   return sum + squares_wide(x + i, n - i);
+}
+
+// The l2 norm of x[0, n); float64 numbers may have squares beyond the range of doubles.
+template <class T>
+inline double row_norm(const T* x, int64_t n) {
+  double sum = squares(x, n);
+  if (sizeof(T) < sizeof(double) || in_range(sum)) return __builtin_sqrt(sum);
+  const double scale = scale_for(largest(x, n, 0));
+  sum = 0;
+  for (int64_t c = 0; c < n; ++c) {
+    const double value = static_cast<double>(widened(x[c])) * scale;
+    sum += value * value;
+  }
+  return __builtin_sqrt(sum) / scale;
 }
 
 }  // namespace

@@ -113,27 +113,35 @@ struct Panels {
       : a(strips(args.inputs) * args.tokens * kRows), g(args.tokens * kWidth) {}
 };
 
-// out[token][column] = x[token][first + column], zero beyond the row's end.
+// out[token][column] = scale * x[token][first + column], zero beyond the row's end.
 template <class T, class C>
-void pack(const T* x, int64_t tokens, int64_t width, int64_t first, int64_t columns, C* out) {
+void pack(const T* x, C scale, int64_t tokens, int64_t width, int64_t first, int64_t columns,
+          C* out) {
   const int64_t kept = first + columns < width ? columns : width - first;
   for (int64_t t = 0; t < tokens; ++t, out += columns) {
     const T* const row = x + t * width + first;
-    for (int64_t c = 0; c < kept; ++c) out[c] = static_cast<C>(widened(row[c]));
+    for (int64_t c = 0; c < kept; ++c) out[c] = scale * static_cast<C>(widened(row[c]));
     for (int64_t c = kept; c < columns; ++c) out[c] = 0;
   }
 }
 
+// Powers of two that bring a sample into range.
+struct Scales {
+  double input = 1, grad = 1;
+};
+
 template <class C, class T, class U>
-double direct_square(const T* a, const U* g, const LinearNormArgs& args, Panels<C>& panels) {
+double direct_square(const T* a, const U* g, const LinearNormArgs& args, const Scales& scales,
+                     Panels<C>& panels) {
   using V = Vec<C>;
   constexpr int kWidth = Panels<C>::kWidth;
   const int64_t tokens = args.tokens, strips = Panels<C>::strips(args.inputs);
   for (int64_t strip = 0; strip < strips; ++strip)
-    pack(a, tokens, args.inputs, strip * kRows, kRows, panels.a.get() + strip * tokens * kRows);
+    pack(a, static_cast<C>(scales.input), tokens, args.inputs, strip * kRows, kRows,
+         panels.a.get() + strip * tokens * kRows);
   double sum = 0;
   for (int64_t column = 0; column < args.outputs; column += kWidth) {
-    pack(g, tokens, args.outputs, column, kWidth, panels.g.get());
+    pack(g, static_cast<C>(scales.grad), tokens, args.outputs, column, kWidth, panels.g.get());
     for (int64_t strip = 0; strip < strips; ++strip) {
       const C* in = panels.a.get() + strip * tokens * kRows;
       const C* out = panels.g.get();
@@ -155,7 +163,7 @@ double direct_square(const T* a, const U* g, const LinearNormArgs& args, Panels<
       double total[kWidth] = {};
       for (int64_t t = 0; t < tokens; ++t)
         for (int c = 0; c < kWidth; ++c) total[c] += static_cast<double>(panels.g[t * kWidth + c]);
-      for (int c = 0; c < kWidth; ++c) sum += total[c] * total[c];
+      for (int c = 0; c < kWidth; ++c) sum += total[c] * scales.input * (total[c] * scales.input);
     }
   }
   return sum;
@@ -163,15 +171,25 @@ double direct_square(const T* a, const U* g, const LinearNormArgs& args, Panels<
 
 // ---- One sample ----
 
-// sum_t (||a_t||^2 [+ 1]) ||g_t||^2, and whether float32 can hold such numbers.
-template <class T, class U>
+// sum_t (||a_t||^2 [+ 1]) ||g_t||^2, and whether float32 (C double: float64) can hold such numbers.
+template <class C, class T, class U>
 double trace(const T* a, const U* g, const LinearNormArgs& args, bool& moderate) {
+  constexpr bool kWide = sizeof(C) == sizeof(double);
+  constexpr double kLeast = kWide ? 1e-140 : 1e-25, kMost = kWide ? 1e+140 : 1e+30;
+  const auto holds = [](double x) { return x > kLeast && x < kMost; };
   double sum = 0;
   for (int64_t t = 0; t < args.tokens; ++t) {
-    const double in = squares(a + t * args.inputs, args.inputs);
-    const double out = squares(g + t * args.outputs, args.outputs);
-    moderate &=
-        (in == 0 || (in > 1e-25 && in < 1e+30)) && (out == 0 || (out > 1e-25 && out < 1e+30));
+    double in, out;
+    if constexpr (kWide) {
+      in = squares_wide(a + t * args.inputs, args.inputs);
+      out = squares_wide(g + t * args.outputs, args.outputs);
+      moderate &= holds(in) || largest(a + t * args.inputs, args.inputs, 0) == 0;
+      moderate &= holds(out) || largest(g + t * args.outputs, args.outputs, 0) == 0;
+    } else {
+      in = squares(a + t * args.inputs, args.inputs);
+      out = squares(g + t * args.outputs, args.outputs);
+      moderate &= (in == 0 || holds(in)) && (out == 0 || holds(out));
+    }
     sum += (in + (args.bias ? 1 : 0)) * out;
   }
   return sum;
@@ -191,6 +209,10 @@ const C* as_type(const T* x, int64_t n, Scratch<C>& held) {
 template <class C, class T, class U>
 void run(const LinearNormArgs& args, ParallelFor parallel_for) {
   const int64_t inputs = args.inputs, outputs = args.outputs, tokens = args.tokens;
+  if (tokens == 0 || outputs == 0 || (inputs == 0 && !args.bias)) {  // no weight at all
+    for (int64_t b = 0; b < args.batch; ++b) put(args.norms, b, 0);
+    return;
+  }
   const bool gram =
       args.method == LinearMethod::gram || (args.method == LinearMethod::automatic &&
                                             tokens * (inputs + outputs) <= 2 * inputs * outputs);
@@ -211,20 +233,24 @@ void run(const LinearNormArgs& args, ParallelFor parallel_for) {
       const T* const a = static_cast<const T*>(args.input.data) + b * tokens * inputs;
       const U* const g = static_cast<const U*>(args.grad.data) + b * tokens * outputs;
       bool moderate = true;
-      const double bound = trace(a, g, args, moderate);
+      const double bound = trace<C>(a, g, args, moderate);
       double square = bound;
-      if (tokens > 1 && bound > 0) {
-        if (moderate || sizeof(C) == sizeof(double))
-          square = gram ? gram_square<C>(as_type(a, tokens * inputs, held_a),
-                                         as_type(g, tokens * outputs, held_g), zeros.get(), args)
-                        : direct_square<C>(a, g, args, panels);
-        const bool exact = !gram && sizeof(C) == sizeof(double);
-        if (!exact && bound < HUGE_VAL && (!moderate || !(square * 16 > bound))) {
-          Panels<double> wide(args);
-          square = direct_square<double>(a, g, args, wide);
-        }
+      if (tokens > 1 && moderate && bound > 0)
+        square = gram ? gram_square<C>(as_type(a, tokens * inputs, held_a),
+                                       as_type(g, tokens * outputs, held_g), zeros.get(), args)
+                      : direct_square<C>(a, g, args, Scales{}, panels);
+      const bool exact = tokens == 1 || (!gram && sizeof(C) == sizeof(double));
+      double norm = sqrt(square);
+      if ((!moderate && (tokens > 1 || sizeof(C) == sizeof(double))) ||
+          (!exact && bound > 0 && !(square * 16 > bound))) {
+        Panels<double> wide(args);
+        Scales scales;
+        if (!moderate && sizeof(C) == sizeof(double))
+          scales = {scale_for(largest(a, tokens * inputs, args.bias ? 1. : 0.)),
+                    scale_for(largest(g, tokens * outputs, 0.))};
+        norm = sqrt(direct_square<double>(a, g, args, scales, wide)) / scales.input / scales.grad;
       }
-      put(args.norms, b, sqrt(square));
+      put(args.norms, b, norm);
     }
   });
 }

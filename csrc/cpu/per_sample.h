@@ -20,25 +20,20 @@ struct SampleList {
   int64_t count;
   int64_t width = 0;  // columns of all tensors
   int64_t bytes = 0;  // of one sample
-  bool any_f64 = false;
+  bool exact;         // norms are float64
 
-  SampleList(const SampleTensor* t, int64_t n) : tensors(t), count(n) {
+  SampleList(const SampleTensor* t, int64_t n, bool f64) : tensors(t), count(n), exact(f64) {
     for (int64_t i = 0; i < n; ++i) {
       width += t[i].width;
       bytes += t[i].width * bytes_of(t[i].grad.dtype);
-      any_f64 |= t[i].grad.dtype == Dtype::f64;
     }
   }
-};
 
-template <class T>
-inline double largest(const T* x, int64_t n, double so_far) {
-  for (int64_t i = 0; i < n; ++i) {
-    const double magnitude = fabs(static_cast<double>(widened(x[i])));
-    if (!(magnitude <= so_far)) so_far = magnitude;  // a NaN stays
+  template <class T>
+  double squares_of(const T* x, int64_t n) const {
+    return exact ? squares_wide(x, n) : squares(x, n);
   }
-  return so_far;
-}
+};
 
 // The norm of a sample whose plain sum of squares has left float64's range.
 inline double scaled_norm(const SampleList& list, int64_t sample) {
@@ -73,7 +68,7 @@ inline void norms_from_parts(const SampleList& list, int64_t first, int64_t samp
   for (int64_t s = 0; s < samples; ++s) {
     double sum = 0;
     for (int64_t part = 0; part < count; ++part) sum += parts[part * samples + s];
-    const bool in_range = !list.any_f64 || (sum > 1e-280 && sum < HUGE_VAL);
+    const bool in_range = !list.exact || (sum > 1e-280 && sum < HUGE_VAL);
     norms[s] = in_range ? sqrt(sum) : scaled_norm(list, first + s);
   }
 }
@@ -108,7 +103,7 @@ inline void sample_norms(const SampleList& list, int64_t first, int64_t samples,
           using T = decltype(type);
           const T rows = static_cast<T>(tensor.grad.data) + first * tensor.width + begin_column;
           for (int64_t s = low; s < high; ++s)
-            sums[s] += squares(rows + s * tensor.width, end_column - begin_column);
+            sums[s] += list.squares_of(rows + s * tensor.width, end_column - begin_column);
         });
       }
     }

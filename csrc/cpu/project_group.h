@@ -28,8 +28,10 @@ inline void project_group(const Cut& cut, Norm norm, const ConstData& delta, con
   args.delta = from_here(delta);
   args.out = {static_cast<char*>(out.data) + shift, out.dtype};
   args.eps.value = eps;
-  args.box = {from_here(box.x0), from_here(box.lower, box.lower_broadcast),
-              from_here(box.upper, box.upper_broadcast), box.lower_broadcast, box.upper_broadcast};
+  args.box = box;
+  args.box.x0 = from_here(box.x0);
+  args.box.lower = from_here(box.lower, box.lower_broadcast);
+  args.box.upper = from_here(box.upper, box.upper_broadcast);
   EMBATTLE_AT_LEVEL(project)(args, cut.parallel_for);
 }
 

@@ -1,13 +1,20 @@
 // pgd_step and pgd_step_: steepest ascent and projection. l2 takes two passes, the second from
 // cache: one reduction gives ||g||, <d, g> and ||d||, hence the length of the step's result.
-#include <cstdlib>
-
 #include "ascent.h"
 #include "project_group.h"
+#include "scratch.h"
 #include "short_rows.h"
 
 namespace embattle {
 namespace {
+
+// ||d + a g||^2 by the three sums of one pass: exact to 1e-8 unless the terms cancel, which is when
+// `false` comes back and the sum has to be taken over the elements themselves.
+inline bool square_of_step(double dd, double dg, double gg, double a, double* square) {
+  const double gain = a * a * gg;
+  *square = dd + 2 * a * dg + gain;
+  return *square >= 1e-8 * (dd + gain);
+}
 
 template <Norm kNorm, class T>
 struct Stepped {
@@ -126,21 +133,20 @@ void run(const StepArgs& args, ParallelFor parallel_for) {
                  });
       return;
     }
-    int64_t* keys = static_cast<int64_t*>(std::malloc(sizeof(int64_t) * groups.groups + 1));
+    Scratch<int64_t> keys(groups.groups);
     for_groups(groups, 0, groups.groups, parallel_for,
                [&](const Cut& cut) { keys[cut.index] = key_of<norm>(cut, grad); });
     const int64_t width = args.groups_per_sample;
     for (int64_t at = 0; width > 0 && at < groups.groups; at += width) {
       for (int64_t i = at; i < at + width; ++i)
         if (keys[i] == kNonfinite && args.nonfinite) ++args.nonfinite[i];
-      choose(keys + at, width, args.max_groups);
+      choose(keys.get() + at, width, args.max_groups);
     }
     StepArgs counted = args;
     counted.nonfinite = nullptr;
     for_groups(groups, 0, groups.groups, parallel_for, [&](const Cut& cut) {
       keys[cut.index] == kChosen ? step<norm>(cut, counted, place, grad) : clear(cut, place);
     });
-    std::free(keys);
   });
 }
 

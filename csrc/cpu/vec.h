@@ -43,6 +43,14 @@ struct Whole {
 };
 
 inline V splat(double x) { return x - V{}; }
+// x in the first n lanes, and zero in the others, as a load has them.
+template <class N>
+inline V first_lanes(double x, N n) {
+  if (static_cast<int>(n) == kLanes) return splat(x);
+  V first{};
+  for (int k = 0; k < n; ++k) first[k] = x;
+  return first;
+}
 inline I bits(V x) { return reinterpret_cast<I>(x); }
 inline V from_bits(I x) { return reinterpret_cast<V>(x); }
 constexpr int64_t kSign = INT64_MIN;
@@ -235,6 +243,13 @@ inline T toward(T x, double goal) {
   return x;
 }
 
+// The number of type T that is nearest to x.
+template <class T>
+inline double nearest(double x) {
+  T rounded;
+  return store(&rounded, 1, splat(x))[0];
+}
+
 // The largest number of type T that is not above x >= 0.
 template <class T>
 inline double round_down(double x) {
@@ -272,6 +287,7 @@ struct Elements {
   double at(int64_t i) const { return value_of(p[i]); }
   void move_toward(int64_t i, double goal) const { p[i] = toward(p[i], goal); }
   double unit() const { return Type<T>::unit; }
+  double nearest(double x) const { return embattle::nearest<T>(x); }
   double round_down(double x) const { return embattle::round_down<T>(x); }
 };
 
@@ -316,6 +332,9 @@ struct Elements<Any> {
   }
   double unit() const {
     return with_elements(x, [](auto e) { return e.unit(); });
+  }
+  double nearest(double value) const {
+    return with_elements(x, [&](auto e) { return e.nearest(value); });
   }
   double round_down(double value) const {
     return with_elements(x, [&](auto e) { return e.round_down(value); });

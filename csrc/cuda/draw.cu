@@ -117,15 +117,18 @@ int run(const NoiseArgs& args, bool start, const Context& context) {
   } else {
     p.key = args.key;
   }
-  const Plan plan =
-      plan_groups(p, limits, G::kElements, kMostThreads<kFull>, {&p.x}, sizeof(typename G::A));
-  void* workspace = nullptr;
-  if (plan.workspace) {
-    workspace = context.allocate(context.self, plan.workspace);
-    if (!workspace) return cudaErrorMemoryAllocation;
-  }
-  return with_norm(args.norm, [&](auto norm) {
-    return launch(draw_kernel<T, decltype(norm)::value, kFull>, p, plan, context, workspace);
+  return with_norm(args.norm, [&](auto norm) -> int {
+    const auto kernel = draw_kernel<T, decltype(norm)::value, kFull>;
+    Plan plan;
+    error = plan_groups(kernel, &plan, p, limits, G::kElements, kMostThreads<kFull>, {&p.x},
+                        sizeof(typename G::A));
+    if (error != cudaSuccess) return error;
+    void* workspace = nullptr;
+    if (plan.workspace) {
+      workspace = context.allocate(context.self, plan.workspace);
+      if (!workspace) return cudaErrorMemoryAllocation;
+    }
+    return launch(kernel, p, plan, context, workspace);
   });
 }
 

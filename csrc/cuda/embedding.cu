@@ -53,13 +53,25 @@ struct NormParams {
   Rows grad;
   int pairs = 0;   // that shared memory holds; a power of two
   int lanes = 32;  // of a run
+  // For longer samples, whose pairs are sorted in global memory, there is room for twice the
+  // indices: a sample has its own from twice its first index on.
+  long long* keys = nullptr;
+  int* positions = nullptr;
 };
 
-// ||sum of each run's rows||^2 added up: this thread's part. Lanes have columns, teams have runs.
+// What squares are multiplied by where they leave the range of doubles, as float64 ones may;
+// else 1.
+__device__ __forceinline__ double unit_for(const Sums& s) {
+  if ((s.a > 1e-280 && s.a < 1e280) || !(s.m > 0 && s.m < __builtin_huge_val())) return 1;
+  return s.m < 1 ? 0x1p600 : 0x1p-600;
+}
+
+// This thread's part of: a: ||sum of each run's rows, times unit||^2 added up; m: the largest of
+// their elements. Lanes have columns, teams have runs.
 template <class Runs>
-__device__ double runs_square(const Runs& runs, const NormParams& p, int64_t start) {
+__device__ Sums runs_square(const Runs& runs, const NormParams& p, int64_t start, double unit) {
   const int lane = int(threadIdx.x) % p.lanes, teams = kThreads / p.lanes;
-  double sum = 0;
+  Sums sum;
   for (int64_t i = int(threadIdx.x) / p.lanes; i < runs.count; i += teams) {
     if (!runs.head(i)) continue;
     for (int64_t c = int64_t(lane) * kStep; c < p.args.dim; c += int64_t(p.lanes) * kStep) {
@@ -70,7 +82,25 @@ __device__ double runs_square(const Runs& runs, const NormParams& p, int64_t sta
         for (int e = 0; e < kStep; ++e) total[e] += x[e];
       }
 #pragma unroll
-      for (int e = 0; e < kStep; ++e) sum += total[e] * total[e];
+      for (int e = 0; e < kStep; ++e) {
+        sum.a += total[e] * unit * (total[e] * unit);
+        sum.m = larger(sum.m, magnitude(total[e]));
+      }
+    }
+  }
+  return sum;
+}
+
+// The same of row b.
+__device__ __forceinline__ Sums row_square(const NormParams& p, int64_t b, double unit) {
+  Sums sum;
+  for (int64_t c = int64_t(threadIdx.x) * kStep; c < p.args.dim; c += kThreads * kStep) {
+    double x[kStep];
+    p.grad.load(b, c, x);
+#pragma unroll
+    for (int e = 0; e < kStep; ++e) {
+      sum.a += x[e] * unit * (x[e] * unit);
+      sum.m = larger(sum.m, magnitude(x[e]));
     }
   }
   return sum;
@@ -109,35 +139,40 @@ __global__ void __launch_bounds__(kThreads)
       n = (b + 1 < a.batch || a.closed ? a.offsets[b + 1] : a.count) - start;
     }
     const int64_t* const indices = a.indices + start;
-    const auto over_runs = [&](auto f) {
-      if (n > p.pairs) return f(ScannedRuns{indices, n, a.padding});
+    const auto sorted = [&](long long* k, int* at) {
       int pairs = 1;
       while (pairs < n) pairs *= 2;
       __syncthreads();  // the sample before has been read
       for (int i = int(threadIdx.x); i < pairs; i += kThreads) {
-        keys[i] = i < n && indices[i] != a.padding ? (long long)indices[i] : kNoKey;
-        positions[i] = i;
+        k[i] = i < n && indices[i] != a.padding ? (long long)indices[i] : kNoKey;
+        at[i] = i;
       }
-      sort_pairs(keys, positions, pairs);
-      return f(SortedRuns<long long, int>{keys, positions, n});
+      sort_pairs(k, at, pairs);
+      return SortedRuns<long long, int>{k, at, n};
+    };
+    const auto over_runs = [&](auto f) {
+      return n <= p.pairs ? f(sorted(keys, positions))
+                          : f(sorted(p.keys + 2 * start, p.positions + 2 * start));
+    };
+    // A norm by f(unit), its square times unit^2 and its largest element.
+    const auto length = [&](auto f) {
+      Sums s = team.agree(kSumA | kMax, f(1.0));
+      const double unit = a.grad.dtype == Dtype::f64 ? unit_for(s) : 1;
+      if (unit != 1) s = team.agree(kSumA, f(unit));
+      return sqrt(s.a) / unit;
     };
     double norm = 0;
     if (!a.offsets) {
-      norm = sqrt(team.sum(over_runs([&](const auto& r) { return runs_square(r, p, start); })));
+      norm = over_runs([&](const auto& r) {
+        return length([&](double unit) { return runs_square(r, p, start, unit); });
+      });
     } else {
       Sums s;
       s.a = over_runs([&](const auto& r) { return weights_square(r, p, start); });
       for (int64_t i = threadIdx.x; i < n; i += kThreads) s.b += indices[i] != a.padding;
       s = team.agree(kSumA | kSumB, s);
-      double square = 0;
-      for (int64_t c = int64_t(threadIdx.x) * kStep; c < a.dim; c += kThreads * kStep) {
-        double x[kStep];
-        p.grad.load(b, c, x);
-#pragma unroll
-        for (int e = 0; e < kStep; ++e) square += x[e] * x[e];
-      }
-      square = team.sum(square);
-      norm = s.b == 0 ? 0 : sqrt(square) * sqrt(s.a);
+      const double row = length([&](double unit) { return row_square(p, b, unit); });
+      norm = s.b == 0 ? 0 : row * sqrt(s.a);
       if (a.mean && s.b > 0) norm /= s.b;
     }
     if (threadIdx.x == 0) store_one(a.norms.data, a.norms.dtype, b, norm);
@@ -168,8 +203,8 @@ int embedding_grad_norm(const EmbeddingNormArgs& args, const Context& context) {
   p.args = args;
   p.grad = Rows::of(args.grad.data, args.grad.dtype, args.dim, kStep);
   p.lanes = power_of_two((args.dim + kStep - 1) / kStep, 32);
-  // The lengths of bags are on the device: most are expected below four times the average, and
-  // longer ones are right all the same.
+  // The lengths of bags are on the device: most are expected below four times the average. Longer
+  // ones are sorted in global memory.
   const int64_t tokens = args.offsets ? 4 * (args.count / args.batch + 1) : args.tokens;
   Limits limits;
   const cudaError_t error = Limits::of_current_device(&limits);
@@ -179,6 +214,16 @@ int embedding_grad_norm(const EmbeddingNormArgs& args, const Context& context) {
     return sizeof(TeamScratch) + size_t(p.pairs) * (sizeof(long long) + sizeof(int));
   };
   while (p.pairs > 1 && shared() > size_t(limits.shared_per_block)) p.pairs /= 2;
+  const int64_t longest = args.offsets ? args.count : args.tokens;
+  if (longest > p.pairs) {
+    const size_t room = 2 * size_t(args.offsets ? args.count : args.batch * args.tokens);
+    const size_t keys = rounded(room * sizeof(long long));
+    auto* const workspace = static_cast<unsigned char*>(
+        context.allocate(context.self, keys + rounded(room * sizeof(int))));
+    if (!workspace) return cudaErrorMemoryAllocation;
+    p.keys = reinterpret_cast<long long*>(workspace);
+    p.positions = reinterpret_cast<int*>(workspace + keys);
+  }
   return enqueue(embedding_norm_kernel, args.batch, kThreads, shared(), context, p);
 }
 

@@ -16,6 +16,7 @@
 // (double arithmetic, a gradient of any dtype, origin, box). Sums are double in both.
 #pragma once
 
+#include "../formulas.h"
 #include "number.cuh"
 #include "team.cuh"
 
@@ -35,11 +36,14 @@ struct GroupParams {
   Shape shape;
   int resident = 0;  // chunks of each thread that shared memory holds
   Stream x, grad, velocity, x0, lower, upper;
-  int draws = -1;  // slot for random values
+  bool boxed = false;
+  double lower_value = 0, upper_value = 0;  // where there is no tensor; not rounded yet
+  int draws = -1;                           // slot for random values
   void* out = nullptr;
   Dtype out_type = Dtype::f32;
   bool out_aligned = false;
-  void* velocity_out = nullptr;
+  void* velocity_out = nullptr;  // of the velocity's type
+  bool velocity_aligned = false;
   PerGroup step, eps, std;
   double top = 1, decay = 0;
   bool apgd = false;
@@ -159,14 +163,14 @@ class Group {
     });
   }
 
-  // A chunk of an input, zero where it is not valid. kTyped: its elements are T. kKept: shared
-  // memory may hold it.
-  template <bool kTyped, bool kKept = true>
+  // A chunk of an input, zero where it is not valid. kTyped: its elements are T; with kOrNot they
+  // may be others, and shared memory then does not hold it. kKept: shared memory may hold it.
+  template <bool kTyped, bool kKept = true, bool kOrNot = false>
   __device__ __forceinline__ void fetch(const Stream& s, int k, int64_t c, unsigned valid,
                                         Chunk& out) const {
     const int size = kTyped ? int(sizeof(T)) : bytes_of(s.type);
     const void* from = nullptr;
-    if (valid == 0) {
+    if (valid == 0 || (kOrNot && s.type != dtype_of<T>)) {
     } else if (kKept && s.slot >= 0 && k < p_.resident) {
       from = slots_ + s.slot + (k * int(blockDim.x) + int(threadIdx.x)) * (kElements * size);
     } else if (valid == kAllValid && s.aligned) {
@@ -179,7 +183,7 @@ class Group {
         load_pack(from, s.type, out);
       return;
     }
-    const Slow slow = load_some(s.data, kTyped ? dtype_of<T> : s.type, c, valid);
+    const Slow slow = load_some(s.data, kTyped && !kOrNot ? dtype_of<T> : s.type, c, valid);
 #pragma unroll
     for (int i = 0; i < kElements; ++i) out[i] = slow.at[i];
   }
@@ -188,6 +192,29 @@ class Group {
   __device__ __forceinline__ void fetch_gradient(int k, int64_t c, unsigned valid,
                                                  Chunk& out) const {
     fetch<!kFull>(p_.grad, k, c, valid, out);
+  }
+
+  // A chunk of the velocity, which in the full profile may be of another type. That is rare, and
+  // not worth registers: it is then read and written element by element.
+  __device__ __forceinline__ void fetch_velocity(int k, int64_t c, unsigned valid,
+                                                 Chunk& out) const {
+    fetch<true, true, kFull>(p_.velocity, k, c, valid, out);
+  }
+
+  // Writes a chunk of the new velocity, and what masked-out elements have.
+  __device__ __forceinline__ void write_velocity(int64_t c, unsigned valid,
+                                                 const Chunk& values) const {
+    if (valid == kAllValid && p_.velocity_aligned) {
+      Pack<T, kElements> kept;
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) kept.at[i] = Round<T>::nearest(values[i]);
+      return write_whole(static_cast<T*>(p_.velocity_out) + c * kElements, kept);
+    }
+    Slow slow;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) slow.at[i] = values[i];
+    store_some(p_.velocity_out, p_.velocity.type, c, in_range(c), valid, slow,
+               static_cast<const T*>(p_.apgd ? p_.x0.data : nullptr));
   }
 
   // x - x0 and, in the full profile, what surrounds it.
@@ -200,11 +227,12 @@ class Group {
     } else {
       const T infinity = Round<T>::nearest(float(kInfinity));
       const T minus_infinity = Round<T>::nearest(float(-kInfinity));
+      const T lower = Round<T>::nearest(p_.lower_value), upper = Round<T>::nearest(p_.upper_value);
       fetch_as_is<true>(p_.x, k, c, valid, Round<T>::nearest(float(kInfinity - kInfinity)),
                         out.given);
       fetch_as_is<false>(p_.x0, k, c, valid, Round<T>::nearest(0.f), out.origin);
-      fetch_as_is<false>(p_.lower, k, c, valid, minus_infinity, out.lower);
-      fetch_as_is<false>(p_.upper, k, c, valid, infinity, out.upper);
+      fetch_as_is<false>(p_.lower, k, c, valid, lower, out.lower);
+      fetch_as_is<false>(p_.upper, k, c, valid, upper, out.upper);
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         out.v[i] = p_.x.data ? out.x(i) - out.x0(i) : A(0);
@@ -420,29 +448,31 @@ class Group {
     Pack<T, kElements> result;
 #pragma unroll
     for (int i = 0; i < kElements; ++i) result.at[i] = stored<kNorm>(projection, x, i);
-    write(p_.out, p_.out_aligned, c, valid, result, p_.x0);
+    write(p_.out, p_.out_aligned, c, valid, result, p_.x0.data);
+  }
+
+  // Writes a chunk that is aligned.
+  template <class U>
+  __device__ __forceinline__ static void write_whole(U* to, const Pack<U, kElements>& values) {
+    constexpr int kPiece = 16 / int(sizeof(U)) < kElements ? 16 / int(sizeof(U)) : kElements;
+#pragma unroll
+    for (int i = 0; i < kElements; i += kPiece) {
+      Pack<U, kPiece> piece;
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j) piece.at[j] = values.at[i + j];
+      reinterpret_cast<Pack<U, kPiece>*>(to)[i / kPiece] = piece;
+    }
   }
 
   // Writes a chunk's valid elements, and `base` (or zero) to those that are masked out.
   template <class U>
   __device__ __forceinline__ void write(void* out, bool aligned, int64_t c, unsigned valid,
-                                        const Pack<U, kElements>& values,
-                                        const Stream& base) const {
+                                        const Pack<U, kElements>& values, const void* base) const {
     U* to = static_cast<U*>(out) + c * kElements;
-    if (valid == kAllValid && aligned) {
-      constexpr int kPiece = 16 / int(sizeof(U)) < kElements ? 16 / int(sizeof(U)) : kElements;
-#pragma unroll
-      for (int i = 0; i < kElements; i += kPiece) {
-        Pack<U, kPiece> piece;
-#pragma unroll
-        for (int j = 0; j < kPiece; ++j) piece.at[j] = values.at[i + j];
-        reinterpret_cast<Pack<U, kPiece>*>(to)[i / kPiece] = piece;
-      }
-      return;
-    }
+    if (valid == kAllValid && aligned) return write_whole(to, values);
     const Pack<U, kElements> copy = values;
     write_some(to, copy, in_range(c), valid,
-               kFull && base.data ? static_cast<const U*>(base.data) + c * kElements : nullptr);
+               kFull && base ? static_cast<const U*>(base) + c * kElements : nullptr);
   }
 
   // The number of valid elements.
@@ -577,6 +607,17 @@ class Group {
     }
   }
 
+  // Writes a chunk of an output that is not of T.
+  static __device__ EMBATTLE_NOINLINE void store_some(void* data, Dtype type, int64_t c,
+                                                      unsigned here, unsigned valid,
+                                                      const Slow& values, const T* base) {
+    for (int i = 0; i < kElements; ++i) {
+      if (!(here >> i & 1)) continue;
+      const int64_t at = c * kElements + i;
+      store_one(data, type, at, valid >> i & 1 ? values.at[i] : base ? A(widen(base[at])) : A(0));
+    }
+  }
+
   // A chunk of an input of T as it is in memory, zero where it is not valid; all `other` where the
   // input is absent.
   template <bool kKept>
@@ -608,15 +649,9 @@ class Group {
     return out;
   }
 
+  // v, put where x0 + v lies in the box.
   __device__ __forceinline__ static A boxed(const V& x, int i, A v) {
-    const A low = x.low(i) - x.x0(i), high = x.high(i) - x.x0(i);
-    return v < low ? low : v > high ? high : v;
-  }
-
-  // How far an element can go in the direction that v points to.
-  __device__ __forceinline__ static double room(const V& x, int i) {
-    const A r = x.v[i] < 0 ? x.x0(i) - x.low(i) : x.high(i) - x.x0(i);
-    return larger(double(r), 0.0);
+    return between(v, A(x.low(i) - x.x0(i)), A(x.high(i) - x.x0(i)));
   }
 
   // Rounds x0 + v to T, nearest to it, but not farther than `most` from x0, and inside the box.
@@ -624,8 +659,9 @@ class Group {
     const double x0 = x.x0(i);
     T r = v == x.x(i) - x0 ? x.given.at[i] : Round<T>::nearest(x0 + v);
     if (magnitude(double(widen(r)) - x0) > most) r = step_toward(r, x0);
-    if (double(widen(r)) < x.low(i)) r = x.lower.at[i];
-    if (double(widen(r)) > x.high(i)) r = x.upper.at[i];
+    // At a bound the result is the bound: x0 and what leads there may add up to its neighbour.
+    if (double(widen(r)) < x.low(i) || v == x.low(i) - x0) r = x.lower.at[i];
+    if (double(widen(r)) > x.high(i) || v == x.high(i) - x0) r = x.upper.at[i];
     return r;
   }
 
@@ -645,6 +681,7 @@ class Group {
     extent,   // the largest magnitude
     measure,  // whether the values lie in the ball, and what the search starts with
     shift,    // l1: a step towards the threshold
+    nearest,  // how far the box is from the origin
     box,      // a step towards the scale or the threshold, with a box
     finish,
   };
@@ -654,12 +691,11 @@ class Group {
     int round = 0;
     A unit = 1;  // l2: power of two that brings the values into range
     double radius = 0;
-    double at = 0;             // where the search is: l2: the scale squared; l1: the threshold
-    double low = 0, high = 0;  // l1 with a box: what the threshold lies between
-    double largest = 0;
+    double at = 0;    // where the search is: l1: the threshold; l2 with a box: the scale
+    Bracket bracket;  // with a box: what that lies between
   };
 
-  __device__ bool has_box() const { return kFull && (p_.lower.data || p_.upper.data); }
+  __device__ bool has_box() const { return kFull && p_.boxed; }
 
   template <Norm kNorm>
   __device__ __forceinline__ void begin(Search& search, double eps, Projection& result) const {
@@ -711,19 +747,28 @@ class Group {
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         if (!(valid >> i & 1)) continue;
-        if constexpr (kNorm == Norm::l2) {
-          // a: squares of the free elements; b: of the bounds of the others.
-          const double v = x.v[i] * search.unit, r = room(x, i) * double(search.unit);
-          if (search.at * v * v < r * r)
-            s.a += v * v;
+        const double v = x.v[i];
+        double w = 0;  // how far the origin is from where the search would put the element
+        if (search.pass == Pass::box) {
+          if (kNorm == Norm::l2)
+            w = v * (search.at * result.scale);
           else
-            s.b += r * r;
+            w = larger(magnitude(v) - result.base - search.at, 0.0);
+          if (kNorm == Norm::l1 && v < 0) w = -w;
+        }
+        const double put = boxed(x, i, w);
+        const bool free = search.pass == Pass::box && put == w && (kNorm == Norm::l2 || w != 0);
+        if constexpr (kNorm == Norm::l2) {
+          // Squares in units of eps; a: of the free elements; b: of the others.
+          const double part = put / result.eps;
+          if (free)
+            s.a += part * part;
+          else
+            s.b += part * part;
         } else {
           // a: the sum; b: how many elements are free.
-          const double w = double(magnitude(x.v[i])) - search.at, r = room(x, i);
-          if (w <= 0) continue;
-          s.a += smaller(w, r);
-          if (w < r) s.b += 1;
+          s.a += magnitude(put);
+          s.b += free;
         }
       }
     }
@@ -745,17 +790,23 @@ class Group {
       if (!(s.a > (kNorm == Norm::l2 ? radius * radius : radius))) return;
       if constexpr (kNorm == Norm::l2) {
         result.fit = Fit::scaled;
-        if (has_box()) {
-          search.at = radius * radius / s.b;
-          search.pass = Pass::box;
+        // What brings the values to the ball's surface; with a box in units of that.
+        result.scale = radius / sqrt(s.b);
+        if (has_box() && radius > 0) {
+          search.bracket.outer = smaller(1 / result.scale, 0x1p1000);
+          search.bracket.at = search.at = 1;
+          search.pass = Pass::nearest;
           return;
         }
-        result.scale = smaller(radius / sqrt(s.b), 1.0) * kInside<T>;
+        result.scale = smaller(result.scale, 1.0) * kInside<T>;
       } else {
         result.fit = Fit::shifted;
         if (has_box()) {
-          search.high = search.largest = s.m;
-          search.pass = Pass::box;
+          result.base = radius < s.m / 2 ? s.m : 0;
+          result.shift = search.bracket.inner = s.m - result.base;
+          search.bracket.outer = -result.base;
+          search.bracket.at = search.at = result.base > 0 ? -radius : 0;
+          search.pass = Pass::nearest;
           return;
         }
         begin_shift(search, s, result);
@@ -764,29 +815,39 @@ class Group {
       next_shift(search, team_.agree(kSumA | kSumB, s), result);
     } else if constexpr (kFull) {
       s = team_.agree(kSumA | kSumB, s);
-      if constexpr (kNorm == Norm::l2)
-        next_scale_in_box(search, s, result);
-      else
-        next_shift_in_box(search, s, result);
+      const double radius = search.radius;
+      if (search.pass == Pass::nearest) {
+        // Where ball and box do not meet, the box wins: nothing is left of the values.
+        const bool apart = kNorm == Norm::l2 ? s.b > 1 : s.a > radius;
+        search.pass = apart ? Pass::finish : Pass::box;
+        if (kNorm == Norm::l2 && apart) result.scale = 0;
+      } else if constexpr (kNorm == Norm::l2) {
+        double answer = search.bracket.inner;
+        next_in_box(search, s.a + s.b, 1, search.at * sqrt(larger(1 - 2e-15 - s.b, 0.0) / s.a),
+                    answer);
+        if (search.pass == Pass::finish)
+          result.scale = smaller(answer * result.scale, 1.0) * kInside<T>;
+      } else {
+        next_in_box(search, s.a, radius, search.at + (s.a - radius * (1 - 1e-15)) / s.b,
+                    result.shift);
+      }
     }
   }
 
   // No search is longer: it ends where rounding ends it.
   static constexpr int kMostRounds = 1000;
 
-  // The scale s with sum min(s |v|, room)^2 = radius^2. In q = s^2 the sum is concave and piecewise
-  // linear: Newton's iteration from below rises to the root and ends on its piece.
-  __device__ __forceinline__ static void next_scale_in_box(Search& search, const Sums& s,
-                                                           Projection& result) {
-    if (s.a > 0) {
-      const double next = (search.radius * search.radius - s.b) / s.a;
-      if (next > search.at * (1 + 1e-15)) {
-        search.at = next;
-        if (++search.round < kMostRounds) return;
-      }
-    }
-    result.scale = smaller(sqrt(search.at), 1.0) * kInside<T>;
-    search.pass = Pass::finish;
+  // With a box: a step of the search for the scale or the threshold at which the norm, which is
+  // `now` where the search is, is `goal`. Newton's method, which aims a little inside, would go to
+  // `newton`. The answer is inside, or next to nothing.
+  __device__ __forceinline__ static void next_in_box(Search& search, double now, double goal,
+                                                     double newton, double& answer) {
+    const bool inside = now <= goal;
+    if (inside) answer = search.at;
+    const bool on =
+        !(inside && now >= goal * (1 - 3e-15)) && look_on(search.bracket, inside, newton);
+    search.at = search.bracket.at;
+    if (!on) search.pass = Pass::finish;
   }
 
   // The threshold with sum max(|v| - shift, 0) = eps: Newton's iteration from below (Michelot, "A
@@ -807,32 +868,6 @@ class Group {
       if (++search.round < kMostRounds) return;
     }
     result.shift = search.at;
-    search.pass = Pass::finish;
-  }
-
-  // The threshold with sum min(max(|v| - shift, 0), room) = eps: Newton's iteration, kept inside a
-  // shrinking bracket as the sum is neither convex nor concave.
-  __device__ __forceinline__ static void next_shift_in_box(Search& search, const Sums& s,
-                                                           Projection& result) {
-    const double eps = search.radius, t = search.at;
-    bool done = false;
-    if (s.a > eps) {
-      search.low = t;
-    } else {
-      search.high = t;
-      done = s.a >= eps * (1 - 3e-15);
-    }
-    if (!done) {
-      const double low = search.low, high = search.high;
-      double next = s.b > 0 ? t + (s.a - eps * (1 - 1e-15)) / s.b : high;
-      if (!(next > low && next < high)) next = low + (high - low) / 2;
-      if (next > low && next < high) {
-        search.at = next;
-        if (++search.round < kMostRounds) return;
-      }
-    }
-    result.shift =
-        search.high < search.largest || search.at == search.largest ? search.high : search.at;
     search.pass = Pass::finish;
   }
 
@@ -868,8 +903,7 @@ class Group {
   __device__ __forceinline__ bool next(Choice& choice, const Sums& s) const {
     const auto candidate = [&] { return choice.key | Bits<A>(1) << choice.bit; };
     if (choice.wanted < 0) {
-      choice.wanted = p_.top < 1 ? larger(floor(s.b * p_.top + 0.5), 1.0) : floor(p_.top);
-      choice.wanted = smaller(choice.wanted, s.a);
+      choice.wanted = smaller(double(top_count(p_.top, int64_t(s.b))), s.a);
     } else if (choice.bit >= 0) {
       if (s.a >= choice.wanted) choice.key = candidate();
       --choice.bit;

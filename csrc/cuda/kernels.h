@@ -2,7 +2,7 @@
 //
 // A launcher enqueues everything on one stream and returns at once: no synchronisation, no
 // allocation but one workspace at most. It returns 0, or a cudaError_t that error_text() puts into
-// words.
+// words. Call it through call(), which leaves no error behind.
 #pragma once
 
 #include <cstddef>
@@ -20,6 +20,18 @@ struct Context {
 };
 
 const char* error_text(int error);
+
+// Takes back the error that the runtime keeps: whoever asks for the last one next, after a launch
+// of his own, would take it for his.
+void forget_error();
+
+// Runs a launcher. What it returns is all that is left of an error.
+template <class Args>
+int call(int (*launcher)(const Args&, const Context&), const Args& args, const Context& context) {
+  const int error = launcher(args, context);
+  if (error) forget_error();
+  return error;
+}
 
 int pgd_step(const StepArgs&, const Context&);
 int momentum_step(const StepArgs&, const Context&);

@@ -9,17 +9,16 @@
 namespace embattle::cuda {
 
 struct Limits {
-  int multiprocessors = 1, major = 8, shared_per_block = 0, shared_per_multiprocessor = 0;
+  int device = 0;
+  int multiprocessors = 1, shared_per_block = 0, shared_per_multiprocessor = 0;
   int cooperative = 0;  // whether there are cooperative launches
 
   static cudaError_t of_current_device(Limits* limits) {
-    int device = 0;
-    cudaError_t error = cudaGetDevice(&device);
+    cudaError_t error = cudaGetDevice(&limits->device);
     const auto ask = [&](int* value, cudaDeviceAttr attribute) {
-      if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+      if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, limits->device);
     };
     ask(&limits->multiprocessors, cudaDevAttrMultiProcessorCount);
-    ask(&limits->major, cudaDevAttrComputeCapabilityMajor);
     ask(&limits->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
     ask(&limits->shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
     ask(&limits->cooperative, cudaDevAttrCooperativeLaunch);
@@ -33,6 +32,32 @@ struct Meeting {
   bool grid = false;  // all: a cooperative launch, every block resident
 };
 
+// Whether a kernel has cluster operations. What it was compiled for decides, not the device: code
+// for an older architecture, translated when it is loaded, has none (device.cuh).
+template <class... Params>
+cudaError_t has_clusters(void (*kernel)(Params...), bool* clusters) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  *clusters = error == cudaSuccess && attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
+  return error;
+}
+
+// Lets a kernel have all the dynamic shared memory that a block may opt in to. Always the same
+// number: host threads that launch one kernel with more and with less cannot take it from each
+// other, nor a later call from a graph that was captured and is not yet instantiated.
+template <class... Params>
+cudaError_t allow_shared(void (*kernel)(Params...)) {
+  int device = 0, most = 0;
+  cudaFuncAttributes attributes{};
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              most - int(attributes.sharedSizeBytes));
+}
+
 // Enqueues a kernel on the context's stream. Nothing where there are no blocks; grids are cut off
 // at the most that a device takes, so kernels go on in strides of the grid.
 template <class... Params, class... Args>
@@ -40,8 +65,7 @@ cudaError_t enqueue(void (*kernel)(Params...), int64_t blocks, int threads, size
                     const Context& context, Meeting meeting, const Args&... args) {
   if (blocks <= 0) return cudaSuccess;
   if (shared > (48 << 10)) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    const cudaError_t error = allow_shared(kernel);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config{};
@@ -63,8 +87,8 @@ cudaError_t enqueue(void (*kernel)(Params...), int64_t blocks, int threads, size
     attribute.val.cooperative = 1;
   }
   config.attrs = attributes;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Params(args)...);
-  return error != cudaSuccess ? error : cudaGetLastError();
+  // What it returns is this launch's error; the last error may be one of others.
+  return cudaLaunchKernelEx(&config, kernel, Params(args)...);
 }
 template <class... Params, class... Args>
 cudaError_t enqueue(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,

@@ -22,12 +22,15 @@ constexpr int kThreads = 64;  // (kTile / kSide)^2
 
 struct LinearParams {
   LinearNormArgs args;
-  int64_t splits = 1;             // blocks of a sample
-  double* traces = nullptr;       // [batch, tokens]; negative where float cannot hold such numbers
+  int64_t splits = 1;  // blocks of a sample
+  // [batch, tokens]; with the sign bit where what is computed in cannot hold such numbers.
+  double* traces = nullptr;
   double* partial = nullptr;      // [batch, splits]
   unsigned char* redo = nullptr;  // [batch]: tokens cancel
+  double* scales = nullptr;       // [batch, 2]: of the second time, powers of two; or null: 1
+  bool wide = false;              // in double
   bool tiled = false;             // there are partials; else the trace is the result
-  bool exact = false;             // no result needs to be looked at again
+  bool exact = false;             // tokens that cancel do no harm
   bool second = false;            // the second time: only samples with redo
 };
 
@@ -50,12 +53,16 @@ __device__ __forceinline__ double squares(const Lanes& team, const void* data, D
 __global__ void __launch_bounds__(256) trace_kernel(const __grid_constant__ LinearParams p) {
   const Lanes team(32);
   const LinearNormArgs& a = p.args;
-  const auto moderate = [](double x) { return x == 0 || (x > 1e-25 && x < 1e+30); };
+  // Of doubles a sum of zero may be of squares that have vanished.
+  const auto moderate = [&](double x, int64_t n) {
+    return p.wide ? (x > 1e-140 && x < 1e+140) || n == 0 : x == 0 || (x > 1e-25 && x < 1e+30);
+  };
   for (int64_t token = team.index; token < a.batch * a.tokens; token += team.count) {
     const double in = squares(team, a.input.data, a.input.dtype, token * a.inputs, a.inputs);
     const double out = squares(team, a.grad.data, a.grad.dtype, token * a.outputs, a.outputs);
     const double product = (in + (a.bias ? 1 : 0)) * out;
-    if (team.rank == 0) p.traces[token] = moderate(in) && moderate(out) ? product : -product;
+    const bool holds = moderate(in, a.inputs) && moderate(out, a.outputs);
+    if (team.rank == 0) p.traces[token] = holds ? product : -product;
   }
 }
 
@@ -102,18 +109,24 @@ __device__ __forceinline__ void products(int64_t depth, bool along, X x, Y y, C*
 
 // The tile's share of the squared norm, of this thread. Tiles of the Gram form: pairs with s <= t.
 template <class C, bool kGram>
-__device__ double tile_square(const LinearNormArgs& a, int64_t sample, int64_t tile, C* shared) {
+__device__ double tile_square(const LinearParams& p, int64_t sample, int64_t tile, C* shared) {
+  const LinearNormArgs& a = p.args;
   const int64_t inputs = a.inputs + (a.bias ? 1 : 0);
   const int64_t input_at = sample * a.tokens * a.inputs, grad_at = sample * a.tokens * a.outputs;
+  const auto scaled = [&](int which, C x) {
+    if constexpr (sizeof(C) == 8 && !kGram)
+      if (p.second && p.scales) x *= p.scales[2 * sample + which];
+    return x;
+  };
   const auto input = [&](int64_t token, int64_t i) {
     if (token >= a.tokens || i >= inputs) return C(0);
-    return i == a.inputs
-               ? C(1)
-               : load_one<C>(a.input.data, a.input.dtype, input_at + token * a.inputs + i);
+    return scaled(0, i == a.inputs ? C(1)
+                                   : load_one<C>(a.input.data, a.input.dtype,
+                                                 input_at + token * a.inputs + i));
   };
   const auto grad = [&](int64_t token, int64_t o) {
     if (token >= a.tokens || o >= a.outputs) return C(0);
-    return load_one<C>(a.grad.data, a.grad.dtype, grad_at + token * a.outputs + o);
+    return scaled(1, load_one<C>(a.grad.data, a.grad.dtype, grad_at + token * a.outputs + o));
   };
   C first[kSide][kSide];
   double square = 0;
@@ -149,8 +162,9 @@ __device__ double tile_square(const LinearNormArgs& a, int64_t sample, int64_t t
   }
 }
 
+// Four blocks on a multiprocessor: left to itself, the compiler makes room for more, and spills.
 template <class C, bool kGram>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     tile_kernel(const __grid_constant__ LinearParams p, int64_t tiles) {
   EMBATTLE_DYNAMIC_SHARED(shared);
   Shape shape;
@@ -162,10 +176,20 @@ __global__ void __launch_bounds__(kThreads)
     if (p.second && !p.redo[sample]) continue;
     double square = 0;
     for (int64_t tile = unit % p.splits; tile < tiles; tile += p.splits)
-      square += tile_square<C, kGram>(p.args, sample, tile, slabs);
+      square += tile_square<C, kGram>(p, sample, tile, slabs);
     square = team.sum(square);
     if (threadIdx.x == 0) p.partial[unit] = square;
   }
+}
+
+// What brings n numbers into range, and `least` with them.
+__device__ EMBATTLE_NOINLINE double scale_of(const Lanes& team, const ConstData& x, int64_t begin,
+                                             int64_t n, double least) {
+  double most = least;
+  for (int64_t i = team.rank; i < n; i += team.size)
+    most = larger(most, magnitude(load_one<double>(x.data, x.dtype, begin + i)));
+  most = team.max(most);
+  return most > 0x1p400 ? 0x1p-600 : most < 0x1p-400 ? 0x1p600 : 1;
 }
 
 // A warp for each sample.
@@ -173,25 +197,37 @@ __global__ void __launch_bounds__(256)
     linear_finish_kernel(const __grid_constant__ LinearParams p) {
   const Shape shape;
   Team team(shape, nullptr, nullptr, nullptr);
+  const Lanes lanes(32);
   const LinearNormArgs& a = p.args;
   for (int64_t sample = team.index; sample < a.batch; sample += team.count()) {
     if (p.second && !p.redo[sample]) continue;
-    Sums s;  // a: the trace; b: the partials; m: 1 where float cannot hold such numbers
+    Sums s;  // a: the trace; b: the partials; m: 1 where such numbers cannot be held
     for (int64_t t = team.rank; t < a.tokens; t += 32) {
       const double trace = p.traces[sample * a.tokens + t];
       s.a += magnitude(trace);
-      if (trace < 0) s.m = 1;
+      if (__double_as_longlong(trace) < 0) s.m = 1;
     }
     if (p.tiled)
       for (int64_t i = team.rank; i < p.splits; i += 32) s.b += p.partial[sample * p.splits + i];
     s = team.agree(kSumA | kSumB | kMax, s);
     double square = s.a;
-    if (p.tiled && s.a > 0) square = s.b;
-    const bool redo = p.tiled && !p.exact && s.a > 0 && s.a < __builtin_huge_val() &&
-                      (s.m != 0 || !(square * 16 > s.a));
+    if (p.tiled && (s.a > 0 || p.second)) square = s.b;
+    const bool cancels = !p.exact && s.a > 0 && !(square * 16 > s.a);
+    const bool redo = p.tiled && !p.second && (s.m != 0 || cancels);
+    double norm = sqrt(square);
+    if (redo && p.scales) {
+      const int64_t inputs = a.tokens * a.inputs, outputs = a.tokens * a.outputs;
+      const double in = scale_of(lanes, a.input, sample * inputs, inputs, a.bias ? 1 : 0);
+      const double out = scale_of(lanes, a.grad, sample * outputs, outputs, 0);
+      if (team.rank == 0) {
+        p.scales[2 * sample] = in;
+        p.scales[2 * sample + 1] = out;
+      }
+    }
     if (team.rank != 0) continue;
+    if (p.second && p.scales) norm = norm / p.scales[2 * sample] / p.scales[2 * sample + 1];
     if (p.redo && !p.second) p.redo[sample] = redo;
-    store_one(a.norms.data, a.norms.dtype, sample, sqrt(square));
+    store_one(a.norms.data, a.norms.dtype, sample, norm);
   }
 }
 
@@ -208,6 +244,10 @@ cudaError_t run_tiles(const LinearParams& p, int64_t tiles, const Context& conte
 
 int linear_grad_norm(const LinearNormArgs& args, const Context& context) {
   if (args.batch == 0) return cudaSuccess;
+  if (args.tokens == 0 || args.outputs == 0 || (args.inputs == 0 && !args.bias))  // no weight
+    return cudaMemsetAsync(args.norms.data, 0,
+                           size_t(args.batch) * size_t(bytes_of(args.norms.dtype)),
+                           static_cast<cudaStream_t>(context.stream));
   Limits limits;
   cudaError_t error = Limits::of_current_device(&limits);
   if (error != cudaSuccess) return error;
@@ -222,7 +262,8 @@ int linear_grad_norm(const LinearNormArgs& args, const Context& context) {
 
   LinearParams p;
   p.args = args;
-  p.tiled = args.tokens > 1;
+  p.wide = wide;
+  p.tiled = args.tokens > 1 || wide;
   p.exact = !gram && wide;
   // Several blocks for a sample where samples alone do not fill the device.
   const int64_t wanted = 16 * int64_t(limits.multiprocessors) / args.batch;
@@ -231,10 +272,11 @@ int linear_grad_norm(const LinearNormArgs& args, const Context& context) {
   const size_t traces = rounded(size_t(args.batch * args.tokens) * sizeof(double));
   const size_t partial = p.tiled ? rounded(size_t(args.batch * p.splits) * sizeof(double)) : 0;
   const size_t redo = p.tiled ? rounded(size_t(args.batch)) : 0;
+  const size_t scales = wide ? size_t(args.batch) * 2 * sizeof(double) : 0;
   unsigned char* workspace = nullptr;
-  if (traces + partial + redo) {
-    workspace =
-        static_cast<unsigned char*>(context.allocate(context.self, traces + partial + redo));
+  if (traces + partial + redo + scales) {
+    workspace = static_cast<unsigned char*>(
+        context.allocate(context.self, traces + partial + redo + scales));
     if (!workspace) return cudaErrorMemoryAllocation;
     p.traces = reinterpret_cast<double*>(workspace);
   }
@@ -242,6 +284,7 @@ int linear_grad_norm(const LinearNormArgs& args, const Context& context) {
     p.partial = reinterpret_cast<double*>(workspace + traces);
     p.redo = workspace + traces + partial;
   }
+  if (wide) p.scales = reinterpret_cast<double*>(workspace + traces + partial + redo);
   const int64_t finish_blocks = (args.batch + 7) / 8;
   error = enqueue(trace_kernel, (args.batch * args.tokens + 7) / 8, 256, 0, context, p);
   if (error == cudaSuccess && p.tiled) {
@@ -254,10 +297,9 @@ int linear_grad_norm(const LinearNormArgs& args, const Context& context) {
   }
   if (error == cudaSuccess)
     error = enqueue(linear_finish_kernel, finish_blocks, 256, 0, context, p);
-  if (error != cudaSuccess || !p.tiled || p.exact) return error;
+  if (error != cudaSuccess || !p.tiled) return error;
   p.second = true;
   error = run_tiles<double, false>(p, direct, context);
-  p.exact = true;
   if (error == cudaSuccess)
     error = enqueue(linear_finish_kernel, finish_blocks, 256, 0, context, p);
   return error;

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kMomentumThreads<T, kNorm, kFull>, 1)
     const auto driver = [&](int k, int64_t c, unsigned valid, Chunk& m, Chunk& old) {
       group.fetch_gradient(k, c, valid, m);
       if (p.apgd && !combined) return;
-      group.template fetch<true>(p.velocity, k, c, valid, old);
+      group.fetch_velocity(k, c, valid, old);
       if (p.apgd) return;
 #pragma unroll
       for (int i = 0; i < G::kElements; ++i)
@@ -109,11 +109,7 @@ __global__ void __launch_bounds__(kMomentumThreads<T, kNorm, kFull>, 1)
         },
         [&](int, int64_t c, unsigned valid, const typename G::V& x, const Projection& projection) {
           // Both outputs may be inputs themselves: these have been read.
-          Pack<T, G::kElements> kept;
-#pragma unroll
-          for (int i = 0; i < G::kElements; ++i) kept.at[i] = Round<T>::nearest(memory[i]);
-          const Stream none;
-          group.write(p.velocity_out, p.out_aligned, c, valid, kept, p.apgd ? p.x0 : none);
+          group.write_velocity(c, valid, memory);
           group.template store<kNorm>(c, valid, x, projection);
         });
   }
@@ -131,7 +127,8 @@ int run(const StepArgs& args, const Context& context) {
   p.velocity = stream_of(args.velocity, kElements);
   p.grad = stream_of(args.grad, kElements);
   p.velocity_out = args.velocity_out.data;
-  p.out_aligned = p.out_aligned && aligned(args.velocity_out.data, sizeof(T) * kElements);
+  p.velocity_aligned =
+      args.velocity.dtype == dtype_of<T> && aligned(args.velocity_out.data, sizeof(T) * kElements);
   p.step = args.step_size;
   p.top = args.top;
   p.decay = args.decay;
@@ -139,26 +136,33 @@ int run(const StepArgs& args, const Context& context) {
   p.nonfinite = args.nonfinite;
   return with_norm(args.norm, [&](auto tag) -> int {
     constexpr Norm kNorm = decltype(tag)::value;
-    const Plan plan = plan_groups(p, limits, kElements, kMomentumThreads<T, kNorm, kFull>,
-                                  {&p.x, &p.velocity, &p.grad});
+    const auto kernel = momentum_kernel<T, kNorm, kFull>;
+    Plan plan;
+    const cudaError_t error =
+        p.velocity.type == dtype_of<T>
+            ? plan_groups(kernel, &plan, p, limits, kElements, kMomentumThreads<T, kNorm, kFull>,
+                          {&p.x, &p.velocity, &p.grad})
+            : plan_groups(kernel, &plan, p, limits, kElements, kMomentumThreads<T, kNorm, kFull>,
+                          {&p.x, &p.grad});
+    if (error != cudaSuccess) return error;
     void* workspace = nullptr;
     if (plan.workspace) {
       workspace = context.allocate(context.self, plan.workspace);
       if (!workspace) return cudaErrorMemoryAllocation;
     }
-    return launch(momentum_kernel<T, kNorm, kFull>, p, plan, context, workspace);
+    return launch(kernel, p, plan, context, workspace);
   });
 }
 
 }  // namespace
 
-// Precondition: velocity has delta's dtype.
 int momentum_step(const StepArgs& args, const Context& context) {
   if (args.groups.groups == 0) return cudaSuccess;
   return with_type(args.delta.dtype, [&](auto tag) -> int {
     using T = decltype(tag);
     if constexpr (sizeof(T) < 8) {
-      if (args.grad.dtype == args.delta.dtype && !any(args.box))
+      if (args.grad.dtype == args.delta.dtype && args.velocity.dtype == args.delta.dtype &&
+          !any(args.box))
         return run<T, false>(args, context);
     }
     return run<T, true>(args, context);

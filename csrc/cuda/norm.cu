@@ -61,17 +61,21 @@ int run(GroupParams& p, Norm norm, const Limits& limits, const Context& context,
     using T = decltype(tag);
     constexpr int kElements = Group<T, sizeof(T) == 8>::kElements;
     p.x.aligned = aligned(p.x.data, 16);
-    const Plan plan = plan_groups(p, limits, kElements, kMostThreads<sizeof(T) == 8>, {&p.x});
-    if (needed) {
-      *needed = plan.workspace;
-      return cudaSuccess;
-    }
-    if (plan.workspace && !workspace) {
-      workspace = context.allocate(context.self, plan.workspace);
-      if (!workspace) return cudaErrorMemoryAllocation;
-    }
-    return with_norm(norm, [&](auto n) {
-      return launch(norm_kernel<T, decltype(n)::value>, p, plan, context, workspace);
+    return with_norm(norm, [&](auto n) -> int {
+      const auto kernel = norm_kernel<T, decltype(n)::value>;
+      Plan plan;
+      const cudaError_t error =
+          plan_groups(kernel, &plan, p, limits, kElements, kMostThreads<sizeof(T) == 8>, {&p.x});
+      if (error != cudaSuccess) return error;
+      if (needed) {
+        *needed = plan.workspace;
+        return cudaSuccess;
+      }
+      if (plan.workspace && !workspace) {
+        workspace = context.allocate(context.self, plan.workspace);
+        if (!workspace) return cudaErrorMemoryAllocation;
+      }
+      return launch(kernel, p, plan, context, workspace);
     });
   });
 }
@@ -151,12 +155,13 @@ int group_norm(const NormArgs& args, const Context& context) {
   return run(p, args.norm, limits, context, nullptr, nullptr);
 }
 
-size_t select_workspace(const StepArgs& args, const Limits& limits) {
+cudaError_t select_workspace(const StepArgs& args, const Limits& limits, size_t* bytes) {
   Norm dual;
   GroupParams p = dual_norm(args, &dual);
   size_t teams = 0;
-  run(p, dual, limits, Context{}, nullptr, &teams);
-  return scores_bytes(args) + rounded(teams);
+  const int error = run(p, dual, limits, Context{}, nullptr, &teams);
+  *bytes = scores_bytes(args) + rounded(teams);
+  return static_cast<cudaError_t>(error);
 }
 
 cudaError_t select_groups(const StepArgs& args, const Limits& limits, void* workspace,
@@ -171,17 +176,12 @@ cudaError_t select_groups(const StepArgs& args, const Limits& limits, void* work
                          static_cast<unsigned char*>(workspace) + scores_bytes(args), nullptr);
   if (failed) return static_cast<cudaError_t>(failed);
   const int64_t tokens = args.groups_per_sample, samples = args.groups.groups / tokens;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(std::min<int64_t>(samples, 1 << 20)));
-  config.blockDim = dim3(tokens <= 128 ? 64 : 256);
-  config.dynamicSmemBytes = sizeof(TeamScratch);
-  config.stream = static_cast<cudaStream_t>(context.stream);
-  const cudaError_t error =
-      cudaLaunchKernelEx(&config, choose_kernel, static_cast<const double*>(scores), *chosen,
-                         tokens, args.max_groups, samples);
-  return error != cudaSuccess ? error : cudaGetLastError();
+  return enqueue(choose_kernel, std::min<int64_t>(samples, 1 << 20), tokens <= 128 ? 64 : 256,
+                 sizeof(TeamScratch), context, static_cast<const double*>(scores), *chosen, tokens,
+                 args.max_groups, samples);
 }
 
+void forget_error() { (void)cudaGetLastError(); }
 const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace embattle::cuda

@@ -215,6 +215,23 @@ __device__ __forceinline__ A load_one(const void* p, Dtype type, int64_t i) {
   }
 }
 
+__device__ __forceinline__ void store_one(void* data, Dtype type, int64_t at, double value) {
+  switch (type) {
+    case Dtype::f32:
+      static_cast<float*>(data)[at] = Round<float>::nearest(value);
+      break;
+    case Dtype::f64:
+      static_cast<double*>(data)[at] = value;
+      break;
+    case Dtype::f16:
+      static_cast<Half*>(data)[at] = Round<Half>::nearest(value);
+      break;
+    case Dtype::bf16:
+      static_cast<BFloat16*>(data)[at] = Round<BFloat16>::nearest(value);
+      break;
+  }
+}
+
 // The value of one group.
 __device__ __forceinline__ double value_of(const PerGroup& p, int64_t group) {
   return p.values ? load_one<double>(p.values, p.dtype, p.broadcast ? 0 : group) : p.value;

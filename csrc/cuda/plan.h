@@ -30,8 +30,10 @@ struct Plan {
 // and the slots of the streams that are to be kept in shared memory; `draws` is the size of a
 // random value there, or 0; `most_threads` is the most that the kernel takes in a block, and all
 // that a multiprocessor is sure to have registers for.
-inline Plan plan_groups(GroupParams& p, const Limits& limits, int elements, int most_threads,
-                        std::initializer_list<Stream*> kept, int draws = 0) {
+template <class Kernel>
+cudaError_t plan_groups(Kernel* kernel, Plan* result, GroupParams& p, const Limits& limits,
+                        int elements, int most_threads, std::initializer_list<Stream*> kept,
+                        int draws = 0) {
   const Groups& g = p.groups;
   // Ragged groups: their sizes are on the device; most are expected below four times the average,
   // and longer ones are right all the same.
@@ -45,9 +47,10 @@ inline Plan plan_groups(GroupParams& p, const Limits& limits, int elements, int 
     if (s->data) per_chunk += elements * bytes_of(s->type);
   per_chunk += elements * draws;
 
-  Plan plan;
+  Plan& plan = *result = Plan{};
   const int64_t head = sizeof(TeamScratch);
-  // Two blocks of a multiprocessor overlap one's loads with the other's arithmetic.
+  // Shared memory for two blocks on a multiprocessor. Those of up to 256 threads may find registers
+  // for two, whose loads and arithmetic then overlap; longer ones are alone there.
   const int64_t half = limits.shared_per_multiprocessor / 2 - 1024 - head;
   const int64_t whole = limits.shared_per_block - head;
   const int64_t budget = std::min(half, whole);
@@ -64,7 +67,9 @@ inline Plan plan_groups(GroupParams& p, const Limits& limits, int elements, int 
   } else {
     plan.threads = std::min(chunks <= 512 ? 128 : chunks <= 4096 ? 256 : 512, most_threads);
     p.shape.lanes = plan.threads;
-    const bool clusters = limits.major >= 9;
+    bool clusters = false;
+    if (const cudaError_t error = has_clusters(kernel, &clusters); error != cudaSuccess)
+      return error;
     const int64_t total = chunks * per_chunk;
     int64_t blocks = 1;
     if (clusters) {
@@ -118,7 +123,7 @@ inline Plan plan_groups(GroupParams& p, const Limits& limits, int elements, int 
     at += int64_t(p.resident) * plan.threads * elements * draws;
   }
   plan.shared = size_t(head + at);
-  return plan;
+  return cudaSuccess;
 }
 
 template <class Kernel>
@@ -148,8 +153,11 @@ inline void set_ball(GroupParams& p, const Groups& groups, const Data& out, cons
   p.x0 = stream_of(box.x0, elements);
   p.lower = stream_of(box.lower, elements, box.lower_broadcast);
   p.upper = stream_of(box.upper, elements, box.upper_broadcast);
+  p.lower_value = box.lower_value;
+  p.upper_value = box.upper_value;
+  p.boxed = is_boxed(box);
 }
 
-inline bool any(const Box& box) { return box.x0.data || box.lower.data || box.upper.data; }
+inline bool any(const Box& box) { return box.x0.data || is_boxed(box); }
 
 }  // namespace embattle::cuda

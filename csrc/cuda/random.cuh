@@ -2,32 +2,10 @@
 // python/embattle/reference.py.
 #pragma once
 
+#include "../formulas.h"
 #include "number.cuh"
 
 namespace embattle::cuda {
-
-struct Words {
-  unsigned w[4];
-};
-
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-__device__ __forceinline__ Words philox(const int64_t (&key)[2], int64_t block, unsigned stream) {
-  unsigned k0 = unsigned(key[0]), k1 = unsigned(key[0] >> 32);
-  unsigned c0 = unsigned(block), c1 = unsigned(block >> 32);
-  unsigned c2 = unsigned(key[1]), c3 = unsigned(key[1] >> 32) ^ (stream << 31);
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const unsigned high0 = __umulhi(c0, 0xD2511F53u), low0 = c0 * 0xD2511F53u;
-    const unsigned high1 = __umulhi(c2, 0xCD9E8D57u), low1 = c2 * 0xCD9E8D57u;
-    c0 = high1 ^ c1 ^ k0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ k1;
-    c3 = low0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return {{c0, c1, c2, c3}};
-}
 
 enum class Draw : int { uniform, gaussian, exponential };
 
@@ -51,13 +29,14 @@ __device__ __forceinline__ void draw(bool normal, const int64_t (&key)[2], int64
   static_assert(kCount % kPerBlock == 0);
 #pragma unroll
   for (int i = 0; i < kCount; i += kPerBlock) {
-    const Words words = philox(key, chunk * (kCount / kPerBlock) + i / kPerBlock, 0);
+    const Words words = philox(uint64_t(key[0]), uint64_t(key[1]),
+                               uint64_t(chunk * (kCount / kPerBlock) + i / kPerBlock), 0);
     Raw<R> raw[kPerBlock];
 #pragma unroll
     for (int j = 0; j < kPerBlock; ++j) {
       if constexpr (kWide) {
         const unsigned high = words.w[2 * j], low = words.w[2 * j + 1];
-        raw[j] = {R((unsigned long long)high << 21 | low >> 11), bool(low & 1)};
+        raw[j] = {R(bits53(high, low)), bool(low & 1)};
       } else {
         raw[j] = {R(words.w[j] >> 8), bool(words.w[j] & 1)};
       }
@@ -89,8 +68,7 @@ __device__ __forceinline__ void draw(bool normal, const int64_t (&key)[2], int64
 
 // A group's radius in the unit ball of dimension n: U^(1/n).
 __device__ __forceinline__ double draw_radius(const int64_t (&key)[2], int64_t group, double n) {
-  const Words words = philox(key, group, 1);
-  const double u = double(((unsigned long long)words.w[0] << 21 | words.w[1] >> 11) + 1) * 0x1p-53;
+  const double u = radius_uniform(uint64_t(key[0]), uint64_t(key[1]), uint64_t(group));
   return exp(log(u) / larger(n, 1.0));
 }
 

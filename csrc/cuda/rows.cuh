@@ -58,23 +58,6 @@ __device__ __forceinline__ void load_part(const void* data, Dtype type, int64_t 
   }
 }
 
-__device__ __forceinline__ void store_one(void* data, Dtype type, int64_t at, double value) {
-  switch (type) {
-    case Dtype::f32:
-      static_cast<float*>(data)[at] = Round<float>::nearest(value);
-      break;
-    case Dtype::f64:
-      static_cast<double*>(data)[at] = value;
-      break;
-    case Dtype::f16:
-      static_cast<Half*>(data)[at] = Round<Half>::nearest(value);
-      break;
-    case Dtype::bf16:
-      static_cast<BFloat16*>(data)[at] = Round<BFloat16>::nearest(value);
-      break;
-  }
-}
-
 // values[0, kCount) to `to`, or the first `left` of them. `vector`: the place is aligned for kCount
 // elements (or 16 bytes), and left is at least kCount.
 template <class T, int kCount>

@@ -7,8 +7,9 @@ namespace embattle::cuda {
 
 constexpr long long kNoKey = 0x7fffffffffffffffll;  // sorted last
 
-// Sorts n pairs in shared memory by key, equal keys by position. n is a power of two. All threads
-// of the block call it; what they have written before need not be behind a barrier.
+// Sorts n pairs, in memory that the block has for itself, by key, equal keys by position. n is a
+// power of two; n log(n)^2 comparisons. All threads of the block call it; what they have written
+// before need not be behind a barrier.
 __device__ inline void sort_pairs(long long* keys, int* positions, int n) {
   for (int span = 2; span <= n; span *= 2) {
     for (int step = span / 2; step > 0; step /= 2) {
@@ -49,24 +50,6 @@ struct SortedRuns {
   __device__ __forceinline__ bool together(int64_t i, int64_t j) const {
     return j < count && keys[j] == keys[i];
   }
-};
-
-// The same in indices as they come, for what shared memory cannot hold: a search for every answer.
-struct ScannedRuns {
-  const int64_t* indices;
-  int64_t count, padding;
-  __device__ __forceinline__ bool head(int64_t i) const {
-    if (indices[i] == padding) return false;
-    for (int64_t j = 0; j < i; ++j)
-      if (indices[j] == indices[i]) return false;
-    return true;
-  }
-  __device__ __forceinline__ int64_t next(int64_t i) const {
-    for (int64_t j = i + 1; j < count; ++j)
-      if (indices[j] == indices[i]) return j;
-    return -1;
-  }
-  __device__ __forceinline__ int64_t position(int64_t i) const { return i; }
 };
 
 }  // namespace embattle::cuda

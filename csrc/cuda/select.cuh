@@ -5,7 +5,7 @@
 
 namespace embattle::cuda {
 
-size_t select_workspace(const StepArgs& args, const Limits& limits);
+cudaError_t select_workspace(const StepArgs& args, const Limits& limits, size_t* bytes);
 
 // Sets *chosen to [groups] bytes inside the workspace: 1 where the group is among the
 // args.max_groups of its sample with the largest gradient in the dual norm.

@@ -43,17 +43,22 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
   }
 }
 
-template <class T, bool kFull>
-int run(GroupParams& p, Norm norm, const StepArgs* step, const Context& context) {
+template <class T, Norm kNorm, bool kFull>
+int run_norm(GroupParams& p, const StepArgs* step, const Context& context) {
   Limits limits;
   cudaError_t error = Limits::of_current_device(&limits);
   if (error != cudaSuccess) return error;
-  const Plan plan =
-      plan_groups(p, limits, Group<T, kFull>::kElements, kMostThreads<kFull>, {&p.x, &p.grad});
+  const auto kernel = step_kernel<T, kNorm, kFull>;
+  Plan plan;
+  error = plan_groups(kernel, &plan, p, limits, Group<T, kFull>::kElements, kMostThreads<kFull>,
+                      {&p.x, &p.grad});
+  if (error != cudaSuccess) return error;
   // The workspace: what blocks at large meet in, then what max_groups needs.
   const bool choose = step && step->max_groups >= 0;
   const size_t teams = rounded(plan.workspace);
-  const size_t scores = choose ? rounded(select_workspace(*step, limits)) : 0;
+  size_t scores = 0;
+  if (choose) error = select_workspace(*step, limits, &scores);
+  if (error != cudaSuccess) return error;
   void* workspace = nullptr;
   if (teams + scores) {
     workspace = context.allocate(context.self, teams + scores);
@@ -66,9 +71,13 @@ int run(GroupParams& p, Norm norm, const StepArgs* step, const Context& context)
     if (error != cudaSuccess) return error;
     p.chosen = chosen;
   }
-  return with_norm(norm, [&](auto tag) {
-    return launch(step_kernel<T, decltype(tag)::value, kFull>, p, plan, context, workspace);
-  });
+  return launch(kernel, p, plan, context, workspace);
+}
+
+template <class T, bool kFull>
+int run(GroupParams& p, Norm norm, const StepArgs* step, const Context& context) {
+  return with_norm(
+      norm, [&](auto tag) { return run_norm<T, decltype(tag)::value, kFull>(p, step, context); });
 }
 
 }  // namespace

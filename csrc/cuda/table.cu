@@ -4,6 +4,7 @@
 // The batch is sorted by row; some lanes of a warp have each run of equal rows, a whole block a
 // long one. A row is summed in double and in the order of the batch (a long one in the block's
 // shares), by one team: no atomics, the same bits every time.
+#include "../formulas.h"
 #include "rows.cuh"
 #include "sort.cuh"
 #include "team.cuh"
@@ -86,13 +87,14 @@ class Run {
 
   // Over the lanes that have a row's columns.
   __device__ double over_lanes(double x) const { return team_.sum(x); }
+  __device__ double largest_of_lanes(double x) const { return team_.max(x); }
 
   // What these threads have read before has been read by all of them.
   __device__ void sync() const {
     if (whole_)
       __syncthreads();
     else
-      team_.sum(0);
+      team_.sync();
   }
 
  private:
@@ -149,28 +151,41 @@ __global__ void __launch_bounds__(kThreads, kWeighted ? 2 : 0)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) adagrad_kernel(const __grid_constant__ TableParams p) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 0)
+    adagrad_kernel(const __grid_constant__ TableParams p) {
   EMBATTLE_DYNAMIC_SHARED(shared);
   using Run = Run<T, false>;
   constexpr int kStep = Run::kStep;
   each_run<T, false>(p, reinterpret_cast<double*>(shared), [&](const Run& run) {
-    double sum[kStep] = {}, square = 0;
-    for (int64_t c = run.column(); c - run.column() < p.grad.dim; c += run.width()) {
-      run.total(c, sum);
+    double sum[kStep] = {}, square = 0, unit = 1;
+    const bool kept = p.grad.dim <= run.width();  // the sums stay where they are
+    for (bool again = false;; again = true) {
+      double most = 0;
+      square = 0;
+      for (int64_t c = run.column(); c - run.column() < p.grad.dim; c += run.width()) {
+        if (!again || !kept) run.total(c, sum);
 #pragma unroll
-      for (int e = 0; e < kStep; ++e) square += sum[e] * sum[e];
+        for (int e = 0; e < kStep; ++e) {
+          most = larger(most, magnitude(sum[e]));
+          square += sum[e] * unit * (sum[e] * unit);
+        }
+      }
+      square = run.over_lanes(square);
+      if (sizeof(T) < 8 || again || (square > 1e-280 && square < 1e280)) break;
+      most = run.largest_of_lanes(most);  // squares may have left the range of doubles
+      if (!(most > 0 && most < __builtin_huge_val())) break;
+      unit = most < 1 ? 0x1p600 : 0x1p-600;
     }
-    square = run.over_lanes(square);
     if (!is_finite(square)) return;  // one bad sample must not destroy a row
     const int64_t row = run.row();
-    const double norm = sqrt(square);
+    const double norm = sqrt(square) / unit;
     const double factor = norm > p.max_norm ? p.max_norm / norm : 1;
-    const double mean = p.grad.dim > 0 ? factor * factor * square / double(p.grad.dim) : 0;
+    const double length = factor * norm;
+    const double mean = p.grad.dim > 0 ? length * length / double(p.grad.dim) : 0;
     const double state = load_one<double>(p.state.data, p.state.dtype, row) + mean;
-    const double step = p.lr * factor / (sqrt(state) + p.eps);
+    const double step = adagrad_step(p.lr, factor, sqrt(state), p.eps);
     run.sync();  // before the state is written
     if (run.writes() && run.column() == 0) store_one(p.state.data, p.state.dtype, row, state);
-    const bool kept = p.grad.dim <= run.width();  // the sums are still there
     for (int64_t c = run.column(); c - run.column() < p.grad.dim; c += run.width()) {
       if (!kept) run.total(c, sum);
       if (!run.writes() || c >= p.grad.dim) continue;

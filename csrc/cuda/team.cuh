@@ -58,6 +58,8 @@ class Lanes {
   int rank, size;        // of this thread in its team
   int64_t index, count;  // of this team in the grid
 
+  // What the lanes have read and written before is done. All lanes of the team call it.
+  __device__ __forceinline__ void sync() const { __syncwarp(mask_); }
   // The same bits in every lane. All lanes of the team call it.
   __device__ __forceinline__ double sum(double a) const {
     for (int o = size / 2; o; o /= 2) a += __shfl_xor_sync(mask_, a, o);

@@ -69,7 +69,7 @@ void launch(const char* op, int (*launcher)(const Args&, const cuda::Context&), 
     return w.memory->mutable_data_ptr();
   };
   constexpr int kCaptureUnsupported = 900;
-  const int error = launcher(args, context);
+  const int error = cuda::call(launcher, args, context);
   if (std::is_same_v<Args, NoiseArgs> && error == kCaptureUnsupported)
     fail("embattle.", op,
          ": under CUDA graph capture a CPU generator's numbers would be the same at "

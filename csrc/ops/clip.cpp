@@ -7,13 +7,13 @@ namespace {
 
 struct ClipCpu {
   static void per_sample_norm(const SampleNormArgs& args, const Tensor&) {
-    cpu_kernels().per_sample_norm(args, torch_parallel_for);
+    on_cpu(&CpuKernels::per_sample_norm, args);
   }
   static void clip_and_sum(const ClipArgs& args, const Tensor&) {
-    cpu_kernels().clip_and_sum(args, torch_parallel_for);
+    on_cpu(&CpuKernels::clip_and_sum, args);
   }
   static void linear_grad_norm(const LinearNormArgs& args, const Tensor&) {
-    cpu_kernels().linear_grad_norm(args, torch_parallel_for);
+    on_cpu(&CpuKernels::linear_grad_norm, args);
   }
 };
 

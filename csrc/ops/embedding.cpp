@@ -7,16 +7,16 @@ namespace {
 
 struct EmbeddingCpu {
   static void embedding_grad_norm(const EmbeddingNormArgs& args, const Tensor&) {
-    cpu_kernels().embedding_grad_norm(args, torch_parallel_for);
+    on_cpu(&CpuKernels::embedding_grad_norm, args);
   }
   static void embedding_perturb(const PerturbArgs& args, const Tensor&) {
-    cpu_kernels().embedding_perturb(args, torch_parallel_for);
+    on_cpu(&CpuKernels::embedding_perturb, args);
   }
   static void segment_sum(const char*, const SegmentSumArgs& args, const Tensor&) {
-    cpu_kernels().segment_sum(args, torch_parallel_for);
+    on_cpu(&CpuKernels::segment_sum, args);
   }
   static void rowwise_adagrad(const AdagradArgs& args, const Tensor&) {
-    cpu_kernels().rowwise_adagrad(args, torch_parallel_for);
+    on_cpu(&CpuKernels::rowwise_adagrad, args);
   }
 };
 
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> embedding_grad_rows(const Tensor& indices, const Tens
   };
   const FoundRows found{&result, allocate};
   segments.args.found = &found;
-  cpu_kernels().segment_sum(segments.args, torch_parallel_for);
+  on_cpu(&CpuKernels::segment_sum, segments.args);
   return {std::move(result.keys), std::move(result.sums)};
 }
 

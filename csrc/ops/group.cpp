@@ -7,26 +7,23 @@ namespace {
 
 struct Cpu {
   static void group_norm(const NormArgs& args, const Tensor&) {
-    cpu_kernels().group_norm(args, torch_parallel_for);
+    on_cpu(&CpuKernels::group_norm, args);
   }
   static void project(const ProjectArgs& args, const Tensor&) {
-    cpu_kernels().project(args, torch_parallel_for);
+    on_cpu(&CpuKernels::project, args);
   }
-  static void pgd_step(const StepArgs& args, const Tensor&) {
-    cpu_kernels().pgd_step(args, torch_parallel_for);
-  }
+  static void pgd_step(const StepArgs& args, const Tensor&) { on_cpu(&CpuKernels::pgd_step, args); }
   static void momentum_step(const StepArgs& args, const Tensor&) {
-    cpu_kernels().momentum_step(args, torch_parallel_for);
+    on_cpu(&CpuKernels::momentum_step, args);
   }
   static void random_start(const NoiseArgs& args, const Tensor&) {
-    cpu_kernels().random_start(args, torch_parallel_for);
+    on_cpu(&CpuKernels::random_start, args);
   }
   static void gaussian_noise(const NoiseArgs& args, const Tensor&) {
-    cpu_kernels().gaussian_noise(args, torch_parallel_for);
+    on_cpu(&CpuKernels::gaussian_noise, args);
   }
-  static Tensor key(const Tensor& key, const Tensor& like) {
-    check_device("random_start", "key", key, "the data", like);
-    return key;
+  static void check_key(const char* op, const Tensor& key, const Tensor& like) {
+    check_device(op, "key", key, "the data", like);
   }
 };
 

@@ -1,7 +1,7 @@
 // The group ops for any device: check, allocate, launch. `Launch` brings the launchers of a device:
 // static functions group_norm, project, pgd_step, momentum_step, random_start and gaussian_noise
-// that take the argument struct of launch.h and a tensor of the device, and
-// key(const Tensor& key, const Tensor& like), which brings a key to where the kernel reads it.
+// that take the argument struct of launch.h and a tensor of the device, and check_key(op, key,
+// like), which refuses a key that the kernels cannot read.
 #pragma once
 
 #include "../checks.h"
@@ -49,6 +49,13 @@ struct Strength {
   }
 };
 
+// The box and the ball's centre as an op takes them: a bound is a number, a tensor, or absent.
+struct BoxOptions {
+  const OptionalTensor& x0;
+  const std::optional<double>&lower, &upper;
+  const OptionalTensor &lower_per_element, &upper_per_element;
+};
+
 inline bool not_negative(double x) { return x >= 0; }
 inline bool is_finite(double x) { return std::isfinite(x); }
 
@@ -65,8 +72,7 @@ struct Placed {
 
   Placed(const char* op, const char* name, const Tensor& given, double radius, double order,
          bool token, const OptionalTensor& offsets_, const OptionalTensor& mask_,
-         const OptionalTensor& eps_per_group, const OptionalTensor& x0_,
-         const OptionalTensor& lower_, const OptionalTensor& upper_)
+         const OptionalTensor& eps_per_group, const BoxOptions& given_box)
       : op(op),
         x(checked_packed(op, name, given)),
         offsets(packed(offsets_)),
@@ -76,13 +82,18 @@ struct Placed {
         eps(op, "eps", radius, eps_per_group, x, groups.groups) {
     eps.require(op, "eps", "not be negative", not_negative);
     const Dtype dtype = float_dtype(op, name, x);
-    if (x0_) {
-      check_same_shape(op, "x0", *x0_, name, x);
-      x0 = of_type(*x0_, "x0", name);
+    if (given_box.x0) {
+      check_same_shape(op, "x0", *given_box.x0, name, x);
+      x0 = of_type(*given_box.x0, "x0", name);
       box.x0 = {x0->const_data_ptr(), dtype};
     }
-    bound(lower_, "lower", name, dtype, &lower, &box.lower, &box.lower_broadcast);
-    bound(upper_, "upper", name, dtype, &upper, &box.upper, &box.upper_broadcast);
+    bound(given_box.lower, given_box.lower_per_element, "lower", name, dtype, &box.lower_value,
+          &lower, &box.lower, &box.lower_broadcast);
+    bound(given_box.upper, given_box.upper_per_element, "upper", name, dtype, &box.upper_value,
+          &upper, &box.upper, &box.upper_broadcast);
+    if (box.lower_value > box.upper_value)
+      fail("embattle.", op, ": lower must not be above upper, got ", box.lower_value, " and ",
+           box.upper_value);
   }
 
  private:
@@ -92,9 +103,14 @@ struct Placed {
     return packed(t.scalar_type() == x.scalar_type() ? t : torch::stable::to(t, x.scalar_type()));
   }
 
-  void bound(const OptionalTensor& t, const char* what, const char* name, Dtype dtype,
-             OptionalTensor* held, ConstData* data, bool* broadcast) const {
-    if (!t) return;
+  void bound(const std::optional<double>& number, const OptionalTensor& t, const char* what,
+             const char* name, Dtype dtype, double* value, OptionalTensor* held, ConstData* data,
+             bool* broadcast) const {
+    if (!t) {
+      if (number && *number != *number) fail("embattle.", op, ": ", what, " must not be a NaN");
+      if (number) *value = *number;
+      return;
+    }
     *broadcast = t->numel() == 1 && t->dim() <= 1 && !same_shape(*t, x);
     if (!*broadcast) check_same_shape(op, what, *t, name, x);
     *held = of_type(*t, what, name);
@@ -119,6 +135,11 @@ struct Written {
     if (copy_back) torch::stable::copy_(target, memory);
   }
 };
+
+// The bounds in an op's signature, in the order of its schema.
+#define EMBATTLE_BOUNDS                                                 \
+  const std::optional<double>&lower, const std::optional<double>&upper, \
+      const OptionalTensor &lower_per_element, const OptionalTensor &upper_per_element
 
 struct StepOptions {
   double step_size;
@@ -215,9 +236,9 @@ struct GroupOps {
   static Tensor project(const Tensor& delta, double eps, double norm, bool token,
                         const OptionalTensor& offsets, const OptionalTensor& mask,
                         const OptionalTensor& eps_per_group, const OptionalTensor& x0,
-                        const OptionalTensor& lower, const OptionalTensor& upper) {
+                        EMBATTLE_BOUNDS) {
     const Placed placed("project", "delta", delta, eps, norm, token, offsets, mask, eps_per_group,
-                        x0, lower, upper);
+                        {x0, lower, upper, lower_per_element, upper_per_element});
     const Written out(placed.x);
     run_project(placed, out);
     return out.memory;
@@ -226,10 +247,10 @@ struct GroupOps {
   static void project_(const Tensor& delta, double eps, double norm, bool token,
                        const OptionalTensor& offsets, const OptionalTensor& mask,
                        const OptionalTensor& eps_per_group, const OptionalTensor& x0,
-                       const OptionalTensor& lower, const OptionalTensor& upper) {
+                       EMBATTLE_BOUNDS) {
     const char* op = "project_";
-    const Placed placed(op, "delta", delta, eps, norm, token, offsets, mask, eps_per_group, x0,
-                        lower, upper);
+    const Placed placed(op, "delta", delta, eps, norm, token, offsets, mask, eps_per_group,
+                        {x0, lower, upper, lower_per_element, upper_per_element});
     run_project(placed, Written(op, "delta", delta, placed.x));
   }
 
@@ -243,10 +264,10 @@ struct GroupOps {
                          double norm, bool token, const OptionalTensor& offsets,
                          const OptionalTensor& mask, const OptionalTensor& step_per_group,
                          const OptionalTensor& eps_per_group, double top, int64_t max_groups,
-                         const OptionalTensor& x0, const OptionalTensor& lower,
-                         const OptionalTensor& upper, const OptionalTensor& nonfinite) {
-    Step step(Placed("pgd_step", "delta", delta, eps, norm, token, offsets, mask, eps_per_group, x0,
-                     lower, upper),
+                         const OptionalTensor& x0, EMBATTLE_BOUNDS,
+                         const OptionalTensor& nonfinite) {
+    Step step(Placed("pgd_step", "delta", delta, eps, norm, token, offsets, mask, eps_per_group,
+                     {x0, lower, upper, lower_per_element, upper_per_element}),
               grad, token, {step_size, step_per_group, top, max_groups, nonfinite});
     const Written out(step.placed.x);
     run_step(step, out);
@@ -257,11 +278,11 @@ struct GroupOps {
                         double norm, bool token, const OptionalTensor& offsets,
                         const OptionalTensor& mask, const OptionalTensor& step_per_group,
                         const OptionalTensor& eps_per_group, double top, int64_t max_groups,
-                        const OptionalTensor& x0, const OptionalTensor& lower,
-                        const OptionalTensor& upper, const OptionalTensor& nonfinite) {
+                        const OptionalTensor& x0, EMBATTLE_BOUNDS,
+                        const OptionalTensor& nonfinite) {
     const char* op = "pgd_step_";
-    Step step(Placed(op, "delta", delta, eps, norm, token, offsets, mask, eps_per_group, x0, lower,
-                     upper),
+    Step step(Placed(op, "delta", delta, eps, norm, token, offsets, mask, eps_per_group,
+                     {x0, lower, upper, lower_per_element, upper_per_element}),
               grad, token, {step_size, step_per_group, top, max_groups, nonfinite});
     run_step(step, Written(op, "delta", delta, step.placed.x));
   }
@@ -292,11 +313,10 @@ struct GroupOps {
       double step_size, double eps, double norm, bool apgd, bool token,
       const OptionalTensor& offsets, const OptionalTensor& mask,
       const OptionalTensor& step_per_group, const OptionalTensor& eps_per_group, double top,
-      const OptionalTensor& x0, const OptionalTensor& lower, const OptionalTensor& upper,
-      const OptionalTensor& nonfinite) {
+      const OptionalTensor& x0, EMBATTLE_BOUNDS, const OptionalTensor& nonfinite) {
     const char* op = "momentum_step";
-    Step step(Placed(op, "delta", delta, eps, norm, token, offsets, mask, eps_per_group, x0, lower,
-                     upper),
+    Step step(Placed(op, "delta", delta, eps, norm, token, offsets, mask, eps_per_group,
+                     {x0, lower, upper, lower_per_element, upper_per_element}),
               grad, token, {step_size, step_per_group, top, -1, nonfinite});
     const Tensor velocity = checked_velocity(op, velocity_, step.placed.x);
     const Written out(step.placed.x), velocity_out(velocity);
@@ -309,11 +329,11 @@ struct GroupOps {
                              bool token, const OptionalTensor& offsets, const OptionalTensor& mask,
                              const OptionalTensor& step_per_group,
                              const OptionalTensor& eps_per_group, double top,
-                             const OptionalTensor& x0, const OptionalTensor& lower,
-                             const OptionalTensor& upper, const OptionalTensor& nonfinite) {
+                             const OptionalTensor& x0, EMBATTLE_BOUNDS,
+                             const OptionalTensor& nonfinite) {
     const char* op = "momentum_step_";
-    Step step(Placed(op, "delta", delta, eps, norm, token, offsets, mask, eps_per_group, x0, lower,
-                     upper),
+    Step step(Placed(op, "delta", delta, eps, norm, token, offsets, mask, eps_per_group,
+                     {x0, lower, upper, lower_per_element, upper_per_element}),
               grad, token, {step_size, step_per_group, top, -1, nonfinite});
     const Tensor velocity = checked_velocity(op, velocity_, step.placed.x);
     if (velocity_.const_data_ptr() == delta.const_data_ptr() && delta.numel() > 0)
@@ -328,6 +348,7 @@ struct GroupOps {
     args.norm = placed.norm;
     args.out = out.data(float_dtype(placed.op, "x", placed.x));
     args.key = static_cast<const int64_t*>(key.const_data_ptr());
+    args.key_on_host = key.is_cpu();
     args.eps = placed.eps.value;
     args.box = placed.box;
     return args;
@@ -337,16 +358,17 @@ struct GroupOps {
     if (key.scalar_type() != ScalarType::Long || key.numel() != 2)
       fail("embattle.", op, ": key must be int64 of shape [2], got ",
            torch::headeronly::toString(key.scalar_type()), " ", shape_of(key));
-    return packed(Launch::key(key, like));
+    Launch::check_key(op, key, like);
+    return packed(key);
   }
 
   static Tensor random_start(const Tensor& like, const Tensor& key_, double eps, double norm,
                              bool token, const OptionalTensor& offsets, const OptionalTensor& mask,
                              const OptionalTensor& eps_per_group, const OptionalTensor& x0,
-                             const OptionalTensor& lower, const OptionalTensor& upper) {
+                             EMBATTLE_BOUNDS) {
     const char* op = "random_start";
-    const Placed placed(op, "like", like, eps, norm, token, offsets, mask, eps_per_group, x0, lower,
-                        upper);
+    const Placed placed(op, "like", like, eps, norm, token, offsets, mask, eps_per_group,
+                        {x0, lower, upper, lower_per_element, upper_per_element});
     placed.eps.require(op, "eps", "be finite", is_finite);
     const Tensor key = checked_key(op, key_, placed.x);
     Written out(placed.x);
@@ -370,9 +392,9 @@ struct GroupOps {
                                double norm, bool token, const OptionalTensor& offsets,
                                const OptionalTensor& mask, const OptionalTensor& std_per_group,
                                const OptionalTensor& eps_per_group, const OptionalTensor& x0,
-                               const OptionalTensor& lower, const OptionalTensor& upper) {
+                               EMBATTLE_BOUNDS) {
     const Placed placed("gaussian_noise", "x", x, eps, norm, token, offsets, mask, eps_per_group,
-                        x0, lower, upper);
+                        {x0, lower, upper, lower_per_element, upper_per_element});
     const Written out(placed.x);
     run_noise(placed, key, std, std_per_group, out);
     return out.memory;
@@ -382,10 +404,10 @@ struct GroupOps {
                               double norm, bool token, const OptionalTensor& offsets,
                               const OptionalTensor& mask, const OptionalTensor& std_per_group,
                               const OptionalTensor& eps_per_group, const OptionalTensor& x0,
-                              const OptionalTensor& lower, const OptionalTensor& upper) {
+                              EMBATTLE_BOUNDS) {
     const char* op = "gaussian_noise_";
-    const Placed placed(op, "x", x, eps, norm, token, offsets, mask, eps_per_group, x0, lower,
-                        upper);
+    const Placed placed(op, "x", x, eps, norm, token, offsets, mask, eps_per_group,
+                        {x0, lower, upper, lower_per_element, upper_per_element});
     run_noise(placed, key, std, std_per_group, Written(op, "x", x, placed.x));
   }
 };

@@ -11,7 +11,21 @@ import os as _os
 import sys as _sys
 from typing import TYPE_CHECKING
 
-import torch as _torch  # the native library needs torch's libraries loaded
+
+def _is_the_command() -> bool:
+    """Whether Python was started for `embattle ...` or `python -m embattle ...`."""
+    if _sys.argv[:1] == ["-m"]:
+        words = _sys.orig_argv
+        return "embattle" in words[words.index("-m") + 1 :][:1] if "-m" in words else False
+    return _os.path.basename(_sys.argv[0] if _sys.argv else "") == "embattle"
+
+
+if _is_the_command():
+    # Read once, when torch loads OpenMP. Threads that spin while they wait take the cores from each
+    # other as soon as anything else runs on the machine.
+    _os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch as _torch  # noqa: E402  (the native library needs torch's libraries loaded)
 
 
 def _only_asks() -> bool:
@@ -43,11 +57,14 @@ if TYPE_CHECKING:
     from embattle.attacks import APGD as APGD
     from embattle.attacks import FGM as FGM
     from embattle.attacks import FGSM as FGSM
+    from embattle.attacks import FMN as FMN
     from embattle.attacks import MIFGSM as MIFGSM
     from embattle.attacks import MSAP as MSAP
     from embattle.attacks import PGD as PGD
     from embattle.attacks import VAT as VAT
+    from embattle.attacks import Attack as Attack
     from embattle.attacks import AttackResult as AttackResult
+    from embattle.attacks import AttackWarning as AttackWarning
     from embattle.attacks import AutoAttack as AutoAttack
     from embattle.attacks import BoxStart as BoxStart
     from embattle.attacks import GaussianNoise as GaussianNoise
@@ -91,7 +108,9 @@ _EXPORTS: dict[str, str] = {
     "AWP": "objectives",
     "AdversarialObjective": "objectives",
     "Alp": "objectives",
+    "Attack": "attacks",
     "AttackResult": "attacks",
+    "AttackWarning": "attacks",
     "AutoAttack": "attacks",
     "BoxStart": "attacks",
     "Bregman": "objectives",
@@ -103,6 +122,7 @@ _EXPORTS: dict[str, str] = {
     "Evaluation": "perturb.evaluation",
     "FGM": "attacks",
     "FGSM": "attacks",
+    "FMN": "attacks",
     "FreeAT": "objectives",
     "GaussianNoise": "attacks",
     "GaussianStart": "attacks",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 _WITHOUT_TYPER = """\
-usage: embattle [train RECIPE | audit RUN_DIR | doctor]
+usage: embattle [train RECIPE | audit RUN_DIR | data list|fetch|inspect | doctor]
 
-train and audit, and the full help, need typer: pip install 'embattle[jobs]'
+train, audit and data, and the full help, need typer: pip install 'embattle[jobs]'
 """
 
 
 def main() -> None:
     """Runs the command line; without typer, `doctor` and a short help still work."""
+    for stream in (sys.stdout, sys.stderr):
+        # What the terminal cannot show is written as an escape, instead of an error.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         from embattle.cli import app
     except ModuleNotFoundError as error:

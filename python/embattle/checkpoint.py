@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ class Checkpoint:
         """Writes the file, all of it or nothing."""
         safetensors = need("safetensors.torch")
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors.items()}
-        with replacing(path) as part:
-            safetensors.save_file(tensors, str(part), metadata={"embattle": json.dumps(self.facts)})
+        facts = json.dumps(self.facts)
+        save_tensors(
+            path, lambda part: safetensors.save_file(tensors, part, metadata={"embattle": facts})
+        )
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
@@ -45,11 +48,36 @@ class Checkpoint:
             with safetensors.safe_open(str(path), framework="pt") as stream:
                 facts = json.loads((stream.metadata() or {})["embattle"])
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            if not isinstance(facts, dict):
+                raise ValueError("its header holds no facts")
+        except (
+            OSError,
+            KeyError,
+            ValueError,
+            RecursionError,
+            safetensors.SafetensorError,
+        ) as error:
             raise InputError(
                 f"{path} is not a readable checkpoint ({error}); start again with --overwrite"
             ) from error
         return cls(tensors, facts)
+
+
+def save_tensors(path: Path, save: Callable[[str], None]) -> None:
+    """Has `save` write a safetensors file, all of it or nothing.
+
+    Raises:
+        InputError: if it cannot be written, for instance on a full disk.
+    """
+    failure = need("safetensors").SafetensorError
+    try:
+        with replacing(path) as part:
+            save(str(part))
+    except failure as error:
+        reason = str(error).split("I/O error: ")[-1]
+        raise InputError(
+            f"cannot write {path}: {reason}; make room and go on with --resume"
+        ) from error
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -76,12 +104,24 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts `optimizer.*` back; the parameter groups (rates and the like) stay as they are."""
+    """Puts `optimizer.*` back; the parameter groups (rates and the like) stay as they are.
+
+    Raises:
+        ValueError: if a state has not the shape of its parameter, or belongs to none.
+    """
+    parameters = [x for group in optimizer.param_groups for x in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
+            if int(index) >= len(parameters):
+                raise ValueError(f"{name} belongs to no parameter")
+            if value.dim() and value.shape != parameters[int(index)].shape:
+                shapes = f"{list(value.shape)}, not {list(parameters[int(index)].shape)}"
+                raise ValueError(f"{name} has the shape {shapes}")
             state.setdefault(int(index), {})[key] = value
+    if len(state) != len(parameters):
+        raise ValueError(f"it holds {len(state)} states for {len(parameters)} parameters")
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -1,4 +1,4 @@
-"""The command line: `embattle train`, `embattle audit`, `embattle doctor`.
+"""The command line: `embattle train`, `audit`, `data` and `doctor`.
 
 Only typer is imported here; every command imports what it needs itself, so that `--help` works
 without it.
@@ -24,6 +24,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+data_app = typer.Typer(
+    help="Look at files, and fetch the data sets that have names.", no_args_is_help=True
+)
+app.add_typer(data_app, name="data")
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -35,8 +40,15 @@ def _plain_errors(debug: bool) -> Iterator[None]:
     except InputError as error:
         if debug:
             raise
-        line = " ".join(str(error).split())
-        print(f"error: {line}", file=sys.stderr)
+        _print_error(str(error))
+        raise typer.Exit(2) from error
+    except BrokenPipeError:
+        raise  # whoever reads the output has gone: typer ends quietly
+    except OSError as error:
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _print_error(f"{where}{error.strerror or error}; check the disk and the permissions")
         raise typer.Exit(2) from error
     except Interrupted as stop:
         print(str(stop), file=sys.stderr)
@@ -46,6 +58,13 @@ def _plain_errors(debug: bool) -> Iterator[None]:
             raise
         print("stopped; nothing half-written was left behind", file=sys.stderr)
         raise typer.Exit(130) from stop
+
+
+def _print_error(message: str) -> None:
+    """Prints a message as one line in which nothing can steer the terminal."""
+    line = " ".join(message.split())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(f"error: {shown}", file=sys.stderr)
 
 
 def _version(asked: bool) -> None:
@@ -107,6 +126,65 @@ def audit(
         from embattle.audit.run import audit as run
 
         run(run_dir)
+
+
+@data_app.command("list")
+def list_data(debug: Debug = False) -> None:
+    """List the data sets that have names, and which of them are here already."""
+    with _plain_errors(debug):
+        from embattle.data.sources import SOURCES
+
+        width = max(map(len, SOURCES))
+        for name, source in SOURCES.items():
+            here = "here" if source.is_here() else "not fetched"
+            print(f"{name:<{width}}  {here:<11}  {source.about}")
+
+
+@data_app.command("fetch")
+def fetch_data(
+    name: Annotated[str, typer.Argument(help="A name that `embattle data list` shows.")],
+    debug: Debug = False,
+) -> None:
+    """Fetch a data set, check its hash, and print the path of its table."""
+    with _plain_errors(debug):
+        from embattle.data.sources import find
+
+        print(find(name).path())
+
+
+@data_app.command("inspect")
+def inspect_data(
+    path: Annotated[Path, typer.Argument(help="A table, or a recipe (.yaml).")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Apply the recipe's 'full' section.")
+    ] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option("--encoding", help="Of a text file, such as cp1252.")
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option("--delimiter", help="Of a CSV file: one character, or 'tab'.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Say what is read of a file or by a recipe, what is dropped and why, without training."""
+    with _plain_errors(debug):
+        from embattle.data.inspect import inspect_file, inspect_recipe
+
+        if path.suffix.lower() in (".yaml", ".yml"):
+            if encoding or delimiter:
+                raise InputError(
+                    "--encoding and --delimiter are for tables; a recipe says data.encoding and "
+                    "data.delimiter (--set)"
+                )
+            inspect_recipe(path, full=full, changes=changes or ())
+        else:
+            if full or changes:
+                raise InputError("--full and --set are for recipes; give a .yaml file")
+            inspect_file(path, encoding=encoding, delimiter=delimiter)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 OPTIONAL = (
@@ -46,11 +47,13 @@ def examine() -> Report:
     report = Report()
     report.facts.append(("python", f"{platform.python_version()} ({platform.machine()})"))
     report.facts.append(("embattle", version_of("embattle") or "not installed as a package"))
+    report.facts.append(("runs from", str(Path(__file__).parent)))
     torch = _torch(report)
     build = _native(report)
     if torch is not None:
         _devices(report, torch, build)
         _threads(report, torch)
+    _hub(report)
     missing = []
     for name in OPTIONAL:
         found = version_of(name)
@@ -158,12 +161,26 @@ def _threads(report: Report, torch: Any) -> None:
     threads = torch.get_num_threads()
     asked = os.environ.get("OMP_NUM_THREADS")
     note = f", OMP_NUM_THREADS={asked}" if asked else ""
+    note += f", OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'not set')}"
     report.facts.append(("threads", f"torch uses {threads} of {usable} usable CPUs{note}"))
     if threads > usable:
         report.problems.append(
             f"torch uses {threads} threads on {usable} usable CPUs, which is slow: "
             f"set OMP_NUM_THREADS={usable}"
         )
+
+
+def _hub(report: Report) -> None:
+    """What a model's name on the Hugging Face Hub needs, without asking the network."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    report.facts.append(
+        (
+            "hub names",
+            "HF_HUB_OFFLINE is set: only models downloaded before are found"
+            if offline
+            else "are downloaded once; without a network only those downloaded before are found",
+        )
+    )
 
 
 def _names(archs: Any) -> list[str]:

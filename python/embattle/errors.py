@@ -32,7 +32,8 @@ def closest(word: str, known: Iterable[str]) -> str:
     words = sorted(known)
     near = get_close_matches(word, words, n=1, cutoff=0.5)
     guess = f"did you mean {near[0]!r}? " if near else ""
-    return f"{guess}(known: {', '.join(words)})"
+    more = f" and {len(words) - 30} more" if len(words) > 30 else ""
+    return f"{guess}(known: {', '.join(words[:30])}{more})"
 
 
 def need(module: str, extra: str = "jobs") -> ModuleType:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from embattle.errors import InputError
+
+# Unfinished files begin with this, so that what a killed process left can be told from all else.
+UNFINISHED = ".embattle-part-"
 
 
 @contextmanager
@@ -23,13 +28,11 @@ def replacing(path: Path) -> Iterator[Path]:
         The sibling. If the block raises, the sibling is removed and `path` stays as it was.
 
     Raises:
-        InputError: if the folder cannot be written to.
+        InputError: if the file cannot be written: no permission, no space.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
-        )
+        handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=path.suffix, dir=path.parent)
         os.close(handle)
     except OSError as error:
         raise InputError(
@@ -42,6 +45,10 @@ def replacing(path: Path) -> Iterator[Path]:
         os.umask(mask)
         part.chmod(0o666 & ~mask)
         os.replace(part, path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; make room or choose another folder"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -50,6 +57,32 @@ def write_text(path: Path, text: str) -> None:
     """Writes `text` (UTF-8) to `path`, all of it or nothing."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def remove_unfinished(folder: Path, *, older_than: float = 0.0) -> int:
+    """Removes what a killed process left half-written in a folder and below it.
+
+    Args:
+        folder: the folder; it need not exist.
+        older_than: seconds that a file must not have been touched for; in a folder that other
+            processes write to, a younger one may still be wanted.
+
+    Returns:
+        How many files and folders were removed.
+    """
+    count = 0
+    for path in [*folder.rglob(f"{UNFINISHED}*")]:
+        try:
+            if time.time() - path.lstat().st_mtime < older_than:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            count += 1
+        except FileNotFoundError:
+            continue
+    return count
 
 
 def sha256(path: Path) -> str:

@@ -27,10 +27,12 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 Part = Literal["train", "validation", "test"]
+Remedy = Literal["refuse", "drop"]
 
 
 class Section(BaseModel):
@@ -52,9 +54,17 @@ class DataRecipe(Section):
 
     Attributes:
         source: a data set that `embattle.data.sources` knows; or
-        path: a CSV or Parquet file of one's own.
+        path: a CSV, Parquet or JSON-lines file of one's own.
         text: the text columns, joined by a space.
         label: the column to predict: any two or more classes.
+        encoding: of a text file; null takes UTF-8 (or UTF-16 with its mark).
+        delimiter: of a CSV file, one character or `tab`; null guesses among `,` `;` `|` and tab.
+        ragged_rows: what happens to rows of a CSV file with too few or too many cells.
+        missing: cells that stand for no value, such as NA; without it, NA is a class or a word.
+        blank_labels: what happens to rows that have a text and no label.
+        normalize_labels: make labels one that differ only in spaces, case or form.
+        min_per_class: the fewest examples that a class must have.
+        rare_classes: what happens to classes with fewer.
         fractions: shares of train, validation and test.
         limits: the most examples of each part.
         balance: the parts in which each class gets equally many examples.
@@ -64,12 +74,33 @@ class DataRecipe(Section):
     path: str | None = None
     text: list[str] = Field(min_length=1)
     label: str
+    encoding: str | None = None
+    delimiter: str | None = None
+    ragged_rows: Remedy = "refuse"
+    missing: list[str] = []
+    blank_labels: Remedy = "refuse"
+    normalize_labels: bool = False
+    min_per_class: PositiveInt = 1
+    rare_classes: Remedy = "refuse"
     fractions: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.8, 0.1, 0.1)
     limits: Limits = Limits()
     balance: list[Part] = []
 
+    @field_validator("delimiter")
+    @classmethod
+    def _one_character(cls, value: str | None) -> str | None:
+        value = "\t" if value in ("tab", "\\t") else value
+        if value is not None and (len(value) != 1 or value in '\r\n"' or not value.isascii()):
+            raise ValueError("must be one ASCII character that is no quote, or 'tab'")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> DataRecipe:
+        if self.label in self.text:
+            raise ValueError(f"the label {self.label!r} is among the text columns: leave it out")
+        twice = [name for name in self.text if self.text.count(name) > 1]
+        if twice:
+            raise ValueError(f"text names the column {twice[0]!r} twice; once is enough")
         if (self.source is None) == (self.path is None):
             raise ValueError("give either source (a known data set) or path (a file), not both")
         if abs(sum(self.fractions) - 1) > 1e-6:
@@ -146,6 +177,12 @@ class AttackRecipe(Section):
         return name[self.kind] + (f" x{self.restarts}" if self.restarts > 1 else "")
 
     @property
+    def detailed_label(self) -> str:
+        """The short name, the length of a step, and whether the start is random."""
+        step = f", step {self.step_share:g}" if self.kind == "pgd" else ""
+        return f"{self.label}{step}" + (", random start" if self.random_start else "")
+
+    @property
     def step_share(self) -> float:
         """The step as a share of eps."""
         return self.step_size if self.step_size is not None else min(1.0, 2.5 / self.steps)
@@ -210,8 +247,27 @@ class AuditRecipe(Section):
         ],
         min_length=1,
     )
-    sweep: list[NonNegativeFloat] = [0.25, 0.5, 1.0, 1.5, 2.0, 4.0]
+    sweep: list[PositiveFloat] = Field(default=[0.25, 0.5, 1.0, 1.5, 2.0, 4.0], min_length=1)
     sweep_attack: AttackRecipe = AttackRecipe(kind="pgd", steps=10)
+
+    def labelled(self) -> dict[str, AttackRecipe]:
+        """The attacks by labels of which no two are alike.
+
+        Attacks with the same short name also say what they differ in, or else their number.
+        """
+        names = [attack.label for attack in self.attacks]
+        full = [
+            attack.detailed_label if names.count(attack.label) > 1 else attack.label
+            for attack in self.attacks
+        ]
+        found: dict[str, AttackRecipe] = {}
+        for attack, name in zip(self.attacks, full, strict=True):
+            number, label = 1, name
+            while label in found or (number > 1 and label in full):
+                number += 1
+                label = f"{name} #{number}"
+            found[label] = attack
+        return found
 
 
 class Recipe(Section):
@@ -300,9 +356,28 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     return found
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, to which a key that stands twice in a mapping is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            # Of a merged mapping (<<) a key may be given anew.
+            if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
+                continue
+            name = self.construct_object(key)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {name!r} is there twice", key.start_mark
+                )
+            seen.add(name)
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -312,6 +387,8 @@ def _read(path: Path) -> dict[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or "not YAML"
         raise InputError(f"{path}{where}: {what}; correct the YAML") from error
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply; correct the YAML") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds no recipe: it must be a YAML mapping with name, data, ...")
     return raw
@@ -332,8 +409,8 @@ def _assignment(change: str) -> dict[str, Any]:
     if not equals or not key:
         raise InputError(f"--set {change}: write --set section.key=value")
     try:
-        tree: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        tree: Any = yaml.load(value, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"--set {change}: the value is not YAML; quote it") from error
     for name in reversed(key.split(".")):
         tree = {name: tree}

@@ -11,12 +11,15 @@ a run of rows (``group="sample"``: all rows of one index of dimension 0; ``group
 works on such matrices.
 
 **Origin and box.** With ``x0`` the first argument and the result are inputs, ``x0 + delta``;
-without it they are ``delta``. The box bounds the result itself, and holds the origin (``lower <= x0
-<= upper``).
+without it they are ``delta``. The box bounds the result itself. The origin need not lie in it: the
+result is the projection on the intersection of ball and box, and where they do not meet the box
+wins: the result is the point of the box that is nearest to the origin (linf: element by element).
+All values of bounds have a meaning: an element whose bound is a NaN has none, and where lower is
+above upper, upper holds. Rows that are masked out get the origin, box or not.
 
-**Storing.** ``norm(result - x0) <= eps`` holds in float64 on the *stored* values: where rounding to
-the result's dtype would leave the ball, that group is rounded towards its origin. Box bounds are
-rounded to the result's dtype.
+**Storing.** ``norm(result - x0) <= eps`` holds in float64 on the *stored* values, where ball and
+box meet: where rounding to the result's dtype would leave the ball, that group is rounded towards
+its origin. Box bounds are rounded to the result's dtype.
 
 **Random numbers** come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1,
 2, 3", SC 2011). ``key``, two non-negative int64 drawn by :func:`draw_key`, gives the Philox key
@@ -169,7 +172,8 @@ class _Ball:
                 return None
             if not isinstance(value, Tensor):
                 value = torch.full_like(x.detach(), default if value is None else value)
-            return groups.pack(value.to(x.dtype))
+            value = torch.where(value.isnan(), default, value.to(x.dtype))
+            return groups.pack(value.expand(x.shape))
 
         return _Ball(
             groups,
@@ -181,14 +185,17 @@ class _Ball:
             base,
         )
 
+    def boxed(self, z: Tensor) -> Tensor:
+        """Packed deltas, put where the origin plus delta lies in the box."""
+        if self.lower is None or self.upper is None:
+            return z
+        return z.maximum(self.lower - self.origin).minimum(self.upper - self.origin)
+
     def project(self, z: Tensor) -> Tensor:
         """The Euclidean projection of packed deltas on the ball and the box."""
         if self.norm == "linf":
-            z = z.clamp(-self.eps, self.eps)
-            if self.lower is not None and self.upper is not None:
-                z = z.clamp(self.lower - self.origin, self.upper - self.origin)
-            return z
-        if self.lower is not None and self.upper is not None:
+            return self.boxed(z.clamp(-self.eps, self.eps))
+        if self.lower is not None:
             return self._project_on_ball_and_box(z)
         outside = _norm(z, self.norm) > self.eps
         eps = torch.where(outside, self.eps, 0.0)  # an infinite one would make gradients NaN
@@ -216,47 +223,50 @@ class _Ball:
         return z.sign() * (below - thresholds.gather(1, kept - 1)).clamp_min(0)
 
     def _project_on_ball_and_box(self, z: Tensor) -> Tensor:
-        """Magnitudes min(s * |z|, room) for l2, min(max(|z| - t, 0), room) for l1.
+        """``s * z`` (l2) or ``sign(z) * max(|z| - t, 0)`` (l1), put in the box.
 
-        These solve the optimality conditions because the box holds the origin. Bisection on the
-        multiplier s or t finds which elements are at their bound; a closed form then gives it
-        exactly.
+        Whatever the origin, these solve the optimality conditions with one multiplier for a group,
+        and the norm is monotone in it. Bisection finds which elements are at their bound; a closed
+        form then gives the multiplier exactly. Thresholds are relative to the largest magnitude
+        for a small ball: ``|z| - t`` would cancel.
         """
-        assert self.lower is not None
-        assert self.upper is not None
         size = z.abs()
-        room = torch.where(z >= 0, self.upper - self.origin, self.origin - self.lower)
         unit = _max(size).detach()
         unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
-        size, room, eps = size / unit, room / unit, self.eps / unit
+        eps = self.eps / unit
+        base = (eps < 0.5).to(z.dtype)
+        below = size / unit - base
 
-        def shrunk(
-            by: Tensor,
-        ) -> Tensor:  # by in [0, 1], one per group; 0 leaves the vector as it is
-            smaller = size * (1 - by) if self.norm == "l2" else (size - by).clamp_min(0)
-            return torch.minimum(smaller, room)
+        def moved(by: Tensor) -> Tensor:  # one per group
+            if self.norm == "l2":
+                return z * by
+            return z.sign() * unit * (below - by).clamp_min(0)
 
-        low = torch.zeros_like(eps)
-        high = torch.ones_like(eps)
-        boxed = z.clamp(self.lower - self.origin, self.upper - self.origin)
-        fits = _norm(boxed, self.norm) <= self.eps
+        boxed = self.boxed(z)
+        nearest = self.boxed(torch.zeros_like(z))
+        fits = ~(_norm(boxed, self.norm) > self.eps)
+        inner = torch.zeros_like(eps) if self.norm == "l2" else 1 - base
+        outer = torch.ones_like(eps) if self.norm == "l2" else -base
         for _ in range(200):
-            middle = (low + high) / 2
-            inside = _norm(shrunk(middle), self.norm) <= eps
-            low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
-        by = high.detach()
-        free = (shrunk(by) < room) & (shrunk(by) > 0)
-        bound = torch.where(free | (shrunk(by) == 0), 0.0, room)
+            middle = torch.where(inner == 0, outer * 2.0**-20, (inner + outer) / 2)
+            inside = _norm(self.boxed(moved(middle)), self.norm) <= self.eps
+            inner, outer = torch.where(inside, middle, inner), torch.where(inside, outer, middle)
+        by = inner.detach()
+        result = self.boxed(moved(by))
+        free = (result == moved(by)) & (result != 0)
+        bound = torch.where(free, 0.0, result)
         if self.norm == "l2":
-            left = (eps.square() - bound.square().sum(1, keepdim=True)).clamp_min(0)
-            total = torch.where(free, size, 0.0).square().sum(1, keepdim=True)
-            closed = 1 - (left / torch.where(total > 0, total, 1.0)).sqrt()
+            radius = torch.where(fits, 0.0, self.eps)
+            left = (radius.square() - bound.square().sum(1, keepdim=True)).clamp_min(0)
+            total = _norm(torch.where(free, z, 0.0), "l2")
+            closed = left.sqrt() / torch.where(total > 0, total, 1.0)
         else:
-            total = torch.where(free, size, 0.0).sum(1, keepdim=True)
-            total = total + bound.sum(1, keepdim=True) - eps
+            total = torch.where(free, below, 0.0).sum(1, keepdim=True)
+            total = total + bound.abs().sum(1, keepdim=True) / unit - eps
             closed = total / free.sum(1, keepdim=True).clamp_min(1)
         by = torch.where(free.any(1, keepdim=True), closed, by)
-        return torch.where(fits, boxed, z.sign() * unit * shrunk(by))
+        result = torch.where(fits, boxed, self.boxed(moved(by)))
+        return torch.where(_norm(nearest, self.norm) > self.eps, nearest, result)
 
     def finish(self, z: Tensor, like: Tensor) -> Tensor:
         """The origin plus the projection of packed deltas z, in the shape and dtype of `like`.
@@ -265,26 +275,34 @@ class _Ball:
         not).
         """
         z = self.project(z)
-        for _ in range(2):  # what the projection itself rounded up
-            excess = _norm(z.detach(), self.norm) / self.eps
-            z = z * torch.where(excess > 1, (1 - 2.0**-52) / excess, 1.0)
+        if self.norm != "linf":
+            for _ in range(2):  # what the projection itself rounded up, where the ball is met
+                excess = _norm(z.detach(), self.norm) / self.eps
+                beyond = (excess > 1) & (excess < 1 + 1e-9)
+                z = z * torch.where(beyond, (1 - 2.0**-52) / excess, 1.0)
         ideal = (self.origin + z).to(like.dtype)
         with torch.no_grad():
             given = self.groups.pack(like)
             stored = torch.where(z == given - self.origin, given.to(like.dtype), ideal)
+            goal = self.origin
+            if self.lower is not None and self.upper is not None:
+                # Also where the origin and what leads to a bound add up to the bound's neighbour.
+                low, high = self.lower.to(like.dtype), self.upper.to(like.dtype)
+                stored = torch.where(z == self.lower - self.origin, low, stored.maximum(low))
+                stored = torch.where(z == self.upper - self.origin, high, stored.minimum(high))
+                goal = goal.maximum(self.lower).minimum(self.upper)
+            goal = goal.to(like.dtype)
             for attempt in range(16):
                 distance = stored.double() - self.origin
-                outside = _norm(distance, self.norm) > self.eps
+                outside = distance.abs() > self.eps
+                if self.norm != "linf":
+                    outside = _norm(distance, self.norm) > self.eps
+                    outside = outside & ((distance.abs() > z.abs()) | (attempt > 0))
                 if not outside.any():
                     break
-                nearer = torch.nextafter(stored, self.origin.to(like.dtype))
-                move = outside & ((distance.abs() > z.abs()) | (attempt > 0)) & (distance != 0)
-                stored = torch.where(move, nearer, stored)
-            if self.lower is not None and self.upper is not None:
-                stored = torch.maximum(stored, self.lower.to(like.dtype))
-                stored = torch.minimum(stored, self.upper.to(like.dtype))
+                stored = torch.where(outside, torch.nextafter(stored, goal), stored)
             moved = torch.where(stored == ideal, 0.0, stored.double() - ideal.double())
-        stored = (ideal.double() + moved).to(like.dtype)
+        stored = torch.where(ideal.isfinite(), (ideal.double() + moved).to(like.dtype), stored)
         return self.groups.unpack(stored, self.base.to(like.dtype))
 
 
@@ -621,8 +639,8 @@ def clip_and_sum(
     The factor is ``min(1, C / ||g_b||)`` for "flat" (Abadi et al., "Deep learning with differential
     privacy", CCS 2016), the same with each tensor's own norm (and C, if a sequence) for
     "per_layer", and ``C / (||g_b|| + gamma)`` for "automatic" (Bu et al., "Automatic clipping",
-    NeurIPS 2023). It is 1 for a zero norm (even with C = 0), and 0 where the norm is not finite.
-    Whatever has factor or weight 0 adds exactly nothing.
+    NeurIPS 2023; never infinite). A sample with norm zero adds zero, even with C = 0 or gamma = 0,
+    and one whose norm is not finite nothing. Whatever has factor or weight 0 adds exactly nothing.
 
     Returns:
         The sums, in the dtypes of the grads and without the batch dimension, and the norms: [B], or
@@ -638,7 +656,10 @@ def clip_and_sum(
         if mode == "flat":
             factor = _clip_factor(norms, limit)
         else:
-            factor = torch.where(norms.isfinite(), limit / (norms + gamma), 0.0)
+            total = norms + gamma
+            factor = limit / torch.where(total > 0, total, 1.0)
+            factor = factor.clamp_max(torch.finfo(norms.dtype).max)
+            factor = torch.where(norms.isfinite(), factor, 0.0)
         factors = factor[:, None].expand(len(norms), len(grads))
     if weights is not None:
         factors = factors * weights.double()[:, None]

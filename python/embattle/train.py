@@ -6,26 +6,21 @@ steps; they differ in the loss alone. Accelerate brings devices, processes and m
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from embattle import data
-from embattle import recipe as recipes
 from embattle.checkpoint import (
     Checkpoint,
     model_tensors,
@@ -35,58 +30,17 @@ from embattle.checkpoint import (
     restore_optimizer,
     restore_random,
 )
+from embattle.data.account import COUNTED
 from embattle.data.batch import Batch
 from embattle.errors import InputError, Interrupted, need
-from embattle.files import write_text
+from embattle.files import remove_unfinished, write_text
 from embattle.models import TextClassifier, build
 from embattle.progress import bar, say
 from embattle.recipe import Recipe
+from embattle.run_folder import Run, Trained, begin, check_place, clear, find_run, locked
 from embattle.threat import Hardening
 
-VARIANTS = ("standard", "hardened")
-
-
-@dataclass
-class Run:
-    """What a run folder says about itself, in `run.json`.
-
-    Attributes:
-        classes: the labels by class number.
-        counts: examples of each class in each part.
-        fingerprint: SHA-256 over all examples; the audit checks that the data is still the same.
-        variants: what is known about each finished model.
-    """
-
-    classes: list[str]
-    counts: dict[str, list[int]]
-    fingerprint: str
-    variants: dict[str, Any] = field(default_factory=dict)
-
-    def write(self, folder: Path) -> None:
-        """Writes `run.json`, all of it or nothing."""
-        write_text(folder / "run.json", json.dumps({"format": 1, **vars(self)}, indent=2) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> Run:
-        """Reads `run.json`.
-
-        Raises:
-            InputError: if the folder is no run.
-        """
-        try:
-            facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            return cls(facts["classes"], facts["counts"], facts["fingerprint"], facts["variants"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{folder} is not a run folder (no readable run.json); "
-                "give a folder that `embattle train` wrote"
-            ) from error
-
-
-def fingerprint(splits: data.Splits) -> str:
-    """A hash that changes with any text, label, or assignment to a part."""
-    parts = {name: [part.texts, part.labels] for name, part in splits.parts.items()}
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+VARIANTS: tuple[Literal["standard"], Literal["hardened"]] = ("standard", "hardened")
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -106,50 +60,61 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     """
     began = time.monotonic()
     accelerator = _accelerator(recipe)
+    check_place(out, resume=resume, overwrite=overwrite)
+    with locked(out, f"train {recipe.name}") if accelerator.is_main_process else nullcontext():
+        done = _train(recipe, out, accelerator, resume=resume, overwrite=overwrite)
+    if accelerator.is_main_process:
+        spent = f"trained in {time.monotonic() - began:.0f} s: {out}"
+        say(spent if done else f"{out} is complete; nothing to do (--overwrite trains it again)")
+    accelerator.end_training()
+
+
+def _train(recipe: Recipe, out: Path, accelerator: Any, *, resume: bool, overwrite: bool) -> bool:
+    """The same, in a folder that no other process works in; False if there was nothing to do."""
     first = accelerator.is_main_process
-    old = _inspect(recipe, out, resume=resume, overwrite=overwrite)
+    old = find_run(recipe, out, resume=resume, overwrite=overwrite)
     if old is not None and set(old.variants) >= set(VARIANTS):
-        if first:
-            say(f"{out} is complete; nothing to do (--overwrite trains it again)")
-        return
+        return False
     if first:
+        remove_unfinished(out)
         say(f"{recipe.name}: reading data and model")
-    with accelerator.main_process_first():
-        splits = data.load(recipe.data, recipe.seed)
-        probe = build(recipe.model, len(splits.classes), recipe.seed)
-    run = Run(splits.classes, splits.counts(), fingerprint(splits))
+    account = data.Account()
+    try:
+        with accelerator.main_process_first():
+            splits = data.load(recipe.data, recipe.seed, account)
+            probe = build(recipe.model, len(splits.classes), recipe.seed)
+        if first:
+            texts = [text for part in splits.parts.values() for text in part.texts]
+            account.note_cut(probe.count_cut(texts[:COUNTED]), len(texts), probe.max_tokens)
+    finally:
+        if first:
+            for line in account.lines():
+                say(line)
+    run = Run.of(splits, account)
     if old is not None:
-        if old.fingerprint != run.fingerprint:
-            raise InputError(
-                f"the data is not what {out} was begun with; restore it, or use --overwrite"
-            )
+        old.require(splits, out)
         run = old
     parts = {
         name: probe.encode(splits.parts[name].texts, splits.parts[name].labels)
         for name in ("train", "validation")
     }
-    fresh = old is None
-    if first and fresh:
-        if overwrite and out.exists():
-            shutil.rmtree(out)
-        write_text(out / "recipe.yaml", recipe.to_yaml())
-        run.write(out)
+    if first and old is None:
+        begin(run, recipe, out)
     accelerator.wait_for_everyone()
     try:
         for variant in VARIANTS:
             if variant not in run.variants:
-                run.variants[variant] = Fit(recipe, variant, parts, run, out, accelerator).go()
+                facts = Fit(recipe, variant, parts, run, out, accelerator).go()
+                run.variants[variant] = Trained(**facts)
                 if first:
                     run.write(out)
                 accelerator.wait_for_everyone()
     except InputError:
-        if first and fresh and not run.variants:
-            shutil.rmtree(out)
+        # What can be continued stays; a run without a single checkpoint is not worth a folder.
+        if first and old is None and not run.variants and not list(out.glob("*/checkpoint.*")):
+            clear(out)
         raise
-    if first:
-        say(f"trained in {time.monotonic() - began:.0f} s: {out}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    return True
 
 
 def _accelerator(recipe: Recipe) -> Any:
@@ -174,30 +139,6 @@ def _accelerator(recipe: Recipe) -> Any:
             f"train.batch_size: {recipe.train.batch_size} cannot be divided among {world} processes"
         )
     return accelerator
-
-
-def _inspect(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool) -> Run | None:
-    """The run to continue, or None if one is to be started; raises InputError if neither may be."""
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other; give one")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out: {out} is a file; choose another folder")
-    if not out.exists() or not any(out.iterdir()):
-        return None
-    run = Run.read(out) if (out / "run.json").is_file() else None
-    if run is None:
-        raise InputError(f"--out: {out} holds other files; choose a new or empty folder")
-    if overwrite:
-        return None
-    if not resume:
-        raise InputError(f"--out: {out} holds a run; use --resume, --overwrite, or another folder")
-    changed = recipes.differences(recipes.load(out / "recipe.yaml"), recipe)
-    if changed:
-        raise InputError(
-            f"the recipe is not the one {out} was begun with ({'; '.join(changed)}); "
-            "use --overwrite or another --out"
-        )
-    return run
 
 
 class Fit:
@@ -363,11 +304,29 @@ class Fit:
 
     def _restore(self) -> None:
         saved = Checkpoint.load(self.checkpoint)
+        try:
+            self._take(saved)
+        except InputError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{self.checkpoint} does not fit this run ({type(error).__name__}: {reason}); "
+                "start again with --overwrite"
+            ) from error
+
+    def _take(self, saved: Checkpoint) -> None:
+        """Puts a checkpoint's state in place."""
         if saved.facts["processes"] != self.accelerator.num_processes:
             raise InputError(
                 f"{self.checkpoint} was written by {saved.facts['processes']} processes; continue "
                 "with as many"
             )
+        if saved.facts["variant"] != self.variant:
+            raise ValueError(f"it is the {saved.facts['variant']} model's")
+        history = [{k: float(v) for k, v in step.items()} for step in saved.facts["history"]]
+        if not 0 < len(history) < self.recipe.train.steps:
+            raise ValueError(f"it was written after step {len(history)}")
         restore_model(self.bare, saved.tensors)
         restore_optimizer(self.optimizer.optimizer, saved.tensors)
         rank = self.accelerator.process_index
@@ -377,8 +336,8 @@ class Fit:
         )
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.facts["scaler"])
-        self.history = saved.facts["history"]
-        self.seconds = saved.facts["seconds"]
+        self.history = history
+        self.seconds = float(saved.facts["seconds"])
 
 
 def _rate(step: int, recipe: Recipe) -> float:

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "cuda_runtime.h"
 #include "emulator.h"
 
 namespace py = pybind11;
@@ -61,6 +62,8 @@ Box box_of(const py::dict& d) {
   b.upper = in(d["upper"].cast<Pointer>());
   b.lower_broadcast = d["lower_broadcast"].cast<bool>();
   b.upper_broadcast = d["upper_broadcast"].cast<bool>();
+  b.lower_value = d["lower_value"].cast<double>();
+  b.upper_value = d["upper_value"].cast<double>();
   return b;
 }
 
@@ -226,7 +229,7 @@ void call(int (*launcher)(const Args&, const cuda::Context&), const Args& args) 
     if (w) throw std::logic_error("a launcher asked for a second workspace");
     return w.emplace(bytes).memory;
   };
-  const int error = launcher(args, context);
+  const int error = cuda::call(launcher, args, context);
   const std::string what = emu::take_error();
   if (error || !what.empty())
     throw std::runtime_error(std::string(cuda::error_text(error)) + ": " + what);
@@ -285,21 +288,29 @@ PYBIND11_MODULE(emulated_kernels, m) {
   m.def(
       "set_device",
       [](int multiprocessors, int major, int shared_per_block, int shared_per_multiprocessor,
-         bool cooperative) {
+         bool cooperative, int code) {
         emu::device().multiprocessors = multiprocessors;
         emu::device().capability_major = major;
         emu::device().shared_per_block = shared_per_block;
         emu::device().shared_per_multiprocessor = shared_per_multiprocessor;
         emu::device().cooperative = cooperative;
+        emu::device().code = code;
       },
       py::arg("multiprocessors") = 4, py::arg("major") = 9, py::arg("shared_per_block") = 227 << 10,
-      py::arg("shared_per_multiprocessor") = 228 << 10, py::arg("cooperative") = true);
+      py::arg("shared_per_multiprocessor") = 228 << 10, py::arg("cooperative") = true,
+      py::arg("code") = 0);
   m.def("take_counters", [] {
     const emu::Counters c = emu::counters();
     emu::counters() = {};
     return py::dict(py::arg("launches") = c.launches, py::arg("blocks") = c.blocks,
                     py::arg("threads") = c.threads, py::arg("clusters") = c.cluster_launches,
                     py::arg("cooperative") = c.cooperative_launches,
-                    py::arg("largest_shared") = c.largest_shared);
+                    py::arg("largest_shared") = c.largest_shared,
+                    py::arg("lowered_limits") = c.lowered_limits, py::arg("accesses") = c.accesses);
   });
+  // The error that the runtime keeps, one that others have left there, and how it is forgotten.
+  m.def("last_error", [] { return int(cudaPeekAtLastError()); });
+  m.def("leave_error", [] { emu::record(cudaErrorInvalidValue); });
+  m.def("forget_error", [] { (void)cudaGetLastError(); });
+  m.def("refuse_launches", [](unsigned count) { emu::device().refusals = count; });
 }

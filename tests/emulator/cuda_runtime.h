@@ -277,6 +277,11 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes = 0;
+  int ptxVersion = 0, binaryVersion = 0;
+};
+
 namespace emu {
 inline std::unordered_map<const void*, size_t> shared_limits;  // by kernel
 inline cudaError_t last_error = cudaSuccess;
@@ -328,8 +333,17 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
     if (value > emu::device().shared_per_block) return emu::record(cudaErrorInvalidValue);
-    emu::shared_limits[reinterpret_cast<const void*>(kernel)] = size_t(value);
+    size_t& limit = emu::shared_limits[reinterpret_cast<const void*>(kernel)];
+    emu::counters().lowered_limits += size_t(value) < limit;
+    limit = size_t(value);
   }
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  const emu::Device& d = emu::device();
+  attributes->binaryVersion = 10 * d.capability_major + d.capability_minor;
+  attributes->ptxVersion = d.code ? d.code : attributes->binaryVersion;
   return cudaSuccess;
 }
 template <class Kernel>

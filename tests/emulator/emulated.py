@@ -67,15 +67,12 @@ class _Call:
             "eps": self.strength(options.get("eps", math.inf)),
             "x0": self.pointer(options.get("x0")),
         }
-        for name in ("lower", "upper"):
+        for name, none in (("lower", -math.inf), ("upper", math.inf)):
             value = options.get(name)
-            broadcast = value is not None and not isinstance(value, Tensor)
-            if broadcast:
-                value = torch.tensor(value, dtype=x.dtype)
-            elif value is not None:
-                value = value.to(x.dtype)
-            self.args[name] = self.pointer(value)
-            self.args[f"{name}_broadcast"] = broadcast
+            per_element = value.to(x.dtype) if isinstance(value, Tensor) else None
+            self.args[name] = self.pointer(per_element)
+            self.args[f"{name}_broadcast"] = per_element is not None and per_element.numel() == 1
+            self.args[f"{name}_value"] = float(value) if isinstance(value, (int, float)) else none
 
     def address(self, t: Tensor | None) -> int:
         if t is None:
@@ -149,9 +146,8 @@ def momentum_step(
     delta: Tensor, velocity: Tensor, grad: Tensor, *, norm: str | float = "l2", **options: Any
 ) -> tuple[Tensor, Tensor]:
     call = _Call(delta, norm, options)
-    velocity = velocity.to(delta.dtype)
     out = torch.full(delta.shape, -7.0, dtype=delta.dtype)
-    memory = out.clone()
+    memory = torch.full(velocity.shape, -7.0, dtype=velocity.dtype)
     args = _step(call, delta, grad, options)
     args["velocity"] = call.pointer(velocity)
     args["velocity_out"] = call.pointer(memory)

@@ -429,6 +429,7 @@ void check_bounds(const unsigned char* p, size_t size) {
 
 void watch(const void* address, size_t size, bool write, bool atomic = false) {
   if (!self) return;
+  ++the_counters.accesses;
   const auto* p = static_cast<const unsigned char*>(address);
   Watched* w = arena.contains(p) ? &arena : statics.contains(p) ? &statics : nullptr;
   if (!w) return;
@@ -521,6 +522,7 @@ bool check_launch(const Launch& l) {
   const uint64_t grid = uint64_t(l.grid.x) * l.grid.y * l.grid.z;
   const unsigned cluster = l.cluster.x * l.cluster.y * l.cluster.z;
   std::string what;
+  if (the_device.refusals && the_device.refusals--) what = "as the test wants it";
   if (grid == 0) what = "an empty grid";
   if (l.grid.x > 0x7fffffffu || l.grid.y > 65535 || l.grid.z > 65535) what = "too large a grid";
   if (threads == 0 || threads > 1024) what = std::to_string(threads) + " threads in a block";
@@ -611,6 +613,9 @@ void prepare(uint64_t first, unsigned count, unsigned cluster) {
 // ---------------------------------------------------------------------------------
 
 Device& device() { return the_device; }
+bool has_clusters() {
+  return the_device.capability_major >= 9 && (the_device.code == 0 || the_device.code >= 90);
+}
 
 unsigned blocks_at_once(unsigned threads, size_t dynamic_shared) {
   const Device& d = the_device;
@@ -629,7 +634,6 @@ void set_order(Order order_, uint32_t seed) {
 std::string take_error() {
   std::string error;
   std::swap(error, the_error);
-  cudaGetLastError();
   return error;
 }
 
@@ -704,10 +708,12 @@ unsigned ballot(unsigned mask, bool predicate) {
 }
 
 unsigned char* dynamic_shared() { return self->block->shared; }
-unsigned cluster_rank() { return self->block->rank; }
+// Code for older devices has no cluster operations, and goes on without (csrc/cuda/device.cuh).
+unsigned cluster_rank() { return has_clusters() ? self->block->rank : 0; }
 unsigned cluster_size() { return self->block->cluster->blocks; }
 
 void cluster_barrier() {
+  if (!has_clusters()) return;
   Cluster& c = *self->block->cluster;
   if (!meet(c, State::cluster_barrier, kClusterBarrier, "cluster")) return;
   for (unsigned b = 0; b < c.blocks; ++b) c.lead[b].visited = false;
@@ -722,6 +728,7 @@ void grid_barrier() {
 }
 
 void* map_shared_rank(const void* p, unsigned rank) {
+  if (!has_clusters()) return const_cast<void*>(p);
   const Cluster& c = *self->block->cluster;
   const auto* at = static_cast<const unsigned char*>(p);
   if (rank >= c.blocks)

@@ -38,21 +38,26 @@ struct Device {
   int multiprocessors = 4;
   int capability_major = 9;
   int capability_minor = 0;
+  int code = 0;  // what kernels were compiled for, 10 * major + minor; 0: for this device
   int shared_per_block = 227 << 10;  // dynamic shared memory that a kernel may opt in to
   int shared_per_multiprocessor = 228 << 10;
   int threads_per_multiprocessor = 2048;
   int registers_per_multiprocessor = 65536;
   int registers = 128;  // of a thread of any kernel: they are not known here
   bool cooperative = true;
+  unsigned refusals = 0;  // launches that are refused whatever they ask for
   int max_cluster = 8;
 };
 
 Device& device();
+// Whether kernels may use clusters: on this device, and as they were compiled.
+bool has_clusters();
 // Blocks that a multiprocessor has room for.
 unsigned blocks_at_once(unsigned threads, size_t dynamic_shared);
 void set_order(Order order, uint32_t seed);
 
 // What went wrong in launches since the last call, the first failure only; empty if nothing did.
+// The error that the runtime keeps (cudaGetLastError) stays.
 std::string take_error();
 
 // Counts since the last reset: a test can tell whether a path was taken.
@@ -63,6 +68,8 @@ struct Counters {
   uint64_t cluster_launches = 0;
   uint64_t cooperative_launches = 0;
   uint64_t largest_shared = 0;  // dynamic shared memory of a block, in bytes
+  uint64_t lowered_limits = 0;  // how often a kernel's limit of it was lowered
+  uint64_t accesses = 0;        // of memory by kernels, where they are watched
 };
 Counters& counters();
 

@@ -4,6 +4,7 @@ from embattle.attacks.auto import AutoAttack, EnsembleResult
 from embattle.attacks.base import Attack
 from embattle.attacks.direction import VAT, SMARTStep
 from embattle.attacks.gradient import FGM, FGSM, MSAP, PGD
+from embattle.attacks.minimum import FMN, MinimumNormResult
 from embattle.attacks.momentum import APGD, MIFGSM
 from embattle.attacks.noise import GaussianNoise, NEFTune, UniformNoise
 from embattle.attacks.result import AttackResult, AttackWarning
@@ -15,6 +16,7 @@ __all__ = [
     "APGD",
     "FGM",
     "FGSM",
+    "FMN",
     "MIFGSM",
     "MSAP",
     "PGD",
@@ -27,6 +29,7 @@ __all__ = [
     "EnsembleResult",
     "GaussianNoise",
     "GaussianStart",
+    "MinimumNormResult",
     "NEFTune",
     "SMARTStep",
     "Square",

@@ -44,11 +44,12 @@ class Ways(Criterion):
         count: how many ways there may be.
     """
 
-    per_sample: ClassVar[tuple[str, ...]] = ("scale",)
+    per_sample: ClassVar[tuple[str, ...]] = ("scale", "open")
 
     def __init__(self, goal: Criterion, clean: Evaluation) -> None:
         self.goal = goal
         self.count = self.ways(clean)
+        self.open = (self.distances(clean).detach() > -_FAR).any(1)
         self.scale = torch.ones(clean.batch, device=clean.device)
         far = self.signed(clean).detach().abs()
         self.scale = torch.where(far > 0, far, torch.ones_like(far))
@@ -57,17 +58,26 @@ class Ways(Criterion):
         """Give the signed distances, `[B, K]`."""
         raise NotImplementedError
 
+    def logits(self, now: Evaluation) -> Tensor:
+        """Give the outputs, in float32 at least."""
+        outputs = needed(type(self.goal).__name__, now)
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
     def ways(self, clean: Evaluation) -> int:
         """Count the ways."""
         return self.distances(clean).shape[1]
 
     def signed(self, now: Evaluation) -> Tensor:
         """Give the nearest way, `[B]`: above 0 where the goal is reached."""
-        return _finite(self.distances(now).amax(1))
+        return self.where_open(self.distances(now).amax(1))
 
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
         """Give the nearest way, in units of `scale`."""
-        return _finite((self.distances(now) / self.scale.unsqueeze(1)).amax(1))
+        return self.where_open((self.distances(now) / self.scale.unsqueeze(1)).amax(1))
+
+    def where_open(self, values: Tensor) -> Tensor:
+        """Put 0 where a sample has no way at all: no label of it counts."""
+        return torch.where(self.open, values, torch.zeros_like(values))
 
 
 class _Classes(Ways):
@@ -75,8 +85,16 @@ class _Classes(Ways):
 
     goal: Misclassify
 
+    def __init__(self, goal: Criterion, clean: Evaluation) -> None:
+        self.logs = _are_probabilities(needed("Misclassify", clean))
+        super().__init__(goal, clean)
+
+    def logits(self, now: Evaluation) -> Tensor:
+        outputs = super().logits(now)
+        return outputs.clamp(min=torch.finfo(outputs.dtype).tiny).log() if self.logs else outputs
+
     def distances(self, now: Evaluation) -> Tensor:
-        outputs = losses.two_sided(_wide(needed("Misclassify", now)))
+        outputs = losses.two_sided(self.logits(now))
         labels, kept = self.goal.labels, self.goal.labels != self.goal.ignore_index
         index = torch.where(kept, labels, torch.zeros_like(labels)).unsqueeze(-1)
         # A class that is ruled out (-inf) is no way; a label that is ruled out is far behind.
@@ -97,7 +115,7 @@ class _Labels(Ways):
 
     def distances(self, now: Evaluation) -> Tensor:
         labels, threshold = self.goal.labels, self.goal.threshold
-        beyond = _wide(needed("MultiLabel", now)) - math.log(threshold / (1 - threshold))
+        beyond = self.logits(now) - math.log(threshold / (1 - threshold))
         wrong = torch.where(labels == 1, -beyond, beyond)
         wrong = wrong.masked_fill(labels == self.goal.ignore_index, -_FAR)
         return wrong.reshape(now.batch, -1)
@@ -109,7 +127,7 @@ class _Values(Ways):
     goal: Deviate
 
     def distances(self, now: Evaluation) -> Tensor:
-        off = (_wide(needed("Deviate", now)) - self.goal.targets).reshape(now.batch, -1)
+        off = (self.logits(now) - self.goal.targets).reshape(now.batch, -1)
         by = self.goal.by
         if isinstance(by, Tensor):
             by = by.unsqueeze(1)
@@ -122,7 +140,7 @@ class _Only(Ways):
     def distances(self, now: Evaluation) -> Tensor:
         if not isinstance(self.goal, Target):
             return self.goal.objective(now, None).unsqueeze(1)
-        outputs = losses.two_sided(_wide(needed("Target", now)))
+        outputs = losses.two_sided(self.logits(now))
         classes = self.goal.classes
         if isinstance(classes, int):
             classes = torch.full(outputs.shape[:-1], classes, device=outputs.device)
@@ -131,6 +149,21 @@ class _Only(Ways):
         lead = outputs.gather(-1, index).squeeze(-1) - outputs.scatter(-1, index, -_FAR).amax(-1)
         lead = lead.masked_fill(~kept, _FAR)
         return lead.reshape(now.batch, -1).amin(1, keepdim=True)
+
+
+class Soft(Criterion):
+    """A smooth maximum of the ways, which does not jump from one to the other."""
+
+    def __init__(self, ways: Ways) -> None:
+        self.ways = ways
+
+    def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
+        """Give the log-sum-exp of the distances, in units of a fifth of the clean distance."""
+        ways = self.ways
+        softness = 0.2 * ways.scale
+        distances = ways.distances(now)
+        distances = torch.where(ways.open.unsqueeze(1), distances, torch.zeros_like(distances))
+        return (distances / softness.unsqueeze(1)).logsumexp(1) * softness
 
 
 class Way(Criterion):
@@ -144,7 +177,7 @@ class Way(Criterion):
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
         """Give the distance of this way."""
         found = self.ways.distances(now).gather(1, self.index.unsqueeze(1)).squeeze(1)
-        return _finite(found / self.ways.scale)
+        return self.ways.where_open(found / self.ways.scale)
 
 
 class Entropy(Criterion):
@@ -157,14 +190,14 @@ class Entropy(Criterion):
     per_sample: ClassVar[tuple[str, ...]] = ("heat",)
 
     def __init__(self, ways: Ways, clean: Evaluation) -> None:
-        self.goal = ways.goal
+        self.goal, self.ways = ways.goal, ways
         gap = -ways.signed(clean).detach()
         rounds = -math.log(torch.finfo(gap.dtype).eps)
         self.heat = torch.where(gap > rounds, gap / 10, torch.ones_like(gap))
 
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
         """Give the cross-entropy."""
-        goal, outputs = self.goal, _wide(needed("AutoAttack", now))
+        goal, outputs = self.goal, self.ways.logits(now)
         outputs = outputs / self.heat.reshape(-1, *[1] * (outputs.dim() - 1))
         if isinstance(goal, MultiLabel):
             kept, positive = goal.labels != goal.ignore_index, goal.labels == 1
@@ -194,12 +227,9 @@ def ways_to(goal: Criterion, clean: Evaluation) -> Ways | None:
     A user's own criterion has none: its objective need not be 0 where the goal is reached.
     """
     kind = type(goal)
-    if (
-        isinstance(goal, Diverge)
-        and kind is Diverge
-        and goal.predict(needed("", clean)) is not None
-    ):
-        return _Classes(Misclassify(losses.predict(needed("", clean))), clean)
+    if kind is Diverge and goal.reached(clean, clean) is not None:
+        predicted = losses.predict(needed("Diverge", clean))
+        return _Classes(Misclassify(predicted), clean)
     made: dict[type[Criterion], type[Ways]] = {
         Misclassify: _Classes,
         MultiLabel: _Labels,
@@ -211,9 +241,12 @@ def ways_to(goal: Criterion, clean: Evaluation) -> Ways | None:
     return made[kind](goal, clean) if kind in made else None
 
 
-def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+def _are_probabilities(outputs: Tensor) -> bool:
+    """Whether outputs are not the logits that they should be: their softmax would be nearly flat.
 
-
-def _finite(values: Tensor) -> Tensor:
-    return values.masked_fill(~values.isfinite(), 0.0)
+    As logits their gradients vanish where the model is confident; their logarithms' do not.
+    """
+    if outputs.dim() < 2 or outputs.shape[-1] < 2 or not outputs.numel():
+        return False
+    sums = outputs.sum(-1)
+    return bool((outputs >= 0).all() & torch.isclose(sums, torch.ones_like(sums), atol=1e-3).all())

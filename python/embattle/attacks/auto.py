@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,7 +81,6 @@ class _Part:
     attack: Attack
     ascent: Criterion
     fallback: Criterion | None = None  # for samples without a gradient of `ascent`
-    draws: int = 1
 
 
 @dataclass(kw_only=True, repr=False)
@@ -96,9 +96,11 @@ class AutoAttack(Attack):
     Models that hide their gradients are met with: samples without a gradient switch to another
     objective, and start anew at every step as long as they have none; the cross-entropy of
     saturated logits is taken of cooler ones; `Square` needs no gradient at all, nor even a graph.
-    Where two clean passes differ, gradients are means over `eot` draws (Athalye et al., ICML 2018);
-    what counts as reached is evaluated from the random numbers of the clean evaluation all the
-    same. In mode "same" the model has one set of random numbers, and nothing is averaged.
+    Where two clean passes differ, values and gradients are means over `eot` draws (Athalye et al.,
+    ICML 2018), classes are not attacked one by one, and `queries` counts the draws. What counts as
+    reached is evaluated from the random numbers of the clean evaluation all the same; among those
+    deltas the ones with the largest mean are kept. In mode "same" the model has one set of random
+    numbers, and nothing is averaged.
 
     With `subset` samples leave the batch as they fall, unless the model is randomised or samples
     depend on each other (which is tried). Otherwise they stay in it, as they fell.
@@ -108,7 +110,7 @@ class AutoAttack(Attack):
         queries: of the gradient-free attack.
         targets: how many of the likeliest other classes (or labels) are attacked one by one.
         restarts: how often the gradient attacks are run.
-        eot: draws for each gradient of the cross-entropy and the margin of a randomised model.
+        eot: draws for each evaluation of a randomised model.
         norm, eps, lower, upper, mode, generator, compile: as for every attack.
     """
 
@@ -172,8 +174,8 @@ class AutoAttack(Attack):
             clean = open_attack(self, stage, goal, generator, scale, clean=True).clean
             assert clean is not None
             assert generator is not None
-            ensemble = _Ensemble(stage, goal, clean, generator, scale)
-            parts = self._parts(goal, clean, draws=self.eot if ensemble.randomised else 1)
+            ensemble = _Ensemble(stage, goal, clean, generator, scale, self.eot)
+            parts = self._parts(goal, clean, ensemble.draws)
             for number, part in enumerate(parts, start=1):
                 ensemble.attack(part, number)
             now, by = ensemble.settle(evaluate)
@@ -189,21 +191,21 @@ class AutoAttack(Attack):
         apgd, ways = self._apgd(), ways_to(goal, clean)
         found = []
         if ways is None:
-            found.append(_Part("apgd-loss", apgd, goal, draws=draws))
+            found.append(_Part("apgd-loss", apgd, goal))
         else:
             if isinstance(ways.goal, (Misclassify, MultiLabel)):
-                found.append(_Part("apgd-ce", apgd, Entropy(ways, clean), ways, draws))
+                found.append(_Part("apgd-ce", apgd, Entropy(ways, clean), ways))
             elif isinstance(ways.goal, (Deviate, Target)):
-                found.append(_Part("apgd-loss", apgd, goal, ways, draws))
-            found.append(_Part("apgd-margin", apgd, ways, draws=draws))
-            if ways.count > 1 and self.targets:
+                found.append(_Part("apgd-loss", apgd, goal, ways))
+            found.append(_Part("apgd-margin", apgd, ways))
+            if ways.count > 1 and self.targets and draws == 1:
                 nearest = ways.distances(clean).detach()
                 indices = nearest.topk(min(self.targets, ways.count), dim=1).indices
                 found += [_Part("apgd-t", apgd, Way(ways, i), ways) for i in indices.unbind(1)]
         found *= self.restarts
-        if self.queries:
+        if self.queries >= draws:
             box = {"lower": self.lower, "upper": self.upper}
-            square = Square(norm=self.norm, eps=self.eps, steps=self.queries, **box)  # type: ignore[arg-type]
+            square = Square(norm=self.norm, eps=self.eps, steps=self.queries // draws, **box)  # type: ignore[arg-type]
             found.append(_Part("square", square, goal if ways is None else ways))
         return found
 
@@ -218,15 +220,18 @@ class _Ensemble:
         clean: Evaluation,
         generator: torch.Generator,
         scale: float,
+        eot: int,
     ) -> None:
         self.stage, self.goal, self.clean = stage, goal, clean
         self.generator, self.scale = generator, scale
         self.steps = torch.zeros(clean.batch, dtype=torch.int64, device=clean.device)
+        self.by = torch.zeros_like(self.steps)  # the attack that felled each sample
         self.hidden: NoGradient | None = None
         self.moved = False  # whether an evaluation was ever another than the clean one
         # Which samples have fallen in the last evaluation, and stay as they are in the next steps.
         self.there = reached(goal, clean, clean)
         self.randomised = self._draws_matter()
+        self.draws = eot if self.randomised else 1
         self.rows: Tensor | None = None
         if self._can_leave():
             assert self.there is not None
@@ -237,7 +242,7 @@ class _Ensemble:
             self.there = None
         else:
             self.worst = Best(stage, goal, clean)
-            if stage.found.coupled:
+            if stage.found.coupled or self.draws > 1:
                 self.there = None
 
     # --- what the batch is like ------------------------------------------------------------------
@@ -282,23 +287,23 @@ class _Ensemble:
         still = False  # whether any sample had no gradient at the start
         for step in range(part.attack.steps + 1):
             try:
-                at, values, grads = self._look(part, now)
+                at, values, rank, grads = self._look(part, now)
                 if step == 0 and part.attack.climbs:
-                    empty = _without_gradient(now.blocks, grads)
+                    empty = without_gradient(now.blocks, grads)
                     still = bool(empty.any())
                     if still and part.fallback is not None:
                         other = part.fallback if rows is None else part.fallback.select(rows)
                         now.ascent = Switch(now.ascent, other, empty)
-                        at, values, grads = self._look(part, now)
+                        at, values, rank, grads = self._look(part, now)
             except NoGradient as error:
                 self.hidden = error
                 break
             if self.hidden is not None and not self.moved:
                 self.moved = not _equal(at, now.clean)
             there = reached(now.goal, at, now.clean)
-            self._offer(at, now, number)
+            self._offer(at, now, number, rank)
             if rows is None:
-                self.there = None if self.stage.found.coupled else there
+                self.there = None if self.stage.found.coupled or self.draws > 1 else there
             else:
                 assert there is not None
                 stay = (~there).nonzero().squeeze(1)
@@ -307,7 +312,9 @@ class _Ensemble:
                     rows = self.rows = rows[stay]
                     now = now.narrow(self.stage, now.blocks, stay, rows)
                     values, grads = values[stay], [grad[stay] for grad in grads]
-            if step == part.attack.steps or (step % _EVERY == 0 and self._over()):
+            if step == part.attack.steps or (
+                (rows is not None or step % _EVERY == 0) and self._over()
+            ):
                 break
             self._step(part.attack, step, now, grads, values, still)
             self.steps[slice(None) if rows is None else rows] += 1
@@ -329,26 +336,37 @@ class _Ensemble:
             attack.start(block, state, self.generator)
             _keep(block, before, self.there)
 
-    def _look(self, part: _Part, now: _Standing) -> tuple[Evaluation, Tensor, list[Tensor]]:
-        """Evaluate the current deltas; values and gradients are means over the part's draws."""
-        stage = now.stage
-        if not part.attack.climbs:
-            at = stage.evaluate(grad=False, lookups="detached").detach()
-            values = ascended(now.ascent, at, now.clean)
-            return at, self._values(values), [torch.zeros_like(b.delta) for b in now.blocks]
-        seen = stage.evaluate(grad=True, lookups="detached", detach=True)
-        values = ascended(now.ascent, seen, now.clean)
-        grads = stage.gradients(values)
-        at, values = seen.detach(), values.detach()
-        for _ in range(part.draws - 1):
-            with stage.drawing(self._seed()):
-                seen = stage.evaluate(grad=True, lookups="detached", detach=True)
-                more = ascended(now.ascent, seen, now.clean)
-                torch._foreach_add_(grads, stage.gradients(more))
-            values = values + more.detach()
-        if part.draws > 1:
-            torch._foreach_div_(grads, part.draws)
-        return at, self._values(values / part.draws), grads
+    def _look(
+        self, part: _Part, now: _Standing
+    ) -> tuple[Evaluation, Tensor, Tensor | None, list[Tensor]]:
+        """Evaluate the current deltas.
+
+        Returns:
+            The evaluation from the random numbers of the clean one; and means over the draws: of
+            what is ascended, of the goal's objective (None for one draw), and of the gradients.
+        """
+        climbs, total = part.attack.climbs, None
+        at: Evaluation | None = None
+        for draw in range(self.draws):
+            with now.stage.drawing(self._seed()) if draw else nullcontext():
+                seen = now.stage.evaluate(grad=climbs, lookups="detached", detach=climbs)
+                values = ascended(now.ascent, seen, now.clean)
+                found = now.stage.gradients(values) if climbs else []
+            seen = seen.detach()
+            at = seen if at is None else at
+            rank = ascended(now.goal, seen, now.clean) if self.draws > 1 else values
+            found += [values.detach().clone(), rank.detach().clone()]
+            if total is None:
+                total = found
+            else:
+                torch._foreach_add_(total, found)
+        assert at is not None
+        assert total is not None
+        if self.draws > 1:
+            torch._foreach_div_(total, self.draws)
+        *grads, values, rank = total
+        grads = grads or [torch.zeros_like(block.delta) for block in now.blocks]
+        return at, self._values(values), rank if self.draws > 1 else None, grads
 
     def _values(self, values: Tensor) -> Tensor:
         return values.sum().expand_as(values) if self.stage.found.coupled else values
@@ -363,7 +381,7 @@ class _Ensemble:
         still: bool,
     ) -> None:
         """Step; samples that have fallen stay, and those without a gradient start anew."""
-        empty = _without_gradient(now.blocks, grads) if still else None
+        empty = without_gradient(now.blocks, grads) if still else None
         for block, grad, state in zip(now.blocks, grads, now.states, strict=True):
             before = block.delta.detach().clone()
             attack.step(block, grad, state, number, values)
@@ -375,12 +393,15 @@ class _Ensemble:
 
     # --- what was found --------------------------------------------------------------------------
 
-    def _offer(self, at: Evaluation, now: _Standing, mark: int) -> None:
-        if isinstance(self.worst, Best):
-            self.worst.offer(at, mark)
-        else:
+    def _offer(self, at: Evaluation, now: _Standing, mark: int, rank: Tensor | None) -> None:
+        if not isinstance(self.worst, Best):
             assert self.rows is not None
             self.worst.offer(self.rows, at, now, mark)
+            return
+        # A sample that had fallen before stays with the attack that felled it.
+        marks = torch.full_like(self.steps, mark)
+        self.by = marks if self.there is None else torch.where(self.there, self.by, marks)
+        self.worst.offer(at, self.by, rank)
 
     def settle(self, evaluate: bool) -> tuple[Evaluation | None, Tensor]:
         """Leave the worst deltas in the blocks; give their evaluation, and who found them."""
@@ -453,7 +474,7 @@ def _keep(block: Block, before: Tensor, rows: Tensor | None) -> None:
         block.set(torch.where(block.per_row(rows), before, block.delta.detach()))
 
 
-def _without_gradient(blocks: list[Block], grads: list[Tensor]) -> Tensor:
+def without_gradient(blocks: list[Block], grads: list[Tensor]) -> Tensor:
     """Give bool `[B]`: samples whose gradients are zero (or not finite) everywhere."""
     found: Tensor | None = None
     for block, grad in zip(blocks, grads, strict=True):

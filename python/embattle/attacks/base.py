@@ -44,7 +44,7 @@ class Attack:
         restarts: how often to start anew; the worst try of each sample counts.
         keep: "last" takes the last iterate; "best" the worst one of all, the clean point included:
             the criterion's goal first, then its objective, for each sample, or for the batch as a
-            whole where samples depend on each other. That takes a clean pass more, and one for each
+            whole where samples depend on each other. That takes a clean pass more, and two for each
             restart.
         lower, upper: bounds of the perturbed embeddings: a number, or a tensor that broadcasts to
             the embeddings (samples first). An embedding that lies outside already may stay there.

@@ -17,7 +17,10 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 class _Candidate:
-    """Deltas, what they were evaluated to, and what counts: the goal first, then the objective."""
+    """Deltas, what they were evaluated to, and what counts: the goal first, then the rank.
+
+    The rank is the objective `value`, unless it is known better: as a mean over random numbers.
+    """
 
     def __init__(
         self,
@@ -26,13 +29,15 @@ class _Candidate:
         value: Tensor,
         goal: Tensor | None,
         mark: Tensor | None = None,
+        rank: Tensor | None = None,
     ) -> None:
         self.deltas, self.at, self.value, self.goal = deltas, at, value, goal
+        self.rank = value if rank is None else rank
         self.mark = torch.zeros_like(value, dtype=torch.int64) if mark is None else mark
 
     def beaten_by(self, other: _Candidate) -> Tensor:
         """Give bool `[B]` (or 0-d, of the batches): where the other is worse for the model."""
-        wins = other.value > self.value
+        wins = other.rank > self.rank
         if self.goal is None or other.goal is None:
             return wins
         return torch.where(other.goal == self.goal, wins, other.goal > self.goal)
@@ -61,14 +66,16 @@ class Best:
         self.evaluated: _Candidate | None = None  # what was joined, as it really is
         self.interact = torch.zeros((), dtype=torch.bool, device=self.joined.value.device)
 
-    def offer(self, at: Evaluation, mark: int = 0) -> None:
+    def offer(self, at: Evaluation, mark: Tensor | None = None, rank: Tensor | None = None) -> None:
         """Take the current deltas over, where they are worse for the model than the best so far.
 
-        `mark` says where they come from; the clean point has mark 0.
+        `mark` (int64 `[B]`) says where they come from; the clean point has mark 0. `rank` (`[B]`)
+        takes the objective's place in the comparison.
         """
         blocks = self.stage.blocks
         now = self._candidate([block.delta.detach().clone() for block in blocks], at)
-        now.mark = torch.full_like(now.mark, mark)
+        now.mark = now.mark if mark is None else mark
+        now.rank = now.rank if rank is None else rank
         batch = self.whole_value(self.whole).beaten_by(self.whole_value(now))
         self.whole = _where(batch, now, self.whole, [batch] * len(blocks))
         if not self.stage.found.coupled:
@@ -93,6 +100,8 @@ class Best:
         )
         if now.goal is not None and self.joined.goal is not None:
             differ = differ | (now.goal != self.joined.goal)
+        # The ranks of samples that interact were those of other batches.
+        now.rank = torch.where(differ, now.value, self.joined.rank)
         self.interact = self.interact | differ.any()
         batch = self.whole_value(self.whole).beaten_by(self.whole_value(now))
         self.whole = _where(batch, now, self.whole, [batch] * len(now.deltas))
@@ -112,7 +121,7 @@ class Best:
     def whole_value(one: _Candidate) -> _Candidate:
         """Sum a candidate up over the batch."""
         goal = None if one.goal is None else one.goal.sum()
-        return _Candidate([], one.at, one.value.sum(), goal)
+        return _Candidate([], one.at, one.value.sum(), goal, rank=one.rank.sum())
 
     @property
     def _tolerance(self) -> float:
@@ -135,4 +144,5 @@ def _where(wins: Tensor, one: _Candidate, two: _Candidate, rows: list[Any]) -> _
         torch.where(wins, one.value, two.value),
         goal,
         torch.where(wins, one.mark, two.mark),
+        torch.where(wins, one.rank, two.rank),
     )

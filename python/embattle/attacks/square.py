@@ -100,9 +100,9 @@ class Square(Attack):
         moved = self._norm(block, kept * (part | emptied)) ** order
         unused = (radius**order - self._norm(block, kept) ** order).clamp(min=0)
         here = kept * part
-        turned = here / self._norm(block, here) + (drawn.sign() * part) / self._norm(
-            block, part.to(kept.dtype)
-        )
+        # With equal weights a single coordinate could not change its sign.
+        turned = here / self._norm(block, here)
+        turned = turned + drawn.sign() * part * (1.25 / self._norm(block, part.to(kept.dtype)))
         size = (moved + unused) ** (1 / order)
         return kept * ~(part | emptied) + turned * (size / self._norm(block, turned))
 

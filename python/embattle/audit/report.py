@@ -53,8 +53,8 @@ def document(
         facts: what `metrics.json` holds.
         curves: the picture of accuracy over eps, a PNG.
         losses: the picture of the training losses, a PNG.
-        samples: rows of the table of examples: text, label, and four confidences; a leading `!`
-            marks a wrong prediction.
+        samples: rows of the table of examples: text, label, and four confidences, those of wrong
+            predictions `html.Fallen`.
 
     Returns:
         HTML.

@@ -20,18 +20,20 @@ from embattle import recipe as recipes
 from embattle.audit import figures
 from embattle.audit.evaluation import evaluate, predict, sweep
 from embattle.audit.honesty import order_checks, transfer_check, unbounded_check
+from embattle.audit.html import Fallen
 from embattle.audit.metrics import score, success_rate
 from embattle.audit.report import UNITS, document, summary_rows, threat_words
 from embattle.data.batch import Batch
 from embattle.doctor import version_of
 from embattle.errors import InputError
-from embattle.files import replacing, write_text
+from embattle.files import remove_unfinished, replacing, write_text
 from embattle.models import TextClassifier, load
 from embattle.perturb.site import Site
 from embattle.progress import bar, say
 from embattle.recipe import AttackRecipe, Recipe
+from embattle.run_folder import Run, locked
 from embattle.threat import make_attack
-from embattle.train import VARIANTS, Run, fingerprint
+from embattle.train import VARIANTS
 
 # Examples on which the checks that need further attacks are made.
 CHECKED = 100
@@ -65,8 +67,17 @@ def audit(folder: Path) -> None:
     Raises:
         InputError: if the folder is no finished run, or the data is no longer the same.
     """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a run folder; give one that `embattle train` wrote")
+    with locked(folder, "audit"):
+        _audit(folder)
+
+
+def _audit(folder: Path) -> None:
+    """The same, in a folder that no other process works in."""
     began = time.monotonic()
     run = Run.read(folder)
+    remove_unfinished(folder)
     unfinished = [name for name in VARIANTS if name not in run.variants]
     if unfinished:
         raise InputError(
@@ -75,14 +86,20 @@ def audit(folder: Path) -> None:
         )
     recipe = recipes.load(folder / "recipe.yaml")
     splits = data.load(recipe.data, recipe.seed)
-    if fingerprint(splits) != run.fingerprint:
-        raise InputError(f"the data is not what {folder} was trained on; restore it or train again")
+    run.require(splits, folder)
+    # Everything that is needed is looked at before the first attack, which may take minutes.
+    models = {name: load(folder / name).to(_device()) for name in VARIANTS}
+    for name, model in models.items():
+        if model.head.out_features != len(run.classes):
+            raise InputError(
+                f"{folder / name} names {model.head.out_features} classes and the run "
+                f"{len(run.classes)}; train again with --overwrite"
+            )
     examples = splits.parts[recipe.audit.part]
     facts: dict[str, Any] = {"models": {}, "checks": []}
     victims: dict[str, Victim] = {}
     batches: list[Batch] = []
-    for name in VARIANTS:
-        model = load(folder / name).to(_device())
+    for name, model in models.items():
         batches = model.encode(examples.texts, examples.labels).split(recipe.audit.batch_size)
         labels = torch.tensor(examples.labels)
         victims[name], facts["models"][name] = _examine(recipe, name, model, batches, labels)
@@ -98,13 +115,12 @@ def audit(folder: Path) -> None:
         "counts": run.counts,
         "threat": recipe.threat.model_dump(),
         **facts,
-        "train_seconds": {name: run.variants[name]["seconds"] for name in VARIANTS},
+        "train_seconds": {name: run.variants[name].seconds for name in VARIANTS},
         "audit_seconds": round(time.monotonic() - began, 1),
         "environment": _environment(),
     }
     curves = _curves(recipe, facts, examples.labels)
-    histories = {name: run.variants[name]["history"] for name in VARIANTS}
-    losses = figures.losses_over_steps(histories)
+    losses = figures.losses_over_steps({str(name): run.variants[name].history for name in VARIANTS})
     samples = _samples(examples.texts, torch.tensor(examples.labels), victims, run.classes)
     html = document(recipe, facts, curves=curves, losses=losses, samples=samples)
     write_text(folder / "metrics.json", json.dumps(_plain(facts), indent=2) + "\n")
@@ -121,8 +137,8 @@ def _examine(
     site = Site(model.embedding, group=recipe.threat.group)
     generator = torch.Generator().manual_seed(recipe.seed)
     attacks = {
-        attack.label: make_attack(attack, recipe.threat, generator, best=True)
-        for attack in recipe.audit.attacks
+        label: make_attack(attack, recipe.threat, generator, best=True)
+        for label, attack in recipe.audit.labelled().items()
     }
     scales = sorted(scale for scale in recipe.audit.sweep if scale > 0)
     swept = [
@@ -177,8 +193,9 @@ def _check(
 ) -> list[dict[str, Any]]:
     """The honesty checks of all models."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    noise = [a.label for a in recipe.audit.attacks if a.kind == "noise"]
-    gradient = [a.label for a in recipe.audit.attacks if a.kind != "noise"]
+    labelled = recipe.audit.labelled()
+    noise = [label for label, attack in labelled.items() if attack.kind == "noise"]
+    gradient = [label for label, attack in labelled.items() if attack.kind != "noise"]
     strong = recipe.audit.sweep_attack
     checks = []
     for name, victim in victims.items():
@@ -214,9 +231,8 @@ def _samples(
         for victim in (standard, hardened):
             for logits in (victim.clean, victim.attacked[last]):
                 share = float(logits[i].softmax(0)[labels[i]])
-                cells.append(
-                    ("" if int(logits[i].argmax()) == int(labels[i]) else "!") + f"{share:.0%}"
-                )
+                right = int(logits[i].argmax()) == int(labels[i])
+                cells.append(f"{share:.0%}" if right else Fallen(f"{share:.0%}"))
         rows.append(cells)
     return rows
 

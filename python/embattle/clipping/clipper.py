@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,15 +17,25 @@ from torch.utils._pytree import tree_leaves
 
 from embattle.clipping import noise as dp
 from embattle.clipping import parallel
-from embattle.clipping.combine import Use
+from embattle.clipping.context import Context, Layout
 from embattle.clipping.factors import Mode, Rule, checked_bound, noticeable
-from embattle.clipping.found import Found
-from embattle.clipping.graph import Reached
-from embattle.clipping.install import stand_ins
-from embattle.clipping.layer import Layer, in_use
+from embattle.clipping.grad_sample import DenseGradSample, EmbeddingGradSample, GradSample
+from embattle.clipping.graph import Entries, Graph
+from embattle.clipping.layers import Layer, in_use, watched
+from embattle.clipping.norms import Gradients
 from embattle.clipping.store import Noise, Store
-from embattle.clipping.tape import IsolationCheck, Listener, Tape
-from embattle.clipping.units import Units
+from embattle.clipping.users import Users
+from embattle.clipping.verify import (
+    Known,
+    Verifier,
+    Verify,
+    check_norms,
+    check_sums,
+    find_layouts,
+    likely_layouts,
+    precision,
+)
+from embattle.perturb.evaluation import Evaluation
 
 Weights = Tensor | Callable[[Tensor], Tensor] | None
 
@@ -33,10 +45,10 @@ class ClipResult:
     """What one `PerSampleClipper.backward` found; tensors on the model's device, no gradient.
 
     Attributes:
-        norms: [units], or [units, parameters] for "per_layer": norms before clipping, float64. A
-            unit is a sample, or a user where users were given.
+        norms: [U], or [U, parameters] for "per_layer": norms before clipping, float64; U is the
+            number of samples, or of users where users were given.
         factors: what the gradients were multiplied by, same shape: 1 if unclipped, 0 if not finite.
-        users: [units] the users' ids, in the order of norms; None without users.
+        users: [U] the users' ids, in the order of norms; None without users.
         names: the parameters, in the order of norms' second dimension.
     """
 
@@ -55,11 +67,11 @@ class PerSampleClipper:
     not held in memory (book-keeping: Bu et al., ICML 2023, arXiv 2210.00038). The model itself is
     not changed: forwards are exchanged for the duration of the ``with`` block.
 
-    Layers with their own rule: Linear, Embedding, EmbeddingBag, LayerNorm, RMSNorm, Conv1d, Conv2d,
-    MultiheadAttention, RNN, GRU, LSTM, transformers' Conv1D. Any other module with parameters of
-    its own goes through torch.func, per-sample gradients of that module in memory, with one log
-    line. A parameter used anywhere else raises. What is computed in the block must be
-    differentiated once only.
+    Where the samples are in each layer, that no loss depends on another sample, that sums and norms
+    are right, is checked against autograd (see verify); what fails raises, and leaves ``.grad`` as
+    it was. docs/clipping.md says which layers have rules, and which go through torch.func with
+    per-sample gradients of that module in memory. What is computed in the block must be
+    differentiated once only, and by `backward` alone as far as parameters go.
     """
 
     def __init__(
@@ -74,7 +86,7 @@ class PerSampleClipper:
         expected_batch_size: float | None = None,
         batch_dim: int | Mapping[str, int] = 0,
         broadcast: Iterable[str] = (),
-        check: bool = True,
+        verify: Verify = "sampled",
         noise_multiplier: float = 0.0,
         row_selection: dp.RowSelection | None = None,
         generator: torch.Generator | None = None,
@@ -95,16 +107,18 @@ class PerSampleClipper:
             reduction: "mean" divides the sum by the number of samples (of users, where given), over
                 all ranks; "sum" does not.
             expected_batch_size: what "mean" divides by instead.
-            batch_dim: where the samples are in the inputs of the layers, or a mapping from module
-                name (and whatever is inside) to it. Attention and recurrent layers know by
-                themselves.
+            batch_dim: where the samples are in the model's inputs, or a mapping from module name
+                (and whatever is inside) to it: which inputs are the same for all samples, and how
+                modules without rules are split, depend on it. Other layers find out.
             broadcast: names of modules whose input is the same for all samples and lacks the batch
                 dimension (positions as [T]). A batch dimension of size 1 needs no mention.
-            check: whether the first `backward` verifies, at the price of one more partial backward
-                pass, that the losses of half of the samples leave the others' rows alone. Not done
-                under torch.compile and reentrant checkpointing.
+            verify: when a backward pass is checked against autograd, at the price of about one
+                more: "first": when the losses' graph is new (other layers, operators, sizes or
+                modes), and again while gradients of zero may hide something; "sampled": one in 64
+                passes besides, at random; "always".
             noise_multiplier: standard deviation of Gaussian noise on the sum, in units of C (of the
-                root of the summed squares for "per_layer"). Weights must then not exceed 1.
+                root of the summed squares for "per_layer"); where a step has several batches, of
+                the most that a sample of any of them can add. Weights must then not exceed 1.
             row_selection: which rows of sparse tables get noise; default: all, made dense, with a
                 warning.
             generator: source of the noise; default: torch's own for the parameter's device.
@@ -121,6 +135,10 @@ class PerSampleClipper:
         if reduction not in ("mean", "sum"):
             raise ValueError(
                 f"PerSampleClipper: reduction must be 'mean' or 'sum', got {reduction!r}"
+            )
+        if verify not in ("always", "sampled", "first"):
+            raise ValueError(
+                f"PerSampleClipper: verify must be 'always', 'sampled' or 'first', got {verify!r}"
             )
         for name, value in (("gamma", gamma), ("noise_multiplier", noise_multiplier)):
             if not (math.isfinite(value) and value >= 0):
@@ -147,15 +165,16 @@ class PerSampleClipper:
         for name in (*self._batch_dims, *self._broadcast):
             if name not in known:
                 raise ValueError(f"PerSampleClipper: the model has no module named {name!r}")
-        self._check = check
-        self._tape = Tape()
-        self._tape.check = check
-        self._layers: list[tuple[nn.Module, Layer]] = []
-        self._layers_for: list[object] | None = None
+        self._context = Context()
+        self._verifier = Verifier(verify)
+        self._layers: list[Layer] = []
+        self._watched: list[object] | None = None
+        self._version = 0
         self._named: list[tuple[str, Parameter]] = []
-        self._names: dict[Parameter, str] = {}
         self._stack: ExitStack | None = None
         self._store = Store(self._group)
+        self._sensitivity = 0.0
+        self._guard = OrderedDict({0: partial(_refuse_other_passes, self._context)})
 
     # --- entering and leaving ---------------------------------------------------------------------
 
@@ -164,7 +183,7 @@ class PerSampleClipper:
 
         Raises:
             RuntimeError: another clipper is at work on the model.
-            ValueError: a layer couples the samples of a batch.
+            ValueError: a layer couples the samples of a batch, or a parameter has a gradient hook.
         """
         if self._stack is not None:
             raise RuntimeError("PerSampleClipper: already entered; leave the with block first")
@@ -173,63 +192,99 @@ class PerSampleClipper:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Puts the model's own forwards back."""
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Puts the model's own forwards back.
+
+        Raises:
+            RuntimeError: in place of one of torch's that comes after inputs were spread over the
+                batch, which may be why.
+        """
         stack, self._stack = self._stack, None
-        self._tape.batch_size = None
-        self._tape.ran_without_grad = False
+        context = self._context
+        context.batch_size, context.declared = None, False
+        context.ran_without_grad = False
+        spread, context.spread = context.spread, set()
         if stack is not None:
             stack.close()
+        if spread and type(error) is RuntimeError and "PerSampleClipper" not in str(error):
+            raise RuntimeError(
+                f"PerSampleClipper: the model failed: {error}. If it does not without the clipper: "
+                f"the inputs of {sorted(spread)} have size 1 where samples are taken to be, and "
+                "were given a row for every sample. If the samples are in another dim of theirs, "
+                "say so by batch_dim={name: dim}"
+            ) from error
 
     def _install(self, stack: ExitStack) -> None:
         current: list[object] = []
         for module in _modules(self._core):
+            held = module.__dict__
             if in_use(module):
                 raise RuntimeError(
                     "PerSampleClipper: the model is inside another clipper's with block"
                 )
-            own = module._parameters
-            if own:
-                current += (module, module.training, "forward" in module.__dict__)
-                for p in own.values():
-                    current += (id(p), p is not None and p.requires_grad)
-        if current != self._layers_for:
+            current += (module, type(module), held["training"], "forward" in held)
+            current += (len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]))
+            for p in held["_parameters"].values():
+                current += (id(p), p is not None and p.requires_grad)
+        if current != self._watched:
             self._named = [(n, p) for n, p in self._core.named_parameters() if p.requires_grad]
-            self._names = {p: name for name, p in self._named}
-            self._layers = stand_ins(self._core, self._tape, self._batch_dims, self._broadcast)
-            self._layers_for = current
+            self._context.names = {p: name for name, p in self._named}
+            self._layers = watched(self._core, self._context, self._batch_dims, self._broadcast)
+            self._watched = current
+            self._version += 1
         if self._ddp is not None:
             stack.enter_context(self._ddp.no_sync())
-        stack.callback(self._take_out)
-        for _, layer in self._layers:
+        if self._compiled:
+            # A graph that is checked is differentiated twice.
+            stack.enter_context(torch._functorch.config.patch(donated_buffer=False))
+        for name, p in self._named:
+            if p._backward_hooks:
+                raise ValueError(
+                    f"PerSampleClipper: parameter '{name}' has a gradient hook, which would be "
+                    "skipped: it is meant for the gradient of the batch. Remove it, and change "
+                    "the gradient after clipper.backward"
+                )
+        self._context.compare = self._verifier.chosen()
+        stack.callback(self._take_out, [p for _, p in self._named], self._layers)
+        guard: Any = self._guard
+        for _, p in self._named:
+            p._backward_hooks = guard
+        for layer in self._layers:
             layer.put_in()
         hook = self._core.register_forward_pre_hook(
             self._note_batch, prepend=True, with_kwargs=True
         )
         stack.callback(hook.remove)
 
-    def _take_out(self) -> None:
-        for _, layer in self._layers:
+    @staticmethod
+    def _take_out(parameters: list[Parameter], layers: list[Layer]) -> None:
+        for layer in layers:
             layer.take_out()
+        for p in parameters:
+            p._backward_hooks = None
 
     def _note_batch(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._tape.inside:
+        context = self._context
+        if context.inside_vmap or context.declared:
             return
         dim = self._batch_dims.get("", 0)
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.dim() > dim:
-                self._tape.batch_size = leaf.shape[dim]
+                context.batch_size = leaf.shape[dim]
                 return
 
     def expect(self, batch_size: int) -> None:
-        """Says how many samples the next forward passes hold, if the model is not called whole."""
-        self._tape.batch_size = batch_size
+        """Says how many samples the forward passes in this block hold.
+
+        For models that are not called whole, or whose first argument has another first dim.
+        """
+        self._context.batch_size, self._context.declared = batch_size, True
 
     # --- the backward pass ------------------------------------------------------------------------
 
     def backward(
         self,
-        losses: Tensor,
+        losses: Tensor | Evaluation,
         *,
         weights: Weights = None,
         users: Tensor | None = None,
@@ -242,16 +297,17 @@ class PerSampleClipper:
         """Adds the clipped gradients to ``.grad``.
 
         Args:
-            losses: [B], one per sample, computed inside the with block; sums of several losses of
-                the same sample (clean and adversarial) have their joint gradient clipped.
+            losses: [B], one per sample (or an `Evaluation` that holds them), computed inside the
+                with block; sums of several losses of the same sample (clean and adversarial) have
+                their joint gradient clipped.
             weights: see the constructor.
-            users: [B] integers: samples with the same one are a unit, and the norm of their summed
+            users: [B] integers: samples with the same one are one user, and the norm of their joint
                 gradient is bounded. Weights then apply before clipping.
             scale: multiplies the result, not the norms: 1/k for each of k accumulated batches.
             max_norm: overrides the constructor's for this call.
             scaler: a torch.amp.GradScaler: the backward pass runs on scaled losses, norms are those
                 of unscaled gradients, and the result is scaled, as scaler.step expects. If more
-                than half of the units are not finite the result is made so, for the scaler to
+                than half of the norms are not finite the result is made so, for the scaler to
                 notice.
             retain_graph: keep the graph for another backward.
             last: whether this is the last batch before the optimiser's step: ranks are reduced and
@@ -261,16 +317,19 @@ class PerSampleClipper:
             Norms and factors.
 
         Raises:
-            RuntimeError: outside of the with block, or a parameter was used where it cannot be
-                followed.
+            RuntimeError: outside of the with block; a parameter was used where it cannot be
+                followed; sums or norms are not autograd's.
             ValueError: losses, weights or users have a wrong shape, or samples are coupled.
         """
         if self._stack is None:
             raise RuntimeError("PerSampleClipper: call backward inside 'with clipper:'")
+        if isinstance(losses, Evaluation):
+            if losses.losses is None:
+                raise ValueError("PerSampleClipper: the Evaluation holds no losses [B]")
+            losses = losses.losses
         self._check_losses(losses)
-        samples = len(losses)
         weights = self._resolve_weights(self.weights if weights is None else weights, losses)
-        units = self._units(losses, users, weights)
+        own_users = self._users(losses, users, weights)
         # scale, unlike get_scale, readies a fresh scaler for its step.
         loss_scale = 1.0 if scaler is None else float(scaler.scale(losses.new_ones(())))
         named = self._named
@@ -280,35 +339,163 @@ class PerSampleClipper:
                 f"PerSampleClipper: max_norm has {len(bound)} numbers for {len(named)} trained "
                 f"parameters"
             )
-        reached = Reached(losses.grad_fn, self._tape, self._names)
-        self._refuse_stray(reached.stray)
-        if samples:
-            self._verify_isolation(losses, reached)
-        uses = self._listen(losses, reached, loss_scale, retain_graph)
-        del reached
         device = losses.device
+        found = self._differentiate(losses, own_users, loss_scale, retain_graph)
         with torch.no_grad(), _without_autocast(device.type):
             rule = Rule(self.mode, bound, self.gamma)
-            apart = self.mode == "per_layer"
-            found = Found(named, uses, units, joined=not apart)
-            norms = found.layer_norms(device) if apart else found.norms(device)
-            if loss_scale != 1:
-                norms = norms / loss_scale
+            gradients = Gradients(named, found.grad_samples, own_users)
+            of = dict(gradients.of) if found.probed else {}
+            norms = gradients.norms(device, apart=self.mode == "per_layer")
             # A sum that overflows costs a look at every sample, no more.
             finite = math.isfinite(float(norms.sum()))
+            if finite:
+                self._check(found, of, own_users, norms)
+            of.clear()
+            if loss_scale != 1:
+                norms = norms / loss_scale
             factors = rule.factors(norms, finite)
             if not finite:
-                found.clean(norms)
-            share = scale / self._divisor(units.count, device)
+                gradients.clean(norms)
+            divisor, count = self._divisor(own_users.count, device)
+            share = scale / divisor
+            if count:
+                most = rule.sensitivity(len(named)) * share * loss_scale
+                self._sensitivity = max(self._sensitivity, most)
             self._store.add(
-                found,
+                gradients,
                 factors if scaler is None else noticeable(factors, norms),
                 weights if users is None else None,
                 share,
-                noise=self._noise(rule.sensitivity(len(named)) * share * loss_scale),
+                noise=self._noise(
+                    self._sensitivity or rule.sensitivity(len(named)) * share * loss_scale
+                ),
                 last=last,
             )
-        return ClipResult(norms, factors, units.ids, tuple(self._names.values()))
+            for node, grad in found.leaves:
+                node(grad)
+            if last:
+                self._sensitivity = 0.0
+        names = tuple(self._context.names.values())
+        return ClipResult(norms, factors, own_users.ids, names)
+
+    def _differentiate(
+        self, losses: Tensor, users: Users, loss_scale: float, retain_graph: bool
+    ) -> _Pass:
+        """The backward passes: every parameter's grad samples, and what probes need."""
+        found = _Pass()
+        samples = len(losses)
+        if not samples:
+            return found
+        graph = Graph(losses.grad_fn, self._context)
+        self._refuse_changes(graph)
+        parameters = [p for _, p in self._named]
+        leaves = [node.variable for node in graph.leaves]
+        seeds = torch.full_like(losses, loss_scale)
+        if samples == 1:
+            # The gradient of one loss is autograd's, whatever the model does.
+            self._refuse_spread()
+            _, grads = graph.gradients(
+                losses, seeds, [*parameters, *leaves], retain_graph=retain_graph, edges=False
+            )
+            for p, grad in zip(parameters, grads, strict=False):
+                if grad is not None:
+                    found.grad_samples[p] = [_of_one(grad)]
+            found.keep(graph, grads[len(parameters) :])
+            return found
+        self._refuse_stray(graph.stray)
+        signature = (graph.signature, samples, users.of_sample is None, self._version)
+        known, due = self._verifier.known(signature, (graph.structure, self._version))
+        due = due or graph.nested
+        r = self._verifier.weights(losses) if due else losses
+        share = (seeds * r).to(losses.dtype)
+        probed: Entries = []
+        if graph.nested:
+            # Leaves that a checkpointed part hides get what either pass leaves, the whole in all.
+            probed, first = graph.gradients(
+                losses, share, [*parameters, *leaves], retain_graph=True
+            )
+            rest, others = graph.gradients(losses, seeds - share, leaves, retain_graph=retain_graph)
+            entries = [
+                (record, grad if grad is None or part is None else grad + part)
+                for (record, grad), (_, part) in zip(rest, probed, strict=False)
+            ]
+            found.truth = first[: len(parameters)]
+            grads = [_added(a, b) for a, b in zip(first[len(parameters) :], others, strict=True)]
+        else:
+            unseen = due or None in known.layouts
+            entries, grads = graph.gradients(
+                losses, seeds, leaves, retain_graph=retain_graph or unseen
+            )
+        found.keep(graph, grads)
+        places = known.layouts
+        if not due and any(
+            layout is None and grad is not None
+            for layout, (_, grad) in zip(places, entries, strict=True)
+        ):
+            # A layer whose place nobody has seen yet; the graph is still there.
+            self._verifier.forget(signature)
+            del entries, grads
+            return self._differentiate(losses, users, loss_scale, retain_graph)
+        if due:
+            whole = not known.done or graph.nested
+            finite = _finite(entries)
+            if finite and not graph.nested:
+                probed, found.truth = graph.gradients(
+                    losses, share, parameters, retain_graph=retain_graph, edges=whole
+                )
+            if finite and _finite(probed):
+                found.r, found.limit = r, precision(self._named, entries)
+                found.probed, found.signature = known, signature
+                if whole:
+                    found.probed = find_layouts(entries, probed, r, found.limit)
+                places = found.probed.layouts
+            else:
+                places = likely_layouts(entries, samples)
+            del probed
+        self._context.probed = found.probed is not None
+        self._deliver(entries, places, samples, found.grad_samples)
+        if not retain_graph:
+            graph.forget_inputs()
+        return found
+
+    @staticmethod
+    def _deliver(
+        entries: Entries,
+        places: list[Layout | None],
+        samples: int,
+        found: dict[Parameter, list[GradSample]],
+    ) -> None:
+        def add(p: Parameter, each: GradSample) -> None:
+            found.setdefault(p, []).append(each)
+
+        with torch.no_grad():
+            while entries:
+                record, grad = entries.pop()
+                layout = places[len(entries)]
+                if grad is not None and layout is not None:
+                    record.deliver(add, record.shaped(grad), layout, samples)
+
+    def _check(
+        self, found: _Pass, of: dict[Parameter, list[GradSample]], users: Users, norms: Tensor
+    ) -> None:
+        if found.probed is None:
+            return
+        limit, user = found.limit, self._verifier.choose(users.count)
+        largest = check_sums(self._named, of, found.truth, found.r, limit)
+        check_norms(self._named, of, users, norms, user, limit, largest)
+        self._verifier.remember(found.signature, found.probed)
+
+    def _refuse_changes(self, graph: Graph) -> None:
+        """A parameter that has come to the model, or is trained now, since the block began."""
+        new = {id(node.variable) for node in graph.leaves if isinstance(node.variable, Parameter)}
+        if not new:
+            return
+        for name, p in self._core.named_parameters():
+            if id(p) in new:
+                raise RuntimeError(
+                    f"PerSampleClipper: parameter '{name}' was not the model's, or not trained, "
+                    "when the with block was entered; change the model outside of the block"
+                )
 
     @staticmethod
     def _check_losses(losses: Tensor) -> None:
@@ -343,82 +530,45 @@ class PerSampleClipper:
         return found
 
     @staticmethod
-    def _units(losses: Tensor, users: Tensor | None, weights: Tensor | None) -> Units:
+    def _users(losses: Tensor, users: Tensor | None, weights: Tensor | None) -> Users:
         samples = len(losses)
         if users is None:
-            return Units(samples)
+            return Users(samples)
         if users.shape != (samples,) or users.is_floating_point():
             raise ValueError(
                 f"PerSampleClipper: users must be {samples} integers, got {users.dtype} of shape "
                 f"{tuple(users.shape)}"
             )
-        return Units(samples, users.to(losses.device), weights)
+        return Users(samples, users.to(losses.device), weights)
 
-    def _verify_isolation(self, losses: Tensor, reached: Reached) -> None:
-        samples = len(losses)
-        if not self._check or self._compiled or samples < 2:
-            return
-        if reached.nested:
-            self._check = False
-            return
-        listener = IsolationCheck(samples)
-        half = torch.zeros_like(losses)
-        half[samples // 2 :] = 1
-        self._tape.listener = listener
-        try:
-            reached.differentiate(losses, half, self._tape, retain_graph=True, leaves=False)
-        finally:
-            self._tape.listener = None
-        listener.verify()
-        self._check = False
-
-    def _listen(
-        self, losses: Tensor, reached: Reached, loss_scale: float, retain_graph: bool
-    ) -> dict[Parameter, list[Use]]:
-        listener = Listener(len(losses))
-        if not len(losses):
-            return listener.uses
-        self._tape.listener = listener
-        seeds = torch.full_like(losses, loss_scale)
-        try:
-            if not reached.nested:
-                reached.differentiate(
-                    losses, seeds, self._tape, retain_graph=retain_graph, leaves=True
-                )
-                return listener.uses
-            # Whatever autograd itself leaves in .grad was used where nobody listens.
-            before = [p.grad for _, p in self._named]
-            for _, p in self._named:
-                p.grad = None
-            try:
-                reached.differentiate_nested(losses, seeds, retain_graph=retain_graph)
-                stray = next((name for name, p in self._named if p.grad is not None), None)
-            finally:
-                for (_, p), grad in zip(self._named, before, strict=True):
-                    p.grad = grad
-        finally:
-            self._tape.listener = None
-        self._refuse_stray(stray)
-        return listener.uses
-
-    @staticmethod
-    def _refuse_stray(name: str | None) -> None:
-        if name is not None:
-            raise RuntimeError(
-                f"PerSampleClipper: parameter '{name}' is used where its per-sample gradients "
-                "cannot be followed: outside of its module's forward, or in a forward compiled "
-                "before the with block. Use it through a module (for tied weights, an nn.Linear "
-                "whose weight is the table's), or freeze it"
+    def _refuse_spread(self) -> None:
+        """A single loss cannot tell whether several rows for one have changed it."""
+        if self._context.spread:
+            raise ValueError(
+                f"PerSampleClipper: inputs of {sorted(self._context.spread)} were given a row for "
+                "each of several samples, but there is a single loss. Call clipper.expect(1) "
+                "before the model, or say by batch_dim where samples are"
             )
 
-    def _divisor(self, count: int, device: torch.device) -> float:
-        if self.reduction == "sum":
-            return 1.0
-        if self.expected_batch_size is not None:
-            return self.expected_batch_size
+    def _refuse_stray(self, stray: Parameter | None) -> None:
+        if stray is not None:
+            raise RuntimeError(
+                f"PerSampleClipper: parameter '{self._context.names[stray]}' is used where its "
+                "per-sample gradients cannot be followed: outside of its module's forward, through "
+                "a tensor that stands in for it (functional_call), in a forward compiled before "
+                "the with block, or in a gradient that is itself differentiated. Use it through a "
+                "module (for tied weights, an nn.Linear whose weight is the table's), or freeze it"
+            )
+
+    def _divisor(self, count: int, device: torch.device) -> tuple[float, int]:
+        """What sums are divided by, and whether there is anything to sum."""
+        if self.reduction == "sum" or self.expected_batch_size is not None:
+            divisor = 1.0 if self.reduction == "sum" else self.expected_batch_size
+            assert divisor is not None
+            return divisor, count if self._group is None else 1
         if self._group is not None:
             count = parallel.total(count, device, self._group)
-        return float(max(count, 1))
+        return float(max(count, 1)), count
 
     def _noise(self, sensitivity: float) -> Noise | None:
         if not self.noise_multiplier:
@@ -436,6 +586,59 @@ class PerSampleClipper:
             return self.noise_multiplier
         both = self.noise_multiplier**-2 + self.row_selection.noise_multiplier**-2
         return float(both**-0.5)
+
+
+@dataclass
+class _Pass:
+    """What `PerSampleClipper._differentiate` found.
+
+    Attributes:
+        grad_samples: of each parameter.
+        leaves: nodes of leaves that are not the model's, and their gradients.
+        r, truth, limit, probed, signature: of a pass that is checked: the probe's weights, each
+            parameter's gradient under them, how exact it is, the layouts, and what to remember
+            them by.
+    """
+
+    grad_samples: dict[Parameter, list[GradSample]] = field(default_factory=dict)
+    leaves: list[tuple[Any, Tensor]] = field(default_factory=list)
+    r: Tensor = field(default_factory=lambda: torch.zeros(0))
+    truth: list[Tensor | None] = field(default_factory=list)
+    limit: float = 0.0
+    probed: Known | None = None
+    signature: object = None
+
+    def keep(self, graph: Graph, grads: list[Tensor | None]) -> None:
+        """Keeps the leaves' gradients until the pass is known to be right."""
+        for node, grad in zip(graph.leaves, grads, strict=True):
+            if grad is not None:
+                self.leaves.append((node, grad))
+
+
+def _finite(entries: Entries) -> bool:
+    return all(grad is None or bool(grad.sum().isfinite()) for _, grad in entries)
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
+
+
+def _of_one(grad: Tensor) -> GradSample:
+    """The gradient of a single sample as per-sample gradients."""
+    if not grad.is_sparse:
+        return DenseGradSample(grad.unsqueeze(0))
+    grad = grad.coalesce()
+    return EmbeddingGradSample(grad.indices(), grad.values().unsqueeze(0), None, True)
+
+
+def _refuse_other_passes(context: Context, _: Tensor) -> None:
+    """Hooked to the parameters inside of the block."""
+    if not context.backward:
+        raise RuntimeError(
+            "PerSampleClipper: a backward pass other than clipper.backward reaches a parameter of "
+            "the model inside the with block, where its gradient would not be clipped. Ask for "
+            "other gradients by torch.autograd.grad(loss, inputs), or do it outside of the block"
+        )
 
 
 def _modules(root: nn.Module) -> list[nn.Module]:

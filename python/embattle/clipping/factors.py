@@ -1,4 +1,4 @@
-"""From the norms of the units' gradients to what the gradients are multiplied by."""
+"""From the norms of the users' gradients to what the gradients are multiplied by."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ class Rule:
         return factors.nan_to_num_(nan=0.0, posinf=0.0)
 
     def sensitivity(self, parameters: int) -> float:
-        """The largest norm of what one unit adds to the sum."""
+        """The largest norm of what one user adds to the sum."""
         if not isinstance(self.bound, float):
             return math.sqrt(sum(c * c for c in self.bound))
         return self.bound * math.sqrt(parameters) if self.mode == "per_layer" else self.bound
 
 
 def noticeable(factors: Tensor, norms: Tensor) -> Tensor:
-    """Factors that are NaN if most units overflowed, so that a loss scaler lowers its scale."""
+    """Factors that are NaN if most users overflowed, so that a loss scaler lowers its scale."""
     bad = ~norms.isfinite()
     lost = bad.double().mean() > 0.5
     return torch.where(lost, torch.full_like(factors, math.nan), factors)

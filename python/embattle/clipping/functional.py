@@ -1,4 +1,4 @@
-"""Any other module with parameters of its own: torch.func on that module alone."""
+"""Modules that use parameters in ways without a rule: torch.func on such a module alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,45 +15,22 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from embattle.clipping.layer import Layer, apply, once
-from embattle.clipping.uses import DenseUse
+from embattle.clipping.context import tolerance
+from embattle.clipping.operators import expand
+
+if TYPE_CHECKING:
+    from embattle.clipping.layers import Layer
 
 _log = logging.getLogger("embattle.clipping")
-
-
-class _PerSample(torch.autograd.Function):
-    """A parameter once per sample, not copied; what comes back are per-sample gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, value: Tensor, parameter: Any, samples: int, layer: Any
-    ) -> Tensor:
-        ctx.parameter, ctx.layer = parameter, layer
-        ctx.set_materialize_grads(False)
-        return value.expand(samples, *value.shape)
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
-        listener = ctx.layer.tape.listener
-        if grad is not None and listener is not None:
-            grad = grad.reshape(len(grad), *ctx.parameter[0].shape)
-            listener.add(ctx.parameter[0], DenseUse(grad), ctx.layer.name)
-        return None, None, None, None, None
-
-
-def per_sample(layer: Layer, parameter: Parameter, value: Tensor, samples: int) -> Tensor:
-    """[samples, *value.shape]: value, from parameter, with the parameter's clipped gradient.
-
-    Args:
-        layer: where it happens.
-        parameter: the parameter; its shape holds as many numbers as value's.
-        value: the parameter without gradient, reshaped at will.
-        samples: how many.
-    """
-    # In a tuple, so that autograd does not take the parameter for an input.
-    out: Tensor = apply(_PerSample, layer.tape.anchor, value, (parameter,), samples, layer)
-    return out
+_DROPOUTS = {
+    getattr(place, name)
+    for place, names in (
+        (F, ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")),
+        (F, ("feature_alpha_dropout",)),
+        (torch, ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")),
+    )
+    for name in names
+}
 
 
 @contextmanager
@@ -73,16 +50,27 @@ def _swapped(module: nn.Module, values: dict[Parameter, Tensor]) -> Iterator[Non
             held[name] = parameter
 
 
-class _Padding(TorchFunctionMode):
-    """Embeddings keep their padding row without gradient; under vmap torch forgets about it."""
+class _Functions(TorchFunctionMode):
+    """Embeddings keep their padding row without gradient; under vmap torch forgets about it.
+
+    With `still`, nothing is dropped.
+    """
+
+    def __init__(self, still: bool) -> None:
+        super().__init__()
+        self.still = still
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func is not F.embedding:
-            return func(*args, **kwargs)
-        return _embedding(*args, **kwargs)
+        if self.still:
+            if func in _DROPOUTS:
+                return args[0] if args else kwargs["input"]
+            if func is F.scaled_dot_product_attention:
+                kwargs["dropout_p"] = 0.0
+                return func(*args[:4], **kwargs)
+        return _embedding(*args, **kwargs) if func is F.embedding else func(*args, **kwargs)
 
 
 def _embedding(
@@ -96,166 +84,177 @@ def _embedding(
     return torch.where((input == place).unsqueeze(-1), rows.detach(), rows)
 
 
-class FunctionalLayer(Layer):
-    """Per-sample gradients through torch.func.vmap over the samples.
+class Functional:
+    """Runs a module under torch.func.vmap over the samples.
 
     The module sees one sample at a time (with a batch dimension of size 1). Its per-sample
     gradients are held in memory.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._compared = False
-        size = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+    def __init__(self, layer: Layer, why: str) -> None:
+        """For a layer, because of `why`: what its module does that has no rule."""
+        self.layer = layer
+        self.module: nn.Module = layer.module
+        self.why = why
+        self._compared: set[object] = set()
         _log.info(
-            "layer '%s' (%s) has no clipping rule of its own: its per-sample gradients (%d numbers "
-            "a "
+            "layer '%s' (%s) has no clipping rule for %s: its per-sample gradients (%d numbers a "
             "sample) come from torch.func",
-            self.name,
+            layer.name,
             type(self.module).__name__,
-            size,
+            why,
+            sum(p.numel() for p in self.module.parameters() if p.requires_grad),
         )
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own."""
-        trained = [p for p in self.module.parameters() if p.requires_grad]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward."""
+        layer, context = self.layer, self.layer.context
+        if not torch.is_grad_enabled():
+            context.ran_without_grad = True
+        trained = [p for p in self.module.parameters() if p in context.names]
         leaves, spec = tree_flatten((args, kwargs))
-        samples = self._samples(leaves)
+        samples, spread = self._samples(leaves)
+        values = [expand(layer, p, p, (samples, *p.shape), 0 if spread else None) for p in trained]
+        outs, out_spec = self._mapped(leaves, spec, samples, trained, values, still=False)
+        sizes = tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor))
+        key = (sizes, self.module.training)
+        if context.compare or key not in self._compared:
+            self._compare(outs, leaves, spec, samples, trained, values)
+            self._compared.add(key)
+        return tree_unflatten(outs, out_spec)
+
+    def _mapped(
+        self,
+        leaves: list[Any],
+        spec: Any,
+        samples: int,
+        trained: list[Parameter],
+        values: list[Tensor],
+        *,
+        still: bool,
+    ) -> tuple[list[Any], Any]:
         dims = [self._dim(leaf, samples) for leaf in leaves]
-        values = [per_sample(self, p, p.detach(), samples) for p in trained]
         form: list[Any] = []
 
         def one(inputs: list[Any], own: list[Tensor]) -> list[Tensor]:
             inputs = [
                 x if dim is None else x.unsqueeze(dim) for x, dim in zip(inputs, dims, strict=True)
             ]
-            call_args, call_kwargs = tree_unflatten(inputs, spec)
-            with _swapped(self.module, dict(zip(trained, own, strict=True))), _Padding():
-                out = self.original(*call_args, **call_kwargs)
+            args, kwargs = tree_unflatten(inputs, spec)
+            with _swapped(self.module, dict(zip(trained, own, strict=True))), _Functions(still):
+                out = self.layer.original(*args, **kwargs)
             outs, out_spec = tree_flatten(out)
             form[:] = [out_spec, [None if isinstance(x, Tensor) else x for x in outs]]
-            tensors = [x for x in outs if isinstance(x, Tensor)]
-            return [self._without_batch(x) for x in tensors]
+            return [self._without_batch(x) for x in outs if isinstance(x, Tensor)]
 
-        self.tape.inside += 1
+        context = self.layer.context
+        context.inside_vmap += 1
         try:
             with warnings.catch_warnings():
                 # Operators without a batching rule: the log line has said that this layer is slow.
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 mapped = torch.vmap(one, in_dims=(dims, 0), randomness="different")(leaves, values)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise RuntimeError(
-                f"PerSampleClipper: layer '{self.name}' ({type(self.module).__name__}) has no "
-                f"clipping "
-                f"rule of its own and cannot run under torch.func.vmap either: {error}. Build it "
-                f"from "
-                "known layers, or freeze its parameters"
+                f"PerSampleClipper: layer '{self.layer.name}' ({type(self.module).__name__}) has "
+                f"no clipping rule for {self.why}, and cannot run under torch.func.vmap either: "
+                f"{error}. Build it from known layers, or freeze its parameters"
             ) from error
         finally:
-            self.tape.inside -= 1
+            context.inside_vmap -= 1
         out_spec, fixed = form
         found = iter(mapped)
         outs = []
         for other in fixed:
-            if other is not None:
-                outs.append(other)
-                continue
-            x = next(found)
-            outs.append(x.movedim(0, min(self.batch_dim, x.dim() - 1)))
-        if self.tape.check and not self._compared:
-            self._compare(outs, args, kwargs)
-            self._compared = True
-        return tree_unflatten(outs, out_spec)
+            x = other if other is not None else next(found)
+            outs.append(x if other is not None else x.movedim(0, self._place(x)))
+        return outs, out_spec
 
-    def _compare(self, outs: list[Any], args: Any, kwargs: Any) -> None:
-        """Whether one sample at a time gives what the module gives for the batch."""
-        if any(
-            isinstance(m, nn.modules.dropout._DropoutNd) and m.training
-            for m in self.module.modules()
-        ):
-            return
-        self.tape.inside += 1
+    def _compare(
+        self,
+        outs: list[Any],
+        leaves: list[Any],
+        spec: Any,
+        samples: int,
+        trained: list[Parameter],
+        values: list[Tensor],
+    ) -> None:
+        """Whether one sample at a time gives what the module gives for the batch.
+
+        Without dropout in either; other randomness makes the two differ.
+        """
+        context = self.layer.context
+        args, kwargs = tree_unflatten(leaves, spec)
+        context.inside_vmap += 1
         try:
             with torch.no_grad():
-                whole = tree_flatten(self.original(*args, **kwargs))[0]
+                if any(
+                    isinstance(m, nn.modules.dropout._DropoutNd) or getattr(m, "dropout", 0)
+                    for m in self.module.modules()
+                ):
+                    outs, _ = self._mapped(leaves, spec, samples, trained, values, still=True)
+                with _Functions(still=True):
+                    whole = tree_flatten(self.layer.original(*args, **kwargs))[0]
         finally:
-            self.tape.inside -= 1
+            context.inside_vmap -= 1
         for found, wanted in zip(outs, whole, strict=True):
             if not isinstance(wanted, Tensor):
                 continue
-            wanted = wanted.expand_as(found) if wanted.dim() == found.dim() else wanted
-            if found.shape != wanted.shape or not torch.allclose(
-                found.double(), wanted.double(), rtol=1e-2, atol=1e-3, equal_nan=True
-            ):
+            same = found.shape == wanted.shape
+            if not same and found.dim() == wanted.dim():
+                same = wanted.shape[self._place(wanted)] == 1
+            if not same or not _alike(found, wanted):
                 raise ValueError(
-                    f"PerSampleClipper: layer '{self.name}' ({type(self.module).__name__}) gives "
-                    f"other "
-                    "values for single samples than for the batch: it couples samples, one of its "
-                    "arguments has the number of samples as another size, or it is random (then "
-                    "pass "
-                    "check=False)"
+                    f"PerSampleClipper: layer '{self.layer.name}' ({type(self.module).__name__}) "
+                    "gives other values for single samples than for the batch: it couples samples, "
+                    "one of its arguments has the number of samples as another size, or it is "
+                    "random other than by dropout. Build it from known layers, so that it needs no "
+                    "torch.func, or freeze its parameters"
                 )
 
+    def _place(self, x: Tensor) -> int:
+        return min(self.layer.batch_dim, max(x.dim() - 1, 0))
+
     def _without_batch(self, x: Tensor) -> Tensor:
-        dim = min(self.batch_dim, x.dim() - 1)
+        dim = self._place(x)
         if x.dim() == 0 or x.shape[dim] != 1:
             raise ValueError(f"for one sample it returned a tensor of shape {tuple(x.shape)}")
         return x.squeeze(dim)
 
-    def _samples(self, leaves: list[Any]) -> int:
-        if self.tape.batch_size is not None:
-            return self.tape.batch_size
-        for leaf in leaves:
-            if isinstance(leaf, Tensor) and leaf.dim() > self.batch_dim:
-                return leaf.shape[self.batch_dim]
-        raise RuntimeError(
-            f"PerSampleClipper: the number of samples is not known in layer '{self.name}'; call "
-            f"the model "
-            "itself, not only parts of it, or use clipper.expect(batch_size) before"
-        )
+    def _samples(self, leaves: list[Any]) -> tuple[int, bool]:
+        """How many samples there are, and whether the inputs are the same for all of them."""
+        layer = self.layer
+        inputs = [x for x in leaves if isinstance(x, Tensor) and x.dim() > layer.batch_dim]
+        sizes = [x.shape[layer.batch_dim] for x in inputs]
+        known = layer.context.batch_size
+        if known in sizes and not layer.broadcast:
+            assert known is not None
+            return known, False
+        same = all(size == 1 for size in sizes) and not any(x.requires_grad for x in inputs)
+        if known is not None and (same or layer.broadcast):
+            layer.context.spread.add(layer.name)
+            return known, True
+        if sizes and not layer.broadcast:
+            return int(sizes[0]), False
+        raise layer.unknown_size()
 
     def _dim(self, leaf: Any, samples: int) -> int | None:
         """Which dim of an argument to map over; None for what all samples share (a mask [T, T]).
 
         With as many positions as samples the two look alike; `_compare` tells.
         """
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or self.broadcast:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or self.layer.broadcast:
             return None
-        dim = min(self.batch_dim, leaf.dim() - 1)
+        dim = self._place(leaf)
         return dim if leaf.shape[dim] == samples else None
 
 
-@contextmanager
-def broadcast_parameters(layer: Layer, names: list[str]) -> Iterator[None]:
-    """module with parameters of shape [1, ...] spread over the batch, [B, ...].
-
-    For modules that add such parameters (positions, a class token) to their input: their children
-    keep their own rules.
-    """
-    module, samples = layer.module, layer.tape.batch_size
-    if samples is None:
-        raise RuntimeError(
-            f"PerSampleClipper: the number of samples is not known in layer '{layer.name}'; call "
-            f"the "
-            "model itself, not only parts of it, or use clipper.expect(batch_size) before"
-        )
-    own = {name: module._parameters[name] for name in names}
-    try:
-        for name, parameter in own.items():
-            value = parameter.detach()[0]
-            module._parameters[name] = per_sample(layer, parameter, value, samples)
-        yield
-    finally:
-        module._parameters.update(own)
-
-
-class BroadcastParameterLayer(Layer):
-    """A module whose own parameters all have size 1 where the samples are."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own."""
-        own = [
-            name for name, p in self.module._parameters.items() if p is not None and p.requires_grad
-        ]
-        with broadcast_parameters(self, own):
-            return self.original(*args, **kwargs)
+def _alike(found: Tensor, wanted: Tensor) -> bool:
+    if not wanted.is_floating_point():
+        return bool((found == wanted).all())
+    wanted = wanted.expand_as(found)
+    scale = float(wanted.double().abs().nan_to_num(posinf=0).max()) if wanted.numel() else 0.0
+    limit = tolerance(wanted.dtype)
+    return torch.allclose(
+        found.double(), wanted.double(), rtol=limit, atol=limit * scale, equal_nan=True
+    )

@@ -1,14 +1,15 @@
 """The losses' graph: which applications of parameters it holds, and their outputs' gradients.
 
-A layer with a rule of its own runs torch's operator on an `alias` of its parameter and leaves a
-`Record` with the operator's node in the graph, where it lives as long as the node. A backward pass
-finds the records that the losses reach and asks autograd for the gradients of their outputs, all at
-once: no code of ours runs in the pass, and no gradient of a weight is computed.
+A layer runs torch's own operator on its parameter and leaves a `Record` with the operator's node in
+the graph, where it lives as long as the node. A backward pass finds the records that the losses
+reach and asks autograd for the gradients of their outputs, all at once: no code of ours runs in the
+pass, and no gradient of a weight is computed. Where the graph holds a parameter below no record,
+the parameter was used where it cannot be followed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,24 +19,16 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Parameter
 
+from embattle.clipping.context import Context, Layout, layouts
+
 if TYPE_CHECKING:
-    from embattle.clipping.layer import Layer
-    from embattle.clipping.tape import Listener, Tape
+    from embattle.clipping.grad_sample import GradSample
+    from embattle.clipping.layers import Layer
 
-# Marks an alias, and names a record in a node's metadata.
-_MARK = "_embattle_clipping"
-
-
-def alias(data: Tensor, trained: bool) -> Tensor:
-    """data, without history, as a leaf of its own in the graph.
-
-    Where a graph holds the parameter itself, it was thus used outside of its layer; and where it
-    holds the alias other than below its layer's record, a gradient was differentiated.
-    """
-    if trained:
-        data.requires_grad_()
-        setattr(data, _MARK, True)
-    return data
+# Names a record in a node's metadata.
+_KEY = "_embattle_clipping"
+# Takes in the per-sample gradient of a parameter.
+Add = Callable[[Parameter, "GradSample"], None]
 
 
 class Record:
@@ -44,24 +37,36 @@ class Record:
     Attributes:
         layer: where it happened.
         x: the input; None once it is not needed any more.
+        inputs: what the operator was given beside the trained parameters: there the graph goes on.
+        spread_dim: where x has been given a row for every sample, or None.
     """
 
-    __slots__ = ("__weakref__", "layer", "version", "x")
+    __slots__ = ("__weakref__", "inputs", "layer", "spread_dim", "version", "x")
 
-    def __init__(self, layer: Layer, x: Tensor) -> None:
+    def __init__(self, layer: Layer, x: Tensor, *inputs: Tensor | None) -> None:
         self.layer = layer
         self.x: Tensor | None = x
+        self.inputs = [t for t in (x, *inputs) if t is not None and t.requires_grad]
         self.version = x._version
+        self.spread_dim, layer.spread_dim = layer.spread_dim, None
 
-    def deliver(self, listener: Listener, grad: Tensor) -> None:
-        """Tells the listener, given the gradient of the output."""
+    def shaped(self, grad: Tensor) -> Tensor:
+        """The gradient of the output in the shape that `sample_dims` speaks of."""
+        return grad
+
+    def sample_dims(self, dims: int) -> Sequence[int]:
+        """Which dims of the shaped gradient may hold the samples."""
         raise NotImplementedError
 
-    def below(self) -> list[Node | None]:
-        """Where the graph goes on behind the layer: not to the aliases."""
-        if self.x is None or not self.x.requires_grad:
-            return []
-        return [get_gradient_edge(self.x).node]
+    def deliver(self, add: Add, grad: Tensor, layout: Layout, samples: int) -> None:
+        """Tells the parameters' per-sample gradients, given the shaped gradient of the output."""
+        raise NotImplementedError
+
+    def layouts(self, grad: Tensor, samples: int) -> list[list[Layout]]:
+        """Those that the sizes allow, the likeliest first, those of the same dims together."""
+        dims = self.sample_dims(grad.dim()) if self.spread_dim is None else [self.spread_dim]
+        own = self.layer.batch_dim
+        return layouts(grad.shape, sorted(dims, key=lambda dim: dim != own), samples)
 
     def checked_input(self) -> Tensor:
         """The input.
@@ -91,114 +96,148 @@ def _metadata(node: Any) -> dict[str, Any]:
 
 def note(out: Tensor, record: Record) -> None:
     """Leaves record with out's node; out must be the operator's own result, not a view of it."""
-    node, tape = out.grad_fn, record.layer.tape
+    node, context = out.grad_fn, record.layer.context
     if node is None:
-        tape.ran_without_grad = True
+        context.ran_without_grad = True
         return
-    _metadata(node)[_MARK] = record
-    if tape.listener is not None:
+    _metadata(node)[_KEY] = record
+    if context.backward:
         # A recomputation in the backward pass. Reentrant checkpointing differentiates it right
         # away; anybody else has the gradient of the first computation's output.
-        node.register_prehook(partial(_deliver, record))
+        node.register_prehook(partial(_collect, record))
 
 
-def _deliver(record: Record, grads: Sequence[Tensor | None]) -> None:
-    listener = record.layer.tape.listener
-    if listener is not None and grads[0] is not None:
-        record.deliver(listener, grads[0])
+def _collect(record: Record, grads: Sequence[Tensor | None]) -> None:
+    collected = record.layer.context.collected
+    if collected is not None and grads[0] is not None:
+        collected.append((record, grads[0]))
 
 
-class Reached:
+Entries = list[tuple[Record, Tensor | None]]
+
+
+class Graph:
     """What a graph holds, found by a walk from its end.
 
     Attributes:
-        records: the nodes with a record of tape, and the records.
-        stray: the name of a parameter that the graph holds outside of any layer, or None.
+        records: the nodes with a record of the context, and the records.
+        stray: a parameter that the graph holds below no record, or None.
+        leaves: the nodes of the other leaves.
         nested: whether a backward pass through the graph may start others whose outputs it cannot
             know of: torch.utils.checkpoint with use_reentrant=True.
+        structure: a hash of the nodes' kinds and the records' layers.
+        signature: the same with the records' sizes.
     """
 
-    def __init__(self, root: Node | None, tape: Tape, names: dict[Parameter, str]) -> None:
+    def __init__(self, root: Node | None, context: Context) -> None:
+        self.context = context
         self.records: list[tuple[Node, Record]] = []
-        self.stray: str | None = None
-        self._leaves: list[Any] = []
+        self.stray: Parameter | None = None
+        self.leaves: list[Any] = []
         found = set() if root is None else {root}
         stack = list(found)
+        kinds: list[object] = []
+        sizes: list[object] = []
         while stack:
             node = stack.pop()
-            record = _metadata(node).get(_MARK)
-            if record is not None and record.layer.tape is tape:
+            kinds.append(type(node))
+            record = _metadata(node).get(_KEY)
+            below: Iterable[Node | None]
+            if record is not None and record.layer.context is context:
                 self.records.append((node, record))
-                below = record.below()
+                kinds.append(id(record.layer))
+                sizes.append(None if record.x is None else record.x.shape)
+                below = [get_gradient_edge(x).node for x in record.inputs]
             else:
                 below = [after for after, _ in node.next_functions]
                 if not below:
-                    self._leaf(node, tape, names)
+                    self._leaf(node)
             for after in below:
                 if after is not None and after not in found:
                     found.add(after)
                     stack.append(after)
-        self.nested = tape.ran_without_grad and any(map(_is_foreign, found))
+        self.nested = context.ran_without_grad and any(map(_is_foreign, found))
+        self.structure = hash(tuple(kinds))
+        self.signature = hash((self.structure, *sizes))
 
-    def _leaf(self, node: Any, tape: Tape, names: dict[Parameter, str]) -> None:
+    def _leaf(self, node: Any) -> None:
         variable = getattr(node, "variable", None)
-        if variable is None or variable is tape.anchor:
+        if variable is None:
             return
-        if variable in names:
-            self.stray = names[variable]
-        elif hasattr(variable, _MARK):
-            raise RuntimeError(
-                "PerSampleClipper: the losses hold a gradient with respect to something inside of "
-                "the model. Second derivatives cannot be clipped per sample"
-            )
+        if variable in self.context.names:
+            self.stray = variable
         else:
-            self._leaves.append(node)
+            self.leaves.append(node)
 
-    def differentiate(
-        self, losses: Tensor, seeds: Tensor, tape: Tape, *, retain_graph: bool, leaves: bool
-    ) -> None:
-        """A backward pass; tape's listener hears of all the applications of parameters.
+    def gradients(
+        self,
+        losses: Tensor,
+        seeds: Tensor,
+        wanted: Sequence[Tensor],
+        *,
+        retain_graph: bool,
+        edges: bool = True,
+    ) -> tuple[Entries, list[Tensor | None]]:
+        """A backward pass.
 
         Args:
             losses: whose graph it is.
             seeds: what the losses are multiplied by, same shape.
-            tape: the clipper's state, with a listener.
+            wanted: leaves whose gradients are wanted too.
             retain_graph: whether the graph is needed again.
-            leaves: whether other leaves of the graph get their gradients.
-        """
-        listener = tape.listener
-        assert listener is not None
-        edges = [GradientEdge(node, 0) for node, _ in self.records]
-        others = self._leaves if leaves else []
-        grads = torch.autograd.grad(
-            losses,
-            [tape.anchor, *edges, *(node.variable for node in others)],
-            seeds,
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
-        for (_, record), grad in zip(self.records, grads[1:], strict=False):
-            if grad is not None:
-                record.deliver(listener, grad)
-                if not retain_graph:
-                    # The graph may live on with the losses.
-                    record.x = None
-        with torch.no_grad():
-            for node, grad in zip(others, grads[1 + len(edges) :], strict=True):
-                if grad is not None:
-                    node(grad)
+            edges: whether the records' are.
 
-    def differentiate_nested(self, losses: Tensor, seeds: Tensor, *, retain_graph: bool) -> None:
-        """The same where the graph is nested: every gradient is computed, the aliases' too."""
-        hooks = [node.register_prehook(partial(_deliver, record)) for node, record in self.records]
+        Returns:
+            The gradients of the records' outputs, and those of wanted.
+        """
+        context = self.context
+        context.backward = True
         try:
-            torch.autograd.backward(losses, seeds, retain_graph=retain_graph)
+            if self.nested:
+                return self._nested(losses, seeds, wanted, retain_graph)
+            records = self.records if edges else []
+            asked: list[Any] = [GradientEdge(node, 0) for node, _ in records]
+            if not asked and not wanted:
+                return [], []
+            grads = torch.autograd.grad(
+                losses, [*asked, *wanted], seeds, retain_graph=retain_graph, allow_unused=True
+            )
         finally:
+            context.backward = False
+        found: Entries = []
+        for (_, record), grad in zip(records, grads, strict=False):
+            found.append((record, grad))
+        return found, list(grads[len(asked) :])
+
+    def _nested(
+        self, losses: Tensor, seeds: Tensor, wanted: Sequence[Tensor], retain_graph: bool
+    ) -> tuple[Entries, list[Tensor | None]]:
+        """The same by way of .grad, as reentrant checkpointing demands."""
+        hooks = [node.register_prehook(partial(_collect, record)) for node, record in self.records]
+        # Checkpointed parts hide their parameters.
+        others = (node.variable for node in self.leaves)
+        leaves = list({id(t): t for t in (*wanted, *self.context.names, *others)}.values())
+        before = [leaf.grad for leaf in leaves]
+        collected: Any = []
+        self.context.collected = collected
+        try:
+            for leaf in leaves:
+                leaf.grad = None
+            torch.autograd.backward(losses, seeds, retain_graph=retain_graph)
+            found = [leaf.grad for leaf in wanted]
+        finally:
+            self.context.collected = None
             for hook in hooks:
                 hook.remove()
+            for leaf, grad in zip(leaves, before, strict=True):
+                leaf.grad = grad
+        return collected, found
+
+    def forget_inputs(self) -> None:
+        """Lets go of what the records hold: the graph may live on with the losses."""
+        for _, record in self.records:
+            record.x = None
 
 
 def _is_foreign(node: Node) -> bool:
-    if not isinstance(node, BackwardCFunction):
-        return False
-    return not type(node)._forward_cls.__module__.startswith("embattle.clipping.")
+    return isinstance(node, BackwardCFunction)

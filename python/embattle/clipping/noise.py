@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embattle.clipping.combine import Use
-from embattle.clipping.units import Units
-from embattle.clipping.uses import BagUse, RowUse
+from embattle.clipping.grad_sample import BagGradSample, EmbeddingGradSample, GradSample
+from embattle.clipping.users import Users
 
 
 @dataclass(frozen=True)
@@ -60,22 +59,22 @@ def densify(grad: Tensor, name: str) -> Tensor:
     return grad.to_dense()
 
 
-def _touched(uses: Sequence[Use], units: Units, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """The (unit, row) pairs of a table, each once, of the units that count: two [pairs] tensors."""
+def _touched(found: Sequence[GradSample], users: Users, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """The (user, row) pairs of a table, each once, of the users that count: two [pairs] tensors."""
     owners, rows = [], []
-    for use in uses:
-        if isinstance(use, BagUse):
-            ids, samples = use.indices, use.owners()
-        elif isinstance(use, RowUse):
-            ids = use.indices.flatten()
-            samples = torch.arange(len(use.indices), device=ids.device)
-            samples = samples.repeat_interleave(use.indices.shape[1])
+    for each in found:
+        if isinstance(each, BagGradSample):
+            ids, samples = each.indices, each.owners()
+        elif isinstance(each, EmbeddingGradSample):
+            ids = each.indices.flatten()
+            samples = torch.arange(len(each.indices), device=ids.device)
+            samples = samples.repeat_interleave(each.indices.shape[1])
         else:
             continue
-        if use.padding_idx is not None:
-            keep = ids != use.padding_idx
+        if each.padding_idx is not None:
+            keep = ids != each.padding_idx
             ids, samples = ids[keep], samples[keep]
-        owners.append(samples if units.of_sample is None else units.of_sample[samples])
+        owners.append(samples if users.of_sample is None else users.of_sample[samples])
         rows.append(ids.long())
     pairs = torch.stack([torch.cat(owners), torch.cat(rows)])
     pairs = torch.unique(pairs[:, counted[pairs[0]]], dim=1)
@@ -84,9 +83,9 @@ def _touched(uses: Sequence[Use], units: Units, counted: Tensor) -> tuple[Tensor
 
 def select_rows(
     selection: RowSelection,
-    tables: Sequence[Sequence[Use]],
+    tables: Sequence[Sequence[GradSample]],
     sizes: Sequence[int],
-    units: Units,
+    users: Users,
     counted: Tensor,
     generator: torch.Generator | None,
 ) -> list[Tensor]:
@@ -94,17 +93,17 @@ def select_rows(
 
     Args:
         selection: the rule.
-        tables: the uses of each sparse table.
+        tables: the grad samples of each sparse table.
         sizes: number of rows of each table.
-        units: the samples' units.
-        counted: [units], bool: those that take part.
+        users: the samples' users.
+        counted: [U], bool: those that take part.
         generator: source of the noise.
 
     Returns:
         For each table its selected rows, sorted.
     """
-    pairs = [_touched(uses, units, counted) for uses in tables]
-    votes = torch.zeros(units.count, dtype=torch.float64, device=counted.device)
+    pairs = [_touched(found, users, counted) for found in tables]
+    votes = torch.zeros(users.count, dtype=torch.float64, device=counted.device)
     for owner, _ in pairs:
         votes.index_add_(0, owner, torch.ones_like(owner, dtype=torch.float64))
     scale = (selection.contribution_norm / votes.sqrt().clamp(min=1e-300)).clamp(max=1)

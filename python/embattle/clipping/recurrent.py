@@ -1,128 +1,182 @@
-"""torch.nn.RNN, GRU and LSTM, unrolled: every step is two linear layers whose weights are shared.
+"""RNN, GRU, LSTM and their cells: every step is two linear layers whose weights are shared.
 
 The loop over time runs in Python, so a recurrent layer costs more here than its fused kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from embattle.clipping.layer import Layer
-from embattle.clipping.linear import linear
+from embattle.clipping.operators import Operators, linear, rule
+
+# From what the input and the hidden state gave, and the state, to the new state.
+Cell = Callable[[Tensor, Tensor, list[Tensor]], list[Tensor]]
 
 
-class RecurrentLayer(Layer):
-    """RNN, GRU and LSTM: layers, directions, dropout, projections, packed sequences."""
+def _lstm(inner: Tensor, hidden: Tensor, state: list[Tensor]) -> list[Tensor]:
+    i, f, g, o = (inner + hidden).chunk(4, -1)
+    cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return [o.sigmoid() * cell.tanh(), cell]
 
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]:
-        """As torch.nn.RNN, GRU and LSTM."""
-        module = self.module
-        packed = input if isinstance(input, PackedSequence) else None
-        lengths: Tensor | None = None
-        if packed is not None:
-            # The rows come back in the order of the batch.
-            x, sizes = pad_packed_sequence(packed, batch_first=True)
-            lengths = sizes.to(x.device)
-        else:
-            assert isinstance(input, Tensor)
-            if input.dim() != 3:
-                raise ValueError(
-                    f"PerSampleClipper: layer '{self.name}' got an input of shape "
-                    f"{tuple(input.shape)}, which has no batch dimension; give the layer one row "
-                    f"per sample"
-                )
-            x = input if module.batch_first else input.transpose(0, 1)
-        starts = self._starts(x, hx)
-        finals: list[list[Tensor]] = []
-        directions = 2 if module.bidirectional else 1
-        for level in range(module.num_layers):
-            outs = []
-            for direction in range(directions):
-                place = level * directions + direction
-                out, final = self._run(x, level, direction, [s[place] for s in starts], lengths)
-                outs.append(out)
-                finals.append(final)
-            x = torch.cat(outs, -1) if directions == 2 else outs[0]
-            if module.dropout and level + 1 < module.num_layers:
-                x = nn.functional.dropout(x, module.dropout, module.training)
-        states = tuple(torch.stack(part) for part in zip(*finals, strict=True))
-        last = (states[0], states[1]) if module.mode == "LSTM" else states[0]
-        if packed is not None:
-            again = pack_padded_sequence(x, sizes, batch_first=True, enforce_sorted=False)
-            if packed.sorted_indices is None:
-                again = PackedSequence(again.data, again.batch_sizes, None, None)
-            return again, last
-        return x if module.batch_first else x.transpose(0, 1), last
 
-    def _starts(self, x: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None) -> list[Tensor]:
-        """[hidden] or, for LSTM, [hidden, cell]; each [layers * directions, B, size]."""
-        module = self.module
-        if hx is not None:
-            return [hx] if isinstance(hx, Tensor) else list(hx)
-        count = module.num_layers * (2 if module.bidirectional else 1)
-        sizes = [module.proj_size or module.hidden_size]
-        if module.mode == "LSTM":
-            sizes.append(module.hidden_size)
-        return [x.new_zeros(count, len(x), size) for size in sizes]
+def _gru(inner: Tensor, hidden: Tensor, state: list[Tensor]) -> list[Tensor]:
+    reset, update, new = inner.chunk(3, -1)
+    reset_h, update_h, new_h = hidden.chunk(3, -1)
+    candidate = (new + (reset + reset_h).sigmoid() * new_h).tanh()
+    gate = (update + update_h).sigmoid()
+    return [candidate + gate * (state[0] - candidate)]
 
-    def _run(
-        self,
+
+def _tanh(inner: Tensor, hidden: Tensor, state: list[Tensor]) -> list[Tensor]:
+    return [(inner + hidden).tanh()]
+
+
+def _relu(inner: Tensor, hidden: Tensor, state: list[Tensor]) -> list[Tensor]:
+    return [(inner + hidden).relu()]
+
+
+def _linear(ops: Operators, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear(ops.layer, x, weight, bias, ops.sources(weight, bias))
+
+
+def _direction(
+    ops: Operators,
+    cell: Cell,
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    state: list[Tensor],
+    lengths: Tensor | None,
+    backwards: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """One layer in one direction: x [T, B, I] -> [T, B, size], and the last state.
+
+    Args:
+        ops: where it happens.
+        cell: the formula.
+        x: the inputs.
+        weights: of the input and the hidden state, their biases, the projection's; or None.
+        state: before the first step.
+        lengths: [B] of packed sequences, or None.
+        backwards: whether time runs from the end.
+    """
+    of_input, of_hidden, bias_in, bias_hidden, projection = weights
+    assert of_input is not None
+    assert of_hidden is not None
+    steps = _linear(ops, x, of_input, bias_in).unbind(0)
+    outs: list[Tensor] = [x] * len(steps)
+    order = range(len(steps) - 1, -1, -1) if backwards else range(len(steps))
+    for t in order:
+        hidden = _linear(ops, state[0], of_hidden, bias_hidden)
+        new = cell(steps[t], hidden, state)
+        if projection is not None:
+            new[0] = _linear(ops, new[0], projection, None)
+        out = new[0]
+        if lengths is not None:
+            running = (lengths > t)[:, None]
+            new = [torch.where(running, n, s) for n, s in zip(new, state, strict=True)]
+            out = torch.where(running, out, torch.zeros_like(out))
+        state = new
+        outs[t] = out
+    return torch.stack(outs), state
+
+
+def _unrolled(
+    ops: Operators,
+    cell: Cell,
+    gates: int,
+    first: Tensor,
+    second: Any,
+    third: Any,
+    fourth: Any,
+    *options: Any,
+) -> Any:
+    """torch.gru and its like: (input, state, weights, ...), or (data, batch_sizes, state, ...)."""
+    packed = not isinstance(third, list)
+    if packed:
+        # The rows come in the order of decreasing length, as the state does.
+        x, sizes = pad_packed_sequence(PackedSequence(first, second))
+        state, weights = third, list(fourth)
+        order = None if ops.packed is None else ops.packed.unsorted_indices
+        if order is not None:
+            x, sizes = x[:, order], sizes[order.cpu()]
+            state = tuple(s[:, order] for s in state) if gates == 4 else state[:, order]
+        biased, layers, dropout, training, both = options
+        lengths, batch_first = sizes.to(x.device), False
+    else:
+        x, state, weights, lengths = first, second, list(third), None
+        biased, layers, dropout, training, both, batch_first = (fourth, *options)
+    if any(ops.source(t) is not None for t in (x, *(state if gates == 4 else [state]))):
+        return NotImplemented
+    if x.dim() != 3:
+        raise ValueError(
+            f"PerSampleClipper: layer '{ops.layer.name}' got an input of shape {tuple(x.shape)}, "
+            "which has no batch dimension; give the layer one row per sample"
+        )
+    x = x.transpose(0, 1) if batch_first else x
+    starts = list(state) if gates == 4 else [state]
+    directions = 2 if both else 1
+    count = len(weights) // (layers * directions)
+    finals: list[list[Tensor]] = []
+    for level in range(layers):
+        outs = []
+        for direction in range(directions):
+            place = level * directions + direction
+            own = weights[place * count : (place + 1) * count]
+            projection = own.pop() if count == (5 if biased else 3) else None
+            own = [*own, *([] if biased else [None, None]), projection]
+            out, final = _direction(
+                ops, cell, x, own, [s[place] for s in starts], lengths, direction == 1
+            )
+            outs.append(out)
+            finals.append(final)
+        x = torch.cat(outs, -1) if directions == 2 else outs[0]
+        if dropout and level + 1 < layers:
+            x = F.dropout(x, dropout, training)
+    states = [torch.stack(part) for part in zip(*finals, strict=True)]
+    if packed:
+        if order is not None and ops.packed is not None:
+            back: Any = ops.packed.sorted_indices
+            x, sizes, states = x[:, back], sizes[back.cpu()], [s[:, back] for s in states]
+        return (pack_padded_sequence(x, sizes).data, *states)
+    return (x.transpose(0, 1) if batch_first else x, *states)
+
+
+def _register(function: Any, cell: Cell, gates: int) -> None:
+    @rule(function)
+    def _(ops: Operators, *args: Any) -> Any:
+        return _unrolled(ops, cell, gates, *args)
+
+
+def _register_cell(function: Any, cell: Cell, states: int) -> None:
+    @rule(function)
+    def _(
+        ops: Operators,
         x: Tensor,
-        level: int,
-        direction: int,
-        state: list[Tensor],
-        lengths: Tensor | None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """One layer in one direction: x [B, T, I] -> [B, T, size], and the last state."""
-        module = self.module
-        suffix = f"_l{level}" + ("_reverse" if direction else "")
-        bias_in = bias_hidden = None
-        if module.bias:
-            bias_in = getattr(module, f"bias_ih{suffix}")
-            bias_hidden = getattr(module, f"bias_hh{suffix}")
-        inner = linear(self, x, getattr(module, f"weight_ih{suffix}"), bias_in, batch_dim=0)
-        weight = getattr(module, f"weight_hh{suffix}")
-        steps = inner.unbind(1)
-        outs: list[Tensor] = [x] * len(steps)
-        order = range(len(steps) - 1, -1, -1) if direction else range(len(steps))
-        for t in order:
-            hidden = linear(self, state[0], weight, bias_hidden, batch_dim=0)
-            new = self._step(steps[t], hidden, state)
-            if module.proj_size:
-                project = getattr(module, f"weight_hr{suffix}")
-                new[0] = linear(self, new[0], project, None, batch_dim=0)
-            out = new[0]
-            if lengths is not None:
-                running = (lengths > t)[:, None]
-                new = [torch.where(running, n, s) for n, s in zip(new, state, strict=True)]
-                out = torch.where(running, out, torch.zeros_like(out))
-            state = new
-            outs[t] = out
-        return torch.stack(outs, 1), state
+        state: Any,
+        of_input: Tensor,
+        of_hidden: Tensor,
+        bias_in: Tensor | None = None,
+        bias_hidden: Tensor | None = None,
+    ) -> Any:
+        own = list(state) if states == 2 else [state]
+        if any(ops.source(t) is not None for t in (x, *own)):
+            return NotImplemented
+        inner = _linear(ops, x, of_input, bias_in)
+        new = cell(inner, _linear(ops, own[0], of_hidden, bias_hidden), own)
+        return tuple(new) if states == 2 else new[0]
 
-    def _step(self, inner: Tensor, hidden: Tensor, state: list[Tensor]) -> list[Tensor]:
-        """The cell's formula: what the input and the hidden state gave -> the new state."""
-        mode = self.module.mode
-        if mode == "LSTM":
-            i, f, g, o = (inner + hidden).chunk(4, -1)
-            cell = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-            return [o.sigmoid() * cell.tanh(), cell]
-        if mode == "GRU":
-            reset, update, new = inner.chunk(3, -1)
-            reset_h, update_h, new_h = hidden.chunk(3, -1)
-            candidate = (new + (reset + reset_h).sigmoid() * new_h).tanh()
-            gate = (update + update_h).sigmoid()
-            return [candidate + gate * (state[0] - candidate)]
-        total = inner + hidden
-        return [total.tanh() if mode == "RNN_TANH" else total.relu()]
 
-    @classmethod
-    def accepts(cls, module: nn.Module) -> bool:
-        """Whether module is a plain recurrent layer."""
-        return type(module).forward in (nn.RNN.forward, nn.GRU.forward, nn.LSTM.forward)
+_register(torch.lstm, _lstm, 4)
+_register(torch.gru, _gru, 3)
+_register(torch.rnn_tanh, _tanh, 1)
+_register(torch.rnn_relu, _relu, 1)
+_register_cell(torch.lstm_cell, _lstm, 2)
+_register_cell(torch.gru_cell, _gru, 1)
+_register_cell(torch.rnn_tanh_cell, _tanh, 1)
+_register_cell(torch.rnn_relu_cell, _relu, 1)

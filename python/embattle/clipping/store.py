@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from embattle.clipping import noise as dp
 from embattle.clipping import parallel
-from embattle.clipping.found import Found, Named
+from embattle.clipping.norms import Gradients, Named
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Store:
 
     def add(
         self,
-        found: Found,
+        gradients: Gradients,
         factors: Tensor,
         weights: Tensor | None,
         scale: float,
@@ -54,8 +54,8 @@ class Store:
         """Adds one backward pass' gradients.
 
         Args:
-            found: what the pass found; used up.
-            factors: [units], or [units, parameters].
+            gradients: what the pass found; used up.
+            factors: [U], or [U, parameters].
             weights: [B] of the samples, or None.
             scale: of the gradients.
             noise: what is added in the last pass.
@@ -66,9 +66,9 @@ class Store:
         """
         selected = {}
         if noise is not None and noise.rows is not None:
-            selected = self._selected_rows(found, factors, noise.rows, noise.generator, last)
-        named = found.named
-        grads = found.weighted(factors, weights, scale)
+            selected = self._selected_rows(gradients, factors, noise.rows, noise.generator, last)
+        named = gradients.named
+        grads = gradients.weighted(factors, weights, scale)
         if self._group is not None:
             grads = self._reduced(named, grads, noise, last)
         elif noise is not None and last:
@@ -90,7 +90,7 @@ class Store:
 
     def _selected_rows(
         self,
-        found: Found,
+        gradients: Gradients,
         factors: Tensor,
         selection: dp.RowSelection,
         generator: torch.Generator | None,
@@ -102,17 +102,17 @@ class Store:
                 "rank, and a mode other than 'per_layer': its row counts are not kept across "
                 "batches or ranks"
             )
-        uses = found.uses
+        of = gradients.of
         tables = [
             p
-            for _, p in found.named
-            if p in uses and all(getattr(use, "sparse", False) for use in uses[p])
+            for _, p in gradients.named
+            if p in of and all(getattr(each, "sparse", False) for each in of[p])
         ]
         rows = dp.select_rows(
             selection,
-            [uses[p] for p in tables],
+            [of[p] for p in tables],
             [len(p) for p in tables],
-            found.units,
+            gradients.users,
             factors > 0,
             generator,
         )

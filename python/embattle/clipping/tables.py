@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from embattle.clipping.combine import Use
-from embattle.clipping.units import Units
-from embattle.clipping.uses import RowUse
+from embattle.clipping.grad_sample import EmbeddingGradSample, GradSample
+from embattle.clipping.users import Users
 
 # Elements of tables, and of gradients of their rows, that are worked on as one.
 _TOGETHER = 1 << 18
@@ -23,7 +22,7 @@ _DTYPES = (torch.float32, torch.float64)
 
 @dataclass
 class JointTable:
-    """The uses of several tables as the use of one that holds their rows, one after the other.
+    """Per-sample gradients of several tables as those of one that holds all their rows.
 
     Attributes:
         members: the tables.
@@ -35,19 +34,19 @@ class JointTable:
     indices: list[Tensor]
     grad: Tensor
 
-    def _use(self) -> RowUse:
+    def _table(self) -> EmbeddingGradSample:
         rows = tuple([p.shape[0] for p in self.members])
         columns = tuple([indices.shape[1] for indices in self.indices])
         starts = _starts(rows, columns, self.grad.device)
-        return RowUse(torch.cat(self.indices, 1).add_(starts), self.grad, None, False)
+        return EmbeddingGradSample(torch.cat(self.indices, 1).add_(starts), self.grad, None, False)
 
-    def apart(self, units: Units) -> bool:
-        """Whether no unit has a row twice: grad is then what its norm is that of."""
-        return units.of_sample is None and all(ids.shape[1] == 1 for ids in self.indices)
+    def apart(self, users: Users) -> bool:
+        """Whether no user has a row twice: grad is then what its norm is that of."""
+        return users.of_sample is None and all(ids.shape[1] == 1 for ids in self.indices)
 
-    def norms(self, units: Units) -> Tensor:
-        """[units] norms of the tables' joint gradient."""
-        return self._use().norms(units)
+    def norms(self, users: Users) -> Tensor:
+        """[U] norms of the tables' joint gradient."""
+        return self._table().norms(users)
 
     def cleaned(self, bad: Tensor) -> JointTable:
         """The same with the samples marked in bad [B] set to zero."""
@@ -56,38 +55,38 @@ class JointTable:
     def weighted(self, factor: Tensor) -> Iterator[tuple[Parameter, Tensor]]:
         """Every table's sum_b factor_b g_b; all of them are parts of one tensor."""
         sizes = [p.shape[0] for p in self.members]
-        whole = self._use().weighted(factor, sum(sizes))
+        whole = self._table().weighted(factor, sum(sizes))
         return zip(self.members, torch.split(whole, sizes), strict=True)
 
 
 Key: TypeAlias = tuple[int, torch.dtype]
 
 
-def join_tables(uses: dict[Parameter, list[Use]]) -> list[JointTable]:
-    """Takes small tables, where there are two or more of a kind, out of uses."""
-    groups: dict[Key, list[list[tuple[Parameter, RowUse]]]] = {}
+def join_tables(of: dict[Parameter, list[GradSample]]) -> list[JointTable]:
+    """Takes small tables, where there are two or more of a kind, out of `of`."""
+    groups: dict[Key, list[list[tuple[Parameter, EmbeddingGradSample]]]] = {}
     room: dict[Key, int] = {}
-    for p, own in uses.items():
-        use = own[0]
-        if len(own) > 1 or not isinstance(use, RowUse) or use.sparse:
+    for p, own in of.items():
+        found = own[0]
+        if len(own) > 1 or not isinstance(found, EmbeddingGradSample) or found.sparse:
             continue
-        size = max(p.numel(), use.grad.numel())
-        if size > _TOGETHER // 2 or use.grad.dtype != p.dtype or p.dtype not in _DTYPES:
+        size = max(p.numel(), found.grad.numel())
+        if size > _TOGETHER // 2 or found.grad.dtype != p.dtype or p.dtype not in _DTYPES:
             continue
         key = (p.shape[1], p.dtype)
         if size > room.get(key, 0):
             groups.setdefault(key, []).append([])
             room[key] = _TOGETHER
-        groups[key][-1].append((p, use))
+        groups[key][-1].append((p, found))
         room[key] -= size
     joint = []
     for members in (part for parts in groups.values() for part in parts):
         if len(members) > 1:
-            grad = side_by_side([use.masked() for _, use in members])
-            indices = [use.indices for _, use in members]
+            grad = side_by_side([found.masked() for _, found in members])
+            indices = [found.indices for _, found in members]
             joint.append(JointTable([p for p, _ in members], indices, grad))
             for p, _ in members:
-                del uses[p]
+                del of[p]
     return joint
 
 

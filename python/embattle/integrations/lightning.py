@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from embattle.objectives import AWP, AdversarialObjective
+from embattle.perturb.evaluation import Evaluation
 
 
 class AdversarialModule:
@@ -20,25 +21,35 @@ class AdversarialModule:
                 self.objective = AdversarialObjective(PGD(eps=1.0, steps=3), site)
 
             def loss_fn(self, batch):
-                return F.cross_entropy(self.model(batch.x), batch.y, reduction="none")
+                logits = self.model(batch.x)
+                return Evaluation(losses.cross_entropy(logits, batch.y), logits)
+
+            def objective_arguments(self, batch):
+                return {"criterion": Misclassify(batch.y)}
 
     The objective's loss is an ordinary one to Lightning: automatic optimisation works, and with
-    manual optimisation call `self.manual_backward(self.robust_loss(batch))`. The objective's step
-    and schedules are part of the checkpoint.
+    manual optimisation call `self.manual_backward(self.robust_loss(batch))`. A float16 scaler or
+    sharded parameters turn the objective's `early_backward` off. The objective's step and schedules
+    are part of the checkpoint. Attacks run inside `validation_step` and `test_step` as they are,
+    in inference mode too.
     """
 
     objective: AdversarialObjective | AWP
 
-    def loss_fn(self, batch: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """Give losses `[B]`, or (losses, outputs)."""
+    def loss_fn(self, batch: Any) -> Tensor | Evaluation:
+        """Give losses `[B]`, or an `Evaluation` of losses and outputs."""
         raise NotImplementedError(f"{type(self).__name__} must define loss_fn(batch)")
 
     def objective_arguments(self, batch: Any) -> dict[str, Any]:
-        """Give what else the objective is called with: `mask`, `labels`, ..."""
+        """Give what else the objective is called with: `criterion`, `mask`, ..."""
         return {}
 
     def robust_loss(self, batch: Any) -> Tensor:
         """Compute the loss to backpropagate, and log the metrics."""
+        if _scales_or_shards(getattr(self, "_trainer", None)):
+            objective = self.objective
+            inner = objective.objective if isinstance(objective, AWP) else objective
+            inner.early_backward = False
         loss, metrics = self.objective(
             lambda: self.loss_fn(batch), **self.objective_arguments(batch)
         )
@@ -58,3 +69,12 @@ class AdversarialModule:
         """Take the objective's state back."""
         if "embattle_objective" in checkpoint:
             self.objective.load_state_dict(checkpoint["embattle_objective"])
+
+
+def _scales_or_shards(trainer: Any) -> bool:
+    """Whether losses are scaled before they are backpropagated, or parameters are sharded."""
+    if trainer is None:
+        return False
+    scaled = str(getattr(trainer, "precision", "")).startswith("16-mixed")
+    strategy = type(getattr(trainer, "strategy", None)).__name__
+    return scaled or strategy in ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")

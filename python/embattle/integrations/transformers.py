@@ -2,105 +2,366 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 import transformers
 from torch import Tensor
 
 from embattle.attacks import Attack
-from embattle.losses import cross_entropy, squared_distance
+from embattle.criteria import Criterion
+from embattle.integrations.tasks import Given, Inputs, LossPerSample, Task, task_of
 from embattle.objectives import AdversarialObjective
+from embattle.perturb.calls import Call
+from embattle.perturb.evaluation import Evaluation
+from embattle.perturb.guard import kept_state, preserved_random_state
 from embattle.perturb.site import Site
 
-LossPerSample = Callable[[Any, dict[str, Any]], Tensor]
+Sites: TypeAlias = "Site | Sequence[Site]"
+
+_STATE = "embattle_objective.pt"
+_WAY_OUT = (
+    "Say what to train on: loss_per_sample=f, where f(outputs, inputs) gives one loss for each "
+    "sample, [B]"
+)
 
 
-def loss_per_sample(outputs: Any, inputs: dict[str, Any]) -> Tensor:
-    """Cross-entropy (regression: squared error) of each sample from a model's logits, `[B]`.
+@dataclass
+class _Known:
+    """What was found out about batches with the same inputs.
 
-    Sequences of labels are averaged over those that are not -100. A causal language model needs a
-    function of its own, which shifts the labels.
+    Attributes:
+        task: what the model is trained on.
+        by_items: its loss is a sum over the batch, divided by the number of labels of all batches
+            that are accumulated, instead of a mean; None while both have been the same.
+        seen: batches so far.
     """
-    labels, logits = inputs["labels"], outputs.logits
-    if labels.is_floating_point():
-        return squared_distance(logits.reshape(labels.shape), labels)
-    return cross_entropy(logits, labels)
+
+    task: Task
+    by_items: bool | None = None
+    seen: int = 0
 
 
 class AdversarialTrainerMixin:
     """Put this before a Trainer class: `class MyTrainer(AdversarialTrainerMixin, Trainer): ...`.
 
     Training batches go through an `AdversarialObjective`; evaluation and prediction are the
-    Trainer's own. Metrics of the objective are logged as their means since the last log. Works with
-    gradient accumulation and mixed precision; a float16 scaler or sharded parameters turn
-    `early_backward` off.
+    Trainer's own. The loss of each sample is the one that transformers' models have for the task:
+    one class for each sample, token, or choice, several labels, values, answer spans, the next
+    token; with label smoothing if the Trainer has it. Its mean is compared with the Trainer's own
+    loss on the 1st, 10th, 100th, ... batch: what differs is refused. Metrics of the objective are
+    logged as their means since the last log.
+
+    Gradients may be accumulated, in mixed precision too; a float16 scaler or sharded parameters
+    turn `early_backward` off. Checkpoints hold the objective's state.
 
     Args:
         attack: the attack.
-        site: where; the model's input embeddings by default.
-        loss_per_sample: from a model's outputs and inputs to losses `[B]`.
+        site: where, or a function of the model that makes the site; the model's input embeddings by
+            default. Where the site has no mask of its own, what the attention mask leaves out, and
+            padding, is not perturbed.
+        loss_per_sample: from a model's outputs and inputs to losses `[B]`, for a loss that is not
+            known, and in place of a `compute_loss_func`. It is not compared with the Trainer's.
+        criterion: from a batch's inputs to what the attack is for. By default it is what the labels
+            say; none for values, for which it says how far off counts:
+            `lambda inputs: Deviate(inputs["labels"], by=0.5)`.
         objective: arguments of `AdversarialObjective`, such as `form`, `lam` or `eps_schedule`.
         args, kwargs: the Trainer's.
+
+    Raises:
+        ValueError: a `compute_loss_func` without `loss_per_sample`, or a `model_init` with a site
+            of another model; in training a batch whose loss for each sample is not known, or does
+            not agree with the Trainer's.
     """
 
     model: Any
     args: Any
+    accelerator: Any
+    compute_loss_func: Any
+    label_smoother: Any
+    model_accepts_loss_kwargs: bool
+    model_init: Any
+    loss_is_scaled_for_ga: bool | None
+    objective: AdversarialObjective
 
     def __init__(
         self,
         *args: Any,
         attack: Attack,
-        site: Site | list[Site] | None = None,
-        loss_per_sample: LossPerSample = loss_per_sample,
+        site: Sites | Callable[[Any], Sites] | None = None,
+        loss_per_sample: LossPerSample | None = None,
+        criterion: Callable[[Inputs], Criterion | None] | None = None,
         objective: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.site = Site(self.model) if site is None else site
-        options = dict(objective or {})
-        if getattr(self.args, "fp16", False) or getattr(self, "is_fsdp_enabled", False):
-            options["early_backward"] = False
-        self.objective = AdversarialObjective(attack, self.site, **options)
-        self._loss_per_sample = loss_per_sample
+        if getattr(self, "compute_loss_func", None) is not None and loss_per_sample is None:
+            raise ValueError(
+                "AdversarialTrainer: compute_loss_func gives one number for a batch, and an attack "
+                f"needs one for each sample. {_WAY_OUT}"
+            )
+        if site is not None and not callable(site) and self.model_init is not None:
+            raise ValueError(
+                "AdversarialTrainer: model_init makes a new model for each training, which the "
+                "site does not belong to; give a function: site=lambda model: Site(model...)"
+            )
+        self._attack, self._options = attack, dict(objective or {})
+        if (
+            getattr(self.args, "fp16", False)
+            or getattr(self, "is_fsdp_enabled", False)
+            or getattr(self, "is_deepspeed_enabled", False)
+        ):
+            self._options["early_backward"] = False
+        self._site = site
+        self._loss_per_sample, self._criterion = loss_per_sample, criterion
+        self._known: dict[tuple[Any, ...], _Known] = {}
         self._seen: list[dict[str, Tensor]] = []
-        # The loss below is a mean over the batch: the Trainer divides it when it accumulates.
-        self.model_accepts_loss_kwargs = False
+        self._inputs: Inputs = {}
+        self._place(self.model)
+
+    @property
+    def site(self) -> Sites:
+        """Where the model is perturbed."""
+        sites = self.objective.sites
+        return sites[0] if len(sites) == 1 else sites
+
+    def call_model_init(self, *args: Any) -> Any:
+        """Make a new model, and an objective for it."""
+        model = super().call_model_init(*args)  # type: ignore[misc]
+        if hasattr(self, "objective"):  # the first model is there before the attack
+            self._place(model)
+        return model
+
+    def _place(self, model: Any) -> None:
+        site = self._site
+        if site is None:
+            sites: Sites = Site.embeddings(model, per_sample=self._choices)
+        else:
+            sites = site(model) if callable(site) else site
+        self.objective = AdversarialObjective(self._attack, sites, **self._options)
+
+    # --- the loss --------------------------------------------------------------------------------
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: Any,
+        inputs: Inputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """Compute the robust loss in training, and the Trainer's own loss otherwise."""
-        if return_outputs or not model.training or "labels" not in inputs:
+        """Compute the robust loss in training, and the Trainer's own loss otherwise.
+
+        Outputs that are returned in training are those of the last pass.
+        """
+        items = num_items_in_batch
+        if not (model.training and torch.is_grad_enabled()):
+            if items is not None:
+                kwargs["num_items_in_batch"] = items
             return super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
-        labels = inputs["labels"]
-        given = {key: value for key, value in inputs.items() if key != "labels"}
+        inputs = dict(inputs)
+        known = self._understood(model, inputs, items)
+        task, scale = known.task, self._scale(known, inputs, items)
+        # A mean over this batch is divided by the number of batches that are accumulated.
+        self.loss_is_scaled_for_ga = bool(known.by_items)
+        given = self._given(inputs, items)
+        last: list[Any] = [None]
 
-        def loss_fn() -> tuple[Tensor, Tensor]:
-            outputs = model(**given)
-            return self._loss_per_sample(outputs, inputs), outputs.logits
+        def loss_fn() -> Evaluation:
+            outputs = last[0] = model(**given)
+            evaluation = task.evaluate(outputs, inputs)
+            if scale is None or evaluation.losses is None:
+                return evaluation
+            return Evaluation(evaluation.losses * scale, evaluation.outputs)
 
-        mask = inputs.get("attention_mask")
-        fits = mask is not None and mask.dim() == 2
-        loss, metrics = self.objective(
-            loss_fn,
-            mask=mask.bool() if fits and mask is not None else None,
-            labels=None if labels.is_floating_point() else labels,
-        )
+        self._inputs = inputs
+        try:
+            masks = [self._mask if site.mask is None else None for site in self.objective.sites]
+            loss, metrics = self.objective(
+                loss_fn,
+                criterion=(self._criterion or task.criterion)(inputs),
+                mask=masks if len(masks) > 1 else masks[0],
+            )
+        finally:
+            self._inputs = {}
         self._seen.append(metrics)
-        return loss
+        return (loss, last[0]) if return_outputs else loss
+
+    def _given(self, inputs: Inputs, items: Tensor | int | None) -> Inputs:
+        """Give what the Trainer calls the model with."""
+        given = dict(inputs)
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            given.pop("labels", None)
+        if self.model_accepts_loss_kwargs and items is not None:
+            given["num_items_in_batch"] = items
+        return given
+
+    def _understood(self, model: Any, inputs: Inputs, items: Tensor | int | None) -> _Known:
+        """Find out what such batches are trained on, and compare it with the Trainer's own loss."""
+        key = (*sorted(inputs), items is None)
+        known = self._known.get(key)
+        seen = 0 if known is None else known.seen
+        undecided = known is not None and known.by_items is None and self._accumulates(items)
+        if known is None or undecided or _is_power_of_ten(seen + 1):
+            found = self._find_out(model, inputs, items)
+            if known is not None and found.by_items is None:
+                found.by_items = known.by_items
+            known = self._known[key] = found
+        known.seen = seen + 1
+        return known
+
+    def _accumulates(self, items: Tensor | int | None) -> bool:
+        """Whether labels of several batches make one step."""
+        steps = getattr(self.args, "gradient_accumulation_steps", 1)
+        return items is not None and (steps > 1 or self.accelerator.num_processes > 1)
+
+    def _find_out(self, model: Any, inputs: Inputs, items: Tensor | int | None) -> _Known:
+        plain = self.accelerator.unwrap_model(model)
+        base = getattr(plain, "_orig_mod", plain)
+        base = base.get_base_model() if hasattr(base, "get_base_model") else base  # peft
+        name = type(base).__name__
+        of_user = self._loss_per_sample
+        if of_user is None and not {"labels", "start_positions"} & inputs.keys():
+            raise ValueError(
+                f"AdversarialTrainer: a batch for {name} has no `labels` (but "
+                f"{', '.join(sorted(inputs))}), so that its samples have no losses that are known. "
+                f"{_WAY_OUT}"
+            )
+        own: Any = None
+        with torch.no_grad(), preserved_random_state(), kept_state([base]):
+            if of_user is None:
+                options = {} if items is None else {"num_items_in_batch": items}
+                own, outputs = super().compute_loss(plain, dict(inputs), True, **options)  # type: ignore[misc]
+            else:
+                outputs = plain(**self._given(inputs, items))
+            smoother = None if "labels" not in inputs else self.label_smoother
+            smoothing = None if smoother is None else float(smoother.epsilon)
+            task = task_of(base, outputs, inputs, smoothing)
+            if of_user is not None:
+                return _Known(Given(of_user, task))
+            if task is None:
+                raise ValueError(
+                    f"AdversarialTrainer: for {name} with {', '.join(sorted(inputs))} the loss of "
+                    f"each sample is not known. {_WAY_OUT}"
+                )
+            losses = task.evaluate(outputs, inputs).losses
+        assert losses is not None
+        return _Known(task, self._compare(name, task, losses.mean(), own, inputs, items))
+
+    def _compare(
+        self, name: str, task: Task, mean: Tensor, own: Tensor, inputs: Inputs, items: Any
+    ) -> bool | None:
+        """Compare with the Trainer's own loss; tell whether that was divided by all items."""
+        world = self._world(items)
+        counted = task.counted(inputs)
+        shares: dict[bool, float] = {False: float(mean) * world}
+        if items is not None and counted is not None:
+            shares[True] = float(mean) * float(counted / items) * world
+        loss = float(own)
+        if not (torch.isfinite(mean) & torch.isfinite(own)):
+            return None  # no label counts, or the model is broken: the next batch may tell
+        narrow = own.dtype in (torch.float16, torch.bfloat16) or self._autocast()
+        tolerance = 2e-2 if narrow else 1e-3
+        fits = [
+            by_items
+            for by_items, share in shares.items()
+            if abs(share - loss) <= tolerance * max(abs(share), abs(loss))
+        ]
+        if not fits:
+            raise ValueError(
+                f"AdversarialTrainer: the Trainer's own loss for this batch is {loss:g}, and the "
+                f"losses of its samples, as far as they are known for {name} ({task.name}), have "
+                f"the mean {float(mean):g}. Has the loss other terms or weights, or is "
+                f"compute_loss overridden? {_WAY_OUT}"
+            )
+        return fits[0] if len(fits) == 1 and len(shares) == 2 else None
+
+    def _autocast(self) -> bool:
+        return bool(getattr(self.args, "fp16", False) or getattr(self.args, "bf16", False))
+
+    def _world(self, items: Any) -> int:
+        """Give what the Trainer multiplies by, as gradients are averaged over processes."""
+        across = getattr(self.args, "average_tokens_across_devices", False)
+        if not across or items is None or not self.model_accepts_loss_kwargs:
+            return 1
+        tensor_parallel = getattr(self, "get_tp_size", lambda: 1)()
+        return int(self.accelerator.num_processes // tensor_parallel)
+
+    def _scale(self, known: _Known, inputs: Inputs, items: Any) -> Tensor | None:
+        """Give the factor from a mean over the batch to its share of all items."""
+        counted = known.task.counted(inputs) if known.by_items else None
+        return None if counted is None else counted / items * self._world(items)
+
+    # --- where -----------------------------------------------------------------------------------
+
+    def _choices(self, call: Call) -> int:
+        """Tell how many rows of a look-up belong to a sample: its choices, in one batch."""
+        tokens = self._inputs.get("input_ids")
+        if not isinstance(tokens, Tensor) or tokens.dim() != 3:
+            return 1
+        return tokens.shape[1] if len(call.value) == tokens.shape[0] * tokens.shape[1] else 1
+
+    def _mask(self, call: Call) -> Tensor | None:
+        """Tell which vectors may move: those that are attended to, and no padding."""
+        indices, places = call.indices, call.value.shape[:-1]
+        if indices is None or indices.shape != places:
+            mask = self._inputs.get("attention_mask")
+            fits = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == places
+            return mask.bool() if fits and not self._config("is_encoder_decoder") else None  # type: ignore[union-attr]
+        for same in (_is, _equals):
+            for name, masked in _MASKS:
+                tokens, mask = self._inputs.get(name), self._inputs.get(masked)
+                if not isinstance(tokens, Tensor) or not same(tokens, indices):
+                    continue
+                if isinstance(mask, Tensor) and mask.numel() == indices.numel():
+                    return mask.reshape(places).bool()
+        padding = self._config("pad_token_id")
+        return None if padding is None else indices != padding
+
+    def _config(self, name: str) -> Any:
+        return getattr(getattr(self.model, "config", None), name, None)
+
+    # --- logs and checkpoints --------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the objective's metrics to the training logs."""
         if self._seen and "loss" in logs:
-            for name in self._seen[-1]:
+            for name in dict.fromkeys(name for seen in self._seen for name in seen):
                 if name == "loss":
                     continue
                 values = [seen[name].float().mean().cpu() for seen in self._seen if name in seen]
-                logs[name] = float(torch.stack(values).mean())
+                logs[name] = float(torch.stack(values).nanmean())
             self._seen.clear()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.args.should_save:
+            torch.save(self.objective.state_dict(), Path(output_dir) / _STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None and (Path(checkpoint) / _STATE).exists():
+            state = torch.load(Path(checkpoint) / _STATE, weights_only=True)
+            self.objective.load_state_dict(state)
+
+
+_MASKS = (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))
+
+
+def _is_power_of_ten(number: int) -> bool:
+    return str(number).rstrip("0") == "1"
+
+
+def _is(one: Tensor, two: Tensor) -> bool:
+    return one.data_ptr() == two.data_ptr() and one.numel() == two.numel()
+
+
+def _equals(one: Tensor, two: Tensor) -> bool:
+    return one.numel() == two.numel() and torch.equal(one.reshape(-1), two.reshape(-1))
 
 
 class AdversarialTrainer(AdversarialTrainerMixin, transformers.Trainer):  # type: ignore[misc]

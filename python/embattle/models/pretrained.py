@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,26 @@ def load_encoder(name: str, layers: int | None, dropout: float | None) -> tuple[
         f"{', '.join(BUNDLED)}, a folder with config.json, model.safetensors and a tokenizer, or a "
         "Hugging Face name (needs the network once, and safetensors weights)"
     ) from reason
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a pretrained encoder, without its weights; see `load_encoder`."""
+    transformers, place = need("transformers"), locate(name)
+    with quiet():
+        try:
+            return transformers.AutoTokenizer.from_pretrained(place)
+        except (OSError, ValueError) as error:
+            first = (str(error).splitlines() or [""])[0]
+            raise InputError(f"model.pretrained: no tokenizer of {name!r}: {first}") from error
+
+
+def count_longer(tokenizer: Any, texts: Sequence[str], tokens: int) -> int:
+    """How many of the texts have more than so many tokens, special ones included."""
+    if not texts:
+        return 0
+    with quiet():
+        rows = tokenizer(list(texts), truncation=False, return_attention_mask=False)["input_ids"]
+    return sum(len(row) > tokens for row in rows)
 
 
 def shape(config: Any, layers: int | None, dropout: float | None) -> None:

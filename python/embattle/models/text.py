@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from embattle.checkpoint import save_tensors
 from embattle.data.batch import Batch
 from embattle.errors import InputError, need
-from embattle.files import replacing, write_text
-from embattle.models.pretrained import load_encoder, quiet
+from embattle.files import write_text
+from embattle.models.pretrained import count_longer, load_encoder, quiet
 
 if TYPE_CHECKING:
     from embattle.recipe import ModelRecipe
@@ -84,6 +85,10 @@ class TextClassifier(nn.Module):
         inputs = {"input_ids": tokens["input_ids"], "attention_mask": attention}
         return Batch(inputs, torch.tensor(list(labels), dtype=torch.int64), movable)
 
+    def count_cut(self, texts: Sequence[str]) -> int:
+        """How many of the texts have more tokens than the model reads."""
+        return count_longer(self._tokenizer, texts, self.max_tokens)
+
     def save(self, folder: Path) -> None:
         """Writes weights, configuration and tokenizer; `load` needs nothing else."""
         safetensors = need("safetensors.torch")
@@ -96,8 +101,7 @@ class TextClassifier(nn.Module):
             "max_tokens": self.max_tokens,
         }
         write_text(folder / "classifier.json", json.dumps(head, indent=2) + "\n")
-        with replacing(folder / "model.safetensors") as part:
-            safetensors.save_model(self, str(part))
+        save_tensors(folder / "model.safetensors", lambda part: safetensors.save_model(self, part))
 
 
 def build(recipe: ModelRecipe, classes: int, seed: int) -> TextClassifier:
@@ -149,7 +153,12 @@ def load(folder: Path) -> TextClassifier:
             max_tokens=head["max_tokens"],
         )
         safetensors.load_model(model, str(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        broken = [name for name, x in model.named_parameters() if not x.isfinite().all()]
+        if broken:
+            raise ValueError(f"{broken[0]} holds values that are no finite numbers")
+    except Exception as error:
+        # The files of a model may be changed in any way, and transformers, tokenizers and
+        # safetensors each raise errors of their own kinds.
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{folder} does not hold a trained model: {first}; train it with `embattle train`"

@@ -216,6 +216,8 @@ class AdversarialObjective:
         joint: bool = False,
     ) -> Batch:
         """Prepare a batch for `form` (a call of the objective does this, and `finish`)."""
+        # In an autocast block around several steps its copies of weights are of the step before.
+        torch.clear_autocast_cache()
         attack = self.attack.with_steps(self.steps_schedule(self.step))
         stage = Stage(
             loss_fn,

@@ -64,13 +64,13 @@ def strength(value: Strength) -> tuple[float, Tensor | None]:
     return value, None
 
 
-def bound(value: Bound, like: Tensor) -> Tensor | None:
-    """A box bound as a tensor on the device of `like`; None stays None."""
-    if value is None or isinstance(value, Tensor):
-        return value
-    if not isinstance(value, (float, Real)):
-        return value  # refused by the schema, which knows the argument's name
-    return torch.full((), value, dtype=torch.float64, device=like.device)
+def bound(value: Bound) -> tuple[float | None, Tensor | None]:
+    """Splits a box bound into the float and the tensor of the schema."""
+    if isinstance(value, Tensor):
+        return None, value
+    if isinstance(value, Real):
+        return float(value), None
+    return value, None  # None, or what the schema refuses, which knows the argument's name
 
 
 def budget(op: str, max_groups: int | None) -> int:

@@ -100,7 +100,8 @@ class _PerGroup:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     options = _named("project", inputs)
     ctx.norm, ctx.token, ctx.inputs = options["norm"], options["token"], len(inputs)
-    names = ("offsets", "mask", "x0", "lower", "upper")
+    ctx.lower, ctx.upper = options["lower"], options["upper"]
+    names = ("offsets", "mask", "x0", "lower_per_element", "upper_per_element")
     ctx.save_for_backward(inputs[0], output, *[options[name] for name in names])
 
 
@@ -117,10 +118,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if mask is not None:
         free = free & mask[..., None]
     used = free
-    for bound, beyond in ((lower, torch.lt), (upper, torch.gt)):
+    for number, bound, beyond in ((ctx.lower, lower, torch.lt), (ctx.upper, upper, torch.gt)):
+        if bound is None and number is not None:
+            bound = delta.new_tensor(number)
         if bound is not None:
             b = bound.to(delta.dtype).to(wide)
-            free = free & ~((output.to(wide) == b) & beyond(z + origin, b))
+            # Where the origin is outside the box, what the ball makes of z may be, too. The origin
+            # and what leads from there to a bound may add up to its neighbour.
+            held = beyond(z + origin, b) | beyond(origin, b)
+            near = 2 * torch.finfo(wide).eps * (b.abs() + origin.abs())
+            free = free & ~(((output.to(wide) - b).abs() <= near) & held)
     if ctx.norm == float("inf"):
         free = free & ((p == z) | (output == delta))
         return (torch.where(free, g, 0.0).to(delta.dtype), *[None] * (ctx.inputs - 1))

@@ -23,7 +23,7 @@ from embattle.ops._arguments import (
     written,
 )
 
-# Called with positional arguments in the order of the schemas in csrc/library.cpp: binding sixteen
+# Called with positional arguments in the order of the schemas in csrc/library.cpp: binding so many
 # keywords takes longer than a small op itself.
 _ops = torch.ops.embattle
 
@@ -66,8 +66,12 @@ def pgd_step(
         max_groups: with ``group="token"``: only so many tokens of a sample move, those with the
             largest gradient norm (the dual norm).
         x0: the ball's centre, shape of `delta`. `delta` and the result are then perturbed inputs.
-        lower: lower bound of the result; a float or a tensor of the shape of `delta`.
-        upper: upper bound of the result.
+        lower: lower bound of the result; a float, or a tensor of one element or of the shape of
+            `delta`. A float costs no kernel of its own. No value of a tensor is checked, as that
+            would wait for a GPU: an element whose bound is a NaN has none, and where lower is
+            above upper, upper holds. `x0` need not lie in the box: the result always does, also
+            where ball and box do not meet (see :func:`project`).
+        upper: upper bound of the result, likewise.
         nonfinite: int32 ``[groups]``: incremented for every group with a non-finite gradient.
 
     Returns:
@@ -82,6 +86,8 @@ def pgd_step(
     """
     step, step_per_group = strength(step_size)
     radius, eps_per_group = strength(eps)
+    low, lower_per_element = bound(lower)
+    high, upper_per_element = bound(upper)
     try:
         out: Tensor = _ops.pgd_step.default(
             delta,
@@ -97,8 +103,10 @@ def pgd_step(
             top,
             budget("pgd_step", max_groups),
             x0,
-            bound(lower, delta),
-            bound(upper, delta),
+            low,
+            high,
+            lower_per_element,
+            upper_per_element,
             nonfinite,
         )
     except RuntimeError as error:
@@ -126,6 +134,8 @@ def pgd_step_(
     """As :func:`pgd_step`, written into `delta`, which is returned."""
     step, step_per_group = strength(step_size)
     radius, eps_per_group = strength(eps)
+    low, lower_per_element = bound(lower)
+    high, upper_per_element = bound(upper)
     try:
         _ops.pgd_step_.default(
             delta,
@@ -141,8 +151,10 @@ def pgd_step_(
             top,
             budget("pgd_step_", max_groups),
             x0,
-            bound(lower, delta),
-            bound(upper, delta),
+            low,
+            high,
+            lower_per_element,
+            upper_per_element,
             nonfinite,
         )
     except RuntimeError as error:
@@ -165,13 +177,15 @@ def project(
 ) -> Tensor:
     """The Euclidean projection on the norm ball (and box): exact, for every group on its own.
 
-    The result's norm, in float64 on the stored values, never exceeds eps, and a second projection
-    changes no bit. Differentiable with respect to `delta`.
+    The result's norm, in float64 on the stored values, never exceeds eps (but see below for a
+    box), and a second projection changes no bit. Differentiable with respect to `delta`.
 
     Args:
         delta: the perturbation, any shape; the perturbed input where `x0` is given.
         eps, norm, group, offsets, mask, x0, lower, upper: as for :func:`pgd_step`. With a box the
-            result is the exact projection on the intersection of ball and box.
+            result is the exact projection on the intersection of ball and box. Where they do not
+            meet, as `x0` is further from the box than eps, the box wins: the result is the point
+            of the box that is nearest to `x0` (linf: element by element), and its norm exceeds eps.
 
     Returns:
         Tensor of the shape and dtype of `delta`.
@@ -182,6 +196,8 @@ def project(
     Source: l1 threshold: Duchi et al., "Efficient Projections onto the l1-Ball" (ICML 2008).
     """
     radius, eps_per_group = strength(eps)
+    low, lower_per_element = bound(lower)
+    high, upper_per_element = bound(upper)
     differentiable = getattr(delta, "requires_grad", False)
     try:
         out: Tensor = (_ops.project if differentiable else _ops.project_constant).default(
@@ -193,8 +209,10 @@ def project(
             mask,
             eps_per_group,
             x0,
-            bound(lower, delta),
-            bound(upper, delta),
+            low,
+            high,
+            lower_per_element,
+            upper_per_element,
         )
     except RuntimeError as error:
         raise argument_error(error) from None
@@ -215,6 +233,8 @@ def project_(
 ) -> Tensor:
     """As :func:`project`, written into `delta`, which is returned. Not differentiable."""
     radius, eps_per_group = strength(eps)
+    low, lower_per_element = bound(lower)
+    high, upper_per_element = bound(upper)
     try:
         _ops.project_.default(
             delta,
@@ -225,8 +245,10 @@ def project_(
             mask,
             eps_per_group,
             x0,
-            bound(lower, delta),
-            bound(upper, delta),
+            low,
+            high,
+            lower_per_element,
+            upper_per_element,
         )
     except RuntimeError as error:
         raise argument_error(error) from None
@@ -253,7 +275,9 @@ def random_start(
         like: gives shape, dtype and device.
         eps, norm, group, offsets, mask, x0, lower, upper: as for :func:`pgd_step`; eps is finite.
         generator: what the numbers are drawn from; the CPU's default generator if None. One seed
-            gives the same numbers on every device and for any number of threads.
+            gives the same random integers everywhere, and the same bits for any number of threads.
+            Between devices, and between SIMD levels of a CPU, what is computed from the integers
+            (logarithms, roots, sines) may differ in the last places.
 
     Returns:
         Tensor of the shape and dtype of `like`.
@@ -262,6 +286,8 @@ def random_start(
         ValueError: for a wrong shape, dtype or value; the message names the argument.
     """
     radius, eps_per_group = strength(eps)
+    low, lower_per_element = bound(lower)
+    high, upper_per_element = bound(upper)
     try:
         out: Tensor = _ops.random_start.default(
             like,
@@ -273,8 +299,10 @@ def random_start(
             mask,
             eps_per_group,
             x0,
-            bound(lower, like),
-            bound(upper, like),
+            low,
+            high,
+            lower_per_element,
+            upper_per_element,
         )
     except RuntimeError as error:
         raise argument_error(error) from None
@@ -312,6 +340,8 @@ def gaussian_noise(
     """
     deviation, std_per_group = strength(std)
     radius, eps_per_group = strength(math.inf if eps is None else eps)
+    low, lower_per_element = bound(lower)
+    high, upper_per_element = bound(upper)
     try:
         out: Tensor = _ops.gaussian_noise.default(
             x,
@@ -325,8 +355,10 @@ def gaussian_noise(
             std_per_group,
             eps_per_group,
             x0,
-            bound(lower, x),
-            bound(upper, x),
+            low,
+            high,
+            lower_per_element,
+            upper_per_element,
         )
     except RuntimeError as error:
         raise argument_error(error) from None
@@ -350,6 +382,8 @@ def gaussian_noise_(
     """As :func:`gaussian_noise`, written into `x`, which is returned."""
     deviation, std_per_group = strength(std)
     radius, eps_per_group = strength(math.inf if eps is None else eps)
+    low, lower_per_element = bound(lower)
+    high, upper_per_element = bound(upper)
     try:
         _ops.gaussian_noise_.default(
             x,
@@ -363,8 +397,10 @@ def gaussian_noise_(
             std_per_group,
             eps_per_group,
             x0,
-            bound(lower, x),
-            bound(upper, x),
+            low,
+            high,
+            lower_per_element,
+            upper_per_element,
         )
     except RuntimeError as error:
         raise argument_error(error) from None
@@ -422,6 +458,8 @@ def momentum_step(
     """
     step, step_per_group = strength(step_size)
     radius, eps_per_group = strength(eps)
+    low, lower_per_element = bound(lower)
+    high, upper_per_element = bound(upper)
     try:
         out: tuple[Tensor, Tensor] = _ops.momentum_step.default(
             delta,
@@ -439,8 +477,10 @@ def momentum_step(
             eps_per_group,
             top,
             x0,
-            bound(lower, delta),
-            bound(upper, delta),
+            low,
+            high,
+            lower_per_element,
+            upper_per_element,
             nonfinite,
         )
     except RuntimeError as error:
@@ -470,6 +510,8 @@ def momentum_step_(
     """As :func:`momentum_step`, written into `delta` and `velocity`, which are returned."""
     step, step_per_group = strength(step_size)
     radius, eps_per_group = strength(eps)
+    low, lower_per_element = bound(lower)
+    high, upper_per_element = bound(upper)
     try:
         _ops.momentum_step_.default(
             delta,
@@ -487,8 +529,10 @@ def momentum_step_(
             eps_per_group,
             top,
             x0,
-            bound(lower, delta),
-            bound(upper, delta),
+            low,
+            high,
+            lower_per_element,
+            upper_per_element,
             nonfinite,
         )
     except RuntimeError as error:

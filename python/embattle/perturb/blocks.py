@@ -94,7 +94,10 @@ class Block:
 
     def note(self, grad: Tensor) -> None:
         """Note which groups have a gradient other than zero."""
-        self.moved |= ops.group_norm(grad, norm="linf", **self.geometry) != 0
+        # Where reading it back waits for nothing, it is cheaper than another look at the gradient.
+        if self.moved.is_cpu and self.moved.numpy().all():
+            return
+        self.moved.logical_or_(ops.group_norm(grad, norm="linf", **self.geometry))
 
     def still(self, done: Tensor | None = None) -> Tensor:
         """Count the groups that could move and never had a gradient, a 0-d int64 tensor.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from embattle.perturb.outputs import Key
 
@@ -153,7 +154,8 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    # Those in lists, dicts and registered containers (a batch of TorchRec's) count too.
+    return [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
 
 
 def _integers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -31,27 +31,34 @@ def parts_of(output: Any, key: Key = None) -> list[Part]:
 
     Tensors and jagged nested tensors are one part; of a tuple the first element counts (or the one
     that `key` names); of a dict (a Hugging Face `ModelOutput` is one) every floating-point value,
-    or the one that `key` names. TorchRec's `KeyedTensor` and `JaggedTensor` are taken by what they
-    offer, without importing that library.
+    or the one that `key` names. TorchRec's `KeyedTensor`, which is a dict of features, and its
+    `JaggedTensor` are taken by what they offer, without importing that library.
 
     Raises:
         TypeError: there are no floating-point tensors.
         KeyError, IndexError: `key` names none of the output's elements.
     """
-    if isinstance(output, Tensor):
-        return [Part(None, *_rows(output, output))]
-    if isinstance(output, Mapping):
-        keys = [k for k in output if _holds(output[k])] if key is None else [key]
-        if not keys or key not in (None, *output):
-            names = ", ".join(map(repr, output))
+    keyed = _torchrec(output) == "keyed"
+    if keyed or isinstance(output, Mapping):
+        names = output.keys()
+        keys = [k for k in names if _holds(output[k])] if key is None else [key]
+        if not keys or key not in (None, *names):
+            kind = "KeyedTensor" if keyed else "dict"
             asked = "a floating-point tensor" if key is None else f"{key!r}"
-            raise KeyError(f"Site: the module returned a dict of {names}, without {asked}")
+            raise KeyError(
+                f"Site: the module returned a {kind} of {', '.join(map(repr, names))}, without "
+                f"{asked}"
+            )
         return [Part(k, *_rows(output[k], output)) for k in keys]
     if isinstance(output, (tuple, list)) and output:
         index = 0 if key is None else key
         if not isinstance(index, int) or not -len(output) <= index < len(output):
             raise IndexError(f"Site: key {key!r} names no element of a tuple of {len(output)}")
         return [Part(index, *_rows(output[index], output))]
+    if key is not None:
+        raise KeyError(
+            f"Site: key {key!r} was given, and the module returned one {type(output).__name__}"
+        )
     return [Part(None, *_rows(output, output))]
 
 
@@ -59,6 +66,10 @@ def replace_parts(output: Any, values: Mapping[Key, Tensor]) -> Any:
     """Make an output like `output` in which the parts of these keys hold other values."""
     if isinstance(output, Tensor):
         return _with_rows(output, values[None])
+    if _torchrec(output) == "keyed":
+        names = list(output.keys())
+        parts = [values[name] if name in values else output[name] for name in names]
+        return _with_rows(output, torch.cat(parts, dim=output.key_dim()))
     if isinstance(output, Mapping):
         made = copy(output)
         for key, value in values.items():
@@ -77,7 +88,7 @@ def replace_parts(output: Any, values: Mapping[Key, Tensor]) -> Any:
 def _holds(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.is_floating_point()
-    return _torchrec(value) is not None
+    return _torchrec(value) is not None and value.values().is_floating_point()
 
 
 def _torchrec(value: Any) -> str | None:

@@ -313,6 +313,11 @@ class Site:
         self, calls: list[Call], additions: Sequence[Addition], known: str | None
     ) -> Iterator[None]:
         """Perturb the passes inside the block; then what was placed before is there again."""
+        if not self._finalizer.alive:
+            raise RuntimeError(
+                f"{self!r} was removed: nothing would be perturbed. Keep the site until its "
+                "results have been applied"
+            )
         before = self._hook.use
         self.place(calls, additions, known=known)
         try:

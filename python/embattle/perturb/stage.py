@@ -150,7 +150,7 @@ class Stage:
             raise RuntimeError(f"{busy[0]!r} is already in use by an attack")
         before = RandomState.capture()
         generator = seed()
-        self._first = RandomState.capture()
+        self._first = before if generator is None else RandomState.capture()
         if self.same_random and self._replay is None:
             self._remember(self._first)
         first = self._first

@@ -1,24 +1,23 @@
-"""What one backward pass leaves behind for each parameter, and what follows from it.
+"""Per-sample gradients of one application of a parameter, in the form that its layer gives them.
 
-A *use* is one application of a parameter in the forward pass: what went in, and the gradient of the
-losses with respect to what came out, both with the samples in front. From its uses follow a
-parameter's per-sample gradient norms and its weighted gradient; the per-sample gradients themselves
-are never formed, but for parameters as small as a bias (Bu et al., "Differentially private
-optimization on large model at small cost", ICML 2023: book-keeping).
+That is what went in and the gradient of the losses with respect to what came out, both with the
+samples in front. Norms of per-sample gradients and their weighted sum follow from these; the
+per-sample gradients themselves are never formed, but for parameters as small as a bias (Bu et al.,
+"Differentially private optimization on large model at small cost", ICML 2023: book-keeping).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from embattle import ops
-from embattle.clipping.units import Units
+from embattle.clipping.users import Users
 from embattle.ops.embedding import embedding_grad_rows
 
 # Largest temporary of an unfolded convolution input, in elements.
@@ -34,68 +33,80 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
     return scaled if scaled.dtype == x.dtype else scaled.to(x.dtype)
 
 
+def squares(x: Tensor, dims: int) -> Tensor:
+    """Sums of squares over all but the first dims, float64."""
+    if x.dim() <= dims:
+        return x.double().square()
+    norms: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(dims, x.dim())))
+    return norms.double().square()
+
+
 def _tokens(x: Tensor) -> Tensor:
     """[n, M, groups, K, L] -> [n, groups, M L, K]."""
     return x.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
 
 @dataclass
-class LinearUse:
-    """``x @ weight[rows].T``, or ``x @ weight`` where transposed.
+class LinearGradSample:
+    """``x @ weight[rows].T``; ``grad @ weight`` where a weight is stored as [in, out].
 
     Attributes:
         x: [B, T, I].
         grad: [B, T, O], in x's dtype.
         rows: the half-open range of the weight's rows in use; O of them.
-        transposed: whether the weight is stored as [I, O]; then rows covers everything.
         bias: the use of the bias that was added in the same application, if any.
     """
 
     x: Tensor
     grad: Tensor
     rows: tuple[int, int]
-    transposed: bool = False
-    bias: DenseUse | None = None
+    bias: DenseGradSample | None = None
 
-    def norms(self, units: Units, *, bias: bool = False) -> Tensor:
-        """[units] norms of the weight's gradient; with bias: of the weight's and the bias'."""
-        if units.of_sample is None:
+    def norms(self, users: Users, *, bias: bool = False) -> Tensor:
+        """[U] norms of the weight's gradient; with bias: of the weight's and the bias'."""
+        if users.of_sample is None:
             return ops.linear_grad_norm(self.x, self.grad, bias=bias)
-        return units.gather(
+        return users.gather(
             lambda x, grad: ops.linear_grad_norm(x, grad, bias=bias), [self.x], [self.grad]
         )
 
     def weighted(self, factor: Tensor) -> Tensor:
-        """sum_b factor_b g_b, [O, I] (or [I, O] where transposed)."""
+        """sum_b factor_b g_b, [O, I]."""
         x, grad = self.x, self.grad
         if x.shape[-1] < grad.shape[-1]:
             x = _scaled(x, factor)
         else:
             grad = _scaled(grad, factor)
         x, grad = x.flatten(0, 1), grad.flatten(0, 1)
-        return x.t() @ grad if self.transposed else grad.t() @ x
+        return grad.t() @ x
 
-    def part(self, start: int, stop: int) -> LinearUse:
+    def part(self, start: int, stop: int) -> LinearGradSample:
         """The use of the rows start to stop alone."""
         first = self.rows[0]
         return replace(self, grad=self.grad[..., start - first : stop - first], rows=(start, stop))
 
-    def cleaned(self, bad: Tensor) -> LinearUse:
+    def cleaned(self, bad: Tensor) -> LinearGradSample:
         """The same with the samples marked in bad [B] set to zero."""
         mask = bad.reshape(-1, 1, 1)
         return replace(self, x=self.x.masked_fill(mask, 0), grad=self.grad.masked_fill(mask, 0))
 
+    def select(self, rows: Tensor) -> LinearGradSample:
+        """The same of some samples alone."""
+        return replace(self, x=self.x[rows], grad=self.grad[rows], bias=None)
+
+    def squared_size(self) -> Tensor:
+        """[B] sums of the squared norms of what is summed over tokens."""
+        return (squares(self.x, 2) * squares(self.grad, 2)).sum(1)
+
     def dense(self, shape: torch.Size) -> Tensor:
         """[B, *shape] per-sample gradients."""
-        if self.transposed:
-            return self.x.transpose(1, 2) @ self.grad
         whole = self.grad.new_zeros(len(self.x), *shape)
         whole[:, self.rows[0] : self.rows[1]] = self.grad.transpose(1, 2) @ self.x
         return whole
 
 
 @dataclass
-class RowUse:
+class EmbeddingGradSample:
     """``weight[indices]``.
 
     Attributes:
@@ -110,9 +121,9 @@ class RowUse:
     padding_idx: int | None
     sparse: bool
 
-    def norms(self, units: Units) -> Tensor:
-        """[units] norms of the table's gradient; repeated indices are summed first."""
-        return units.gather(
+    def norms(self, users: Users) -> Tensor:
+        """[U] norms of the table's gradient; repeated indices are summed first."""
+        return users.gather(
             lambda indices, grad: ops.embedding_grad_norm(
                 indices, grad, padding_idx=self.padding_idx
             ),
@@ -120,9 +131,9 @@ class RowUse:
             [self.grad],
         )
 
-    def apart(self, units: Units) -> bool:
-        """Whether no unit can have a row twice: the table's gradient is then `masked`'s rows."""
-        return units.of_sample is None and self.indices.shape[1] == 1
+    def apart(self, users: Users) -> bool:
+        """Whether no user can have a row twice: the table's gradient is then `masked`'s rows."""
+        return users.of_sample is None and self.indices.shape[1] == 1
 
     def masked(self) -> Tensor:
         """grad, zero at padding."""
@@ -159,9 +170,17 @@ class RowUse:
             check_invariants=False,
         )
 
-    def cleaned(self, bad: Tensor) -> RowUse:
+    def cleaned(self, bad: Tensor) -> EmbeddingGradSample:
         """The same with the samples marked in bad [B] set to zero."""
         return replace(self, grad=self.grad.masked_fill(bad.reshape(-1, 1, 1), 0))
+
+    def select(self, rows: Tensor) -> EmbeddingGradSample:
+        """The same of some samples alone."""
+        return replace(self, indices=self.indices[rows], grad=self.grad[rows])
+
+    def squared_size(self) -> Tensor:
+        """[B] sums of the squared norms of what is summed over repeated rows."""
+        return squares(self.masked(), 1)
 
     def dense(self, shape: torch.Size) -> Tensor:
         """[B, *shape] per-sample gradients."""
@@ -171,7 +190,7 @@ class RowUse:
 
 
 @dataclass
-class BagUse:
+class BagGradSample:
     """One bag of rows per sample, summed or averaged.
 
     Attributes:
@@ -222,76 +241,113 @@ class BagUse:
         return kept
 
     def weighted(self, factor: Tensor, rows: int) -> Tensor:
-        """sum_b factor_b g_b, as from RowUse."""
+        """sum_b factor_b g_b, as from EmbeddingGradSample."""
         owners = self.owners()
         scale = self._coefficients(owners) * factor.to(self.grad.dtype)[owners]
         grad = self.grad[owners] * scale[:, None]
         # One row for each of N samples, their factors in it.
-        use = RowUse(self.indices[:, None], grad[:, None], self.padding_idx, self.sparse)
+        use = EmbeddingGradSample(
+            self.indices[:, None], grad[:, None], self.padding_idx, self.sparse
+        )
         return use.weighted(None, rows)
 
-    def cleaned(self, bad: Tensor) -> BagUse:
+    def cleaned(self, bad: Tensor) -> BagGradSample:
         """The same with the samples marked in bad [B] set to zero."""
         return replace(self, grad=self.grad.masked_fill(bad[:, None], 0))
 
-    def padded(self) -> RowUse:
-        """The same as rows of an embedding: [B, longest bag], zero gradient behind a bag's end."""
+    def select(self, rows: Tensor) -> EmbeddingGradSample:
+        """The same of some samples alone."""
+        return self.padded().select(rows)
+
+    def squared_size(self) -> Tensor:
+        """[B] sums of the squared norms of what is summed over repeated rows."""
+        return self.padded().squared_size()
+
+    def dense(self, shape: torch.Size) -> Tensor:
+        """[B, *shape] per-sample gradients."""
+        return self.padded().dense(shape)
+
+    def places(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """[B, longest bag] zeros in indices' dtype, and where each index belongs in it."""
         owners = self.owners()
-        grad = self.grad[owners] * self._coefficients(owners)[:, None]
         place = torch.arange(len(owners), device=owners.device) - self.offsets[:-1][owners]
         longest = max(int(self.offsets.diff().max()), 1) if len(self.grad) else 1
-        # Behind the end any row will do, the gradient there being zero.
-        fill = 0 if self.padding_idx is None else self.padding_idx
-        indices = self.indices.new_full((len(self.grad), longest), fill)
-        indices[owners, place] = self.indices
-        padded = grad.new_zeros(len(self.grad), longest, grad.shape[-1])
-        padded[owners, place] = grad
-        return RowUse(indices, padded, self.padding_idx, self.sparse)
+        return self.indices.new_zeros(len(self.grad), longest), (owners, place)
+
+    def padded(self) -> EmbeddingGradSample:
+        """The same as rows of an embedding: [B, longest bag], zero gradient behind a bag's end."""
+        indices, place = self.places()
+        if self.padding_idx is not None:
+            indices.fill_(self.padding_idx)
+        owners = place[0]
+        grad = self.grad[owners] * self._coefficients(owners)[:, None]
+        indices[place] = self.indices
+        padded = grad.new_zeros(*indices.shape, grad.shape[-1])
+        padded[place] = grad
+        return EmbeddingGradSample(indices, padded, self.padding_idx, self.sparse)
 
 
 @dataclass
-class ConvUse:
-    """A convolution over two spatial dimensions (one is a case of two).
+class ConvGradSample:
+    """A convolution over one, two or three spatial dimensions.
+
+    A transposed convolution is one too, with its output's gradient as x and its input as grad.
 
     Attributes:
-        x: [B, M, C, H, W], M images a sample, padded where the padding is not zeros.
-        grad: [B, M, O, H', W'].
-        kernel: the weight as [O, C / groups, h, w].
-        shape: the weight's own shape.
-        stride, padding, dilation: pairs.
+        x: [B, M, C, *size], M images a sample.
+        grad: [B, M, O, *size'].
+        shape: the weight's, [O, C / groups, *kernel].
+        stride, padding, dilation: a number for each spatial dimension.
         groups: as in torch.nn.Conv2d.
     """
 
     x: Tensor
     grad: Tensor
-    kernel: Tensor
     shape: torch.Size
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
+
+    def _columns(self, x: Tensor) -> Tensor:
+        """x [N, C, *size] -> [N, C * kernel, *size'] flat over size'."""
+        kernel, spatial = tuple(self.shape[2:]), tuple(self.grad.shape[3:])
+        stride, padding, dilation = self.stride, self.padding, self.dilation
+        if len(kernel) == 1:
+            x, kernel = x.unsqueeze(2), (1, *kernel)
+            stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
+        if len(kernel) == 2:
+            return F.unfold(x, kernel, dilation, padding, stride)
+        x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
+        for dim, (size, step, gap, length) in enumerate(
+            zip(kernel, stride, dilation, spatial, strict=True), start=2
+        ):
+            x = x.unfold(dim, (size - 1) * gap + 1, step)[..., ::gap].narrow(dim, 0, length)
+        n, dims = len(kernel), x.dim()
+        x = x.permute(0, 1, *range(2 + n, dims), *range(2, 2 + n))
+        return x.reshape(x.shape[0], x.shape[1] * math.prod(kernel), math.prod(spatial))
 
     def _unfolded(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """The same convolution as linear layers, one per group, over M * L positions.
 
         Args:
-            x: [n, M, C, H, W].
-            grad: [n, M, O, H', W'].
+            x: [n, M, C, *size].
+            grad: [n, M, O, *size'].
 
         Returns:
             Inputs [n, groups, M L, K] and gradients of outputs [n, groups, M L, O / groups].
         """
         n, images = x.shape[:2]
-        columns = F.unfold(
-            x.flatten(0, 1), self.kernel.shape[2:], self.dilation, self.padding, self.stride
-        )
-        columns = columns.reshape(n, images, self.groups, -1, columns.shape[-1])
-        grad = grad.reshape(n, images, self.groups, -1, columns.shape[-1])
+        columns = self._columns(x.flatten(0, 1))
+        places = columns.shape[-1]
+        inner = columns.shape[1] // self.groups
+        columns = columns.reshape(n, images, self.groups, inner, places)
+        grad = grad.reshape(n, images, self.groups, grad.shape[2] // self.groups, places)
         return _tokens(columns), _tokens(grad)
 
     def _norms(self, x: Tensor, grad: Tensor) -> Tensor:
         per_sample = math.prod(grad.shape[1:]) // max(grad.shape[2], 1)
-        per_sample *= math.prod(self.kernel.shape[1:]) * self.groups
+        per_sample *= math.prod(self.shape[1:]) * self.groups
         step = max(1, _CHUNK // max(per_sample, 1))
         found = []
         for start in range(0, max(len(x), 1), step):
@@ -300,31 +356,40 @@ class ConvUse:
             found.append(each.reshape(-1, self.groups).square().sum(1).sqrt())
         return torch.cat(found)
 
-    def norms(self, units: Units) -> Tensor:
-        """[units] norms of the weight's gradient."""
-        return units.gather(self._norms, [self.x], [self.grad])
+    def norms(self, users: Users) -> Tensor:
+        """[U] norms of the weight's gradient."""
+        return users.gather(self._norms, [self.x], [self.grad])
 
     def weighted(self, factor: Tensor) -> Tensor:
         """sum_b factor_b g_b, in the weight's shape."""
-        grad: Tensor = torch.ops.aten.convolution_backward(
+        found: Tensor = torch.ops.aten.convolution_backward(
             _scaled(self.grad, factor).flatten(0, 1),
             self.x.flatten(0, 1),
-            self.kernel,
+            self.x.new_empty(self.shape),
             None,
             self.stride,
             self.padding,
             self.dilation,
             False,
-            [0, 0],
+            [0] * len(self.stride),
             self.groups,
             [False, True, False],
         )[1]
-        return grad.reshape(self.shape)
+        return found
 
-    def cleaned(self, bad: Tensor) -> ConvUse:
+    def cleaned(self, bad: Tensor) -> ConvGradSample:
         """The same with the samples marked in bad [B] set to zero."""
-        mask = bad.reshape(-1, 1, 1, 1, 1)
+        mask = bad.reshape(-1, *[1] * (self.x.dim() - 1))
         return replace(self, x=self.x.masked_fill(mask, 0), grad=self.grad.masked_fill(mask, 0))
+
+    def select(self, rows: Tensor) -> ConvGradSample:
+        """The same of some samples alone."""
+        return replace(self, x=self.x[rows], grad=self.grad[rows])
+
+    def squared_size(self) -> Tensor:
+        """[B] about the sums of the squared norms of what is summed over positions."""
+        places = math.prod(self.grad.shape[3:])
+        return squares(self.x, 1) * squares(self.grad, 1) / math.sqrt(max(places, 1))
 
     def dense(self, shape: torch.Size) -> Tensor:
         """[B, *shape] per-sample gradients."""
@@ -333,14 +398,16 @@ class ConvUse:
 
 
 @dataclass
-class DenseUse:
+class DenseGradSample:
     """Per-sample gradients as they are: biases, norms, small parameters.
 
     Attributes:
         grad: [B, *parameter's shape].
+        terms: [B, ...] what was summed to get them, or [B] its squared norms, if anything was.
     """
 
     grad: Tensor
+    terms: Tensor | None = None
 
     def weighted(self, factor: Tensor) -> Tensor:
         """sum_b factor_b g_b."""
@@ -348,12 +415,31 @@ class DenseUse:
         factor = factor.to(grad.dtype)
         if grad.dim() == 2:
             return torch.mv(grad.t(), factor)
-        return torch.mv(grad.reshape(len(grad), -1).t(), factor).reshape(grad.shape[1:])
+        return torch.mv(grad.unsqueeze(-1).flatten(1).t(), factor).reshape(grad.shape[1:])
 
-    def cleaned(self, bad: Tensor) -> DenseUse:
+    def cleaned(self, bad: Tensor) -> DenseGradSample:
         """The same with the samples marked in bad [B] set to zero."""
-        return DenseUse(self.grad.masked_fill(bad.reshape(-1, *[1] * (self.grad.dim() - 1)), 0))
+        return DenseGradSample(
+            self.grad.masked_fill(bad.reshape(-1, *[1] * (self.grad.dim() - 1)), 0)
+        )
+
+    def select(self, rows: Tensor) -> DenseGradSample:
+        """The same of some samples alone."""
+        return DenseGradSample(self.grad[rows])
+
+    def squared_size(self) -> Tensor:
+        """[B] sums of the squared norms of what is summed."""
+        found = squares(self.grad, 1)
+        if self.terms is None:
+            return found
+        terms = self.terms if self.terms.dim() == 1 else squares(self.terms, 1)
+        return torch.maximum(found, terms)
 
     def dense(self, shape: torch.Size) -> Tensor:
         """[B, *shape] per-sample gradients."""
         return self.grad.reshape(len(self.grad), *shape)
+
+
+GradSample: TypeAlias = (
+    LinearGradSample | EmbeddingGradSample | BagGradSample | ConvGradSample | DenseGradSample
+)

@@ -1,4 +1,4 @@
-"""Units: the groups of samples whose joint gradient is clipped as one."""
+"""Users: the groups of samples whose joint gradient is clipped as one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def _join(x: Tensor, samples: Tensor, scale: Tensor) -> Tensor:
-    """x [B, T, ...] -> [units, members * T, ...], times scale; exactly zero where scale is."""
+    """x [B, T, ...] -> [U, members * T, ...], times scale; exactly zero where scale is."""
     joined = x[samples]
     if x.is_floating_point():
         factor = scale.to(x.dtype).reshape(*scale.shape, *[1] * (x.dim() - 1))
@@ -19,18 +19,18 @@ def _join(x: Tensor, samples: Tensor, scale: Tensor) -> Tensor:
     return joined.flatten(1, 2)
 
 
-class Units:
+class Users:
     """Which samples belong together.
 
-    Without users, every sample is a unit of its own. With users, units of similar size (within a
+    Without users, every sample is a user of its own. With users, users of similar size (within a
     factor of two) are worked on together, so that a user with many samples does not make the others
     dear.
 
     Attributes:
-        count: number of units.
-        of_sample: [B] the unit of each sample, or None where every sample is its own.
-        weights: [B] the factors of the samples within their unit, or None.
-        ids: [units] the users' ids, or None.
+        count: number of users.
+        of_sample: [B] the user of each sample, or None where every sample is its own.
+        weights: [B] the factors of the samples within their user, or None.
+        ids: [U] the users' ids, or None.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Units:
 
         Args:
             samples: number of samples B.
-            users: [B] integers, equal for samples of the same unit; None: all different.
+            users: [B] integers, equal for samples of the same user; None: all different.
             weights: [B] factors of the samples, with users only.
         """
         self.count = samples
@@ -50,13 +50,13 @@ class Units:
         self._buckets: list[tuple[Tensor, Tensor, Tensor]] = []
         if users is None:
             return
-        self.ids, unit, sizes = torch.unique(users, return_inverse=True, return_counts=True)
-        self.of_sample = unit
+        self.ids, user, sizes = torch.unique(users, return_inverse=True, return_counts=True)
+        self.of_sample = user
         self.count = len(self.ids)
         self.weights = (
             users.new_ones(samples, dtype=torch.float64) if weights is None else weights.double()
         )
-        order = unit.argsort(stable=True)
+        order = user.argsort(stable=True)
         start = sizes.cumsum(0) - sizes
         lowest = 0
         largest = int(sizes.max()) if samples else 0
@@ -73,7 +73,7 @@ class Units:
     def gather(
         self, norms: Callable[..., Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> Tensor:
-        """Norms of units from what the layer saw.
+        """Norms of users from what the layer saw.
 
         Args:
             norms: called with the inputs and the gradients, [n, T, ...] each; returns [n].
@@ -81,7 +81,7 @@ class Units:
             grads: tensors [B, T, ...], gradients of outputs: the samples' weights apply to these.
 
         Returns:
-            [units] norms, float64 where units are users, else as they come.
+            [U] norms, float64 where users are users, else as they come.
         """
         if self.of_sample is None:
             return norms(*inputs, *grads)
@@ -94,7 +94,7 @@ class Units:
         return found
 
     def sample_factors(self, factor: Tensor) -> Tensor:
-        """[units] factors -> [B] factors of the samples."""
+        """[U] factors -> [B] factors of the samples."""
         if self.of_sample is None:
             return factor
         assert self.weights is not None

@@ -1,0 +1,362 @@
+"""The smallest perturbation of each sample that reaches the goal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from embattle import checks, ops
+from embattle.attacks.ascents import Soft, Ways, ways_to
+from embattle.attacks.auto import without_gradient
+from embattle.attacks.base import Attack, box
+from embattle.attacks.result import AttackResult
+from embattle.criteria import Criterion, Diverge
+from embattle.criteria.base import ascended, reached
+from embattle.perturb.blocks import Block
+from embattle.perturb.evaluation import Evaluation, LossFn
+from embattle.perturb.site import Site
+from embattle.perturb.stage import Masks, Stage, Subset
+from embattle.perturb.strength import Strength, check_strength, group_sizes, words
+
+# How often deltas that their evaluation in the whole batch does not confirm are made longer.
+_TRIES = 5
+
+
+class MinimumNormResult(AttackResult):
+    """The smallest perturbations found. `deltas` are zero where none was found.
+
+    Attributes:
+        eps: `[B]`, the radius at which each sample fell, in the attack's unit; 0 where the goal
+            holds without perturbation, inf where the sample never fell.
+    """
+
+    eps: Tensor
+
+    def robust_accuracy_at(self, eps: float | Tensor) -> Tensor:
+        """Give the share of samples that stand at a radius, of those that have a label.
+
+        Args:
+            eps: one radius, or `[K]`.
+
+        Returns:
+            0-d, or `[K]`, float64.
+        """
+        radius = torch.as_tensor(eps, dtype=torch.float64, device=self.eps.device)
+        counted = self._number("counted")
+        if counted is None:
+            counted = torch.ones_like(self.eps, dtype=torch.bool)
+        stands = (self.eps.double() > radius.unsqueeze(-1)) & counted
+        return stands.sum(-1).double() / counted.sum()
+
+    def curve(self) -> tuple[Tensor, Tensor]:
+        """Give robust accuracy over eps: the radii where it falls (ascending, 0 first), and it."""
+        radii = self.eps[self.eps.isfinite()].double()
+        radii = torch.unique(torch.cat([radii.new_zeros(1), radii]))
+        return radii, self.robust_accuracy_at(radii)
+
+
+@dataclass(kw_only=True, repr=False)
+class FMN(Attack):
+    """Fast minimum-norm attack (Pintor et al., NeurIPS 2021, algorithm 1), for l2, linf and l1.
+
+    Each sample has a radius of its own. A step goes up along the gradient and is projected on the
+    ball; then the radius shrinks where the goal is reached and grows where it is not, by a factor
+    that falls from `1 +- gamma` to `1 +- gamma / 50` on a cosine; before the goal is first reached
+    the radius is where a linear model puts it (eq. 5). One attack gives robust accuracy at every
+    eps.
+
+    Differs from the paper: the ascent is a smooth maximum of the distances to the ways to the goal
+    (the paper's is the maximum), which does not jump between classes; steps have the length of the
+    radius, from 1 down to 1/100 of it on a cosine, so that embeddings may be of any size; until the
+    goal is reached the radius grows at every step; l2 iterates lie on the sphere, as in DDN (Rony
+    et al., CVPR 2019).
+
+    Where a sample has several balls (tokens, several outputs) its eps is the largest of its groups'
+    norms: all of them have the same radius. Deltas that samples share have no smallest eps of each
+    sample, and are refused.
+
+    Args:
+        norm: "l2", "linf" or "l1".
+        unit: what eps is measured in: 1, or `Relative(1.0)`: as a multiple of what it names.
+        steps: each one forward and one backward pass.
+        gamma: by which share the radius changes at first.
+        step_size: of the first step, as a share of the radius.
+        lower, upper, mode, compile: as for every attack. Random numbers are the same in all passes.
+    """
+
+    draws: ClassVar[bool] = True  # directions for samples without a gradient
+
+    unit: Strength = 1.0
+    eps: Strength = field(init=False, default=1.0)
+    steps: int = 100
+    gamma: float = 0.05
+    step_size: float = 1.0
+    random_start: bool = field(init=False, default=False)
+    restarts: int = field(init=False, default=1)
+    keep: Literal["last", "best"] = field(init=False, default="best")
+    stop_when_fooled: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self.unit = self.eps = check_strength("FMN", "unit", self.unit)
+        if isinstance(self.unit, float) and not 0 < self.unit < math.inf:
+            raise ValueError(f"FMN: unit must be above 0 and finite, got {self.unit:g}")
+        super().__post_init__()
+        checks.integer("FMN", "steps", self.steps, 1)
+        self.gamma = checks.real("FMN", "gamma", self.gamma, 0, 0.9)
+        self.step_size = checks.real("FMN", "step_size", self.step_size, 0)
+
+    def __repr__(self) -> str:
+        unit = "" if self.unit == 1.0 else f", in units of {words(self.unit)}"
+        return f"FMN(smallest {self.norm} norm{unit}, {self.steps} steps)"
+
+    def checked_goal(self, criterion: Criterion | None) -> Criterion:
+        """Check what the attack is for.
+
+        Raises:
+            TypeError: not a criterion.
+            ValueError: it has no gradient at zero, where the search starts.
+        """
+        if isinstance(criterion, Diverge):  # attacked by the margin over the clean predictions
+            return criterion
+        if isinstance(criterion, Criterion) and criterion.needs_clean:
+            raise ValueError(
+                f"FMN: {criterion!r} has no gradient at zero, where the search starts; use "
+                "AutoAttack at the radii of interest"
+            )
+        return super().checked_goal(criterion)
+
+    def run(
+        self,
+        loss_fn: LossFn,
+        sites: Site | Sequence[Site],
+        *,
+        criterion: Criterion | None = None,
+        mask: Masks = None,
+        offsets: Masks = None,
+        joint: bool = False,
+        scale: float = 1.0,
+        subset: Subset | None = None,
+        evaluate: bool = True,
+    ) -> MinimumNormResult:
+        """Find the smallest perturbations of one batch; the arguments are those of `Attack.run`.
+
+        `scale` is a factor on the unit. Samples do not leave the batch: `subset` is not used.
+
+        Returns:
+            The result, with the eps of each sample.
+
+        Raises:
+            RuntimeError: the losses do not depend on a site.
+            ValueError: the criterion has no goal, samples share deltas, or depend on each other.
+        """
+        goal = self.checked_goal(criterion)
+        stage = Stage(
+            loss_fn,
+            sites,
+            mask=mask,
+            offsets=offsets,
+            joint=joint,
+            mode=self.mode,
+            same_random=True,
+            compile=self.compile,
+        )
+        with stage.attacking(self.own_generator) as generator:
+            evaluation = stage.open(attach=True).evaluation
+            goal.check(evaluation)
+            clean = evaluation.detach()
+            _check(stage, goal, clean)
+            search = _Search(self, stage, goal, clean, scale, generator)
+            search.run(evaluation)
+            now = search.settle()
+            stage.forget_masks()
+            steps = torch.full((stage.batch,), self.steps, device=clean.device)
+            result = MinimumNormResult(
+                stage.found,
+                goal,
+                self.norm,
+                steps,
+                clean if evaluate else None,
+                now if evaluate else None,
+            )
+            result.eps = search.best
+        if evaluate:
+            result.warn()
+        return result
+
+
+class _Search:
+    """One run: the radius of each sample, and the smallest delta that reached the goal."""
+
+    def __init__(
+        self,
+        attack: FMN,
+        stage: Stage,
+        goal: Criterion,
+        clean: Evaluation,
+        scale: float,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.generator = generator
+        self.attack, self.stage, self.goal, self.clean = attack, stage, goal, clean
+        self.ways: Ways | None = ways_to(goal, clean)
+        self.ascent: Criterion = goal if self.ways is None else Soft(self.ways)
+        self.states = [attack.begin(block, scale) for block in stage.blocks]
+        for block, state in zip(stage.blocks, self.states, strict=True):
+            state["unit"] = torch.as_tensor(
+                state["eps"], dtype=block.delta.dtype, device=clean.device
+            ).expand(block.groups)
+            state["diagonal"] = group_sizes(block.base, block.geometry).to(block.delta.dtype).sqrt()
+        # What a radius cannot reasonably exceed before it was tried: the embeddings' own size.
+        self.far = self._sizes(
+            [ops.group_norm(b.base, norm=attack.norm, **b.geometry) for b in stage.blocks]
+        )
+        self.eps = torch.full_like(self.far, math.inf)
+        self.best = torch.full_like(self.far, math.inf)
+        self.deltas = [torch.zeros_like(block.delta.detach()) for block in stage.blocks]
+
+    def run(self, opened: Evaluation) -> None:
+        """Make the steps; the first one's pass is the one that opened the attack."""
+        attack, stage = self.attack, self.stage
+        still = False  # whether any sample had no gradient at the start
+        for number in range(attack.steps):
+            grads = None
+            if number == 0:
+                grads = stage.gradients_at_zero(ascended(self.ascent, opened, self.clean))
+                at = self.clean
+            if grads is None:
+                now = stage.evaluate(grad=True, lookups="detached", detach=True)
+                grads = stage.gradients(ascended(self.ascent, now, self.clean))
+                at = now.detach()
+            if number == 0:
+                still = bool(without_gradient(stage.blocks, grads).any())
+            if still:
+                grads = self._stirred(grads)
+            cosine = (1 + math.cos(math.pi * number / attack.steps)) / 2
+            self._change_radius(at, grads, attack.gamma * (0.02 + 0.98 * cosine))
+            self._step(grads, attack.step_size * (0.01 + 0.99 * cosine))
+
+    def _change_radius(self, at: Evaluation, grads: list[Tensor], gamma: float) -> None:
+        there = self._reached(at)
+        size = self._sizes([block.norms(self.attack.norm) for block in self.stage.blocks])
+        before = self.best.isfinite()
+        smaller = there & (size < self.best)
+        self.best = torch.where(smaller, size, self.best)
+        for delta, block in zip(self.deltas, self.stage.blocks, strict=True):
+            delta.copy_(torch.where(block.per_row(smaller), block.delta.detach(), delta))
+        grown = torch.where(self.eps.isfinite(), self.eps * (1 + gamma), 0.01 * self.far)
+        sought = torch.maximum(grown, size + self._distance(at, grads))
+        self.eps = torch.where(
+            there,
+            torch.minimum(self.eps * (1 - gamma), self.best),
+            torch.where(before, self.eps * (1 + gamma), sought),
+        )
+
+    def _distance(self, at: Evaluation, grads: list[Tensor]) -> Tensor:
+        """How far a linear model puts the goal; where none is known, half the radius."""
+        if self.ways is None:
+            return torch.where(self.eps.isfinite(), self.eps * 0.5, torch.zeros_like(self.eps))
+        dual = {"l2": "l2", "linf": "l1", "l1": "linf"}[self.attack.norm]  # type: ignore[index]
+        slope = torch.zeros_like(self.far)
+        for block, grad, state in zip(self.stage.blocks, grads, self.states, strict=True):
+            norms = ops.group_norm(grad, norm=dual, **block.geometry) * state["unit"]
+            slope = slope + _of_samples(block, norms).sum(1).to(slope.dtype)
+        distance = self.ways.signed(at).abs().to(slope.dtype) / slope
+        return torch.where(slope > 0, torch.minimum(distance, self.far), torch.zeros_like(slope))
+
+    def _stirred(self, grads: list[Tensor]) -> list[Tensor]:
+        """Send samples without a gradient (flat or symmetric there) in a random direction."""
+        empty = without_gradient(self.stage.blocks, grads)
+        found = []
+        for block, grad in zip(self.stage.blocks, grads, strict=True):
+            noise = ops.gaussian_noise(
+                torch.zeros_like(grad), std=1.0, generator=self.generator, **block.geometry
+            )
+            found.append(torch.where(block.per_row(empty), noise, grad))
+        return found
+
+    def _step(self, grads: list[Tensor], share: float) -> None:
+        norm = self.attack.norm
+        for block, grad, state in zip(self.stage.blocks, grads, self.states, strict=True):
+            radius = (block.per_group(self.eps) * state["unit"]).to(block.delta.dtype).contiguous()
+            length = radius * share
+            if norm == "linf":  # of the ball's diagonal
+                length = length * state["diagonal"]
+            delta = ops.pgd_step(
+                block.delta.detach(),
+                grad,
+                step_size=length,
+                eps=math.inf,
+                norm="l2",
+                nonfinite=block.nonfinite,
+                **block.geometry,
+            )
+            if norm == "l2":
+                norms = ops.group_norm(delta, norm="l2", **block.geometry).to(radius.dtype)
+                factor = radius / norms.clamp(min=torch.finfo(radius.dtype).tiny)
+                delta = delta * block.per_group_row(factor)
+            block.set(ops.project(delta, eps=radius, norm=norm, **block.geometry, **box(state)))
+
+    def settle(self) -> Evaluation:
+        """Leave the smallest deltas in the blocks; they are evaluated with the batch as a whole.
+
+        Raises:
+            ValueError: the goal is not reached there where it was.
+        """
+        found, blocks = self.best.isfinite(), self.stage.blocks
+        self.stage.found.set(self.deltas)
+        for _ in range(_TRIES):
+            now = self.stage.evaluate(grad=False, lookups="detached").detach()
+            lost = found & ~self._reached(now)
+            if not bool(lost.any()):
+                self.best = torch.where(
+                    found, self._sizes([b.norms(self.attack.norm) for b in blocks]), self.best
+                )
+                return now
+            # At the border of the goal the last bits decide.
+            for block in blocks:
+                delta = block.delta.detach()
+                block.set(torch.where(block.per_row(lost), delta * 1.0001, delta))
+        raise ValueError(
+            "FMN: samples depend on each other (batch norm in train mode, negatives from the "
+            "batch): a sample that fell stands when the others have changed, so that it has no "
+            "smallest eps of its own. Use mode='eval', or AutoAttack at the radii of interest"
+        )
+
+    def _reached(self, at: Evaluation) -> Tensor:
+        there = reached(self.goal, at, self.clean)
+        assert there is not None
+        return there
+
+    def _sizes(self, norms: list[Tensor]) -> Tensor:
+        """The largest norm of each sample's groups, in the unit, `[B]`."""
+        found: Tensor | None = None
+        for block, state, each in zip(self.stage.blocks, self.states, norms, strict=True):
+            unit = state["unit"]
+            size = torch.where(each > 0, each / unit, torch.zeros_like(each))
+            size = _of_samples(block, size).amax(1)
+            found = size if found is None else torch.maximum(found, size)
+        assert found is not None
+        return found
+
+
+def _check(stage: Stage, goal: Criterion, clean: Evaluation) -> None:
+    if reached(goal, clean, clean) is None:
+        raise ValueError(
+            f"FMN: {goal!r} has no goal that a sample can reach; give a criterion that has, such "
+            "as Misclassify(labels)"
+        )
+    if stage.found.coupled:
+        raise ValueError(
+            "FMN: samples share deltas (scope 'row', parameters, samples=None), so that none has a "
+            "smallest eps of its own; use AutoAttack at the radii of interest"
+        )
+
+
+def _of_samples(block: Block, values: Tensor) -> Tensor:
+    """View one value per group as `[B, groups of a sample]`."""
+    return values.reshape(block.samples, -1)

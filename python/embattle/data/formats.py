@@ -1,0 +1,326 @@
+"""What a table file is: its kind, its encoding and its delimiter, found out before it is read."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import itertools
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from embattle.errors import InputError
+
+DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+_GIVE = "give a CSV file with a header line, a Parquet file, or JSON lines"
+_BLOCK = 1 << 20
+_SAMPLE = 1 << 18
+
+# First bytes of files that are no tables here: what they are, and what to do with them.
+_OTHERS = (
+    (b"\xd0\xcf\x11\xe0", "an old Excel workbook (.xls); save the sheet as CSV"),
+    (b"\x1f\x8b", "compressed (gzip); unpack it first"),
+    (b"BZh", "compressed (bzip2); unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed (zstd); unpack it first"),
+    (b"\xfd7zXZ", "compressed (xz); unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
+    (b"Rar!", "a RAR archive; unpack it first"),
+    (b"ARROW1", "an Arrow (Feather) file; write it as Parquet"),
+    (b"ORC", "an ORC file; write it as Parquet"),
+    (b"Obj\x01", "an Avro file; write it as Parquet"),
+    (b"PARE", "an encrypted Parquet file; decrypt it first"),
+    (b"SQLite format 3", "an SQLite database; export the table as CSV"),
+    (b"\x89HDF", "an HDF5 file; export the table as CSV or Parquet"),
+    (b"\x93NUMPY", "a NumPy array; write a table with named columns"),
+    (b"\x80\x02", "a pickle, which can run code and is never read; write CSV or Parquet"),
+    (b"\x80\x03", "a pickle, which can run code and is never read; write CSV or Parquet"),
+    (b"\x80\x04", "a pickle, which can run code and is never read; write CSV or Parquet"),
+    (b"\x80\x05", "a pickle, which can run code and is never read; write CSV or Parquet"),
+    (b"%PDF", "a PDF document; export the table as CSV"),
+    (b"\x89PNG", "a picture"),
+    (b"\xff\xd8\xff", "a picture"),
+    (b"version https://git-lfs", "a pointer of Git LFS, not the data; run `git lfs pull`"),
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a file is written.
+
+    Attributes:
+        kind: of the file.
+        encoding: Python's name of the text's encoding.
+        delimiter: between the cells of a CSV file.
+        guessed: whether the delimiter was found out rather than given.
+        skip: lines before the header of a CSV file.
+        sample: the first 256 KiB of the text, whole lines only.
+    """
+
+    kind: Literal["csv", "jsonl", "parquet"]
+    encoding: str = "utf-8"
+    delimiter: str = ","
+    guessed: bool = True
+    skip: int = 0
+    sample: str = ""
+
+    def words(self) -> str:
+        """The format in words."""
+        if self.kind == "parquet":
+            return "Parquet"
+        if self.kind == "jsonl":
+            return f"JSON lines, {self.encoding}"
+        name = DELIMITERS.get(self.delimiter, repr(self.delimiter))
+        how = "guessed" if self.guessed else "given"
+        return f"CSV, {self.encoding}, delimiter {name} ({how})"
+
+    def records(self, text: str | None = None) -> list[list[str]]:
+        """The sample's records, the header first; blank lines left out."""
+        return _records(self.sample if text is None else text, self.delimiter, self.skip)
+
+
+def recognise(
+    path: Path,
+    wanted: Sequence[str] = (),
+    *,
+    encoding: str | None = None,
+    delimiter: str | None = None,
+) -> Format:
+    """Finds out how a file is written, and reads a text file through once to see that it is text.
+
+    Args:
+        path: the file.
+        wanted: columns that will be read; a delimiter that gives them is preferred.
+        encoding: of the text; None takes UTF-8, or UTF-16 where the file begins with its mark.
+        delimiter: one character; None guesses among comma, semicolon, tab and bar.
+
+    Returns:
+        The format.
+
+    Raises:
+        InputError: if the file is no table, or its bytes are not in the encoding: then the line of
+            the first bad byte is named.
+    """
+    head = _head(path)
+    if head[:4] == b"PAR1":
+        return Format("parquet")
+    if head[:4] == b"PK\x03\x04":
+        raise InputError(f"{path} is {_zip(path)}; {_GIVE}")
+    for magic, what in _OTHERS:
+        if head.startswith(magic):
+            raise InputError(f"{path} is {what}; {_GIVE}")
+    chosen = _encoding(encoding, head)
+    sample = _read_through(path, chosen, given=encoding is not None)
+    start = sample.lstrip("\ufeff \t\r\n")
+    if not start:
+        raise InputError(f"{path} is empty; {_GIVE}")
+    if start[:1] == "<" and start[:200].lower().startswith(("<!doctype", "<html", "<?xml", "<svg")):
+        raise InputError(f"{path} is a web page or XML, not a table; download the file itself")
+    if path.suffix.lower() not in {".csv", ".tsv", ".txt"}:
+        if start.startswith("{"):
+            return Format("jsonl", chosen, sample=sample)
+        if start.startswith("["):
+            raise InputError(
+                f"{path} is a JSON array; write JSON lines: one object in each line, no brackets"
+            )
+    if delimiter is not None:
+        return Format("csv", chosen, delimiter, False, _lines_before(sample), sample)
+    if start[:4].lower() == "sep=" and start[5:6] in ("\r", "\n"):
+        # Excel's own mark: a line that names the delimiter.
+        return Format("csv", chosen, start[4], False, _lines_before(sample) + 1, sample)
+    skip = _lines_before(sample)
+    return Format("csv", chosen, _delimiter(sample, wanted, skip), True, skip, sample)
+
+
+def _head(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; {_GIVE}")
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no regular file; {_GIVE}")
+        with path.open("rb") as stream:
+            head = stream.read(64)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {path}: {reason}; check data.path") from error
+    if not head:
+        raise InputError(f"{path} is empty; {_GIVE}")
+    return head
+
+
+def _zip(path: Path) -> str:
+    """What a file that begins like a zip archive is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return "a damaged zip archive"
+    if any(name.startswith("xl/") for name in names):
+        return "an Excel workbook (.xlsx); save the sheet as CSV"
+    if "content.xml" in names:
+        return "an OpenDocument file; save the sheet as CSV"
+    return "a zip archive; unpack it first"
+
+
+def _encoding(given: str | None, head: bytes) -> str:
+    if given is None:
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return "utf-16"
+        return "utf-8-sig" if head.startswith(codecs.BOM_UTF8) else "utf-8"
+    try:
+        found = codecs.lookup(given)
+        "".encode(given)
+    except (LookupError, ValueError, TypeError) as error:
+        raise InputError(
+            f"data.encoding: {given!r} is no text encoding that Python knows; for instance "
+            "utf-8, cp1252, latin-1, utf-16, gb18030, shift_jis"
+        ) from error
+    if found.name == "utf-8" and head.startswith(codecs.BOM_UTF8):
+        return "utf-8-sig"
+    return found.name
+
+
+def _read_through(path: Path, encoding: str, *, given: bool) -> str:
+    """Decodes the whole file once; its beginning, cut at a line's end where it is not all of it."""
+    decoder = codecs.getincrementaldecoder(encoding)("strict")
+    sample, lines, size = "", 1, 0
+    with path.open("rb") as stream:
+        while True:
+            block = stream.read(_BLOCK)
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise InputError(_bad_byte(path, encoding, given, lines, error)) from error
+            except UnicodeError as error:
+                raise InputError(
+                    f"{path} is not {encoding} ({error}); check data.encoding"
+                ) from error
+            if "\0" in text:
+                raise InputError(_nul(path, lines + _line_ends(text[: text.index("\0")])))
+            lines += _line_ends(text)
+            size += len(text)
+            if len(sample) < _SAMPLE:
+                sample += text
+            if not block:
+                break
+    if size > _SAMPLE:
+        sample = sample[:_SAMPLE]
+        end = max(sample.rfind("\n"), sample.rfind("\r"))
+        sample = sample[: end + 1] or sample
+    return sample
+
+
+def _line_ends(text: str) -> int:
+    return text.count("\n") or text.count("\r")
+
+
+def _nul(path: Path, line: int) -> str:
+    return (
+        f"{path}, line {line}: a NUL character; the file is binary, damaged, or in an encoding "
+        f"such as utf-16 (data.encoding); {_GIVE}"
+    )
+
+
+def _bad_byte(path: Path, encoding: str, given: bool, lines: int, error: UnicodeDecodeError) -> str:
+    """The message about the first byte that is not in the encoding."""
+    before = error.object[: error.start]
+    line = lines + _line_ends(before.decode(encoding, "ignore"))
+    if b"\0" in before:
+        return _nul(path, lines + _line_ends(before[: before.index(b"\0")].decode("latin-1")))
+    near = error.object[max(0, error.start - 12) : error.start + 12]
+    shown = near.decode("cp1252", "replace").strip()
+    remedy = (
+        "name the right one in data.encoding"
+        if given
+        else f"name the file's encoding in data.encoding (as cp1252 this reads {shown!r})"
+    )
+    byte = error.object[error.start]
+    name = encoding.removesuffix("-sig").upper()
+    return f"{path}, line {line}: byte 0x{byte:02X} is not {name}; {remedy}"
+
+
+def _lines_before(sample: str) -> int:
+    """Blank lines at the beginning."""
+    return sum(1 for _ in itertools.takewhile(lambda line: not line.strip(), io.StringIO(sample)))
+
+
+def _records(text: str, delimiter: str, skip: int) -> list[list[str]]:
+    lines = itertools.islice(io.StringIO(text.removeprefix("\ufeff"), newline=""), skip, None)
+    found: list[list[str]] = []
+    try:
+        for record in csv.reader(lines, delimiter=delimiter):
+            if record:
+                found.append(record)
+            if len(found) > 1000:
+                break
+    except csv.Error:
+        pass  # a cell too long for this reader: what was read before is sample enough
+    return found
+
+
+def _delimiter(sample: str, wanted: Sequence[str], skip: int) -> str:
+    """The delimiter that gives the wanted columns, else the most regular table of several."""
+
+    def fit(delimiter: str) -> tuple[bool, bool, float, int]:
+        records = _records(sample, delimiter, skip)[:100]
+        if not records:
+            return False, False, 0.0, 0
+        width = len(records[0])
+        share = sum(len(record) == width for record in records) / len(records)
+        has = bool(wanted) and set(wanted) <= set(records[0])
+        return has, width > 1 and share > 0.5, share, width
+
+    return max(DELIMITERS, key=fit)
+
+
+def line_of(path: Path, form: Format, row: int) -> str:
+    """Where a row is in a file, in words that a text editor understands where it can be told.
+
+    Args:
+        path: the file.
+        form: its format.
+        row: number of the row, from 0, as it was read.
+    """
+    if form.kind == "parquet":
+        return f"row {row + 1}"
+    with path.open(encoding=form.encoding, newline="") as stream:
+        if form.kind == "jsonl":
+            numbers = (i for i, line in enumerate(stream, 1) if line.strip())
+            line = next(itertools.islice(numbers, row, None), None)
+        else:
+            line = next(itertools.islice(_starts(stream, form), row + 1, None), None)
+    return f"line {line}" if line else f"row {row + 1}"
+
+
+def _starts(stream: io.TextIOWrapper, form: Format) -> Iterator[int]:
+    """The line on which each record begins, the header first."""
+    reader = csv.reader(itertools.islice(stream, form.skip, None), delimiter=form.delimiter)
+    width, begins = None, form.skip + 1
+    try:
+        for record in reader:
+            width = width or len(record)
+            if len(record) == width or not record:
+                yield begins
+            begins = form.skip + reader.line_num + 1
+    except csv.Error:
+        return
+
+
+def unclosed_quote(path: Path, form: Format) -> int | None:
+    """The line of a CSV file on which a quote opens that is never closed; None if there is none."""
+    with path.open(encoding=form.encoding, newline="") as stream:
+        if sum(line.count('"') for line in stream) % 2 == 0:
+            return None
+        stream.seek(0)
+        lines = itertools.islice(stream, form.skip, None)
+        reader = csv.reader(lines, delimiter=form.delimiter, strict=True)
+        begins = form.skip + 1
+        try:
+            for _ in reader:
+                begins = form.skip + reader.line_num + 1
+        except csv.Error as error:
+            if "unexpected end" in str(error) or "field limit" in str(error):
+                return begins
+    return None

@@ -1,0 +1,122 @@
+"""What is in a file of which no recipe says anything yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from embattle.data.account import COUNTED, Account, listed, short
+from embattle.data.formats import recognise
+from embattle.data.looks import TABLES, guess_roles, kind_of_table, look_all
+from embattle.data.tables import sample
+from embattle.errors import InputError
+from embattle.progress import say
+
+
+def inspect_recipe(path: Path, *, full: bool, changes: Sequence[str]) -> None:
+    """Prints what a job of this recipe would read, also as far as it gets before an error.
+
+    Raises:
+        InputError: what the job would say.
+    """
+    from embattle import data
+    from embattle import recipe as recipes
+    from embattle.models.pretrained import count_longer, load_tokenizer
+
+    recipe = recipes.load(path, full=full, changes=changes)
+    account = Account()
+    try:
+        splits = data.load(recipe.data, recipe.seed, account)
+        texts = [text for part in splits.parts.values() for text in part.texts]
+        try:
+            tokenizer = load_tokenizer(recipe.model.pretrained)
+        except InputError as error:
+            account.note("read by the model", f"not known: {error}")
+        else:
+            account.note_cut(
+                count_longer(tokenizer, texts[:COUNTED], recipe.model.max_tokens),
+                len(texts),
+                recipe.model.max_tokens,
+            )
+    finally:
+        for line in account.lines():
+            say(line)
+
+
+def inspect_file(path: Path, *, encoding: str | None, delimiter: str | None) -> None:
+    """Prints what is in a table, and the beginning of a recipe for it.
+
+    Raises:
+        InputError: if the file cannot be read.
+    """
+    account = Account()
+    try:
+        section = describe(
+            path,
+            account,
+            encoding=encoding,
+            delimiter="\t" if delimiter in ("tab", "\\t") else delimiter,
+        )
+    finally:
+        for line in account.lines():
+            say(line)
+    if section is not None:
+        say("")
+        say("A recipe may begin with (check the columns):")
+        say(section.rstrip())
+
+
+def describe(
+    path: Path, account: Account, *, encoding: str | None = None, delimiter: str | None = None
+) -> str | None:
+    """Looks at a file's columns and guesses which are the text and the label.
+
+    Args:
+        path: a CSV, Parquet or JSON-lines file.
+        account: is told what there is.
+        encoding: see `embattle.data.tables.read_table`.
+        delimiter: see there.
+
+    Returns:
+        The `data` section of a recipe for it, in YAML; None if the file has no text or no label.
+
+    Raises:
+        InputError: if the file cannot be read.
+    """
+    form = recognise(path, encoding=encoding, delimiter=delimiter)
+    account.note("file", f"{path}: {form.words()}")
+    shown = sample(path, form)
+    rows = max((len(values) for values in shown.values()), default=0)
+    if not rows:
+        raise InputError(f"{path} has no rows; give a file with data in it")
+    columns = look_all(shown)
+    account.note("looked at", f"the first {rows:,} rows; {len(columns)} columns")
+    for name, column in columns.items():
+        account.note(
+            "column",
+            f"{name!r}: {column.kind}, {column.distinct:,} different, {column.blank:.0%} blank, "
+            f"such as {short(column.example)}",
+        )
+    kind, why = kind_of_table(columns)
+    if kind != "text":
+        account.warn(
+            f"the file looks like {TABLES[kind]} ({listed([repr(name) for name in why], 3)}); the "
+            "job that there is reads texts"
+        )
+    text, label = guess_roles(columns)
+    if not text or label is None:
+        account.note("guess", "no column of sentences" if not text else "no column of classes")
+        return None
+    section: dict[str, Any] = {
+        "path": str(path),
+        "text": [name for name in text if name != label],
+        "label": label,
+    }
+    for key, value in (("encoding", encoding), ("delimiter", delimiter)):
+        if value is not None:
+            section[key] = value
+    written: str = yaml.safe_dump({"data": section}, sort_keys=False, allow_unicode=True)
+    return written

@@ -1,0 +1,121 @@
+"""What the columns of a table look like, and what kind of table they make."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["empty", "numbers", "prose", "words"]
+
+_NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?")
+_ROLES = {
+    "user": r"user|customer|reviewer|member|account|visitor|session|buyer",
+    "item": r"item|movie|film|product|article|song|track|artist|book|isbn|asin|business|sku|game",
+    "rating": r"ratings?|stars?|score|overall",
+    "time": r"time|timestamp|date|datetime|unix",
+    "click": r"click|clicks|clicked|ctr|purchased?|event|impressions?|bought",
+    "label": r"labels?|class|category|target|sentiment|recommended|rating|stars|y",
+}
+# What a kind of table is called, and what it means that a job of texts reads it.
+TABLES = {
+    "ratings": "ratings of items by users",
+    "clicks": "clicks or events of users",
+    "tabular": "numbers and categories",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column looks like in its first rows.
+
+    Attributes:
+        kind: `numbers`; `prose`: sentences; `words`: names, categories, identifiers.
+        blank: share of blank cells.
+        distinct: different values that are not blank.
+        example: the first value that is not blank.
+    """
+
+    kind: Kind
+    blank: float
+    distinct: int
+    example: str
+
+
+def is_number(text: str) -> bool:
+    """Whether a cell is written as a number."""
+    return _NUMBER.fullmatch(text.strip()) is not None
+
+
+def look(values: Sequence[str]) -> Column:
+    """Looks at a column's values; blank cells are empty strings."""
+    filled = [value for value in values if value.strip()]
+    if not filled:
+        return Column("empty", 1.0, 0, "")
+    count = len(filled)
+    numbers = sum(is_number(value) for value in filled) / count
+    words = sum(len(value.split()) for value in filled) / count
+    # Chinese, Japanese and Thai have no spaces: several letters beyond Latin are prose as well.
+    foreign = sum(sum(c.isalpha() and ord(c) > 0x0E00 for c in value) for value in filled) / count
+    kind: Kind = "words"
+    if numbers > 0.95:
+        kind = "numbers"
+    elif words >= 3 or foreign >= 6:
+        kind = "prose"
+    return Column(kind, 1 - count / len(values), len(set(filled)), filled[0])
+
+
+def look_all(sample: Mapping[str, Sequence[str]]) -> dict[str, Column]:
+    """Looks at every column."""
+    return {name: look(values) for name, values in sample.items()}
+
+
+def kind_of_table(columns: Mapping[str, Column]) -> tuple[str, list[str]]:
+    """What a table looks like.
+
+    Returns:
+        `text`, `ratings`, `clicks` or `tabular`, and the columns that say so.
+    """
+    prose = [name for name, column in columns.items() if column.kind == "prose"]
+    if prose:
+        return "text", prose
+    user, item = _with_role("user", columns), _with_role("item", columns)
+    rating = [name for name in _with_role("rating", columns) if columns[name].kind == "numbers"]
+    if user and item and rating:
+        return "ratings", [user[0], item[0], rating[0]]
+    acts = [*_with_role("click", columns), *_with_role("time", columns)]
+    coded = [name for name in columns if re.fullmatch(r"[CI]\d+", name)]
+    if user and item and acts:
+        return "clicks", [user[0], item[0], acts[0]]
+    if len(coded) >= 8:
+        return "clicks", coded
+    numbers = [name for name, column in columns.items() if column.kind == "numbers"]
+    if len(columns) >= 3 and len(numbers) * 3 >= len(columns):
+        return "tabular", numbers
+    return "text", []
+
+
+def guess_roles(columns: Mapping[str, Column]) -> tuple[list[str], str | None]:
+    """Which columns are probably the text, and which the label; empty and None where none is."""
+    text = [name for name, column in columns.items() if column.kind == "prose"]
+    few = [
+        name
+        for name, column in columns.items()
+        if column.kind in ("words", "numbers") and 2 <= column.distinct <= 20
+    ]
+    named = [name for name in _with_role("label", columns) if name in few]
+    label = next(iter([*named, *sorted(few, key=lambda name: columns[name].distinct)]), None)
+    return text, label
+
+
+def _with_role(role: str, names: Mapping[str, Column]) -> list[str]:
+    """The columns that have one of the role's words in their names."""
+    pattern = re.compile(rf"(?:{_ROLES[role]})(?:s?ids?)?", re.IGNORECASE)
+    found = []
+    for name in names:
+        # CamelCase and anything that is no letter divide a name into words.
+        words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+        if any(pattern.fullmatch(word) for word in words):
+            found.append(name)
+    return found
