@@ -52,6 +52,8 @@ TESTS = {
         "sites",
         "perturb",
         "fidelity",
+        "autoattack",
+        "minimum_norm",
     ],
     "objectives": ["objective", "options", "results", "sites", "fidelity"],
     "perturb": [
