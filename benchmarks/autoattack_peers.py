@@ -6,7 +6,7 @@
 400 digits of scikit-learn in [0, 1], three small nets. AutoAttack: how many samples stand, lower is
 stronger, at the same steps and queries, with the passes of samples that each made. Minimum norm:
 the median over all samples of the smallest norm found with the same number of backward passes,
-lower is stronger; samples that never fell count as infinite.
+lower is stronger; samples that never fell count as infinite (null: more than half).
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def smallest(net: Net, x: Tensor, labels: Tensor, moved: Tensor, order: float) -
     norms = (moved - x).flatten(1).norm(p=order, dim=1)
     fell = net(moved).argmax(1) != labels
     norms = torch.where(fell, norms, torch.full_like(norms, math.inf))
-    return {"median": round(norms.median().item(), 4), "fell": int(fell.sum())}
+    median = norms.median().item()
+    return {"median": round(median, 4) if math.isfinite(median) else None, "fell": int(fell.sum())}
 
 
 def minimum(net: Net, x: Tensor, labels: Tensor, norm: str) -> dict[str, Any]:
