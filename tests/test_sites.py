@@ -878,3 +878,27 @@ def test_training_on_places_that_are_made_from_one_another(early: bool) -> None:
         found, torch.autograd.grad(expected, list(model.parameters())), strict=True
     ):
         torch.testing.assert_close(one, two)
+
+
+def test_each_pass_reads_the_parameter_under_the_current_delta() -> None:
+    """One ball for a whole table: the steps of PGD are those of a loop written out."""
+    torch.manual_seed(0)
+    model = TiedSoftmax()
+    model.table.padding_idx = None
+    x, y = torch.randint(1, 12, (6, 3)), torch.randint(1, 12, (6,))
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    for group in ("table", "row"):
+        site = eb.Site.weight(model.table, model=model, group=group)  # type: ignore[arg-type]
+        result = eb.PGD(norm="linf", eps=0.9, step_size=0.2, steps=4).run(loss, site)
+        clean, delta = model.table.weight.detach().clone(), torch.zeros(12, 5).double()
+        for _ in range(4):
+            with torch.no_grad():
+                model.table.weight.copy_(clean + delta)
+            (grad,) = torch.autograd.grad(loss().sum(), model.table.weight)
+            delta = (delta + 0.2 * grad.sign()).clamp(-0.9, 0.9)
+        with torch.no_grad():
+            model.table.weight.copy_(clean)
+        torch.testing.assert_close(result.delta.reshape(12, 5), delta)

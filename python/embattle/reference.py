@@ -240,7 +240,9 @@ class _Ball:
         def moved(by: Tensor) -> Tensor:  # one per group
             if self.norm == "l2":
                 return z * by
-            return z.sign() * unit * (below - by).clamp_min(0)
+            left = below - by
+            # Not clamp_min: an element that is just cut off to 0 has no gradient.
+            return z.sign() * unit * torch.where(left > 0, left, 0.0)
 
         boxed = self.boxed(z)
         nearest = self.boxed(torch.zeros_like(z))

@@ -84,10 +84,11 @@ class Best:
             self.evaluated = None
 
     def join(self) -> None:
-        """Evaluate what was joined, after a restart: it is a candidate for the whole batch as well.
+        """Evaluate what was joined, after a restart.
 
-        Samples may interact at some deltas alone. What counted after few restarts must not be lost
-        where later ones show that.
+        As long as no interaction shows it is a candidate for the whole batch as well: samples may
+        interact at some deltas alone, and what counted after few restarts must not be lost where
+        later ones show that.
         """
         if self.stage.found.coupled or self.evaluated is not None:
             return
@@ -103,7 +104,7 @@ class Best:
         # The ranks of samples that interact were those of other batches.
         now.rank = torch.where(differ, now.value, self.joined.rank)
         self.interact = self.interact | differ.any()
-        batch = self.whole_value(self.whole).beaten_by(self.whole_value(now))
+        batch = self.whole_value(self.whole).beaten_by(self.whole_value(now)) & ~self.interact
         self.whole = _where(batch, now, self.whole, [batch] * len(now.deltas))
         self.evaluated = now
 

@@ -136,7 +136,8 @@ class Batch:
         params = [p for p in leaves(mean) if not any(p is place for place in places)]
         if values is not None:
             stage.check_graph(losses, places)
-        grads = torch.autograd.grad(mean, [*places, *params], allow_unused=True)
+        wanted = [*places, *params]
+        grads = torch.autograd.grad(mean, wanted, allow_unused=True) if wanted else ()
         opened, sources = None, []
         if values is not None:
             if shared:

@@ -397,7 +397,7 @@ def call_block(site: Site, call: Call, place: Place, geometry: Geometry) -> Bloc
         # One ball around the whole parameter: a single sample.
         base = base.unsqueeze(0)
         mask = None if mask is None else mask.unsqueeze(0)
-        return Block(base, [place], mask=mask, layouts=[_Whole()], coupled=True)
+        return Block(base, [place], mask=mask, layouts=[_Whole()], coupled=True, whole=True)
     if base.dim() < 2 and not shared:
         raise ValueError(
             f"Site: {type(call.module).__name__} returned shape {tuple(base.shape)}; embeddings "

@@ -124,7 +124,8 @@ class Call:
         """Make the call of some of the samples (without its values)."""
         other = copy(self)
         indices = self.indices
-        if indices is not None and indices.shape == self.value.shape[:-1]:
+        looked_up = isinstance(self.module, nn.Embedding) and indices is not None
+        if looked_up and indices.shape == self.value.shape[:-1]:
             kept = self.layout.to_module(self.layout.to_samples(indices)[rows])
             other.args, other.kwargs = (kept,), {}
         else:
