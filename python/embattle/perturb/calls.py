@@ -123,9 +123,8 @@ class Call:
     def select(self, rows: Tensor) -> Call:
         """Make the call of some of the samples (without its values)."""
         other = copy(self)
-        indices = self.indices
-        looked_up = isinstance(self.module, nn.Embedding) and indices is not None
-        if looked_up and indices.shape == self.value.shape[:-1]:
+        indices = self.indices if isinstance(self.module, nn.Embedding) else None
+        if indices is not None and indices.shape == self.value.shape[:-1]:
             kept = self.layout.to_module(self.layout.to_samples(indices)[rows])
             other.args, other.kwargs = (kept,), {}
         else:
