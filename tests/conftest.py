@@ -54,10 +54,18 @@ ON_THE_CPU_ALONE = {
 _AUTOCAST = "autocast does not know it"
 _COMPILE = "torch.compile does not trace the pretend device"
 _KERNELS = "the kernels and checks behind the pretend device are the CPU's"
+_NO_STORAGE = "it has no storage"
 _PLACING = "the library puts models on devices that it knows"
 _SLOW = "thousands of small calls, each of which costs it milliseconds"
 _SUBCLASS = "its tensors are a subclass, whose look-ups are never taken to be repeats"
 NOT_ON_PRETEND = {
+    "test_attack_properties.py": _SLOW,
+    "test_autoattack.py": _SLOW,
+    "test_minimum_norm.py": _SLOW,
+    "test_options.py::test_attacks_run_where_gradients_are_off": "it has no inference tensors",
+    "test_results.py::test_results_are_pickled_and_copied_without_model_and_graph": _NO_STORAGE,
+    "test_results.py::test_what_numpy_and_python_draw_is_never_success": "it takes no numpy arrays",
+    "test_sites.py::test_a_copy_of_the_model_stays_unperturbed": _NO_STORAGE,
     "test_autocast.py": _AUTOCAST,
     "test_clipping.py::test_compiled": _COMPILE,
     "test_clipping.py::test_float32": "test_equals_loop_over_samples takes the same way",
@@ -68,7 +76,7 @@ NOT_ON_PRETEND = {
     "test_clipping_libraries.py::test_automatic_mixed_precision_with_loss_scaling": _AUTOCAST,
     "test_compile.py": _COMPILE,
     "test_criteria.py::test_nothing_waits_for_a_gpu": "its fake tensors are said to be on CUDA",
-    "test_criteria.py::test_pickles_and_copies": "it has no storage",
+    "test_criteria.py::test_pickles_and_copies": _NO_STORAGE,
     "test_guard.py": "its tensors have no memory and versions of their own",
     "test_faults.py": _PLACING,
     "test_integrations.py::test_accelerate": _PLACING,
@@ -95,7 +103,7 @@ NOT_ON_PRETEND = {
     "test_ops_torch.py::"
     "test_nothing_outside_a_view_is_written_and_alignment_does_not_matter": _KERNELS,
     "test_ops_torch.py::test_opcheck": _COMPILE,
-    "test_ops_torch.py::test_results_share_no_memory_with_arguments": "it has no storage",
+    "test_ops_torch.py::test_results_share_no_memory_with_arguments": _NO_STORAGE,
     "test_perturb.py::test_embeddings_are_looked_up_once_per_batch": _SUBCLASS,
     "test_perturb.py::test_jagged_batches_have_a_ball_per_sample": "it has no nested tensors",
     "test_perturb.py::test_nothing_waits_for_the_device_until_it_is_read": _SUBCLASS,
