@@ -85,6 +85,7 @@ NOT_ON_PRETEND = {
     "test_integrations.py::test_attacks_run_in_lightnings_evaluation": _PLACING,
     "test_integrations.py::test_lightning": _PLACING,
     "test_integrations.py::test_peft_and_autocast": _AUTOCAST,
+    "test_integrations.py::test_scaled_losses_are_not_differentiated_early": _PLACING,
     "test_job.py": _PLACING,
     "test_objective.py::"
     "test_mixed_looks_up_once_and_makes_no_extra_pass_from_a_random_start": _SUBCLASS,
