@@ -59,6 +59,10 @@ def _asked_by_tests() -> bool:
     return False
 
 
+def _names(device: Any, kind: str) -> bool:
+    return device is not None and torch.device(device).type == kind
+
+
 class On(TorchFunctionMode):
     """Within it, tensors that tests make are on a device."""
 
@@ -76,4 +80,7 @@ class On(TorchFunctionMode):
         if func in _DRAWING and args[0].device.type == self.device.type and _asked_by_tests():
             drawn = func(torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:], **kwargs)
             return args[0].copy_(drawn)
+        if func is torch.tensor and _names(kwargs.get("device"), "pretend"):
+            # Torch makes no tensor from data on a device of Python's: libraries ask for it by name.
+            return func(*args, **kwargs | {"device": "cpu"}).to(self.device)
         return func(*args, **kwargs)
