@@ -232,25 +232,25 @@ CASES = [
     Case(
         "JSON of two kinds",
         jsonl({"body": "a", "label": 1}, {"body": "b", "label": "x"}),
-        "changed from number to string in object 2",
+        "line 2 holds a text in 'label', and line 1 a number",
         file="r.jsonl",
     ),
     Case(
         "damaged JSON",
         jsonl(*OBJECTS[:3]) + b'{"body": "x", \n',
-        "cannot read .* as JSON lines",
+        r"line 4 is no JSON \(.*one object in each line",
         file="r.jsonl",
     ),
     Case(
         "nested JSON",
         jsonl(*({"body": {"en": t}, "label": i % 2} for i, t in enumerate(TEXTS))),
-        "column 'body' holds struct",
+        "line 1 holds an object in 'body'",
         file="r.jsonl",
     ),
     Case(
         "half of a character",
         b'{"body": "\\ud800", "label": 1}\n',
-        "surrogate.* in object 1",
+        "line 1 holds half of a character",
         file="r.jsonl",
     ),
     Case(

@@ -109,6 +109,18 @@ def guess_roles(columns: Mapping[str, Column]) -> tuple[list[str], str | None]:
     return text, label
 
 
+def guess_events(columns: Mapping[str, Column]) -> dict[str, str]:
+    """The columns of users, items, ratings and times of a table of events, by their names."""
+    found: dict[str, str] = {}
+    for role in ("user", "item", "rating", "time"):
+        named = [name for name in _with_role(role, columns) if name not in found.values()]
+        if role == "rating":
+            named = [name for name in named if columns[name].kind == "numbers"]
+        if named:
+            found[role] = named[0]
+    return found
+
+
 def _with_role(role: str, names: Mapping[str, Column]) -> list[str]:
     """The columns that have one of the role's words in their names."""
     pattern = re.compile(rf"(?:{_ROLES[role]})(?:s?ids?)?", re.IGNORECASE)
