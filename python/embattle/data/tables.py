@@ -62,6 +62,7 @@ class Table:
             path, columns or (), encoding=encoding, delimiter=delimiter, header=header
         )
         self.rows = self.ragged = 0
+        self._closed = False  # whether all quotes are, which is looked for once
         self._first_ragged: tuple[int, int] | None = None
         with self._errors():
             if self.form.kind == "parquet":
@@ -138,7 +139,7 @@ class Table:
 
     def _parquet(self, rows: int = 0, *, every: bool = False) -> Iterator[dict[str, list[Any]]]:
         columns = None if every else self.columns
-        with need("pyarrow.parquet").ParquetFile(self.path, pre_buffer=False) as file:
+        with need("pyarrow.parquet").ParquetFile(self.path, buffer_size=1 << 20) as file:
             for batch in file.iter_batches(rows or _ROWS, columns=columns, use_threads=False):
                 batch.validate(full=True)
                 yield {
@@ -211,7 +212,8 @@ class Table:
             )
 
     def _refuse_open_quote(self) -> None:
-        line = unclosed_quote(self.path, self.form)
+        line = None if self._closed else unclosed_quote(self.path, self.form)
+        self._closed = True
         if line is not None:
             raise InputError(
                 f"{self.path}, line {line}: a quote is opened and never closed, so that all that "
