@@ -23,12 +23,12 @@ pytest.importorskip("torchmetrics")
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-from embattle import run_folder
-from embattle import train as training
-from embattle.audit import run as auditing
 from embattle.errors import InputError
 from embattle.files import UNFINISHED, remove_unfinished, replacing
-from embattle.run_folder import Run, locked
+from embattle.jobs import audit as auditing
+from embattle.jobs import run_folder
+from embattle.jobs import train as training
+from embattle.jobs.run_folder import Run, locked
 from safetensors.torch import load_file, save_file
 from tiny_job import invoke, make_encoder, recipe_of
 
@@ -391,7 +391,7 @@ from pathlib import Path
 from embattle.cli import app
 from typer.testing import CliRunner
 recipe, out, first, *flags = sys.argv[1:]
-import embattle.train, embattle.files, embattle.audit.run, transformers
+import embattle.jobs.train, embattle.files, embattle.jobs.audit, transformers
 
 def job(die_at):
     child = os.fork()

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("pydantic")
 
-from embattle import recipe as recipes
 from embattle.errors import InputError
+from embattle.jobs import recipe as recipes
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 

@@ -7,7 +7,7 @@ from embattle import data
 from embattle.data.ratings import Ratings, read_ratings
 from embattle.data.sources import find
 from embattle.data.splits import Examples, Splits, split
-from embattle.recipe import DataRecipe
+from embattle.jobs.recipe import DataRecipe
 
 
 def movielens() -> Ratings:

@@ -69,7 +69,7 @@ def _print_error(message: str) -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        from embattle.doctor import version_of
+        from embattle.jobs.doctor import version_of
 
         print(f"embattle {version_of('embattle') or '(not installed as a package)'}")
         raise typer.Exit
@@ -107,11 +107,11 @@ def train(
 ) -> None:
     """Train a standard and a hardened model under the same budget."""
     with _plain_errors(debug):
-        from embattle import recipe as recipes
+        from embattle.jobs import recipe as recipes
 
         chosen = recipes.load(recipe, full=full, changes=changes or ())
 
-        from embattle.train import train as run
+        from embattle.jobs.train import train as run
 
         run(chosen, out or Path("runs") / chosen.name, resume=resume, overwrite=overwrite)
 
@@ -123,7 +123,7 @@ def audit(
 ) -> None:
     """Attack both models of a run and write the report."""
     with _plain_errors(debug):
-        from embattle.audit.run import audit as run
+        from embattle.jobs.audit import audit as run
 
         run(run_dir)
 
@@ -172,25 +172,27 @@ def inspect_data(
 ) -> None:
     """Say what is read of a file or by a recipe, what is dropped and why, without training."""
     with _plain_errors(debug):
-        from embattle.data.inspect import inspect_file, inspect_recipe
-
         if path.suffix.lower() in (".yaml", ".yml"):
             if encoding or delimiter:
                 raise InputError(
                     "--encoding and --delimiter are for tables; a recipe says data.encoding and "
                     "data.delimiter (--set)"
                 )
+            from embattle.jobs.inspect import inspect_recipe
+
             inspect_recipe(path, full=full, changes=changes or ())
         else:
             if full or changes:
                 raise InputError("--full and --set are for recipes; give a .yaml file")
+            from embattle.data.inspect import inspect_file
+
             inspect_file(path, encoding=encoding, delimiter=delimiter)
 
 
 @app.command()
 def doctor() -> None:
     """Show what is installed and how it was built, and what is wrong, if anything."""
-    from embattle.doctor import examine
+    from embattle.jobs.doctor import examine
 
     report = examine()
     print("\n".join(report.lines()))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embattle.audit import html
-from embattle.recipe import Recipe
-from embattle.train import VARIANTS
 
 UNITS = {
     "token_norm": "in mean norms of a token embedding",
@@ -22,8 +20,7 @@ def summary_rows(facts: dict[str, Any]) -> list[list[str]]:
     rows = []
     for label in ("no attack", *_attacks(facts)):
         row = [label]
-        for name in VARIANTS:
-            model = facts["models"][name]
+        for model in facts["models"].values():
             entry = model["clean"] if label == "no attack" else model["attacks"][label]
             row += [f"{entry[key]:.3f}" for key in ("accuracy", "f1", "auc")]
             row.append(f"{entry['success_rate']:.1%}" if "success_rate" in entry else "")
@@ -31,17 +28,22 @@ def summary_rows(facts: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def threat_words(recipe: Recipe) -> str:
-    """The threat in a sentence."""
-    threat = recipe.threat
-    who = "each text as a whole" if threat.group == "sample" else "each token on its own"
-    return f"{threat.norm} ball of eps {threat.eps:g} ({UNITS[threat.unit]}) around {who}"
+def threat_words(threat: Mapping[str, Any]) -> str:
+    """The threat in a sentence.
+
+    Args:
+        threat: `norm`, `eps`, `unit` and `group`, as in the recipe's section.
+    """
+    who = "each text as a whole" if threat["group"] == "sample" else "each token on its own"
+    ball = f"{threat['norm']} ball of eps {threat['eps']:g}"
+    return f"{ball} ({UNITS[threat['unit']]}) around {who}"
 
 
 def document(
-    recipe: Recipe,
     facts: dict[str, Any],
     *,
+    settings: str,
+    trained_against: str,
     curves: bytes,
     losses: bytes,
     samples: Sequence[Sequence[str]],
@@ -49,8 +51,9 @@ def document(
     """The whole page.
 
     Args:
-        recipe: the job.
         facts: what `metrics.json` holds.
+        settings: the recipe, as text.
+        trained_against: the attack that the hardened model was trained against, in words.
         curves: the picture of accuracy over eps, a PNG.
         losses: the picture of the training losses, a PNG.
         samples: rows of the table of examples: text, label, and four confidences, those of wrong
@@ -59,7 +62,7 @@ def document(
     Returns:
         HTML.
     """
-    title = f"{recipe.name}: robustness report"
+    title = f"{facts['name']}: robustness report"
     lead = (
         f"A model trained as usual and one hardened under the same budget, on {facts['examples']} "
         f"{facts['part']} examples that neither has seen. Seed {facts['seed']}."
@@ -68,7 +71,7 @@ def document(
     sections = [
         html.heading(title, lead),
         _tiles(facts),
-        _comparison(recipe, facts),
+        _comparison(facts),
         html.section(
             "Accuracy over eps",
             html.picture(curves, "accuracy over eps, both models"),
@@ -76,16 +79,16 @@ def document(
         ),
         _deeds(facts),
         _examples(facts, samples),
-        _trust(recipe, facts),
+        _trust(facts, trained_against),
         html.section("Training", html.picture(losses, "training losses, both models")),
-        html.section("Settings", html.source(recipe.to_yaml())),
+        html.section("Settings", html.source(settings)),
         html.section("Environment", html.table(["", ""], environment, text=[1])),
     ]
     return html.page(title, [part for part in sections if part])
 
 
 def _attacks(facts: dict[str, Any]) -> list[str]:
-    return list(facts["models"][VARIANTS[0]]["attacks"])
+    return list(next(iter(facts["models"].values()))["attacks"])
 
 
 def _tiles(facts: dict[str, Any]) -> str:
@@ -94,8 +97,7 @@ def _tiles(facts: dict[str, Any]) -> str:
 
     def pair(*keys: str) -> tuple[str, str]:
         shown = []
-        for name in VARIANTS:
-            value = models[name]
+        for value in models.values():
             for key in keys:
                 value = value[key]
             shown.append(f"{value:.1%}")
@@ -110,17 +112,17 @@ def _tiles(facts: dict[str, Any]) -> str:
     )
 
 
-def _comparison(recipe: Recipe, facts: dict[str, Any]) -> str:
+def _comparison(facts: dict[str, Any]) -> str:
     columns = ["accuracy", "F1", "AUC", "flipped"]
     return html.section(
         "Standard against hardened",
         html.table(
             ["", *columns, *columns],
             summary_rows(facts),
-            groups=[("", 1), *((name, len(columns)) for name in VARIANTS)],
+            groups=[("", 1), *((name, len(columns)) for name in facts["models"])],
         ),
-        note=f"Attacks: {threat_words(recipe)}. F1 is the mean over the classes. Flipped: share of "
-        "the rightly classified examples that the attack turns.",
+        note=f"Attacks: {threat_words(facts['threat'])}. F1 is the mean over the classes. Flipped: "
+        "share of the rightly classified examples that the attack turns.",
     )
 
 
@@ -129,7 +131,7 @@ def _deeds(facts: dict[str, Any]) -> str:
     models = facts["models"]
     rows = []
     for label in _attacks(facts):
-        for name in VARIANTS:
+        for name in models:
             entry = models[name]["attacks"][label]
             rows.append(
                 [
@@ -141,7 +143,7 @@ def _deeds(facts: dict[str, Any]) -> str:
                     f"{entry['seconds']:.1f} s",
                 ]
             )
-    norms = ", ".join(f"{models[name]['token_norm']:.3f} ({name})" for name in VARIANTS)
+    norms = ", ".join(f"{models[name]['token_norm']:.3f} ({name})" for name in models)
     return html.section(
         "What each attack did",
         html.table(
@@ -161,7 +163,7 @@ def _examples(facts: dict[str, Any], samples: Sequence[Sequence[str]]) -> str:
         html.table(
             ["text", "label", "before", "under attack", "before", "under attack"],
             samples,
-            groups=[("", 2), *((name, 2) for name in VARIANTS)],
+            groups=[("", 2), *((name, 2) for name in facts["models"])],
             text=[0],
         ),
         note=f"Confidence in the true label, before and under {_attacks(facts)[-1]}: the first "
@@ -169,13 +171,13 @@ def _examples(facts: dict[str, Any], samples: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _trust(recipe: Recipe, facts: dict[str, Any]) -> str:
+def _trust(facts: dict[str, Any], trained_against: str) -> str:
     """The honesty checks, and what they cannot show."""
     failed = sum(not check["passed"] for check in facts["checks"])
     total, count = len(facts["checks"]), facts["examples"]
     verdict = f"{failed} of {total} checks fail: do not trust the figures above."
     limits = (
-        f"The hardened model was trained against {recipe.harden.attack.label}; it is judged by "
+        f"The hardened model was trained against {trained_against}; it is judged by "
         f"{', '.join(_attacks(facts))}, which see everything (weights, gradients, labels), and the "
         "worst outcome of each example counts. Still, an attack shows that an example can be "
         "fooled, never that it cannot: accuracies under attack are upper bounds. Moving embeddings "

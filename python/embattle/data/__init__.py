@@ -11,8 +11,8 @@ from embattle.data.splits import PARTS, Examples, Splits, number_labels, split
 from embattle.errors import InputError
 
 if TYPE_CHECKING:
+    from embattle.data.recipe import DataRecipe
     from embattle.data.tables import Table
-    from embattle.recipe import DataRecipe
 
 __all__ = ["PARTS", "Account", "Examples", "Splits", "load"]
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from embattle.checkpoint import save_tensors
 from embattle.data.batch import Batch
 from embattle.errors import InputError, need
-from embattle.files import write_text
+from embattle.files import save_tensors, write_text
 from embattle.models.pretrained import count_longer, load_encoder, quiet
 
 if TYPE_CHECKING:
-    from embattle.recipe import ModelRecipe
+    from embattle.models.recipe import ModelRecipe
 
 
 class TextClassifier(nn.Module):

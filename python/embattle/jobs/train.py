@@ -21,7 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embattle import data
-from embattle.checkpoint import (
+from embattle.data.account import COUNTED
+from embattle.data.batch import Batch
+from embattle.errors import InputError, Interrupted, need
+from embattle.files import remove_unfinished, write_text
+from embattle.jobs.checkpoint import (
     Checkpoint,
     model_tensors,
     optimizer_tensors,
@@ -30,15 +34,11 @@ from embattle.checkpoint import (
     restore_optimizer,
     restore_random,
 )
-from embattle.data.account import COUNTED
-from embattle.data.batch import Batch
-from embattle.errors import InputError, Interrupted, need
-from embattle.files import remove_unfinished, write_text
+from embattle.jobs.recipe import Recipe
+from embattle.jobs.run_folder import Run, Trained, begin, check_place, clear, find_run, locked
+from embattle.jobs.threat import Hardening
 from embattle.models import TextClassifier, build
 from embattle.progress import bar, say
-from embattle.recipe import Recipe
-from embattle.run_folder import Run, Trained, begin, check_place, clear, find_run, locked
-from embattle.threat import Hardening
 
 VARIANTS: tuple[Literal["standard"], Literal["hardened"]] = ("standard", "hardened")
 

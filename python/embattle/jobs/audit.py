@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from embattle import data
-from embattle import recipe as recipes
 from embattle.audit import figures
 from embattle.audit.evaluation import evaluate, predict, sweep
 from embattle.audit.honesty import order_checks, transfer_check, unbounded_check
@@ -24,16 +23,17 @@ from embattle.audit.html import Fallen
 from embattle.audit.metrics import score, success_rate
 from embattle.audit.report import UNITS, document, summary_rows, threat_words
 from embattle.data.batch import Batch
-from embattle.doctor import version_of
 from embattle.errors import InputError
 from embattle.files import remove_unfinished, replacing, write_text
+from embattle.jobs import recipe as recipes
+from embattle.jobs.doctor import version_of
+from embattle.jobs.recipe import AttackRecipe, Recipe
+from embattle.jobs.run_folder import Run, locked
+from embattle.jobs.threat import make_attack
+from embattle.jobs.train import VARIANTS
 from embattle.models import TextClassifier, load
 from embattle.perturb.site import Site
 from embattle.progress import bar, say
-from embattle.recipe import AttackRecipe, Recipe
-from embattle.run_folder import Run, locked
-from embattle.threat import make_attack
-from embattle.train import VARIANTS
 
 # Examples on which the checks that need further attacks are made.
 CHECKED = 100
@@ -122,7 +122,14 @@ def _audit(folder: Path) -> None:
     curves = _curves(recipe, facts, examples.labels)
     losses = figures.losses_over_steps({str(name): run.variants[name].history for name in VARIANTS})
     samples = _samples(examples.texts, torch.tensor(examples.labels), victims, run.classes)
-    html = document(recipe, facts, curves=curves, losses=losses, samples=samples)
+    html = document(
+        facts,
+        settings=recipe.to_yaml(),
+        trained_against=recipe.harden.attack.label,
+        curves=curves,
+        losses=losses,
+        samples=samples,
+    )
     write_text(folder / "metrics.json", json.dumps(_plain(facts), indent=2) + "\n")
     with replacing(folder / "curves.png") as part:
         part.write_bytes(curves)
@@ -277,7 +284,7 @@ def _plain(value: Any) -> Any:
 def _print(recipe: Recipe, facts: dict[str, Any], folder: Path) -> None:
     """The table, the checks and the path, as text."""
     say(f"{recipe.name}, seed {recipe.seed}, {facts['examples']} {facts['part']} examples")
-    say(f"attacks: {threat_words(recipe)}")
+    say(f"attacks: {threat_words(facts['threat'])}")
     rows = summary_rows(facts)
     first = max(len(row[0]) for row in rows)
     columns = "".join(f"{name:>7}" for name in ("acc", "F1", "AUC")) + f"{'flipped':>9}"

@@ -17,10 +17,10 @@ from typing import IO, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embattle import data
-from embattle import recipe as recipes
 from embattle.errors import InputError
 from embattle.files import UNFINISHED, write_text
-from embattle.recipe import Recipe
+from embattle.jobs import recipe as recipes
+from embattle.jobs.recipe import Recipe
 
 LOCK = ".lock"
 

@@ -1,0 +1,1 @@
+"""What a job needs to know of a model and its data."""
