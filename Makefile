@@ -11,6 +11,10 @@ JOBS ?= $(shell nproc)
 # One's own settings (for instance: export EMBATTLE_CUDA = OFF), not tracked.
 -include local.mk
 
+# Packages are installed without bytecode: it is written as they are first imported, else each of the
+# many processes that follow compiles torch anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
 .PHONY: help setup setup-build setup-jobs dev demo test clipping-nightly mutation device-test torch-min lint format sanitize bench cuda-check gpu-check emulator-asan clean
