@@ -244,7 +244,6 @@ class PerSampleClipper:
                     "skipped: it is meant for the gradient of the batch. Remove it, and change "
                     "the gradient after clipper.backward"
                 )
-        self._context.compare = self._verifier.chosen()
         stack.callback(self._take_out, [p for _, p in self._named], self._layers)
         guard: Any = self._guard
         for _, p in self._named:
@@ -265,7 +264,7 @@ class PerSampleClipper:
 
     def _note_batch(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         context = self._context
-        if context.inside_vmap or context.declared:
+        if context.declared:
             return
         dim = self._batch_dims.get("", 0)
         for leaf in tree_leaves((args, kwargs)):

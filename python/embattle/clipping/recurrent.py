@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from embattle.clipping.operators import Operators, linear, rule
+from embattle.clipping.linear import linear
+from embattle.clipping.operators import Operators, rule
 
 # From what the input and the hidden state gave, and the state, to the new state.
 Cell = Callable[[Tensor, Tensor, list[Tensor]], list[Tensor]]
