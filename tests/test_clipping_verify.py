@@ -431,7 +431,7 @@ def test_what_the_first_batch_hides() -> None:
     for length in (1, 3, B):
         x = torch.randn(B, length, 3)
         exact(model, lambda x=x: losses(x), clipper)
-    # Sorting depends on data alone: found by chance, and the chance is one in 64.
+    # Sorting depends on data alone: found by chance, and the chance is one in 80.
     model = Apply(lambda m, x: m.fc(x).sort(0).values, fc=fc)
     rising = torch.arange(12.0).reshape(B, 3)
     with torch.no_grad():

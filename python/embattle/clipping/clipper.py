@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -17,24 +17,14 @@ from torch.utils._pytree import tree_leaves
 
 from embattle.clipping import noise as dp
 from embattle.clipping import parallel
-from embattle.clipping.context import Context, Layout
+from embattle.clipping.backward import differentiate
+from embattle.clipping.context import Context
 from embattle.clipping.factors import Mode, Rule, checked_bound, noticeable
-from embattle.clipping.grad_sample import DenseGradSample, EmbeddingGradSample, GradSample
-from embattle.clipping.graph import Entries, Graph
 from embattle.clipping.layers import Layer, in_use, watched
 from embattle.clipping.norms import Gradients
 from embattle.clipping.store import Noise, Store
 from embattle.clipping.users import Users
-from embattle.clipping.verify import (
-    Known,
-    Verifier,
-    Verify,
-    check_norms,
-    check_sums,
-    find_layouts,
-    likely_layouts,
-    precision,
-)
+from embattle.clipping.verify import Verifier, Verify
 from embattle.perturb.evaluation import Evaluation
 
 Weights = Tensor | Callable[[Tensor], Tensor] | None
@@ -114,7 +104,7 @@ class PerSampleClipper:
                 dimension (positions as [T]). A batch dimension of size 1 needs no mention.
             verify: when a backward pass is checked against autograd, at the price of about one
                 more: "first": when the losses' graph is new (other layers, operators, sizes or
-                modes), and again while gradients of zero may hide something; "sampled": one in 64
+                modes), and again while gradients of zero may hide something; "sampled": one in 80
                 passes besides, at random; "always".
             noise_multiplier: standard deviation of Gaussian noise on the sum, in units of C (of the
                 root of the summed squares for "per_layer"); where a step has several batches, of
@@ -339,7 +329,17 @@ class PerSampleClipper:
                 f"parameters"
             )
         device = losses.device
-        found = self._differentiate(losses, own_users, loss_scale, retain_graph)
+        found = differentiate(
+            self._core,
+            named,
+            self._context,
+            self._verifier,
+            losses,
+            own_users,
+            self._version,
+            loss_scale=loss_scale,
+            retain_graph=retain_graph,
+        )
         with torch.no_grad(), _without_autocast(device.type):
             rule = Rule(self.mode, bound, self.gamma)
             gradients = Gradients(named, found.grad_samples, own_users)
@@ -348,7 +348,7 @@ class PerSampleClipper:
             # A sum that overflows costs a look at every sample, no more.
             finite = math.isfinite(float(norms.sum()))
             if finite:
-                self._check(found, of, own_users, norms)
+                found.check(of, own_users, norms, self._verifier)
             of.clear()
             if loss_scale != 1:
                 norms = norms / loss_scale
@@ -376,125 +376,6 @@ class PerSampleClipper:
                 self._sensitivity = 0.0
         names = tuple(self._context.names.values())
         return ClipResult(norms, factors, own_users.ids, names)
-
-    def _differentiate(
-        self, losses: Tensor, users: Users, loss_scale: float, retain_graph: bool
-    ) -> _Pass:
-        """The backward passes: every parameter's grad samples, and what probes need."""
-        found = _Pass()
-        samples = len(losses)
-        if not samples:
-            return found
-        graph = Graph(losses.grad_fn, self._context)
-        self._refuse_changes(graph)
-        parameters = [p for _, p in self._named]
-        leaves = [node.variable for node in graph.leaves]
-        seeds = torch.full_like(losses, loss_scale)
-        if samples == 1:
-            # The gradient of one loss is autograd's, whatever the model does.
-            self._refuse_spread()
-            _, grads = graph.gradients(
-                losses, seeds, [*parameters, *leaves], retain_graph=retain_graph, edges=False
-            )
-            for p, grad in zip(parameters, grads, strict=False):
-                if grad is not None:
-                    found.grad_samples[p] = [_of_one(grad)]
-            found.keep(graph, grads[len(parameters) :])
-            return found
-        self._refuse_stray(graph.stray)
-        signature = (graph.signature, samples, users.of_sample is None, self._version)
-        known, due = self._verifier.known(signature, (graph.structure, self._version))
-        due = due or graph.nested
-        r = self._verifier.weights(losses) if due else losses
-        share = (seeds * r).to(losses.dtype)
-        probed: Entries = []
-        if graph.nested:
-            # Leaves that a checkpointed part hides get what either pass leaves, the whole in all.
-            probed, first = graph.gradients(
-                losses, share, [*parameters, *leaves], retain_graph=True
-            )
-            rest, others = graph.gradients(losses, seeds - share, leaves, retain_graph=retain_graph)
-            entries = [
-                (record, grad if grad is None or part is None else grad + part)
-                for (record, grad), (_, part) in zip(rest, probed, strict=False)
-            ]
-            found.truth = first[: len(parameters)]
-            grads = [_added(a, b) for a, b in zip(first[len(parameters) :], others, strict=True)]
-        else:
-            unseen = due or None in known.layouts
-            entries, grads = graph.gradients(
-                losses, seeds, leaves, retain_graph=retain_graph or unseen
-            )
-        found.keep(graph, grads)
-        places = known.layouts
-        if not due and any(
-            layout is None and grad is not None
-            for layout, (_, grad) in zip(places, entries, strict=True)
-        ):
-            # A layer whose place nobody has seen yet; the graph is still there.
-            self._verifier.forget(signature)
-            del entries, grads
-            return self._differentiate(losses, users, loss_scale, retain_graph)
-        if due:
-            whole = not known.done or graph.nested
-            finite = _finite(entries)
-            if finite and not graph.nested:
-                probed, found.truth = graph.gradients(
-                    losses, share, parameters, retain_graph=retain_graph, edges=whole
-                )
-            if finite and _finite(probed):
-                found.r, found.limit = r, precision(self._named, entries)
-                found.probed, found.signature = known, signature
-                if whole:
-                    found.probed = find_layouts(entries, probed, r, found.limit)
-                places = found.probed.layouts
-            else:
-                places = likely_layouts(entries, samples)
-            del probed
-        self._context.probed = found.probed is not None
-        self._deliver(entries, places, samples, found.grad_samples)
-        if not retain_graph:
-            graph.forget_inputs()
-        return found
-
-    @staticmethod
-    def _deliver(
-        entries: Entries,
-        places: list[Layout | None],
-        samples: int,
-        found: dict[Parameter, list[GradSample]],
-    ) -> None:
-        def add(p: Parameter, each: GradSample) -> None:
-            found.setdefault(p, []).append(each)
-
-        with torch.no_grad():
-            while entries:
-                record, grad = entries.pop()
-                layout = places[len(entries)]
-                if grad is not None and layout is not None:
-                    record.deliver(add, record.shaped(grad), layout, samples)
-
-    def _check(
-        self, found: _Pass, of: dict[Parameter, list[GradSample]], users: Users, norms: Tensor
-    ) -> None:
-        if found.probed is None:
-            return
-        limit, user = found.limit, self._verifier.choose(users.count)
-        largest = check_sums(self._named, of, found.truth, found.r, limit)
-        check_norms(self._named, of, users, norms, user, limit, largest)
-        self._verifier.remember(found.signature, found.probed)
-
-    def _refuse_changes(self, graph: Graph) -> None:
-        """A parameter that has come to the model, or is trained now, since the block began."""
-        new = {id(node.variable) for node in graph.leaves if isinstance(node.variable, Parameter)}
-        if not new:
-            return
-        for name, p in self._core.named_parameters():
-            if id(p) in new:
-                raise RuntimeError(
-                    f"PerSampleClipper: parameter '{name}' was not the model's, or not trained, "
-                    "when the with block was entered; change the model outside of the block"
-                )
 
     @staticmethod
     def _check_losses(losses: Tensor) -> None:
@@ -540,25 +421,6 @@ class PerSampleClipper:
             )
         return Users(samples, users.to(losses.device), weights)
 
-    def _refuse_spread(self) -> None:
-        """A single loss cannot tell whether several rows for one have changed it."""
-        if self._context.spread:
-            raise ValueError(
-                f"PerSampleClipper: inputs of {sorted(self._context.spread)} were given a row for "
-                "each of several samples, but there is a single loss. Call clipper.expect(1) "
-                "before the model, or say by batch_dim where samples are"
-            )
-
-    def _refuse_stray(self, stray: Parameter | None) -> None:
-        if stray is not None:
-            raise RuntimeError(
-                f"PerSampleClipper: parameter '{self._context.names[stray]}' is used where its "
-                "per-sample gradients cannot be followed: outside of its module's forward, through "
-                "a tensor that stands in for it (functional_call), in a forward compiled before "
-                "the with block, or in a gradient that is itself differentiated. Use it through a "
-                "module (for tied weights, an nn.Linear whose weight is the table's), or freeze it"
-            )
-
     def _divisor(self, count: int, device: torch.device) -> tuple[float, int]:
         """What sums are divided by, and whether there is anything to sum."""
         if self.reduction == "sum" or self.expected_batch_size is not None:
@@ -585,49 +447,6 @@ class PerSampleClipper:
             return self.noise_multiplier
         both = self.noise_multiplier**-2 + self.row_selection.noise_multiplier**-2
         return float(both**-0.5)
-
-
-@dataclass
-class _Pass:
-    """What `PerSampleClipper._differentiate` found.
-
-    Attributes:
-        grad_samples: of each parameter.
-        leaves: nodes of leaves that are not the model's, and their gradients.
-        r, truth, limit, probed, signature: of a pass that is checked: the probe's weights, each
-            parameter's gradient under them, how exact it is, the layouts, and what to remember
-            them by.
-    """
-
-    grad_samples: dict[Parameter, list[GradSample]] = field(default_factory=dict)
-    leaves: list[tuple[Any, Tensor]] = field(default_factory=list)
-    r: Tensor = field(default_factory=lambda: torch.zeros(0))
-    truth: list[Tensor | None] = field(default_factory=list)
-    limit: float = 0.0
-    probed: Known | None = None
-    signature: object = None
-
-    def keep(self, graph: Graph, grads: list[Tensor | None]) -> None:
-        """Keeps the leaves' gradients until the pass is known to be right."""
-        for node, grad in zip(graph.leaves, grads, strict=True):
-            if grad is not None:
-                self.leaves.append((node, grad))
-
-
-def _finite(entries: Entries) -> bool:
-    return all(grad is None or bool(grad.sum().isfinite()) for _, grad in entries)
-
-
-def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return a if b is None else b if a is None else a + b
-
-
-def _of_one(grad: Tensor) -> GradSample:
-    """The gradient of a single sample as per-sample gradients."""
-    if not grad.is_sparse:
-        return DenseGradSample(grad.unsqueeze(0))
-    grad = grad.coalesce()
-    return EmbeddingGradSample(grad.indices(), grad.values().unsqueeze(0), None, True)
 
 
 def _refuse_other_passes(context: Context, _: Tensor) -> None:

@@ -134,7 +134,9 @@ class Operators(TorchFunctionMode):
 
     def _derive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        origin = {id(t): self.derived[id(t)] for t in tensors(args, kwargs) if id(t) in self.derived}
+        origin = {
+            id(t): self.derived[id(t)] for t in tensors(args, kwargs) if id(t) in self.derived
+        }
         parts = [(None, out)] if isinstance(out, Tensor) else []
         if isinstance(out, (tuple, list)):
             parts = list(enumerate(out))  # type: ignore[arg-type]

@@ -68,7 +68,10 @@ def vmapped(
         if source is not None:
             size = sum(p.numel() for p in (leaf,))
             _announce(layer, name, size)
-            leaf, dim = expand(layer, leaf, source, (samples, *leaf.shape), 0 if spread else None), 0
+            leaf, dim = (
+                expand(layer, leaf, source, (samples, *leaf.shape), 0 if spread else None),
+                0,
+            )
         elif not spread and isinstance(leaf, Tensor) and leaf.dim():
             place = min(layer.batch_dim, leaf.dim() - 1)
             dim = place if leaf.shape[place] == samples else None
