@@ -1,4 +1,4 @@
-"""The backward passes of one batch: every parameter's per-sample gradients, and what probes need."""
+"""The backward passes of a batch: every parameter's per-sample gradients, and what probes need."""
 
 from __future__ import annotations
 

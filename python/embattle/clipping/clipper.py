@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
-from torch.utils._pytree import tree_leaves
 
 from embattle.clipping import noise as dp
 from embattle.clipping import parallel
 from embattle.clipping.backward import differentiate
 from embattle.clipping.context import Context
 from embattle.clipping.factors import Mode, Rule, checked_bound, noticeable
-from embattle.clipping.layers import Layer, in_use, watched
+from embattle.clipping.install import Installer
 from embattle.clipping.norms import Gradients
 from embattle.clipping.store import Noise, Store
 from embattle.clipping.users import Users
@@ -118,18 +114,15 @@ class PerSampleClipper:
         Raises:
             ValueError: an option out of range.
         """
-        if mode not in ("flat", "per_layer", "automatic"):
-            raise ValueError(
-                f"PerSampleClipper: mode must be 'flat', 'per_layer' or 'automatic', got {mode!r}"
-            )
-        if reduction not in ("mean", "sum"):
-            raise ValueError(
-                f"PerSampleClipper: reduction must be 'mean' or 'sum', got {reduction!r}"
-            )
-        if verify not in ("always", "sampled", "first"):
-            raise ValueError(
-                f"PerSampleClipper: verify must be 'always', 'sampled' or 'first', got {verify!r}"
-            )
+        for name, given, known in (
+            ("mode", mode, ("flat", "per_layer", "automatic")),
+            ("reduction", reduction, ("mean", "sum")),
+            ("verify", verify, ("always", "sampled", "first")),
+        ):
+            if given not in known:
+                raise ValueError(
+                    f"PerSampleClipper: {name} must be one of {', '.join(known)}; got {given!r}"
+                )
         for name, value in (("gamma", gamma), ("noise_multiplier", noise_multiplier)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"PerSampleClipper: {name} must be finite and >= 0, got {value}")
@@ -143,28 +136,14 @@ class PerSampleClipper:
         self.noise_multiplier = noise_multiplier
         self.row_selection = row_selection
         self.generator = generator
-        self._ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        core: Any = model.module if self._ddp is not None else model
-        compiled: Any = getattr(core, "_orig_mod", None)
-        self._core: nn.Module = core if compiled is None else compiled
-        self._compiled = compiled is not None
-        self._group = process_group if self._ddp is None else self._ddp.process_group
-        self._batch_dims = {"": batch_dim} if isinstance(batch_dim, int) else dict(batch_dim)
-        self._broadcast = tuple(broadcast)
-        known = dict(self._core.named_modules())
-        for name in (*self._batch_dims, *self._broadcast):
-            if name not in known:
-                raise ValueError(f"PerSampleClipper: the model has no module named {name!r}")
         self._context = Context()
+        self._installer = Installer(model, self._context, batch_dim, broadcast)
+        ddp = self._installer.ddp
+        self._group = process_group if ddp is None else ddp.process_group
         self._verifier = Verifier(verify)
-        self._layers: list[Layer] = []
-        self._watched: list[object] | None = None
-        self._version = 0
-        self._named: list[tuple[str, Parameter]] = []
         self._stack: ExitStack | None = None
         self._store = Store(self._group)
         self._sensitivity = 0.0
-        self._guard = OrderedDict({0: partial(_refuse_other_passes, self._context)})
 
     # --- entering and leaving ---------------------------------------------------------------------
 
@@ -178,7 +157,7 @@ class PerSampleClipper:
         if self._stack is not None:
             raise RuntimeError("PerSampleClipper: already entered; leave the with block first")
         with ExitStack() as stack:
-            self._install(stack)
+            self._installer.put_in(stack)
             self._stack = stack.pop_all()
         return self
 
@@ -203,64 +182,6 @@ class PerSampleClipper:
                 "were given a row for every sample. If the samples are in another dim of theirs, "
                 "say so by batch_dim={name: dim}"
             ) from error
-
-    def _install(self, stack: ExitStack) -> None:
-        current: list[object] = []
-        for module in _modules(self._core):
-            held = module.__dict__
-            if in_use(module):
-                raise RuntimeError(
-                    "PerSampleClipper: the model is inside another clipper's with block"
-                )
-            current += (module, type(module), held["training"], "forward" in held)
-            current += (len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]))
-            for p in held["_parameters"].values():
-                current += (id(p), p is not None and p.requires_grad)
-        if current != self._watched:
-            self._named = [(n, p) for n, p in self._core.named_parameters() if p.requires_grad]
-            self._context.names = {p: name for name, p in self._named}
-            self._layers = watched(self._core, self._context, self._batch_dims, self._broadcast)
-            self._watched = current
-            self._version += 1
-        if self._ddp is not None:
-            stack.enter_context(self._ddp.no_sync())
-        if self._compiled:
-            # A graph that is checked is differentiated twice.
-            stack.enter_context(torch._functorch.config.patch(donated_buffer=False))
-        for name, p in self._named:
-            if p._backward_hooks:
-                raise ValueError(
-                    f"PerSampleClipper: parameter '{name}' has a gradient hook, which would be "
-                    "skipped: it is meant for the gradient of the batch. Remove it, and change "
-                    "the gradient after clipper.backward"
-                )
-        stack.callback(self._take_out, [p for _, p in self._named], self._layers)
-        guard: Any = self._guard
-        for _, p in self._named:
-            p._backward_hooks = guard
-        for layer in self._layers:
-            layer.put_in()
-        hook = self._core.register_forward_pre_hook(
-            self._note_batch, prepend=True, with_kwargs=True
-        )
-        stack.callback(hook.remove)
-
-    @staticmethod
-    def _take_out(parameters: list[Parameter], layers: list[Layer]) -> None:
-        for layer in layers:
-            layer.take_out()
-        for p in parameters:
-            p._backward_hooks = None
-
-    def _note_batch(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        context = self._context
-        if context.declared:
-            return
-        dim = self._batch_dims.get("", 0)
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.dim() > dim:
-                context.batch_size = leaf.shape[dim]
-                return
 
     def expect(self, batch_size: int) -> None:
         """Says how many samples the forward passes in this block hold.
@@ -321,7 +242,7 @@ class PerSampleClipper:
         own_users = self._users(losses, users, weights)
         # scale, unlike get_scale, readies a fresh scaler for its step.
         loss_scale = 1.0 if scaler is None else float(scaler.scale(losses.new_ones(())))
-        named = self._named
+        named = self._installer.named
         bound = self.max_norm if max_norm is None else checked_bound(max_norm, self.mode)
         if not isinstance(bound, float) and len(bound) != len(named):
             raise ValueError(
@@ -330,13 +251,13 @@ class PerSampleClipper:
             )
         device = losses.device
         found = differentiate(
-            self._core,
+            self._installer.core,
             named,
             self._context,
             self._verifier,
             losses,
             own_users,
-            self._version,
+            self._installer.version,
             loss_scale=loss_scale,
             retain_graph=retain_graph,
         )
@@ -447,28 +368,6 @@ class PerSampleClipper:
             return self.noise_multiplier
         both = self.noise_multiplier**-2 + self.row_selection.noise_multiplier**-2
         return float(both**-0.5)
-
-
-def _refuse_other_passes(context: Context, _: Tensor) -> None:
-    """Hooked to the parameters inside of the block."""
-    if not context.backward:
-        raise RuntimeError(
-            "PerSampleClipper: a backward pass other than clipper.backward reaches a parameter of "
-            "the model inside the with block, where its gradient would not be clipped. Ask for "
-            "other gradients by torch.autograd.grad(loss, inputs), or do it outside of the block"
-        )
-
-
-def _modules(root: nn.Module) -> list[nn.Module]:
-    """All modules of a model, each once; plainer than Module.modules, which a step can feel."""
-    found = {id(root): root}
-    stack = [root]
-    while stack:
-        for child in stack.pop()._modules.values():
-            if child is not None and id(child) not in found:
-                found[id(child)] = child
-                stack.append(child)
-    return list(found.values())
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[object]:

@@ -64,7 +64,8 @@ class Derived:
         same = value.untyped_storage().data_ptr() == p.untyped_storage().data_ptr()
         if not same or value.shape[1:] != p.shape[1:] or value.stride() != p.stride():
             return None
-        first, rest = divmod(value.storage_offset() - p.storage_offset(), max(width, 1))
+        offset = int(value.storage_offset()) - int(p.storage_offset())
+        first, rest = divmod(offset, max(width, 1))
         return None if rest or not p.is_contiguous() else (first, first + len(value))
 
 

@@ -251,13 +251,10 @@ def _order(item: tuple[Parameter, Sequence[GradSample]]) -> tuple[bool, int]:
     own = parameter.numel()
     growth, copied = own, 0  # a scaled copy of the smaller tensor stands beside the gradient
     for each in found:
-        smaller = size = each.grad.numel()
-        if isinstance(each, (LinearGradSample, ConvGradSample)):
-            inputs = each.x.numel()
-            size += inputs
-            smaller = min(smaller, inputs)
-        growth -= size
-        copied = max(copied, smaller)
+        held = [getattr(each, name) for name in each.batched]
+        sizes = [t.numel() for t in held if t.is_floating_point()]
+        growth -= sum(sizes)
+        copied = max(copied, min(sizes))
     return (growth > 0, growth - own - copied if growth > 0 else own + copied)
 
 

@@ -130,19 +130,17 @@ class Operators(TorchFunctionMode):
                     return t if source is None else expand(self.layer, t, source, shape)
 
                 return func(*tree_map(spread, args), **tree_map(spread, kwargs))
-        return vmapped(self.layer, func, args, kwargs, self.source)
+        return vmapped(self, func, args, kwargs)
 
     def _derive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        origin = {
-            id(t): self.derived[id(t)] for t in tensors(args, kwargs) if id(t) in self.derived
-        }
-        parts = [(None, out)] if isinstance(out, Tensor) else []
-        if isinstance(out, (tuple, list)):
-            parts = list(enumerate(out))  # type: ignore[arg-type]
+        known = self.derived
+        origin = {id(t): known[id(t)] for t in tensors(args, kwargs) if id(t) in known}
+        several = isinstance(out, (tuple, list))
+        parts: list[tuple[int | None, Any]] = list(enumerate(out)) if several else [(None, out)]
         for i, part in parts:
             if isinstance(part, Tensor) and part.requires_grad:
-                self.derived[id(part)] = Derived(part, func, args, kwargs, i, origin)
+                known[id(part)] = Derived(part, func, args, kwargs, i, origin)
         return out
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,34 +15,29 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from embattle.clipping.context import tolerance
-from embattle.clipping.derived import Source, tensors
+from embattle.clipping.derived import tensors
 from embattle.clipping.expand import expand
 
 if TYPE_CHECKING:
     from embattle.clipping.layers import Layer
+    from embattle.clipping.operators import Operators
 
 _log = logging.getLogger("embattle.clipping")
 
 
-def vmapped(
-    layer: Layer,
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    source_of: Callable[[Any], Source],
-) -> Any:
+def vmapped(ops: Operators, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """func(*args, **kwargs), one sample at a time, compared with what it gives for the batch.
 
     Args:
-        layer: where it happens.
+        ops: where it happens.
         func: torch's function.
         args, kwargs: its arguments.
-        source_of: what an argument is, see `Operators.source`.
 
     Raises:
         RuntimeError: func cannot run under vmap.
         ValueError: the values differ from the batch's.
     """
+    layer = ops.layer
     whole = func(*args, **kwargs)
     wanted = tensors(whole)
     if not any(t.requires_grad for t in wanted):
@@ -55,37 +49,31 @@ def vmapped(
             f"PerSampleClipper: layer '{layer.name}' changes a tensor in place by {name}, together "
             "with a trained parameter, for which there is no clipping rule; write it without _"
         )
-    own = [source_of(leaf) for leaf in leaves]
-    inputs = [
-        leaf
-        for leaf, source in zip(leaves, own, strict=True)
-        if source is None and isinstance(leaf, Tensor)
-    ]
+    own = ops.sources(*leaves)
+    trained = [leaf for leaf, source in zip(leaves, own, strict=True) if source is not None]
+    _announce(layer, name, sum(p.numel() for p in trained))
+    inputs = [t for t in tensors(leaves) if ops.source(t) is None and id(t) not in ops.constants]
     samples, spread = _samples(layer, inputs)
-    values, dims = [], []
+    rows, dims = [], []
     for leaf, source in zip(leaves, own, strict=True):
-        dim = None
+        row, dim = leaf, None
         if source is not None:
-            size = sum(p.numel() for p in (leaf,))
-            _announce(layer, name, size)
-            leaf, dim = (
-                expand(layer, leaf, source, (samples, *leaf.shape), 0 if spread else None),
-                0,
-            )
-        elif not spread and isinstance(leaf, Tensor) and leaf.dim():
+            row = expand(layer, leaf, source, (samples, *leaf.shape), 0 if spread else None)
+            dim = 0
+        elif not spread and any(leaf is t for t in inputs) and leaf.dim():
             place = min(layer.batch_dim, leaf.dim() - 1)
             dim = place if leaf.shape[place] == samples else None
-        values.append(leaf)
+        rows.append(row)
         dims.append(dim)
     places: list[int] = []
 
     def one(*row: Any) -> list[Tensor]:
         # Samples keep a batch dimension of size 1; parameters have none.
-        row = tuple(
+        unmapped = [
             x if dim is None or source is not None else x.unsqueeze(dim)
             for x, dim, source in zip(row, dims, own, strict=True)
-        )
-        given, named = tree_unflatten(list(row), spec)
+        ]
+        given, named = tree_unflatten(unmapped, spec)
         found = tensors(func(*given, **named))
         places[:] = [_place(layer, x, w, samples) for x, w in zip(found, wanted, strict=True)]
         return [x.squeeze(place) for x, place in zip(found, places, strict=True)]
@@ -94,7 +82,7 @@ def vmapped(
         with warnings.catch_warnings():
             # Operators without a batching rule: the log line has said that this one is slow.
             warnings.filterwarnings("ignore", message="There is a performance drop")
-            outs = torch.vmap(one, in_dims=tuple(dims), randomness="different")(*values)
+            outs = torch.vmap(one, in_dims=tuple(dims), randomness="different")(*rows)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise RuntimeError(
             f"PerSampleClipper: layer '{layer.name}' ({type(layer.module).__name__}) has no "
@@ -114,7 +102,8 @@ def vmapped(
     return tree_unflatten([next(found) if isinstance(x, Tensor) else x for x in flat], out_spec)
 
 
-def _announce(layer: Layer, name: str, size: int) -> None:
+def _announce(layer: Layer, name: str, numbers: int) -> None:
+    """Writes one log line of an operator, the first time."""
     if name not in layer.announced:
         layer.announced.add(name)
         _log.info(
@@ -123,7 +112,7 @@ def _announce(layer: Layer, name: str, size: int) -> None:
             layer.name,
             type(layer.module).__name__,
             name,
-            size,
+            numbers,
         )
 
 
