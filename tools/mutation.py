@@ -70,6 +70,7 @@ TESTS = {
         "clipping",
         "clipping_defects",
         "clipping_verify",
+        "clipping_rules",
         "clipping_properties",
         "clipping_libraries",
     ],

@@ -9,7 +9,6 @@ per-sample gradients themselves are never formed, but for parameters as small as
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,7 +55,7 @@ def dense_norms(grads: Sequence[Tensor], users: Users) -> Tensor:
 
 
 @dataclass
-class GradSample(ABC):
+class GradSample:
     """The per-sample gradients of one application of a parameter.
 
     Attributes:
@@ -67,21 +66,21 @@ class GradSample(ABC):
     batched: ClassVar[tuple[str, ...]] = ("x", "grad")
     passing: ClassVar[tuple[str, ...]] = ()
 
-    @abstractmethod
     def norms(self, users: Users) -> Tensor:
         """[U] norms of the parameter's gradient."""
+        raise NotImplementedError
 
-    @abstractmethod
     def weighted(self, factor: Tensor, shape: torch.Size) -> Tensor:
         """sum_b factor_b g_b, given the parameter's shape and [B] factors."""
+        raise NotImplementedError
 
-    @abstractmethod
     def squared_size(self) -> Tensor:
         """[B] sums of the squared norms of what is summed to get a sample's gradient."""
+        raise NotImplementedError
 
-    @abstractmethod
     def dense(self, shape: torch.Size) -> Tensor:
         """[B, *shape] per-sample gradients."""
+        raise NotImplementedError
 
     def kind(self) -> Hashable:
         """Equal for uses that `joined` can make one."""

@@ -112,7 +112,8 @@ class Installer:
         context, dim = self._context, self._batch_dims.get("", 0)
         if context.declared:
             return
-        for leaf in tree_leaves((args, kwargs)):
+        plain = not kwargs and all(isinstance(x, Tensor) for x in args)  # quicker
+        for leaf in args if plain else tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.dim() > dim:
                 context.batch_size = leaf.shape[dim]
                 return

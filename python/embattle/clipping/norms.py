@@ -12,7 +12,6 @@ from torch.nn import Parameter
 from embattle import ops
 from embattle.clipping.grad_sample import (
     BagGradSample,
-    ConvGradSample,
     DenseGradSample,
     EmbeddingGradSample,
     GradSample,

@@ -152,11 +152,6 @@ def _place(layer: Layer, x: Tensor, whole: Tensor, samples: int) -> int:
 
 
 def _alike(found: Tensor, wanted: Tensor) -> bool:
-    if not wanted.is_floating_point():
-        return bool((found == wanted).all())
-    wanted = wanted.expand_as(found)
-    scale = float(wanted.double().abs().nan_to_num(posinf=0).max()) if wanted.numel() else 0.0
-    limit = tolerance(wanted.dtype)
-    return torch.allclose(
-        found.double(), wanted.double(), rtol=limit, atol=limit * scale, equal_nan=True
-    )
+    limit, wanted = tolerance(wanted.dtype), wanted.expand_as(found).double()
+    scale = float(wanted.abs().nan_to_num(posinf=0).max()) if wanted.numel() else 0.0
+    return torch.allclose(found.double(), wanted, rtol=limit, atol=limit * scale, equal_nan=True)
