@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
+import devices
 import pytest
 import torch
 import torch.nn.functional as F
 from clipping_cases import Apply, gradients
 from embattle.clipping import PerSampleClipper
+from embattle.clipping.context import Layout
+from embattle.clipping.verify import Known, Verifier
 from test_clipping_verify import _float64, exact, per_sample, refused
-from torch import nn
+from torch import Tensor, nn
 
 B = 4
 assert _float64  # a fixture, for every test here
@@ -76,6 +80,48 @@ def test_a_log_line_names_the_operator_once(caplog: pytest.LogCaptureFixture) ->
     assert "(15 numbers a sample)" in record.getMessage()
 
 
+WITH_RULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Conv1d": (lambda: nn.Conv1d(2, 2, 2), (2, 4)),
+    "Conv2d": (lambda: nn.Conv2d(2, 2, 2), (2, 4, 3)),
+    "Conv3d": (lambda: nn.Conv3d(2, 2, 2), (2, 3, 2, 2)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(2, 2, 2), (2, 4)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(2, 2, 2), (2, 4, 3)),
+    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(2, 2, 2), (2, 3, 2, 2)),
+    "LayerNorm": (lambda: nn.LayerNorm(3), (2, 3)),
+    "RMSNorm": (lambda: nn.RMSNorm(3), (2, 3)),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 4), (4, 3)),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(3).eval(), (3,)),
+    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(3, affine=True), (3, 4)),
+    "RNN": (lambda: nn.RNN(3, 2, batch_first=True), (2, 3)),
+    "ReLU RNN": (lambda: nn.RNN(3, 2, batch_first=True, nonlinearity="relu"), (2, 3)),
+    "GRU": (lambda: nn.GRU(3, 2, batch_first=True), (2, 3)),
+    "LSTM": (lambda: nn.LSTM(3, 2, batch_first=True), (2, 3)),
+    "RNNCell": (lambda: nn.RNNCell(3, 2), (3,)),
+    "ReLU RNNCell": (lambda: nn.RNNCell(3, 2, nonlinearity="relu"), (3,)),
+    "GRUCell": (lambda: nn.GRUCell(3, 2), (3,)),
+    "LSTMCell": (lambda: nn.LSTMCell(3, 2), (3,)),
+    "matmul": (lambda: own(lambda m, x: x @ m.p, 3, 2), (3,)),
+    "addmm": (lambda: own(lambda m, x: torch.addmm(m.p[0], x, m.p), 3, 3), (3,)),
+    "tile": (lambda: own(lambda m, x: torch.cat([x, m.p.tile(len(x), 1)], 1), 1, 2), (3,)),
+    "expand": (lambda: own(lambda m, x: torch.cat([x, m.p.expand(len(x), 2)], 1), 2), (3,)),
+    "rows": (lambda: own(lambda m, x: m.p[x[:, 0].abs().long().clamp(max=4)], 5, 2), (1,)),
+}
+
+
+@pytest.mark.parametrize("name", WITH_RULES)
+def test_layers_with_rules_need_no_copies(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    build, shape = WITH_RULES[name]
+    model, x = build(), torch.randn(B, *shape)
+
+    def losses() -> Tensor:
+        out = model(x)
+        return per_sample(out[0] if isinstance(out, tuple) else out)
+
+    with caplog.at_level(logging.INFO, "embattle.clipping"):
+        exact(model, losses, modes=["flat"])
+    assert not caplog.records
+
+
 # --- small rules ----------------------------------------------------------------------------------
 
 
@@ -84,6 +130,25 @@ def test_dropout_between_recurrent_layers_alone() -> None:
     x = torch.randn(B, 2, 3)
     assert bool(rnn(x)[0].any())
     exact(rnn, lambda: per_sample(rnn(x)[0]))
+
+
+def test_bags_whose_last_end_is_not_given() -> None:
+    model = own(lambda m, i, offsets: F.embedding_bag(i, m.p, offsets), 7, 3)
+    ids, offsets = torch.randint(7, (9,)), torch.tensor([0, 2, 2, 5])
+    exact(model, lambda: per_sample(model(ids, offsets)))
+
+
+def test_parameters_repeated_along_the_last_dim() -> None:
+    model = own(lambda m, x: x.t()[None] * torch.tile(m.p, (len(x),)), 1, 3, 1)
+    x = torch.randn(B, 3)
+    exact(model, lambda: per_sample(model(x).permute(2, 0, 1)))
+
+
+def test_zeros_have_a_graph_checked_again_sixteen_times() -> None:
+    verifier, found = Verifier("first"), Known([[Layout(0, 0, 1)]], [torch.tensor([[False]])])
+    assert verifier.known("graph", "kinds")[1]
+    verifier.remember("graph", found)
+    assert [verifier.known("graph", "kinds")[1] for _ in range(18)] == [True] * 16 + [False] * 2
 
 
 def test_a_single_loss_of_a_sparse_table() -> None:
@@ -123,3 +188,13 @@ def test_options_that_are_unknown() -> None:
         options: dict[str, Any] = {name: "odd"}
         with pytest.raises(ValueError, match=f"{name} must be one of .*; got 'odd'"):
             PerSampleClipper(nn.Linear(2, 2), 1.0, **options)
+
+
+def test_inputs_are_kept_as_autocast_has_them() -> None:
+    layer = nn.Linear(3, 2).float()
+    with PerSampleClipper(layer, 1.0):
+        for dtype in (torch.float32, torch.float64):
+            with torch.autocast(devices.kind, torch.bfloat16):
+                out = layer.to(dtype)(torch.randn(B, 3, dtype=dtype))
+            kept = out.grad_fn.metadata["_embattle_clipping"].x
+            assert kept.dtype == (torch.bfloat16 if dtype == torch.float32 else dtype)

@@ -71,6 +71,7 @@ TESTS = {
         "clipping_defects",
         "clipping_verify",
         "clipping_rules",
+        "clipping_parallel",
         "clipping_properties",
         "clipping_libraries",
     ],
