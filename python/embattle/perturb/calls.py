@@ -110,10 +110,8 @@ class Call:
 
         Floating-point inputs may differ from pass to pass, integers may not.
         """
-        if module is not self.module:
-            return False
-        if not self.checked or self.repeats(args, kwargs):
-            return True
+        if module is not self.module or not self.checked:
+            return module is self.module
         before, now = _integers(self.args, self.kwargs), _integers(args, kwargs)
         return len(before) == len(now) and all(
             one.shape == two.shape and one.device == two.device and torch.equal(one, two)
@@ -169,9 +167,7 @@ def _identity(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ..
         if not isinstance(value, Tensor):
             found.append(value if isinstance(value, (str, int, float)) else id(value))
         elif type(value) is Tensor and not value.is_inference():
-            found.append(
-                (value.data_ptr(), value.shape, value.stride(), value.dtype, value._version)
-            )
+            found += (value.data_ptr(), value.shape, value.stride(), value.dtype, value._version)
         else:
             return None
     return tuple(found)
