@@ -232,7 +232,7 @@ def costs(rounds: int) -> dict[str, dict[str, float]]:
         for _ in range(100):
             torch.add(inputs, inputs)
 
-    few, many = 2, 22
+    few, many = 2, 7
     found = {}
     for norm in STRENGTHS:
         runs: dict[str, Callable[[], Any]] = {

@@ -281,8 +281,11 @@ class Attack:
             else:
                 found = self.search(stage, goal, opened, generator, scale, evaluate=evaluate)
                 now = found if evaluate else None
-                steps = torch.full((stage.batch,), self.steps * self.restarts)
-                steps = steps.to(stage.blocks[0].base.device)
+                made, device = self.steps * self.restarts, stage.blocks[0].base.device
+                steps = torch.full((stage.batch,), made, device=device)
+                if not made:  # nobody lacked a gradient
+                    for block in stage.blocks:
+                        block.moved.fill_(True)
             stage.forget_masks()
             clean = opened.clean if evaluate else None
             if clean is not None:

@@ -501,5 +501,6 @@ def usable_tensors() -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(_Clones())
-        stack.enter_context(torch.enable_grad())
+        if not torch.is_grad_enabled():
+            stack.enter_context(torch.enable_grad())
         yield

@@ -231,7 +231,18 @@ class Perturb(_Turns):
                 value = self._of_opening(turn, value)
         self._handed = None
         self.turn = turn + 1 if turn + 1 < len(self.calls) else 0
-        return self._perturbed(module, value, self.additions[turn])
+        addition = self.additions[turn]
+        if self.detach and value.requires_grad and not leads_to(module, value, self.deltas):
+            value = value.detach()
+        if not isinstance(addition, Tensor):
+            return addition(value)
+        if value.shape != addition.shape:
+            raise RuntimeError(
+                f"Site: {type(module).__name__} returned shape {tuple(value.shape)} where the "
+                f"perturbation has {tuple(addition.shape)}: the loss function must run the "
+                "same batch at every call, and another batch must run outside of `applied()`"
+            )
+        return self.perturbed(value, addition)
 
     def _traced(self, output: Any) -> Any:
         values = {}
@@ -285,19 +296,6 @@ class Perturb(_Turns):
         if self.known == "detached":
             return call.value.detach()
         return other if call.source is None else call.source
-
-    def _perturbed(self, module: nn.Module, value: Tensor, addition: Addition) -> Tensor:
-        if self.detach and value.requires_grad and not leads_to(module, value, self.deltas):
-            value = value.detach()
-        if not isinstance(addition, Tensor):
-            return addition(value)
-        if value.shape != addition.shape:
-            raise RuntimeError(
-                f"Site: {type(module).__name__} returned shape {tuple(value.shape)} where the "
-                f"perturbation has {tuple(addition.shape)}: the loss function must run the "
-                "same batch at every call, and another batch must run outside of `applied()`"
-            )
-        return self.perturbed(value, addition)
 
 
 def leads_to(module: nn.Module, value: Tensor, leaves: Sequence[Tensor]) -> bool:

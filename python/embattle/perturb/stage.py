@@ -156,7 +156,8 @@ class Stage:
             self._state = stack.enter_context(kept_state(self.models))
             modules = self._state.modules.values()
             stack.enter_context(frozen_weights(modules))
-            stack.enter_context(_followed(self.sites))
+            if any(site.table is not None for site in self.sites):
+                stack.enter_context(_followed(self.sites))
             if self.mode == "eval":
                 stack.enter_context(eval_mode(self.models, modules))
             yield generator
