@@ -18,7 +18,7 @@ from embattle.data.formats import recognise
 from embattle.data.inspect import describe
 from embattle.data.looks import guess_roles, kind_of_table, look, look_all
 from embattle.errors import InputError
-from embattle.jobs.recipe import DataRecipe
+from embattle.data.recipe import DataRecipe
 from file_cases import ACCENTS, CASES, TEXTS, Case, rows
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "files.md"

@@ -20,7 +20,7 @@ from embattle.data import tables
 from embattle.data.ratings import read_ratings
 from embattle.data.tables import Table
 from embattle.errors import InputError
-from embattle.jobs.recipe import DataRecipe
+from embattle.data.recipe import DataRecipe
 
 COUNT = 3000
 TEXTS = [f"review, number {i}\nwith 'quotes' and é {'x' * (i % 50)}" for i in range(COUNT)]
