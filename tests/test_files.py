@@ -23,8 +23,8 @@ from embattle import data
 from embattle.data.formats import recognise
 from embattle.data.inspect import describe
 from embattle.data.looks import guess_roles, kind_of_table, look, look_all
+from embattle.data.recipe import DataRecipe
 from embattle.errors import InputError
-from embattle.jobs.recipe import DataRecipe
 
 TEXTS = [f"the dress number {i} fits me well" for i in range(40)]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from embattle.attacks import Attack
-from embattle.audit.evaluation import Sites, evaluate, examined, run_attack
+from embattle.audit.evaluation import Sites, evaluate, examined, run_attack, sweep
 from embattle.data.batch import Batch
 from embattle.perturb.blocks import Block
 from embattle.tasks.evaluator import Evaluator
@@ -85,23 +85,25 @@ def unbounded_check(
     model: nn.Module,
     batches: Sequence[Batch],
     sites: Sites,
-    attack: Attack,
+    attacks: Sequence[Attack],
     *,
     evaluator: Evaluator | None = None,
 ) -> Check:
-    """An attack whose ball is so large that it bounds nothing must fool every sample.
+    """Attacks up to a ball so large that it bounds nothing must fool every sample.
+
+    Several sizes are tried: from afar a model may be so sure that it has no gradient any more.
 
     Args:
         title: the model's name.
         model, batches, sites, evaluator: see `embattle.audit.evaluation.evaluate`.
-        attack: with a radius far beyond the size of the embeddings.
+        attacks: from the smallest ball to the largest, whose radius is far beyond the size of the
+            embeddings.
 
     Returns:
         The check.
     """
-    found = evaluate(model, batches, sites, {"unbounded": attack}, evaluator=evaluator)
-    right = found["unbounded"].right
-    standing, total = int(right.sum()), len(right)
+    total = sum(map(len, batches))
+    standing = round(sweep(model, batches, sites, attacks, evaluator=evaluator)[-1] * total)
     return Check(
         f"{title}: an attack without a bound fools every example",
         standing == 0,
