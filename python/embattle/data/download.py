@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -58,19 +59,11 @@ def download(wheel: Wheel, kept: Path, otherwise: str) -> None:
     Raises:
         InputError: if it cannot be had, or is not the pinned file.
     """
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(".part").open("ab")
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {kept.parent}: {error.strerror}; name another folder in "
-            "EMBATTLE_CACHE"
-        ) from error
-    with part:
-        fcntl.flock(part, fcntl.LOCK_EX)
+    path = kept.with_suffix(".part")
+    with _locked(path) as part:
         if kept.is_file() and sha256(kept) == wheel.sha256:
+            path.unlink(missing_ok=True)
             return
-        path = Path(part.name)
         address = _address(wheel, otherwise)
         found = ""
         for _ in range(2):  # once more from the beginning, if what was there is of another file
@@ -83,11 +76,29 @@ def download(wheel: Wheel, kept: Path, otherwise: str) -> None:
             _empty(part)
             if not resumed:
                 break
-    path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     raise InputError(
         f"the file downloaded for {wheel.requirement} has SHA-256 {found[:12]}..., not the "
         f"pinned {wheel.sha256[:12]}..., and was discarded: check pip's package index"
     )
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """The file, open for appending, which no other process has."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.open("ab")
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {path.parent}: {error.strerror}; name another folder in "
+                "EMBATTLE_CACHE"
+            ) from error
+        fcntl.flock(part, fcntl.LOCK_EX)
+        # Whoever had it may have moved or removed it meanwhile.
+        if path.exists() and os.path.samestat(os.fstat(part.fileno()), path.stat()):
+            return part
+        part.close()
 
 
 def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import itertools
+import json
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -83,6 +84,7 @@ class Format:
         header: whether a CSV file has a header line.
         style: whose kind of CSV file it is: `GroupLens`, `RecBole` or nobody's.
         sample: the first 256 KiB of the text, whole lines only.
+        cut: whether the file has more text.
     """
 
     kind: Literal["csv", "jsonl", "parquet"]
@@ -94,6 +96,7 @@ class Format:
     header: bool = True
     style: str = ""
     sample: str = ""
+    cut: bool = False
 
     def words(self) -> str:
         """The format in words."""
@@ -156,13 +159,17 @@ def recognise(
     for magic, what in _OTHERS:
         if head.startswith(magic):
             raise InputError(f"{path} is {what}; {_GIVE}")
+    if head[257:262] == b"ustar":
+        raise InputError(f"{path} is a tar archive; unpack it first; {_GIVE}")
     chosen = _encoding(encoding, head)
-    sample = _read_through(path, chosen, given=encoding is not None)
+    sample, size = _read_through(path, chosen, given=encoding is not None)
     start = sample.lstrip("\ufeff \t\r\n")
     if not start:
         raise InputError(f"{path} is empty; {_GIVE}")
     if start[:1] == "<" and start[:200].lower().startswith(("<!doctype", "<html", "<?xml", "<svg")):
         raise InputError(f"{path} is a web page or XML, not a table; download the file itself")
+    if _is_object(start):
+        return Format("jsonl", chosen, sample=sample)
     if path.suffix.lower() not in {".csv", ".tsv", ".txt"}:
         if start.startswith("{"):
             return Format("jsonl", chosen, sample=sample)
@@ -176,7 +183,7 @@ def recognise(
         delimiter, guessed, skip = start[4], False, skip + 1
     if delimiter is None:
         delimiter = _delimiter(sample, [] if header else wanted, skip)
-    form = Format("csv", chosen, delimiter, guessed, skip, sample=sample)
+    form = Format("csv", chosen, delimiter, guessed, skip, sample=sample, cut=len(sample) < size)
     if header:
         return dataclasses.replace(form, names=tuple(header), header=False)
     return _of_a_library(form, path.name)
@@ -198,6 +205,14 @@ def _of_a_library(form: Format, name: str) -> Format:
     return dataclasses.replace(form, names=names, header=False, style="GroupLens")
 
 
+def _is_object(text: str) -> bool:
+    """Whether the first line is a JSON object."""
+    try:
+        return text.startswith("{") and isinstance(json.loads(text.split("\n", 1)[0]), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)
@@ -213,7 +228,7 @@ def _head(path: Path) -> bytes:
         if path.exists() and not path.is_file():
             raise InputError(f"{path} is no regular file; {_GIVE}")
         with path.open("rb") as stream:
-            head = stream.read(64)
+            head = stream.read(512)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read {path}: {reason}; check data.path") from error
@@ -256,8 +271,12 @@ def _encoding(given: str | None, head: bytes) -> str:
     return found.name
 
 
-def _read_through(path: Path, encoding: str, *, given: bool) -> str:
-    """Decodes the whole file once; its beginning, cut at a line's end where it is not all of it."""
+def _read_through(path: Path, encoding: str, *, given: bool) -> tuple[str, int]:
+    """Decodes the whole file once.
+
+    Returns:
+        Its beginning, cut at a line's end where it is not all of it, and its characters in all.
+    """
     decoder = codecs.getincrementaldecoder(encoding)("strict")
     sample, lines, size = "", 1, 0
     with path.open("rb") as stream:
@@ -284,7 +303,7 @@ def _read_through(path: Path, encoding: str, *, given: bool) -> str:
         end = max(sample.rfind("\n", 0, _SAMPLE), sample.rfind("\r", 0, _SAMPLE)) + 1
         first = re.search(r"\r\n?|\n", sample)
         sample = sample[: end or (first.end() if first else _HEADER)]
-    return sample
+    return sample, size
 
 
 def _line_ends(text: str) -> int:
@@ -304,6 +323,15 @@ def _bad_byte(path: Path, encoding: str, given: bool, lines: int, error: Unicode
     line = lines + _line_ends(before.decode(encoding, "ignore"))
     if b"\0" in before:
         return _nul(path, lines + _line_ends(before[: before.index(b"\0")].decode("latin-1")))
+    if error.reason in (
+        "unexpected end of data",
+        "truncated data",
+        "incomplete multibyte sequence",
+    ):
+        return (
+            f"{path}, line {line}: the file ends in the middle of a character: it was cut off, or "
+            f"is not {encoding.upper()}; get it again, or see data.encoding"
+        )
     near = error.object[max(0, error.start - 12) : error.start + 12]
     shown = near.decode("cp1252", "replace").strip()
     remedy = (
@@ -349,10 +377,7 @@ def _delimiter(sample: str, wanted: Sequence[str], skip: int) -> str:
         has = bool(wanted) and set(wanted) <= set(records[0])
         return has, width > 1 and share > 0.5, share, width
 
-    lines = sample.splitlines()[skip : skip + 100]
-    if lines and all(line.count("::") == max(2, lines[0].count("::")) for line in lines if line):
-        return "::"
-    return max(DELIMITERS, key=fit)
+    return max([*DELIMITERS, "::"], key=fit)
 
 
 def line_of(path: Path, form: Format, row: int) -> str:

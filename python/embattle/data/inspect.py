@@ -9,7 +9,7 @@ import yaml
 
 from embattle.data.account import Account, listed, short
 from embattle.data.labels import is_blank
-from embattle.data.looks import TABLES, guess_events, guess_roles, kind_of_table, look_all
+from embattle.data.looks import READERS, TABLES, guess_events, guess_roles, kind_of_table, look_all
 from embattle.data.tables import Table
 from embattle.progress import say
 
@@ -68,7 +68,7 @@ def describe(
     if kind != "text":
         account.warn(
             f"the file looks like {TABLES[kind]} ({listed([repr(name) for name in why], 3)}); the "
-            "job that there is reads texts"
+            "job that there is reads texts" + READERS.get(kind, "")
         )
     if kind in ("ratings", "clicks"):
         roles = guess_events(columns)

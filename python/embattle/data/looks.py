@@ -24,6 +24,10 @@ TABLES = {
     "clicks": "clicks or events of users",
     "tabular": "numbers and categories",
 }
+# What reads it as what it is.
+READERS = dict.fromkeys(
+    ("ratings", "clicks"), "; embattle.data.ratings.read_ratings reads it as events"
+)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def read_ratings(
                 codes = [number.setdefault(value, len(number)) for value in column]
                 parts[role].append(np.asarray(codes, dtype=np.int64))
             else:
-                parts[role].append(_numbers(path, name, column))
+                parts[role].append(_numbers(path, name, column, dates=role == "time"))
     found = {role: np.concatenate(blocks) for role, blocks in parts.items()}
     events = len(found["user"])
     if not events:
@@ -174,11 +174,21 @@ def hold_out_latest(ratings: Ratings) -> tuple[Ratings, Ratings]:
     return ratings.take(part == TRAIN), ratings.take(part == TEST)
 
 
-def _numbers(path: Path, name: str, column: list[Any]) -> Floats:
+def _numbers(path: Path, name: str, column: list[Any], *, dates: bool) -> Floats:
+    """A column of numbers or, as seconds since 1970, of dates."""
     try:
         found = np.asarray(column, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: column {name!r} must hold numbers: {error}") from error
+        try:
+            moments = np.asarray(column if dates else None, dtype="datetime64[us]")
+        except (TypeError, ValueError):
+            moments = np.asarray(None, dtype="datetime64[us]")
+        if moments.shape != (len(column),) or np.isnat(moments).any():
+            raise InputError(
+                f"{path}: column {name!r} must hold numbers{' or ISO dates' * dates} (with a "
+                f"decimal point): {error}"
+            ) from error
+        found = moments.astype(np.int64) / 1e6
     if not np.isfinite(found).all():
         raise InputError(f"{path}: column {name!r} has values that are not finite; drop those rows")
     return found

@@ -7,12 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from embattle.data.account import printable
 from embattle.data.formats import Format, line_of, recognise, unclosed_quote
 from embattle.data.jsonlines import Objects
 from embattle.errors import InputError, closest, need
 
-# Bytes of text that are read at once, and the most that a cell may have.
-BLOCK = 1 << 24
+# Bytes of text that are read at once, and the most that a cell of a CSV file may have. Arrow reads
+# some thirty blocks of such a file ahead.
+BLOCK = 1 << 22
+# The most characters of a line of JSON, in blocks.
+_LINE = 16
 # Rows of a Parquet file that are read at once.
 _ROWS = 1 << 14
 
@@ -28,7 +32,8 @@ class Table:
         header: names of the columns of a CSV file without a header line.
         drop_ragged: leave rows of a CSV file out that have too few or too many cells, instead of
             refusing the file.
-        block: bytes of text to read at once, and the most that a cell may have.
+        block: bytes of text to read at once, and the most that a cell of a CSV
+            file may have; None takes `BLOCK`.
 
     Attributes:
         form: how the file is written.
@@ -49,14 +54,15 @@ class Table:
         delimiter: str | None = None,
         header: Sequence[str] | None = None,
         drop_ragged: bool = False,
-        block: int = BLOCK,
+        block: int | None = None,
     ) -> None:
-        self.path, self.block, self.drop_ragged = path, block, drop_ragged
+        self.path, self.block, self.drop_ragged = path, block or BLOCK, drop_ragged
         self._encoding = encoding
         self.form = recognise(
             path, columns or (), encoding=encoding, delimiter=delimiter, header=header
         )
         self.rows = self.ragged = 0
+        self._closed = False  # whether all quotes are, which is looked for once
         self._first_ragged: tuple[int, int] | None = None
         with self._errors():
             if self.form.kind == "parquet":
@@ -105,7 +111,7 @@ class Table:
             if self.form.kind == "parquet":
                 first = next(self._parquet(rows, every=True), {name: [] for name in self.names})
             else:
-                objects = Objects(self.path, self.form.encoding, None, self.block)
+                objects = Objects(self.path, self.form.encoding, None, _LINE * self.block)
                 first = next(objects.blocks(min(self.block, len(self.form.sample))), {})
         return {
             name: ["" if v is None or v != v else str(v) for v in values[:rows]]
@@ -118,23 +124,23 @@ class Table:
     def _require(self, present: Sequence[str]) -> None:
         note = ""
         if self.form.kind == "csv" and not self.form.style:
-            note = f" (read as {self.form.words()}; data.delimiter changes it)"
+            note = f" (read as {self.form.words()}; data.delimiter changes it, and data.header "
+            note += "names the columns of a file without a header line)"
             note += _no_header(present)
         for name in self.columns or ():
             count = list(present).count(name)
             if count == 0:
-                raise InputError(
-                    f"{self.path} has no column {name!r}; {closest(name, present)}{note}"
-                )
+                known = printable(closest(name, present))
+                raise InputError(f"{self.path} has no column {name!r}; {known}{note}")
             if count > 1:
                 raise InputError(
                     f"{self.path} has {count} columns named {name!r}; give each its own name"
                 )
 
-    def _parquet(self, rows: int = _ROWS, *, every: bool = False) -> Iterator[dict[str, list[Any]]]:
+    def _parquet(self, rows: int = 0, *, every: bool = False) -> Iterator[dict[str, list[Any]]]:
         columns = None if every else self.columns
-        with need("pyarrow.parquet").ParquetFile(self.path, pre_buffer=False) as file:
-            for batch in file.iter_batches(rows, columns=columns, use_threads=False):
+        with need("pyarrow.parquet").ParquetFile(self.path, buffer_size=1 << 20) as file:
+            for batch in file.iter_batches(rows or _ROWS, columns=columns, use_threads=False):
                 batch.validate(full=True)
                 yield {
                     name: self._values(name, column, plain=not every)
@@ -142,7 +148,7 @@ class Table:
                 }
 
     def _json(self) -> Iterator[dict[str, list[Any]]]:
-        objects = Objects(self.path, self.form.encoding, self.columns, self.block)
+        objects = Objects(self.path, self.form.encoding, self.columns, _LINE * self.block)
         for block in objects.blocks(self.block):
             self.names = list(objects.names)
             yield block
@@ -151,6 +157,8 @@ class Table:
 
     def _csv(self) -> Iterator[dict[str, list[Any]]]:
         arrow, csv = need("pyarrow"), need("pyarrow.csv")
+        if len(self.form.records()) < 2 and not self.form.cut:
+            return  # arrow misreads a header line without an end
         form, columns = self.form, self.columns
         # The same name twice among columns that nobody wants does no harm.
         names = [f"{i}" for i in range(len(self.names))]
@@ -196,15 +204,16 @@ class Table:
         self._refuse_open_quote()
         if self.ragged and not self.drop_ragged:
             number, cells = self._first_ragged or (0, 0)
+            head = f" (the header is row {1 + form.skip})" if form.header else ""
             raise InputError(
                 f"{self.path}: {self.ragged} rows do not have the header's {len(names)} cells; the "
-                f"first is row {number + form.skip} with {cells} (the header is row "
-                f"{1 + form.skip}): repair them, check data.delimiter, or set data.ragged_rows: "
-                "drop"
+                f"first is row {number + form.skip} with {cells}{head}: repair them, check "
+                "data.delimiter, or set data.ragged_rows: drop"
             )
 
     def _refuse_open_quote(self) -> None:
-        line = unclosed_quote(self.path, self.form)
+        line = None if self._closed else unclosed_quote(self.path, self.form)
+        self._closed = True
         if line is not None:
             raise InputError(
                 f"{self.path}, line {line}: a quote is opened and never closed, so that all that "
@@ -227,6 +236,8 @@ class Table:
         kind = column.type
         if types.is_dictionary(kind):
             kind = kind.value_type
+        if types.is_temporal(kind) and getattr(kind, "unit", "us") == "ns":
+            column = column.cast("string")  # finer than Python's dates
         values: list[Any] = column.to_pylist()
         encoding = self._encoding or "utf-8"
         if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
@@ -259,11 +270,11 @@ class _Refusal:
         arrow = need("pyarrow")
         table = self.table
         if isinstance(error, InputError) or not isinstance(
-            error, (arrow.ArrowException, OSError, UnicodeDecodeError, OverflowError)
+            error, (arrow.ArrowException, OSError, ValueError, OverflowError)
         ):
             return
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if table.form.kind == "csv" and ("Empty CSV" in reason or "too short" in reason):
+        if table.form.kind == "csv" and "Empty CSV" in reason:
             raise InputError(f"{table.path} has no rows; give a file with data in it") from error
         if table.form.kind == "csv" and "straddl" in reason:
             line = unclosed_quote(table.path, table.form)
@@ -326,5 +337,5 @@ def _no_header(names: Sequence[str]) -> str:
     if names and names[0].lstrip().startswith("#"):
         return "; the first line looks like a comment: delete it"
     if names and all(is_number(name) for name in names):
-        return "; the first line holds numbers: if the file has no header line, see data.header"
+        return "; the first line holds nothing but numbers"
     return ""

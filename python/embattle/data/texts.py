@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from embattle.data.account import Account, listed
 from embattle.data.labels import check_classes, is_blank, unify, unify_rare
-from embattle.data.looks import TABLES, kind_of_table, look, look_all
+from embattle.data.looks import READERS, TABLES, kind_of_table, look, look_all
 from embattle.data.splits import number_labels, place
 from embattle.data.tables import Table
 from embattle.errors import InputError
@@ -100,7 +100,8 @@ class Reading:
         """Counts what is dropped and odd in a block; `before` rows came before it."""
         labels = ["" if value is None else str(value).strip() for value in raw]
         for name, column in zip(self.recipe.text, columns, strict=True):
-            self._first.setdefault(name, column[:1000])
+            first = self._first.setdefault(name, [])
+            first += [cell[:500] for cell in column[: 1000 - len(first)]]
             self._copies[name] &= column == labels
             self._damaged += sum("\ufffd" in x or "Ã" in x or "â€" in x for x in column)
         for i, (text, none) in enumerate(zip(texts, blank, strict=True)):
@@ -157,6 +158,7 @@ class Reading:
             account.warn(
                 f"the file looks like {TABLES[kind]} ({listed([repr(name) for name in why], 3)}), "
                 "and this job reads it as texts; nothing but the words of the text columns is used"
+                + READERS.get(kind, "")
             )
         for name in recipe.text:
             if self._copies[name]:
@@ -225,13 +227,17 @@ class Reading:
         positions = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *wanted.values()]))
         found: list[str] = []
         before = 0
-        for block, _ in self._rows(first=False):
-            first, last = np.searchsorted(positions, [before, before + len(block)])
-            found += [block[i - before] for i in positions[first:last].tolist()]
-            before += len(block)
+        changed = InputError(f"{self.table.path} has changed while it was read; start again")
+        try:
+            for block, _ in self._rows(first=False):
+                first, last = np.searchsorted(positions, [before, before + len(block)])
+                found += [block[i - before] for i in positions[first:last].tolist()]
+                before += len(block)
+        except InputError as error:
+            raise changed from error
         hashes = np.fromiter(map(hash, found), np.int64)
         if before != len(self.places) or (hashes != self._hashes[positions]).any():
-            raise InputError(f"{self.table.path} has changed while it was read; start again")
+            raise changed
         return {
             name: [found[i] for i in np.searchsorted(positions, rows).tolist()]
             for name, rows in wanted.items()
