@@ -15,6 +15,7 @@ from embattle.tasks.base import Task
 #: Name in a recipe -> module and class.
 BUILT_IN = {
     "text_classification": "embattle.tasks.text:TextClassification",
+    "tabular": "embattle.tasks.tabular:Tabular",
 }
 
 
