@@ -167,6 +167,14 @@ def test_columns_are_told_apart() -> None:
     assert look(["a red dress", "it does not fit"]).kind == "prose"
     assert look(["这件衣服很好看", "不合身而且太贵"]).kind == "prose"
     assert look(["OWN", "RENT"]).kind == "words"
+    for dates in (
+        ["2020-01-31", "2020-02-01 10:00:00", "2020-02-01T10:00:00Z"],
+        ["31.1.2020", "1.2.20"],
+        ["May 30, 2011", "December 4, 2012"],
+        ["01-Jan-1995", "3 March 2020"],
+    ):
+        assert look(dates).kind == "dates"
+    assert look(["May 30, 2011 was fine", "1.2.3"]).kind != "dates"
     assert look(["", " "]).kind == "empty"
     columns = look_all(
         {"id": ["1", "2"], "review": ["a fine thing", "no good at all"], "y": ["0", "1"]}

@@ -88,8 +88,11 @@ def describe(
     """
     table = Table(path, encoding=encoding, delimiter=delimiter, drop_ragged=True)
     account.note("file", f"{path}: {table.form.words()}")
-    columns = look_all(table.sample())
+    shown = table.sample()
+    columns = look_all(shown)
     _count(table, account)
+    rows = max(map(len, shown.values()), default=0)
+    account.note("looked at", f"the first {rows:,} rows, for what follows")
     for name, column in columns.items():
         account.note(
             "column",
@@ -135,4 +138,3 @@ def _count(table: Table, account: Account) -> None:
     if table.ragged:
         account.note("dropped", f"{table.ragged:,} rows with too few or too many cells")
         account.warn("a job refuses such rows unless data.ragged_rows: drop is set")
-    account.note("looked at", "the first 1,000 rows, for what follows")
