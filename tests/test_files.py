@@ -198,6 +198,22 @@ def test_a_recipe_is_proposed_for_a_file(tmp_path: Path) -> None:
     assert ("guess", "user: 'user', item: 'item', rating: 'rating'") in account.facts
 
 
+def test_a_file_without_a_header_line_is_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("1,2\n3,4\n5,6\n")
+    account = data.Account()
+    assert describe(path, account) is None
+    assert any("nothing but numbers" in warning for warning in account.warnings)
+
+
+@pytest.mark.parametrize("delimiter", ["", "\n", '"', "é"])
+def test_what_cannot_divide_is_refused(delimiter: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(rows())
+    with pytest.raises(InputError, match="the delimiter must be ASCII characters"):
+        describe(path, data.Account(), delimiter=delimiter)
+
+
 def test_inspecting_reads_the_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(rows() * 40 + "a,b,c\n" * 7 + "\n" * 9)

@@ -11,7 +11,7 @@ import yaml
 from embattle.data.account import COUNTED, Account, listed, short
 from embattle.data.labels import is_blank
 from embattle.data.looks import READERS, TABLES, guess_events, guess_roles, kind_of_table, look_all
-from embattle.data.tables import Table
+from embattle.data.tables import Table, not_a_header
 from embattle.errors import InputError
 from embattle.progress import say
 
@@ -91,6 +91,9 @@ def describe(
     shown = table.sample()
     columns = look_all(shown)
     _count(table, account)
+    odd = not_a_header(table.names)
+    if odd and table.form.kind == "csv" and table.form.header:
+        account.warn(f"the first line is read as the names of the columns{odd}")
     rows = max(map(len, shown.values()), default=0)
     account.note("looked at", f"the first {rows:,} rows, for what follows")
     for name, column in columns.items():
