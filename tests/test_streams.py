@@ -119,6 +119,17 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(
             data.load(DataRecipe(path=str(path), text=["text"], label="y"), 0)
 
 
+def test_a_column_of_texts_as_label_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embattle.data import texts
+
+    monkeypatch.setattr(texts, "_MOST", 500)
+    recipe = DataRecipe(path=str(write(tmp_path / "a.csv")), text=["y"], label="text")
+    with pytest.raises(InputError, match="holds more than 500 different values, so it is no label"):
+        data.load(recipe, 0)
+
+
 def test_a_cell_longer_than_a_block_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,y\n" + "a,1\n" * 50 + "x" * 5_000_000 + ",2\n")

@@ -140,8 +140,8 @@ def recognise(
         path: the file.
         wanted: columns that will be read; a delimiter that gives them is preferred.
         encoding: of the text; None takes UTF-8, or UTF-16 where the file begins with its mark.
-        delimiter: one character; None guesses among comma, semicolon, tab and bar, and knows the
-            `::` of GroupLens.
+        delimiter: one character, or several; None guesses among comma, semicolon, tab, bar and
+            the `::` of GroupLens.
         header: names of the columns of a CSV file without a header line.
 
     Returns:
@@ -151,6 +151,13 @@ def recognise(
         InputError: if the file is no table, or its bytes are not in the encoding: then the line of
             the first bad byte is named.
     """
+    if delimiter is not None and (
+        not delimiter or not delimiter.isascii() or any(c in '\r\n"' for c in delimiter)
+    ):
+        raise InputError(
+            f"the delimiter must be ASCII characters that are no quote and no line break, got "
+            f"{delimiter!r}; give one, such as ';' or tab"
+        )
     head = _head(path)
     if head[:4] == b"PAR1":
         return Format("parquet")

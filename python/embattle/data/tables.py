@@ -92,6 +92,11 @@ class Table:
             for block in read():
                 self.rows += len(next(iter(block.values()), []))
                 yield block
+        if self.rows == 0 and self.ragged:
+            raise InputError(
+                f"{self.path}: none of {self.ragged} rows has the header's {len(self.names)} "
+                f"cells; it was read as {self.form.words()}; check data.delimiter"
+            )
         if self.rows == 0:
             raise InputError(f"{self.path} has no rows; give a file with data in it")
 
@@ -126,7 +131,7 @@ class Table:
         if self.form.kind == "csv" and not self.form.style:
             note = f" (read as {self.form.words()}; data.delimiter changes it, and data.header "
             note += "names the columns of a file without a header line)"
-            note += _no_header(present)
+            note += not_a_header(present)
         for name in self.columns or ():
             count = list(present).count(name)
             if count == 0:
@@ -330,8 +335,8 @@ def read_columns(path: Path, columns: Sequence[str], **options: Any) -> dict[str
     return found
 
 
-def _no_header(names: Sequence[str]) -> str:
-    """What a first line that is no header looks like."""
+def not_a_header(names: Sequence[str]) -> str:
+    """What is odd about a first line, if it does not look like names of columns; else nothing."""
     from embattle.data.looks import is_number
 
     if names and names[0].lstrip().startswith("#"):
