@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from embattle.data import movielens
-from embattle.data.ratings import Ratings, hold_out_latest
+from embattle.data.ratings import Ratings, hold_out_latest, together
 from embattle.models import DLRM, MF, DeepFM, Interactions, LightGCN, SASRec
 from embattle.models.ranking import evaluate
 from embattle.models.sequences import histories, windows
@@ -56,15 +56,6 @@ def stratified(ratings: Ratings) -> Parts:
     whole, test = ratings.take(kept), ratings.take(~kept)
     first = np.random.default_rng(0).random(len(whole)) < 0.9
     return Parts(whole.take(first), whole.take(~first), test)
-
-
-def together(parts: Parts) -> Ratings:
-    """The training and the validation part as one."""
-    both = [
-        np.concatenate([getattr(part, name) for part in parts[:2]])
-        for name in ("users", "items", "values", "times")
-    ]
-    return Ratings(*both, parts.train.user_count, parts.train.item_count)
 
 
 def fit(
@@ -108,7 +99,7 @@ def pairwise(
     """A ranker that is trained on triplets."""
 
     def run(parts: Parts, settings: Settings, tune: bool) -> Metrics:
-        data = parts.train if tune else together(parts)
+        data = parts.train if tune else together(parts.train, parts.validation)
         held = parts.validation if tune else parts.test
         seen, relevant = Interactions.of(data), Interactions.of(held)
         model: Any = make(seen, settings)
@@ -153,7 +144,11 @@ def sequential(parts: Parts, settings: Settings, tune: bool) -> Metrics:
         return evaluate(lambda users: model.scores(met[users]), relevant, seen).means()
 
     best, _ = fit(model, batches, settings, lambda: ranked(parts.train, parts.validation)["ndcg"])
-    found = ranked(parts.train, parts.validation) if tune else ranked(together(parts), parts.test)
+    found = (
+        ranked(parts.train, parts.validation)
+        if tune
+        else ranked(together(parts.train, parts.validation), parts.test)
+    )
     return {"epochs": float(best), **found}
 
 
@@ -261,7 +256,7 @@ BASELINES: dict[str, Baseline] = {
 _MF = {"dim": 64, "std": 0.1, "lr": 5e-3, "batch": 2048, "epochs": 120, "every": 4}
 _LIGHTGCN = {"dim": 64, "std": 0.1, "lr": 5e-3, "batch": 2048, "epochs": 60, "every": 3}
 _SASREC = {"length": 50, "dim": 64, "lr": 1e-3, "batch": 128, "epochs": 60}
-_CLICKS = {"dim": 16, "lr": 2e-3, "batch": 1024, "epochs": 20}
+_CLICKS = {"dim": 16, "lr": 2e-3, "batch": 1024, "epochs": 30}
 
 CHOICES: dict[str, list[Settings]] = {
     "MF": [_MF | {"l2": l2} for l2 in (0.02, 0.03, 0.015)],
@@ -273,11 +268,13 @@ CHOICES: dict[str, list[Settings]] = {
     ],
     "DLRM": [
         _CLICKS | {"dropout": dropout, "weight_decay": decay}
-        for dropout, decay in ((0.0, 0.0), (0.2, 0.0), (0.0, 1e-5), (0.0, 1e-4))
+        for dropout, decay in ((0.0, 1e-4), (0.0, 1e-5), (0.2, 1e-4))
     ],
 }
 CHOSEN: dict[str, Settings] = {
     "MF": _MF | {"l2": 0.02, "epochs": 44},
+    "LightGCN": _LIGHTGCN | {"layers": 3, "l2": 1e-4, "epochs": 51},
+    "DeepFM": _CLICKS | {"dropout": 0.2, "weight_decay": 1e-4},
 }
 
 

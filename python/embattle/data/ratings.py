@@ -70,6 +70,11 @@ def read_ratings(path: Path, columns: Sequence[str]) -> Ratings:
         InputError: if the file cannot be read, or a cell is empty or, for rating and time, is no
             finite number.
     """
+    return read_named_ratings(path, columns)[0]
+
+
+def read_named_ratings(path: Path, columns: Sequence[str]) -> tuple[Ratings, list[str], list[str]]:
+    """Reads ratings as `read_ratings` does, and the names of users and items by number, as text."""
     table = read_columns(path, columns)
     for name in columns:
         if any(value is None for value in table[name]):
@@ -80,7 +85,9 @@ def read_ratings(path: Path, columns: Sequence[str]) -> Ratings:
     )
     values, times = (_numbers(path, name, table[name]) for name in columns[2:])
     users, items = (found.astype(np.int64) for found in numbers)
-    return Ratings(users, items, values, times, len(known[0]), len(known[1]))
+    ratings = Ratings(users, items, values, times, len(known[0]), len(known[1]))
+    by_user, by_item = ([str(name) for name in names.tolist()] for names in known)
+    return ratings, by_user, by_item
 
 
 def hold_out_latest(ratings: Ratings) -> tuple[Ratings, Ratings]:
@@ -102,6 +109,18 @@ def hold_out_latest(ratings: Ratings) -> tuple[Ratings, Ratings]:
     taken = np.zeros(len(ratings), dtype=bool)
     taken[order[last & ~first]] = True
     return ratings.take(~taken), ratings.take(taken)
+
+
+def together(first: Ratings, second: Ratings) -> Ratings:
+    """Joins the events of two parts of the same users and items."""
+    return Ratings(
+        np.concatenate([first.users, second.users]),
+        np.concatenate([first.items, second.items]),
+        np.concatenate([first.values, second.values]),
+        np.concatenate([first.times, second.times]),
+        first.user_count,
+        first.item_count,
+    )
 
 
 def _numbers(path: Path, name: str, column: list[Any]) -> Floats:

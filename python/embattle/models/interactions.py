@@ -73,7 +73,7 @@ class Interactions:
 
         Args:
             users: [B] int64.
-            generator: source of the random numbers; torch's by default.
+            generator: source of the random numbers; torch's of the CPU by default.
 
         Returns:
             Items, [B] int64.
@@ -88,7 +88,8 @@ class Interactions:
                 f"Interactions.negatives: user {full} has met all {self.item_count} items; leave "
                 "her out of training"
             )
-        share = torch.rand(len(users), generator=generator, dtype=torch.float64)
+        device = "cpu" if generator is None else generator.device
+        share = torch.rand(len(users), generator=generator, device=device, dtype=torch.float64)
         nth = (share.to(free.device) * free).long()
         # The nth item not met comes after as many of those met as have at most nth before them.
         met = torch.searchsorted(self._gaps, users * (self.item_count + 1) + nth, right=True)
