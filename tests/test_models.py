@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import devices
 import embattle as eb
 import numpy as np
 import pytest
@@ -23,6 +24,11 @@ def pairs(seed: int = 0, share: float = 0.3) -> Interactions:
     met = torch.rand(USERS, ITEMS, generator=torch.Generator().manual_seed(seed)) < share
     users, items = met.nonzero().T
     return Interactions(users, items, USERS, ITEMS)
+
+
+def here(model: Any) -> Any:
+    """The model where the tests' tensors are: the package makes it on the CPU."""
+    return model.to(devices.kind)
 
 
 def triplets(count: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +49,7 @@ class Case(NamedTuple):
 
 
 def mf() -> Case:
-    model, batch = MF(USERS, ITEMS, dim=6, std=0.3), triplets()
+    model, batch = here(MF(USERS, ITEMS, dim=6, std=0.3)), triplets()
     return Case(
         model,
         lambda: eb.Evaluation(model.losses(*batch)),
@@ -53,7 +59,7 @@ def mf() -> Case:
 
 
 def lightgcn() -> Case:
-    model, batch = LightGCN(pairs(), dim=6, std=0.3), triplets()
+    model, batch = here(LightGCN(pairs(), dim=6, std=0.3)), triplets()
     return Case(
         model,
         lambda: eb.Evaluation(model.losses(*batch)),
@@ -63,7 +69,7 @@ def lightgcn() -> Case:
 
 
 def sasrec() -> Case:
-    model = SASRec(ITEMS, length=7, dim=8, dropout=0.0)
+    model = here(SASRec(ITEMS, length=7, dim=8, dropout=0.0))
     generator = torch.Generator().manual_seed(2)
     items = torch.randint(0, ITEMS, (9, 8), generator=generator)
     items[0, 4:] = items[1, 2:] = ITEMS
@@ -82,7 +88,7 @@ def clicks(dense: bool) -> Case:
     labels = torch.randint(0, 2, (16,), generator=generator)
     sizes = [3, 5, 4, 3]
     batch = (values, features) if dense else (values,)
-    model: Any = DLRM(sizes, 2, dim=4) if dense else DeepFM(sizes, dim=4)
+    model: Any = here(DLRM(sizes, 2, dim=4) if dense else DeepFM(sizes, dim=4))
     with torch.no_grad():
         model.embedding.weight.normal_(std=0.5)
 
@@ -204,7 +210,7 @@ def test_mf_scores_and_losses() -> None:
 def test_lightgcn_is_the_mean_of_dense_propagations() -> None:
     graph = pairs()
     torch.manual_seed(0)
-    model = LightGCN(graph, dim=6, layers=2)
+    model = here(LightGCN(graph, dim=6, layers=2))
     met = torch.zeros(USERS, ITEMS)
     met[graph.users, graph.items] = 1
     whole = torch.zeros(USERS + ITEMS, USERS + ITEMS)

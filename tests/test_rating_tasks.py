@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 
 pytest.importorskip("pydantic")
 pytest.importorskip("pyarrow")
 pytest.importorskip("typer")
+yaml = pytest.importorskip("yaml")
 
 from embattle.attacks import PGD
 from embattle.data import movielens
