@@ -16,12 +16,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from embattle.data import movielens
+from embattle.data.negatives import NegativeSampler
 from embattle.data.ratings import Ratings, hold_out_latest, together
 from embattle.models import DLRM, MF, DeepFM, Interactions, LightGCN, SASRec
 from embattle.models.ranking import evaluate
@@ -49,10 +51,10 @@ def stratified(ratings: Ratings) -> Parts:
     """
     drawn = np.random.RandomState(42).rand(len(ratings))  # as there
     order = np.lexsort((drawn, ratings.items))
-    item, count = ratings.items[order], ratings.popularity()
-    place = np.arange(1, len(order) + 1) - (count.cumsum() - count)[item]
+    item, events = ratings.items[order], ratings.popularity()
+    place = np.arange(1, len(order) + 1) - (events.cumsum() - events)[item]
     kept = np.zeros(len(ratings), dtype=bool)
-    kept[order] = place / count[item] <= 0.75
+    kept[order] = place / events[item] <= 0.75
     whole, test = ratings.take(kept), ratings.take(~kept)
     first = np.random.default_rng(0).random(len(whole)) < 0.9
     return Parts(whole.take(first), whole.take(~first), test)
@@ -104,10 +106,20 @@ def pairwise(
         seen, relevant = Interactions.of(data), Interactions.of(held)
         model: Any = make(seen, settings)
 
+        negatives = NegativeSampler(
+            data.users,
+            data.items,
+            user_count=data.user_count,
+            item_count=data.item_count,
+            seed=torch.initial_seed(),
+        )
+        steps = count()
+
         def batches() -> Iterator[Tensor]:
             for rows in torch.randperm(len(seen)).split(settings["batch"]):
                 users, items = seen.users[rows], seen.items[rows]
-                batch = (users, items, seen.negatives(users))
+                drawn = torch.from_numpy(negatives.draw(users, 1, next(steps))).squeeze(1)
+                batch = (users, items, drawn)
                 losses = model.losses(*batch) + settings["l2"] * model.penalty(*batch)
                 yield losses.mean()
 

@@ -84,6 +84,10 @@ def test_attacks_fool_exactly_the_examples_within_reach() -> None:
     assert results["PGD"].norm == pytest.approx(0.5, rel=1e-5)
     attacks = [PGD(norm="l2", eps=e, step_size=e, steps=2) for e in (0.1, 0.5, 1.0, 2.0)]
     assert sweep(model, batches(), site, attacks) == [1.0, 0.75, 0.5, 0.0]
+    # Who is known to fall is not attacked again, there or in a larger ball.
+    known = [None, torch.tensor([True, False, False, False]), None, None]
+    assert sweep(model, batches(), site, attacks, fallen=known) == [1.0, 0.5, 0.25, 0.0]
+    assert sweep(model, batches(), site, [attacks[0], None], fallen=known[:2]) == [1.0, 0.75]
     assert (predict(model, batches()).argmax(1) == labels).all()
     assert all(weight.requires_grad for weight in model.parameters())
 
@@ -111,12 +115,17 @@ def test_checks_hold_for_a_real_attack_and_fail_for_one_that_is_too_weak() -> No
     with torch.no_grad():
         second.embedding.weight.mul_(-1)
     target, source = (first, Site(first.embedding)), (second, Site(second.embedding))
-    assert unbounded_check("m", *_swap(target), far).passed
-    assert not unbounded_check("m", *_swap(target), weak).passed
+    assert unbounded_check("m", *_swap(target), [weak, far]).passed
+    assert not unbounded_check("m", *_swap(target), [weak]).passed
     assert transfer_check("m", target, source, batches(), weak).passed
     # An attack that goes the wrong way on the target alone: the transferred one is stronger.
     hidden = _Backwards()
-    assert not transfer_check("m", (hidden, Site(hidden.embedding)), target, batches(), weak).passed
+    pair = (hidden, Site(hidden.embedding)), target
+    assert not transfer_check("m", *pair, batches(), weak).passed
+    # What stands under the target's own attack may be known: two of four fall to the other's.
+    for right, holds in (([True, True, False, True], False), ([True, False, False, False], True)):
+        check = transfer_check("m", *pair, batches(), weak, right=torch.tensor(right))
+        assert check.passed == holds, check
 
     accuracies = {"Noise": 0.4, "FGM": 0.5, "PGD": 0.6}
     failed = order_checks("m", accuracies, noise=["Noise"], gradient=["FGM", "PGD"])

@@ -14,8 +14,9 @@ import torch
 pytest.importorskip("pydantic")
 pytest.importorskip("pyarrow")
 pytest.importorskip("typer")
-yaml = pytest.importorskip("yaml")
+pytest.importorskip("yaml")
 
+import yaml
 from embattle.attacks import PGD
 from embattle.data import movielens
 from embattle.data.ratings import read_named_ratings, read_ratings
@@ -247,8 +248,8 @@ def test_what_makes_no_sense_is_refused_by_name(
 def test_what_is_known_of_movielens(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Place:
         def __init__(self, name: str) -> None:
-            kinds = {"movielens_100k": "ratings"}
-            self.name = kinds.get(name, name.removeprefix("movielens_100k_"))
+            kinds = {"movielens_100k": "ratings", "movielens_100k_items": "films"}
+            self.name = kinds.get(name, "users")
 
         def path(self) -> Path:
             return films / f"{self.name}.csv"

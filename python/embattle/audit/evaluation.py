@@ -122,8 +122,9 @@ def sweep(
     model: nn.Module,
     batches: Sequence[Batch],
     sites: Sites,
-    attacks: Sequence[Attack],
+    attacks: Sequence[Attack | None],
     *,
+    fallen: Sequence[Tensor | None] = (),
     evaluator: Evaluator | None = None,
     tick: Tick = lambda: None,
 ) -> list[float]:
@@ -134,7 +135,9 @@ def sweep(
 
     Args:
         model, batches, sites, evaluator: see `evaluate`.
-        attacks: from the smallest ball to the largest.
+        attacks: from the smallest ball to the largest; None where `fallen` tells enough.
+        fallen: for each attack, which samples are known to be turned by a perturbation in its ball,
+            bool [N], or None: they are not attacked again.
         tick: called after each batch of each attack.
 
     Returns:
@@ -142,16 +145,20 @@ def sweep(
     """
     evaluator = evaluator or Evaluator()
     standing = [0] * len(attacks)
+    known = [*fallen, *[None] * (len(attacks) - len(fallen))]
     total = 0
     with examined(model):
         for batch in batches:
+            these = slice(total, total + len(batch))
             total += len(batch)
             batch = batch.to(_device(model))
             with torch.no_grad():
                 clean = evaluator.evaluate(model, batch)
             rows = torch.nonzero(_right(evaluator.criterion(batch), clean, clean)).flatten()
-            for k, attack in enumerate(attacks):
-                if len(rows):
+            for k, (attack, turned) in enumerate(zip(attacks, known, strict=True)):
+                if turned is not None:
+                    rows = rows[~turned[these].to(rows.device)[rows]]
+                if attack is not None and len(rows):
                     part = batch.take(rows)
                     rows = rows[_attack_batch(evaluator, model, part, sites, attack)[1]]
                 standing[k] += len(rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from embattle.attacks import Attack
-from embattle.audit.evaluation import Sites, evaluate, examined, run_attack
+from embattle.audit.evaluation import Sites, evaluate, examined, run_attack, sweep
 from embattle.data.batch import Batch
 from embattle.perturb.blocks import Block
 from embattle.tasks.evaluator import Evaluator
@@ -85,23 +85,27 @@ def unbounded_check(
     model: nn.Module,
     batches: Sequence[Batch],
     sites: Sites,
-    attack: Attack,
+    attacks: Sequence[Attack],
     *,
     evaluator: Evaluator | None = None,
 ) -> Check:
-    """An attack whose ball is so large that it bounds nothing must fool every sample.
+    """Attacks up to a ball so large that it bounds nothing must fool every sample.
+
+    Several sizes are tried: from afar a model may be so sure that it has no gradient any more.
 
     Args:
         title: the model's name.
         model, batches, sites, evaluator: see `embattle.audit.evaluation.evaluate`.
-        attack: with a radius far beyond the size of the embeddings.
+        attacks: from the smallest ball to the largest, whose radius is far beyond the size of the
+            embeddings.
 
     Returns:
         The check.
     """
-    found = evaluate(model, batches, sites, {"unbounded": attack}, evaluator=evaluator)
-    right = found["unbounded"].right
-    standing, total = int(right.sum()), len(right)
+    # Nearly all fall at once: the whole attacks are for those that do not.
+    tries = [*(replace(attack, steps=min(attack.steps, 2)) for attack in attacks), *attacks]
+    total = sum(len(batch) for batch in batches)
+    standing = round(sweep(model, batches, sites, tries, evaluator=evaluator)[-1] * total)
     return Check(
         f"{title}: an attack without a bound fools every example",
         standing == 0,
@@ -116,6 +120,7 @@ def transfer_check(
     batches: Sequence[Batch],
     attack: Attack,
     *,
+    right: Tensor | None = None,
     evaluator: Evaluator | None = None,
 ) -> Check:
     """Perturbations found on another model must not fool more samples than the model's own.
@@ -125,7 +130,9 @@ def transfer_check(
         target: the attacked model and its sites.
         source: the model that the perturbations are transferred from, with its sites.
         batches: the samples; the two models must embed them in the same shape.
-        attack: run on both models.
+        attack: run on the source, and on the target unless `right` is given.
+        right: whether each sample is right under an attack on the target that is no weaker, bool
+            [N], where that is known.
         evaluator: see `embattle.audit.evaluation.evaluate`.
 
     Returns:
@@ -136,15 +143,16 @@ def transfer_check(
     with examined(model), examined(source[0]):
         for batch in batches:
             batch = batch.to(next(model.parameters()).device)
+            these = slice(total, total + len(batch))
             total += len(batch)
             found = run_attack(
                 source[0], batch, source[1], attack, evaluator=evaluator, evaluate=False
             )
             given = _Given(norm=attack.norm, eps=math.inf, steps=0, deltas=found.deltas)
-            both = {"moved": given, "own": attack}
-            done = evaluate(model, [batch], sites, both, evaluator=evaluator)
+            tries = {"moved": given} if right is not None else {"moved": given, "own": attack}
+            done = evaluate(model, [batch], sites, tries, evaluator=evaluator)
             moved += int((~done["moved"].right).sum())
-            own += int((~done["own"].right).sum())
+            own += int((~(done["own"].right if right is None else right[these])).sum())
     return Check(
         f"{title}: an attack transferred from the other model is no stronger than its own",
         moved <= own,

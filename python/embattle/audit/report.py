@@ -77,7 +77,8 @@ def document(
         html.section(
             f"{_headline(facts).capitalize()} over eps",
             html.picture(curves, f"{_headline(facts)} over eps, both models"),
-            note="An example that falls to a smaller eps counts as fallen at every larger one.",
+            note="An example that falls to a smaller eps counts as fallen at every larger one; so "
+            "does, from the trained eps on, what an attack of the table turned.",
         ),
         _deeds(facts),
         _examples(facts, samples),

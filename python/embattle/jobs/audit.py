@@ -33,7 +33,7 @@ from embattle.errors import InputError
 from embattle.files import remove_unfinished, replacing, write_text
 from embattle.jobs import recipe as recipes
 from embattle.jobs.doctor import version_of
-from embattle.jobs.recipe import AttackRecipe, Recipe
+from embattle.jobs.recipe import AttackRecipe, AuditRecipe, Recipe
 from embattle.jobs.run_folder import Run, locked
 from embattle.jobs.threat import make_attack
 from embattle.jobs.train import VARIANTS, check_parts
@@ -158,8 +158,11 @@ def _examine(
         for label, attack in recipe.audit.labelled().items()
     }
     scales = sorted(scale for scale in recipe.audit.sweep if scale > 0)
+    # At the threat's own eps the attacks of the table have been.
     swept = [
-        make_attack(recipe.audit.sweep_attack, recipe.threat, generator, scale=scale)
+        None
+        if scale == 1 and _as_strong(recipe.audit)
+        else make_attack(recipe.audit.sweep_attack, recipe.threat, generator, scale=scale)
         for scale in scales
     ]
     clean, labels = predict(model, batches, task), _labels(batches)
@@ -185,7 +188,9 @@ def _examine(
                 "perturbation_norm": result.norm,
                 "seconds": round(result.seconds, 2),
             }
-        shares = sweep(model, batches, sites, swept, evaluator=task, tick=tick)
+        turned = torch.stack([~under.right for under in victim.attacked.values()]).any(0)
+        fallen = [turned if scale >= 1 else None for scale in scales]
+        shares = sweep(model, batches, sites, swept, fallen=fallen, evaluator=task, tick=tick)
     facts["sweep"] = {
         "attack": recipe.audit.sweep_attack.label,
         "eps": [0.0, *(scale * recipe.threat.eps for scale in scales)],
@@ -193,6 +198,18 @@ def _examine(
     }
     facts["vector_norm"] = vector_norm(model, batches, sites, task)
     return victim, facts
+
+
+def _as_strong(audit: AuditRecipe) -> list[str]:
+    """The labels of the table's attacks that are no weaker than that of the curve."""
+    curve = audit.sweep_attack
+    return [
+        label
+        for label, attack in audit.labelled().items()
+        if attack.kind == curve.kind
+        and attack.steps >= curve.steps
+        and attack.restarts >= curve.restarts
+    ]
 
 
 def _check(
@@ -214,14 +231,19 @@ def _check(
         shares = {label: entry[key] for label, entry in facts["models"][name]["attacks"].items()}
         checks += order_checks(name, shares, noise=noise, gradient=gradient, measure=title)
         far = AttackRecipe(kind="pgd", steps=20, step_size=0.1)
-        huge = make_attack(far, recipe.threat, generator, scale=1000.0, best=True)
+        huge = [
+            make_attack(far, recipe.threat, generator, scale=scale, best=True)
+            for scale in (10.0, 100.0, 1000.0)
+        ]
         checks.append(
             unbounded_check(name, victim.model, batches, victim.sites, huge, evaluator=task)
         )
         other = next(v for n, v in victims.items() if n != name)
         attack = make_attack(strong, recipe.threat, generator)
         pair = (victim.model, victim.sites), (other.model, other.sites)
-        checks.append(transfer_check(name, *pair, batches, attack, evaluator=task))
+        best = [victim.attacked[label].right for label in _as_strong(recipe.audit)]
+        right = best[-1] if best else None
+        checks.append(transfer_check(name, *pair, batches, attack, right=right, evaluator=task))
     return [asdict(check) for check in checks]
 
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from embattle.data.account import Account
 from embattle.data.batch import Batch
+from embattle.data.labels import is_blank
 from embattle.data.tables import read_columns
 from embattle.errors import InputError
 from embattle.models.deepfm import DeepFM
 from embattle.models.dlrm import DLRM
 from embattle.sections import Section  # pydantic is optional: this says so where it is missing
 from embattle.tasks.base import Task
-from embattle.tasks.kinds import Classification
+from embattle.tasks.kinds import BinaryClassification
 from embattle.tasks.place import Place
 
 # isort: split
@@ -150,7 +151,7 @@ class ClickThrough(Task):
         place = np.random.default_rng(self.seed).permutation(count)
         edges = (np.cumsum(options.fractions)[:-1] * count).round().astype(int)
         chosen = dict(zip(PARTS, np.split(place, edges), strict=True))
-        self.kind = Classification(("no", "yes"))
+        self.kind = BinaryClassification(("no", "yes"))
         train = chosen["train"]
         self.known = {
             name: sorted({str(columns[name][i]) for i in train}) for name in options.categories()
@@ -250,7 +251,7 @@ def _liked(options: ClicksRecipe, column: Sequence[Any]) -> NDArray[np.bool_]:
 def _numbers(name: str, column: Sequence[Any]) -> NDArray[np.float64]:
     """A column as numbers, NaN where a cell is empty."""
     try:
-        found = [math.nan if value is None else float(value) for value in column]
+        found = [math.nan if is_blank(value, ()) else float(value) for value in column]
     except (TypeError, ValueError) as error:
         raise InputError(f"column {name!r} must hold numbers: {error}") from error
     return np.array(found, dtype=np.float64)

@@ -18,6 +18,7 @@ BUILT_IN = {
     "item_ranking": "embattle.tasks.item_ranking:ItemRanking",
     "next_item": "embattle.tasks.next_item:NextItem",
     "text_classification": "embattle.tasks.text:TextClassification",
+    "tabular": "embattle.tasks.tabular:Tabular",
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from embattle.data.account import Account
 from embattle.data.batch import Batch
+from embattle.data.negatives import NegativeSampler
 from embattle.errors import InputError
 from embattle.models.interactions import Interactions
 from embattle.models.lightgcn import LightGCN
@@ -70,6 +71,13 @@ class ItemRanking(RatingsTask):
             name: np.stack([held.users, held.items], axis=1) for name, held in self.held.items()
         }
         self.graph = Interactions.of(self.held["train"])
+        self._negatives = NegativeSampler(
+            self.held["train"].users,
+            self.held["train"].items,
+            user_count=len(self.users),
+            item_count=len(self.items),
+            seed=self.seed,
+        )
         self._met = {name: Interactions.of(self.met_before(name)) for name in self.parts}
 
     def build(self) -> nn.Module:
@@ -84,7 +92,7 @@ class ItemRanking(RatingsTask):
         """Pairs of the training part and negatives; of other parts users and what they met."""
         users, items = torch.from_numpy(self.parts[part])[rows].T
         if part == "train":
-            drawn = self.graph.negatives(users, torch.Generator().manual_seed(seed))
+            drawn = torch.from_numpy(self._negatives.draw(users, 1, seed)).squeeze(1)
             return Batch({"users": users, "positive": items, "negative": drawn}, items)
         return Batch({"users": users, "seen": self._met[part].mask(users)}, items)
 
