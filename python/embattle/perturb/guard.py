@@ -11,6 +11,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from operator import is_
 from typing import Any, Literal, NamedTuple
 
