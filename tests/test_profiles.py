@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 pytest.importorskip("pyarrow")
 
 from embattle.data.profiles import fake_profiles, inject
-from embattle.data.ratings import Ratings, hold_out_latest, read_ratings
+from embattle.data.ratings import Ratings
 from embattle.errors import InputError
 
 
@@ -96,38 +95,3 @@ def test_fakes_made_from_other_ratings_are_refused() -> None:
     fakes = fake_profiles(some(items=20), 0, template="random", accounts=1, fillers=3)
     with pytest.raises(InputError, match="know 20 items and the ratings 60"):
         inject(some(), fakes)
-
-
-def test_the_latest_event_of_each_user_is_held_out() -> None:
-    ratings = Ratings(
-        np.array([1, 0, 1, 0, 2]),
-        np.array([3, 2, 1, 0, 4]),
-        np.ones(5),
-        np.array([5.0, 1.0, 7.0, 0.0, 9.0]),
-        3,
-        5,
-    )
-    rest, held = hold_out_latest(ratings)
-    assert sorted(zip(held.users.tolist(), held.items.tolist(), strict=True)) == [(0, 2), (1, 1)]
-    assert sorted(rest.users.tolist()) == [0, 1, 2]
-    empty, none = hold_out_latest(ratings.take(np.zeros(5, dtype=bool)))
-    assert len(empty) == len(none) == 0
-
-
-def test_reading_numbers_users_and_items(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text("who,what,stars,when\nzoe,10,4,1\nann,2,5,2\nzoe,2,1,3\n")
-    columns = ["who", "what", "stars", "when"]
-    found = read_ratings(path, columns)
-    assert (found.users.tolist(), found.items.tolist()) == ([1, 0, 1], [1, 0, 0])
-    assert (found.user_count, found.item_count) == (2, 2)
-    assert found.values.tolist() == [4, 5, 1]
-    path.write_text("who,what,stars,when\nzoe,10,,1\nann,2,5,2\n")
-    with pytest.raises(InputError, match="'stars' has empty cells"):
-        read_ratings(path, columns)
-    path.write_text("who,what,stars,when\nzoe,10,good,1\nann,2,5,2\n")
-    with pytest.raises(InputError, match="'stars' must hold numbers"):
-        read_ratings(path, columns)
-    path.write_text("who,what,stars,when\nzoe,10,inf,1\nann,2,5,2\n")
-    with pytest.raises(InputError, match="not finite"):
-        read_ratings(path, columns)

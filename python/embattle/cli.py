@@ -138,7 +138,7 @@ def audit(
 
 @data_app.command("list")
 def list_data(debug: Debug = False) -> None:
-    """List the data sets that have names, and which of them are here already."""
+    """List the data sets that have names, their licences, and which are here already."""
     with _plain_errors(debug):
         from embattle.data.sources import SOURCES
 
@@ -146,6 +146,7 @@ def list_data(debug: Debug = False) -> None:
         for name, source in SOURCES.items():
             here = "here" if source.is_here() else "not fetched"
             print(f"{name:<{width}}  {here:<11}  {source.about}")
+            print(f"{'':<{width}}  {'':<11}  licence: {source.licence}")
 
 
 @data_app.command("fetch")

@@ -9,8 +9,10 @@ per-sample gradients themselves are never formed, but for parameters as small as
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,13 +43,76 @@ def squares(x: Tensor, dims: int) -> Tensor:
     return norms.double().square()
 
 
-def _tokens(x: Tensor) -> Tensor:
-    """[n, M, groups, K, L] -> [n, groups, M L, K]."""
-    return x.permute(0, 2, 1, 4, 3).flatten(2, 3)
+def dense_norms(grads: Sequence[Tensor], users: Users) -> Tensor:
+    """[U] norms over all the per-sample gradients [B, ...] together."""
+    if users.of_sample is None:
+        return ops.per_sample_norm(grads)
+
+    def norms(*members: Tensor) -> Tensor:
+        return ops.per_sample_norm([grad.sum(1) for grad in members])
+
+    return users.gather(norms, [], [grad.unsqueeze(-1).flatten(1)[:, None] for grad in grads])
 
 
 @dataclass
-class LinearGradSample:
+class GradSample:
+    """The per-sample gradients of one application of a parameter.
+
+    Attributes:
+        batched: the fields that hold a row for each sample.
+        passing: the fields that the same of other samples does without.
+    """
+
+    batched: ClassVar[tuple[str, ...]] = ("x", "grad")
+    passing: ClassVar[tuple[str, ...]] = ()
+
+    def norms(self, users: Users) -> Tensor:
+        """[U] norms of the parameter's gradient."""
+        raise NotImplementedError
+
+    def weighted(self, factor: Tensor, shape: torch.Size) -> Tensor:
+        """sum_b factor_b g_b, given the parameter's shape and [B] factors."""
+        raise NotImplementedError
+
+    def squared_size(self) -> Tensor:
+        """[B] sums of the squared norms of what is summed to get a sample's gradient."""
+        raise NotImplementedError
+
+    def dense(self, shape: torch.Size) -> Tensor:
+        """[B, *shape] per-sample gradients."""
+        raise NotImplementedError
+
+    def kind(self) -> Hashable:
+        """Equal for uses that `joined` can make one."""
+        return id(self)
+
+    def _changed(self, change: Callable[[str], Tensor]) -> GradSample:
+        fields = {name: change(name) for name in self.batched}
+        return replace(self, **fields, **dict.fromkeys(self.passing))
+
+    def joined(self, others: Sequence[GradSample]) -> GradSample:
+        """This use and others of its kind as one, with more tokens."""
+        every = (self, *others)
+        return self._changed(lambda name: torch.cat([getattr(each, name) for each in every], 1))
+
+    def cleaned(self, bad: Tensor) -> GradSample:
+        """The same with the samples marked in bad [B] set to zero."""
+
+        def change(name: str) -> Tensor:
+            x: Tensor = getattr(self, name)
+            if not x.is_floating_point():
+                return x
+            return x.masked_fill(bad.reshape(-1, *[1] * (x.dim() - 1)), 0)
+
+        return self._changed(change)
+
+    def select(self, rows: Tensor) -> GradSample:
+        """The same of some samples alone."""
+        return self._changed(lambda name: getattr(self, name)[rows])
+
+
+@dataclass
+class LinearGradSample(GradSample):
     """``x @ weight[rows].T``; ``grad @ weight`` where a weight is stored as [in, out].
 
     Attributes:
@@ -61,17 +126,17 @@ class LinearGradSample:
     grad: Tensor
     rows: tuple[int, int]
     bias: DenseGradSample | None = None
+    passing = ("bias",)
+
+    def kind(self) -> Hashable:
+        return LinearGradSample, self.rows
 
     def norms(self, users: Users, *, bias: bool = False) -> Tensor:
-        """[U] norms of the weight's gradient; with bias: of the weight's and the bias'."""
-        if users.of_sample is None:
-            return ops.linear_grad_norm(self.x, self.grad, bias=bias)
-        return users.gather(
-            lambda x, grad: ops.linear_grad_norm(x, grad, bias=bias), [self.x], [self.grad]
-        )
+        """As any; with bias: of the weight's and the bias' gradient together."""
+        return users.gather(partial(ops.linear_grad_norm, bias=bias), [self.x], [self.grad])
 
-    def weighted(self, factor: Tensor) -> Tensor:
-        """sum_b factor_b g_b, [O, I]."""
+    def weighted(self, factor: Tensor, shape: torch.Size) -> Tensor:
+        """As any, but [O, I]: of the rows in use alone."""
         x, grad = self.x, self.grad
         if x.shape[-1] < grad.shape[-1]:
             x = _scaled(x, factor)
@@ -85,28 +150,17 @@ class LinearGradSample:
         first = self.rows[0]
         return replace(self, grad=self.grad[..., start - first : stop - first], rows=(start, stop))
 
-    def cleaned(self, bad: Tensor) -> LinearGradSample:
-        """The same with the samples marked in bad [B] set to zero."""
-        mask = bad.reshape(-1, 1, 1)
-        return replace(self, x=self.x.masked_fill(mask, 0), grad=self.grad.masked_fill(mask, 0))
-
-    def select(self, rows: Tensor) -> LinearGradSample:
-        """The same of some samples alone."""
-        return replace(self, x=self.x[rows], grad=self.grad[rows], bias=None)
-
     def squared_size(self) -> Tensor:
-        """[B] sums of the squared norms of what is summed over tokens."""
         return (squares(self.x, 2) * squares(self.grad, 2)).sum(1)
 
     def dense(self, shape: torch.Size) -> Tensor:
-        """[B, *shape] per-sample gradients."""
         whole = self.grad.new_zeros(len(self.x), *shape)
         whole[:, self.rows[0] : self.rows[1]] = self.grad.transpose(1, 2) @ self.x
         return whole
 
 
 @dataclass
-class EmbeddingGradSample:
+class EmbeddingGradSample(GradSample):
     """``weight[indices]``.
 
     Attributes:
@@ -120,16 +174,25 @@ class EmbeddingGradSample:
     grad: Tensor
     padding_idx: int | None
     sparse: bool
+    batched = ("indices", "grad")
+
+    def kind(self) -> Hashable:
+        return EmbeddingGradSample
+
+    def joined(self, others: Sequence[Any]) -> EmbeddingGradSample:
+        """As any; padding rows may differ: the padding of each has a zero gradient."""
+        every = (self, *others)
+        paddings = {each.padding_idx for each in every}
+        return EmbeddingGradSample(
+            torch.cat([each.indices for each in every], 1),
+            torch.cat([each.masked() for each in every], 1),
+            paddings.pop() if len(paddings) == 1 else None,
+            all(each.sparse for each in every),
+        )
 
     def norms(self, users: Users) -> Tensor:
-        """[U] norms of the table's gradient; repeated indices are summed first."""
-        return users.gather(
-            lambda indices, grad: ops.embedding_grad_norm(
-                indices, grad, padding_idx=self.padding_idx
-            ),
-            [self.indices],
-            [self.grad],
-        )
+        norms = partial(ops.embedding_grad_norm, padding_idx=self.padding_idx)
+        return users.gather(norms, [self.indices], [self.grad])
 
     def apart(self, users: Users) -> bool:
         """Whether no user can have a row twice: the table's gradient is then `masked`'s rows."""
@@ -141,11 +204,9 @@ class EmbeddingGradSample:
             return self.grad
         return self.grad.masked_fill((self.indices == self.padding_idx)[..., None], 0)
 
-    def weighted(self, factor: Tensor | None, rows: int) -> Tensor:
-        """sum_b factor_b g_b, [rows, D]; a sparse tensor where sparse, a large one coalesced.
-
-        Without factors, the sum of g_b.
-        """
+    def weighted(self, factor: Tensor | None, shape: torch.Size) -> Tensor:
+        """As any; a sparse tensor where sparse, a large one coalesced. None: factors of 1."""
+        rows = shape[0]
         if not self.sparse:
             return ops.embedding_grad_sum(
                 self.indices, self.grad, rows, weights=factor, padding_idx=self.padding_idx
@@ -170,27 +231,17 @@ class EmbeddingGradSample:
             check_invariants=False,
         )
 
-    def cleaned(self, bad: Tensor) -> EmbeddingGradSample:
-        """The same with the samples marked in bad [B] set to zero."""
-        return replace(self, grad=self.grad.masked_fill(bad.reshape(-1, 1, 1), 0))
-
-    def select(self, rows: Tensor) -> EmbeddingGradSample:
-        """The same of some samples alone."""
-        return replace(self, indices=self.indices[rows], grad=self.grad[rows])
-
     def squared_size(self) -> Tensor:
-        """[B] sums of the squared norms of what is summed over repeated rows."""
         return squares(self.masked(), 1)
 
     def dense(self, shape: torch.Size) -> Tensor:
-        """[B, *shape] per-sample gradients."""
         whole = self.grad.new_zeros(len(self.grad), *shape)
         kept = self.masked()
         return whole.scatter_add_(1, self.indices[..., None].expand_as(kept), kept)
 
 
 @dataclass
-class BagGradSample:
+class BagGradSample(GradSample):
     """One bag of rows per sample, summed or averaged.
 
     Attributes:
@@ -210,9 +261,11 @@ class BagGradSample:
     weights: Tensor | None
     padding_idx: int | None
     sparse: bool
+    batched = ("grad",)
 
-    def norms(self) -> Tensor:
-        """[B] norms of the table's gradient."""
+    def norms(self, users: Users) -> Tensor:
+        if users.of_sample is not None:
+            return self.padded().norms(users)
         return ops.embedding_grad_norm(
             self.indices,
             self.grad,
@@ -240,8 +293,7 @@ class BagGradSample:
             kept = kept / counts.clamp(min=1)[owners]
         return kept
 
-    def weighted(self, factor: Tensor, rows: int) -> Tensor:
-        """sum_b factor_b g_b, as from EmbeddingGradSample."""
+    def weighted(self, factor: Tensor, shape: torch.Size) -> Tensor:
         owners = self.owners()
         scale = self._coefficients(owners) * factor.to(self.grad.dtype)[owners]
         grad = self.grad[owners] * scale[:, None]
@@ -249,22 +301,15 @@ class BagGradSample:
         use = EmbeddingGradSample(
             self.indices[:, None], grad[:, None], self.padding_idx, self.sparse
         )
-        return use.weighted(None, rows)
+        return use.weighted(None, shape)
 
-    def cleaned(self, bad: Tensor) -> BagGradSample:
-        """The same with the samples marked in bad [B] set to zero."""
-        return replace(self, grad=self.grad.masked_fill(bad[:, None], 0))
-
-    def select(self, rows: Tensor) -> EmbeddingGradSample:
-        """The same of some samples alone."""
+    def select(self, rows: Tensor) -> GradSample:
         return self.padded().select(rows)
 
     def squared_size(self) -> Tensor:
-        """[B] sums of the squared norms of what is summed over repeated rows."""
         return self.padded().squared_size()
 
     def dense(self, shape: torch.Size) -> Tensor:
-        """[B, *shape] per-sample gradients."""
         return self.padded().dense(shape)
 
     def places(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -288,7 +333,7 @@ class BagGradSample:
 
 
 @dataclass
-class ConvGradSample:
+class ConvGradSample(GradSample):
     """A convolution over one, two or three spatial dimensions.
 
     A transposed convolution is one too, with its output's gradient as x and its input as grad.
@@ -309,19 +354,18 @@ class ConvGradSample:
     dilation: tuple[int, ...]
     groups: int
 
+    def kind(self) -> Hashable:
+        sizes = (self.x.shape[2:], self.grad.shape[2:])
+        options = (self.stride, self.padding, self.dilation, self.groups)
+        return (ConvGradSample, *sizes, *options)
+
     def _columns(self, x: Tensor) -> Tensor:
         """x [N, C, *size] -> [N, C * kernel, *size'] flat over size'."""
         kernel, spatial = tuple(self.shape[2:]), tuple(self.grad.shape[3:])
-        stride, padding, dilation = self.stride, self.padding, self.dilation
-        if len(kernel) == 1:
-            x, kernel = x.unsqueeze(2), (1, *kernel)
-            stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
-        if len(kernel) == 2:
-            return F.unfold(x, kernel, dilation, padding, stride)
-        x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
-        for dim, (size, step, gap, length) in enumerate(
-            zip(kernel, stride, dilation, spatial, strict=True), start=2
-        ):
+        # Views and one copy; F.unfold takes three times as long.
+        x = F.pad(x, [p for p in reversed(self.padding) for _ in range(2)])
+        sizes = zip(kernel, self.stride, self.dilation, spatial, strict=True)
+        for dim, (size, step, gap, length) in enumerate(sizes, start=2):
             x = x.unfold(dim, (size - 1) * gap + 1, step)[..., ::gap].narrow(dim, 0, length)
         n, dims = len(kernel), x.dim()
         x = x.permute(0, 1, *range(2 + n, dims), *range(2, 2 + n))
@@ -343,7 +387,8 @@ class ConvGradSample:
         inner = columns.shape[1] // self.groups
         columns = columns.reshape(n, images, self.groups, inner, places)
         grad = grad.reshape(n, images, self.groups, grad.shape[2] // self.groups, places)
-        return _tokens(columns), _tokens(grad)
+        columns, grad = (t.permute(0, 2, 1, 4, 3).flatten(2, 3) for t in (columns, grad))
+        return columns, grad
 
     def _norms(self, x: Tensor, grad: Tensor) -> Tensor:
         per_sample = math.prod(grad.shape[1:]) // max(grad.shape[2], 1)
@@ -357,11 +402,9 @@ class ConvGradSample:
         return torch.cat(found)
 
     def norms(self, users: Users) -> Tensor:
-        """[U] norms of the weight's gradient."""
         return users.gather(self._norms, [self.x], [self.grad])
 
-    def weighted(self, factor: Tensor) -> Tensor:
-        """sum_b factor_b g_b, in the weight's shape."""
+    def weighted(self, factor: Tensor, shape: torch.Size) -> Tensor:
         found: Tensor = torch.ops.aten.convolution_backward(
             _scaled(self.grad, factor).flatten(0, 1),
             self.x.flatten(0, 1),
@@ -377,28 +420,18 @@ class ConvGradSample:
         )[1]
         return found
 
-    def cleaned(self, bad: Tensor) -> ConvGradSample:
-        """The same with the samples marked in bad [B] set to zero."""
-        mask = bad.reshape(-1, *[1] * (self.x.dim() - 1))
-        return replace(self, x=self.x.masked_fill(mask, 0), grad=self.grad.masked_fill(mask, 0))
-
-    def select(self, rows: Tensor) -> ConvGradSample:
-        """The same of some samples alone."""
-        return replace(self, x=self.x[rows], grad=self.grad[rows])
-
     def squared_size(self) -> Tensor:
         """[B] about the sums of the squared norms of what is summed over positions."""
         places = math.prod(self.grad.shape[3:])
         return squares(self.x, 1) * squares(self.grad, 1) / math.sqrt(max(places, 1))
 
     def dense(self, shape: torch.Size) -> Tensor:
-        """[B, *shape] per-sample gradients."""
         columns, out = self._unfolded(self.x, self.grad)
         return (out.transpose(2, 3) @ columns).reshape(len(self.x), *shape)
 
 
 @dataclass
-class DenseGradSample:
+class DenseGradSample(GradSample):
     """Per-sample gradients as they are: biases, norms, small parameters.
 
     Attributes:
@@ -408,27 +441,20 @@ class DenseGradSample:
 
     grad: Tensor
     terms: Tensor | None = None
+    batched = ("grad",)
+    passing = ("terms",)
 
-    def weighted(self, factor: Tensor) -> Tensor:
-        """sum_b factor_b g_b."""
+    def norms(self, users: Users) -> Tensor:
+        return dense_norms([self.grad], users)
+
+    def weighted(self, factor: Tensor, shape: torch.Size) -> Tensor:
         grad = self.grad
         factor = factor.to(grad.dtype)
         if grad.dim() == 2:
             return torch.mv(grad.t(), factor)
         return torch.mv(grad.unsqueeze(-1).flatten(1).t(), factor).reshape(grad.shape[1:])
 
-    def cleaned(self, bad: Tensor) -> DenseGradSample:
-        """The same with the samples marked in bad [B] set to zero."""
-        return DenseGradSample(
-            self.grad.masked_fill(bad.reshape(-1, *[1] * (self.grad.dim() - 1)), 0)
-        )
-
-    def select(self, rows: Tensor) -> DenseGradSample:
-        """The same of some samples alone."""
-        return DenseGradSample(self.grad[rows])
-
     def squared_size(self) -> Tensor:
-        """[B] sums of the squared norms of what is summed."""
         found = squares(self.grad, 1)
         if self.terms is None:
             return found
@@ -436,10 +462,4 @@ class DenseGradSample:
         return torch.maximum(found, terms)
 
     def dense(self, shape: torch.Size) -> Tensor:
-        """[B, *shape] per-sample gradients."""
         return self.grad.reshape(len(self.grad), *shape)
-
-
-GradSample: TypeAlias = (
-    LinearGradSample | EmbeddingGradSample | BagGradSample | ConvGradSample | DenseGradSample
-)

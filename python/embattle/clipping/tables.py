@@ -55,7 +55,7 @@ class JointTable:
     def weighted(self, factor: Tensor) -> Iterator[tuple[Parameter, Tensor]]:
         """Every table's sum_b factor_b g_b; all of them are parts of one tensor."""
         sizes = [p.shape[0] for p in self.members]
-        whole = self._table().weighted(factor, sum(sizes))
+        whole = self._table().weighted(factor, torch.Size([sum(sizes)]))
         return zip(self.members, torch.split(whole, sizes), strict=True)
 
 

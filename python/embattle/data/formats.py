@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import codecs
 import csv
+import dataclasses
 import io
 import itertools
+import json
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +21,27 @@ DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _GIVE = "give a CSV file with a header line, a Parquet file, or JSON lines"
 _BLOCK = 1 << 20
 _SAMPLE = 1 << 18
+_HEADER = 1 << 24
+
+# Stands for a delimiter of several characters; it is in no text.
+_SEPARATOR = "\x1f"
+
+# RecBole's header cells: a name and a type.
+_ATOMIC = re.compile(r"(\S.*):(?:token|token_seq|float|float_seq)")
+# GroupLens' files without a header line: names by the file's name and the number of columns.
+_EVENT = ("user_id", "item_id", "rating", "timestamp")
+_GENRES = (
+    *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime"),
+    *("Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance"),
+    *("Sci-Fi", "Thriller", "War", "Western"),
+)
+_GROUPLENS = {
+    ("u.user", 5): ("user_id", "age", "gender", "occupation", "zip_code"),
+    ("u.item", 24): ("item_id", "title", "release_date", "video_release_date", "url", *_GENRES),
+    ("users.dat", 5): ("user_id", "gender", "age", "occupation", "zip_code"),
+    ("movies.dat", 3): ("item_id", "title", "genres"),
+}
+_GROUPLENS_NAME = re.compile(r"u\.data|u\w\.(base|test)", re.IGNORECASE)
 
 # First bytes of files that are no tables here: what they are, and what to do with them.
 _OTHERS = (
@@ -53,10 +77,14 @@ class Format:
     Attributes:
         kind: of the file.
         encoding: Python's name of the text's encoding.
-        delimiter: between the cells of a CSV file.
+        delimiter: between the cells of a CSV file; of several characters in GroupLens' files.
         guessed: whether the delimiter was found out rather than given.
         skip: lines before the header of a CSV file.
+        names: the columns, where the file does not name them or names them with their types.
+        header: whether a CSV file has a header line.
+        style: whose kind of CSV file it is: `GroupLens`, `RecBole` or nobody's.
         sample: the first 256 KiB of the text, whole lines only.
+        cut: whether the file has more text.
     """
 
     kind: Literal["csv", "jsonl", "parquet"]
@@ -64,7 +92,11 @@ class Format:
     delimiter: str = ","
     guessed: bool = True
     skip: int = 0
+    names: tuple[str, ...] = ()
+    header: bool = True
+    style: str = ""
     sample: str = ""
+    cut: bool = False
 
     def words(self) -> str:
         """The format in words."""
@@ -74,11 +106,24 @@ class Format:
             return f"JSON lines, {self.encoding}"
         name = DELIMITERS.get(self.delimiter, repr(self.delimiter))
         how = "guessed" if self.guessed else "given"
-        return f"CSV, {self.encoding}, delimiter {name} ({how})"
+        bare = "" if self.header else ", no header line"
+        return f"{self.style or 'CSV'}, {self.encoding}, delimiter {name} ({how}){bare}"
 
-    def records(self, text: str | None = None) -> list[list[str]]:
-        """The sample's records, the header first; blank lines left out."""
-        return _records(self.sample if text is None else text, self.delimiter, self.skip)
+    def records(self) -> list[list[str]]:
+        """The sample's records, the names of the columns first; blank lines left out."""
+        found = _records(self.sample, self.delimiter, self.skip)
+        if not self.names:
+            return found
+        return [list(self.names), *found[int(self.header) :]]
+
+    @property
+    def separator(self) -> str:
+        """One character that stands between the cells once the text is `plain`."""
+        return self.delimiter if len(self.delimiter) == 1 else _SEPARATOR
+
+    def plain(self, text: str) -> str:
+        """The text with `separator` between the cells."""
+        return text if len(self.delimiter) == 1 else text.replace(self.delimiter, _SEPARATOR)
 
 
 def recognise(
@@ -87,6 +132,7 @@ def recognise(
     *,
     encoding: str | None = None,
     delimiter: str | None = None,
+    header: Sequence[str] | None = None,
 ) -> Format:
     """Finds out how a file is written, and reads a text file through once to see that it is text.
 
@@ -94,7 +140,9 @@ def recognise(
         path: the file.
         wanted: columns that will be read; a delimiter that gives them is preferred.
         encoding: of the text; None takes UTF-8, or UTF-16 where the file begins with its mark.
-        delimiter: one character; None guesses among comma, semicolon, tab and bar.
+        delimiter: one character; None guesses among comma, semicolon, tab and bar, and knows the
+            `::` of GroupLens.
+        header: names of the columns of a CSV file without a header line.
 
     Returns:
         The format.
@@ -111,13 +159,17 @@ def recognise(
     for magic, what in _OTHERS:
         if head.startswith(magic):
             raise InputError(f"{path} is {what}; {_GIVE}")
+    if head[257:262] == b"ustar":
+        raise InputError(f"{path} is a tar archive; unpack it first; {_GIVE}")
     chosen = _encoding(encoding, head)
-    sample = _read_through(path, chosen, given=encoding is not None)
+    sample, size = _read_through(path, chosen, given=encoding is not None)
     start = sample.lstrip("\ufeff \t\r\n")
     if not start:
         raise InputError(f"{path} is empty; {_GIVE}")
     if start[:1] == "<" and start[:200].lower().startswith(("<!doctype", "<html", "<?xml", "<svg")):
         raise InputError(f"{path} is a web page or XML, not a table; download the file itself")
+    if _is_object(start):
+        return Format("jsonl", chosen, sample=sample)
     if path.suffix.lower() not in {".csv", ".tsv", ".txt"}:
         if start.startswith("{"):
             return Format("jsonl", chosen, sample=sample)
@@ -125,13 +177,48 @@ def recognise(
             raise InputError(
                 f"{path} is a JSON array; write JSON lines: one object in each line, no brackets"
             )
-    if delimiter is not None:
-        return Format("csv", chosen, delimiter, False, _lines_before(sample), sample)
-    if start[:4].lower() == "sep=" and start[5:6] in ("\r", "\n"):
+    skip, guessed = _lines_before(sample), delimiter is None
+    if delimiter is None and start[:4].lower() == "sep=" and start[5:6] in ("\r", "\n"):
         # Excel's own mark: a line that names the delimiter.
-        return Format("csv", chosen, start[4], False, _lines_before(sample) + 1, sample)
-    skip = _lines_before(sample)
-    return Format("csv", chosen, _delimiter(sample, wanted, skip), True, skip, sample)
+        delimiter, guessed, skip = start[4], False, skip + 1
+    if delimiter is None:
+        delimiter = _delimiter(sample, [] if header else wanted, skip)
+    form = Format("csv", chosen, delimiter, guessed, skip, sample=sample, cut=len(sample) < size)
+    if header:
+        return dataclasses.replace(form, names=tuple(header), header=False)
+    return _of_a_library(form, path.name)
+
+
+def _of_a_library(form: Format, name: str) -> Format:
+    """The format with names for the columns, if the file is one of GroupLens' or RecBole's."""
+    first = next(iter(form.records()), [])
+    typed = [_ATOMIC.fullmatch(cell) for cell in first]
+    if first and all(typed):
+        names = tuple(found[1] for found in typed if found)
+        return dataclasses.replace(form, names=names, style="RecBole atomic file")
+    names = _GROUPLENS.get((name.lower(), len(first)), ())
+    rating = len(first) == 4 and form.delimiter in ("\t", "::") and all(map(_is_number, first))
+    if rating and (form.delimiter == "::" or _GROUPLENS_NAME.fullmatch(name)):
+        names = _EVENT
+    if not names or not _is_number(first[0]):
+        return form
+    return dataclasses.replace(form, names=names, header=False, style="GroupLens")
+
+
+def _is_object(text: str) -> bool:
+    """Whether the first line is a JSON object."""
+    try:
+        return text.startswith("{") and isinstance(json.loads(text.split("\n", 1)[0]), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _head(path: Path) -> bytes:
@@ -141,7 +228,7 @@ def _head(path: Path) -> bytes:
         if path.exists() and not path.is_file():
             raise InputError(f"{path} is no regular file; {_GIVE}")
         with path.open("rb") as stream:
-            head = stream.read(64)
+            head = stream.read(512)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read {path}: {reason}; check data.path") from error
@@ -166,6 +253,8 @@ def _zip(path: Path) -> str:
 
 def _encoding(given: str | None, head: bytes) -> str:
     if given is None:
+        if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+            return "utf-32"
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return "utf-16"
         return "utf-8-sig" if head.startswith(codecs.BOM_UTF8) else "utf-8"
@@ -182,8 +271,12 @@ def _encoding(given: str | None, head: bytes) -> str:
     return found.name
 
 
-def _read_through(path: Path, encoding: str, *, given: bool) -> str:
-    """Decodes the whole file once; its beginning, cut at a line's end where it is not all of it."""
+def _read_through(path: Path, encoding: str, *, given: bool) -> tuple[str, int]:
+    """Decodes the whole file once.
+
+    Returns:
+        Its beginning, cut at a line's end where it is not all of it, and its characters in all.
+    """
     decoder = codecs.getincrementaldecoder(encoding)("strict")
     sample, lines, size = "", 1, 0
     with path.open("rb") as stream:
@@ -201,15 +294,16 @@ def _read_through(path: Path, encoding: str, *, given: bool) -> str:
                 raise InputError(_nul(path, lines + _line_ends(text[: text.index("\0")])))
             lines += _line_ends(text)
             size += len(text)
-            if len(sample) < _SAMPLE:
+            # A header line longer than the sample is wanted whole.
+            if len(sample) < _SAMPLE or (len(sample) < _HEADER and not _line_ends(sample)):
                 sample += text
             if not block:
                 break
     if size > _SAMPLE:
-        sample = sample[:_SAMPLE]
-        end = max(sample.rfind("\n"), sample.rfind("\r"))
-        sample = sample[: end + 1] or sample
-    return sample
+        end = max(sample.rfind("\n", 0, _SAMPLE), sample.rfind("\r", 0, _SAMPLE)) + 1
+        first = re.search(r"\r\n?|\n", sample)
+        sample = sample[: end or (first.end() if first else _HEADER)]
+    return sample, size
 
 
 def _line_ends(text: str) -> int:
@@ -229,6 +323,15 @@ def _bad_byte(path: Path, encoding: str, given: bool, lines: int, error: Unicode
     line = lines + _line_ends(before.decode(encoding, "ignore"))
     if b"\0" in before:
         return _nul(path, lines + _line_ends(before[: before.index(b"\0")].decode("latin-1")))
+    if error.reason in (
+        "unexpected end of data",
+        "truncated data",
+        "incomplete multibyte sequence",
+    ):
+        return (
+            f"{path}, line {line}: the file ends in the middle of a character: it was cut off, or "
+            f"is not {encoding.upper()}; get it again, or see data.encoding"
+        )
     near = error.object[max(0, error.start - 12) : error.start + 12]
     shown = near.decode("cp1252", "replace").strip()
     remedy = (
@@ -247,6 +350,8 @@ def _lines_before(sample: str) -> int:
 
 
 def _records(text: str, delimiter: str, skip: int) -> list[list[str]]:
+    if len(delimiter) > 1:
+        text, delimiter = text.replace(delimiter, _SEPARATOR), _SEPARATOR
     lines = itertools.islice(io.StringIO(text.removeprefix("\ufeff"), newline=""), skip, None)
     found: list[list[str]] = []
     try:
@@ -272,7 +377,7 @@ def _delimiter(sample: str, wanted: Sequence[str], skip: int) -> str:
         has = bool(wanted) and set(wanted) <= set(records[0])
         return has, width > 1 and share > 0.5, share, width
 
-    return max(DELIMITERS, key=fit)
+    return max([*DELIMITERS, "::"], key=fit)
 
 
 def line_of(path: Path, form: Format, row: int) -> str:
@@ -290,13 +395,15 @@ def line_of(path: Path, form: Format, row: int) -> str:
             numbers = (i for i, line in enumerate(stream, 1) if line.strip())
             line = next(itertools.islice(numbers, row, None), None)
         else:
-            line = next(itertools.islice(_starts(stream, form), row + 1, None), None)
+            row_of_file = row + form.header
+            line = next(itertools.islice(_starts(stream, form), row_of_file, None), None)
     return f"line {line}" if line else f"row {row + 1}"
 
 
 def _starts(stream: io.TextIOWrapper, form: Format) -> Iterator[int]:
     """The line on which each record begins, the header first."""
-    reader = csv.reader(itertools.islice(stream, form.skip, None), delimiter=form.delimiter)
+    lines = map(form.plain, itertools.islice(stream, form.skip, None))
+    reader = csv.reader(lines, delimiter=form.separator)
     width, begins = None, form.skip + 1
     try:
         for record in reader:
@@ -314,8 +421,8 @@ def unclosed_quote(path: Path, form: Format) -> int | None:
         if sum(line.count('"') for line in stream) % 2 == 0:
             return None
         stream.seek(0)
-        lines = itertools.islice(stream, form.skip, None)
-        reader = csv.reader(lines, delimiter=form.delimiter, strict=True)
+        lines = map(form.plain, itertools.islice(stream, form.skip, None))
+        reader = csv.reader(lines, delimiter=form.separator, strict=True)
         begins = form.skip + 1
         try:
             for _ in reader:

@@ -8,10 +8,9 @@ from typing import Any
 import yaml
 
 from embattle.data.account import Account, listed, short
-from embattle.data.formats import recognise
-from embattle.data.looks import TABLES, guess_roles, kind_of_table, look_all
-from embattle.data.tables import sample
-from embattle.errors import InputError
+from embattle.data.labels import is_blank
+from embattle.data.looks import READERS, TABLES, guess_events, guess_roles, kind_of_table, look_all
+from embattle.data.tables import Table
 from embattle.progress import say
 
 
@@ -55,14 +54,10 @@ def describe(
     Raises:
         InputError: if the file cannot be read.
     """
-    form = recognise(path, encoding=encoding, delimiter=delimiter)
-    account.note("file", f"{path}: {form.words()}")
-    shown = sample(path, form)
-    rows = max((len(values) for values in shown.values()), default=0)
-    if not rows:
-        raise InputError(f"{path} has no rows; give a file with data in it")
-    columns = look_all(shown)
-    account.note("looked at", f"the first {rows:,} rows; {len(columns)} columns")
+    table = Table(path, encoding=encoding, delimiter=delimiter, drop_ragged=True)
+    account.note("file", f"{path}: {table.form.words()}")
+    columns = look_all(table.sample())
+    _count(table, account)
     for name, column in columns.items():
         account.note(
             "column",
@@ -73,10 +68,15 @@ def describe(
     if kind != "text":
         account.warn(
             f"the file looks like {TABLES[kind]} ({listed([repr(name) for name in why], 3)}); the "
-            "job that there is reads texts"
+            "job that there is reads texts" + READERS.get(kind, "")
         )
+    if kind in ("ratings", "clicks"):
+        roles = guess_events(columns)
+        account.note("guess", ", ".join(f"{role}: {name!r}" for role, name in roles.items()))
     text, label = guess_roles(columns)
     if not text or label is None:
+        if kind in ("ratings", "clicks"):
+            return None
         account.note("guess", "no column of sentences" if not text else "no column of classes")
         return None
     section: dict[str, Any] = {
@@ -89,3 +89,18 @@ def describe(
             section[key] = value
     written: str = yaml.safe_dump({"data": section}, sort_keys=False, allow_unicode=True)
     return written
+
+
+def _count(table: Table, account: Account) -> None:
+    """Reads the whole file, and notes its rows and what a job would drop or refuse."""
+    empty = 0
+    for block in table:
+        blank = [[is_blank(value) for value in column] for column in block.values()]
+        empty += sum(map(all, zip(*blank, strict=True)))
+    account.note("rows", f"{table.rows:,} of {len(table.names)} columns")
+    if empty:
+        account.note("dropped", f"{empty:,} empty rows")
+    if table.ragged:
+        account.note("dropped", f"{table.ragged:,} rows with too few or too many cells")
+        account.warn("a job refuses such rows unless data.ragged_rows: drop is set")
+    account.note("looked at", "the first 1,000 rows, for what follows")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from embattle.data.account import Account, listed
@@ -32,80 +32,95 @@ def spelling(label: str) -> str:
     return re.sub(r"\.0*$", "", text) if is_number(text) else text
 
 
-def unify(labels: Sequence[str], account: Account, *, normalize: bool) -> list[str]:
+def unify(counts: Mapping[str, int], account: Account, *, normalize: bool) -> dict[str, str]:
     """Reports labels that differ only in spelling, and makes them one if asked to.
 
     Args:
-        labels: one label for each example.
+        counts: how often each label stands in the file.
         account: is told of it.
         normalize: whether each is replaced by the most frequent spelling, without outer spaces.
 
     Returns:
-        The labels.
+        What each label becomes.
     """
-    counts = Counter(labels)
     spelled: dict[str, list[str]] = {}
     for label in sorted(counts, key=lambda label: (-counts[label], label)):
         spelled.setdefault(spelling(label), []).append(label)
     several = [group for group in spelled.values() if len(group) > 1]
     if not several:
-        return list(labels)
+        return {label: label for label in counts}
     shown = listed([" = ".join(f"{x!r} ({counts[x]})" for x in group) for group in several])
     if normalize:
         account.note("labels made one", shown)
-        first = {label: group[0].strip() for group in spelled.values() for label in group}
-        return [first[label] for label in labels]
+        return {label: group[0].strip() for group in spelled.values() for label in group}
     account.warn(
         f"labels that differ only in spaces, case or form are different classes: {shown}; "
         "data.normalize_labels: true makes them one"
     )
-    return list(labels)
+    return {label: label for label in counts}
 
 
-def drop_rare(
-    labels: Sequence[str], column: str, account: Account, *, least: int, drop: bool
-) -> list[int]:
-    """Finds the examples whose classes are large enough.
+def unify_rare(
+    counts: Mapping[str, int], column: str, account: Account, *, least: int, remedy: str
+) -> dict[str, str | None]:
+    """Refuses, drops or merges classes that are too small.
 
     Args:
-        labels: one label for each example.
+        counts: how often there is each label.
         column: the column's name, for messages.
-        account: is told what is dropped.
+        account: is told of it.
         least: the fewest examples that a class must have.
-        drop: whether smaller classes are left out; else they are an error.
+        remedy: `refuse`; `drop` leaves smaller classes out; `merge` makes all of them one, `other`.
 
     Returns:
-        The positions of the examples to keep.
+        What each label becomes; None leaves it out.
 
     Raises:
-        InputError: about classes that are too small.
+        InputError: about classes that are too small, also once they are merged.
     """
-    counts = Counter(labels)
     rare = {label: n for label, n in sorted(counts.items()) if n < least}
-    if rare:
-        shown = listed([f"{label!r} ({n})" for label, n in rare.items()])
-        if not drop:
-            raise InputError(
-                f"column {column!r}: {len(rare)} classes have fewer than data.min_per_class = "
-                f"{least} examples: {shown}; set data.rare_classes: drop, or merge them in the file"
-            )
-        account.note("dropped", f"{sum(rare.values())} rows of {len(rare)} rare classes: {shown}")
-    return [i for i, label in enumerate(labels) if label not in rare]
+    became: dict[str, str | None] = {label: label for label in counts}
+    if not rare:
+        return became
+    shown = listed([f"{label!r} ({n})" for label, n in rare.items()])
+    if remedy == "refuse":
+        raise InputError(
+            f"column {column!r}: {len(rare)} classes have fewer than data.min_per_class = "
+            f"{least} examples: {shown}; set data.rare_classes: drop (or merge), or merge them in "
+            "the file"
+        )
+    total = sum(rare.values())
+    if remedy == "drop":
+        account.note("dropped", f"{total} rows of {len(rare)} rare classes: {shown}")
+        return became | dict.fromkeys(rare)
+    name = next(x for x in ("other", "other classes", "rare") if counts.get(x, 0) < least)
+    if total < least:
+        raise InputError(
+            f"column {column!r}: the {len(rare)} rare classes have only {total} examples together, "
+            f"fewer than data.min_per_class = {least}; set data.rare_classes: drop"
+        )
+    account.note("labels made one", f"{len(rare)} rare classes are now {name!r}: {shown}")
+    return became | dict.fromkeys(rare, name)
 
 
-def check_classes(labels: Sequence[str], column: str, account: Account) -> None:
+def check_classes(labels: Iterable[str], column: str, account: Account) -> None:
     """Refuses a column that holds quantities or texts instead of classes; warns of odd classes.
+
+    Args:
+        labels: one label for each example, or a Counter of them.
+        column: the column's name, for messages.
+        account: is told of odd classes.
 
     Raises:
         InputError: if there are fewer than two classes, so many that they are none, or numbers that
             are a quantity.
     """
     counts = Counter(labels)
-    distinct = len(counts)
+    distinct, rows = len(counts), counts.total()
     if distinct < 2:
         only = f"only the label {next(iter(counts))!r}" if counts else "no label"
         raise InputError(f"column {column!r} holds {only}; training needs at least two classes")
-    crowded = len(labels) >= 20 and distinct * 2 > len(labels)
+    crowded = rows >= 20 and distinct * 2 > rows
     if all(is_number(label) for label in counts):
         values = sorted(float(label.replace(",", ".")) for label in counts)
         broken = any(not value.is_integer() for value in values)
@@ -117,7 +132,7 @@ def check_classes(labels: Sequence[str], column: str, account: Account) -> None:
             )
     if crowded or distinct > 1000:
         raise InputError(
-            f"column {column!r} holds {distinct} different values in {len(labels)} rows, so it is "
+            f"column {column!r} holds {distinct} different values in {rows} rows, so it is "
             "no label (a text, a name, an identifier?); choose a column of classes"
         )
     odd = [f"{label!r} ({n})" for label, n in counts.items() if label.strip().lower() in _ODD]

@@ -24,6 +24,10 @@ TABLES = {
     "clicks": "clicks or events of users",
     "tabular": "numbers and categories",
 }
+# What reads it as what it is.
+READERS = dict.fromkeys(
+    ("ratings", "clicks"), "; embattle.data.ratings.read_ratings reads it as events"
+)
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,18 @@ def guess_roles(columns: Mapping[str, Column]) -> tuple[list[str], str | None]:
     named = [name for name in _with_role("label", columns) if name in few]
     label = next(iter([*named, *sorted(few, key=lambda name: columns[name].distinct)]), None)
     return text, label
+
+
+def guess_events(columns: Mapping[str, Column]) -> dict[str, str]:
+    """The columns of users, items, ratings and times of a table of events, by their names."""
+    found: dict[str, str] = {}
+    for role in ("user", "item", "rating", "time"):
+        named = [name for name in _with_role(role, columns) if name not in found.values()]
+        if role == "rating":
+            named = [name for name in named if columns[name].kind == "numbers"]
+        if named:
+            found[role] = named[0]
+    return found
 
 
 def _with_role(role: str, names: Mapping[str, Column]) -> list[str]:

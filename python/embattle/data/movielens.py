@@ -56,7 +56,7 @@ def context(of: Ratings) -> Context:
     users = read_columns(
         find("movielens_100k_users").path(), ("user_id", "age", "gender", "occupation")
     )
-    films = read_columns(find("movielens_100k_films").path(), ("movie_id", "release_date", *GENRES))
+    films = read_columns(find("movielens_100k_items").path(), ("movie_id", "release_date", *GENRES))
     by_user, by_film = np.argsort(users["user_id"]), np.argsort(films["movie_id"])
     age = np.asarray(users["age"], dtype=np.float64)[by_user]
     years = np.array([int(date[-4:]) if date else -1 for date in films["release_date"]])[by_film]

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embattle.data.tables import read_columns
+from embattle.data.account import Account
+from embattle.data.divide import TEST, TRAIN, leave_one_out, pairs
+from embattle.data.looks import guess_events, look_all
+from embattle.data.tables import Table
 from embattle.errors import InputError
 
 Ints = NDArray[np.int64]
@@ -56,38 +59,110 @@ class Ratings:
         return np.bincount(self.items, minlength=self.item_count)
 
 
-def read_ratings(path: Path, columns: Sequence[str]) -> Ratings:
-    """Reads ratings from a CSV or Parquet file; users and items are numbered in natural order.
+def read_ratings(
+    path: Path,
+    columns: Sequence[str] | None = None,
+    *,
+    account: Account | None = None,
+    drop_blank: bool = False,
+    **options: Any,
+) -> Ratings:
+    """Reads ratings from any table; users and items are numbered in natural order.
 
     Args:
-        path: the file, see `embattle.data.tables.read_columns`.
-        columns: the names of the columns that hold user, item, rating and time.
+        path: the file, see `embattle.data.tables.Table`; GroupLens' and RecBole's are known.
+        columns: the names of the columns that hold user, item, rating and time; None guesses by
+            their names. Without a rating every event counts 1; without a time all have time 0.
+        account: is told what was read, dropped and guessed.
+        drop_blank: leave rows with an empty cell out, instead of refusing the file.
+        options: of `embattle.data.tables.Table`: encoding, delimiter, header.
 
     Returns:
-        All rows.
+        All rows. Of the file, the numbers alone are held, and each user's and item's name once.
 
     Raises:
-        InputError: if the file cannot be read, or a cell is empty or, for rating and time, is no
-            finite number.
+        InputError: if the file cannot be read, has no such columns, or a cell is empty or, for
+            rating and time, is no finite number.
     """
-    table = read_columns(path, columns)
-    for name in columns:
-        if any(value is None for value in table[name]):
-            raise InputError(f"{path}: column {name!r} has empty cells; drop those rows")
-    known, numbers = zip(
-        *(np.unique(np.asarray(table[name]), return_inverse=True) for name in columns[:2]),
-        strict=True,
+    account = Account() if account is None else account
+    if columns is None:
+        roles = guess_events(look_all(Table(path, **options).sample()))
+        if "user" not in roles or "item" not in roles:
+            raise InputError(
+                f"{path}: no columns of users and items can be told by their names; name user, "
+                "item, rating and time"
+            )
+    else:
+        roles = dict(zip(("user", "item", "rating", "time"), columns, strict=False))
+    table = Table(path, list(roles.values()), **options)
+    account.note("file", f"{path}: {table.form.words()}")
+    for role, name in roles.items():
+        account.note(role, f"{name!r}" + (" (guessed)" if columns is None else ""))
+    known: dict[str, dict[Any, int]] = {"user": {}, "item": {}}
+    parts: dict[str, list[NDArray[Any]]] = {role: [] for role in roles}
+    dropped = 0
+    for block in table:
+        cells = [block[name] for name in roles.values()]
+        if any(_blank(value) for column in cells for value in column):
+            if not drop_blank:
+                name = next(n for n in roles.values() if any(map(_blank, block[n])))
+                raise InputError(f"{path}: column {name!r} has empty cells; drop those rows")
+            rows = [row for row in zip(*cells, strict=True) if not any(map(_blank, row))]
+            dropped += len(cells[0]) - len(rows)
+            cells = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in cells]
+        for (role, name), column in zip(roles.items(), cells, strict=True):
+            if role in known:
+                number = known[role]
+                codes = [number.setdefault(value, len(number)) for value in column]
+                parts[role].append(np.asarray(codes, dtype=np.int64))
+            else:
+                parts[role].append(_numbers(path, name, column, dates=role == "time"))
+    found = {role: np.concatenate(blocks) for role, blocks in parts.items()}
+    events = len(found["user"])
+    if not events:
+        raise InputError(f"{path} has no row without empty cells; choose other columns")
+    for role, number in known.items():
+        found[role] = _in_natural_order(list(number))[found[role]]
+    account.note("rows", f"{table.rows:,} of {len(table.names)} columns")
+    if dropped:
+        account.note("dropped", f"{dropped:,} rows with empty cells")
+    if table.ragged:
+        account.note("dropped", f"{table.ragged:,} rows with too few or too many cells")
+    account.note("users", f"{len(known['user']):,}")
+    account.note("items", f"{len(known['item']):,}")
+    again = events - len(np.unique(pairs(found["user"], found["item"])))
+    if again:
+        account.note("duplicates", f"{again:,} events repeat a user and an item")
+    return Ratings(
+        found["user"],
+        found["item"],
+        found.get("rating", np.ones(events)),
+        found.get("time", np.zeros(events)),
+        len(known["user"]),
+        len(known["item"]),
     )
-    values, times = (_numbers(path, name, table[name]) for name in columns[2:])
-    users, items = (found.astype(np.int64) for found in numbers)
-    return Ratings(users, items, values, times, len(known[0]), len(known[1]))
+
+
+def _blank(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _in_natural_order(names: list[Any]) -> Ints:
+    """[names] rank of each name: by value where all are whole numbers, else as text."""
+    try:
+        order = sorted(range(len(names)), key=lambda i: (int(names[i]), str(names[i])))
+    except (TypeError, ValueError):
+        order = sorted(range(len(names)), key=lambda i: str(names[i]))
+    rank = np.empty(len(names), dtype=np.int64)
+    rank[order] = np.arange(len(names))
+    return rank
 
 
 def hold_out_latest(ratings: Ratings) -> tuple[Ratings, Ratings]:
     """Takes each user's latest event away (leave-one-out by time).
 
-    Users with a single event keep it. Of events at the same time the one with the largest item
-    number counts as the latest.
+    Users with a single item keep it. Of events at the same time the one with the largest item
+    number counts as the latest. Earlier events with an item that was taken are left out.
 
     Args:
         ratings: all events.
@@ -95,20 +170,25 @@ def hold_out_latest(ratings: Ratings) -> tuple[Ratings, Ratings]:
     Returns:
         What remains, and what was taken: at most one event a user.
     """
-    order = np.lexsort((ratings.items, ratings.times, ratings.users))
-    owner = ratings.users[order]
-    last = np.append(owner[1:] != owner[:-1], True)[: len(owner)]
-    first = np.insert(owner[1:] != owner[:-1], 0, True)[: len(owner)]
-    taken = np.zeros(len(ratings), dtype=bool)
-    taken[order[last & ~first]] = True
-    return ratings.take(~taken), ratings.take(taken)
+    part = leave_one_out(ratings.users, ratings.items, ratings.times, validation=False)
+    return ratings.take(part == TRAIN), ratings.take(part == TEST)
 
 
-def _numbers(path: Path, name: str, column: list[Any]) -> Floats:
+def _numbers(path: Path, name: str, column: list[Any], *, dates: bool) -> Floats:
+    """A column of numbers or, as seconds since 1970, of dates."""
     try:
         found = np.asarray(column, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: column {name!r} must hold numbers: {error}") from error
+        try:
+            moments = np.asarray(column if dates else None, dtype="datetime64[us]")
+        except (TypeError, ValueError):
+            moments = np.asarray(None, dtype="datetime64[us]")
+        if moments.shape != (len(column),) or np.isnat(moments).any():
+            raise InputError(
+                f"{path}: column {name!r} must hold numbers{' or ISO dates' * dates} (with a "
+                f"decimal point): {error}"
+            ) from error
+        found = moments.astype(np.int64) / 1e6
     if not np.isfinite(found).all():
         raise InputError(f"{path}: column {name!r} has values that are not finite; drop those rows")
     return found

@@ -31,12 +31,14 @@ class DataRecipe(Section):
         label: the column to predict: any two or more classes.
         encoding: of a text file; null takes UTF-8 (or UTF-16 with its mark).
         delimiter: of a CSV file, one character or `tab`; null guesses among `,` `;` `|` and tab.
+        header: names of the columns of a CSV file without a header line.
         ragged_rows: what happens to rows of a CSV file with too few or too many cells.
         missing: cells that stand for no value, such as NA; without it, NA is a class or a word.
         blank_labels: what happens to rows that have a text and no label.
         normalize_labels: make labels one that differ only in spaces, case or form.
         min_per_class: the fewest examples that a class must have.
-        rare_classes: what happens to classes with fewer.
+        rare_classes: what happens to classes with fewer; `merge` makes them one, `other`.
+        stratify: give each part the same share of every class.
         fractions: shares of train, validation and test.
         limits: the most examples of each part.
         balance: the parts in which each class gets equally many examples.
@@ -48,12 +50,14 @@ class DataRecipe(Section):
     label: str
     encoding: str | None = None
     delimiter: str | None = None
+    header: list[str] | None = None
     ragged_rows: Remedy = "refuse"
     missing: list[str] = Field(default=[])
     blank_labels: Remedy = "refuse"
     normalize_labels: bool = False
     min_per_class: PositiveInt = 1
-    rare_classes: Remedy = "refuse"
+    rare_classes: Literal["refuse", "drop", "merge"] = "refuse"
+    stratify: bool = False
     fractions: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.8, 0.1, 0.1)
     limits: Limits = Limits()
     balance: list[Part] = Field(default=[])

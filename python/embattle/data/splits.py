@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from embattle.data.account import listed
+from embattle.data.divide import stratified_parts
 from embattle.data.looks import is_number
 from embattle.errors import InputError
 
@@ -74,12 +78,9 @@ def split(
     limits: Sequence[int | None],
     balance: Sequence[bool],
     seed: int,
+    stratify: bool = False,
 ) -> Splits:
     """Divides examples at random; no two parts share a text.
-
-    An example goes to a part by a hash of its text and the seed, so that copies of one text stay
-    together and a larger table never moves an example from one part to another. Within a part the
-    order is shuffled by seed before anything is cut off.
 
     Args:
         examples: everything there is.
@@ -88,6 +89,7 @@ def split(
         limits: the most examples to keep in each part; None keeps all.
         balance: per part, whether to keep equally many of each class.
         seed: decides the parts and the order.
+        stratify: give every part the same share of each class, see `choose`.
 
     Returns:
         The parts.
@@ -95,12 +97,52 @@ def split(
     Raises:
         InputError: if a part would be empty or, for training and test, would lack a class.
     """
-    import numpy as np
+    rows = choose(
+        [place(text, seed) for text in examples.texts],
+        examples.labels,
+        classes,
+        fractions=fractions,
+        limits=limits,
+        balance=balance,
+        seed=seed,
+        stratify=stratify,
+    )
+    parts = {name: examples.take(chosen.tolist()) for name, chosen in rows.items()}
+    return Splits(parts, list(classes))
 
-    spot = np.array([_place(text, seed) for text in examples.texts])
-    edges = np.cumsum(fractions)[:-1]
-    part_of = np.searchsorted(edges, spot, side="right")
-    labels = np.asarray(examples.labels)
+
+def choose(
+    places: ArrayLike,
+    labels: ArrayLike,
+    classes: Sequence[str],
+    *,
+    fractions: Sequence[float],
+    limits: Sequence[int | None],
+    balance: Sequence[bool],
+    seed: int,
+    stratify: bool = False,
+) -> dict[str, NDArray[np.int64]]:
+    """Chooses the examples of each part; see `split`.
+
+    An example goes to a part by its place, a hash of its text and the seed, so that copies of one
+    text stay together and a larger table never moves an example from one part to another. With
+    `stratify` it goes by the share of its class instead; copies stay together all the same. Within
+    a part the order is shuffled by seed before anything is cut off.
+
+    Args:
+        places: [N] `place` of each example.
+        labels: [N] class numbers.
+        classes: the labels by number.
+        fractions, limits, balance, seed, stratify: see `split`.
+
+    Returns:
+        The positions of each part's examples, in its order.
+    """
+    spot, labels = np.asarray(places, dtype=np.float64), np.asarray(labels, dtype=np.int64)
+    if stratify:
+        part_of = stratified_parts(labels, fractions, seed, groups=spot)
+    else:
+        part_of = np.searchsorted(np.cumsum(fractions)[:-1], spot, side="right").astype(np.int8)
     parts = {}
     for k, name in enumerate(PARTS):
         rows = np.flatnonzero(part_of == k)
@@ -115,13 +157,14 @@ def split(
         rows = rows[: limits[k]]
         lacking = sorted(set(range(len(classes))) - set(labels[rows].tolist()))
         if not len(rows) or (lacking and name != "validation"):
+            other = "" if stratify else "set data.stratify: true, "
             raise InputError(
-                f"the {name} part has {_lack(classes, lacking, labels, len(rows))}; give more "
-                f"data, raise data.limits.{name} or its share in data.fractions, or leave small "
-                "classes out with data.min_per_class and data.rare_classes: drop"
+                f"the {name} part has {_lack(classes, lacking, labels, len(rows))}; {other}give "
+                f"more data, raise data.limits.{name} or its share in data.fractions, or leave "
+                "small classes out with data.min_per_class and data.rare_classes: drop"
             )
-        parts[name] = examples.take(rows.tolist())
-    return Splits(parts, list(classes))
+        parts[name] = rows
+    return parts
 
 
 def _lack(classes: Sequence[str], lacking: list[int], labels: Any, rows: int) -> str:
@@ -132,7 +175,7 @@ def _lack(classes: Sequence[str], lacking: list[int], labels: Any, rows: int) ->
     return f"no example of class {listed(counts)}"
 
 
-def _place(text: str, seed: int) -> float:
+def place(text: str, seed: int) -> float:
     """A number in [0, 1) that depends on the text and the seed alone."""
     digest = hashlib.blake2b(text.encode(), digest_size=6, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big") / 2.0**48

@@ -1,254 +1,341 @@
-"""Columns out of CSV, Parquet and JSON-lines files."""
+"""Columns out of CSV, Parquet and JSON-lines files, a block of rows at a time."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from embattle.data.account import printable
 from embattle.data.formats import Format, line_of, recognise, unclosed_quote
+from embattle.data.jsonlines import Objects
 from embattle.errors import InputError, closest, need
 
-# A cell of a CSV file may be this long at most.
-_LONGEST = 1 << 26
+# Bytes of text that are read at once, and the most that a cell of a CSV file may have. Arrow reads
+# some thirty blocks of such a file ahead.
+BLOCK = 1 << 22
+# The most characters of a line of JSON, in blocks.
+_LINE = 16
+# Rows of a Parquet file that are read at once.
+_ROWS = 1 << 14
 
 
-@dataclass(frozen=True)
 class Table:
-    """Some columns of a file.
+    """Some columns of a file, read block by block: what is held does not grow with the file.
+
+    Args:
+        path: a Parquet file, JSON lines, or a CSV file, known by what is in it.
+        columns: the wanted columns; None takes all.
+        encoding: of a text file; None takes UTF-8 (or UTF-16 with its mark).
+        delimiter: of a CSV file; None guesses.
+        header: names of the columns of a CSV file without a header line.
+        drop_ragged: leave rows of a CSV file out that have too few or too many cells, instead of
+            refusing the file.
+        block: bytes of text to read at once, and the most that a cell of a CSV
+            file may have; None takes `BLOCK`.
 
     Attributes:
-        path: the file.
-        form: how it is written.
-        names: all columns that it has.
-        columns: the wanted columns, all of one length; absent values are None.
-        rows: rows that were read.
-        ragged: rows that were left out because they have too few or too many cells.
+        form: how the file is written.
+        names: all columns that it has; of JSON lines, those of the lines read so far.
+        rows: rows read so far.
+        ragged: rows left out so far because they have too few or too many cells.
+
+    Raises:
+        InputError: if the file is no table, or lacks a column or has it twice.
     """
 
-    path: Path
-    form: Format
-    names: list[str]
-    columns: dict[str, list[Any]]
-    rows: int
-    ragged: int = 0
+    def __init__(
+        self,
+        path: Path,
+        columns: Sequence[str] | None = None,
+        *,
+        encoding: str | None = None,
+        delimiter: str | None = None,
+        header: Sequence[str] | None = None,
+        drop_ragged: bool = False,
+        block: int | None = None,
+    ) -> None:
+        self.path, self.block, self.drop_ragged = path, block or BLOCK, drop_ragged
+        self._encoding = encoding
+        self.form = recognise(
+            path, columns or (), encoding=encoding, delimiter=delimiter, header=header
+        )
+        self.rows = self.ragged = 0
+        self._closed = False  # whether all quotes are, which is looked for once
+        self._first_ragged: tuple[int, int] | None = None
+        with self._errors():
+            if self.form.kind == "parquet":
+                self.names = list(need("pyarrow.parquet").read_schema(path).names)
+            elif self.form.kind == "csv":
+                self.names = next(iter(self.form.records()), [])
+            else:
+                self.names = []
+        self.columns = None if columns is None else list(dict.fromkeys(columns))
+        if self.form.kind != "jsonl":
+            self._require(self.names)
+
+    def __iter__(self) -> Iterator[dict[str, list[Any]]]:
+        """Blocks of rows from the beginning: column to values.
+
+        Cells of a CSV file are text as it stands there: no numbers, no dates, and `NA` is a cell.
+        Those of JSON lines are text or None, numbers with their own digits. Parquet gives text,
+        numbers, truth values, dates, or None.
+
+        Raises:
+            InputError: if the file cannot be read or has no rows, or a wanted column holds what is
+                neither text nor number, date or truth value.
+        """
+        self.rows = self.ragged = 0
+        read = {"parquet": self._parquet, "jsonl": self._json, "csv": self._csv}[self.form.kind]
+        with self._errors():
+            for block in read():
+                self.rows += len(next(iter(block.values()), []))
+                yield block
+        if self.rows == 0:
+            raise InputError(f"{self.path} has no rows; give a file with data in it")
 
     def place(self, row: int) -> str:
         """Where a row (from 0) is in the file."""
         return line_of(self.path, self.form, row)
 
-
-def read_columns(path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
-    """The wanted columns of a table, numbers as numbers; see `read_table`."""
-    return read_table(path, columns).columns
-
-
-def read_table(
-    path: Path,
-    columns: Sequence[str],
-    *,
-    encoding: str | None = None,
-    delimiter: str | None = None,
-    drop_ragged: bool = False,
-    as_text: bool = False,
-) -> Table:
-    """Reads some columns of a table.
-
-    Args:
-        path: a Parquet file, JSON lines, or a CSV file with a header line, known by what is in
-            it.
-        columns: the wanted columns.
-        encoding: of a text file; None takes UTF-8 (or UTF-16 with its mark).
-        delimiter: of a CSV file; None guesses.
-        drop_ragged: leave rows of a CSV file out that have too few or too many cells, instead of
-            refusing the file.
-        as_text: give the cells of a CSV file as they stand there: no numbers, no dates, and a cell
-            `NA` is a cell.
-
-    Returns:
-        The table.
-
-    Raises:
-        InputError: if the file cannot be read, a column is missing or there twice, there are no
-            rows, or a column holds what is neither text nor number, date or truth value.
-    """
-    form = recognise(path, columns, encoding=encoding, delimiter=delimiter)
-    arrow = need("pyarrow")
-    ragged = 0
-    try:
-        if form.kind == "parquet":
-            names, table = _parquet(path, columns)
-        elif form.kind == "jsonl":
-            names, table = _json(path, columns, form)
-        else:
-            names, table, ragged = _csv(path, columns, form, drop_ragged, as_text)
-        if table.num_rows == 0:
-            raise InputError(f"{path} has no rows; give a file with data in it")
-        table.validate(full=True)
-        found = {name: _values(path, name, table.column(name), encoding) for name in columns}
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read {path} as {form.words()}: {_reason(error)}; repair or convert it"
-        ) from error
-    return Table(path, form, names, found, table.num_rows, ragged)
-
-
-def sample(path: Path, form: Format, rows: int = 1000) -> dict[str, list[str]]:
-    """The first rows of all columns, as text; blank cells are empty strings."""
-    if form.kind == "csv":
-        records = form.records()[: rows + 1]
-        if not records:
-            return {}
-        width = len(records[0])
-        body = [record for record in records[1:] if len(record) == width]
-        return {name: [record[i] for record in body] for i, name in enumerate(records[0])}
-    arrow = need("pyarrow")
-    try:
-        if form.kind == "parquet":
-            file = need("pyarrow.parquet").ParquetFile(path)
-            table = next(file.iter_batches(batch_size=rows), None)
-            if table is None:
-                return {name: [] for name in file.schema_arrow.names}
-        else:
-            lines = "".join(form.sample.splitlines(keepends=True)[:rows])
-            table = need("pyarrow.json").read_json(arrow.BufferReader(lines.encode()))
-        shown = zip(table.schema.names, table.columns, strict=True)
+    def sample(self, rows: int = 1000) -> dict[str, list[str]]:
+        """The first rows of all columns as text; blank cells are empty."""
+        if self.form.kind == "csv":
+            records = self.form.records()[: rows + 1]
+            width = len(self.names)
+            body = [record for record in records[1:] if len(record) == width]
+            return {name: [record[i] for record in body] for i, name in enumerate(self.names)}
+        with self._errors():
+            first: dict[str, list[Any]]
+            if self.form.kind == "parquet":
+                first = next(self._parquet(rows, every=True), {name: [] for name in self.names})
+            else:
+                objects = Objects(self.path, self.form.encoding, None, _LINE * self.block)
+                first = next(objects.blocks(min(self.block, len(self.form.sample))), {})
         return {
-            name: ["" if v is None or v != v else str(v) for v in column.to_pylist()]
-            for name, column in shown
+            name: ["" if v is None or v != v else str(v) for v in values[:rows]]
+            for name, values in first.items()
         }
-    except (arrow.ArrowException, OSError, UnicodeError) as error:
-        raise InputError(
-            f"cannot read {path} as {form.words()}: {_reason(error)}; repair or convert it"
-        ) from error
+
+    def _errors(self) -> _Refusal:
+        return _Refusal(self)
+
+    def _require(self, present: Sequence[str]) -> None:
+        note = ""
+        if self.form.kind == "csv" and not self.form.style:
+            note = f" (read as {self.form.words()}; data.delimiter changes it, and data.header "
+            note += "names the columns of a file without a header line)"
+            note += _no_header(present)
+        for name in self.columns or ():
+            count = list(present).count(name)
+            if count == 0:
+                known = printable(closest(name, present))
+                raise InputError(f"{self.path} has no column {name!r}; {known}{note}")
+            if count > 1:
+                raise InputError(
+                    f"{self.path} has {count} columns named {name!r}; give each its own name"
+                )
+
+    def _parquet(self, rows: int = 0, *, every: bool = False) -> Iterator[dict[str, list[Any]]]:
+        columns = None if every else self.columns
+        with need("pyarrow.parquet").ParquetFile(self.path, buffer_size=1 << 20) as file:
+            for batch in file.iter_batches(rows or _ROWS, columns=columns, use_threads=False):
+                batch.validate(full=True)
+                yield {
+                    name: self._values(name, column, plain=not every)
+                    for name, column in zip(batch.schema.names, batch.columns, strict=True)
+                }
+
+    def _json(self) -> Iterator[dict[str, list[Any]]]:
+        objects = Objects(self.path, self.form.encoding, self.columns, _LINE * self.block)
+        for block in objects.blocks(self.block):
+            self.names = list(objects.names)
+            yield block
+        if objects.rows:
+            self._require(self.names)
+
+    def _csv(self) -> Iterator[dict[str, list[Any]]]:
+        arrow, csv = need("pyarrow"), need("pyarrow.csv")
+        if len(self.form.records()) < 2 and not self.form.cut:
+            return  # arrow misreads a header line without an end
+        form, columns = self.form, self.columns
+        # The same name twice among columns that nobody wants does no harm.
+        names = [f"{i}" for i in range(len(self.names))]
+        wanted = {
+            names[i]: name
+            for i, name in enumerate(self.names)
+            if columns is None or name in columns
+        }
+
+        def note(row: Any) -> str:
+            if self._first_ragged is None or not self.ragged:
+                self._first_ragged = (row.number, row.actual_columns)
+            self.ragged += 1
+            return "skip"
+
+        reader = csv.open_csv(
+            self._stream(),
+            read_options=csv.ReadOptions(
+                use_threads=False,
+                block_size=self.block,
+                column_names=names,
+                skip_rows=form.skip,
+                skip_rows_after_names=int(form.header),
+            ),
+            parse_options=csv.ParseOptions(
+                delimiter=form.separator,
+                newlines_in_values=True,
+                ignore_empty_lines=False,
+                invalid_row_handler=note,
+            ),
+            convert_options=csv.ConvertOptions(
+                include_columns=list(wanted),
+                column_types=dict.fromkeys(wanted, arrow.string()),
+                strings_can_be_null=False,
+            ),
+        )
+        for batch in reader:
+            if batch.num_rows:
+                yield {
+                    wanted[name]: column.to_pylist()
+                    for name, column in zip(batch.schema.names, batch.columns, strict=True)
+                }
+        self._refuse_open_quote()
+        if self.ragged and not self.drop_ragged:
+            number, cells = self._first_ragged or (0, 0)
+            head = f" (the header is row {1 + form.skip})" if form.header else ""
+            raise InputError(
+                f"{self.path}: {self.ragged} rows do not have the header's {len(names)} cells; the "
+                f"first is row {number + form.skip} with {cells}{head}: repair them, check "
+                "data.delimiter, or set data.ragged_rows: drop"
+            )
+
+    def _refuse_open_quote(self) -> None:
+        line = None if self._closed else unclosed_quote(self.path, self.form)
+        self._closed = True
+        if line is not None:
+            raise InputError(
+                f"{self.path}, line {line}: a quote is opened and never closed, so that all that "
+                "follows is one cell; close it, or double the quotes inside a cell"
+            )
+
+    def _stream(self) -> Any:
+        """The file's text as UTF-8, without a byte-order mark, `separator` between the cells."""
+        arrow = need("pyarrow")
+        if len(self.form.delimiter) > 1:
+            return arrow.PythonFile(_Plain(self.path, self.form), mode="r")
+        file = arrow.OSFile(str(self.path))
+        if self.form.encoding == "utf-8":
+            return file
+        return arrow.transcoding_input_stream(file, self.form.encoding, "utf-8")
+
+    def _values(self, name: str, column: Any, *, plain: bool) -> list[Any]:
+        """A column as Python values: text, numbers, truth values, dates, or None."""
+        types = need("pyarrow").types
+        kind = column.type
+        if types.is_dictionary(kind):
+            kind = kind.value_type
+        if types.is_temporal(kind) and getattr(kind, "unit", "us") == "ns":
+            column = column.cast("string")  # finer than Python's dates
+        values: list[Any] = column.to_pylist()
+        encoding = self._encoding or "utf-8"
+        if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+            for row, value in enumerate(values):
+                try:
+                    values[row] = None if value is None else value.decode(encoding)
+                except (UnicodeError, LookupError) as error:
+                    raise InputError(
+                        f"{self.path}, row {self.rows + row + 1}: column {name!r} holds bytes that "
+                        f"are not {encoding}; name the encoding in data.encoding"
+                    ) from error
+        elif types.is_nested(kind) and plain and self.columns is not None:
+            raise InputError(
+                f"{self.path}: column {name!r} holds {kind} values; give a column of text or "
+                "numbers"
+            )
+        return values
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error, with objects of JSON lines counted from 1."""
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return re.sub(r"in row (\d+)$", lambda found: f"in object {int(found[1]) + 1}", first)
+class _Refusal:
+    """Turns what a reader complains of into a line."""
 
+    def __init__(self, table: Table) -> None:
+        self.table = table
 
-def _parquet(path: Path, columns: Sequence[str]) -> tuple[list[str], Any]:
-    parquet = need("pyarrow.parquet")
-    names = parquet.read_schema(path).names
-    _require(path, columns, names)
-    return names, parquet.read_table(path, columns=list(dict.fromkeys(columns)))
+    def __enter__(self) -> None:
+        return None
 
-
-def _stream(path: Path, form: Format) -> Any:
-    """The file's text as UTF-8, without a byte-order mark."""
-    arrow = need("pyarrow")
-    file = arrow.OSFile(str(path))
-    if form.encoding == "utf-8":
-        return file
-    return arrow.transcoding_input_stream(file, form.encoding, "utf-8")
-
-
-def _json(path: Path, columns: Sequence[str], form: Format) -> tuple[list[str], Any]:
-    arrow, json = need("pyarrow"), need("pyarrow.json")
-    # One block: an error then counts the objects from the beginning of the file.
-    block = json.ReadOptions(use_threads=False, block_size=min(path.stat().st_size * 4, 2**31 - 1))
-    table = json.read_json(_stream(path, form), read_options=block)
-    names = table.schema.names
-    _require(path, columns, names)
-    # Text that looks like a date was taken for one: read it again as it stands there.
-    dates = [name for name in columns if arrow.types.is_temporal(table.schema.field(name).type)]
-    if dates:
-        schema = arrow.schema([(name, arrow.string()) for name in dates])
-        options = json.ParseOptions(explicit_schema=schema)
-        table = json.read_json(_stream(path, form), read_options=block, parse_options=options)
-    return names, table.select(list(dict.fromkeys(columns)))
-
-
-def _csv(
-    path: Path, columns: Sequence[str], form: Format, drop_ragged: bool, as_text: bool
-) -> tuple[list[str], Any, int]:
-    arrow, csv = need("pyarrow"), need("pyarrow.csv")
-    header = next(iter(form.records()), [])
-    _require(path, columns, header, note=f" (read as {form.words()}; data.delimiter changes it)")
-    ragged: list[tuple[int, int]] = []
-
-    def note(row: Any) -> str:
-        ragged.append((row.number, row.actual_columns))
-        return "skip"
-
-    wanted = list(dict.fromkeys(columns))
-    options = {
-        "read_options": csv.ReadOptions(
-            use_threads=False,
-            block_size=_LONGEST,
-            skip_rows=form.skip,
-        ),
-        "parse_options": csv.ParseOptions(
-            delimiter=form.delimiter,
-            newlines_in_values=True,
-            ignore_empty_lines=False,
-            invalid_row_handler=note,
-        ),
-        "convert_options": csv.ConvertOptions(
-            include_columns=wanted,
-            column_types=dict.fromkeys(wanted, arrow.string()) if as_text else None,
-            strings_can_be_null=not as_text,
-        ),
-    }
-    try:
-        table = csv.read_csv(_stream(path, form), **options)
-    except arrow.ArrowInvalid as error:
-        if "straddl" in str(error):
-            line = unclosed_quote(path, form)
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        arrow = need("pyarrow")
+        table = self.table
+        if isinstance(error, InputError) or not isinstance(
+            error, (arrow.ArrowException, OSError, ValueError, OverflowError)
+        ):
+            return
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if table.form.kind == "csv" and "Empty CSV" in reason:
+            raise InputError(f"{table.path} has no rows; give a file with data in it") from error
+        if table.form.kind == "csv" and "straddl" in reason:
+            line = unclosed_quote(table.path, table.form)
             where = f" (the quote of line {line} is not closed)" if line else ""
             raise InputError(
-                f"{path} has a cell of more than {_LONGEST >> 20} MiB{where}; repair it"
+                f"{table.path} has a cell of more than {table.block >> 20} MiB{where}; repair it"
             ) from error
-        if "Empty CSV" in str(error):
-            raise InputError(f"{path} has no rows; give a file with data in it") from error
-        raise
-    line = unclosed_quote(path, form)
-    if line is not None:
         raise InputError(
-            f"{path}, line {line}: a quote is opened and never closed, so that all that follows "
-            "is one cell; close it, or double the quotes inside a cell"
-        )
-    if ragged and not drop_ragged:
-        number, cells = ragged[0]
-        raise InputError(
-            f"{path}: {len(ragged)} rows do not have the header's {len(header)} cells; the first "
-            f"is row {number + form.skip} with {cells} (the header is row {1 + form.skip}): repair "
-            "them, check data.delimiter, or set data.ragged_rows: drop"
-        )
-    return header, table, len(ragged)
+            f"cannot read {table.path} as {table.form.words()}: {reason}; repair or convert it"
+        ) from error
 
 
-def _values(path: Path, name: str, column: Any, encoding: str | None) -> list[Any]:
-    """A column as Python values: text, numbers, truth values, dates, or None."""
-    types = need("pyarrow").types
-    kind = column.type
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    values: list[Any] = column.to_pylist()
-    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
-        for row, value in enumerate(values):
-            try:
-                values[row] = None if value is None else value.decode(encoding or "utf-8")
-            except (UnicodeError, LookupError) as error:
-                raise InputError(
-                    f"{path}, row {row + 1}: column {name!r} holds bytes that are not "
-                    f"{encoding or 'utf-8'}; name the encoding in data.encoding"
-                ) from error
-    elif types.is_nested(kind):
-        raise InputError(
-            f"{path}: column {name!r} holds {kind} values; give a column of text or numbers"
-        )
-    return values
+class _Plain(io.RawIOBase):
+    """A text file as UTF-8 with one character for a delimiter of several."""
+
+    def __init__(self, path: Path, form: Format) -> None:
+        self._lines = path.open(encoding=form.encoding, newline="")
+        self._form = form
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills the buffer with what comes next."""
+        if not self._rest:
+            # By lines, so that no delimiter is cut.
+            self._rest = self._form.plain("".join(self._lines.readlines(1 << 16))).encode()
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+    def read(self, size: int = -1) -> bytes:  # arrow wants as much as it asks for, but at the end
+        """The next bytes."""
+        found = bytearray(size)
+        view, have = memoryview(found), 0
+        while have < size and (count := self.readinto(view[have:])):
+            have += count
+        return bytes(found[:have])
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._lines.close()
+        super().close()
 
 
-def _require(path: Path, columns: Sequence[str], present: Sequence[str], note: str = "") -> None:
-    for name in columns:
-        count = list(present).count(name)
-        if count == 0:
-            raise InputError(f"{path} has no column {name!r}; {closest(name, present)}{note}")
-        if count > 1:
-            raise InputError(f"{path} has {count} columns named {name!r}; give each its own name")
+def read_columns(path: Path, columns: Sequence[str], **options: Any) -> dict[str, list[Any]]:
+    """The wanted columns whole, for small files; see `Table`."""
+    found: dict[str, list[Any]] = {name: [] for name in columns}
+    for block in Table(path, columns, **options):
+        for name in found:
+            found[name] += block[name]
+    return found
+
+
+def _no_header(names: Sequence[str]) -> str:
+    """What a first line that is no header looks like."""
+    from embattle.data.looks import is_number
+
+    if names and names[0].lstrip().startswith("#"):
+        return "; the first line looks like a comment: delete it"
+    if names and all(is_number(name) for name in names):
+        return "; the first line holds nothing but numbers"
+    return ""
