@@ -50,7 +50,7 @@ class _HostState(NamedTuple):
     @staticmethod
     def look() -> tuple[Any, ...]:
         """Copy the generators' memory: any draw changes it."""
-        python: Any = random._inst  # type: ignore[attr-defined]
+        python: Any = random._inst
         numpy: Any = np.random.mtrand._rand
         source = numpy._bit_generator
         known = type(source).__module__.startswith("numpy.")
