@@ -11,7 +11,6 @@ from embattle.data.account import Account, listed, short
 from embattle.data.labels import is_blank
 from embattle.data.looks import READERS, TABLES, guess_events, guess_roles, kind_of_table, look_all
 from embattle.data.tables import Table, not_a_header
-from embattle.errors import InputError
 from embattle.progress import say
 
 
