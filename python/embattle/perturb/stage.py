@@ -406,7 +406,8 @@ class Stage:
             isinstance(site.module, nn.Embedding) and site.scope == "output" for site in self.sites
         )
         plain = all(layout.plain for block in self.blocks for layout in block.layouts)
-        if not fits or not plain or self.joint or self.geometry.packed:
+        packed = any(block.geometry["offsets"] is not None for block in self.blocks)
+        if not fits or not plain or self.joint or packed:
             return None
         tables = [cast(Tensor, site.module.weight) for site in self.sites]
         return partial(_agreement, self.blocks, tables)
