@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import embattle as eb
@@ -60,6 +62,51 @@ def test_a_call_that_no_loss_depends_on_is_counted_and_not_refused() -> None:
     assert int(result.zero_gradient) == 4
 
 
+def test_something_else_among_sites_is_refused() -> None:
+    site, x = eb.Site(nn.Identity()), torch.randn(4, 3)
+    for sites, got in (([site, nn.Identity()], "Identity"), ([], "none"), (3, "int")):
+        with pytest.raises(TypeError, match=f"sequence of them, got {got}"):
+            eb.FGM(eps=0.1).run(lambda: site.module(x).sum(1), sites)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("unused", [0, 1, 2])
+def test_each_site_of_a_joint_ball_is_looked_at(unused: int) -> None:
+    modules = [nn.Identity(), nn.Tanh(), nn.Sigmoid()]
+    values = [torch.randn(4, 3) for _ in modules]
+
+    def loss() -> Tensor:
+        made = [module(value).sum(1) for module, value in zip(modules, values, strict=True)]
+        return torch.stack([one for i, one in enumerate(made) if i != unused]).sum(0)
+
+    sites = [eb.Site(module) for module in modules]
+    with pytest.raises(RuntimeError, match=f"{type(modules[unused]).__name__}.*do not depend"):
+        eb.PGD(eps=0.1, steps=2).run(loss, sites, joint=True)
+
+
+def test_a_static_graph_of_ddp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch tells of the model that is running; `test_libraries.py` has two processes."""
+    running = SimpleNamespace(static_graph=True)
+    monkeypatch.setattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", running)
+    module, x = nn.Identity(), torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match="static_graph=False"):
+        eb.FGM(eps=0.1).run(lambda: module(x).sum(1), eb.Site(module))
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_rows_that_a_batch_does_not_read_lack_no_gradient(read: bool) -> None:
+    """But all of them do where nothing has one."""
+    embedding = nn.Embedding(9, 4)
+    tokens = torch.tensor([[0, 1], [2, 3]])
+    attack, site = eb.FGM(eps=0.1), eb.Site(embedding, scope="row", rows="table")
+
+    def loss() -> Tensor:
+        return embedding(tokens).sum((1, 2)) * float(read)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", eb.attacks.AttackWarning)
+        assert int(attack.run(loss, site).zero_gradient) == (0 if read else 9)
+
+
 # --- criteria -------------------------------------------------------------------------------------
 
 
@@ -90,6 +137,17 @@ def test_a_criterion_equals_itself_alone(make: Any) -> None:
     assert one == one
     assert one != other
     assert len({one, other}) == 2
+
+
+@pytest.mark.parametrize("make", [eb.MultiLabel, lambda given: eb.Deviate(given, by=0.5)])
+def test_what_a_criterion_is_given_is_cut_off_its_graph(make: Any) -> None:
+    given = torch.tensor([[0.0, 1.0]], requires_grad=True) * 1.0
+    held = vars(make(given))
+    assert not any(isinstance(one, Tensor) and one.requires_grad for one in held.values())
+
+
+def test_labels_in_bool_are_numbers() -> None:
+    assert eb.MultiLabel(torch.tensor([[True, False]])).labels.dtype == torch.int64
 
 
 # --- attacks --------------------------------------------------------------------------------------
@@ -259,6 +317,153 @@ def test_the_target_of_two_classes_is_the_other_class() -> None:
     )
 
 
+@pytest.mark.parametrize("steep", [1.0, 3000.0])
+def test_one_sample_without_a_gradient_costs_the_others_nothing_in_float16(steep: float) -> None:
+    """Nor does one whose gradient overflows under the factor that keeps small ones."""
+    torch.manual_seed(0)
+    x, module = torch.randn(3, 4).half(), nn.Identity()
+    factor = torch.tensor([0.0, 1.0, steep]).half()
+
+    def loss() -> Tensor:
+        return (module(x) * factor[:, None]).float().square().sum(1) / steep
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", eb.attacks.AttackWarning)
+        result = eb.FGM(eps=0.5).run(loss, eb.Site(module))
+    assert result.zero_gradient == 1
+    assert result.nonfinite == 0
+    direction = x.float() / x.float().norm(dim=1, keepdim=True)
+    expected = 0.5 * direction * (factor > 0)[:, None]
+    torch.testing.assert_close(result.delta, expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["one way", "randomised", "several ways"])
+def test_ways_are_attacked_one_by_one_where_there_are_several_to_tell_apart(kind: str) -> None:
+    torch.manual_seed(0)
+    x, module, head = torch.randn(4, 3), nn.Identity(), nn.Linear(3, 4)
+    with torch.no_grad():
+        labels = head(x).argmax(1)
+    goal = eb.Target((labels + 1) % 4) if kind == "one way" else eb.Misclassify(labels)
+    passes: list[int] = []
+
+    def loss() -> Evaluation:
+        passes.append(1)
+        logits = head(module(x))
+        return Evaluation(None, logits + torch.rand(()) if kind == "randomised" else logits)
+
+    def count(targets: int) -> int:
+        passes.clear()
+        attack = eb.AutoAttack(eps=1e-3, steps=1, queries=0, targets=targets, eot=2)
+        attack.run(loss, eb.Site(module), criterion=goal)
+        return len(passes)
+
+    # Each attack evaluates its start and its one step.
+    assert count(3) - count(0) == (2 * 3 if kind == "several ways" else 0)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda **box: eb.PGD(eps=2.0, steps=2, **box),
+        lambda **box: eb.PGD(eps=2.0, steps=2, random_start=True, keep="best", **box),
+        lambda **box: eb.MIFGSM(eps=2.0, steps=2, **box),
+        lambda **box: eb.APGD(eps=2.0, steps=4, **box),
+        lambda **box: eb.MSAP(eps=2.0, steps=2, **box),
+        lambda **box: eb.VAT(eps=2.0, **box),
+        lambda **box: eb.SMARTStep(eps=2.0, step_size=9.0, sigma=1.0, **box),
+        lambda **box: eb.UniformNoise(eps=2.0, **box),
+        lambda **box: eb.GaussianNoise(std=2.0, **box),
+        lambda **box: eb.NEFTune(alpha=9.0, **box),
+        lambda **box: eb.AutoAttack(eps=2.0, steps=2, queries=5, **box),
+        lambda **box: eb.FMN(steps=9, **box),
+    ],
+)
+@pytest.mark.parametrize("side", ["lower", "upper"])
+def test_boxes_of_one_side(attack: Any, side: str) -> None:
+    torch.manual_seed(0)
+    x, module, head = torch.randn(8, 5), nn.Identity(), nn.Linear(5, 3)
+    with torch.no_grad():
+        labels = head(x).argmax(1)
+
+    def loss() -> Evaluation:
+        logits = head(module(x))
+        return Evaluation(eb.losses.cross_entropy(logits, labels), logits)
+
+    site, goal = eb.Site(module), eb.Misclassify(labels)
+    plain = attack().run(loss, site, criterion=goal).delta
+    delta = attack(**{side: 0.0}).run(loss, site, criterion=goal).delta
+    out = (
+        (lambda d: (x + d) < x.clamp(max=0) - 1e-6)
+        if side == "lower"
+        else (lambda d: (x + d) > x.clamp(min=0) + 1e-6)
+    )
+    assert out(plain).any(), "the box matters"
+    assert not out(delta).any()
+    assert not delta.requires_grad
+    assert delta.any()
+
+
+def test_what_gains_nothing_is_not_taken_for_the_worst() -> None:
+    module, x = nn.Identity(), torch.randn(4, 3)
+
+    def loss_of(rows: Tensor) -> Any:
+        def loss() -> Evaluation:
+            logits = module(x[rows]).sum(1, keepdim=True) * 0 + torch.tensor([1.0, 0.0])
+            return Evaluation(logits[:, 1], logits)
+
+        return loss
+
+    goal = eb.Misclassify(torch.zeros(4, dtype=torch.int64))
+    for leave in (False, True):
+        attack = eb.PGD(eps=0.5, steps=2, random_start=True, keep="best", stop_when_fooled=leave)
+        subset = loss_of if leave else None
+        with pytest.warns(eb.attacks.AttackWarning):
+            result = attack.run(
+                loss_of(torch.arange(4)), eb.Site(module), criterion=goal, subset=subset
+            )
+        assert torch.equal(result.delta, torch.zeros(4, 3))
+
+
+def test_each_step_of_a_minimum_norm_attack_is_one_pass() -> None:
+    x, module, passes = torch.randn(4, 3), nn.Identity(), []
+
+    def loss() -> Evaluation:
+        passes.append(1)
+        return Evaluation(None, module(x))
+
+    eb.FMN(steps=5).run(loss, eb.Site(module), criterion=eb.Misclassify(x.argmax(1)))
+    assert len(passes) == 5 + 1  # the first is the clean one; what was found is evaluated
+
+
+def test_a_symmetric_start_is_left_at_the_first_step() -> None:
+    torch.manual_seed(0)
+    x, module = torch.randn(4, 3), nn.Identity()
+
+    def loss() -> Evaluation:
+        off = 1e6 * (module(x) - x).square().sum(1)
+        return Evaluation(None, torch.stack([torch.full_like(off, 1e-6), off], dim=1))
+
+    goal = eb.Misclassify(torch.zeros(4, dtype=torch.int64))
+    assert eb.FMN(steps=2).run(loss, eb.Site(module), criterion=goal).eps.isfinite().all()
+
+
+def test_samples_that_stand_again_by_a_few_bits_are_pushed_on() -> None:
+    torch.manual_seed(0)
+    x, module, passes, steps = torch.randn(40, 3), nn.Identity(), [], 60
+
+    def loss() -> Evaluation:
+        passes.append(1)
+        lead = module(x).sum(1) - x.sum(1) - 1.0
+        lead = lead - 1e-4 * (len(passes) > steps)  # as another order of sums might have it
+        return Evaluation(None, torch.stack([torch.zeros_like(lead), lead], dim=1))
+
+    goal = eb.Misclassify(torch.zeros(40, dtype=torch.int64))
+    result = eb.FMN(steps=steps).run(loss, eb.Site(module), criterion=goal)
+    assert len(passes) > steps + 1
+    assert result.reached.all()
+    assert torch.all((result.eps - 1 / math.sqrt(3)).abs() < 0.01)
+
+
 # --- objectives -----------------------------------------------------------------------------------
 
 
@@ -387,3 +592,28 @@ def test_agreement_is_asked_only_where_embeddings_are_in_their_place(kind: str) 
     objective = eb.AdversarialObjective(eb.FGM(eps=0.1), eb.Site(module, **options), masking=policy)
     with pytest.raises(ValueError, match="NearestAgreement: needs"):
         objective(loss, **given.get(kind, {}))
+
+
+def test_sparse_and_unused_weights_are_carried_under_a_factor() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(9, 4, sparse=True)
+            self.head, self.unused = nn.Linear(4, 1), nn.Linear(4, 1)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden = self.embedding(tokens).mean(1)
+            return self.head(hidden).squeeze(1) + 0 * torch.where(
+                torch.zeros(len(tokens), dtype=torch.bool), self.unused(hidden).squeeze(1), 0.0
+            )
+
+    torch.manual_seed(0)
+    model, tokens = Model(), torch.randint(0, 9, (3, 2))
+    objective = eb.AdversarialObjective(eb.FGM(eps=0.3), eb.Site(model.embedding))
+    found = []
+    for factor in (1.0, 3.0):
+        model.zero_grad()
+        (factor * objective(lambda: model(tokens))[0]).backward()
+        found.append([p.grad.to_dense().clone() for p in model.parameters() if p.grad is not None])
+    for one, three in zip(*found, strict=True):
+        torch.testing.assert_close(3 * one, three)

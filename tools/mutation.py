@@ -8,10 +8,10 @@ Places that cannot matter are left out: annotations, what only a type checker re
 against mistakes of our own (`assert`, `zip(strict=True)`). So are changes that are not Python.
 
 A first run of the tests under coverage tells which tests reach which line. A mutant gets those
-alone, first those that have killed most in the same file for their seconds, up to `--budget`
-seconds; it counts as killed when a test fails or the time is up. Each process works in a copy of
-the tree and forks for each mutant, so that torch is imported once; the few likeliest tests run in a
-fork of their own, since collecting all of them takes longer than running them.
+alone, first those that have killed most in the same file for their seconds, and that reach few
+other lines, up to `--budget` seconds; it counts as killed when a test fails or the time is up. Each
+process works in a copy of the tree and forks for each mutant, so that torch is imported once; the
+few likeliest tests run in a fork of their own, since to collect all of them takes longer.
 
 Needs an environment with cosmic-ray and coverage beside what the tests need.
 """
@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -56,7 +57,14 @@ TESTS = {
         "autoattack",
         "minimum_norm",
     ],
-    "objectives": ["objective", "options", "results", "sites", "fidelity", "monitor"],
+    "objectives": [
+        "objective",
+        "options",
+        "results",
+        "sites",
+        "fidelity",
+        "monitor",
+    ],
     "perturb": [
         "sites",
         "results",
@@ -77,9 +85,10 @@ TESTS = {
         "clipping_libraries",
     ],
 }
-COMMON = ["attack_properties"]  # of all packages but clipping
+COMMON = ["attack_properties", "small_print"]  # of all packages but clipping
 CASES = "30"  # of the property tests
 FIRST = 6.0  # seconds of the tests that run first
+MEMORY = 6 << 30  # bytes that tests may take: loops that do not end often gather something
 
 
 @dataclass
@@ -336,8 +345,23 @@ def tests_for(
         names = next(filter(None, (users(span, lines) for span in spans)), names)
     if not names:
         names = set(seconds) - set(known["failed"])
-    order = sorted(names, key=lambda n: (-(kills[n] + 0.1) / (seconds[n] + 0.2), n))
+    reach = reached(known)
+
+    def worth(name: str) -> float:
+        # A test of few lines is likelier to look at what they do.
+        return (kills[name] + 30 / (100 + reach[name])) / (seconds[name] + 0.2)
+
+    order = sorted(names, key=lambda name: (-worth(name), name))
     return order[: up_to(order, seconds, budget)]
+
+
+def reached(known: dict[str, Any]) -> Counter[str]:
+    """How many lines each test reaches."""
+    if "reach" not in known:
+        known["reach"] = Counter(
+            name for lines in known["lines"].values() for names in lines.values() for name in names
+        )
+    return known["reach"]  # type: ignore[no-any-return]
 
 
 def around(tree: ast.AST, line: int) -> list[tuple[int, int]]:
@@ -444,9 +468,25 @@ def run_forked(
             os.environ.update(_environment(tree))
             sys.path[:0] = [str(tree / "python"), str(tree / "tests")]
             sys.dont_write_bytecode = not bytecode
+            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+            import hypothesis
             import pytest
 
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--tb=no", "-rfE"]
+            once = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # without shrinking
+            hypothesis.settings.register_profile(
+                "mutation", deadline=None, derandomize=True, database=None, phases=once
+            )
+            options = [
+                "--hypothesis-profile=mutation",
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:randomly",
+                "--tb=no",
+                "-rfE",
+            ]
             code = int(pytest.main([*options, *names]))
         os._exit(code)
     end = time.monotonic() + limit
