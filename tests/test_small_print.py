@@ -337,6 +337,27 @@ def test_one_sample_without_a_gradient_costs_the_others_nothing_in_float16(steep
     torch.testing.assert_close(result.delta, expected, atol=2e-3, rtol=0)
 
 
+def test_rounding_does_not_keep_samples_in_a_batch() -> None:
+    torch.manual_seed(0)
+    x, module, head = torch.randn(8, 3), nn.Identity(), nn.Linear(3, 3)
+    with torch.no_grad():
+        labels = head(x).argmax(1)
+    sizes = []
+
+    def loss_of(rows: Tensor) -> Any:
+        sizes.append(len(rows))
+        rounded = 1.0 if len(rows) == 8 else 1.0 + 1e-6  # as smaller products may round
+        return lambda: Evaluation(None, head(module(x[rows])) * rounded)
+
+    attack = eb.AutoAttack(eps=0.5, steps=3, queries=0, targets=0)
+    goal, whole = eb.Misclassify(labels), loss_of(torch.arange(8))
+    sizes.clear()
+    result = attack.run(whole, eb.Site(module), criterion=goal, subset=loss_of)
+    assert 0 < int(result.reached.sum()) < 8
+    assert sizes[0] == 4  # it is tried whether samples can leave, and then they do
+    assert len(sizes) > 1
+
+
 @pytest.mark.parametrize("kind", ["one way", "randomised", "several ways"])
 def test_ways_are_attacked_one_by_one_where_there_are_several_to_tell_apart(kind: str) -> None:
     torch.manual_seed(0)
@@ -617,3 +638,27 @@ def test_sparse_and_unused_weights_are_carried_under_a_factor() -> None:
         found.append([p.grad.to_dense().clone() for p in model.parameters() if p.grad is not None])
     for one, three in zip(*found, strict=True):
         torch.testing.assert_close(3 * one, three)
+
+
+@pytest.mark.parametrize("form", ["mixed", "adversarial", "apr"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_parts_of_an_objective_make_its_loss(form: str, masked: bool) -> None:
+    model = toys.encoder()
+    loss_fn = toys.classify(model, *toys.text_batch())
+    with torch.no_grad():
+        bound = float(loss_fn().losses.median())  # type: ignore[union-attr]
+    site = eb.Site(model.embedding, scope="row" if form == "apr" else "output")
+    objective = eb.AdversarialObjective(
+        eb.FGM(eps=0.3), site, form=form, lam=0.5, early_backward=False,
+        masking=eb.masking.LossBound(bound) if masked else None,
+    )  # fmt: skip
+    whole, metrics = objective(loss_fn)
+    parts, again = objective.parts(loss_fn)
+    torch.testing.assert_close(parts.summed.mean(), whole)
+    assert parts.summed.shape == (6,)
+    assert parts.lam == 0.5
+    assert (parts.clean is None) == (form == "adversarial")
+    assert (parts.kept is None) == (not masked)
+    assert again.keys() == metrics.keys()
+    with pytest.raises(ValueError, match="form must be one of"):
+        eb.AdversarialObjective(eb.FGM(eps=0.3), objective.sites, form="mart").parts(loss_fn)

@@ -148,8 +148,8 @@ def deletable(tree: ast.AST) -> list[Any]:
     return found
 
 
-def mutants_of(path: Path) -> Iterator[tuple[tuple[Any, ...], Mutant]]:
-    """All mutants of a file, each with the place that it shares with its alternatives."""
+def mutants_of(path: Path, only: str | None = None) -> Iterator[tuple[tuple[Any, ...], Mutant]]:
+    """All mutants of a file, or of one operator, each with the place that it shares with others."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator, operator_names
 
@@ -163,7 +163,7 @@ def mutants_of(path: Path) -> Iterator[tuple[tuple[Any, ...], Mutant]]:
     nodes = list(ast_nodes(get_ast(source)))
     for name in operator_names():
         kind = get_operator(name)
-        if kind.arguments():
+        if kind.arguments() or (only is not None and name != only):
             continue
         operator = kind()
         positions = (p for node in nodes for p in operator.mutation_positions(node))
@@ -239,14 +239,13 @@ def survivors(result: dict[str, Any]) -> list[Mutant]:
     for given in result["mutants"]:
         if given["outcome"] != "survived":
             continue
-        alike = []
-        for _, mutant in mutants_of(ROOT / given["file"]):
+        alike = [one for _, one in mutants_of(ROOT / given["file"], given["operator"])]
+        for mutant in sorted(alike, key=lambda one: abs(one.line - given["line"])):
             if mutant.operator == given["operator"]:
                 show(mutant)
                 if (mutant.before, mutant.after) == (given["before"], given["after"]):
-                    alike.append(mutant)
-        if alike:
-            found.append(min(alike, key=lambda m: abs(m.line - given["line"])))
+                    found.append(mutant)
+                    break
         else:
             print(f"gone: {given['file']}:{given['line']} {given['before']}")
     return found
