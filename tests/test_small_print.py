@@ -48,14 +48,15 @@ def test_outputs_that_are_no_embeddings_are_refused(make: Any, words: str) -> No
         eb.FGM(eps=0.1).run(loss, eb.Site(module))
 
 
-def test_a_call_that_no_loss_depends_on_is_counted_and_not_refused() -> None:
+@pytest.mark.parametrize("used", [0, 1])
+def test_a_call_that_no_loss_depends_on_is_counted_and_not_refused(used: int) -> None:
     """Also where the sizes leave it open which dim has the samples."""
     embedding = nn.Embedding(9, 5).double()
     tokens = torch.randint(0, 9, (4, 4))
 
     def loss() -> Tensor:
-        used, _ = embedding(tokens), embedding(tokens)
-        return used.square().sum((1, 2))
+        calls = embedding(tokens), embedding(tokens)
+        return calls[used].square().sum((1, 2))
 
     with pytest.warns(eb.attacks.AttackWarning, match="4 of 8 groups"):
         result = eb.PGD(eps=0.1, steps=2).run(loss, eb.Site(embedding))

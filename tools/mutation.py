@@ -337,21 +337,37 @@ def tests_for(
     """The tests that reach a mutant's line, those first that kill most for their seconds."""
     lines = known["lines"].get(mutant.file, {})
     names = set(lines.get(mutant.line, []))
-    seconds = known["seconds"]
-    if not names:  # it runs at import, and shows where the class or function around it is used
-        tree = ast.parse((ROOT / mutant.file).read_text())
-        spans = around(tree, mutant.line)
-        names = next(filter(None, (users(span, lines) for span in spans)), names)
-    if not names:
+    seconds, reach = known["seconds"], reached(known)
+    near: set[str] = set()
+    bodies, classes = spans_of(ast.parse((ROOT / mutant.file).read_text()))
+    if not names or not any(mutant.line in body for body in bodies):
+        # Whoever imports the module first runs it. It may show anywhere, and most where the
+        # functions of the class around it run, or of the file.
+        held = [span for span in classes if mutant.line in span] or [range(sys.maxsize)]
+        smallest = min(held, key=len)
+        inside = [n for n in lines if n in smallest and any(n in body for body in bodies)]
+        near = {name for n in inside for name in lines[n]}
         names = set(seconds) - set(known["failed"])
-    reach = reached(known)
 
     def worth(name: str) -> float:
         # A test of few lines is likelier to look at what they do.
-        return (kills[name] + 30 / (100 + reach[name])) / (seconds[name] + 0.2)
+        likely = kills[name] + 30 / (100 + reach[name])
+        return likely * (5 if name in near else 1) / (seconds[name] + 0.2)
 
     order = sorted(names, key=lambda name: (-worth(name), name))
     return order[: up_to(order, seconds, budget)]
+
+
+def spans_of(tree: ast.AST) -> tuple[list[range], list[range]]:
+    """The lines of the bodies of functions; and of classes, with their decorators."""
+    bodies, classes = [], []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            bodies.append(range(node.body[0].lineno, (node.end_lineno or 0) + 1))
+        elif isinstance(node, ast.ClassDef):
+            first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
+            classes.append(range(first, (node.end_lineno or 0) + 1))
+    return bodies, classes
 
 
 def reached(known: dict[str, Any]) -> Counter[str]:
@@ -361,23 +377,6 @@ def reached(known: dict[str, Any]) -> Counter[str]:
             name for lines in known["lines"].values() for names in lines.values() for name in names
         )
     return known["reach"]  # type: ignore[no-any-return]
-
-
-def around(tree: ast.AST, line: int) -> list[tuple[int, int]]:
-    """The first and last lines of the statements that hold a line, the shortest first."""
-    spans = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.stmt):
-            decorators: list[ast.expr] = getattr(node, "decorator_list", [])
-            first = min([node.lineno, *(one.lineno for one in decorators)])
-            if first <= line <= (node.end_lineno or first):
-                spans.append((first, node.end_lineno or first))
-    return sorted(spans, key=lambda span: span[1] - span[0])
-
-
-def users(span: tuple[int, int], lines: dict[int, list[str]]) -> set[str]:
-    """The tests that reach any of these lines."""
-    return {name for line in range(span[0], span[1] + 1) for name in lines.get(line, [])}
 
 
 def up_to(names: list[str], seconds: dict[str, float], budget: float) -> int:
