@@ -15,6 +15,11 @@ from embattle import Evaluation
 from torch import Tensor, nn
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 class Returns(nn.Module):
     """A module that returns what a function makes of its input."""
 
@@ -170,7 +175,6 @@ def test_an_ensemble_averages_over_draws_of_which_the_first_is_the_clean_one() -
 
 
 def test_small_draws_in_single_precision_are_noticed() -> None:
-    torch.manual_seed(0)
     x, module = torch.randn(4, 3), nn.Identity()
 
     def loss() -> Tensor:
@@ -304,7 +308,6 @@ def test_only_passes_that_are_differentiated_have_a_graph(leave: bool) -> None:
 
 
 def test_the_target_of_two_classes_is_the_other_class() -> None:
-    torch.manual_seed(0)
     model, x = nn.Sequential(nn.Identity(), nn.Linear(6, 2)), torch.randn(5, 6)
     with torch.no_grad():
         first = model(x).argmax(1)
@@ -321,7 +324,6 @@ def test_the_target_of_two_classes_is_the_other_class() -> None:
 @pytest.mark.parametrize("steep", [1.0, 3000.0])
 def test_one_sample_without_a_gradient_costs_the_others_nothing_in_float16(steep: float) -> None:
     """Nor does one whose gradient overflows under the factor that keeps small ones."""
-    torch.manual_seed(0)
     x, module = torch.randn(3, 4).half(), nn.Identity()
     factor = torch.tensor([0.0, 1.0, steep]).half()
 
@@ -339,7 +341,6 @@ def test_one_sample_without_a_gradient_costs_the_others_nothing_in_float16(steep
 
 
 def test_rounding_does_not_keep_samples_in_a_batch() -> None:
-    torch.manual_seed(0)
     x, module, head = torch.randn(8, 3), nn.Identity(), nn.Linear(3, 3)
     with torch.no_grad():
         labels = head(x).argmax(1)
@@ -361,7 +362,6 @@ def test_rounding_does_not_keep_samples_in_a_batch() -> None:
 
 @pytest.mark.parametrize("kind", ["one way", "randomised", "several ways"])
 def test_ways_are_attacked_one_by_one_where_there_are_several_to_tell_apart(kind: str) -> None:
-    torch.manual_seed(0)
     x, module, head = torch.randn(4, 3), nn.Identity(), nn.Linear(3, 4)
     with torch.no_grad():
         labels = head(x).argmax(1)
@@ -402,7 +402,6 @@ def test_ways_are_attacked_one_by_one_where_there_are_several_to_tell_apart(kind
 )
 @pytest.mark.parametrize("side", ["lower", "upper"])
 def test_boxes_of_one_side(attack: Any, side: str) -> None:
-    torch.manual_seed(0)
     x, module, head = torch.randn(8, 5), nn.Identity(), nn.Linear(5, 3)
     with torch.no_grad():
         labels = head(x).argmax(1)
@@ -458,7 +457,6 @@ def test_each_step_of_a_minimum_norm_attack_is_one_pass() -> None:
 
 
 def test_a_symmetric_start_is_left_at_the_first_step() -> None:
-    torch.manual_seed(0)
     x, module = torch.randn(4, 3), nn.Identity()
 
     def loss() -> Evaluation:
@@ -470,7 +468,6 @@ def test_a_symmetric_start_is_left_at_the_first_step() -> None:
 
 
 def test_samples_that_stand_again_by_a_few_bits_are_pushed_on() -> None:
-    torch.manual_seed(0)
     x, module, passes, steps = torch.randn(40, 3), nn.Identity(), [], 60
 
     def loss() -> Evaluation:
@@ -501,7 +498,6 @@ def test_training_passes_under_awp_draw_their_own_dropout_masks() -> None:
 
 def test_mart_of_sequences_is_the_mean_over_its_places() -> None:
     """Eq. 8 at each place that counts, with the largest other class of each."""
-    torch.manual_seed(0)
     embedding, head = nn.Embedding(9, 4).double(), nn.Linear(4, 3).double()
     tokens, labels = torch.randint(0, 9, (2, 5)), torch.randint(0, 3, (2, 5))
     labels[0, 3:] = -100
@@ -619,7 +615,6 @@ def test_agreement_is_asked_only_where_embeddings_are_in_their_place(kind: str) 
 @pytest.mark.parametrize("perturbed", [0, 1])
 def test_sparse_gradients_are_carried_under_a_factor(perturbed: int) -> None:
     """Of the table that is perturbed, and of one that is not."""
-    torch.manual_seed(0)
     tables = [nn.Embedding(9, 4, sparse=True) for _ in range(2)]
     tokens = torch.randint(0, 9, (3, 2))
 

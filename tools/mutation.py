@@ -445,6 +445,8 @@ def try_mutant(mutant: Mutant) -> Mutant:
 def note_killer(mutant: Mutant, code: int | None, log: str, kills: Counter[str]) -> None:
     mutant.outcome, mutant.killer = "killed", "time" if code is None else ""
     found = re.search(r"^(?:FAILED|ERROR) (\S+)", log, re.MULTILINE)
+    if code in (4, 5) and not found:
+        raise RuntimeError(f"tests are gone that --known names; let them be measured anew:\n{log}")
     if found and code is not None:
         mutant.killer = found[1]
         kills[_bare(found[1])] += 1
