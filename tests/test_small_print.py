@@ -319,6 +319,8 @@ def test_the_target_of_two_classes_is_the_other_class() -> None:
     torch.testing.assert_close(
         smallest(eb.Target(1 - first)), smallest(eb.Misclassify(first)), rtol=0.01, atol=0
     )
+    one = torch.ones(5, dtype=torch.int64)
+    assert torch.equal(smallest(eb.Target(1)), smallest(eb.Target(one)))
 
 
 @pytest.mark.parametrize("steep", [1.0, 3000.0])
@@ -338,6 +340,52 @@ def test_one_sample_without_a_gradient_costs_the_others_nothing_in_float16(steep
     direction = x.float() / x.float().norm(dim=1, keepdim=True)
     expected = 0.5 * direction * (factor > 0)[:, None]
     torch.testing.assert_close(result.delta, expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [eb.Misclassify, eb.MultiLabel, eb.Target])
+@pytest.mark.parametrize("attack", [eb.AutoAttack, eb.PGD])
+def test_what_does_not_count_may_have_any_number(kind: Any, attack: Any) -> None:
+    x, module, head = torch.randn(4, 3), nn.Identity(), nn.Linear(3, 3)
+    shape = (4, 3) if kind is eb.MultiLabel else (4, 5)
+    labels = torch.randint(0, 2, shape)
+    labels[:, 0] = 7
+    base = x if kind is eb.MultiLabel else torch.randn(4, 5, 3)
+    options = {"steps": 2, "eps": 0.5, "generator": torch.Generator()}
+    if attack is eb.AutoAttack:
+        options |= {"queries": 3}
+    ascend = {"ascend": "margin"} if attack is eb.PGD else {}
+    found = []
+    for ignored in (7, -100):
+        options["generator"].manual_seed(0)  # type: ignore[union-attr]
+        goal = kind(labels.masked_fill(labels == 7, ignored), ignore_index=ignored, **ascend)
+        result = attack(**options).run(
+            lambda: Evaluation(None, head(module(base))), eb.Site(module), criterion=goal
+        )
+        found.append(result.delta)
+    assert torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_ensemble_does_not_say_of_who_fell_before_that_a_gradient_is_missing() -> None:
+    x, module = torch.randn(4, 3), nn.Identity()
+    goal = eb.Misclassify((x.argmax(1) + 1) % 3)
+    attack = eb.AutoAttack(eps=0.5, steps=2, queries=3)
+    result = attack.run(lambda: Evaluation(None, module(x)), eb.Site(module), criterion=goal)
+    assert result.felled_by == ["clean"] * 4
+    assert not result.delta.any()
+
+
+def test_a_token_attack_that_finds_no_exchange_stops() -> None:
+    embedding, tokens = nn.Embedding(9, 4), torch.randint(0, 9, (3, 5))
+
+    def loss_of(tokens: Tensor) -> Any:
+        return lambda: embedding(tokens).sum((1, 2))
+
+    def passes(swaps: int) -> int:
+        attack, nowhere = eb.TokenSwap(swaps=swaps), torch.zeros(3, 5, dtype=torch.bool)
+        return attack.run(loss_of, eb.Site(embedding), tokens, mask=nowhere).passes
+
+    assert passes(3) == passes(1)
 
 
 def test_rounding_does_not_keep_samples_in_a_batch() -> None:

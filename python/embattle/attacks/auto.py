@@ -407,11 +407,11 @@ class _Ensemble:
         """Leave the worst deltas in the blocks; give their evaluation, and who found them."""
         if self.hidden is not None and not self.moved:
             raise self.hidden
+        for block in self.stage.blocks:  # whoever was not attacked did not lack a gradient
+            block.moved |= block.per_group(self.steps == 0)
         if isinstance(self.worst, Best):
             found = self.worst.settle()
             return (found.at if evaluate else None), found.mark
-        for block in self.stage.blocks:  # whoever was not attacked did not lack a gradient
-            block.moved |= block.per_group(self.steps == 0)
         self.stage.found.set(self.worst.deltas)
         now = self.stage.evaluate(grad=False, lookups="detached").detach() if evaluate else None
         return now, self.worst.mark
