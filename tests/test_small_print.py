@@ -89,6 +89,18 @@ def test_each_site_of_a_joint_ball_is_looked_at(unused: int) -> None:
         eb.PGD(eps=0.1, steps=2).run(loss, sites, joint=True)
 
 
+@pytest.mark.parametrize("shape", [(3, 2), (4,)])
+def test_a_joint_ball_needs_outputs_of_the_same_samples(shape: tuple[int, ...]) -> None:
+    modules, values = [nn.Identity(), nn.Identity()], [torch.randn(4, 3), torch.randn(shape)]
+
+    def loss() -> Tensor:
+        one, two = (module(value) for module, value in zip(modules, values, strict=True))
+        return one.sum(1) + two.sum()
+
+    with pytest.raises(ValueError, match="joint: the outputs must agree in dim 0"):
+        eb.FGM(eps=0.1).run(loss, [eb.Site(module) for module in modules], joint=True)
+
+
 def test_a_static_graph_of_ddp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch tells of the model that is running; `test_libraries.py` has two processes."""
     running = SimpleNamespace(static_graph=True)
@@ -386,6 +398,17 @@ def test_a_token_attack_that_finds_no_exchange_stops() -> None:
         return attack.run(loss_of, eb.Site(embedding), tokens, mask=nowhere).passes
 
     assert passes(3) == passes(1)
+
+
+def test_a_token_attack_makes_no_exchange_without_a_gain_by_the_gradient() -> None:
+    embedding, tokens = nn.Embedding(9, 4), torch.randint(0, 9, (3, 5))
+    at = embedding(tokens).detach()
+
+    def loss_of(tokens: Tensor) -> Any:
+        return lambda: (embedding(tokens) - at).square().sum((1, 2))  # flat at the start
+
+    result = eb.TokenSwap().run(loss_of, eb.Site(embedding), tokens, mask=tokens >= 0)
+    assert torch.equal(result.tokens, tokens)
 
 
 def test_rounding_does_not_keep_samples_in_a_batch() -> None:
