@@ -101,6 +101,22 @@ def test_a_joint_ball_needs_outputs_of_the_same_samples(shape: tuple[int, ...]) 
         eb.FGM(eps=0.1).run(loss, [eb.Site(module) for module in modules], joint=True)
 
 
+def test_time_first_is_noticed_in_each_output_of_a_joint_ball() -> None:
+    modules, values = [nn.Identity(), nn.Identity()], [torch.randn(4, 3), torch.randn(4, 4, 3)]
+
+    def loss() -> Tensor:
+        one, two = (module(value) for module, value in zip(modules, values, strict=True))
+        return one.square().sum(1) + two.square().sum((0, 2))
+
+    with pytest.raises(ValueError, match=r"samples of an output \(4, 4, 3\) are in dim 1"):
+        eb.FGM(eps=0.1).run(loss, [eb.Site(module) for module in modules], joint=True)
+
+
+def test_balls_of_a_parameter_are_rows_or_the_table() -> None:
+    with pytest.raises(ValueError, match=r"Site.weight: group must be one of.*'sample'"):
+        eb.Site.weight(nn.Linear(2, 2), group="sample")  # type: ignore[arg-type]
+
+
 def test_a_static_graph_of_ddp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch tells of the model that is running; `test_libraries.py` has two processes."""
     running = SimpleNamespace(static_graph=True)
@@ -385,6 +401,21 @@ def test_an_ensemble_does_not_say_of_who_fell_before_that_a_gradient_is_missing(
     result = attack.run(lambda: Evaluation(None, module(x)), eb.Site(module), criterion=goal)
     assert result.felled_by == ["clean"] * 4
     assert not result.delta.any()
+
+
+def test_outputs_that_are_probabilities_already_have_the_same_smallest_eps() -> None:
+    x, module, head = torch.randn(6, 5), nn.Identity(), nn.Linear(5, 3)
+    with torch.no_grad():
+        goal = eb.Misclassify(head(x).argmax(1))
+
+    def smallest(make: Any) -> Tensor:
+        def loss() -> Evaluation:
+            return Evaluation(None, make(10 * head(module(x))))
+
+        return eb.FMN(steps=60).run(loss, eb.Site(module), criterion=goal).eps
+
+    logits, probabilities = smallest(lambda z: z), smallest(lambda z: z.softmax(-1))
+    torch.testing.assert_close(probabilities, logits, rtol=0.02, atol=0)
 
 
 def test_a_token_attack_that_finds_no_exchange_stops() -> None:
