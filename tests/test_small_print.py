@@ -373,11 +373,13 @@ def test_one_sample_without_a_gradient_costs_the_others_nothing_in_float16(steep
 @pytest.mark.parametrize("kind", [eb.Misclassify, eb.MultiLabel, eb.Target])
 @pytest.mark.parametrize("attack", [eb.AutoAttack, eb.PGD])
 def test_what_does_not_count_may_have_any_number(kind: Any, attack: Any) -> None:
-    x, module, head = torch.randn(4, 3), nn.Identity(), nn.Linear(3, 3)
-    shape = (4, 3) if kind is eb.MultiLabel else (4, 5)
-    labels = torch.randint(0, 2, shape)
+    module, head = nn.Identity(), nn.Linear(3, 3)
+    base = torch.randn(4, 3) if kind is eb.MultiLabel else torch.randn(4, 5, 3)
+    with torch.no_grad():
+        logits = head(base)
+    labels = (logits > 0).long() if kind is eb.MultiLabel else logits.argmax(-1)
+    labels = (labels + 1) % 3 if kind is eb.Target else labels
     labels[:, 0] = 7
-    base = x if kind is eb.MultiLabel else torch.randn(4, 5, 3)
     options = {"steps": 2, "eps": 0.5, "generator": torch.Generator()}
     if attack is eb.AutoAttack:
         options |= {"queries": 3}
@@ -389,7 +391,9 @@ def test_what_does_not_count_may_have_any_number(kind: Any, attack: Any) -> None
         result = attack(**options).run(
             lambda: Evaluation(None, head(module(base))), eb.Site(module), criterion=goal
         )
+        assert not result.clean_reached.any()
         found.append(result.delta)
+    assert found[0].any()
     assert torch.equal(*found)
 
 
@@ -626,6 +630,17 @@ def test_mart_of_sequences_is_the_mean_over_its_places() -> None:
             values.append(bce + 2.0 * kl * (1 - float(p[b, t, y])))
         samples.append(sum(values) / len(values))
     assert float(got.detach()) == pytest.approx(sum(samples) / 2)
+
+
+def test_statistics_start_anew_at_perturbed_weights() -> None:
+    model = nn.Sequential(nn.Embedding(20, 6), nn.Flatten(), nn.BatchNorm1d(18), nn.Linear(18, 3))
+    seen: list[int] = []
+    model[2].register_forward_pre_hook(lambda norm, _: seen.append(int(norm.num_batches_tracked)))
+    site = eb.Site(model[0], model=model)
+    objective = eb.AWP(eb.AdversarialObjective(eb.PGD(eps=0.5, steps=2), site), model)
+    tokens, labels = torch.randint(0, 20, (8, 3)), torch.randint(0, 3, (8,))
+    objective(toys.classify(model, tokens, labels))
+    assert seen[-2:] == [0, 1]
 
 
 def test_weight_perturbation_takes_its_numbers_by_name() -> None:
