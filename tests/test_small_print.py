@@ -255,6 +255,7 @@ def test_numbers_beyond_the_border_are_refused(make: Any, words: str) -> None:
             "PGD(l2 ball of radius 1, 0 steps of 2.5 x eps / steps, gaussian start of standard "
             "deviation 0.1, inside a box, eval mode)",
         ),
+        (eb.MSAP(eps=0.1, steps=2), "MSAP(l2 ball of radius 0.1, 2 steps of eps / 4)"),
         (eb.FGSM(eps=0.1), "FGSM(linf ball of radius 0.1, 1 step)"),
         (
             eb.MIFGSM(eps=1.0, steps=2),
@@ -422,6 +423,21 @@ def test_outputs_that_are_probabilities_already_have_the_same_smallest_eps() -> 
     torch.testing.assert_close(probabilities, logits, rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+def test_one_logit_is_as_far_as_its_boundary(shape: tuple[int, ...]) -> None:
+    x, module, head = torch.randn(6, 5), nn.Identity(), nn.Linear(5, 1)
+    with torch.no_grad():
+        clean = head(x).squeeze(1)
+
+    def loss() -> Evaluation:
+        return Evaluation(None, head(module(x)).reshape(shape))
+
+    goal = eb.Misclassify((clean > 0).long())
+    eps = eb.FMN(steps=60).run(loss, eb.Site(module), criterion=goal).eps
+    expected = clean.abs() / head.weight.detach().norm()
+    torch.testing.assert_close(eps, expected, rtol=0.02, atol=0)
+
+
 def test_a_token_attack_that_finds_no_exchange_stops() -> None:
     embedding, tokens = nn.Embedding(9, 4), torch.randint(0, 9, (3, 5))
 
@@ -464,6 +480,7 @@ def test_rounding_does_not_keep_samples_in_a_batch() -> None:
     assert 0 < int(result.reached.sum()) < 8
     assert sizes[0] == 4  # it is tried whether samples can leave, and then they do
     assert len(sizes) > 1
+    assert len(result.steps.unique()) > 1  # who fell makes no more steps
 
 
 @pytest.mark.parametrize("kind", ["one way", "randomised", "several ways"])
@@ -641,6 +658,20 @@ def test_statistics_start_anew_at_perturbed_weights() -> None:
     tokens, labels = torch.randint(0, 20, (8, 3)), torch.randint(0, 3, (8,))
     objective(toys.classify(model, tokens, labels))
     assert seen[-2:] == [0, 1]
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_a_state_is_taken_over_with_and_without_a_generator(seeded: bool) -> None:
+    site = eb.Site(toys.encoder().embedding)
+
+    def objective(own: bool) -> eb.AdversarialObjective:
+        generator = torch.Generator() if own else None
+        return eb.AdversarialObjective(eb.FGM(eps=0.1, generator=generator), site)
+
+    before, after = objective(seeded), objective(not seeded)
+    before.step = 3
+    after.load_state_dict(before.state_dict())
+    assert after.step == 3
 
 
 def test_weight_perturbation_takes_its_numbers_by_name() -> None:
