@@ -222,6 +222,8 @@ def test_small_draws_in_single_precision_are_noticed() -> None:
         (lambda: eb.AutoAttack(eps=1.0, queries=-1), "queries"),
         (lambda: eb.AutoAttack(eps=1.0, targets=-1), "targets"),
         (lambda: eb.AutoAttack(eps=1.0, eot=0), "eot must be at least 1"),
+        (lambda: eb.AutoAttack(eps=1.0, mode="train"), "mode"),  # type: ignore[arg-type]
+        (lambda: eb.AutoAttack(eps=1.0, restarts=0), "restarts must be at least 1"),
         (lambda: eb.FMN(steps=0), "steps must be at least 1"),
         (lambda: eb.FMN(gamma=-0.1), "gamma"),
         (lambda: eb.FMN(step_size=-0.1), "step_size"),
