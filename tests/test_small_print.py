@@ -37,7 +37,7 @@ class Returns(nn.Module):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda x: x.long(), "got Tensor of torch.int64"),
+        (lambda x: x.long(), "Tensor of torch.int64"),
         (lambda x: "text", "got str"),
         (lambda x: ("text", x), r"got str \(in a tuple\)"),
     ],
@@ -737,7 +737,7 @@ def test_numbers_at_the_border_are_allowed() -> None:
     eb.Bregman(nn.Linear(2, 2), weight=0.0, momentum=0.0)
 
 
-@pytest.mark.parametrize("kind", ["joint", "packed", "ragged", "time first", "no table", "rows"])
+@pytest.mark.parametrize("kind", ["joint", "packed", "time first", "no table", "rows"])
 def test_agreement_is_asked_only_where_embeddings_are_in_their_place(kind: str) -> None:
     embedding, tokens = nn.Embedding(9, 4), torch.randint(0, 9, (3, 5))
     module = nn.Sequential(embedding) if kind == "no table" else embedding
@@ -747,12 +747,8 @@ def test_agreement_is_asked_only_where_embeddings_are_in_their_place(kind: str) 
         tokens = tokens.T
     if kind == "packed":
         tokens = tokens.flatten()
-    if kind == "ragged":
-        tokens = torch.nested.nested_tensor([tokens[0], tokens[1, :2]], layout=torch.jagged)
 
     def loss() -> Tensor:
-        if kind == "ragged":
-            return torch.stack([one.square().sum() for one in module(tokens).unbind()])
         hidden = module(tokens).square().sum(-1)
         return hidden.sum(0) if kind == "time first" else hidden.reshape(3, 5).sum(1)
 
@@ -804,3 +800,17 @@ def test_the_parts_of_an_objective_make_its_loss(form: str, masked: bool) -> Non
     assert again.keys() == metrics.keys()
     with pytest.raises(ValueError, match="form must be one of"):
         eb.AdversarialObjective(eb.FGM(eps=0.3), objective.sites, form="mart").parts(loss_fn)
+
+
+def test_agreement_is_not_asked_of_ragged_batches() -> None:
+    embedding = nn.Embedding(9, 4)
+    parts = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])]
+    tokens = torch.nested.nested_tensor(parts, layout=torch.jagged)
+
+    def loss() -> Tensor:
+        return torch.stack([one.square().sum() for one in embedding(tokens).unbind()])
+
+    policy = eb.masking.NearestAgreement()
+    objective = eb.AdversarialObjective(eb.FGM(eps=0.1), eb.Site(embedding), masking=policy)
+    with pytest.raises(ValueError, match="NearestAgreement: needs"):
+        objective(loss)
