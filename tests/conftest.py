@@ -116,7 +116,7 @@ NOT_ON_PRETEND = {
     "test_reference.py::test_project_gradient": _SLOW,
     "test_reference.py::test_projection_is_the_nearest_point": _SLOW,
     "test_reference.py::test_steepest_ascent": _SLOW,
-    "test_small_print.py::test_agreement_is_not_asked_of_ragged_batches": "it has no nested tensors",
+    "test_small_print.py::test_ragged_batches_have_no_agreement": "it has no nested tensors",
     "test_tasks.py::test_texts_of_a_file_are_encoded_like_those_of_a_part": _NO_STORAGE,
     "test_tasks.py::test_the_fingerprint_is_of_the_data": _NO_STORAGE,
     "test_tasks.py::test_what_is_saved_is_read_back": _NO_STORAGE,

@@ -802,7 +802,7 @@ def test_the_parts_of_an_objective_make_its_loss(form: str, masked: bool) -> Non
         eb.AdversarialObjective(eb.FGM(eps=0.3), objective.sites, form="mart").parts(loss_fn)
 
 
-def test_agreement_is_not_asked_of_ragged_batches() -> None:
+def test_ragged_batches_have_no_agreement() -> None:
     embedding = nn.Embedding(9, 4)
     parts = [torch.tensor([1, 2, 3]), torch.tensor([4, 5])]
     tokens = torch.nested.nested_tensor(parts, layout=torch.jagged)
