@@ -15,7 +15,7 @@ _DRAW = torch.ops.aten.bernoulli_.float
 
 @dataclass(frozen=True)
 class _Drawn:
-    """One draw: what was asked in which state of the generator, and what came of it."""
+    """One draw: the generator's state before and after, the arguments, and the mask drawn."""
 
     before: Tensor
     asked: tuple[Any, ...]
@@ -35,7 +35,7 @@ class DropoutMasks(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._drawn: list[_Drawn] = []
-        self._turn = 0
+        self._index = 0
         self._passes = 0
 
     @classmethod
@@ -45,11 +45,11 @@ class DropoutMasks(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def idle(self) -> bool:
-        """Whether a whole pass has drawn nothing, so that later ones need not be watched."""
+        """Whether a whole pass has drawn nothing, so that later ones need not be intercepted."""
         return self._passes > 0 and not self._drawn
 
     def __enter__(self) -> DropoutMasks:
-        self._turn = 0
+        self._index = 0
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -72,12 +72,12 @@ class DropoutMasks(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         before = torch.get_rng_state()
         asked = (target.shape, target.stride(), target.dtype, *args[1:])
-        turn, self._turn = self._turn, self._turn + 1
-        known = self._drawn[turn] if turn < len(self._drawn) else None
+        index, self._index = self._index, self._index + 1
+        known = self._drawn[index] if index < len(self._drawn) else None
         if known is not None and known.asked == asked and torch.equal(known.before, before):
             torch.set_rng_state(known.after)
             return target.copy_(known.mask)
         func(*args, **kwargs)
         drawn = _Drawn(before, asked, target.bool(), torch.get_rng_state())
-        self._drawn[turn : turn + 1] = [drawn]
+        self._drawn[index : index + 1] = [drawn]
         return target
