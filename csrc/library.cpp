@@ -1,6 +1,6 @@
 // The one list of what the package can do: every op's schema, and nothing else.
 //
-// Conventions shared by the group ops (meaning: python/embattle/reference.py):
+// Conventions shared by the group ops (meaning: python/embattle/ops/reference.py):
 //   norm           1., 2. or inf
 //   token          every vector of the last dim is a group; otherwise everything but dim 0 is one
 //   offsets        [groups + 1] int64, ragged groups of packed rows; overrides `token`

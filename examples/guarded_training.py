@@ -14,7 +14,7 @@ import warnings
 
 import embattle as eb
 import torch
-from embattle.monitor import RobustTrainingWarning
+from embattle.objectives.monitor import RobustTrainingWarning
 from torch import Tensor, nn
 
 

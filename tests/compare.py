@@ -23,7 +23,7 @@ def run(op: str, call: Call, source: Any = ops) -> list[Tensor]:
     Args:
         op: the name of a function of `source`.
         call: its arguments; random ops get a generator seeded with SEED.
-        source: embattle.ops, or embattle.reference.
+        source: embattle.ops, or embattle.ops.reference.
     """
     function = getattr(source, op)
     kwargs = dict(call.kwargs)

@@ -50,7 +50,7 @@ DTYPES = tuple(PRECISIONS)
 
 
 class Call(NamedTuple):
-    """The arguments of one call of an op in embattle.ops (or embattle.reference)."""
+    """The arguments of one call of an op in embattle.ops (or embattle.ops.reference)."""
 
     args: list[Any]
     kwargs: dict[str, Any]

@@ -12,11 +12,11 @@ pytest.importorskip("torchmetrics")
 
 from embattle.attacks import PGD, UniformNoise
 from embattle.audit import html
-from embattle.audit.evaluation import evaluate, predict, sweep
+from embattle.audit.evaluation import evaluate, predict, success_rate, sweep
 from embattle.audit.honesty import order_checks, transfer_check, unbounded_check
-from embattle.audit.metrics import score, success_rate
 from embattle.data.batch import Batch
 from embattle.perturb.site import Site
+from embattle.tasks import Classification
 
 
 class Linear(nn.Module):
@@ -54,21 +54,21 @@ def batches(*, size: int = 2) -> list[Batch]:
 def test_scores_by_hand() -> None:
     logits = torch.tensor([[0.0, 2.0], [0.0, 1.0], [3.0, 0.0], [0.0, 0.5]])
     labels = torch.tensor([1, 0, 0, 1])
-    found = score(logits, labels)
-    assert found.accuracy == pytest.approx(0.75)
+    found = Classification().scores(logits, labels)
+    assert found["accuracy"] == pytest.approx(0.75)
     # Class 0: precision 1, recall 1/2; class 1: precision 2/3, recall 1.
-    assert found.f1 == pytest.approx((2 / 3 + 0.8) / 2)
+    assert found["f1"] == pytest.approx((2 / 3 + 0.8) / 2)
     # One of the four pairs (right class 1, class 0) is in the wrong order.
-    assert found.auc == pytest.approx(0.75)
-    assert math.isnan(score(logits, torch.ones(4, dtype=torch.int64)).auc)
+    assert found["auc"] == pytest.approx(0.75)
+    ones = torch.ones(4, dtype=torch.int64)
+    assert math.isnan(Classification().scores(logits, ones)["auc"])
 
 
 def test_success_counts_only_what_was_right() -> None:
-    clean = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
-    attacked = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    labels = torch.tensor([1, 1, 1])
-    assert success_rate(clean, attacked, labels) == 0.5
-    assert success_rate(attacked, attacked, torch.tensor([1, 0, 0])) == 0.0
+    clean = torch.tensor([True, True, False])
+    assert success_rate(clean, torch.tensor([False, True, True])) == 0.5
+    assert success_rate(~clean, torch.tensor([True, True, True])) == 0.0
+    assert success_rate(clean & ~clean, clean) == 0.0
 
 
 def test_attacks_fool_exactly_the_examples_within_reach() -> None:
@@ -79,11 +79,15 @@ def test_attacks_fool_exactly_the_examples_within_reach() -> None:
     # the sums are 2, -2, 0.4 and 1.2.
     attack = PGD(norm="l2", eps=0.5, step_size=0.5, steps=3)
     results = evaluate(model, batches(), site, {"PGD": attack})
-    right = results["PGD"].logits.argmax(1) == labels
-    assert right.tolist() == [True, True, False, True]
+    assert results["PGD"].right.tolist() == [True, True, False, True]
+    assert (results["PGD"].outputs.argmax(1) == labels).tolist() == [True, True, False, True]
     assert results["PGD"].norm == pytest.approx(0.5, rel=1e-5)
     attacks = [PGD(norm="l2", eps=e, step_size=e, steps=2) for e in (0.1, 0.5, 1.0, 2.0)]
     assert sweep(model, batches(), site, attacks) == [1.0, 0.75, 0.5, 0.0]
+    # Who is known to fall is not attacked again, there or in a larger ball.
+    known = [None, torch.tensor([True, False, False, False]), None, None]
+    assert sweep(model, batches(), site, attacks, fallen=known) == [1.0, 0.5, 0.25, 0.0]
+    assert sweep(model, batches(), site, [attacks[0], None], fallen=known[:2]) == [1.0, 0.75]
     assert (predict(model, batches()).argmax(1) == labels).all()
     assert all(weight.requires_grad for weight in model.parameters())
 
@@ -95,8 +99,9 @@ def test_restarts_keep_the_worst_try() -> None:
     def accuracy(restarts: int) -> float:
         generator = torch.Generator().manual_seed(0)
         noise = UniformNoise(norm="l2", eps=0.9, restarts=restarts, generator=generator)
-        logits = evaluate(model, batches(), site, {"noise": noise})["noise"].logits
-        return score(logits, torch.tensor([1, 0, 1, 1], device="cpu")).accuracy
+        return float(
+            evaluate(model, batches(), site, {"noise": noise})["noise"].right.float().mean()
+        )
 
     # The third example lies 0.28 from the boundary: some of 40 draws cross it, one draw need not.
     assert accuracy(40) <= accuracy(1)
@@ -110,12 +115,17 @@ def test_checks_hold_for_a_real_attack_and_fail_for_one_that_is_too_weak() -> No
     with torch.no_grad():
         second.embedding.weight.mul_(-1)
     target, source = (first, Site(first.embedding)), (second, Site(second.embedding))
-    assert unbounded_check("m", *_swap(target), far).passed
-    assert not unbounded_check("m", *_swap(target), weak).passed
+    assert unbounded_check("m", *_swap(target), [weak, far]).passed
+    assert not unbounded_check("m", *_swap(target), [weak]).passed
     assert transfer_check("m", target, source, batches(), weak).passed
     # An attack that goes the wrong way on the target alone: the transferred one is stronger.
     hidden = _Backwards()
-    assert not transfer_check("m", (hidden, Site(hidden.embedding)), target, batches(), weak).passed
+    pair = (hidden, Site(hidden.embedding)), target
+    assert not transfer_check("m", *pair, batches(), weak).passed
+    # What stands under the target's own attack may be known: two of four fall to the other's.
+    for right, holds in (([True, True, False, True], False), ([True, False, False, False], True)):
+        check = transfer_check("m", *pair, batches(), weak, right=torch.tensor(right))
+        assert check.passed == holds, check
 
     accuracies = {"Noise": 0.4, "FGM": 0.5, "PGD": 0.6}
     failed = order_checks("m", accuracies, noise=["Noise"], gradient=["FGM", "PGD"])

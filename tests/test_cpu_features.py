@@ -93,3 +93,12 @@ def test_every_feature_that_the_compiler_may_use_is_asked_for(
     assert used, "the compiler says nothing of the level"
     asked = {name for name, levels in answers.items() if levels[0] == level - 1}
     assert used <= asked
+
+
+def test_a_build_for_this_machine_has_the_level_that_the_library_chooses(tmp_path: Path) -> None:
+    from embattle import _C
+
+    command = [str(CXX), "-std=c++20", str(ROOT / "cmake" / "native_level.cpp"), "-o", "level"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    level = subprocess.run([str(tmp_path / "level")], capture_output=True, text=True, check=True)
+    assert level.stdout == _C.build_info()["simd_available"].split(",")[-1]

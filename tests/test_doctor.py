@@ -8,7 +8,7 @@ from pathlib import Path
 
 import embattle
 import pytest
-from embattle import doctor
+from embattle.jobs import doctor
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -63,3 +66,34 @@ def test_guarded_training() -> None:
     assert found["no masking"]["masked"] == 0
     assert all(one["true accuracy"] > 0.55 for one in found.values())
     assert 0.1 < found["loss quantile"]["masked"] < 0.3
+
+
+def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("matplotlib")
+    from tiny_job import invoke
+
+    monkeypatch.chdir(EXAMPLES.parent)
+    lines = (EXAMPLES / "own_task.py").read_text().splitlines()
+    assert len(lines) <= 60
+    recipe, out = EXAMPLES / "own_task.yaml", tmp_path / "run"
+    status, text = invoke("train", recipe, "--out", out)
+    assert status == 2
+    assert "--trust-task" in text
+    assert not out.exists()
+    status, text = invoke("train", recipe, "--out", out, "--trust-task")
+    assert status == 0, text
+    status, text = invoke("audit", out)
+    assert status == 2
+    assert "--trust-task" in text
+    status, text = invoke("audit", out, "--trust-task")
+    assert status == 0, text
+    facts = json.loads((out / "metrics.json").read_text())
+    standard, hardened = (facts["models"][name] for name in ("standard", "hardened"))
+    assert standard["clean"]["r2"] > 0.9
+    assert standard["sweep"]["within"][0] == standard["clean"]["within"] > 0.9
+    attacked = [model["attacks"]["PGD-10 x2"]["within"] for model in (standard, hardened)]
+    assert attacked[0] < attacked[1] < hardened["clean"]["within"]
+    page = (out / "report.html").read_text()
+    assert "Close enough under PGD-10 x2" in page
+    assert "around each flat as a whole" in page

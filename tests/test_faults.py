@@ -23,12 +23,12 @@ pytest.importorskip("torchmetrics")
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-from embattle import run_folder
-from embattle import train as training
-from embattle.audit import run as auditing
 from embattle.errors import InputError
 from embattle.files import UNFINISHED, remove_unfinished, replacing
-from embattle.run_folder import Run, locked
+from embattle.jobs import audit as auditing
+from embattle.jobs import run_folder
+from embattle.jobs import train as training
+from embattle.jobs.run_folder import Run, locked
 from safetensors.torch import load_file, save_file
 from tiny_job import invoke, make_encoder, recipe_of
 
@@ -198,10 +198,9 @@ def test_a_broken_model_is_noticed_before_the_first_attack(
 @pytest.mark.parametrize(
     "change",
     [
-        {"classes": ["0"]},
-        {"classes": ["0", "1", "2"]},
-        {"classes": ["no", "yes"]},
-        {"classes": None},
+        {"facts": None},
+        {"facts": {}},
+        {"facts": {"kind": {"name": "Classification", "classes": ["no", "yes"]}}},
         {"counts": {}},
         {"counts": {"test": [1, 1]}},
         {"fingerprint": "0" * 64},
@@ -209,7 +208,7 @@ def test_a_broken_model_is_noticed_before_the_first_attack(
         {"variants": []},
         {"variants": {"standard": {}}},
         {"variants": {"other": {}}},
-        {"format": 2},
+        {"format": 1},
         {"more": 1},
     ],
     ids=str,
@@ -221,7 +220,7 @@ def test_a_changed_run_json(
     facts = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps(facts | change))
     refused("", "audit", out)
-    if "classes" in change or "variants" in change:
+    if "facts" in change or "variants" in change:
         refused("run.json", "audit", out)
 
 
@@ -391,7 +390,7 @@ from pathlib import Path
 from embattle.cli import app
 from typer.testing import CliRunner
 recipe, out, first, *flags = sys.argv[1:]
-import embattle.train, embattle.files, embattle.audit.run, transformers
+import embattle.jobs.train, embattle.files, embattle.jobs.audit, transformers
 
 def job(die_at):
     child = os.fork()

@@ -17,8 +17,8 @@ from embattle import data
 from embattle.data.formats import recognise
 from embattle.data.inspect import describe
 from embattle.data.looks import guess_roles, kind_of_table, look, look_all
+from embattle.data.recipe import DataRecipe
 from embattle.errors import InputError
-from embattle.recipe import DataRecipe
 from file_cases import ACCENTS, CASES, TEXTS, Case, rows
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "files.md"

@@ -17,9 +17,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("yaml")
 
-from embattle import train as training
 from embattle.cli import app
-from embattle.run_folder import Run
+from embattle.jobs import train as training
+from embattle.jobs.run_folder import Run
 from safetensors.torch import load_file
 from tiny_job import invoke, make_encoder, recipe_of, write_reviews
 from typer.testing import CliRunner

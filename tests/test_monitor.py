@@ -8,7 +8,7 @@ import embattle as eb
 import pytest
 import torch
 import toys
-from embattle.monitor import Monitor, RobustTrainingWarning
+from embattle.objectives.monitor import Monitor, RobustTrainingWarning
 from torch import Tensor, nn
 
 

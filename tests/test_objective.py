@@ -8,7 +8,7 @@ import embattle as eb
 import pytest
 import torch
 import toys
-from embattle.masking import Outcome
+from embattle.objectives.masking import Outcome
 from torch import Tensor, nn
 
 

@@ -18,9 +18,9 @@ import pyarrow.parquet
 from embattle import data
 from embattle.data import tables
 from embattle.data.ratings import read_ratings
+from embattle.data.recipe import DataRecipe
 from embattle.data.tables import Table
 from embattle.errors import InputError
-from embattle.recipe import DataRecipe
 
 COUNT = 3000
 TEXTS = [f"review, number {i}\nwith 'quotes' and é {'x' * (i % 50)}" for i in range(COUNT)]

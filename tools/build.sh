@@ -12,7 +12,7 @@ export PATH="$tools:$PATH"
 cmake -S . -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=Release -DEMBATTLE_CUDA="${EMBATTLE_CUDA:-AUTO}" \
   -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" "$@" >"$dir/configure.log" 2>&1 \
   || { cat "$dir/configure.log"; exit 1; }
-grep -E "^-- (torch|CUDA kernels)" "$dir/configure.log" || true
+grep -E "^-- (torch|SIMD levels|CUDA kernels)" "$dir/configure.log" || true
 cmake --build "$dir" --parallel "${JOBS:-2}"
 if [ -z "${KEEP_OUT_OF_TREE:-}" ]; then
   rm -f python/embattle/_C*.so

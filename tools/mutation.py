@@ -66,9 +66,17 @@ TESTS = {
         "objective",
         "leaving",
     ],
-    "clipping": ["clipping", "clipping_defects"],
+    "clipping": [
+        "clipping",
+        "clipping_defects",
+        "clipping_verify",
+        "clipping_rules",
+        "clipping_parallel",
+        "clipping_properties",
+        "clipping_libraries",
+    ],
 }
-COMMON = ["attack_properties"]
+COMMON = ["attack_properties"]  # of all packages but clipping
 CASES = "80"  # of the property tests
 
 
@@ -221,7 +229,9 @@ def survivors(result: dict[str, Any]) -> list[Mutant]:
 
 
 def test_files(packages: list[str]) -> list[str]:
-    names = dict.fromkeys(n for p in packages for n in [*TESTS.get(p, []), *COMMON])
+    names = dict.fromkeys(n for p in packages for n in TESTS.get(p, []))
+    if set(packages) != {"clipping"}:
+        names |= dict.fromkeys(COMMON)
     files = [f"tests/test_{name}.py" for name in names]
     return [file for file in files if (ROOT / file).exists()]
 
@@ -273,6 +283,7 @@ def _environment(root: Path) -> dict[str, str]:
         "PYTHONPATH": str(root / "python"),
         "OMP_NUM_THREADS": "1",
         "EMBATTLE_PROPERTY_CASES": CASES,
+        "EMBATTLE_CLIPPING_CASES": CASES,
     }
 
 

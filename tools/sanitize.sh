@@ -19,8 +19,9 @@ cp -r python/embattle "$dir/python/"
 rm -f "$dir"/python/embattle/_C*.so
 cp "$dir"/_C*.so "$dir/python/embattle/"
 echo "==> native tests under ASan and UBSan"
+# Output is not captured: a report has to be seen where a worker ends with it.
 # shellcheck disable=SC2086
-PYTHONPATH="$dir/python" OMP_NUM_THREADS=2 bash tools/under_asan.sh \
-  "$python" -m pytest -q -p no:cacheprovider -k "${SELECT-$select}" \
+PYTHONPATH="$dir/python" OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive bash tools/under_asan.sh \
+  "$python" -m pytest -q -s -n "${JOBS:-2}" -p no:cacheprovider -k "${SELECT-$select}" \
   ${TESTS:-tests/test_ops_errors.py tests/test_ops_properties.py tests/test_ops_numerics.py \
   tests/test_ops_grad_rows.py}

@@ -7,30 +7,10 @@
 #include <vector>
 
 #include "../launch.h"
-#include "features.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
+#include "level_here.h"
 
 namespace embattle {
 namespace {
-
-#if defined(__x86_64__)
-int level_here() {
-  const auto cpuid = [](uint32_t leaf, uint32_t (&answers)[4]) {
-    return __get_cpuid_count(leaf, 0, &answers[0], &answers[1], &answers[2], &answers[3]) != 0;
-  };
-  const auto xcr0 = [] {
-    uint32_t low = 0, high = 0;
-    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return uint64_t{high} << 32 | low;
-  };
-  return highest_level(cpuid, xcr0);
-}
-#else
-int level_here() { return 2; }  // the compiler's baseline, under the name of the lowest level
-#endif
 
 // The levels that were compiled (EMBATTLE_SIMD_LEVELS) and that the processor has, lowest first.
 std::vector<const CpuKernels*> available() {

@@ -1,5 +1,5 @@
 // random_start, gaussian_noise and gaussian_noise_. Numbers are a function of the key and of an
-// element's place in the tensor alone; the layout is told in python/embattle/reference.py.
+// element's place in the tensor alone; the layout is told in python/embattle/ops/reference.py.
 #include <cmath>
 
 #include "draw.h"

@@ -1,5 +1,5 @@
 // Random numbers that depend on a key and an element's place alone. The layout is defined in
-// python/embattle/reference.py.
+// python/embattle/ops/reference.py.
 #pragma once
 
 #include "../formulas.h"

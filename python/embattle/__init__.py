@@ -51,9 +51,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from embattle import clipping as clipping
     from embattle import losses as losses
-    from embattle import masking as masking
     from embattle import ops as ops
-    from embattle import schedules as schedules
     from embattle.attacks import APGD as APGD
     from embattle.attacks import FGM as FGM
     from embattle.attacks import FGSM as FGSM
@@ -86,7 +84,6 @@ if TYPE_CHECKING:
     from embattle.criteria import MultiLabel as MultiLabel
     from embattle.criteria import Promote as Promote
     from embattle.criteria import Target as Target
-    from embattle.monitor import Monitor as Monitor
     from embattle.objectives import AWP as AWP
     from embattle.objectives import R3F as R3F
     from embattle.objectives import AdversarialObjective as AdversarialObjective
@@ -97,6 +94,11 @@ if TYPE_CHECKING:
     from embattle.objectives import Smart as Smart
     from embattle.objectives import Trades as Trades
     from embattle.objectives import Vat as Vat
+    from embattle.objectives import masking as masking
+    from embattle.objectives import schedules as schedules
+    from embattle.objectives.monitor import Monitor as Monitor
+    from embattle.objectives.monitor import RobustTrainingWarning as RobustTrainingWarning
+    from embattle.ops import reference as reference
     from embattle.perturb.evaluation import Evaluation as Evaluation
     from embattle.perturb.site import Site as Site
     from embattle.perturb.strength import PerDim as PerDim
@@ -131,7 +133,7 @@ _EXPORTS: dict[str, str] = {
     "Mart": "objectives",
     "MaximizeLoss": "criteria",
     "Misclassify": "criteria",
-    "Monitor": "monitor",
+    "Monitor": "objectives.monitor",
     "MultiLabel": "criteria",
     "NEFTune": "attacks",
     "PGD": "attacks",
@@ -140,6 +142,7 @@ _EXPORTS: dict[str, str] = {
     "Promote": "criteria",
     "R3F": "objectives",
     "Relative": "perturb.strength",
+    "RobustTrainingWarning": "objectives.monitor",
     "RowSelection": "clipping",
     "SMARTStep": "attacks",
     "Site": "perturb.site",
@@ -152,14 +155,22 @@ _EXPORTS: dict[str, str] = {
     "VAT": "attacks",
     "Vat": "objectives",
 }
-_SUBMODULES = ("clipping", "losses", "masking", "ops", "reference", "schedules")
+# Public name of a module -> the module.
+_MODULES: dict[str, str] = {
+    "clipping": "clipping",
+    "losses": "losses",
+    "masking": "objectives.masking",
+    "ops": "ops",
+    "reference": "ops.reference",
+    "schedules": "objectives.schedules",
+}
 
-__all__ = ["__version__", *_SUBMODULES, *_EXPORTS]
+__all__ = ["__version__", *_MODULES, *_EXPORTS]
 
 
 def __getattr__(name: str) -> object:
-    if name in _SUBMODULES:
-        return importlib.import_module(f"embattle.{name}")
+    if name in _MODULES:
+        return importlib.import_module(f"embattle.{_MODULES[name]}")
     if name in _EXPORTS:
         value = getattr(importlib.import_module(f"embattle.{_EXPORTS[name]}"), name)
         globals()[name] = value

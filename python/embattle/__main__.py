@@ -24,7 +24,7 @@ def main() -> None:
         if error.name != "typer":
             raise
         if sys.argv[1:2] == ["doctor"]:
-            from embattle.doctor import examine
+            from embattle.jobs.doctor import examine
 
             report = examine()
             print("\n".join(report.lines()))

@@ -29,6 +29,12 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-task", help="Run the code that the recipe names as its task. Read it before."
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -69,7 +75,7 @@ def _print_error(message: str) -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        from embattle.doctor import version_of
+        from embattle.jobs.doctor import version_of
 
         print(f"embattle {version_of('embattle') or '(not installed as a package)'}")
         raise typer.Exit
@@ -103,15 +109,16 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
     ] = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Train a standard and a hardened model under the same budget."""
     with _plain_errors(debug):
-        from embattle import recipe as recipes
+        from embattle.jobs import recipe as recipes
 
-        chosen = recipes.load(recipe, full=full, changes=changes or ())
+        chosen = recipes.load(recipe, full=full, changes=changes or (), trust=trust)
 
-        from embattle.train import train as run
+        from embattle.jobs.train import train as run
 
         run(chosen, out or Path("runs") / chosen.name, resume=resume, overwrite=overwrite)
 
@@ -119,13 +126,14 @@ def train(
 @app.command()
 def audit(
     run_dir: Annotated[Path, typer.Argument(help="A folder that `embattle train` wrote.")],
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Attack both models of a run and write the report."""
     with _plain_errors(debug):
-        from embattle.audit.run import audit as run
+        from embattle.jobs.audit import audit as run
 
-        run(run_dir)
+        run(run_dir, trust=trust)
 
 
 @data_app.command("list")
@@ -169,29 +177,34 @@ def inspect_data(
     delimiter: Annotated[
         str | None, typer.Option("--delimiter", help="Of a CSV file: one character, or 'tab'.")
     ] = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Say what is read of a file or by a recipe, what is dropped and why, without training."""
     with _plain_errors(debug):
-        from embattle.data.inspect import inspect_file, inspect_recipe
-
         if path.suffix.lower() in (".yaml", ".yml"):
             if encoding or delimiter:
                 raise InputError(
                     "--encoding and --delimiter are for tables; a recipe says data.encoding and "
                     "data.delimiter (--set)"
                 )
-            inspect_recipe(path, full=full, changes=changes or ())
+            from embattle.jobs.inspect import inspect_recipe
+
+            inspect_recipe(path, full=full, changes=changes or (), trust=trust)
         else:
-            if full or changes:
-                raise InputError("--full and --set are for recipes; give a .yaml file")
+            if full or changes or trust:
+                raise InputError(
+                    "--full, --set and --trust-task are for recipes; give a .yaml file"
+                )
+            from embattle.data.inspect import inspect_file
+
             inspect_file(path, encoding=encoding, delimiter=delimiter)
 
 
 @app.command()
 def doctor() -> None:
     """Show what is installed and how it was built, and what is wrong, if anything."""
-    from embattle.doctor import examine
+    from embattle.jobs.doctor import examine
 
     report = examine()
     print("\n".join(report.lines()))

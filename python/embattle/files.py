@@ -7,11 +7,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from embattle.errors import InputError
+from embattle.errors import InputError, need
 
 # Unfinished files begin with this, so that what a killed process left can be told from all else.
 UNFINISHED = ".embattle-part-"
@@ -57,6 +57,23 @@ def write_text(path: Path, text: str) -> None:
     """Writes `text` (UTF-8) to `path`, all of it or nothing."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def save_tensors(path: Path, save: Callable[[str], None]) -> None:
+    """Has `save` write a safetensors file, all of it or nothing.
+
+    Raises:
+        InputError: if it cannot be written, for instance on a full disk.
+    """
+    failure = need("safetensors").SafetensorError
+    try:
+        with replacing(path) as part:
+            save(str(part))
+    except failure as error:
+        reason = str(error).split("I/O error: ")[-1]
+        raise InputError(
+            f"cannot write {path}: {reason}; make room and go on with --resume"
+        ) from error
 
 
 def remove_unfinished(folder: Path, *, older_than: float = 0.0) -> int:

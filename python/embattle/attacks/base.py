@@ -281,8 +281,11 @@ class Attack:
             else:
                 found = self.search(stage, goal, opened, generator, scale, evaluate=evaluate)
                 now = found if evaluate else None
-                steps = torch.full((stage.batch,), self.steps * self.restarts)
-                steps = steps.to(stage.blocks[0].base.device)
+                made, device = self.steps * self.restarts, stage.blocks[0].base.device
+                steps = torch.full((stage.batch,), made, device=device)
+                if not made:  # nobody lacked a gradient
+                    for block in stage.blocks:
+                        block.moved.fill_(True)
             stage.forget_masks()
             clean = opened.clean if evaluate else None
             if clean is not None:
@@ -314,8 +317,8 @@ class Attack:
             Evaluation of the final deltas, if it is asked for or known anyway.
         """
         best = Best(stage, goal, opened.clean) if self.compares and opened.clean else None
-        for restart in range(self.restarts):
-            known = opened if restart == 0 else opened.after()
+        known, later, coupled = opened, opened.after(), stage.found.coupled
+        for _ in range(self.restarts):
             states = known.states
             if states is None:
                 states = [self.begin(block, scale) for block in stage.blocks]
@@ -325,13 +328,14 @@ class Attack:
                 # A group without a gradient at first and at last is taken to have none.
                 note = number in (0, self.steps - 1)
                 at, values, grads = known.look(stage, goal, gradient=self.climbs, note=note)
-                known = opened.after()
-                if stage.found.coupled:  # no sample has a value of its own then
+                known = later
+                if coupled:  # no sample has a value of its own then
                     values = values.sum().expand_as(values)
                 if best is not None and self.keep == "best":
                     best.offer(at)
                 for block, grad, state in zip(stage.blocks, grads, states, strict=True):
                     self.step(block, grad, state, number, values)
+            known = later
             if best is not None:
                 best.offer(stage.evaluate(grad=False, lookups="detached").detach())
                 best.join()
@@ -397,4 +401,6 @@ def _excuse(stage: Stage, counted: Tensor | None) -> None:
 
 def box(state: dict[str, Any]) -> dict[str, Any]:
     """Give an attack's bounds of the delta, as the ops take them."""
-    return {side: state[side] for side in ("lower", "upper") if side in state}
+    if "lower" not in state and "upper" not in state:
+        return {}
+    return {"lower": state.get("lower"), "upper": state.get("upper")}

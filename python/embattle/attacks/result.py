@@ -114,13 +114,7 @@ class AttackResult:
             counts = [(block.nonfinite > 0).sum() for block in self._found.blocks]
         else:
             counts = [block.still(done) for block in self._found.blocks]
-        if name == "zero_gradient" and not int(self._steps_made):
-            return torch.zeros_like(counts[0])
         return torch.stack(counts).sum()
-
-    @property
-    def _steps_made(self) -> int:
-        return int(self.steps.max()) if self.steps.numel() else 0
 
     # --- what it was evaluated to ----------------------------------------------------------------
 

@@ -8,31 +8,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from embattle.audit.evaluation import Attacked, evaluate, predict, success_rate, sweep
+from embattle.audit.honesty import Check
 
-if TYPE_CHECKING:
-    from embattle.audit.evaluation import Attacked, evaluate, predict, sweep
-    from embattle.audit.honesty import Check
-    from embattle.audit.metrics import Scores, score, success_rate
-
-__all__ = ["Attacked", "Check", "Scores", "evaluate", "predict", "score", "success_rate", "sweep"]
-
-_HOMES = {
-    "Attacked": "evaluation",
-    "Check": "honesty",
-    "Scores": "metrics",
-    "evaluate": "evaluation",
-    "predict": "evaluation",
-    "score": "metrics",
-    "success_rate": "metrics",
-    "sweep": "evaluation",
-}
-
-
-def __getattr__(name: str) -> object:
-    """Imports lazily: scores need torchmetrics, the rest only torch."""
-    if name in _HOMES:
-        import importlib
-
-        return getattr(importlib.import_module(f"embattle.audit.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["Attacked", "Check", "evaluate", "predict", "success_rate", "sweep"]

@@ -16,19 +16,21 @@ def accuracy_over_eps(
     eps: Sequence[float],
     *,
     trained: float,
-    chance: float,
+    chance: float | None,
     unit: str,
     attack: str,
+    measure: str = "accuracy",
 ) -> bytes:
-    """Accuracy of each model over the attack's radius.
+    """Accuracy of each model, or what corresponds, over the attack's radius.
 
     Args:
         curves: model to accuracies, one for each value of `eps`.
         eps: the radii, growing, the first being 0.
         trained: the radius that the hardened model was trained for.
-        chance: accuracy of always naming the most frequent class.
+        chance: accuracy of always naming the most frequent class; None: not shown.
         unit: what eps counts in, for the axis.
         attack: the attack's name, for the title.
+        measure: what the accuracies are called.
 
     Returns:
         A PNG.
@@ -36,10 +38,10 @@ def accuracy_over_eps(
     figure, axes = _canvas(7.2, 4.2)
     axes.axvline(trained, color="#64748b", linewidth=1, linestyle="--")
     axes.text(trained, 1.01, " trained for", color="#475569", fontsize=9, va="bottom", ha="center")
-    axes.axhline(chance, color="#cbd5e1", linewidth=1)
-    axes.text(
-        eps[-1], chance, "most frequent class", color="#94a3b8", fontsize=8, ha="right", va="bottom"
-    )
+    if chance is not None:
+        axes.axhline(chance, color="#cbd5e1", linewidth=1)
+        where = {"ha": "right", "va": "bottom"}
+        axes.text(eps[-1], chance, "most frequent class", color="#94a3b8", fontsize=8, **where)
     for name, values in curves.items():
         axes.plot(
             eps,
@@ -62,7 +64,7 @@ def accuracy_over_eps(
     axes.set_ylim(0, 1)
     axes.set_xlim(0, eps[-1])
     axes.set_xlabel(f"eps ({unit})")
-    axes.set_ylabel(f"accuracy under {attack}")
+    axes.set_ylabel(f"{measure} under {attack}")
     axes.legend(frameon=False, loc="upper right")
     return _png(figure)
 

@@ -1,20 +1,22 @@
-"""What the report says: from the facts of an audit to a page."""
+"""What the report says: from the facts of an audit (`metrics.json`) to a page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embattle.audit import html
-from embattle.recipe import Recipe
-from embattle.train import VARIANTS
 
-UNITS = {
-    "token_norm": "in mean norms of a token embedding",
-    "mean_norm": "in mean norms of a group",
-    "absolute": "absolute",
-}
+
+def unit_words(facts: Mapping[str, Any]) -> str:
+    """What eps counts in."""
+    vector = facts["words"]["vector"]
+    return {
+        "token_norm": f"in mean norms of a {vector} embedding",
+        "mean_norm": "in mean norms of a group",
+        "absolute": "absolute",
+    }[facts["threat"]["unit"]]
 
 
 def summary_rows(facts: dict[str, Any]) -> list[list[str]]:
@@ -22,26 +24,28 @@ def summary_rows(facts: dict[str, Any]) -> list[list[str]]:
     rows = []
     for label in ("no attack", *_attacks(facts)):
         row = [label]
-        for name in VARIANTS:
-            model = facts["models"][name]
+        for model in facts["models"].values():
             entry = model["clean"] if label == "no attack" else model["attacks"][label]
-            row += [f"{entry[key]:.3f}" for key in ("accuracy", "f1", "auc")]
+            row += [f"{entry[key]:.3f}" for key, _ in facts["measures"]]
             row.append(f"{entry['success_rate']:.1%}" if "success_rate" in entry else "")
         rows.append(row)
     return rows
 
 
-def threat_words(recipe: Recipe) -> str:
+def threat_words(facts: Mapping[str, Any]) -> str:
     """The threat in a sentence."""
-    threat = recipe.threat
-    who = "each text as a whole" if threat.group == "sample" else "each token on its own"
-    return f"{threat.norm} ball of eps {threat.eps:g} ({UNITS[threat.unit]}) around {who}"
+    threat, words = facts["threat"], facts["words"]
+    whole = threat["group"] == "sample"
+    who = f"each {words['sample']} as a whole" if whole else f"each {words['vector']} on its own"
+    ball = f"{threat['norm']} ball of eps {threat['eps']:g}"
+    return f"{ball} ({unit_words(facts)}) around {who}"
 
 
 def document(
-    recipe: Recipe,
     facts: dict[str, Any],
     *,
+    settings: str,
+    trained_against: str,
     curves: bytes,
     losses: bytes,
     samples: Sequence[Sequence[str]],
@@ -49,17 +53,18 @@ def document(
     """The whole page.
 
     Args:
-        recipe: the job.
         facts: what `metrics.json` holds.
+        settings: the recipe, as text.
+        trained_against: the attack that the hardened model was trained against, in words.
         curves: the picture of accuracy over eps, a PNG.
         losses: the picture of the training losses, a PNG.
-        samples: rows of the table of examples: text, label, and four confidences, those of wrong
+        samples: rows of the table of examples: sample, label, and four outputs, those of wrong
             predictions `html.Fallen`.
 
     Returns:
         HTML.
     """
-    title = f"{recipe.name}: robustness report"
+    title = f"{facts['name']}: robustness report"
     lead = (
         f"A model trained as usual and one hardened under the same budget, on {facts['examples']} "
         f"{facts['part']} examples that neither has seen. Seed {facts['seed']}."
@@ -68,34 +73,41 @@ def document(
     sections = [
         html.heading(title, lead),
         _tiles(facts),
-        _comparison(recipe, facts),
+        _comparison(facts),
         html.section(
-            "Accuracy over eps",
-            html.picture(curves, "accuracy over eps, both models"),
-            note="An example that falls to a smaller eps counts as fallen at every larger one.",
+            f"{_headline(facts).capitalize()} over eps",
+            html.picture(curves, f"{_headline(facts)} over eps, both models"),
+            note="An example that falls to a smaller eps counts as fallen at every larger one; so "
+            "does, from the trained eps on, what an attack of the table turned.",
         ),
         _deeds(facts),
         _examples(facts, samples),
-        _trust(recipe, facts),
+        _trust(facts, trained_against),
         html.section("Training", html.picture(losses, "training losses, both models")),
-        html.section("Settings", html.source(recipe.to_yaml())),
+        html.section("Settings", html.source(settings)),
         html.section("Environment", html.table(["", ""], environment, text=[1])),
     ]
     return html.page(title, [part for part in sections if part])
 
 
+def _headline(facts: dict[str, Any]) -> str:
+    """What the share of samples that are right is called."""
+    title: str = facts["measures"][0][1]
+    return title
+
+
 def _attacks(facts: dict[str, Any]) -> list[str]:
-    return list(facts["models"][VARIANTS[0]]["attacks"])
+    return list(next(iter(facts["models"].values()))["attacks"])
 
 
 def _tiles(facts: dict[str, Any]) -> str:
     """The three figures at the head."""
     models, last = facts["models"], _attacks(facts)[-1]
+    key, name = facts["measures"][0]
 
     def pair(*keys: str) -> tuple[str, str]:
         shown = []
-        for name in VARIANTS:
-            value = models[name]
+        for value in models.values():
             for key in keys:
                 value = value[key]
             shown.append(f"{value:.1%}")
@@ -103,24 +115,24 @@ def _tiles(facts: dict[str, Any]) -> str:
 
     return html.tiles(
         [
-            ("Accuracy without attack", *pair("clean", "accuracy")),
-            (f"Accuracy under {last}", *pair("attacks", last, "accuracy")),
+            (f"{name.capitalize()} without attack", *pair("clean", key)),
+            (f"{name.capitalize()} under {last}", *pair("attacks", last, key)),
             (f"Flipped by {last}", *pair("attacks", last, "success_rate")),
         ]
     )
 
 
-def _comparison(recipe: Recipe, facts: dict[str, Any]) -> str:
-    columns = ["accuracy", "F1", "AUC", "flipped"]
+def _comparison(facts: dict[str, Any]) -> str:
+    columns = [*(title for _, title in facts["measures"]), "flipped"]
     return html.section(
         "Standard against hardened",
         html.table(
             ["", *columns, *columns],
             summary_rows(facts),
-            groups=[("", 1), *((name, len(columns)) for name in VARIANTS)],
+            groups=[("", 1), *((name, len(columns)) for name in facts["models"])],
         ),
-        note=f"Attacks: {threat_words(recipe)}. F1 is the mean over the classes. Flipped: share of "
-        "the rightly classified examples that the attack turns.",
+        note=f"Attacks: {threat_words(facts)}. {facts['note']} Flipped: share of the examples that "
+        "are right and that the attack turns.",
     )
 
 
@@ -129,7 +141,7 @@ def _deeds(facts: dict[str, Any]) -> str:
     models = facts["models"]
     rows = []
     for label in _attacks(facts):
-        for name in VARIANTS:
+        for name in models:
             entry = models[name]["attacks"][label]
             rows.append(
                 [
@@ -141,7 +153,7 @@ def _deeds(facts: dict[str, Any]) -> str:
                     f"{entry['seconds']:.1f} s",
                 ]
             )
-    norms = ", ".join(f"{models[name]['token_norm']:.3f} ({name})" for name in VARIANTS)
+    norms = ", ".join(f"{models[name]['vector_norm']:.3f} ({name})" for name in models)
     return html.section(
         "What each attack did",
         html.table(
@@ -149,7 +161,7 @@ def _deeds(facts: dict[str, Any]) -> str:
             rows,
         ),
         note="Mean norm: of the perturbations found, absolute. For comparison, the mean l2 norm of "
-        f"a token embedding: {norms}.",
+        f"a {facts['words']['vector']} embedding: {norms}.",
     )
 
 
@@ -159,28 +171,29 @@ def _examples(facts: dict[str, Any], samples: Sequence[Sequence[str]]) -> str:
     return html.section(
         "Examples",
         html.table(
-            ["text", "label", "before", "under attack", "before", "under attack"],
+            [facts["words"]["sample"], "label", "before", "under attack", "before", "under attack"],
             samples,
-            groups=[("", 2), *((name, 2) for name in VARIANTS)],
+            groups=[("", 2), *((name, 2) for name in facts["models"])],
             text=[0],
         ),
-        note=f"Confidence in the true label, before and under {_attacks(facts)[-1]}: the first "
+        note=f"{facts['shown'].capitalize()}, before and under {_attacks(facts)[-1]}: the first "
         "examples that both models get right and that the attack turns on the standard one.",
     )
 
 
-def _trust(recipe: Recipe, facts: dict[str, Any]) -> str:
+def _trust(facts: dict[str, Any], trained_against: str) -> str:
     """The honesty checks, and what they cannot show."""
     failed = sum(not check["passed"] for check in facts["checks"])
     total, count = len(facts["checks"]), facts["examples"]
     verdict = f"{failed} of {total} checks fail: do not trust the figures above."
     limits = (
-        f"The hardened model was trained against {recipe.harden.attack.label}; it is judged by "
+        f"The hardened model was trained against {trained_against}; it is judged by "
         f"{', '.join(_attacks(facts))}, which see everything (weights, gradients, labels), and the "
         "worst outcome of each example counts. Still, an attack shows that an example can be "
-        "fooled, never that it cannot: accuracies under attack are upper bounds. Moving embeddings "
-        "is also more than rewriting a text allows. And this is one run with one seed: with "
-        f"{count} examples, differences below {_margin(count):.1%} say nothing."
+        f"fooled, never that it cannot: {_headline(facts)} under attack is an upper bound. Moving "
+        f"embeddings is also more than changing a {facts['words']['sample']} allows. And this is "
+        f"one run with one seed: with {count} examples, differences below {_margin(count):.1%} say "
+        "nothing."
     )
     return html.section(
         "How far to trust this",

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
-from torch.utils._pytree import tree_leaves
 
 from embattle.clipping import noise as dp
 from embattle.clipping import parallel
-from embattle.clipping.context import Context, Layout
+from embattle.clipping.backward import differentiate
+from embattle.clipping.context import Context
 from embattle.clipping.factors import Mode, Rule, checked_bound, noticeable
-from embattle.clipping.grad_sample import DenseGradSample, EmbeddingGradSample, GradSample
-from embattle.clipping.graph import Entries, Graph
-from embattle.clipping.layers import Layer, in_use, watched
+from embattle.clipping.install import Installer
 from embattle.clipping.norms import Gradients
 from embattle.clipping.store import Noise, Store
 from embattle.clipping.users import Users
-from embattle.clipping.verify import (
-    Known,
-    Verifier,
-    Verify,
-    check_norms,
-    check_sums,
-    find_layouts,
-    likely_layouts,
-    precision,
-)
+from embattle.clipping.verify import Verifier, Verify
 from embattle.perturb.evaluation import Evaluation
 
 Weights = Tensor | Callable[[Tensor], Tensor] | None
@@ -114,7 +100,7 @@ class PerSampleClipper:
                 dimension (positions as [T]). A batch dimension of size 1 needs no mention.
             verify: when a backward pass is checked against autograd, at the price of about one
                 more: "first": when the losses' graph is new (other layers, operators, sizes or
-                modes), and again while gradients of zero may hide something; "sampled": one in 64
+                modes), and again while gradients of zero may hide something; "sampled": one in 80
                 passes besides, at random; "always".
             noise_multiplier: standard deviation of Gaussian noise on the sum, in units of C (of the
                 root of the summed squares for "per_layer"); where a step has several batches, of
@@ -128,18 +114,15 @@ class PerSampleClipper:
         Raises:
             ValueError: an option out of range.
         """
-        if mode not in ("flat", "per_layer", "automatic"):
-            raise ValueError(
-                f"PerSampleClipper: mode must be 'flat', 'per_layer' or 'automatic', got {mode!r}"
-            )
-        if reduction not in ("mean", "sum"):
-            raise ValueError(
-                f"PerSampleClipper: reduction must be 'mean' or 'sum', got {reduction!r}"
-            )
-        if verify not in ("always", "sampled", "first"):
-            raise ValueError(
-                f"PerSampleClipper: verify must be 'always', 'sampled' or 'first', got {verify!r}"
-            )
+        for name, given, known in (
+            ("mode", mode, ("flat", "per_layer", "automatic")),
+            ("reduction", reduction, ("mean", "sum")),
+            ("verify", verify, ("always", "sampled", "first")),
+        ):
+            if given not in known:
+                raise ValueError(
+                    f"PerSampleClipper: {name} must be one of {', '.join(known)}; got {given!r}"
+                )
         for name, value in (("gamma", gamma), ("noise_multiplier", noise_multiplier)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"PerSampleClipper: {name} must be finite and >= 0, got {value}")
@@ -153,28 +136,14 @@ class PerSampleClipper:
         self.noise_multiplier = noise_multiplier
         self.row_selection = row_selection
         self.generator = generator
-        self._ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        core: Any = model.module if self._ddp is not None else model
-        compiled: Any = getattr(core, "_orig_mod", None)
-        self._core: nn.Module = core if compiled is None else compiled
-        self._compiled = compiled is not None
-        self._group = process_group if self._ddp is None else self._ddp.process_group
-        self._batch_dims = {"": batch_dim} if isinstance(batch_dim, int) else dict(batch_dim)
-        self._broadcast = tuple(broadcast)
-        known = dict(self._core.named_modules())
-        for name in (*self._batch_dims, *self._broadcast):
-            if name not in known:
-                raise ValueError(f"PerSampleClipper: the model has no module named {name!r}")
         self._context = Context()
+        self._installer = Installer(model, self._context, batch_dim, broadcast)
+        ddp = self._installer.ddp
+        self._group = process_group if ddp is None else ddp.process_group
         self._verifier = Verifier(verify)
-        self._layers: list[Layer] = []
-        self._watched: list[object] | None = None
-        self._version = 0
-        self._named: list[tuple[str, Parameter]] = []
         self._stack: ExitStack | None = None
         self._store = Store(self._group)
         self._sensitivity = 0.0
-        self._guard = OrderedDict({0: partial(_refuse_other_passes, self._context)})
 
     # --- entering and leaving ---------------------------------------------------------------------
 
@@ -188,7 +157,7 @@ class PerSampleClipper:
         if self._stack is not None:
             raise RuntimeError("PerSampleClipper: already entered; leave the with block first")
         with ExitStack() as stack:
-            self._install(stack)
+            self._installer.put_in(stack)
             self._stack = stack.pop_all()
         return self
 
@@ -213,65 +182,6 @@ class PerSampleClipper:
                 "were given a row for every sample. If the samples are in another dim of theirs, "
                 "say so by batch_dim={name: dim}"
             ) from error
-
-    def _install(self, stack: ExitStack) -> None:
-        current: list[object] = []
-        for module in _modules(self._core):
-            held = module.__dict__
-            if in_use(module):
-                raise RuntimeError(
-                    "PerSampleClipper: the model is inside another clipper's with block"
-                )
-            current += (module, type(module), held["training"], "forward" in held)
-            current += (len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]))
-            for p in held["_parameters"].values():
-                current += (id(p), p is not None and p.requires_grad)
-        if current != self._watched:
-            self._named = [(n, p) for n, p in self._core.named_parameters() if p.requires_grad]
-            self._context.names = {p: name for name, p in self._named}
-            self._layers = watched(self._core, self._context, self._batch_dims, self._broadcast)
-            self._watched = current
-            self._version += 1
-        if self._ddp is not None:
-            stack.enter_context(self._ddp.no_sync())
-        if self._compiled:
-            # A graph that is checked is differentiated twice.
-            stack.enter_context(torch._functorch.config.patch(donated_buffer=False))
-        for name, p in self._named:
-            if p._backward_hooks:
-                raise ValueError(
-                    f"PerSampleClipper: parameter '{name}' has a gradient hook, which would be "
-                    "skipped: it is meant for the gradient of the batch. Remove it, and change "
-                    "the gradient after clipper.backward"
-                )
-        self._context.compare = self._verifier.chosen()
-        stack.callback(self._take_out, [p for _, p in self._named], self._layers)
-        guard: Any = self._guard
-        for _, p in self._named:
-            p._backward_hooks = guard
-        for layer in self._layers:
-            layer.put_in()
-        hook = self._core.register_forward_pre_hook(
-            self._note_batch, prepend=True, with_kwargs=True
-        )
-        stack.callback(hook.remove)
-
-    @staticmethod
-    def _take_out(parameters: list[Parameter], layers: list[Layer]) -> None:
-        for layer in layers:
-            layer.take_out()
-        for p in parameters:
-            p._backward_hooks = None
-
-    def _note_batch(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        context = self._context
-        if context.inside_vmap or context.declared:
-            return
-        dim = self._batch_dims.get("", 0)
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.dim() > dim:
-                context.batch_size = leaf.shape[dim]
-                return
 
     def expect(self, batch_size: int) -> None:
         """Says how many samples the forward passes in this block hold.
@@ -332,7 +242,7 @@ class PerSampleClipper:
         own_users = self._users(losses, users, weights)
         # scale, unlike get_scale, readies a fresh scaler for its step.
         loss_scale = 1.0 if scaler is None else float(scaler.scale(losses.new_ones(())))
-        named = self._named
+        named = self._installer.named
         bound = self.max_norm if max_norm is None else checked_bound(max_norm, self.mode)
         if not isinstance(bound, float) and len(bound) != len(named):
             raise ValueError(
@@ -340,7 +250,17 @@ class PerSampleClipper:
                 f"parameters"
             )
         device = losses.device
-        found = self._differentiate(losses, own_users, loss_scale, retain_graph)
+        found = differentiate(
+            self._installer.core,
+            named,
+            self._context,
+            self._verifier,
+            losses,
+            own_users,
+            self._installer.version,
+            loss_scale=loss_scale,
+            retain_graph=retain_graph,
+        )
         with torch.no_grad(), _without_autocast(device.type):
             rule = Rule(self.mode, bound, self.gamma)
             gradients = Gradients(named, found.grad_samples, own_users)
@@ -349,7 +269,7 @@ class PerSampleClipper:
             # A sum that overflows costs a look at every sample, no more.
             finite = math.isfinite(float(norms.sum()))
             if finite:
-                self._check(found, of, own_users, norms)
+                found.check(of, own_users, norms, self._verifier)
             of.clear()
             if loss_scale != 1:
                 norms = norms / loss_scale
@@ -377,125 +297,6 @@ class PerSampleClipper:
                 self._sensitivity = 0.0
         names = tuple(self._context.names.values())
         return ClipResult(norms, factors, own_users.ids, names)
-
-    def _differentiate(
-        self, losses: Tensor, users: Users, loss_scale: float, retain_graph: bool
-    ) -> _Pass:
-        """The backward passes: every parameter's grad samples, and what probes need."""
-        found = _Pass()
-        samples = len(losses)
-        if not samples:
-            return found
-        graph = Graph(losses.grad_fn, self._context)
-        self._refuse_changes(graph)
-        parameters = [p for _, p in self._named]
-        leaves = [node.variable for node in graph.leaves]
-        seeds = torch.full_like(losses, loss_scale)
-        if samples == 1:
-            # The gradient of one loss is autograd's, whatever the model does.
-            self._refuse_spread()
-            _, grads = graph.gradients(
-                losses, seeds, [*parameters, *leaves], retain_graph=retain_graph, edges=False
-            )
-            for p, grad in zip(parameters, grads, strict=False):
-                if grad is not None:
-                    found.grad_samples[p] = [_of_one(grad)]
-            found.keep(graph, grads[len(parameters) :])
-            return found
-        self._refuse_stray(graph.stray)
-        signature = (graph.signature, samples, users.of_sample is None, self._version)
-        known, due = self._verifier.known(signature, (graph.structure, self._version))
-        due = due or graph.nested
-        r = self._verifier.weights(losses) if due else losses
-        share = (seeds * r).to(losses.dtype)
-        probed: Entries = []
-        if graph.nested:
-            # Leaves that a checkpointed part hides get what either pass leaves, the whole in all.
-            probed, first = graph.gradients(
-                losses, share, [*parameters, *leaves], retain_graph=True
-            )
-            rest, others = graph.gradients(losses, seeds - share, leaves, retain_graph=retain_graph)
-            entries = [
-                (record, grad if grad is None or part is None else grad + part)
-                for (record, grad), (_, part) in zip(rest, probed, strict=False)
-            ]
-            found.truth = first[: len(parameters)]
-            grads = [_added(a, b) for a, b in zip(first[len(parameters) :], others, strict=True)]
-        else:
-            unseen = due or None in known.layouts
-            entries, grads = graph.gradients(
-                losses, seeds, leaves, retain_graph=retain_graph or unseen
-            )
-        found.keep(graph, grads)
-        places = known.layouts
-        if not due and any(
-            layout is None and grad is not None
-            for layout, (_, grad) in zip(places, entries, strict=True)
-        ):
-            # A layer whose place nobody has seen yet; the graph is still there.
-            self._verifier.forget(signature)
-            del entries, grads
-            return self._differentiate(losses, users, loss_scale, retain_graph)
-        if due:
-            whole = not known.done or graph.nested
-            finite = _finite(entries)
-            if finite and not graph.nested:
-                probed, found.truth = graph.gradients(
-                    losses, share, parameters, retain_graph=retain_graph, edges=whole
-                )
-            if finite and _finite(probed):
-                found.r, found.limit = r, precision(self._named, entries)
-                found.probed, found.signature = known, signature
-                if whole:
-                    found.probed = find_layouts(entries, probed, r, found.limit)
-                places = found.probed.layouts
-            else:
-                places = likely_layouts(entries, samples)
-            del probed
-        self._context.probed = found.probed is not None
-        self._deliver(entries, places, samples, found.grad_samples)
-        if not retain_graph:
-            graph.forget_inputs()
-        return found
-
-    @staticmethod
-    def _deliver(
-        entries: Entries,
-        places: list[Layout | None],
-        samples: int,
-        found: dict[Parameter, list[GradSample]],
-    ) -> None:
-        def add(p: Parameter, each: GradSample) -> None:
-            found.setdefault(p, []).append(each)
-
-        with torch.no_grad():
-            while entries:
-                record, grad = entries.pop()
-                layout = places[len(entries)]
-                if grad is not None and layout is not None:
-                    record.deliver(add, record.shaped(grad), layout, samples)
-
-    def _check(
-        self, found: _Pass, of: dict[Parameter, list[GradSample]], users: Users, norms: Tensor
-    ) -> None:
-        if found.probed is None:
-            return
-        limit, user = found.limit, self._verifier.choose(users.count)
-        largest = check_sums(self._named, of, found.truth, found.r, limit)
-        check_norms(self._named, of, users, norms, user, limit, largest)
-        self._verifier.remember(found.signature, found.probed)
-
-    def _refuse_changes(self, graph: Graph) -> None:
-        """A parameter that has come to the model, or is trained now, since the block began."""
-        new = {id(node.variable) for node in graph.leaves if isinstance(node.variable, Parameter)}
-        if not new:
-            return
-        for name, p in self._core.named_parameters():
-            if id(p) in new:
-                raise RuntimeError(
-                    f"PerSampleClipper: parameter '{name}' was not the model's, or not trained, "
-                    "when the with block was entered; change the model outside of the block"
-                )
 
     @staticmethod
     def _check_losses(losses: Tensor) -> None:
@@ -541,25 +342,6 @@ class PerSampleClipper:
             )
         return Users(samples, users.to(losses.device), weights)
 
-    def _refuse_spread(self) -> None:
-        """A single loss cannot tell whether several rows for one have changed it."""
-        if self._context.spread:
-            raise ValueError(
-                f"PerSampleClipper: inputs of {sorted(self._context.spread)} were given a row for "
-                "each of several samples, but there is a single loss. Call clipper.expect(1) "
-                "before the model, or say by batch_dim where samples are"
-            )
-
-    def _refuse_stray(self, stray: Parameter | None) -> None:
-        if stray is not None:
-            raise RuntimeError(
-                f"PerSampleClipper: parameter '{self._context.names[stray]}' is used where its "
-                "per-sample gradients cannot be followed: outside of its module's forward, through "
-                "a tensor that stands in for it (functional_call), in a forward compiled before "
-                "the with block, or in a gradient that is itself differentiated. Use it through a "
-                "module (for tied weights, an nn.Linear whose weight is the table's), or freeze it"
-            )
-
     def _divisor(self, count: int, device: torch.device) -> tuple[float, int]:
         """What sums are divided by, and whether there is anything to sum."""
         if self.reduction == "sum" or self.expected_batch_size is not None:
@@ -586,71 +368,6 @@ class PerSampleClipper:
             return self.noise_multiplier
         both = self.noise_multiplier**-2 + self.row_selection.noise_multiplier**-2
         return float(both**-0.5)
-
-
-@dataclass
-class _Pass:
-    """What `PerSampleClipper._differentiate` found.
-
-    Attributes:
-        grad_samples: of each parameter.
-        leaves: nodes of leaves that are not the model's, and their gradients.
-        r, truth, limit, probed, signature: of a pass that is checked: the probe's weights, each
-            parameter's gradient under them, how exact it is, the layouts, and what to remember
-            them by.
-    """
-
-    grad_samples: dict[Parameter, list[GradSample]] = field(default_factory=dict)
-    leaves: list[tuple[Any, Tensor]] = field(default_factory=list)
-    r: Tensor = field(default_factory=lambda: torch.zeros(0))
-    truth: list[Tensor | None] = field(default_factory=list)
-    limit: float = 0.0
-    probed: Known | None = None
-    signature: object = None
-
-    def keep(self, graph: Graph, grads: list[Tensor | None]) -> None:
-        """Keeps the leaves' gradients until the pass is known to be right."""
-        for node, grad in zip(graph.leaves, grads, strict=True):
-            if grad is not None:
-                self.leaves.append((node, grad))
-
-
-def _finite(entries: Entries) -> bool:
-    return all(grad is None or bool(grad.sum().isfinite()) for _, grad in entries)
-
-
-def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return a if b is None else b if a is None else a + b
-
-
-def _of_one(grad: Tensor) -> GradSample:
-    """The gradient of a single sample as per-sample gradients."""
-    if not grad.is_sparse:
-        return DenseGradSample(grad.unsqueeze(0))
-    grad = grad.coalesce()
-    return EmbeddingGradSample(grad.indices(), grad.values().unsqueeze(0), None, True)
-
-
-def _refuse_other_passes(context: Context, _: Tensor) -> None:
-    """Hooked to the parameters inside of the block."""
-    if not context.backward:
-        raise RuntimeError(
-            "PerSampleClipper: a backward pass other than clipper.backward reaches a parameter of "
-            "the model inside the with block, where its gradient would not be clipped. Ask for "
-            "other gradients by torch.autograd.grad(loss, inputs), or do it outside of the block"
-        )
-
-
-def _modules(root: nn.Module) -> list[nn.Module]:
-    """All modules of a model, each once; plainer than Module.modules, which a step can feel."""
-    found = {id(root): root}
-    stack = [root]
-    while stack:
-        for child in stack.pop()._modules.values():
-            if child is not None and id(child) not in found:
-                found[id(child)] = child
-                stack.append(child)
-    return list(found.values())
 
 
 def _without_autocast(kind: str) -> AbstractContextManager[object]:

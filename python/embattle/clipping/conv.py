@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embattle.clipping.context import Layout
+from embattle.clipping.derived import Source, put
 from embattle.clipping.grad_sample import ConvGradSample, DenseGradSample
 from embattle.clipping.graph import Add, Record, note
-from embattle.clipping.operators import Operators, Source, put, rule
+from embattle.clipping.operators import Operators, rule
 
 
 class _Conv(Record):
@@ -63,91 +64,57 @@ def _numbers(value: Any, count: int) -> tuple[int, ...]:
     return values * count if len(values) == 1 else values
 
 
-def _run(
-    ops: Operators,
-    function: Callable[..., Tensor],
-    spatial: int,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    numbers: tuple[tuple[int, ...], ...],
-    groups: int,
-    output_padding: tuple[int, ...] | None,
-) -> Any:
-    if ops.source(x) is not None:
-        return NotImplemented
-    if x.dim() != spatial + 2:
-        raise ValueError(
-            f"PerSampleClipper: layer '{ops.layer.name}' got an input of shape {tuple(x.shape)}, "
-            "which has no batch dimension; give the layer one row per sample"
-        )
-    stride, padding, dilation = numbers
-    x = ops.layer.spread(x, spatial + 1)
-    if output_padding is None:
-        out = function(x, weight, bias, stride, padding, dilation, groups)
-    else:
-        out = function(x, weight, bias, stride, padding, output_padding, groups, dilation)
-    sources = ops.sources(weight, bias)
-    record = _Conv(
-        ops.layer, x, weight if sources[0] is None else None, bias if sources[1] is None else None
-    )
-    record.weight, record.bias = sources
-    record.shape, record.groups, record.transposed = (
-        weight.shape,
-        groups,
-        output_padding is not None,
-    )
-    record.stride, record.padding, record.dilation = numbers
-    out = out.clone() if out._is_view() else out
-    note(out, record)
-    return out
+_OPTIONS = ("stride", "padding", "dilation", "groups")
+_TRANSPOSED_OPTIONS = ("stride", "padding", "output_padding", "groups", "dilation")
 
 
-def _register(function: Any, other: Any, spatial: int) -> None:
+def _register(function: Any, other: Any, spatial: int, *, transposed: bool) -> None:
+    names = _TRANSPOSED_OPTIONS if transposed else _OPTIONS
+
     @rule(function, other)
     def _(
         ops: Operators,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        gaps = _numbers(dilation, spatial)
-        if isinstance(padding, str):
+        if ops.source(input) is not None:
+            return NotImplemented
+        layer, options = ops.layer, dict(zip(names, args, strict=False)) | kwargs
+        if input.dim() != spatial + 2:
+            raise ValueError(
+                f"PerSampleClipper: layer '{layer.name}' got an input of shape "
+                f"{tuple(input.shape)}, which has no batch dimension; give the layer one row per "
+                "sample"
+            )
+        x = layer.spread(input, spatial + 1)
+        gaps = _numbers(options.get("dilation", 1), spatial)
+        if isinstance(options.get("padding"), str):
             # "same" may need one more on the right, which the operator pads by itself too.
-            sides = [(gap * (k - 1)) for gap, k in zip(gaps, weight.shape[2:], strict=True)]
-            if padding == "same" and any(sides):
-                pads = [p for both in reversed(sides) for p in (both // 2, both - both // 2)]
-                input = F.pad(input, pads)
-            padding = 0
-        numbers = (_numbers(stride, spatial), _numbers(padding, spatial), gaps)
-        return _run(ops, function, spatial, input, weight, bias, numbers, groups, None)
+            sides = [gap * (k - 1) for gap, k in zip(gaps, weight.shape[2:], strict=True)]
+            if options["padding"] == "same" and any(sides):
+                x = F.pad(x, [p for n in reversed(sides) for p in (n // 2, n - n // 2)])
+            options["padding"] = 0
+        out = function(x, weight, bias, **options)
+        own, own_bias = ops.sources(weight, bias)
+        record = _Conv(
+            layer, x, weight if own is None else None, bias if own_bias is None else None
+        )
+        record.weight, record.bias, record.shape = own, own_bias, weight.shape
+        record.stride = _numbers(options.get("stride", 1), spatial)
+        record.padding = _numbers(options.get("padding", 0), spatial)
+        record.dilation, record.groups = gaps, options.get("groups", 1)
+        record.transposed = transposed
+        out = out.clone() if out._is_view() else out
+        note(out, record)
+        return out
 
 
-def _register_transposed(function: Any, other: Any, spatial: int) -> None:
-    @rule(function, other)
-    def _(
-        ops: Operators,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Any:
-        numbers = tuple(_numbers(value, spatial) for value in (stride, padding, dilation))
-        more = _numbers(output_padding, spatial)
-        return _run(ops, function, spatial, input, weight, bias, numbers, groups, more)
-
-
-_register(torch.conv1d, F.conv1d, 1)
-_register(torch.conv2d, F.conv2d, 2)
-_register(torch.conv3d, F.conv3d, 3)
-_register_transposed(torch.conv_transpose1d, F.conv_transpose1d, 1)
-_register_transposed(torch.conv_transpose2d, F.conv_transpose2d, 2)
-_register_transposed(torch.conv_transpose3d, F.conv_transpose3d, 3)
+_register(torch.conv1d, F.conv1d, 1, transposed=False)
+_register(torch.conv2d, F.conv2d, 2, transposed=False)
+_register(torch.conv3d, F.conv3d, 3, transposed=False)
+_register(torch.conv_transpose1d, F.conv_transpose1d, 1, transposed=True)
+_register(torch.conv_transpose2d, F.conv_transpose2d, 2, transposed=True)
+_register(torch.conv_transpose3d, F.conv_transpose3d, 3, transposed=True)

@@ -9,8 +9,10 @@ per-sample gradients themselves are never formed, but for parameters as small as
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,19 +20,15 @@ from torch import Tensor
 
 from embattle import ops
 from embattle.clipping.users import Users
-from embattle.ops.embedding import embedding_grad_rows
 
 # Largest temporary of an unfolded convolution input, in elements.
 _CHUNK = 1 << 24
-# Elements of a sparse gradient from which on an optimiser gains more from distinct rows than it
-# takes to sum the equal ones.
-_COALESCED = 1 << 16
 
 
-def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
     """x [B, ...] times factor [B] (float32 or float64), in x's dtype."""
-    scaled = x * factor.reshape(-1, *[1] * (x.dim() - 1))
-    return scaled if scaled.dtype == x.dtype else scaled.to(x.dtype)
+    found = x * factor.reshape(-1, *[1] * (x.dim() - 1))
+    return found if found.dtype == x.dtype else found.to(x.dtype)
 
 
 def squares(x: Tensor, dims: int) -> Tensor:
@@ -41,13 +39,76 @@ def squares(x: Tensor, dims: int) -> Tensor:
     return norms.double().square()
 
 
-def _tokens(x: Tensor) -> Tensor:
-    """[n, M, groups, K, L] -> [n, groups, M L, K]."""
-    return x.permute(0, 2, 1, 4, 3).flatten(2, 3)
+def dense_norms(grads: Sequence[Tensor], users: Users) -> Tensor:
+    """[U] norms over all the per-sample gradients [B, ...] together."""
+    if users.of_sample is None:
+        return ops.per_sample_norm(grads)
+
+    def norms(*members: Tensor) -> Tensor:
+        return ops.per_sample_norm([grad.sum(1) for grad in members])
+
+    return users.gather(norms, [], [grad.unsqueeze(-1).flatten(1)[:, None] for grad in grads])
 
 
 @dataclass
-class LinearGradSample:
+class GradSample:
+    """The per-sample gradients of one application of a parameter.
+
+    Attributes:
+        batched: the fields that hold a row for each sample.
+        passing: the fields that the same of other samples does without.
+    """
+
+    batched: ClassVar[tuple[str, ...]] = ("x", "grad")
+    passing: ClassVar[tuple[str, ...]] = ()
+
+    def norms(self, users: Users) -> Tensor:
+        """[U] norms of the parameter's gradient."""
+        raise NotImplementedError
+
+    def weighted(self, factor: Tensor, shape: torch.Size) -> Tensor:
+        """sum_b factor_b g_b, given the parameter's shape and [B] factors."""
+        raise NotImplementedError
+
+    def squared_size(self) -> Tensor:
+        """[B] sums of the squared norms of what is summed to get a sample's gradient."""
+        raise NotImplementedError
+
+    def dense(self, shape: torch.Size) -> Tensor:
+        """[B, *shape] per-sample gradients."""
+        raise NotImplementedError
+
+    def kind(self) -> Hashable:
+        """Equal for uses that `joined` can make one."""
+        return id(self)
+
+    def _changed(self, change: Callable[[str], Tensor]) -> GradSample:
+        fields = {name: change(name) for name in self.batched}
+        return replace(self, **fields, **dict.fromkeys(self.passing))
+
+    def joined(self, others: Sequence[GradSample]) -> GradSample:
+        """This use and others of its kind as one, with more tokens."""
+        every = (self, *others)
+        return self._changed(lambda name: torch.cat([getattr(each, name) for each in every], 1))
+
+    def cleaned(self, bad: Tensor) -> GradSample:
+        """The same with the samples marked in bad [B] set to zero."""
+
+        def change(name: str) -> Tensor:
+            x: Tensor = getattr(self, name)
+            if not x.is_floating_point():
+                return x
+            return x.masked_fill(bad.reshape(-1, *[1] * (x.dim() - 1)), 0)
+
+        return self._changed(change)
+
+    def select(self, rows: Tensor) -> GradSample:
+        """The same of some samples alone."""
+        return self._changed(lambda name: getattr(self, name)[rows])
+
+
+@dataclass
+class LinearGradSample(GradSample):
     """``x @ weight[rows].T``; ``grad @ weight`` where a weight is stored as [in, out].
 
     Attributes:
@@ -61,22 +122,22 @@ class LinearGradSample:
     grad: Tensor
     rows: tuple[int, int]
     bias: DenseGradSample | None = None
+    passing = ("bias",)
+
+    def kind(self) -> Hashable:
+        return LinearGradSample, self.rows
 
     def norms(self, users: Users, *, bias: bool = False) -> Tensor:
-        """[U] norms of the weight's gradient; with bias: of the weight's and the bias'."""
-        if users.of_sample is None:
-            return ops.linear_grad_norm(self.x, self.grad, bias=bias)
-        return users.gather(
-            lambda x, grad: ops.linear_grad_norm(x, grad, bias=bias), [self.x], [self.grad]
-        )
+        """As any; with bias: of the weight's and the bias' gradient together."""
+        return users.gather(partial(ops.linear_grad_norm, bias=bias), [self.x], [self.grad])
 
-    def weighted(self, factor: Tensor) -> Tensor:
-        """sum_b factor_b g_b, [O, I]."""
+    def weighted(self, factor: Tensor, shape: torch.Size) -> Tensor:
+        """As any, but [O, I]: of the rows in use alone."""
         x, grad = self.x, self.grad
         if x.shape[-1] < grad.shape[-1]:
-            x = _scaled(x, factor)
+            x = scaled(x, factor)
         else:
-            grad = _scaled(grad, factor)
+            grad = scaled(grad, factor)
         x, grad = x.flatten(0, 1), grad.flatten(0, 1)
         return grad.t() @ x
 
@@ -85,210 +146,17 @@ class LinearGradSample:
         first = self.rows[0]
         return replace(self, grad=self.grad[..., start - first : stop - first], rows=(start, stop))
 
-    def cleaned(self, bad: Tensor) -> LinearGradSample:
-        """The same with the samples marked in bad [B] set to zero."""
-        mask = bad.reshape(-1, 1, 1)
-        return replace(self, x=self.x.masked_fill(mask, 0), grad=self.grad.masked_fill(mask, 0))
-
-    def select(self, rows: Tensor) -> LinearGradSample:
-        """The same of some samples alone."""
-        return replace(self, x=self.x[rows], grad=self.grad[rows], bias=None)
-
     def squared_size(self) -> Tensor:
-        """[B] sums of the squared norms of what is summed over tokens."""
         return (squares(self.x, 2) * squares(self.grad, 2)).sum(1)
 
     def dense(self, shape: torch.Size) -> Tensor:
-        """[B, *shape] per-sample gradients."""
         whole = self.grad.new_zeros(len(self.x), *shape)
         whole[:, self.rows[0] : self.rows[1]] = self.grad.transpose(1, 2) @ self.x
         return whole
 
 
 @dataclass
-class EmbeddingGradSample:
-    """``weight[indices]``.
-
-    Attributes:
-        indices: [B, L], integers.
-        grad: [B, L, D]; zero wherever the index is padding.
-        padding_idx: the row without a gradient, if any.
-        sparse: whether the gradient is wanted as rows.
-    """
-
-    indices: Tensor
-    grad: Tensor
-    padding_idx: int | None
-    sparse: bool
-
-    def norms(self, users: Users) -> Tensor:
-        """[U] norms of the table's gradient; repeated indices are summed first."""
-        return users.gather(
-            lambda indices, grad: ops.embedding_grad_norm(
-                indices, grad, padding_idx=self.padding_idx
-            ),
-            [self.indices],
-            [self.grad],
-        )
-
-    def apart(self, users: Users) -> bool:
-        """Whether no user can have a row twice: the table's gradient is then `masked`'s rows."""
-        return users.of_sample is None and self.indices.shape[1] == 1
-
-    def masked(self) -> Tensor:
-        """grad, zero at padding."""
-        if self.padding_idx is None:
-            return self.grad
-        return self.grad.masked_fill((self.indices == self.padding_idx)[..., None], 0)
-
-    def weighted(self, factor: Tensor | None, rows: int) -> Tensor:
-        """sum_b factor_b g_b, [rows, D]; a sparse tensor where sparse, a large one coalesced.
-
-        Without factors, the sum of g_b.
-        """
-        if not self.sparse:
-            return ops.embedding_grad_sum(
-                self.indices, self.grad, rows, weights=factor, padding_idx=self.padding_idx
-            )
-        # Elsewhere, how many rows there are is known to the device alone.
-        coalesced = self.grad.device.type == "cpu" and self.grad.numel() >= _COALESCED
-        if coalesced:
-            indices, grad = embedding_grad_rows(
-                self.indices, self.grad, rows, weights=factor, padding_idx=self.padding_idx
-            )
-        else:
-            grad = self.grad if factor is None else _scaled(self.grad, factor)
-            indices, grad = self.indices.flatten(), grad.flatten(0, 1)
-            if self.padding_idx is not None:
-                keep = indices != self.padding_idx
-                indices, grad = indices[keep], grad[keep]
-        return torch.sparse_coo_tensor(
-            indices[None],
-            grad,
-            (rows, grad.shape[-1]),
-            is_coalesced=coalesced,
-            check_invariants=False,
-        )
-
-    def cleaned(self, bad: Tensor) -> EmbeddingGradSample:
-        """The same with the samples marked in bad [B] set to zero."""
-        return replace(self, grad=self.grad.masked_fill(bad.reshape(-1, 1, 1), 0))
-
-    def select(self, rows: Tensor) -> EmbeddingGradSample:
-        """The same of some samples alone."""
-        return replace(self, indices=self.indices[rows], grad=self.grad[rows])
-
-    def squared_size(self) -> Tensor:
-        """[B] sums of the squared norms of what is summed over repeated rows."""
-        return squares(self.masked(), 1)
-
-    def dense(self, shape: torch.Size) -> Tensor:
-        """[B, *shape] per-sample gradients."""
-        whole = self.grad.new_zeros(len(self.grad), *shape)
-        kept = self.masked()
-        return whole.scatter_add_(1, self.indices[..., None].expand_as(kept), kept)
-
-
-@dataclass
-class BagGradSample:
-    """One bag of rows per sample, summed or averaged.
-
-    Attributes:
-        indices: [N] integers, the bags one after the other.
-        offsets: [B + 1], where each bag starts and the last one ends.
-        grad: [B, D].
-        mode: "sum" or "mean" (over what is not padding).
-        weights: [N] factors of the rows, mode "sum" only.
-        padding_idx: the row that does not count, if any.
-        sparse: whether the gradient is wanted as rows.
-    """
-
-    indices: Tensor
-    offsets: Tensor
-    grad: Tensor
-    mode: Literal["sum", "mean"]
-    weights: Tensor | None
-    padding_idx: int | None
-    sparse: bool
-
-    def norms(self) -> Tensor:
-        """[B] norms of the table's gradient."""
-        return ops.embedding_grad_norm(
-            self.indices,
-            self.grad,
-            padding_idx=self.padding_idx,
-            offsets=self.offsets,
-            mode=self.mode,
-            per_sample_weights=self.weights,
-        )
-
-    def owners(self) -> Tensor:
-        """[N] the bag of each index."""
-        sizes = self.offsets.diff()
-        bags = torch.arange(len(sizes), device=sizes.device)
-        return bags.repeat_interleave(sizes, output_size=len(self.indices))
-
-    def _coefficients(self, owners: Tensor) -> Tensor:
-        """[N] what multiplies the bag's gradient in each row."""
-        kept = torch.ones_like(self.indices, dtype=self.grad.dtype)
-        if self.padding_idx is not None:
-            kept = (self.indices != self.padding_idx).to(self.grad.dtype)
-        if self.weights is not None:
-            kept = kept * self.weights.to(kept.dtype)
-        if self.mode == "mean":
-            counts = kept.new_zeros(len(self.grad)).index_add_(0, owners, kept)
-            kept = kept / counts.clamp(min=1)[owners]
-        return kept
-
-    def weighted(self, factor: Tensor, rows: int) -> Tensor:
-        """sum_b factor_b g_b, as from EmbeddingGradSample."""
-        owners = self.owners()
-        scale = self._coefficients(owners) * factor.to(self.grad.dtype)[owners]
-        grad = self.grad[owners] * scale[:, None]
-        # One row for each of N samples, their factors in it.
-        use = EmbeddingGradSample(
-            self.indices[:, None], grad[:, None], self.padding_idx, self.sparse
-        )
-        return use.weighted(None, rows)
-
-    def cleaned(self, bad: Tensor) -> BagGradSample:
-        """The same with the samples marked in bad [B] set to zero."""
-        return replace(self, grad=self.grad.masked_fill(bad[:, None], 0))
-
-    def select(self, rows: Tensor) -> EmbeddingGradSample:
-        """The same of some samples alone."""
-        return self.padded().select(rows)
-
-    def squared_size(self) -> Tensor:
-        """[B] sums of the squared norms of what is summed over repeated rows."""
-        return self.padded().squared_size()
-
-    def dense(self, shape: torch.Size) -> Tensor:
-        """[B, *shape] per-sample gradients."""
-        return self.padded().dense(shape)
-
-    def places(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """[B, longest bag] zeros in indices' dtype, and where each index belongs in it."""
-        owners = self.owners()
-        place = torch.arange(len(owners), device=owners.device) - self.offsets[:-1][owners]
-        longest = max(int(self.offsets.diff().max()), 1) if len(self.grad) else 1
-        return self.indices.new_zeros(len(self.grad), longest), (owners, place)
-
-    def padded(self) -> EmbeddingGradSample:
-        """The same as rows of an embedding: [B, longest bag], zero gradient behind a bag's end."""
-        indices, place = self.places()
-        if self.padding_idx is not None:
-            indices.fill_(self.padding_idx)
-        owners = place[0]
-        grad = self.grad[owners] * self._coefficients(owners)[:, None]
-        indices[place] = self.indices
-        padded = grad.new_zeros(*indices.shape, grad.shape[-1])
-        padded[place] = grad
-        return EmbeddingGradSample(indices, padded, self.padding_idx, self.sparse)
-
-
-@dataclass
-class ConvGradSample:
+class ConvGradSample(GradSample):
     """A convolution over one, two or three spatial dimensions.
 
     A transposed convolution is one too, with its output's gradient as x and its input as grad.
@@ -309,19 +177,18 @@ class ConvGradSample:
     dilation: tuple[int, ...]
     groups: int
 
+    def kind(self) -> Hashable:
+        sizes = (self.x.shape[2:], self.grad.shape[2:])
+        options = (self.stride, self.padding, self.dilation, self.groups)
+        return (ConvGradSample, *sizes, *options)
+
     def _columns(self, x: Tensor) -> Tensor:
         """x [N, C, *size] -> [N, C * kernel, *size'] flat over size'."""
         kernel, spatial = tuple(self.shape[2:]), tuple(self.grad.shape[3:])
-        stride, padding, dilation = self.stride, self.padding, self.dilation
-        if len(kernel) == 1:
-            x, kernel = x.unsqueeze(2), (1, *kernel)
-            stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
-        if len(kernel) == 2:
-            return F.unfold(x, kernel, dilation, padding, stride)
-        x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
-        for dim, (size, step, gap, length) in enumerate(
-            zip(kernel, stride, dilation, spatial, strict=True), start=2
-        ):
+        # Views and one copy; F.unfold takes three times as long.
+        x = F.pad(x, [p for p in reversed(self.padding) for _ in range(2)])
+        sizes = zip(kernel, self.stride, self.dilation, spatial, strict=True)
+        for dim, (size, step, gap, length) in enumerate(sizes, start=2):
             x = x.unfold(dim, (size - 1) * gap + 1, step)[..., ::gap].narrow(dim, 0, length)
         n, dims = len(kernel), x.dim()
         x = x.permute(0, 1, *range(2 + n, dims), *range(2, 2 + n))
@@ -343,7 +210,8 @@ class ConvGradSample:
         inner = columns.shape[1] // self.groups
         columns = columns.reshape(n, images, self.groups, inner, places)
         grad = grad.reshape(n, images, self.groups, grad.shape[2] // self.groups, places)
-        return _tokens(columns), _tokens(grad)
+        columns, grad = (t.permute(0, 2, 1, 4, 3).flatten(2, 3) for t in (columns, grad))
+        return columns, grad
 
     def _norms(self, x: Tensor, grad: Tensor) -> Tensor:
         per_sample = math.prod(grad.shape[1:]) // max(grad.shape[2], 1)
@@ -357,13 +225,11 @@ class ConvGradSample:
         return torch.cat(found)
 
     def norms(self, users: Users) -> Tensor:
-        """[U] norms of the weight's gradient."""
         return users.gather(self._norms, [self.x], [self.grad])
 
-    def weighted(self, factor: Tensor) -> Tensor:
-        """sum_b factor_b g_b, in the weight's shape."""
+    def weighted(self, factor: Tensor, shape: torch.Size) -> Tensor:
         found: Tensor = torch.ops.aten.convolution_backward(
-            _scaled(self.grad, factor).flatten(0, 1),
+            scaled(self.grad, factor).flatten(0, 1),
             self.x.flatten(0, 1),
             self.x.new_empty(self.shape),
             None,
@@ -377,28 +243,18 @@ class ConvGradSample:
         )[1]
         return found
 
-    def cleaned(self, bad: Tensor) -> ConvGradSample:
-        """The same with the samples marked in bad [B] set to zero."""
-        mask = bad.reshape(-1, *[1] * (self.x.dim() - 1))
-        return replace(self, x=self.x.masked_fill(mask, 0), grad=self.grad.masked_fill(mask, 0))
-
-    def select(self, rows: Tensor) -> ConvGradSample:
-        """The same of some samples alone."""
-        return replace(self, x=self.x[rows], grad=self.grad[rows])
-
     def squared_size(self) -> Tensor:
         """[B] about the sums of the squared norms of what is summed over positions."""
         places = math.prod(self.grad.shape[3:])
         return squares(self.x, 1) * squares(self.grad, 1) / math.sqrt(max(places, 1))
 
     def dense(self, shape: torch.Size) -> Tensor:
-        """[B, *shape] per-sample gradients."""
         columns, out = self._unfolded(self.x, self.grad)
         return (out.transpose(2, 3) @ columns).reshape(len(self.x), *shape)
 
 
 @dataclass
-class DenseGradSample:
+class DenseGradSample(GradSample):
     """Per-sample gradients as they are: biases, norms, small parameters.
 
     Attributes:
@@ -408,27 +264,20 @@ class DenseGradSample:
 
     grad: Tensor
     terms: Tensor | None = None
+    batched = ("grad",)
+    passing = ("terms",)
 
-    def weighted(self, factor: Tensor) -> Tensor:
-        """sum_b factor_b g_b."""
+    def norms(self, users: Users) -> Tensor:
+        return dense_norms([self.grad], users)
+
+    def weighted(self, factor: Tensor, shape: torch.Size) -> Tensor:
         grad = self.grad
         factor = factor.to(grad.dtype)
         if grad.dim() == 2:
             return torch.mv(grad.t(), factor)
         return torch.mv(grad.unsqueeze(-1).flatten(1).t(), factor).reshape(grad.shape[1:])
 
-    def cleaned(self, bad: Tensor) -> DenseGradSample:
-        """The same with the samples marked in bad [B] set to zero."""
-        return DenseGradSample(
-            self.grad.masked_fill(bad.reshape(-1, *[1] * (self.grad.dim() - 1)), 0)
-        )
-
-    def select(self, rows: Tensor) -> DenseGradSample:
-        """The same of some samples alone."""
-        return DenseGradSample(self.grad[rows])
-
     def squared_size(self) -> Tensor:
-        """[B] sums of the squared norms of what is summed."""
         found = squares(self.grad, 1)
         if self.terms is None:
             return found
@@ -436,10 +285,4 @@ class DenseGradSample:
         return torch.maximum(found, terms)
 
     def dense(self, shape: torch.Size) -> Tensor:
-        """[B, *shape] per-sample gradients."""
         return self.grad.reshape(len(self.grad), *shape)
-
-
-GradSample: TypeAlias = (
-    LinearGradSample | EmbeddingGradSample | BagGradSample | ConvGradSample | DenseGradSample
-)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from embattle.clipping import attention, conv, recurrent
 from embattle.clipping.context import Context
 from embattle.clipping.embedding import look_up
-from embattle.clipping.functional import Functional
-from embattle.clipping.operators import Operators, Unknown, layer_norm, linear
+from embattle.clipping.linear import linear
+from embattle.clipping.normalisation import layer_norm
+from embattle.clipping.operators import Operators
 
 assert attention
 assert conv
@@ -30,9 +31,6 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if layer is None or layer.module is not self:  # a copy, or a class made from the stand-in
         kind = next(kind for kind in type(self).__mro__ if "_embattle_own" in vars(kind))
         return kind._embattle_own.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-    # Inside of torch.func the module's own forward is run.
-    if layer.context.inside_vmap:
-        return layer.original(*args, **kwargs)
     return layer.forward(*args, **kwargs)
 
 
@@ -80,6 +78,7 @@ class Layer:
         broadcast: whether its input is the same for all samples and has no batch dimension.
         original: the module's own forward.
         spread_dim: where `spread` has just given an input a row for every sample, or None.
+        announced: operators without a rule that a log line has been written of.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class Layer:
         self.spread_dim: int | None = None
         self._kept: Any = None
         self._own: Any = type(module)
-        self._functional: Functional | None = None
+        self.announced: set[str] = set()
 
     def __deepcopy__(self, memo: Any) -> Layer:
         """Itself: a copied module is not this layer's."""
@@ -143,13 +142,8 @@ class Layer:
                     return plain(self, args[0], module._parameters)
                 finally:
                     context.silent -= 1
-        if self._functional is None:
-            try:
-                with Operators(self, *args[:1]):
-                    return self.original(*args, **kwargs)
-            except Unknown as error:
-                self._functional = Functional(self, str(error))
-        return self._functional(*args, **kwargs)
+        with Operators(self, *args[:1]):
+            return self.original(*args, **kwargs)
 
     def spread(self, x: Tensor, features: int) -> Tensor:
         """Gives every sample its own row of an input that is the same for all samples.

@@ -3,53 +3,40 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from embattle import ops
-from embattle.clipping.grad_sample import (
-    BagGradSample,
-    ConvGradSample,
-    DenseGradSample,
-    EmbeddingGradSample,
-    GradSample,
-    LinearGradSample,
-)
+from embattle.clipping.grad_sample import DenseGradSample, GradSample, LinearGradSample, dense_norms
+from embattle.clipping.table_grad_sample import BagGradSample, EmbeddingGradSample
 from embattle.clipping.tables import JointTable, join_tables
 from embattle.clipping.users import Users
 
 Named = Sequence[tuple[str, Parameter]]
 
 
-def merge(found: Sequence[GradSample], users: Users, shape: torch.Size) -> list[GradSample]:
+def merge(found: Sequence[GradSample], shape: torch.Size) -> list[GradSample]:
     """Merges the grad samples of one parameter that can be treated as one, exactly.
 
-    Linear layers on the same rows become one with more tokens, embeddings one with more indices;
-    whatever else meets becomes dense. Overlapping ranges of rows are cut so that any two are equal
-    or disjoint.
+    Linear layers on the same rows become one with more tokens, embeddings one with more indices,
+    convolutions alike one with more images; whatever else meets becomes dense. Overlapping ranges
+    of rows are cut so that any two are equal or disjoint.
     """
-    if len(found) == 1 and not isinstance(found[0], BagGradSample):
+    if len(found) == 1:
         return list(found)
-    own: list[GradSample] = [
-        each.padded()
-        if isinstance(each, BagGradSample) and (len(found) > 1 or users.of_sample is not None)
-        else each
-        for each in found
-    ]
-    if len(own) == 1:
-        return own
-    linear = _merge_linear([each for each in own if isinstance(each, LinearGradSample)])
-    rows = _merge_rows([each for each in own if isinstance(each, EmbeddingGradSample)])
-    convs = _merge_convs([each for each in own if isinstance(each, ConvGradSample)])
-    dense = [each for each in own if isinstance(each, DenseGradSample)]
-    merged: list[GradSample] = [*linear, *rows, *convs, *dense]
+    kinds: dict[Hashable, list[GradSample]] = {}
+    for each in _cut([use.padded() if isinstance(use, BagGradSample) else use for use in found]):
+        kinds.setdefault(each.kind(), []).append(each)
+    merged = [same[0].joined(same[1:]) if len(same) > 1 else same[0] for same in kinds.values()]
+    linear = [each for each in merged if isinstance(each, LinearGradSample)]
     if len(merged) == 1 or len(merged) == len(linear):
         return merged
-    if len(merged) == 2 and len(linear) == len(rows) == 1 and linear[0].rows == (0, shape[0]):
-        return merged
+    tables = [each for each in merged if isinstance(each, EmbeddingGradSample)]
+    if len(merged) == 2 and linear and tables and linear[0].rows == (0, shape[0]):
+        return [linear[0], tables[0]]
     squared = torch.stack([each.squared_size() for each in merged]).sum(0)
     total = merged[0].dense(shape)
     for each in merged[1:]:
@@ -57,54 +44,16 @@ def merge(found: Sequence[GradSample], users: Users, shape: torch.Size) -> list[
     return [DenseGradSample(total, squared)]
 
 
-def _merge_linear(found: list[LinearGradSample]) -> list[LinearGradSample]:
-    if len(found) < 2:
-        return found
-    cuts = sorted({edge for each in found for edge in each.rows})
-    parts: dict[tuple[int, int], list[LinearGradSample]] = {}
+def _cut(found: Sequence[GradSample]) -> Iterator[GradSample]:
+    """The same with linear layers cut at the ends of others' rows."""
+    cuts = sorted({e for each in found if isinstance(each, LinearGradSample) for e in each.rows})
     for each in found:
+        if not isinstance(each, LinearGradSample):
+            yield each
+            continue
         inner = [edge for edge in cuts if each.rows[0] <= edge <= each.rows[1]]
-        for start, stop in itertools.pairwise(inner):
-            part = each if (start, stop) == each.rows else each.part(start, stop)
-            parts.setdefault(part.rows, []).append(part)
-    return [
-        LinearGradSample(
-            torch.cat([each.x for each in same], 1), torch.cat([each.grad for each in same], 1), key
-        )
-        for key, same in parts.items()
-    ]
-
-
-def _merge_rows(found: list[EmbeddingGradSample]) -> list[EmbeddingGradSample]:
-    """Embeddings with different padding rows: the padding of each has a zero gradient."""
-    if len(found) < 2:
-        return found
-    paddings = {each.padding_idx for each in found}
-    return [
-        EmbeddingGradSample(
-            torch.cat([each.indices for each in found], 1),
-            torch.cat([each.masked() for each in found], 1),
-            paddings.pop() if len(paddings) == 1 else None,
-            all(each.sparse for each in found),
-        )
-    ]
-
-
-def _merge_convs(found: list[ConvGradSample]) -> list[ConvGradSample]:
-    """Convolutions alike on images of one size are one with more images."""
-    if len(found) < 2:
-        return found
-    first = found[0]
-
-    def kind(each: ConvGradSample) -> tuple[object, ...]:
-        sizes = (each.x.shape[2:], each.grad.shape[2:])
-        return (*sizes, each.stride, each.padding, each.dilation, each.groups)
-
-    if any(kind(each) != kind(first) for each in found):
-        return found
-    x = torch.cat([each.x for each in found], 1)
-    grad = torch.cat([each.grad for each in found], 1)
-    return [ConvGradSample(x, grad, first.shape, *kind(first)[2:])]  # type: ignore[arg-type]
+        for rows in itertools.pairwise(inner):
+            yield each if rows == each.rows else each.part(*rows)
 
 
 def _cross(x: Tensor, indices: Tensor, grad: Tensor, rows: Tensor) -> Tensor:
@@ -129,17 +78,6 @@ def _tied_norms(linear: LinearGradSample, row: EmbeddingGradSample, users: Users
     return users.gather(norms, [linear.x, row.indices], [linear.grad, rows])
 
 
-def _dense_norms(grads: Sequence[Tensor], users: Users) -> Tensor:
-    """[U] norms over all the per-sample gradients [B, ...] together."""
-    if users.of_sample is None:
-        return ops.per_sample_norm(grads)
-
-    def norms(*members: Tensor) -> Tensor:
-        return ops.per_sample_norm([grad.sum(1) for grad in members])
-
-    return users.gather(norms, [], [grad.unsqueeze(-1).flatten(1)[:, None] for grad in grads])
-
-
 def _joint_norms(parts: Sequence[Tensor]) -> Tensor:
     """[U] norms, float64, of gradients that consist of parts.
 
@@ -158,14 +96,10 @@ def parameter_norms(found: list[GradSample], users: Users) -> Tensor:
     """
     first = found[0]
     if len(found) == 1:
-        if isinstance(first, BagGradSample):
-            return first.norms()
-        if isinstance(first, DenseGradSample):
-            return _dense_norms([first.grad], users)
         return first.norms(users)
     if isinstance(first, LinearGradSample) and isinstance(found[1], EmbeddingGradSample):
         return _tied_norms(first, found[1], users)
-    return _joint_norms([each.norms(users) for each in found if isinstance(each, LinearGradSample)])
+    return _joint_norms([each.norms(users) for each in found])
 
 
 class Gradients:
@@ -194,7 +128,7 @@ class Gradients:
         for _, p in named:
             own = found.pop(p, None)
             if own is not None:
-                self.of[p] = merge(own, users, p.shape)
+                self.of[p] = merge(own, p.shape)
         self.joint: list[JointTable] = []
 
     def norms(self, device: torch.device, *, apart: bool) -> Tensor:
@@ -227,7 +161,7 @@ class Gradients:
             else:
                 parts.append(parameter_norms(found, users))
         if small and users.of_sample is not None:
-            parts.append(_dense_norms(small, users))
+            parts.append(dense_norms(small, users))
         elif small:
             parts += small
         if not parts:
@@ -310,13 +244,10 @@ def _order(item: tuple[Parameter, Sequence[GradSample]]) -> tuple[bool, int]:
     own = parameter.numel()
     growth, copied = own, 0  # a scaled copy of the smaller tensor stands beside the gradient
     for each in found:
-        smaller = size = each.grad.numel()
-        if isinstance(each, (LinearGradSample, ConvGradSample)):
-            inputs = each.x.numel()
-            size += inputs
-            smaller = min(smaller, inputs)
-        growth -= size
-        copied = max(copied, smaller)
+        held = [getattr(each, name) for name in each.batched]
+        sizes = [t.numel() for t in held if t.is_floating_point()]
+        growth -= sum(sizes)
+        copied = max(copied, min(sizes))
     return (growth > 0, growth - own - copied if growth > 0 else own + copied)
 
 
@@ -344,10 +275,7 @@ def weighted_gradient(found: list[GradSample], factor: Tensor, parameter: Tensor
     """
     total: Tensor | None = None
     for each in found:
-        if isinstance(each, (EmbeddingGradSample, BagGradSample)):
-            part = each.weighted(factor, len(parameter))
-        else:
-            part = each.weighted(factor)
+        part = each.weighted(factor, parameter.shape)
         if part.dtype != parameter.dtype:
             part = part.to(parameter.dtype)
         if isinstance(each, LinearGradSample) and part.shape[0] != parameter.shape[0]:

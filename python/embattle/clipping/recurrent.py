@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from embattle.clipping.operators import Operators, linear, rule
+from embattle.clipping.linear import linear
+from embattle.clipping.operators import Operators, rule
 
 # From what the input and the hidden state gave, and the state, to the new state.
 Cell = Callable[[Tensor, Tensor, list[Tensor]], list[Tensor]]
@@ -89,7 +90,7 @@ def _direction(
 def _unrolled(
     ops: Operators,
     cell: Cell,
-    gates: int,
+    pair: bool,
     first: Tensor,
     second: Any,
     third: Any,
@@ -105,13 +106,13 @@ def _unrolled(
         order = None if ops.packed is None else ops.packed.unsorted_indices
         if order is not None:
             x, sizes = x[:, order], sizes[order.cpu()]
-            state = tuple(s[:, order] for s in state) if gates == 4 else state[:, order]
+            state = tuple(s[:, order] for s in state) if pair else state[:, order]
         biased, layers, dropout, training, both = options
         lengths, batch_first = sizes.to(x.device), False
     else:
         x, state, weights, lengths = first, second, list(third), None
         biased, layers, dropout, training, both, batch_first = (fourth, *options)
-    if any(ops.source(t) is not None for t in (x, *(state if gates == 4 else [state]))):
+    if any(ops.source(t) is not None for t in (x, *(state if pair else [state]))):
         return NotImplemented
     if x.dim() != 3:
         raise ValueError(
@@ -119,7 +120,7 @@ def _unrolled(
             "which has no batch dimension; give the layer one row per sample"
         )
     x = x.transpose(0, 1) if batch_first else x
-    starts = list(state) if gates == 4 else [state]
+    starts = list(state) if pair else [state]
     directions = 2 if both else 1
     count = len(weights) // (layers * directions)
     finals: list[list[Tensor]] = []
@@ -147,14 +148,14 @@ def _unrolled(
     return (x.transpose(0, 1) if batch_first else x, *states)
 
 
-def _register(function: Any, cell: Cell, gates: int) -> None:
+def _register(function: Any, of_cell: Any, cell: Cell, *, pair: bool = False) -> None:
+    """pair: whether the state is one of two tensors."""
+
     @rule(function)
     def _(ops: Operators, *args: Any) -> Any:
-        return _unrolled(ops, cell, gates, *args)
+        return _unrolled(ops, cell, pair, *args)
 
-
-def _register_cell(function: Any, cell: Cell, states: int) -> None:
-    @rule(function)
+    @rule(of_cell)
     def _(
         ops: Operators,
         x: Tensor,
@@ -164,19 +165,15 @@ def _register_cell(function: Any, cell: Cell, states: int) -> None:
         bias_in: Tensor | None = None,
         bias_hidden: Tensor | None = None,
     ) -> Any:
-        own = list(state) if states == 2 else [state]
+        own = list(state) if pair else [state]
         if any(ops.source(t) is not None for t in (x, *own)):
             return NotImplemented
         inner = _linear(ops, x, of_input, bias_in)
         new = cell(inner, _linear(ops, own[0], of_hidden, bias_hidden), own)
-        return tuple(new) if states == 2 else new[0]
+        return tuple(new) if pair else new[0]
 
 
-_register(torch.lstm, _lstm, 4)
-_register(torch.gru, _gru, 3)
-_register(torch.rnn_tanh, _tanh, 1)
-_register(torch.rnn_relu, _relu, 1)
-_register_cell(torch.lstm_cell, _lstm, 2)
-_register_cell(torch.gru_cell, _gru, 1)
-_register_cell(torch.rnn_tanh_cell, _tanh, 1)
-_register_cell(torch.rnn_relu_cell, _relu, 1)
+_register(torch.lstm, torch.lstm_cell, _lstm, pair=True)
+_register(torch.gru, torch.gru_cell, _gru)
+_register(torch.rnn_tanh, torch.rnn_tanh_cell, _tanh)
+_register(torch.rnn_relu, torch.rnn_relu_cell, _relu)

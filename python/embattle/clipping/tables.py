@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from embattle.clipping.grad_sample import EmbeddingGradSample, GradSample
+from embattle.clipping.grad_sample import GradSample
+from embattle.clipping.table_grad_sample import EmbeddingGradSample
 from embattle.clipping.users import Users
 
 # Elements of tables, and of gradients of their rows, that are worked on as one.
@@ -55,7 +56,7 @@ class JointTable:
     def weighted(self, factor: Tensor) -> Iterator[tuple[Parameter, Tensor]]:
         """Every table's sum_b factor_b g_b; all of them are parts of one tensor."""
         sizes = [p.shape[0] for p in self.members]
-        whole = self._table().weighted(factor, sum(sizes))
+        whole = self._table().weighted(factor, torch.Size([sum(sizes)]))
         return zip(self.members, torch.split(whole, sizes), strict=True)
 
 

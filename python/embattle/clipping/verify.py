@@ -94,10 +94,6 @@ class Verifier:
             return self._random.random() < 1 / SHARE
         return self.verify == "always"
 
-    def forget(self, signature: object) -> None:
-        """Has the graph checked as a new one."""
-        del self._known[signature]
-
     def weights(self, like: Tensor) -> Tensor:
         """r: random weights of losses."""
         generator = torch.Generator().manual_seed(self._random.getrandbits(62))
@@ -138,11 +134,14 @@ class Verifier:
 
 
 def _fitting(
-    grad: Tensor, probed: Tensor, same_dims: Sequence[Layout], r: Tensor, limit: float
+    grad: Tensor, probed: Tensor, same_dims: Sequence[Layout], r: Tensor, limit: float, finite: bool
 ) -> list[Layout]:
     """The layouts for which probed is grad with each row times its sample's weight."""
     first, last, _ = same_dims[0]
     dtype = torch.promote_types(grad.dtype, torch.float32)
+    if not finite:
+        known, dtype = grad.isfinite() & probed.isfinite(), torch.float64
+        grad, probed = grad.where(known, 0), probed.where(known, 0)
     grad, probed = (
         x.flatten(first, last).movedim(first, 0).unsqueeze(-1).flatten(1).to(dtype)
         for x in (grad, probed)
@@ -180,7 +179,7 @@ def precision(named: Named, entries: Entries) -> float:
     return max(map(tolerance, dtypes))
 
 
-def find_layouts(entries: Entries, probed: Entries, r: Tensor, limit: float) -> Known:
+def find_layouts(entries: Entries, probed: Entries, r: Tensor, limit: float, finite: bool) -> Known:
     """The row probe: each entry's layout.
 
     Args:
@@ -188,6 +187,7 @@ def find_layouts(entries: Entries, probed: Entries, r: Tensor, limit: float) -> 
         probed: the same of sum_b r_b loss_b.
         r: [B].
         limit: see `precision`.
+        finite: whether the gradients are; what is not is left out.
 
     Raises:
         ValueError: naming the first layer for which no layout fits.
@@ -206,31 +206,12 @@ def find_layouts(entries: Entries, probed: Entries, r: Tensor, limit: float) -> 
             continue
         whole, wanted = record.shaped(grad), record.shaped(other)
         candidates = record.layouts(whole, samples)
-        fits = [x for same in candidates for x in _fitting(whole, wanted, same, r, limit)]
+        fits = [x for same in candidates for x in _fitting(whole, wanted, same, r, limit, finite)]
         if not fits:
             raise _no_layout(record, whole, candidates, samples)
         # Several fit while zeros hide the difference; for this batch they are then all right.
         found.fits.append(fits)
         found.seen.append((fits[0].to_front(whole, samples)[..., None].flatten(2) != 0).any(2))
-    return found
-
-
-def likely_layouts(entries: Entries, samples: int) -> list[Layout | None]:
-    """The entries' layouts as the sizes suggest them, where nothing can be checked.
-
-    Raises:
-        ValueError: no dim of an entry can hold the samples.
-    """
-    found: list[Layout | None] = []
-    for record, grad in entries:
-        if grad is None:
-            found.append(None)
-            continue
-        whole = record.shaped(grad)
-        candidates = record.layouts(whole, samples)
-        if not candidates:
-            raise _no_layout(record, whole, candidates, samples)
-        found.append(candidates[0][0])
     return found
 
 

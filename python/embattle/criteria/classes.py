@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,8 +19,42 @@ _OF_LABELS = {"cross_entropy": losses.cross_entropy, "margin": losses.margin, "d
 _LEAST = -(2**63)
 
 
+class _Labelled(Criterion):
+    """A wrong answer to labels, of which those that are `ignore_index` do not count."""
+
+    labels: Tensor
+    ignore_index: int
+
+    per_sample: ClassVar[tuple[str, ...]] = ("labels",)
+    needs_outputs: ClassVar[bool] = True
+
+    @abstractmethod
+    def wrong(self, outputs: Tensor) -> Tensor:
+        """Give True where a prediction is not the label; of the labels' shape, which is checked."""
+
+    def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
+        """Give True where a label that counts is not predicted."""
+        return any_of(self._missed(now))
+
+    def accuracy(self, now: Evaluation) -> Tensor:
+        """Give the share of labels that are predicted, of those that count."""
+        count = self._kept.sum()
+        return (count - self._missed(now).sum()) / count
+
+    def counted(self, evaluation: Evaluation) -> Tensor:
+        """Give True where a sample has a label that counts."""
+        return any_of(self._kept)
+
+    @property
+    def _kept(self) -> Tensor:
+        return self.labels != self.ignore_index
+
+    def _missed(self, now: Evaluation) -> Tensor:
+        return self.wrong(needed(type(self).__name__, now)) & self._kept
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Misclassify(Criterion):
+class Misclassify(_Labelled):
     """A wrong class: reached where any label of a sample that counts is not predicted.
 
     Outputs are logits `[B, C]` with labels `[B]`; one logit of a binary decision, `[B]` or
@@ -43,9 +78,6 @@ class Misclassify(Criterion):
     labels: Tensor
     ignore_index: int = -100
     ascend: Literal["loss", "cross_entropy", "margin", "dlr"] = "loss"
-
-    per_sample: ClassVar[tuple[str, ...]] = ("labels",)
-    needs_outputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _set(self, "labels", integers("Misclassify", "labels", self.labels))
@@ -89,31 +121,14 @@ class Misclassify(Criterion):
             value = _OF_LABELS[self.ascend]
         return value(needed("Misclassify", now), self.labels, ignore_index=self.ignore_index)
 
-    def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give True where a label that counts is not predicted."""
-        return any_of(self._wrong(now))
-
     def predict(self, outputs: Tensor) -> Tensor:
         """Give the class with the largest logit, of the labels' shape."""
         return losses.predict(outputs)
 
-    def accuracy(self, now: Evaluation) -> Tensor:
-        """Give the share of labels that are predicted, of those that count."""
-        count = self._kept.sum()
-        return (count - self._wrong(now).sum()) / count
-
-    def counted(self, evaluation: Evaluation) -> Tensor:
-        """Give True where a sample has a label that counts."""
-        return any_of(self._kept)
-
-    @property
-    def _kept(self) -> Tensor:
-        return self.labels != self.ignore_index
-
-    def _wrong(self, now: Evaluation) -> Tensor:
-        outputs = needed("Misclassify", now)
+    def wrong(self, outputs: Tensor) -> Tensor:
+        """Give True where the class is another one."""
         losses.check_labels("Misclassify", outputs, self.labels)
-        return (losses.predict(outputs) != self.labels) & self._kept
+        return losses.predict(outputs) != self.labels
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -196,7 +211,7 @@ class Target(Criterion):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MultiLabel(Criterion):
+class MultiLabel(_Labelled):
     """A wrong label among several: reached where any label of a sample that counts is wrong.
 
     Outputs `[B, C]` (or of any other shape) are one logit for each label; a label is predicted
@@ -220,9 +235,6 @@ class MultiLabel(Criterion):
     threshold: float = 0.5
     ascend: Literal["loss", "bce", "margin"] = "loss"
     ignore_index: int = -100
-
-    per_sample: ClassVar[tuple[str, ...]] = ("labels",)
-    needs_outputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.labels, Tensor):
@@ -270,31 +282,14 @@ class MultiLabel(Criterion):
         entropies = -F.logsigmoid(torch.where(positive, outputs, -outputs))
         return losses.per_counted(entropies, kept)
 
-    def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give True where a label that counts is wrong."""
-        return any_of(self._wrong(now))
-
     def predict(self, outputs: Tensor) -> Tensor:
         """Give 1 where the sigmoid is above the threshold, else 0; of the outputs' shape."""
         return (outputs.sigmoid() > self.threshold).long()
 
-    def accuracy(self, now: Evaluation) -> Tensor:
-        """Give the share of labels that are right, of those that count."""
-        count = self._kept.sum()
-        return (count - self._wrong(now).sum()) / count
-
-    def counted(self, evaluation: Evaluation) -> Tensor:
-        """Give True where a sample has a label that counts."""
-        return any_of(self._kept)
-
-    @property
-    def _kept(self) -> Tensor:
-        return self.labels != self.ignore_index
-
-    def _wrong(self, now: Evaluation) -> Tensor:
-        outputs = needed("MultiLabel", now)
+    def wrong(self, outputs: Tensor) -> Tensor:
+        """Give True where the logit is on the wrong side."""
         self._check_shape(outputs)
-        return ((outputs.sigmoid() > self.threshold) != (self.labels == 1)) & self._kept
+        return (outputs.sigmoid() > self.threshold) != (self.labels == 1)
 
     def _check_shape(self, outputs: Tensor) -> None:
         if self.labels.shape != outputs.shape:

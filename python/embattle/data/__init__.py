@@ -10,7 +10,7 @@ from embattle.data.account import Account, listed
 from embattle.data.splits import PARTS, Examples, Splits, choose
 
 if TYPE_CHECKING:
-    from embattle.recipe import DataRecipe
+    from embattle.data.recipe import DataRecipe
 
 __all__ = ["PARTS", "Account", "Examples", "Splits", "load"]
 

@@ -10,44 +10,57 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples ready for a model.
+    """Samples ready for a model.
 
     Attributes:
         inputs: the model's keyword arguments, each [B, ...].
-        labels: class numbers, [B] int64.
+        labels: what is right, [B, ...]: class numbers in int64, values, items; None where that is
+            not known.
         movable: which embeddings an attacker may move, bool of the embeddings' shape without their
             last dim, [B, T] for tokens; None lets all be moved.
     """
 
     inputs: dict[str, Tensor]
-    labels: Tensor
+    labels: Tensor | None = None
     movable: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(next(iter(self.inputs.values())))
+
+    def known_labels(self) -> Tensor:
+        """Give the labels.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.labels is None:
+            raise ValueError("this batch has no labels: it can be predicted, and nothing else")
+        return self.labels
 
     def take(self, rows: Tensor) -> Batch:
-        """The examples at `rows` ([n] int64).
+        """The samples at `rows` ([n] int64).
 
         Inputs with an `attention_mask` ([B, T], padded on the right) are cut to the longest of the
-        examples taken.
+        samples taken.
         """
         inputs = {name: x[rows] for name, x in self.inputs.items()}
+        labels = None if self.labels is None else self.labels[rows]
         movable = None if self.movable is None else self.movable[rows]
         attention = inputs.get("attention_mask")
         if attention is not None and len(rows):
             width = max(1, int(attention.sum(1).amax()))
             inputs = {name: x[:, :width] for name, x in inputs.items()}
             movable = None if movable is None else movable[:, :width]
-        return Batch(inputs, self.labels[rows], movable)
+        return Batch(inputs, labels, movable)
 
     def split(self, size: int) -> list[Batch]:
-        """The same examples in order, at most `size` in a batch."""
+        """The same samples in order, at most `size` in a batch."""
         rows = torch.arange(len(self))
         return [self.take(rows[i : i + size]) for i in range(0, len(self), size)]
 
     def to(self, device: torch.device) -> Batch:
-        """The same examples on a device."""
+        """The same samples on a device."""
         inputs = {name: x.to(device) for name, x in self.inputs.items()}
+        labels = None if self.labels is None else self.labels.to(device)
         movable = None if self.movable is None else self.movable.to(device)
-        return Batch(inputs, self.labels.to(device), movable)
+        return Batch(inputs, labels, movable)

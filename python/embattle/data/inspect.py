@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from embattle.data.account import COUNTED, Account, listed, short
+from embattle.data.account import Account, listed, short
 from embattle.data.labels import is_blank
 from embattle.data.looks import READERS, TABLES, guess_events, guess_roles, kind_of_table, look_all
 from embattle.data.tables import Table, not_a_header
-from embattle.errors import InputError
 from embattle.progress import say
-
-
-def inspect_recipe(path: Path, *, full: bool, changes: Sequence[str]) -> None:
-    """Prints what a job of this recipe would read, also as far as it gets before an error.
-
-    Raises:
-        InputError: what the job would say.
-    """
-    from embattle import data
-    from embattle import recipe as recipes
-    from embattle.models.pretrained import count_longer, load_tokenizer
-
-    recipe = recipes.load(path, full=full, changes=changes)
-    account = Account()
-    try:
-        splits = data.load(recipe.data, recipe.seed, account)
-        texts = [text for part in splits.parts.values() for text in part.texts]
-        try:
-            tokenizer = load_tokenizer(recipe.model.pretrained)
-        except InputError as error:
-            account.note("read by the model", f"not known: {error}")
-        else:
-            account.note_cut(
-                count_longer(tokenizer, texts[:COUNTED], recipe.model.max_tokens),
-                len(texts),
-                recipe.model.max_tokens,
-            )
-    finally:
-        for line in account.lines():
-            say(line)
 
 
 def inspect_file(path: Path, *, encoding: str | None, delimiter: str | None) -> None:

@@ -18,7 +18,7 @@ from embattle.data.tables import Table
 from embattle.errors import InputError
 
 if TYPE_CHECKING:
-    from embattle.recipe import DataRecipe
+    from embattle.data.recipe import DataRecipe
 
 Ints = NDArray[np.int64]
 # Different labels, however they are spelled, that are held at most.

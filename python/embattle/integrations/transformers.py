@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embattle.attacks import Attack
 from embattle.criteria import Criterion
-from embattle.integrations.tasks import Given, Inputs, LossPerSample, Task, task_of
+from embattle.integrations.head_losses import Given, HeadLoss, Inputs, LossPerSample, head_loss_of
 from embattle.objectives import AdversarialObjective
 from embattle.perturb.calls import Call
 from embattle.perturb.evaluation import Evaluation
@@ -34,13 +34,13 @@ class _Known:
     """What was found out about batches with the same inputs.
 
     Attributes:
-        task: what the model is trained on.
+        head: what the model is trained on.
         by_items: its loss is a sum over the batch, divided by the number of labels of all batches
             that are accumulated, instead of a mean; None while both have been the same.
         seen: batches so far.
     """
 
-    task: Task
+    head: HeadLoss
     by_items: bool | None = None
     seen: int = 0
 
@@ -164,7 +164,7 @@ class AdversarialTrainerMixin:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
         inputs = dict(inputs)
         known = self._understood(model, inputs, items)
-        task, scale = known.task, self._scale(known, inputs, items)
+        head, scale = known.head, self._scale(known, inputs, items)
         # A mean over this batch is divided by the number of batches that are accumulated.
         self.loss_is_scaled_for_ga = bool(known.by_items)
         given = self._given(inputs, items)
@@ -172,7 +172,7 @@ class AdversarialTrainerMixin:
 
         def loss_fn() -> Evaluation:
             outputs = last[0] = model(**given)
-            evaluation = task.evaluate(outputs, inputs)
+            evaluation = head.evaluate(outputs, inputs)
             if scale is None or evaluation.losses is None:
                 return evaluation
             return Evaluation(evaluation.losses * scale, evaluation.outputs)
@@ -182,7 +182,7 @@ class AdversarialTrainerMixin:
             masks = [self._mask if site.mask is None else None for site in self.objective.sites]
             loss, metrics = self.objective(
                 loss_fn,
-                criterion=(self._criterion or task.criterion)(inputs),
+                criterion=(self._criterion or head.criterion)(inputs),
                 mask=masks if len(masks) > 1 else masks[0],
             )
         finally:
@@ -239,24 +239,24 @@ class AdversarialTrainerMixin:
                 outputs = plain(**self._given(inputs, items))
             smoother = None if "labels" not in inputs else self.label_smoother
             smoothing = None if smoother is None else float(smoother.epsilon)
-            task = task_of(base, outputs, inputs, smoothing)
+            head = head_loss_of(base, outputs, inputs, smoothing)
             if of_user is not None:
-                return _Known(Given(of_user, task))
-            if task is None:
+                return _Known(Given(of_user, head))
+            if head is None:
                 raise ValueError(
                     f"AdversarialTrainer: for {name} with {', '.join(sorted(inputs))} the loss of "
                     f"each sample is not known. {_WAY_OUT}"
                 )
-            losses = task.evaluate(outputs, inputs).losses
+            losses = head.evaluate(outputs, inputs).losses
         assert losses is not None
-        return _Known(task, self._compare(name, task, losses.mean(), own, inputs, items))
+        return _Known(head, self._compare(name, head, losses.mean(), own, inputs, items))
 
     def _compare(
-        self, name: str, task: Task, mean: Tensor, own: Tensor, inputs: Inputs, items: Any
+        self, name: str, head: HeadLoss, mean: Tensor, own: Tensor, inputs: Inputs, items: Any
     ) -> bool | None:
         """Compare with the Trainer's own loss; tell whether that was divided by all items."""
         world = self._world(items)
-        counted = task.counted(inputs)
+        counted = head.counted(inputs)
         shares: dict[bool, float] = {False: float(mean) * world}
         if items is not None and counted is not None:
             shares[True] = float(mean) * float(counted / items) * world
@@ -273,7 +273,7 @@ class AdversarialTrainerMixin:
         if not fits:
             raise ValueError(
                 f"AdversarialTrainer: the Trainer's own loss for this batch is {loss:g}, and the "
-                f"losses of its samples, as far as they are known for {name} ({task.name}), have "
+                f"losses of its samples, as far as they are known for {name} ({head.name}), have "
                 f"the mean {float(mean):g}. Has the loss other terms or weights, or is "
                 f"compute_loss overridden? {_WAY_OUT}"
             )
@@ -292,7 +292,7 @@ class AdversarialTrainerMixin:
 
     def _scale(self, known: _Known, inputs: Inputs, items: Any) -> Tensor | None:
         """Give the factor from a mean over the batch to its share of all items."""
-        counted = known.task.counted(inputs) if known.by_items else None
+        counted = known.head.counted(inputs) if known.by_items else None
         return None if counted is None else counted / items * self._world(items)
 
     # --- where -----------------------------------------------------------------------------------

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from embattle.checkpoint import save_tensors
 from embattle.data.batch import Batch
 from embattle.errors import InputError, need
-from embattle.files import write_text
+from embattle.files import save_tensors, write_text
 from embattle.models.pretrained import count_longer, load_encoder, quiet
 
 if TYPE_CHECKING:
-    from embattle.recipe import ModelRecipe
+    from embattle.models.recipe import ModelRecipe
 
 
 class TextClassifier(nn.Module):
@@ -27,13 +26,13 @@ class TextClassifier(nn.Module):
         encoder: a transformers model that gives `last_hidden_state`; of an encoder-decoder model
             the encoder is taken, and a pooler is dropped: its weights would never be trained.
         tokenizer: the encoder's tokenizer.
-        classes: number of classes.
+        classes: the names of the classes.
         pooling: `mean`, `first` or `last` (see `ModelRecipe.pooling`).
         max_tokens: longer texts are cut.
     """
 
     def __init__(
-        self, encoder: Any, tokenizer: Any, *, classes: int, pooling: str, max_tokens: int
+        self, encoder: Any, tokenizer: Any, *, classes: Sequence[str], pooling: str, max_tokens: int
     ) -> None:
         super().__init__()
         if getattr(encoder.config, "is_encoder_decoder", False):
@@ -41,7 +40,8 @@ class TextClassifier(nn.Module):
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None
         self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, classes)
+        self.head = nn.Linear(encoder.config.hidden_size, len(classes))
+        self.classes = tuple(classes)
         self.pooling = pooling
         self.max_tokens = max_tokens
         tokenizer.padding_side = "right"
@@ -96,7 +96,7 @@ class TextClassifier(nn.Module):
         self._tokenizer.save_pretrained(folder)
         head = {
             "kind": "text",
-            "classes": self.head.out_features,
+            "classes": list(self.classes),
             "pooling": self.pooling,
             "max_tokens": self.max_tokens,
         }
@@ -104,12 +104,12 @@ class TextClassifier(nn.Module):
         save_tensors(folder / "model.safetensors", lambda part: safetensors.save_model(self, part))
 
 
-def build(recipe: ModelRecipe, classes: int, seed: int) -> TextClassifier:
+def build(recipe: ModelRecipe, classes: Sequence[str], seed: int) -> TextClassifier:
     """A pretrained encoder under a new head.
 
     Args:
         recipe: the recipe's `model` section.
-        classes: number of classes.
+        classes: the names of the classes.
         seed: decides the head's first weights.
 
     Returns:
@@ -145,10 +145,12 @@ def load(folder: Path) -> TextClassifier:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             encoder = transformers.AutoModel.from_config(config)
+        if not isinstance(head["classes"], list) or len(head["classes"]) < 2:
+            raise ValueError("classifier.json names no classes")
         model = TextClassifier(
             encoder,
             tokenizer,
-            classes=head["classes"],
+            classes=[str(name) for name in head["classes"]],
             pooling=head["pooling"],
             max_tokens=head["max_tokens"],
         )

@@ -13,15 +13,15 @@ from embattle import checks
 from embattle.attacks.base import Attack
 from embattle.attacks.result import warn_of_rounding
 from embattle.criteria import Criterion
-from embattle.masking import Masking
 from embattle.objectives.batch import Batch
 from embattle.objectives.consistency import R3F, Alp, Mart, Smart, Trades, Vat
 from embattle.objectives.free import FreeAT, free
+from embattle.objectives.masking import Masking
 from embattle.objectives.mixed import adversarial, apr, mixed
+from embattle.objectives.schedules import Constant, Schedule
 from embattle.perturb.evaluation import LossFn
 from embattle.perturb.site import Site, as_sites
 from embattle.perturb.stage import Masks, Stage
-from embattle.schedules import Constant, Schedule
 
 Form: TypeAlias = Callable[[Batch], Tensor]
 
@@ -86,7 +86,7 @@ class AdversarialObjective:
         form: one of `FORMS`, or a callable that takes a `Batch` and returns the loss, such as
             `Trades(divergence="squared_distance")`.
         lam: weight of the adversarial part.
-        masking: leaves samples out of the adversarial part (see `embattle.masking`).
+        masking: leaves samples out of the adversarial part (see `embattle.objectives.masking`).
         eps_schedule: factor on eps and step size at each step.
         lam_schedule: factor on `lam` at each step.
         steps_schedule: share of the attack's steps that is made (rounded up, one at least).

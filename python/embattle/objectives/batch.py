@@ -11,8 +11,8 @@ from embattle.attacks.base import Attack
 from embattle.attacks.opening import Look, Opened, open_attack
 from embattle.criteria import Criterion, Misclassify
 from embattle.criteria.base import ascended
-from embattle.masking import Masking, Outcome
 from embattle.objectives.carry import carry, leaves
+from embattle.objectives.masking import Masking, Outcome
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.perturbation import Lookups
 from embattle.perturb.stage import Stage

@@ -1,8 +1,8 @@
 """Fused ops on embedding-space perturbations, per-sample gradients and embedding tables.
 
 Every function is a thin, typed front of the op of the same name in ``torch.ops.embattle``; what
-each one means is written out in plain torch in :mod:`embattle.reference`. Names that end in ``_``
-write their first argument.
+each one means is written out in plain torch in :mod:`embattle.ops.reference`. Names that end in
+``_`` write their first argument.
 """
 
 from embattle.ops import _rules_clip as _rules_clip  # fake, autograd and vmap rules of the ops

@@ -66,11 +66,13 @@ def strength(value: Strength) -> tuple[float, Tensor | None]:
 
 def bound(value: Bound) -> tuple[float | None, Tensor | None]:
     """Splits a box bound into the float and the tensor of the schema."""
+    if value is None:
+        return None, None
     if isinstance(value, Tensor):
         return None, value
     if isinstance(value, Real):
         return float(value), None
-    return value, None  # None, or what the schema refuses, which knows the argument's name
+    return value, None  # what the schema refuses, which knows the argument's name
 
 
 def budget(op: str, max_groups: int | None) -> int:

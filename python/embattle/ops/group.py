@@ -134,8 +134,8 @@ def pgd_step_(
     """As :func:`pgd_step`, written into `delta`, which is returned."""
     step, step_per_group = strength(step_size)
     radius, eps_per_group = strength(eps)
-    low, lower_per_element = bound(lower)
-    high, upper_per_element = bound(upper)
+    low, lower_per_element = (None, None) if lower is None else bound(lower)
+    high, upper_per_element = (None, None) if upper is None else bound(upper)
     try:
         _ops.pgd_step_.default(
             delta,
@@ -143,13 +143,13 @@ def pgd_step_(
             step,
             radius,
             NORMS.get(norm) or norm_order("pgd_step_", norm),
-            is_token("pgd_step_", group),
+            group != "sample" and is_token("pgd_step_", group),
             offsets,
             mask,
             step_per_group,
             eps_per_group,
             top,
-            budget("pgd_step_", max_groups),
+            -1 if max_groups is None else budget("pgd_step_", max_groups),
             x0,
             low,
             high,

@@ -110,10 +110,8 @@ class Call:
 
         Floating-point inputs may differ from pass to pass, integers may not.
         """
-        if module is not self.module:
-            return False
-        if not self.checked or self.repeats(args, kwargs):
-            return True
+        if module is not self.module or not self.checked:
+            return module is self.module
         before, now = _integers(self.args, self.kwargs), _integers(args, kwargs)
         return len(before) == len(now) and all(
             one.shape == two.shape and one.device == two.device and torch.equal(one, two)
@@ -137,7 +135,8 @@ class Call:
         """Let go of the graph, and of what the module was given beside integers."""
         self.source, self.value = None, self.value.detach()
         if not self.compiled:
-            given, kept = _tensors(self.args, self.kwargs), _integers(self.args, self.kwargs)
+            given = _tensors(self.args, self.kwargs)
+            kept = [one for one in given if _is_integer(one)]
             if len(given) != len(kept):
                 self.identity = None
                 self.args, self.kwargs = tuple(kept), {}
@@ -154,12 +153,19 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    # Those in lists, dicts and registered containers (a batch of TorchRec's) count too.
-    return [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    given = (*args, *kwargs.values())
+    if not all(type(value) is Tensor for value in given):
+        # Those in lists, dicts and registered containers (a batch of TorchRec's) count too.
+        given = tuple(tree_leaves(given))
+    return [value for value in given if isinstance(value, Tensor)]
 
 
 def _integers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    return [t for t in _tensors(args, kwargs) if not (t.is_floating_point() or t.is_nested)]
+    return [one for one in _tensors(args, kwargs) if _is_integer(one)]
+
+
+def _is_integer(one: Tensor) -> bool:
+    return not (one.is_floating_point() or one.is_nested)
 
 
 def _identity(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...] | None:
@@ -169,9 +175,7 @@ def _identity(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ..
         if not isinstance(value, Tensor):
             found.append(value if isinstance(value, (str, int, float)) else id(value))
         elif type(value) is Tensor and not value.is_inference():
-            found.append(
-                (value.data_ptr(), value.shape, value.stride(), value.dtype, value._version)
-            )
+            found += (value.data_ptr(), value.shape, value.stride(), value.dtype, value._version)
         else:
             return None
     return tuple(found)

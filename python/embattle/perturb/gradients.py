@@ -35,11 +35,11 @@ def differentiate(
         RuntimeError: a reentrant gradient checkpoint lies between.
     """
     if not through_half:
-        return _differentiate(values.sum(), leaves)
+        return _differentiate(values, leaves)
     found: list[Tensor | None] = []
     for scale in _SCALES:
         keep = scale != _SCALES[-1]
-        grads = _differentiate((values.float() * scale).sum(), leaves, keep=keep)
+        grads = _differentiate(values.float() * scale, leaves, keep=keep)
         scaled = [None if g is None else g.float() / scale for g in grads]
         found = scaled if not found else [_better(a, b) for a, b in zip(found, scaled, strict=True)]
         if all(g is None or _complete(g) for g in found):
@@ -61,10 +61,11 @@ def _better(one: Tensor | None, two: Tensor | None) -> Tensor | None:
 
 
 def _differentiate(
-    total: Tensor, leaves: Sequence[Tensor], keep: bool = False
+    values: Tensor, leaves: Sequence[Tensor], keep: bool = False
 ) -> list[Tensor | None]:
+    ones = torch.ones_like(values)  # a sum's gradient is an expanded one: dearer in what follows
     try:
-        return list(torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=keep))
+        return list(torch.autograd.grad(values, leaves, ones, keep, allow_unused=True))
     except RuntimeError as error:
         if "heckpoint" not in str(error):
             raise

@@ -6,13 +6,13 @@ of the user's own draws on in an attack, as it does in any other pass.
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from operator import is_
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,44 +28,87 @@ Mode = Literal["as_is", "same", "eval"]
 MODES: tuple[Mode, ...] = ("as_is", "same", "eval")
 
 
-@dataclass(frozen=True, eq=False)
-class RandomState:
+_HEAD = object.__basicsize__  # a count of references and a type
+
+
+def _memory_of(one: object) -> bytes:
+    """Copy what an object of a C class holds, but for what all objects have."""
+    return ctypes.string_at(id(one) + _HEAD, type(one).__basicsize__ - _HEAD)
+
+
+class _HostState(NamedTuple):
+    """The states of Python's and numpy's global generators, and the memory they were read from.
+
+    To read numpy's state takes longer than a small model's pass. Almost no model draws from it: its
+    memory, which two short copies show, is that of the state before.
+    """
+
+    memory: tuple[Any, ...]
+    python: tuple[Any, ...]
+    numpy: Any
+
+    @staticmethod
+    def look() -> tuple[Any, ...]:
+        """Copy the generators' memory: any draw changes it."""
+        python: Any = random._inst
+        numpy: Any = np.random.mtrand._rand
+        source = numpy._bit_generator
+        known = type(source).__module__.startswith("numpy.")
+        bits = _memory_of(source) if known else str(source.state)
+        return _memory_of(python), python.gauss_next, (_memory_of(numpy), bits)
+
+    @classmethod
+    def capture(cls) -> _HostState:
+        """Read the states now, or take over those that were read last."""
+        global _last_read
+        memory = cls.look()
+        if _last_read is None or _last_read.memory != memory:
+            numpy = np.random.get_state(legacy=False)  # noqa: NPY002
+            _last_read = cls(memory, random.getstate(), numpy)
+        return _last_read
+
+    def restore(self) -> None:
+        """Put the states back, where they are not there."""
+        *python, numpy = self.look()
+        *python_before, numpy_before = self.memory
+        if python != python_before:
+            random.setstate(self.python)
+        if numpy != numpy_before:
+            np.random.set_state(self.numpy)  # noqa: NPY002
+
+
+_last_read: _HostState | None = None
+
+
+class RandomState(NamedTuple):
     """The state of the global generators: torch's on the CPU and CUDA, Python's and numpy's.
 
     A model may be on another device than the current one, or on several; negatives are often drawn
     with numpy.
     """
 
-    cpu: torch.Tensor
-    cuda: list[torch.Tensor] | None
-    python: tuple[Any, ...]
-    numpy: Any
+    cpu: Tensor
+    cuda: list[Tensor] | None
+    host: _HostState
 
     @classmethod
     def capture(cls) -> RandomState:
         """Copy the states now (host memory only: no synchronisation)."""
-        used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        return cls(
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state_all() if used else None,
-            random.getstate(),
-            np.random.get_state(),  # noqa: NPY002
-        )
+        used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        cuda = torch.cuda.get_rng_state_all() if used else None
+        return cls(torch.get_rng_state(), cuda, _HostState.capture())
 
     def restore(self) -> None:
         """Put the states back."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state_all(self.cuda)
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)  # noqa: NPY002
+        self.host.restore()
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, RandomState) or self.python != other.python:
-            return False
+    def same(self, other: RandomState) -> bool:
+        """Whether nothing was drawn in between."""
         pairs = zip([self.cpu, *(self.cuda or [])], [other.cpu, *(other.cuda or [])], strict=False)
-        same = all(torch.equal(one, two) for one, two in pairs)
-        return same and all(map(np.array_equal, self.numpy, other.numpy))
+        return self.host.memory == other.host.memory and all(torch.equal(a, b) for a, b in pairs)
 
 
 @contextmanager
@@ -189,7 +232,7 @@ class _Module:
     def rewind(self) -> None:
         """Hold the same tensors again."""
         now = self.module._buffers
-        if not _identical(now, self.buffers):
+        if (now or self.buffers) and not _identical(now, self.buffers):
             self.module._non_persistent_buffers_set -= now.keys() - self.buffers.keys()
             now.clear()
             now.update(self.buffers)
@@ -265,10 +308,15 @@ def _place(tensor: Tensor | None) -> int:
 
 
 class KeptState:
-    """The buffers and tensor attributes of modules, as they were when these were first met."""
+    """The buffers and tensor attributes of modules, as they were when these were first met.
+
+    Attributes:
+        modules: those that were met, each once, by id.
+    """
 
     def __init__(self) -> None:
-        self._modules: dict[int, _Module | None] = {}
+        self.modules: dict[int, nn.Module] = {}
+        self._held: list[_Module] = []
         self._tensors: dict[int, _Tensor] = {}
 
     def keep(self, model: nn.Module) -> list[_Tensor]:
@@ -277,14 +325,13 @@ class KeptState:
         Returns:
             The tensors whose values are not copied yet.
         """
-        if id(model) in self._modules:
+        if id(model) in self.modules:
             return []
-        modules = [one for one in model.modules() if id(one) not in self._modules]
-        found: dict[int, Tensor] = {}
-        for module in modules:
-            held = self._modules[id(module)] = None if _inert(module) else _Module(module)
-            if held is not None:
-                found.update((id(one), one) for one in held.tensors())
+        modules = [one for one in model.modules() if id(one) not in self.modules]
+        self.modules.update(zip(map(id, modules), modules, strict=True))
+        held = [_Module(one) for one in modules if not _inert(one)]
+        self._held += held
+        found = {id(tensor): tensor for one in held for tensor in one.tensors()}
         if not found:
             return []
         # What requires a gradient or is a parameter's memory is a weight; the lazy has no values.
@@ -299,17 +346,16 @@ class KeptState:
         self._tensors.update(new)
         return list(new.values())
 
-    def rewind(self) -> None:
+    def rewind(self, *, last: bool = False) -> None:
         """Put everything back between two passes, so that both see the same model.
 
         Without it a pass under `spectral_norm` in train mode has other weights than the one before.
-        """
-        self._rewind(last=False)
 
-    def _rewind(self, *, last: bool) -> None:
-        for held in self._modules.values():
-            if held is not None:
-                held.rewind()
+        Args:
+            last: there will be no other pass.
+        """
+        for held in self._held:
+            held.rewind()
         if not self._tensors:
             return
         unseen = [kept for kept in self._tensors.values() if kept.copy is None and kept.written]
@@ -349,24 +395,26 @@ def kept_state(models: Sequence[nn.Module]) -> Iterator[KeptState]:
             for one in state.keep(module):
                 one.keep()
 
-    with ExitStack() as stack:
-        found = [one for model in models for one in state.keep(model)]
-        large = [one for one in found if one.nbytes > _LARGE]
-        if sum(one.nbytes for one in large) > _MUCH:
-            stack.enter_context(_Writes(large))
-            found = [one for one in found if one.nbytes <= _LARGE]
+    found = [one for model in models for one in state.keep(model)]
+    large = [one for one in found if one.nbytes > _LARGE]
+    much = sum(one.nbytes for one in large) > _MUCH
+    with _Writes(large) if much else nullcontext():
         for one in found:
-            one.keep()
-        if not models:
-            stack.callback(register_module_forward_pre_hook(on_call).remove)
-        stack.callback(state._rewind, last=True)
-        yield state
+            if not (much and one.nbytes > _LARGE):
+                one.keep()
+        handle = None if models else register_module_forward_pre_hook(on_call)
+        try:
+            yield state
+        finally:
+            if handle is not None:
+                handle.remove()
+            state.rewind(last=True)
 
 
 @contextmanager
-def eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Put the models in eval mode; every submodule gets its own flag back afterwards."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
+def eval_mode(models: Sequence[nn.Module], modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put models in eval mode; every one of their modules gets its own flag back afterwards."""
+    flags = [(module, module.training) for module in modules]
     try:
         for model in models:
             model.eval()
@@ -377,13 +425,14 @@ def eval_mode(models: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def frozen_weights(models: Sequence[nn.Module]) -> Iterator[None]:
+def frozen_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Turn the weights' `requires_grad` off: passes for the delta alone then save less.
 
     Done only where nothing else can be told by the flags: not with sharded or otherwise special
     parameters, not in distributed runs, not while parametrised weights are cached.
     """
-    weights = [p for model in models for p in model.parameters() if p.requires_grad]
+    held = [p for module in modules for p in module._parameters.values()]
+    weights = [p for p in held if p is not None and p.requires_grad]
     cached = getattr(torch.nn.utils.parametrize, "_cache_enabled", 0)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if cached or distributed or any(type(p) is not nn.Parameter for p in weights):

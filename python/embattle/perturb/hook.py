@@ -18,6 +18,11 @@ from embattle.perturb.outputs import Key, Part, parts_of, replace_parts
 Addition: TypeAlias = Tensor | Callable[[Tensor], Tensor]
 LayoutOf: TypeAlias = Callable[[Call], Layout]
 
+# Gives the saved-tensors hooks in force, where this torch tells.
+_saved_tensors_hooks: Callable[[bool], Any] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None
+)
+
 
 class Use(Protocol):
     """What a hook does while an attack uses its site."""
@@ -59,9 +64,11 @@ class _Turns:
         self.thread = threading.get_ident()
 
     def perturbed(self, value: Tensor, addition: Tensor) -> Tensor:
-        """Add to an output, and note the node that does."""
+        """Add to an output, and note the node that does, if anyone asks."""
+        if self.own is None:
+            return value + addition.to(value.dtype)
         value = value + addition.to(value.dtype)
-        if self.own is not None and value.grad_fn is not None:
+        if value.grad_fn is not None:
             self.own.add(value.grad_fn)
         return value
 
@@ -196,6 +203,7 @@ class Perturb(_Turns):
         self.calls, self.additions = calls, additions
         self.known, self.detach, self.deltas = known, detach, deltas
         self.turn = 0
+        self._handed: Tensor | None = None  # what the call that is being made was given
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -216,9 +224,25 @@ class Perturb(_Turns):
     def _one(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
     ) -> Tensor:
-        turn = self._next(module, args, kwargs)
-        known = self._known(turn, args, kwargs)
-        return self._perturbed(module, value if known is None else known, self.additions[turn])
+        turn, repeats = self.turn, value is self._handed  # `look_up` compared the inputs then
+        if not repeats:
+            turn, repeats = self._which(module, args, kwargs)
+            if repeats and self.known is not None:
+                value = self._of_opening(turn, value)
+        self._handed = None
+        self.turn = turn + 1 if turn + 1 < len(self.calls) else 0
+        addition = self.additions[turn]
+        if self.detach and value.requires_grad and not leads_to(module, value, self.deltas):
+            value = value.detach()
+        if not isinstance(addition, Tensor):
+            return addition(value)
+        if value.shape != addition.shape:
+            raise RuntimeError(
+                f"Site: {type(module).__name__} returned shape {tuple(value.shape)} where the "
+                f"perturbation has {tuple(addition.shape)}: the loss function must run the "
+                "same batch at every call, and another batch must run outside of `applied()`"
+            )
+        return self.perturbed(value, addition)
 
     def _traced(self, output: Any) -> Any:
         values = {}
@@ -236,49 +260,42 @@ class Perturb(_Turns):
 
     def look_up(self, module: nn.Module, indices: Tensor) -> Tensor | None:
         """Give the rows that an `nn.Embedding` need not look up again."""
-        if threading.get_ident() != self.thread:
-            return None
-        return self._known(self.turn % max(len(self.calls), 1), (indices,), {})
-
-    @property
-    def complete(self) -> bool:
-        """Whether the calls so far were whole passes."""
-        return self.turn == 0 or any(call.compiled for call in self.calls)
-
-    def _next(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        turn = self.turn
-        fits = turn < len(self.calls) and self.calls[turn].same_batch(module, args, kwargs)
-        if not fits and turn and self.calls[0].same_batch(module, args, kwargs):
-            turn, fits = 0, True  # the pass before was broken off
-        if not fits:
-            raise RuntimeError(
-                f"Site: {type(module).__name__} was called with other inputs than those of the "
-                "attacked batch. The perturbation belongs to that batch alone: leave "
-                "`applied()` to run another one (or `generate`), and let the loss function run the "
-                "same batch in every pass (draw negatives before it, or use mode='same')"
-            )
-        self.turn = turn + 1 if turn + 1 < len(self.calls) else 0
-        return turn
-
-    def _known(self, turn: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """Give the opening's output where this call repeats it."""
-        if self.known is None or not self.calls[turn].repeats(args, kwargs):
-            return None
+        turn = self.turn % len(self.calls)
         call = self.calls[turn]
-        return call.source if self.known == "attached" else call.value.detach()
+        if call.module is not module or threading.get_ident() != self.thread:
+            return None
+        if self.known is None or not call.repeats((indices,), {}):
+            return None
+        self._handed = self._of_opening(turn, None)
+        return self._handed
 
-    def _perturbed(self, module: nn.Module, value: Tensor, addition: Addition) -> Tensor:
-        if self.detach and not leads_to(module, value, self.deltas):
-            value = value.detach()
-        if not isinstance(addition, Tensor):
-            return addition(value)
-        if value.shape != addition.shape:
-            raise RuntimeError(
-                f"Site: {type(module).__name__} returned shape {tuple(value.shape)} where the "
-                f"perturbation has {tuple(addition.shape)}: the loss function must run the "
-                "same batch at every call, and another batch must run outside of `applied()`"
-            )
-        return self.perturbed(value, addition)
+    def end_pass(self) -> bool:
+        """Tell whether the calls so far were whole passes, and expect the first one next."""
+        turn, self.turn = self.turn, 0
+        return turn == 0 or any(call.compiled for call in self.calls)
+
+    def _which(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[int, bool]:
+        """Tell which call this is, and whether it has the very inputs that it had then."""
+        for turn in (self.turn % len(self.calls), 0):  # 0: the pass before was broken off
+            call = self.calls[turn]
+            repeats = call.module is module and call.repeats(args, kwargs)
+            if repeats or call.same_batch(module, args, kwargs):
+                return turn, repeats
+        raise RuntimeError(
+            f"Site: {type(module).__name__} was called with other inputs than those of the "
+            "attacked batch. The perturbation belongs to that batch alone: leave `applied()` to "
+            "run another one (or `generate`), and let the loss function run the same batch in "
+            "every pass (draw negatives before it, or use mode='same')"
+        )
+
+    def _of_opening(self, turn: int, other: Any) -> Any:
+        """Give the output of the opening's call, or another where it is known no more."""
+        call = self.calls[turn]
+        if self.known == "detached":
+            return call.value.detach()
+        return other if call.source is None else call.source
 
 
 def leads_to(module: nn.Module, value: Tensor, leaves: Sequence[Tensor]) -> bool:
@@ -317,7 +334,7 @@ def can_stand_in(module: nn.Module) -> bool:
 
 def refuse_checkpoints(module: nn.Module) -> None:
     """Stop where the module would be run again, unperturbed, in the backward pass."""
-    hooks = _saved_tensors_hooks()
+    hooks = _saved_tensors_hooks(False)
     inside = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
     # A reentrant checkpoint runs its segment without a graph, and has no hooks.
     if inside or (not torch.is_grad_enabled() and _called_by_checkpoint()):
@@ -362,9 +379,3 @@ def computes_in_half(value: Tensor) -> bool:
         return True
     device = value.device.type
     return torch.is_autocast_enabled(device) and (torch.get_autocast_dtype(device) == torch.float16)
-
-
-def _saved_tensors_hooks() -> tuple[Any, Any] | None:
-    """Give the saved-tensors hooks in force, where this torch tells."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return None if top is None else top(False)

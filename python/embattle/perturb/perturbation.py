@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -65,10 +66,8 @@ class Perturbation:
             detach: cut the embeddings off the modules' weights.
             compile: the passes are compiled.
         """
-        placed = (lookups, detach, compile, [block.delta for block in self.blocks])
-        if self._placed is not None and _same(self._placed, placed):
-            for site in self.sites:
-                site.again()
+        placed = (lookups, detach, compile, *[block.delta for block in self.blocks])
+        if self._placed is not None and all(map(is_, self._placed, placed)):
             return
         fixed = all(block.fixed(lookups == "detached") for block in self.blocks)
         self._placed = placed if fixed else None
@@ -175,8 +174,3 @@ class Perturbation:
         for block in blocks:
             block.delta = block.delta.detach().clone()
         return Perturbation(self.sites, self.calls, blocks)
-
-
-def _same(one: tuple[Any, ...], two: tuple[Any, ...]) -> bool:
-    """Whether the same delta tensors are to be placed in the same way."""
-    return one[:3] == two[:3] and all(a is b for a, b in zip(one[3], two[3], strict=True))

@@ -289,12 +289,6 @@ class Site:
                 if can_stand_in(module):
                     module.forward = stand_in(self._hook, module)
 
-    def again(self) -> None:
-        """Start another pass with what was placed before."""
-        use = self._hook.use
-        assert isinstance(use, Perturb)
-        use.turn = 0
-
     def rest(self) -> None:
         """Leave the modules' outputs alone again."""
         self._hook.use = None
@@ -302,11 +296,10 @@ class Site:
             if getattr(module.__dict__.get("forward"), "__module__", None) == stand_in.__module__:
                 del module.forward
 
-    @property
-    def complete(self) -> bool:
-        """Whether the passes since the deltas were placed called each module as often as before."""
+    def end_pass(self) -> bool:
+        """Tell whether the pass called each module as often as the first, and expect another."""
         use = self._hook.use
-        return not isinstance(use, Perturb) or use.complete
+        return not isinstance(use, Perturb) or use.end_pass()
 
     @contextmanager
     def placed(
@@ -322,7 +315,7 @@ class Site:
         self.place(calls, additions, known=known)
         try:
             yield
-            complete = self.complete
+            complete = self.end_pass()
         finally:
             self.rest()
             self._hook.use = before
@@ -414,14 +407,10 @@ class WeightSite(Site):
             own.add(value.grad_fn)
         self._parameter.swap(value)
 
-    def again(self) -> None:
-        """What was placed serves one pass: it is made anew."""
-
     def rest(self) -> None:
         self._parameter.restore()
 
-    @property
-    def complete(self) -> bool:
+    def end_pass(self) -> bool:
         return True
 
     @contextmanager

@@ -115,12 +115,6 @@ class Stage:
         """The deltas, once the stage is open."""
         return self.found.blocks
 
-    @property
-    def quick_loss_fn(self) -> LossFn:
-        """The loss function, compiled if that is asked for."""
-        # Compiled code belongs to the function's code: a new closure for each batch finds it again.
-        return torch.compile(self.loss_fn) if self.compile else self.loss_fn
-
     def narrow(self, rows: Tensor, blocks: list[Block]) -> Stage:
         """Make a stage of some of the samples, which `blocks` belong to."""
         if self.subset is None:
@@ -157,13 +151,16 @@ class Stage:
         with ExitStack() as stack:
             stack.push(lambda kind, *_: (before if kind is not None else first).restore())
             stack.callback(self._over)
-            stack.enter_context(usable_tensors())
+            if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+                stack.enter_context(usable_tensors())
             stack.enter_context(fresh_autocast_cache())
             self._state = stack.enter_context(kept_state(self.models))
-            stack.enter_context(frozen_weights(self.models))
-            stack.enter_context(_followed(self.sites))
+            modules = self._state.modules.values()
+            stack.enter_context(frozen_weights(modules))
+            if any(site.table is not None for site in self.sites):
+                stack.enter_context(_followed(self.sites))
             if self.mode == "eval":
-                stack.enter_context(eval_mode(self.models))
+                stack.enter_context(eval_mode(self.models, modules))
             yield generator
 
     def _over(self) -> None:
@@ -213,7 +210,9 @@ class Stage:
             loss_fn: the loss function as it is to be called; compiled, if so asked, by default.
             first: start from the random state of the attack's first pass in any mode.
         """
-        loss_fn = self.quick_loss_fn if loss_fn is None else loss_fn
+        if loss_fn is None:
+            # Compiled code belongs to the function's: a new closure for each batch finds it again.
+            loss_fn = torch.compile(self.loss_fn) if self.compile else self.loss_fn
         if self._state is not None:
             self._state.rewind()
         if self._replay is None:
@@ -226,8 +225,8 @@ class Stage:
                 if self._masks is not None and not self._masks.idle:
                     stack.enter_context(self._masks)
                 evaluation = call(loss_fn)
-        for site in self.sites:
-            if not site.complete:
+        for site in self.found.sites:
+            if not site.end_pass():
                 raise RuntimeError(
                     f"{site!r}: the loss function called its modules in another number than in "
                     "the pass before: it must run the same batch in the same way at every call"
@@ -304,7 +303,7 @@ class Stage:
     @property
     def drew_random_numbers(self) -> bool:
         """Whether the pass just made, from the attack's first random state, drew any."""
-        return self._first != RandomState.capture()
+        return self._first is None or not self._first.same(RandomState.capture())
 
     def evaluate(
         self,
@@ -314,8 +313,16 @@ class Stage:
         detach: bool = False,
         first: bool = False,
     ) -> Evaluation:
-        """Run the loss function at the current deltas (see `Perturbation.place` and `run`)."""
-        with torch.set_grad_enabled(grad):
+        """Run the loss function at the current deltas (see `Perturbation.place` and `run`).
+
+        Args:
+            grad: keep the graph, where gradients are enabled; otherwise there is none.
+            lookups, detach, first: as there.
+        """
+        if grad:
+            self.found.place(lookups=lookups, detach=detach, compile=self.compile)
+            return self.run(first=first)
+        with torch.no_grad():
             self.found.place(lookups=lookups, detach=detach, compile=self.compile)
             return self.run(first=first)
 
@@ -330,9 +337,10 @@ class Stage:
             values: `[B]`, with their graph.
             note: note which groups have a gradient.
         """
-        leaves = [block.delta for block in self.blocks]
+        leaves = [block.delta for block in self.found.blocks]
         self.check_graph(values, leaves)
-        return self.of_blocks(differentiate(values, leaves, self._through_half), 1, note=note)
+        grads = self._completed(differentiate(values, leaves, self._through_half))
+        return self.noted(grads) if note else grads
 
     def gradients_at_zero(self, values: Tensor) -> list[Tensor] | None:
         """Differentiate with respect to the deltas in the graph of the opening pass.
@@ -348,16 +356,20 @@ class Stage:
             self.found.gather(self._used(differentiate(values, places, self._through_half)))
         )
 
-    def of_blocks(
-        self, grads: Sequence[Tensor | None], scale: float, *, note: bool = True
-    ) -> list[Tensor]:
+    def of_blocks(self, grads: Sequence[Tensor | None], scale: float) -> list[Tensor]:
         """Complete gradients at the deltas, of a `scale`-th of the losses."""
-        full = [
+        full = self._completed(grads)
+        return self.noted(full if scale == 1 else list(torch._foreach_mul(full, scale)))
+
+    def _completed(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        found = [grad for grad in grads if grad is not None]
+        if len(found) == len(grads):
+            return found
+        refuse_unused(grads, self.found)
+        return [
             torch.zeros_like(block.delta) if grad is None else grad
-            for block, grad in zip(self.blocks, self._used(grads), strict=True)
+            for block, grad in zip(self.blocks, grads, strict=True)
         ]
-        full = full if scale == 1 else list(torch._foreach_mul(full, scale))
-        return self.noted(full) if note else full
 
     def gathered(self, grads: Sequence[Tensor | None], scale: float) -> list[Tensor]:
         """Turn gradients at the places, of a `scale`-th of the losses, into the blocks'."""

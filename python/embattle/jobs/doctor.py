@@ -47,7 +47,7 @@ def examine() -> Report:
     report = Report()
     report.facts.append(("python", f"{platform.python_version()} ({platform.machine()})"))
     report.facts.append(("embattle", version_of("embattle") or "not installed as a package"))
-    report.facts.append(("runs from", str(Path(__file__).parent)))
+    report.facts.append(("runs from", str(Path(__file__).parents[1])))
     torch = _torch(report)
     build = _native(report)
     if torch is not None:

@@ -33,7 +33,7 @@ Inputs: TypeAlias = dict[str, Any]
 LossPerSample: TypeAlias = Callable[[Any, Inputs], Tensor]
 
 
-class Task(ABC):
+class HeadLoss(ABC):
     """What a model is trained on.
 
     Attributes:
@@ -56,7 +56,7 @@ class Task(ABC):
 
 
 @dataclass(frozen=True)
-class Classes(Task):
+class Classes(HeadLoss):
     """Class numbers: of a sample, of its tokens, of its choices.
 
     Args:
@@ -107,7 +107,7 @@ class Classes(Task):
 
 
 @dataclass(frozen=True)
-class Labels(Task):
+class Labels(HeadLoss):
     """Several labels for each sample, 0 or 1."""
 
     name = "the binary cross-entropy of its logits"
@@ -126,7 +126,7 @@ class Labels(Task):
 
 
 @dataclass(frozen=True)
-class Values(Task):
+class Values(HeadLoss):
     """A regression, on labels in floating point or integers."""
 
     name = "the squared error of its logits"
@@ -139,7 +139,7 @@ class Values(Task):
 
 
 @dataclass(frozen=True)
-class Spans(Task):
+class Spans(HeadLoss):
     """Where the answer to a question starts and ends; places outside of the text do not count."""
 
     name = "the cross-entropy of its start and end logits"
@@ -172,7 +172,7 @@ class Spans(Task):
 
 
 @dataclass(frozen=True)
-class Given(Task):
+class Given(HeadLoss):
     """Losses that the user's function gives.
 
     Args:
@@ -181,7 +181,7 @@ class Given(Task):
     """
 
     losses: LossPerSample
-    usual: Task | None
+    usual: HeadLoss | None
     name = "loss_per_sample"
 
     def evaluate(self, outputs: Any, inputs: Inputs) -> Evaluation:
@@ -197,7 +197,9 @@ class Given(Task):
         return None if self.usual is None else self.usual.criterion(inputs)
 
 
-def task_of(model: Any, outputs: Any, inputs: Inputs, smoothing: float | None) -> Task | None:
+def head_loss_of(
+    model: Any, outputs: Any, inputs: Inputs, smoothing: float | None
+) -> HeadLoss | None:
     """Tell what a model is trained on with such a batch; None where that is not known.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from embattle.errors import InputError, need
-from embattle.files import replacing
+from embattle.files import save_tensors
 
 
 @dataclass(frozen=True)
@@ -61,23 +60,6 @@ class Checkpoint:
                 f"{path} is not a readable checkpoint ({error}); start again with --overwrite"
             ) from error
         return cls(tensors, facts)
-
-
-def save_tensors(path: Path, save: Callable[[str], None]) -> None:
-    """Has `save` write a safetensors file, all of it or nothing.
-
-    Raises:
-        InputError: if it cannot be written, for instance on a full disk.
-    """
-    failure = need("safetensors").SafetensorError
-    try:
-        with replacing(path) as part:
-            save(str(part))
-    except failure as error:
-        reason = str(error).split("I/O error: ")[-1]
-        raise InputError(
-            f"cannot write {path}: {reason}; make room and go on with --resume"
-        ) from error
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

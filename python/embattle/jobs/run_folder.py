@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -12,15 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from embattle import data
-from embattle import recipe as recipes
+from embattle.data.account import Account
 from embattle.errors import InputError
 from embattle.files import UNFINISHED, write_text
-from embattle.recipe import Recipe
+from embattle.jobs import recipe as recipes
+from embattle.jobs.recipe import Recipe
+from embattle.tasks.base import Task
 
 LOCK = ".lock"
 
@@ -30,14 +30,14 @@ class Trained(BaseModel):
 
     Attributes:
         seconds: the training took.
-        validation_accuracy: share of the validation part that it gets right.
+        validation: what is right of the validation part, and its loss; empty without one.
         history: the figures of each step.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     seconds: float
-    validation_accuracy: float
+    validation: dict[str, float]
     history: list[dict[str, float]]
 
 
@@ -45,8 +45,8 @@ class Run(BaseModel):
     """What a run folder says about itself, in `run.json`.
 
     Attributes:
-        classes: the labels by class number.
-        counts: examples of each class in each part.
+        facts: what the task found that the model depends on, such as classes.
+        counts: examples in each part.
         fingerprint: SHA-256 over all examples; the audit checks that the data is still the same.
         reading: what was read and what was dropped, line by line.
         variants: what is known about each finished model.
@@ -54,20 +54,20 @@ class Run(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[1] = 1
-    classes: list[str] = Field(min_length=2)
-    counts: dict[str, list[int]]
+    format: Literal[2] = 2
+    facts: dict[str, Any]
+    counts: dict[str, Any]
     fingerprint: str
     reading: list[str] = []
     variants: dict[Literal["standard", "hardened"], Trained] = {}
 
     @classmethod
-    def of(cls, splits: data.Splits, account: data.Account) -> Run:
-        """A run that begins with this data."""
+    def of(cls, task: Task, account: Account) -> Run:
+        """A run that begins with the data that the task has read."""
+        found = {"facts": task.facts(), "counts": task.counts()}
         return cls(
-            classes=splits.classes,
-            counts=splits.counts(),
-            fingerprint=fingerprint(splits),
+            **json.loads(json.dumps(found)),
+            fingerprint=task.fingerprint(),
             reading=account.lines(),
         )
 
@@ -98,24 +98,18 @@ class Run(BaseModel):
                 "give a folder that `embattle train` wrote"
             ) from error
 
-    def require(self, splits: data.Splits, folder: Path) -> None:
-        """Raises InputError unless this is the data that the run began with."""
-        if fingerprint(splits) != self.fingerprint:
+    def require(self, now: Run, folder: Path) -> None:
+        """Raises InputError unless this run began with the same data as another one does now."""
+        if now.fingerprint != self.fingerprint:
             raise InputError(
                 f"the data is not what {folder} was trained on; restore it, or train again "
                 "(--overwrite)"
             )
-        if (splits.classes, splits.counts()) != (self.classes, self.counts):
+        if (now.facts, now.counts) != (self.facts, self.counts):
             raise InputError(
-                f"{folder / 'run.json'} was changed: its classes or counts are not those of the "
+                f"{folder / 'run.json'} was changed: its facts or counts are not those of the "
                 "data; restore it, or train again with --overwrite"
             )
-
-
-def fingerprint(splits: data.Splits) -> str:
-    """A hash that changes with any text, label, or assignment to a part."""
-    parts = {name: [part.texts, part.labels] for name, part in splits.parts.items()}
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @contextmanager
@@ -218,7 +212,10 @@ def find_run(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool) -> 
         )
     if not run.variants and not (folder / "recipe.yaml").exists():
         return None  # stopped before anything was trained
-    changed = recipes.differences(recipes.load(folder / "recipe.yaml"), recipe)
+    file = folder / "recipe.yaml"
+    # Only the code that this recipe names as well is run.
+    old = recipes.load(file, trust=recipes.named_task(file) == recipe.task)
+    changed = recipes.differences(old, recipe)
     if changed:
         raise InputError(
             f"the recipe is not the one {folder} was begun with ({'; '.join(changed)}); "

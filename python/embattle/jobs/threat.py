@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embattle.attacks import FGM, FGSM, PGD, Attack, UniformNoise
+from embattle.jobs.recipe import AttackRecipe, Recipe, ThreatRecipe
 from embattle.objectives import AdversarialObjective
+from embattle.objectives.schedules import WarmUp
+from embattle.perturb.evaluation import LossFn
 from embattle.perturb.site import Site
+from embattle.perturb.stage import Masks
 from embattle.perturb.strength import Relative
-from embattle.recipe import AttackRecipe, Recipe, ThreatRecipe
-from embattle.schedules import WarmUp
-
-if TYPE_CHECKING:
-    from embattle.data.batch import Batch
 
 
 def make_attack(
@@ -67,7 +67,7 @@ class Hardening:
 
     Args:
         recipe: the job.
-        embedding: the module that is perturbed.
+        sites: what is perturbed.
         generator: source of random starts.
         share_clean_pass: let the attack start from the clean pass's gradient; not possible with
             several processes, or with a float16 gradient scaler.
@@ -76,31 +76,30 @@ class Hardening:
     def __init__(
         self,
         recipe: Recipe,
-        embedding: nn.Module,
+        sites: Sequence[Site],
         generator: torch.Generator,
         *,
         share_clean_pass: bool,
     ) -> None:
         self.eps = recipe.threat.eps
-        self.site = Site(embedding, group=recipe.threat.group)
         self.objective = AdversarialObjective(
             make_attack(recipe.harden.attack, recipe.threat, generator),
-            self.site,
+            sites,
             lam=recipe.harden.lam,
             eps_schedule=WarmUp(round(recipe.harden.warmup * recipe.train.steps)),
             early_backward=share_clean_pass,
         )
 
-    def step(self, losses: Any, batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
+    def step(self, loss_fn: LossFn, mask: Masks, step: int) -> tuple[Tensor, dict[str, float]]:
         """The loss to differentiate at a step, and the figures to show.
 
         Args:
-            losses: runs the model on the batch and gives one loss per example, [B].
-            batch: the batch.
+            loss_fn: runs the model on the batch and gives its evaluation.
+            mask: what may move.
             step: number of the step, from 0; the warm-up depends on it alone.
         """
         self.objective.step = step
-        loss, metrics = self.objective(losses, mask=batch.movable)
+        loss, metrics = self.objective(loss_fn, mask=mask)
         figures = {
             "loss": float(metrics["clean_loss"]),
             "robust_loss": float(metrics.get("adversarial_loss", metrics["clean_loss"])),

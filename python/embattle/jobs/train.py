@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 
-from embattle import data
-from embattle.checkpoint import (
+from embattle.audit.evaluation import predict
+from embattle.data.account import Account
+from embattle.data.batch import Batch
+from embattle.errors import InputError, Interrupted, need
+from embattle.files import remove_unfinished, write_text
+from embattle.jobs.checkpoint import (
     Checkpoint,
     model_tensors,
     optimizer_tensors,
@@ -30,15 +33,12 @@ from embattle.checkpoint import (
     restore_optimizer,
     restore_random,
 )
-from embattle.data.account import COUNTED
-from embattle.data.batch import Batch
-from embattle.errors import InputError, Interrupted, need
-from embattle.files import remove_unfinished, write_text
-from embattle.models import TextClassifier, build
+from embattle.jobs.recipe import Recipe
+from embattle.jobs.run_folder import Run, Trained, begin, check_place, clear, find_run, locked
+from embattle.jobs.threat import Hardening
+from embattle.perturb.evaluation import Evaluation
 from embattle.progress import bar, say
-from embattle.recipe import Recipe
-from embattle.run_folder import Run, Trained, begin, check_place, clear, find_run, locked
-from embattle.threat import Hardening
+from embattle.tasks.base import Task
 
 VARIANTS: tuple[Literal["standard"], Literal["hardened"]] = ("standard", "hardened")
 
@@ -78,33 +78,29 @@ def _train(recipe: Recipe, out: Path, accelerator: Any, *, resume: bool, overwri
     if first:
         remove_unfinished(out)
         say(f"{recipe.name}: reading data and model")
-    account = data.Account()
+    task, account = recipe.make_task(), Account()
     try:
         with accelerator.main_process_first():
-            splits = data.load(recipe.data, recipe.seed, account)
-            probe = build(recipe.model, len(splits.classes), recipe.seed)
+            task.read(account)
+            probe = first_model(task)
         if first:
-            texts = [text for part in splits.parts.values() for text in part.texts]
-            account.note_cut(probe.count_cut(texts[:COUNTED]), len(texts), probe.max_tokens)
+            task.note_encoding(account, probe)
     finally:
         if first:
             for line in account.lines():
                 say(line)
-    run = Run.of(splits, account)
+    check_parts(task, "train", recipe.audit.part)
+    run = Run.of(task, account)
     if old is not None:
-        old.require(splits, out)
+        old.require(run, out)
         run = old
-    parts = {
-        name: probe.encode(splits.parts[name].texts, splits.parts[name].labels)
-        for name in ("train", "validation")
-    }
     if first and old is None:
         begin(run, recipe, out)
     accelerator.wait_for_everyone()
     try:
         for variant in VARIANTS:
             if variant not in run.variants:
-                facts = Fit(recipe, variant, parts, run, out, accelerator).go()
+                facts = Fit(recipe, variant, task, out, accelerator).go()
                 run.variants[variant] = Trained(**facts)
                 if first:
                     run.write(out)
@@ -115,6 +111,27 @@ def _train(recipe: Recipe, out: Path, accelerator: Any, *, resume: bool, overwri
             clear(out)
         raise
     return True
+
+
+def first_model(task: Task) -> nn.Module:
+    """The model with its first weights, in training mode; the same for the same seed.
+
+    The state of torch's random numbers stays as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(task.seed)
+        return task.build().train()
+
+
+def check_parts(task: Task, *names: str) -> None:
+    """Raises InputError unless the task has these parts, with samples in them."""
+    for name in names:
+        if not len(task.parts.get(name, ())):
+            there = ", ".join(f"{part} ({len(rows)})" for part, rows in task.parts.items())
+            raise InputError(
+                f"there are no samples in the {name} part, and this needs some; there are: "
+                f"{there or 'none'}"
+            )
 
 
 def _accelerator(recipe: Recipe) -> Any:
@@ -147,8 +164,7 @@ class Fit:
     Args:
         recipe: the job.
         variant: `standard` or `hardened`.
-        parts: the encoded `train` and `validation` parts.
-        run: for the number of classes.
+        task: has read its data.
         out: the run's folder.
         accelerator: Accelerate's object.
     """
@@ -157,24 +173,22 @@ class Fit:
         self,
         recipe: Recipe,
         variant: str,
-        parts: dict[str, Batch],
-        run: Run,
+        task: Task,
         out: Path,
         accelerator: Any,
     ) -> None:
-        self.recipe, self.variant, self.parts, self.out = recipe, variant, parts, out
+        self.recipe, self.variant, self.task, self.out = recipe, variant, task, out
         self.accelerator = accelerator
         self.checkpoint = out / variant / "checkpoint.safetensors"
         rank = accelerator.process_index
         torch.manual_seed(recipe.seed + rank)
         self.generator = torch.Generator().manual_seed(recipe.seed + 1000 + rank)
-        self.bare: TextClassifier = build(recipe.model, len(run.classes), recipe.seed)
+        self.bare = first_model(task)
         self.hardening: Hardening | None = None
         if variant == "hardened":
             alone = accelerator.num_processes == 1 and recipe.train.precision != "fp16"
-            self.hardening = Hardening(
-                recipe, self.bare.embedding, self.generator, share_clean_pass=alone
-            )
+            sites = task.sites(self.bare, recipe.threat.group)
+            self.hardening = Hardening(recipe, sites, self.generator, share_clean_pass=alone)
         trained = [p for p in self.bare.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=0.0, weight_decay=recipe.train.weight_decay, fused=True
@@ -216,12 +230,12 @@ class Fit:
                     self._save_checkpoint()
         facts = {
             "seconds": round(self.seconds, 1),
-            "validation_accuracy": self._validate(),
+            "validation": self._validate(),
             "history": self.history,
         }
         if first:
             folder = self.out / self.variant
-            self.bare.save(folder)
+            self.task.save(self.bare, folder)
             write_text(folder / "recipe.yaml", self.recipe.to_yaml())
             self.checkpoint.unlink(missing_ok=True)
         return facts
@@ -233,15 +247,19 @@ class Fit:
             group["lr"] = rate
         batch = self._batch(step)
 
-        def losses() -> Tensor:
-            logits = self.model(**batch.inputs)
-            return F.cross_entropy(logits.float(), batch.labels, reduction="none")
+        def evaluate() -> Evaluation:
+            return self.task.evaluate(self.model, batch)
 
         if self.hardening is None:
-            loss = losses().mean()
+            losses = evaluate().losses
+            if losses is None:
+                raise InputError(
+                    f"task {self.recipe.task}: the training part has no labels, so no losses"
+                )
+            loss = losses.mean()
             figures = {"loss": float(loss.detach())}
         else:
-            loss, figures = self.hardening.step(losses, batch, step)
+            loss, figures = self.hardening.step(evaluate, self.task.mask(batch), step)
         if not math.isfinite(float(loss.detach())):
             raise InputError(
                 f"the {self.variant} loss is no longer a number at step {step + 1}: lower "
@@ -257,25 +275,28 @@ class Fit:
 
     def _batch(self, step: int) -> Batch:
         """This process's share of the step's batch, on the device."""
-        part = self.parts["train"]
-        size = min(self.recipe.train.batch_size, len(part))
-        epoch, position = divmod(step, len(part) // size)
+        count = len(self.task.parts["train"])
+        size = min(self.recipe.train.batch_size, count)
+        epoch, position = divmod(step, count // size)
         shuffle = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(part), generator=shuffle)
+        order = torch.randperm(count, generator=shuffle)
         rows = order[position * size : (position + 1) * size]
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        return part.take(mine).to(self.accelerator.device)
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        drawn = self.recipe.seed * 1_000_003 + step * ranks + rank
+        batch = self.task.batch(self.bare, "train", rows[rank::ranks], seed=drawn)
+        return batch.to(self.accelerator.device)
 
-    @torch.no_grad()
-    def _validate(self) -> float:
-        """Accuracy on the validation part."""
-        part = self.parts["validation"]
-        self.bare.eval()
-        right = 0
-        for batch in part.split(100):
-            batch = batch.to(self.accelerator.device)
-            right += int((self.bare(**batch.inputs).argmax(-1) == batch.labels).sum())
-        return right / len(part)
+    def _validate(self) -> dict[str, float]:
+        """What is right of the validation part, and its loss; nothing if there is no such part."""
+        if not len(self.task.parts.get("validation", ())):
+            return {}
+        batches = self.task.batches(self.bare, "validation", 100)
+        outputs, kind = predict(self.bare, batches, self.task), self.task.kind
+        labels = torch.cat([batch.known_labels() for batch in batches])
+        return {
+            kind.measures[0][0]: float(kind.right(outputs, labels).float().mean()),
+            "loss": float(kind.losses(outputs, labels).mean()),
+        }
 
     def _agreed(self, stop: bool) -> bool:
         """Whether any process was asked to stop; all give the same answer."""

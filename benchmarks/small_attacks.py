@@ -1,0 +1,302 @@
+"""What an attack costs where the model is small: PGD-10 beside a hand-written loop in plain torch.
+
+    python benchmarks/small_attacks.py [--rounds 200] [--out FOLDER]
+
+Both give the same perturbations, which is checked. They run in turn, on one thread, timed by the
+process's own CPU time; the figures are ratios of medians. The loop knows the model: it computes the
+embeddings once and runs the layers behind them. It has 10 forward and 10 backward passes, and so
+has the attack (`evaluate=False`).
+
+Then what an attack costs beside its passes, in calls of `torch.add` on [32, 8, 16]: once, and at
+every step, the fused op included. The model there is as small as can be, and the same passes
+without an attack are taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import embattle as eb
+import torch
+import torch.nn.functional as F
+from origin import in_words, origin
+from torch import Tensor, nn
+
+STEPS = 10
+STRENGTHS = {"l2": (1.0, 0.25), "linf": (0.1, 0.025)}  # eps, step size
+# Upper bounds of the ratios, and of the costs in calls of torch.add.
+BARS = {"mlp_32": 0.95, "mlp_512": 0.95, "fields": 1.0, "encoder": 1.0}
+FIXED_BAR, STEP_BAR = 50, 8
+
+
+class Case(NamedTuple):
+    """A model on one batch.
+
+    Attributes:
+        model: the model.
+        place: the module whose output is perturbed.
+        losses: runs the model on the batch; `[B]`.
+        base: the embeddings.
+        behind: the summed loss given embeddings: what a hand-written loop calls.
+        share: how many of the rounds are measured.
+    """
+
+    model: nn.Module
+    place: nn.Module
+    losses: Callable[[], Tensor]
+    base: Callable[[], Tensor]
+    behind: Callable[[Tensor], Tensor]
+    share: float = 1.0
+
+
+def mlp(batch: int) -> Case:
+    """64 inputs, two layers of 64 units, 10 classes."""
+    place = nn.Identity()
+    layers = nn.Sequential(
+        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+    model = nn.Sequential(place, layers)
+    inputs, labels = torch.randn(batch, 64), torch.randint(0, 10, (batch,))
+
+    def behind(x: Tensor) -> Tensor:
+        return F.cross_entropy(layers(x), labels, reduction="sum")
+
+    def losses() -> Tensor:
+        return F.cross_entropy(model(inputs), labels, reduction="none")
+
+    return Case(model, place, losses, lambda: inputs, behind)
+
+
+class Fields(nn.Module):
+    """26 fields of 16 dims and an MLP of 64 units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(26 * 1000, 16)
+        self.mlp = nn.Sequential(nn.Linear(26 * 16, 64), nn.ReLU(), nn.Linear(64, 1))
+
+    def forward(self, fields: Tensor) -> Tensor:
+        return self.behind(self.embedding(fields))
+
+    def behind(self, e: Tensor) -> Tensor:
+        logits: Tensor = self.mlp(e.flatten(1)).squeeze(1)
+        return logits
+
+
+def fields() -> Case:
+    """26 fields of 16 dims, batch 2048."""
+    model = Fields()
+    values = torch.randint(0, 1000, (2048, 26)) + torch.arange(26) * 1000
+    labels = torch.randint(0, 2, (2048,)).float()
+    entropy = F.binary_cross_entropy_with_logits
+    return Case(
+        model,
+        model.embedding,
+        lambda: entropy(model(values), labels, reduction="none"),
+        lambda: model.embedding(values),
+        lambda e: entropy(model.behind(e), labels, reduction="sum"),
+        0.25,
+    )
+
+
+def encoder() -> Case:
+    """A MiniLM-size encoder, 8 x 16 tokens, no dropout."""
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=30522,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    tokens, labels = torch.randint(0, 30522, (8, 16)), torch.randint(0, 2, (8,))
+    table = model.get_input_embeddings()
+
+    def loss(reduction: str, **inputs: Tensor) -> Tensor:
+        return F.cross_entropy(model(**inputs).logits, labels, reduction=reduction)
+
+    return Case(
+        model,
+        table,
+        lambda: loss("none", input_ids=tokens),
+        lambda: table(tokens),
+        lambda e: loss("sum", inputs_embeds=e),
+        0.1,
+    )
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "mlp_32": lambda: mlp(32),
+    "mlp_512": lambda: mlp(512),
+    "fields": fields,
+    "encoder": encoder,
+}
+
+
+def attack(case: Case, norm: Any, steps: int = STEPS) -> Callable[[], Tensor]:
+    """PGD from zero."""
+    eps, size = STRENGTHS[norm]
+    site = eb.Site(case.place, model=case.model)
+    pgd = eb.PGD(norm=norm, eps=eps, step_size=size, steps=steps)
+    return lambda: pgd.run(case.losses, site, evaluate=False).delta
+
+
+def plain(case: Case, norm: Any) -> Callable[[], Tensor]:
+    """The same by hand."""
+    eps, size = STRENGTHS[norm]
+
+    def norms(x: Tensor) -> Tensor:
+        return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            base = case.base()
+        delta = torch.zeros_like(base)
+        for _ in range(STEPS):
+            delta.requires_grad_()
+            (grad,) = torch.autograd.grad(case.behind(base + delta), delta)
+            delta = delta.detach()
+            if norm == "l2":
+                delta = delta + size * grad / (norms(grad) + 1e-12)
+                delta = delta * (eps / (norms(delta) + 1e-12)).clamp(max=1)
+            else:
+                delta = (delta + size * grad.sign()).clamp(-eps, eps)
+        return delta
+
+    return run
+
+
+def in_turn(
+    runs: dict[str, Callable[[], Any]],
+    rounds: int,
+    of: Callable[[list[float]], float] = statistics.median,
+) -> dict[str, float]:
+    """CPU seconds of each (their median, or another figure), run in turn; the first warm up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 5):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            if number >= 5:
+                times[name].append(time.process_time() - start)
+    return {name: of(each) for name, each in times.items()}
+
+
+def ratios(rounds: int) -> list[dict[str, Any]]:
+    """Each case and norm, beside the loop."""
+    found = []
+    for name, make in CASES.items():
+        case = make()
+        case.model.requires_grad_(True)
+        for norm in STRENGTHS:
+            ours, theirs = attack(case, norm), plain(case, norm)
+            torch.testing.assert_close(ours(), theirs(), rtol=1e-4, atol=1e-5)
+            took = in_turn({"ours": ours, "plain": theirs}, max(10, int(rounds * case.share)))
+            found.append(
+                {"case": name, "norm": norm, "bar": BARS[name], **took}
+                | {"ratio": took["ours"] / took["plain"]}
+            )
+    return found
+
+
+def costs(rounds: int) -> dict[str, dict[str, float]]:
+    """What an attack costs beside its passes, in calls of `torch.add` on [32, 8, 16]."""
+    place = nn.Identity()
+    model = nn.Sequential(place, nn.Flatten())
+    inputs, weights = torch.randn(32, 8, 16), torch.randn(8 * 16, 1)
+
+    def losses(x: Tensor) -> Tensor:
+        return (model(x) @ weights).squeeze(1)
+
+    case = Case(model, place, lambda: losses(inputs), lambda: inputs, lambda x: losses(x).sum())
+
+    def passes(count: int) -> Callable[[], None]:
+        def run() -> None:
+            delta = torch.zeros_like(inputs).requires_grad_()
+            for _ in range(count):
+                torch.autograd.grad(case.behind(inputs + delta), delta)
+
+        return run
+
+    def add() -> None:
+        for _ in range(100):
+            torch.add(inputs, inputs)
+
+    few, many = 2, 7
+    found = {}
+    for norm in STRENGTHS:
+        runs: dict[str, Callable[[], Any]] = {
+            "few": attack(case, norm, few),
+            "many": attack(case, norm, many),
+            "few passes": passes(few),
+            "many passes": passes(many),
+            "add": add,
+        }
+        took = in_turn(runs, rounds, min)
+        own = {n: took[n] - took[f"{n} passes"] for n in ("few", "many")}
+        step = (own["many"] - own["few"]) / (many - few)
+        one = took["add"] / 100
+        fixed = own["few"] - few * step
+        found[norm] = {"add_us": 1e6 * one, "fixed": fixed / one, "step": step / one}
+    return found
+
+
+def table(rows: list[dict[str, Any]], own: dict[str, dict[str, float]]) -> list[str]:
+    """Lines of Markdown."""
+    lines = ["| model | norm | attack, ms | plain torch, ms | ratio | bar |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for r in rows:
+        ours, theirs = 1e3 * r["ours"], 1e3 * r["plain"]
+        lines += [
+            f"| {r['case']} | {r['norm']} | {ours:.2f} | {theirs:.2f} | {r['ratio']:.2f} | "
+            f"{r['bar']} |"
+        ]
+    lines += ["", "| norm | once for an attack | bar | each step | bar | torch.add, us |"]
+    lines += ["|---|---|---|---|---|---|"]
+    lines += [
+        f"| {norm} | {c['fixed']:.0f} | {FIXED_BAR} | {c['step']:.1f} | {STEP_BAR} | "
+        f"{c['add_us']:.2f} |"
+        for norm, c in own.items()
+    ]
+    return lines
+
+
+def save(folder: Path, rows: list[dict[str, Any]], own: dict[str, dict[str, float]]) -> None:
+    """Write the figures, and their table."""
+    about = origin(1)
+    path = folder / f"small_attacks_{about['date']}.json"
+    path.write_text(json.dumps({"origin": about, "ratios": rows, "costs": own}) + "\n")
+    text = ["# What an attack costs on small models", ""]
+    text += [
+        "`python benchmarks/small_attacks.py`: PGD-10 beside a loop in plain torch; and what an"
+    ]
+    text += ["attack costs beside its passes, in calls of `torch.add` on [32, 8, 16].", ""]
+    text += [in_words(about) + ".", "", *table(rows, own)]
+    path.with_suffix(".md").write_text("\n".join(text) + "\n")
+
+
+def main() -> None:
+    """Measure, print and perhaps write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--out", type=Path, help="folder")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    own = costs(options.rounds)
+    rows = ratios(options.rounds)
+    print("\n".join(table(rows, own)))
+    if options.out is not None:
+        save(options.out, rows, own)
+
+
+if __name__ == "__main__":
+    main()

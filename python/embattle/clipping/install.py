@@ -1,0 +1,141 @@
+"""Exchanging a model's forwards for the duration of a with block."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils._pytree import tree_leaves
+
+from embattle.clipping.context import Context
+from embattle.clipping.layers import Layer, in_use, watched
+
+
+class Installer:
+    """Watches a model's layers, and puts its own forwards back.
+
+    Attributes:
+        named: the trained parameters and their names, as of the last `put_in`.
+        version: counts the model's changes.
+        ddp: the model, if it is wrapped in DistributedDataParallel.
+        core: the module inside of that and of torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        context: Context,
+        batch_dim: int | Mapping[str, int],
+        broadcast: Iterable[str],
+    ) -> None:
+        """As PerSampleClipper.
+
+        Raises:
+            ValueError: batch_dim or broadcast name a module that the model does not have.
+        """
+        self.named: list[tuple[str, Parameter]] = []
+        self.version = 0
+        self.ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        core: Any = model.module if self.ddp is not None else model
+        compiled: Any = getattr(core, "_orig_mod", None)
+        self.core: nn.Module = core if compiled is None else compiled
+        self._compiled = compiled is not None
+        self._context = context
+        self._batch_dims = {"": batch_dim} if isinstance(batch_dim, int) else dict(batch_dim)
+        self._broadcast = tuple(broadcast)
+        known = dict(self.core.named_modules())
+        for name in (*self._batch_dims, *self._broadcast):
+            if name not in known:
+                raise ValueError(f"PerSampleClipper: the model has no module named {name!r}")
+        self._layers: list[Layer] = []
+        self._seen: list[object] | None = None
+        self._guard: Any = OrderedDict({0: partial(_refuse_other_passes, context)})
+
+    def put_in(self, stack: ExitStack) -> None:
+        """Exchanges the forwards until stack is closed.
+
+        Raises:
+            RuntimeError: another clipper is at work on the model.
+            ValueError: a layer couples the samples of a batch, or a parameter has a gradient hook.
+        """
+        current: list[object] = []
+        for module in _modules(self.core):
+            held = module.__dict__
+            if in_use(module):
+                raise RuntimeError(
+                    "PerSampleClipper: the model is inside another clipper's with block"
+                )
+            current += (module, type(module), held["training"], "forward" in held)
+            current += (len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]))
+            for p in held["_parameters"].values():
+                current += (id(p), p is not None and p.requires_grad)
+        if current != self._seen:
+            self.named = [(n, p) for n, p in self.core.named_parameters() if p.requires_grad]
+            self._context.names = {p: name for name, p in self.named}
+            self._layers = watched(self.core, self._context, self._batch_dims, self._broadcast)
+            self._seen = current
+            self.version += 1
+        if self.ddp is not None:
+            stack.enter_context(self.ddp.no_sync())
+        if self._compiled:
+            # A graph that is checked is differentiated twice.
+            stack.enter_context(torch._functorch.config.patch(donated_buffer=False))
+        for name, p in self.named:
+            if p._backward_hooks:
+                raise ValueError(
+                    f"PerSampleClipper: parameter '{name}' has a gradient hook, which would be "
+                    "skipped: it is meant for the gradient of the batch. Remove it, and change "
+                    "the gradient after clipper.backward"
+                )
+        stack.callback(self._take_out, [p for _, p in self.named], self._layers)
+        for _, p in self.named:
+            p._backward_hooks = self._guard
+        for layer in self._layers:
+            layer.put_in()
+        hook = self.core.register_forward_pre_hook(self._note_batch, prepend=True, with_kwargs=True)
+        stack.callback(hook.remove)
+
+    @staticmethod
+    def _take_out(parameters: list[Parameter], layers: list[Layer]) -> None:
+        for layer in layers:
+            layer.take_out()
+        for p in parameters:
+            p._backward_hooks = None
+
+    def _note_batch(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        context, dim = self._context, self._batch_dims.get("", 0)
+        if context.declared:
+            return
+        plain = not kwargs and all(isinstance(x, Tensor) for x in args)  # quicker
+        for leaf in args if plain else tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.dim() > dim:
+                context.batch_size = leaf.shape[dim]
+                return
+
+
+def _refuse_other_passes(context: Context, _: Tensor) -> None:
+    """Hooked to the parameters inside of the block."""
+    if not context.backward:
+        raise RuntimeError(
+            "PerSampleClipper: a backward pass other than clipper.backward reaches a parameter of "
+            "the model inside the with block, where its gradient would not be clipped. Ask for "
+            "other gradients by torch.autograd.grad(loss, inputs), or do it outside of the block"
+        )
+
+
+def _modules(root: nn.Module) -> list[nn.Module]:
+    """All modules of a model, each once; plainer than Module.modules, which a step can feel."""
+    found = {id(root): root}
+    stack = [root]
+    while stack:
+        for child in stack.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                stack.append(child)
+    return list(found.values())

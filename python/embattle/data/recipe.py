@@ -1,0 +1,84 @@
+"""The section `data` of a recipe for texts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from embattle.sections import Section  # pydantic is optional: this says so where it is missing
+
+# isort: split
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+Part = Literal["train", "validation", "test"]
+Remedy = Literal["refuse", "drop"]
+
+
+class Limits(Section):
+    """The most examples to use of each part; null uses all."""
+
+    train: PositiveInt | None = None
+    validation: PositiveInt | None = None
+    test: PositiveInt | None = None
+
+
+class DataRecipe(Section):
+    """Which table, which columns, and how they are divided.
+
+    Attributes:
+        source: a data set that `embattle.data.sources` knows; or
+        path: a CSV, Parquet or JSON-lines file of one's own.
+        text: the text columns, joined by a space.
+        label: the column to predict: any two or more classes.
+        encoding: of a text file; null takes UTF-8 (or UTF-16 with its mark).
+        delimiter: of a CSV file, one character or `tab`; null guesses among `,` `;` `|` and tab.
+        header: names of the columns of a CSV file without a header line.
+        ragged_rows: what happens to rows of a CSV file with too few or too many cells.
+        missing: cells that stand for no value, such as NA; without it, NA is a class or a word.
+        blank_labels: what happens to rows that have a text and no label.
+        normalize_labels: make labels one that differ only in spaces, case or form.
+        min_per_class: the fewest examples that a class must have.
+        rare_classes: what happens to classes with fewer; `merge` makes them one, `other`.
+        stratify: give each part the same share of every class.
+        fractions: shares of train, validation and test.
+        limits: the most examples of each part.
+        balance: the parts in which each class gets equally many examples.
+    """
+
+    source: str | None = None
+    path: str | None = None
+    text: list[str] = Field(min_length=1)
+    label: str
+    encoding: str | None = None
+    delimiter: str | None = None
+    header: list[str] | None = None
+    ragged_rows: Remedy = "refuse"
+    missing: list[str] = Field(default=[])
+    blank_labels: Remedy = "refuse"
+    normalize_labels: bool = False
+    min_per_class: PositiveInt = 1
+    rare_classes: Literal["refuse", "drop", "merge"] = "refuse"
+    stratify: bool = False
+    fractions: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.8, 0.1, 0.1)
+    limits: Limits = Limits()
+    balance: list[Part] = Field(default=[])
+
+    @field_validator("delimiter")
+    @classmethod
+    def _one_character(cls, value: str | None) -> str | None:
+        value = "\t" if value in ("tab", "\\t") else value
+        if value is not None and (len(value) != 1 or value in '\r\n"' or not value.isascii()):
+            raise ValueError("must be one ASCII character that is no quote, or 'tab'")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataRecipe:
+        if self.label in self.text:
+            raise ValueError(f"the label {self.label!r} is among the text columns: leave it out")
+        twice = [name for name in self.text if self.text.count(name) > 1]
+        if twice:
+            raise ValueError(f"text names the column {twice[0]!r} twice; once is enough")
+        if (self.source is None) == (self.path is None):
+            raise ValueError("give either source (a known data set) or path (a file), not both")
+        if abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(f"fractions must sum to 1, not {sum(self.fractions):g}")
+        return self

@@ -1,0 +1,1 @@
+"""What the command line does: train, audit, inspect, and the folders and recipes they share."""

