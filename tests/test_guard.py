@@ -13,6 +13,7 @@ import torch
 from embattle.perturb import model_state
 from embattle.perturb.guard import autograd_enabled, fresh_autocast_cache
 from embattle.perturb.model_state import kept_state
+from embattle.perturb.random_state import RandomState, preserved_random_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -656,13 +657,13 @@ def test_any_draw_of_python_and_numpy_is_seen_and_undone(bits: str, draw: str) -
         for _ in range(2):  # a second Gaussian comes from what the first one left
             if draw == "seed" and bits != "MT19937":
                 break  # numpy seeds no other generator
-            outer = guard.RandomState.capture()
-            with guard.preserved_random_state() as state:
+            outer = RandomState.capture()
+            with preserved_random_state() as state:
                 _DRAWS[draw]()
-                assert not state.same(guard.RandomState.capture())
+                assert not state.same(RandomState.capture())
             # A seed leaves an object behind that is not part of the state.
-            assert draw == "seed" or outer.same(guard.RandomState.capture())
-            with guard.preserved_random_state():
+            assert draw == "seed" or outer.same(RandomState.capture())
+            with preserved_random_state():
                 first = [str(_DRAWS["gauss"]()), str(_DRAWS["random"]())]
             assert [str(_DRAWS["gauss"]()), str(_DRAWS["random"]())] == first
     finally:

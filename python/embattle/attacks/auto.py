@@ -155,19 +155,19 @@ class AutoAttack(Attack):
             assert clean is not None
             assert generator is not None
             ensemble = Ensemble(batch, goal, clean, generator, scale, self.eot)
-            parts = self._parts(goal, clean, ensemble.draws)
-            for number, part in enumerate(parts, start=1):
-                ensemble.attack(part, number)
+            members = self._members(goal, clean, ensemble.draws)
+            for number, member in enumerate(members, start=1):
+                ensemble.attack(member, number)
             now, by = ensemble.finish(evaluate)
             batch.free_masks()
             result = EnsembleResult(
                 batch.perturbed, goal, self.norm, ensemble.steps, clean if evaluate else None, now
             )
         result.randomised = ensemble.randomised
-        result._names, result._by = ("clean", *(part.name for part in parts)), by
+        result._names, result._by = ("clean", *(member.name for member in members)), by
         return result.warn() if evaluate else result
 
-    def _parts(self, goal: Criterion, clean: Evaluation, draws: int) -> list[Member]:
+    def _members(self, goal: Criterion, clean: Evaluation, draws: int) -> list[Member]:
         apgd, margins = self._apgd(), margins_of(goal, clean)
         found = []
         if margins is None:

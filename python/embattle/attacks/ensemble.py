@@ -85,7 +85,7 @@ class Ensemble:
         """Return whether samples can leave: half of them must evaluate as they do in the batch."""
         batch, perturbations = self.batch, self.batch.perturbations
         packed = batch.geometry.packed or any(
-            b.geometry["offsets"] is not None for b in perturbations
+            p.geometry["offsets"] is not None for p in perturbations
         )
         if batch.subset is None or self.randomised or self.fooled is None:
             return False
@@ -102,27 +102,27 @@ class Ensemble:
 
     # --- one attack ------------------------------------------------------------------------------
 
-    def attack(self, part: Member, number: int) -> None:
+    def attack(self, member: Member, number: int) -> None:
         """Run the steps of one attack on the samples that are not fooled yet."""
-        if self._done() or (self.no_gradient is not None and part.attack.uses_gradient):
+        if self._done() or (self.no_gradient is not None and member.attack.uses_gradient):
             return
         whole, rows = self.batch.perturbations, self.rows
         marks = [p.had_gradient.clone() for p in whole]
-        states = [part.attack.begin(p, self.scale) for p in whole]
-        self._start(part.attack, whole, states)
-        now = _Remaining(self.batch, self.goal, part.ascent, self.clean, whole, states)
+        states = [member.attack.begin(p, self.scale) for p in whole]
+        self._start(member.attack, whole, states)
+        now = _Remaining(self.batch, self.goal, member.ascent, self.clean, whole, states)
         now = now if rows is None else now.select(self.batch, whole, rows, rows)
         lacking = False  # whether any sample had no gradient at the start
-        for step in range(part.attack.steps + 1):
+        for step in range(member.attack.steps + 1):
             try:
-                at, values, rank, grads = self._evaluate(part, now)
-                if step == 0 and part.attack.uses_gradient:
+                at, values, rank, grads = self._evaluate(member, now)
+                if step == 0 and member.attack.uses_gradient:
                     empty = without_gradient(now.perturbations, grads)
                     lacking = bool(empty.any())
-                    if lacking and part.fallback is not None:
-                        other = part.fallback if rows is None else part.fallback.select(rows)
+                    if lacking and member.fallback is not None:
+                        other = member.fallback if rows is None else member.fallback.select(rows)
                         now.ascent = Switch(now.ascent, other, empty)
-                        at, values, rank, grads = self._evaluate(part, now)
+                        at, values, rank, grads = self._evaluate(member, now)
             except NoGradient as error:
                 self.no_gradient = error
                 break
@@ -140,15 +140,15 @@ class Ensemble:
                     rows = self.rows = rows[stay]
                     now = now.select(self.batch, now.perturbations, stay, rows)
                     values, grads = values[stay], [grad[stay] for grad in grads]
-            if step == part.attack.steps or (
+            if step == member.attack.steps or (
                 (rows is not None or step % _EVERY == 0) and self._done()
             ):
                 break
-            self._step(part.attack, step, now, grads, values, lacking)
+            self._step(member.attack, step, now, grads, values, lacking)
             self.steps[slice(None) if rows is None else rows] += 1
         if rows is not None:
             merge_marks(whole, now.perturbations, rows)
-        if not part.attack.uses_gradient:
+        if not member.attack.uses_gradient:
             for perturbation, before in zip(whole, marks, strict=True):
                 perturbation.had_gradient = before
 
@@ -167,7 +167,7 @@ class Ensemble:
             _keep(perturbation, before, self.fooled)
 
     def _evaluate(
-        self, part: Member, now: _Remaining
+        self, member: Member, now: _Remaining
     ) -> tuple[Evaluation, Tensor, Tensor | None, list[Tensor]]:
         """Evaluate the current deltas.
 
@@ -175,7 +175,7 @@ class Ensemble:
             The evaluation from the random numbers of the clean one; and means over the draws: of
             what is ascended, of the goal's objective (None for one draw), and of the gradients.
         """
-        uses_gradient, total = part.attack.uses_gradient, None
+        uses_gradient, total = member.attack.uses_gradient, None
         at: Evaluation | None = None
         for draw in range(self.draws):
             with now.batch.with_seed(self._seed()) if draw else nullcontext():

@@ -103,7 +103,7 @@ class AttackedBatch:
         if compile and any(site.scope == "weight" for site in self.sites):
             raise ValueError("compile=True: compiled code does not see an exchanged parameter")
         self.size = 0
-        self._checked = False  # whether the graph was looked at
+        self._checked = False  # whether the graph was checked
         self._through_half = False  # whether gradients pass through float16
         self._state: KeptState | None = None
         self._first: RandomState | None = None  # where evaluations start from

@@ -121,7 +121,7 @@ class Recorder(_SiteCalls):
         self.layout_of, self.attach, self.begin = layout_of, attach, begin
         self.graph_break: Callable[..., Any] | None = None
         if graph_break:
-            self.graph_break = torch.compiler.disable(self._open)  # type: ignore[no-untyped-call]
+            self.graph_break = torch.compiler.disable(self._record_output)  # type: ignore[no-untyped-call]
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -129,7 +129,7 @@ class Recorder(_SiteCalls):
         if self.graph_break is not None:
             return self.graph_break(module, args, kwargs, output)
         if not torch.compiler.is_compiling():
-            return self._open(module, args, kwargs, output)
+            return self._record_output(module, args, kwargs, output)
         for part in parts_of(output, self.key):
             value = part.value
             self.calls.append(
@@ -137,7 +137,7 @@ class Recorder(_SiteCalls):
             )
         return None
 
-    def _open(
+    def _record_output(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         if self.from_other_thread(module):

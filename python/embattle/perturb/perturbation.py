@@ -64,7 +64,7 @@ class Perturbation:
 
     @property
     def samples(self) -> int:
-        """The number of samples; 1 where all samples share `delta` and no dim holds them."""
+        """The number of samples, as `offsets` or the first dim of `base` have it."""
         offsets = self.geometry["offsets"]
         if offsets is not None:
             return int(offsets.numel()) - 1

@@ -66,18 +66,13 @@ class PerturbedSites:
             detach: cut the embeddings off the modules' weights.
             compile: the passes are compiled.
         """
-        current = (
-            lookups,
-            detach,
-            compile,
-            *[p.delta for p in self.perturbations],
-        )
+        deltas = [p.delta for p in self.perturbations]
+        current = (lookups, detach, compile, *deltas)
         if self._current is not None and all(map(is_, self._current, current)):
             return
         fixed = all(p.reusable(lookups == "detached") for p in self.perturbations)
         self._current = current if fixed else None
         self.nodes.clear()
-        deltas = [p.delta for p in self.perturbations]
         for site, calls, additions, known in self._per_site(lookups, compile):
             nodes = None if site.table is None else self.nodes
             site.perturb(calls, additions, known=known, detach=detach, nodes=nodes, deltas=deltas)
