@@ -290,7 +290,7 @@ class Attack:
                 now = found if evaluate else None
                 made, device = self.steps * self.restarts, batch.perturbations[0].base.device
                 steps = torch.full((batch.size,), made, device=device)
-                if not made:  # nobody lacked a gradient
+                if not made:  # not attacked: none was lacking
                     for perturbation in batch.perturbations:
                         perturbation.had_gradient.fill_(True)
             batch.free_masks()
@@ -321,7 +321,7 @@ class Attack:
             evaluate: evaluate the deltas that are returned.
 
         Returns:
-            Evaluation of the final deltas, if it is asked for or known anyway.
+            Evaluation of the final deltas, if `evaluate` is set or iterates were compared.
         """
         best = Best(batch, goal, first_pass.clean) if self.compares and first_pass.clean else None
         known, later, coupled = first_pass, first_pass.after(), batch.perturbed.coupled

@@ -68,7 +68,7 @@ def search_early_stopping(
     worst = _Worst(batch, goal, clean)
     steps = torch.zeros_like(worst.reached, dtype=torch.int64)
     for restart in range(attack.restarts):
-        # Strengths and starts are those of the whole batch, whoever has left it.
+        # Strengths and starts are those of the whole batch, also after samples have left it.
         states = [attack.begin(p, scale) for p in whole]
         for perturbation, state in zip(whole, states, strict=True):
             attack.start(perturbation, state, generator)
@@ -114,7 +114,7 @@ def search_early_stopping(
                 attack.step(perturbation, grad, state, number, values)
             steps[rows] += 1
         merge_marks(whole, perturbations, rows)
-    for perturbation in whole:  # whoever was not attacked did not lack a gradient
+    for perturbation in whole:  # a sample that was not attacked lacks no gradient
         perturbation.had_gradient |= perturbation.per_group(steps == 0)
     batch.perturbed.set(worst.deltas)
     now = batch.evaluate(grad=False).detach()

@@ -248,7 +248,7 @@ class Ensemble:
         if isinstance(self.worst, Best):
             found = self.worst.finish()
             return (found.at if evaluate else None), found.mark
-        for perturbation in self.batch.perturbations:  # not attacked: no gradient was missing
+        for perturbation in self.batch.perturbations:  # not attacked: none was lacking
             perturbation.had_gradient |= perturbation.per_group(self.steps == 0)
         self.batch.perturbed.set(self.worst.deltas)
         now = self.batch.evaluate(grad=False, lookups="detached").detach() if evaluate else None

@@ -37,7 +37,7 @@ class FirstPass:
     """What the first pass gave for the first step.
 
     Attributes:
-        clean: the evaluation without perturbation, detached; None where nobody needs it.
+        clean: the evaluation without perturbation, detached; None where it is not needed.
         start: the iterate at the first start.
         graph: the evaluation at the first start, with its graph.
         states: what the attack keeps for each perturbation, where the first start is drawn already.

@@ -81,7 +81,7 @@ class NEFTune(_Noise):
     L counts the tokens of the sample, whatever has a ball of its own. There is no `eps` to give.
 
     Args:
-        alpha: the paper's alpha, 5 to 15. Give a mask (or offsets) where no `padding_idx` tells
+        alpha: the paper's alpha, 5 to 15. Give a mask (or offsets) where no `padding_idx` marks
             padding: padding and packing otherwise change L, and with it the scale.
     """
 

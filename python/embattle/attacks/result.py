@@ -18,7 +18,7 @@ from embattle.perturb.perturbed_sites import PerturbedSites
 
 
 class AttackWarning(UserWarning):
-    """A sign that an attack is weaker than it looks, or not what was asked for."""
+    """A sign that an attack is weaker than it looks, or not what was meant."""
 
 
 class AttackResult:
@@ -262,8 +262,8 @@ def warn_of_rounding(perturbed: PerturbedSites, norm: Any) -> None:
     for perturbation in perturbed.perturbations:
         if perturbation.base.dtype == perturbation.delta.dtype or not perturbation.delta.numel():
             continue
-        asked = perturbation.unrounded_norms(norm)
-        off = int(((perturbation.norms(norm) - asked).abs() > 0.1 * asked).sum())
+        exact = perturbation.unrounded_norms(norm)
+        off = int(((perturbation.norms(norm) - exact).abs() > 0.1 * exact).sum())
         if off:
             warnings.warn(
                 f"the model computes in {str(perturbation.base.dtype)[6:]}, which rounds the "

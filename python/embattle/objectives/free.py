@@ -99,7 +99,7 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
         recorded = attacked.record(attach=plain, start=start)
         _refuse_unused_parameters(attacked)
         for number in range(count):
-            # Training passes: dropout, batch norm and random state are the model's own business.
+            # Training passes: dropout, batch norm and random state act as in any other.
             if number == 0 and recorded.perturbed:
                 evaluation = recorded.evaluation
             else:

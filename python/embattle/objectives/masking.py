@@ -36,7 +36,7 @@ class Outcome:
 
 
 class Agreement(Protocol):
-    """Computes the nearest-embedding agreement when a policy asks for it."""
+    """Compute the nearest-embedding agreement when a policy asks for it."""
 
     def __call__(self) -> Tensor:
         """Return shares `[B]` in [0, 1]."""

@@ -200,7 +200,7 @@ class AttackedBatch:
     def with_seed(self, seed: int) -> Iterator[None]:
         """Seed the passes inside, whatever the mode.
 
-        Only while attacking: the random state is put back at the end of that.
+        Only inside `attacking`, which restores the random state at its end.
         """
         kept, self._replay, self._masks = (self._replay, self._masks), None, None
         torch.manual_seed(seed)
@@ -219,7 +219,7 @@ class AttackedBatch:
         """Run a forward pass; in mode "same" with the random numbers of the first one.
 
         Args:
-            loss_fn: the loss function as it is to be called; compiled, if so asked, by default.
+            loss_fn: called instead of the batch's own, which is compiled if `compile` is set.
             first: start from the random state of the attack's first pass in any mode.
         """
         if loss_fn is None:

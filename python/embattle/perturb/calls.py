@@ -61,10 +61,10 @@ class Call:
 
     Attributes:
         module: the module that was called.
-        value: the embeddings in its output; a leaf where the gradient at zero will be asked for.
+        value: the embeddings in its output; a leaf where the gradient at zero is computed.
             The model goes on with a copy, which it may change in place.
         source: the embeddings, attached to the module's weights; None once the attack is over.
-        compiled: the call was traced by `torch.compile`: no gradient can be asked at `value`.
+        compiled: the call was traced by `torch.compile`: there is no gradient at `value`.
         args: the module's positional arguments.
         kwargs: the module's keyword arguments.
         key: which element of a dict or tuple the embeddings are.

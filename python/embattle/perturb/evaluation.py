@@ -1,4 +1,4 @@
-"""The one loss protocol: what a loss function returns, wherever the package asks for one."""
+"""The one loss protocol: what a loss function returns, wherever the package takes one."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _SCALES = (2.0**10, 2.0**15, 1.0)
 
 
 class NoGradient(RuntimeError):
-    """The losses do not depend on a perturbation, as far as autograd can tell."""
+    """The graph of the losses does not lead to a perturbation."""
 
 
 def differentiate(

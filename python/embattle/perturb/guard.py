@@ -33,7 +33,7 @@ def eval_mode(models: Sequence[nn.Module], modules: Iterable[nn.Module]) -> Iter
 def frozen_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Turn the weights' `requires_grad` off: passes for the delta alone then save less.
 
-    Done only where nothing else can be told by the flags: not with sharded or otherwise special
+    Done only where nothing else depends on the flags: not with sharded or otherwise special
     parameters, not in distributed runs, not while parametrised weights are cached.
     """
     held = [p for module in modules for p in module._parameters.values()]

@@ -30,7 +30,7 @@ class Use(Protocol):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        """Return the output that the model goes on with, or None to leave it alone."""
+        """Return the output that replaces the module's, or None to keep it."""
         ...
 
 
@@ -94,7 +94,7 @@ class Recorder(_SiteCalls):
         key: which element of their outputs.
         layout_of: where the samples are in a call's output.
         attach: give the model leaves instead of the outputs, so that the gradient at zero can be
-            asked for there. It then does not reach the modules' weights: `Call.source` does.
+            computed there. The weights' gradients then go through `Call.source`.
         begin: returns for each call what is added to its output at once. A compiled model does not
             call it, and stays unperturbed in this pass.
         graph_break: where the pass is compiled, break the graph at the module, so that its output
@@ -382,7 +382,7 @@ def finds_unused_parameters(module: nn.Module) -> bool:
 
 
 def computes_in_half(value: Tensor) -> bool:
-    """Return whether the model goes on in float16."""
+    """Return whether the model computes in float16 from here on."""
     if value.dtype == torch.float16:
         return True
     device = value.device.type

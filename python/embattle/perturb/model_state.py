@@ -26,7 +26,7 @@ class _Tensor:
     """A buffer, or a tensor that is an attribute, and a copy of its values.
 
     `.data` shares the memory but has a version of its own: it still knows the memory, shape and
-    strides after the module gave the tensor others, and writing through it tells autograd nothing.
+    strides after the module gave the tensor others, and autograd does not count a write through it.
     """
 
     __slots__ = ("copy", "data", "memory", "plain", "tensor", "version")

@@ -109,7 +109,7 @@ class Perturbation:
         if done is not None and not self.coupled:
             movable = movable & ~self.per_group(done)
         without = movable & ~self.had_gradient
-        # Rows of a whole table that the batch does not read have no gradient by right.
+        # Rows of a whole table that the batch does not read have no gradient in any case.
         return without.sum() if not self.whole else without.sum() * (without == movable).all()
 
     def set(self, delta: Tensor) -> None:
