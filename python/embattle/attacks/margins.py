@@ -44,7 +44,7 @@ class Margins(Criterion):
         count: how many alternatives there may be.
     """
 
-    per_sample: ClassVar[tuple[str, ...]] = ("scale", "open")
+    per_sample: ClassVar[tuple[str, ...]] = ("scale", "possible")
 
     def __init__(self, goal: Criterion, clean: Evaluation) -> None:
         self.goal = goal
@@ -189,7 +189,7 @@ class TemperedCrossEntropy(Criterion):
     wrong one; there the logits are divided so that the largest margin is -10.
     """
 
-    per_sample: ClassVar[tuple[str, ...]] = ("heat",)
+    per_sample: ClassVar[tuple[str, ...]] = ("temperature",)
 
     def __init__(self, margins: Margins, clean: Evaluation) -> None:
         self.goal, self.margins = margins.goal, margins

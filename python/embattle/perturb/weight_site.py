@@ -72,7 +72,7 @@ class WeightSite(Site):
             leaf.requires_grad_()
             self._parameter.swap(leaf)
         elif begin is not None:
-            self._swap(leaf if attach else original, begin(call), options.get("own"))
+            self._swap(leaf if attach else original, begin(call), options.get("nodes"))
         return [call]
 
     def perturb(
