@@ -330,6 +330,11 @@ def test_a_table_is_perturbed_wherever_it_is_used(group: str, start: bool) -> No
         norm = grad.norm(dim=1, keepdim=True) if group == "row" else grad.norm()
         expected = torch.where(norm > 0, 0.7 * grad / norm, 0.0)
         torch.testing.assert_close(once.delta.reshape(12, 5), expected)
+    else:  # without an evaluation the first pass is perturbed already
+        found = eb.FGM(eps=0.7, random_start=True).run(loss, site, evaluate=False).delta
+        norms = found.reshape(12, 5).norm(dim=1) if group == "row" else found.norm()
+        assert torch.all(norms <= 0.7 + 1e-6)
+        assert torch.count_nonzero(norms) >= (11 if group == "row" else 1)
 
 
 def test_the_graphs_of_earlier_passes_are_let_go() -> None:
