@@ -161,11 +161,9 @@ class SmoothMargin(Criterion):
         """Return the log-sum-exp of the margins, at a fifth of the clean margin."""
         margins = self.margins
         softness = 0.2 * margins.scale
-        per_alternative = margins.per_alternative(now)
-        per_alternative = torch.where(
-            margins.possible.unsqueeze(1), per_alternative, torch.zeros_like(per_alternative)
-        )
-        return (per_alternative / softness.unsqueeze(1)).logsumexp(1) * softness
+        values = margins.per_alternative(now)
+        values = torch.where(margins.possible.unsqueeze(1), values, torch.zeros_like(values))
+        return (values / softness.unsqueeze(1)).logsumexp(1) * softness
 
 
 class SingleMargin(Criterion):
