@@ -46,6 +46,7 @@ ON_THE_CPU_ALONE = {
     "test_op_is_what_the_reference_says": "test_cuda_device.py has all its samples",
     "test_pretend.py": "makes the pretend device in a process of its own",
     "test_profiles.py": "has no tensors",
+    "test_rating_tasks.py": "the package makes its tensors, on the CPU",
     "test_recipe.py": "has no tensors",
     "test_replay.py::test_masks_are_drawn_once_and_freed": "masks are kept on a CPU alone",
     "test_simd_levels.py": "SIMD levels are the CPU's",
