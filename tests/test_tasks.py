@@ -31,7 +31,7 @@ from embattle.tasks import (
     Section,
     Task,
 )
-from embattle.tasks.find import find
+from embattle.tasks.find import BUILT_IN, find
 from embattle.tasks.kinds import from_json
 
 OWN = """
@@ -318,6 +318,13 @@ def test_what_is_no_task_is_refused(name: str, message: str, own: Path) -> None:
     own.with_name("exit.py").write_text("raise SystemExit(0)")
     with pytest.raises(InputError, match=message):
         find(name, trust=True)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_what_is_built_in_is_there_and_described(name: str) -> None:
+    assert issubclass(find(name), Task)
+    text = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
+    assert f"`{name}`" in text
 
 
 def test_code_runs_only_where_it_is_trusted(own: Path) -> None:
