@@ -16,13 +16,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from embattle.data import movielens
-from embattle.data.ratings import Ratings, hold_out_latest
+from embattle.data.negatives import NegativeSampler
+from embattle.data.ratings import Ratings, hold_out_latest, together
 from embattle.models import DLRM, MF, DeepFM, Interactions, LightGCN, SASRec
 from embattle.models.ranking import evaluate
 from embattle.models.sequences import histories, windows
@@ -49,22 +51,13 @@ def stratified(ratings: Ratings) -> Parts:
     """
     drawn = np.random.RandomState(42).rand(len(ratings))  # as there
     order = np.lexsort((drawn, ratings.items))
-    item, count = ratings.items[order], ratings.popularity()
-    place = np.arange(1, len(order) + 1) - (count.cumsum() - count)[item]
+    item, events = ratings.items[order], ratings.popularity()
+    place = np.arange(1, len(order) + 1) - (events.cumsum() - events)[item]
     kept = np.zeros(len(ratings), dtype=bool)
-    kept[order] = place / count[item] <= 0.75
+    kept[order] = place / events[item] <= 0.75
     whole, test = ratings.take(kept), ratings.take(~kept)
     first = np.random.default_rng(0).random(len(whole)) < 0.9
     return Parts(whole.take(first), whole.take(~first), test)
-
-
-def together(parts: Parts) -> Ratings:
-    """The training and the validation part as one."""
-    both = [
-        np.concatenate([getattr(part, name) for part in parts[:2]])
-        for name in ("users", "items", "values", "times")
-    ]
-    return Ratings(*both, parts.train.user_count, parts.train.item_count)
 
 
 def fit(
@@ -108,15 +101,25 @@ def pairwise(
     """A ranker that is trained on triplets."""
 
     def run(parts: Parts, settings: Settings, tune: bool) -> Metrics:
-        data = parts.train if tune else together(parts)
+        data = parts.train if tune else together(parts.train, parts.validation)
         held = parts.validation if tune else parts.test
         seen, relevant = Interactions.of(data), Interactions.of(held)
         model: Any = make(seen, settings)
 
+        negatives = NegativeSampler(
+            data.users,
+            data.items,
+            user_count=data.user_count,
+            item_count=data.item_count,
+            seed=torch.initial_seed(),
+        )
+        steps = count()
+
         def batches() -> Iterator[Tensor]:
             for rows in torch.randperm(len(seen)).split(settings["batch"]):
                 users, items = seen.users[rows], seen.items[rows]
-                batch = (users, items, seen.negatives(users))
+                drawn = torch.from_numpy(negatives.draw(users, 1, next(steps))).squeeze(1)
+                batch = (users, items, drawn)
                 losses = model.losses(*batch) + settings["l2"] * model.penalty(*batch)
                 yield losses.mean()
 
@@ -153,7 +156,11 @@ def sequential(parts: Parts, settings: Settings, tune: bool) -> Metrics:
         return evaluate(lambda users: model.scores(met[users]), relevant, seen).means()
 
     best, _ = fit(model, batches, settings, lambda: ranked(parts.train, parts.validation)["ndcg"])
-    found = ranked(parts.train, parts.validation) if tune else ranked(together(parts), parts.test)
+    found = (
+        ranked(parts.train, parts.validation)
+        if tune
+        else ranked(together(parts.train, parts.validation), parts.test)
+    )
     return {"epochs": float(best), **found}
 
 
@@ -261,23 +268,24 @@ BASELINES: dict[str, Baseline] = {
 _MF = {"dim": 64, "std": 0.1, "lr": 5e-3, "batch": 2048, "epochs": 120, "every": 4}
 _LIGHTGCN = {"dim": 64, "std": 0.1, "lr": 5e-3, "batch": 2048, "epochs": 60, "every": 3}
 _SASREC = {"length": 50, "dim": 64, "lr": 1e-3, "batch": 128, "epochs": 60}
-_CLICKS = {"dim": 16, "lr": 2e-3, "batch": 1024, "epochs": 20}
+_CLICKS = {"dim": 16, "lr": 2e-3, "batch": 1024, "epochs": 30}
 
 CHOICES: dict[str, list[Settings]] = {
     "MF": [_MF | {"l2": l2} for l2 in (0.02, 0.03, 0.015)],
     "LightGCN": [_LIGHTGCN | {"layers": 3, "l2": l2} for l2 in (1e-4, 1e-2)],
-    "SASRec": [_SASREC | {"dropout": dropout} for dropout in (0.2, 0.5)],
+    "SASRec": [_SASREC | {"dropout": dropout} for dropout in (0.2,)],
     "DeepFM": [
         _CLICKS | {"dropout": dropout, "weight_decay": decay}
         for dropout, decay in ((0.2, 0.0), (0.5, 0.0), (0.2, 1e-5), (0.2, 1e-4))
     ],
-    "DLRM": [
-        _CLICKS | {"dropout": dropout, "weight_decay": decay}
-        for dropout, decay in ((0.0, 0.0), (0.2, 0.0), (0.0, 1e-5), (0.0, 1e-4))
-    ],
+    "DLRM": [_CLICKS | {"dropout": 0.2, "weight_decay": 1e-4}],  # as DeepFM's
 }
 CHOSEN: dict[str, Settings] = {
     "MF": _MF | {"l2": 0.02, "epochs": 44},
+    "LightGCN": _LIGHTGCN | {"layers": 3, "l2": 1e-4, "epochs": 51},
+    "SASRec": _SASREC | {"dropout": 0.2},
+    "DLRM": _CLICKS | {"dropout": 0.2, "weight_decay": 1e-4},
+    "DeepFM": _CLICKS | {"dropout": 0.2, "weight_decay": 1e-4},
 }
 
 

@@ -115,8 +115,8 @@ def test_checks_hold_for_a_real_attack_and_fail_for_one_that_is_too_weak() -> No
     with torch.no_grad():
         second.embedding.weight.mul_(-1)
     target, source = (first, Site(first.embedding)), (second, Site(second.embedding))
-    assert unbounded_check("m", *_swap(target), far).passed
-    assert not unbounded_check("m", *_swap(target), weak).passed
+    assert unbounded_check("m", *_swap(target), [weak, far]).passed
+    assert not unbounded_check("m", *_swap(target), [weak]).passed
     assert transfer_check("m", target, source, batches(), weak).passed
     # An attack that goes the wrong way on the target alone: the transferred one is stronger.
     hidden = _Backwards()

@@ -338,3 +338,27 @@ def test_a_recipe_has_the_sections_of_its_task(own: Path) -> None:
     path.write_text("name: mine\ntask: own.py:Mine\n")
     with pytest.raises(InputError, match="data is missing"):
         recipes.load(path, trust=True)
+
+
+def test_texts_of_a_file_are_encoded_like_those_of_a_part(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from tiny_job import make_encoder, recipe_of
+
+    path = recipe_of(tmp_path, make_encoder(tmp_path / "encoder"))
+    task = recipes.load(path).make_task()
+    task.read(Account())
+    model = task.build()
+    texts = [task.show("test", i) for i in range(3)]
+    known = task.batch(model, "test", torch.arange(3))
+    names = [task.kind.show_label(label) for label in known.known_labels()]
+    rows = [{"text": t, "recommended": n} for t, n in zip(texts, names, strict=True)]
+    batch = task.encode(model, rows)
+    assert (batch.inputs["input_ids"] == known.inputs["input_ids"]).all()
+    assert (batch.known_labels() == known.known_labels()).all()
+    assert task.encode(model, [{"text": "love"}, {"text": None}]).labels is None
+    with pytest.raises(InputError, match="knows no class 'maybe'"):
+        task.encode(model, [{"text": "love", "recommended": "maybe"}])
+    task.save(model, tmp_path / "model")
+    fresh = recipes.load(path).make_task()
+    fresh.load(tmp_path / "model")
+    assert fresh.kind == task.kind

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from embattle import data
 from embattle.data.ratings import Ratings, read_ratings
+from embattle.data.recipe import DataRecipe
 from embattle.data.sources import find
 from embattle.data.splits import Examples, Splits, split
-from embattle.jobs.recipe import DataRecipe
 
 
 def movielens() -> Ratings:

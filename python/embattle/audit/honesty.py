@@ -85,22 +85,25 @@ def unbounded_check(
     model: nn.Module,
     batches: Sequence[Batch],
     sites: Sites,
-    attack: Attack,
+    attacks: Sequence[Attack],
     *,
     evaluator: Evaluator | None = None,
 ) -> Check:
-    """An attack whose ball is so large that it bounds nothing must fool every sample.
+    """Attacks up to a ball so large that it bounds nothing must fool every sample.
+
+    Several sizes are tried: from afar a model may be so sure that it has no gradient any more.
 
     Args:
         title: the model's name.
         model, batches, sites, evaluator: see `embattle.audit.evaluation.evaluate`.
-        attack: with a radius far beyond the size of the embeddings.
+        attacks: from the smallest ball to the largest, whose radius is far beyond the size of the
+            embeddings.
 
     Returns:
         The check.
     """
-    # Nearly all fall at once: the whole attack is for those that do not.
-    tries = [replace(attack, steps=min(attack.steps, 2)), attack]
+    # Nearly all fall at once: the whole attacks are for those that do not.
+    tries = [*(replace(attack, steps=min(attack.steps, 2)) for attack in attacks), *attacks]
     total = sum(len(batch) for batch in batches)
     standing = round(sweep(model, batches, sites, tries, evaluator=evaluator)[-1] * total)
     return Check(

@@ -57,7 +57,10 @@ def context(of: Ratings) -> Context:
         find("movielens_100k_users").path(), ("user_id", "age", "gender", "occupation")
     )
     films = read_columns(find("movielens_100k_items").path(), ("movie_id", "release_date", *GENRES))
-    by_user, by_film = np.argsort(users["user_id"]), np.argsort(films["movie_id"])
+    by_user, by_film = (
+        np.argsort(np.asarray(column, dtype=np.int64))
+        for column in (users["user_id"], films["movie_id"])
+    )
     age = np.asarray(users["age"], dtype=np.float64)[by_user]
     years = np.array([int(date[-4:]) if date else -1 for date in films["release_date"]])[by_film]
     year = np.where(years < 0, np.median(years[years >= 0]), years).astype(np.float64)

@@ -84,6 +84,18 @@ def read_ratings(
         InputError: if the file cannot be read, has no such columns, or a cell is empty or, for
             rating and time, is no finite number.
     """
+    return read_named_ratings(path, columns, account=account, drop_blank=drop_blank, **options)[0]
+
+
+def read_named_ratings(
+    path: Path,
+    columns: Sequence[str] | None = None,
+    *,
+    account: Account | None = None,
+    drop_blank: bool = False,
+    **options: Any,
+) -> tuple[Ratings, list[str], list[str]]:
+    """Reads ratings as `read_ratings` does, and the names of users and items by number, as text."""
     account = Account() if account is None else account
     if columns is None:
         roles = guess_events(look_all(Table(path, **options).sample()))
@@ -103,9 +115,9 @@ def read_ratings(
     dropped = 0
     for block in table:
         cells = [block[name] for name in roles.values()]
-        if any(_blank(value) for column in cells for value in column):
+        if any(map(_has_blank, cells)):
             if not drop_blank:
-                name = next(n for n in roles.values() if any(map(_blank, block[n])))
+                name = next(n for n in roles.values() if _has_blank(block[n]))
                 raise InputError(f"{path}: column {name!r} has empty cells; drop those rows")
             rows = [row for row in zip(*cells, strict=True) if not any(map(_blank, row))]
             dropped += len(cells[0]) - len(rows)
@@ -121,8 +133,11 @@ def read_ratings(
     events = len(found["user"])
     if not events:
         raise InputError(f"{path} has no row without empty cells; choose other columns")
+    named: dict[str, list[str]] = {}
     for role, number in known.items():
-        found[role] = _in_natural_order(list(number))[found[role]]
+        rank = _in_natural_order(list(number))
+        found[role] = rank[found[role]]
+        named[role] = [str(name) for _, name in sorted(zip(rank, number, strict=True))]
     account.note("rows", f"{table.rows:,} of {len(table.names)} columns")
     if dropped:
         account.note("dropped", f"{dropped:,} rows with empty cells")
@@ -133,7 +148,7 @@ def read_ratings(
     again = events - len(np.unique(pairs(found["user"], found["item"])))
     if again:
         account.note("duplicates", f"{again:,} events repeat a user and an item")
-    return Ratings(
+    ratings = Ratings(
         found["user"],
         found["item"],
         found.get("rating", np.ones(events)),
@@ -141,10 +156,20 @@ def read_ratings(
         len(known["user"]),
         len(known["item"]),
     )
+    return ratings, named["user"], named["item"]
 
 
 def _blank(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _has_blank(column: list[Any]) -> bool:
+    """Whether a cell of a column of one kind is blank."""
+    if None in column or "" in column:
+        return True
+    if column and isinstance(column[0], str):
+        return any(map(str.isspace, column))
+    return any(value != value for value in column)
 
 
 def _in_natural_order(names: list[Any]) -> Ints:
@@ -172,6 +197,18 @@ def hold_out_latest(ratings: Ratings) -> tuple[Ratings, Ratings]:
     """
     part = leave_one_out(ratings.users, ratings.items, ratings.times, validation=False)
     return ratings.take(part == TRAIN), ratings.take(part == TEST)
+
+
+def together(first: Ratings, second: Ratings) -> Ratings:
+    """Joins the events of two parts of the same users and items."""
+    return Ratings(
+        np.concatenate([first.users, second.users]),
+        np.concatenate([first.items, second.items]),
+        np.concatenate([first.values, second.values]),
+        np.concatenate([first.times, second.times]),
+        first.user_count,
+        first.item_count,
+    )
 
 
 def _numbers(path: Path, name: str, column: list[Any], *, dates: bool) -> Floats:

@@ -231,7 +231,10 @@ def _check(
         shares = {label: entry[key] for label, entry in facts["models"][name]["attacks"].items()}
         checks += order_checks(name, shares, noise=noise, gradient=gradient, measure=title)
         far = AttackRecipe(kind="pgd", steps=20, step_size=0.1)
-        huge = make_attack(far, recipe.threat, generator, scale=1000.0, best=True)
+        huge = [
+            make_attack(far, recipe.threat, generator, scale=scale, best=True)
+            for scale in (10.0, 100.0, 1000.0)
+        ]
         checks.append(
             unbounded_check(name, victim.model, batches, victim.sites, huge, evaluator=task)
         )

@@ -1,4 +1,4 @@
-"""Which items each user has met, as sorted pairs: masks, look-ups and negatives for rankers."""
+"""Which items each user has met, as sorted pairs: the edges of a graph, and masks for rankers."""
 
 from __future__ import annotations
 
@@ -46,9 +46,6 @@ class Interactions:
         self.users, self.items = pairs // item_count, pairs % item_count
         self.counts = self.users.bincount(minlength=user_count)
         self._first = self.counts.cumsum(0) - self.counts
-        # How many items a user has not met before each of those she has; sorted, as pairs are.
-        place = torch.arange(len(pairs), device=pairs.device) - self._first[self.users]
-        self._gaps = self.users * (item_count + 1) + self.items - place
 
     @classmethod
     def of(cls, ratings: Ratings, device: torch.device | str = "cpu") -> Interactions:
@@ -67,30 +64,3 @@ class Interactions:
         found = torch.zeros(len(users), self.item_count, dtype=torch.bool, device=users.device)
         found[row, self.items[self._first[users][row] + within]] = True
         return found
-
-    def negatives(self, users: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw for each user one item that she has not met, all of them alike.
-
-        Args:
-            users: [B] int64.
-            generator: source of the random numbers; torch's by default.
-
-        Returns:
-            Items, [B] int64.
-
-        Raises:
-            ValueError: a user has met all items.
-        """
-        free = self.item_count - self.counts[users]
-        if bool((free == 0).any()):
-            full = int(users[free == 0][0])
-            raise ValueError(
-                f"Interactions.negatives: user {full} has met all {self.item_count} items; leave "
-                "her out of training"
-            )
-        share = torch.rand(len(users), generator=generator, dtype=torch.float64)
-        nth = (share.to(free.device) * free).long()
-        # The nth item not met comes after as many of those met as have at most nth before them.
-        met = torch.searchsorted(self._gaps, users * (self.item_count + 1) + nth, right=True)
-        items: Tensor = nth + met - self._first[users]
-        return items

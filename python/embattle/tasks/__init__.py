@@ -17,16 +17,19 @@ if TYPE_CHECKING:
     from embattle.sections import Section as Section
     from embattle.tasks.base import Task as Task
     from embattle.tasks.evaluator import Evaluator as Evaluator
+    from embattle.tasks.kinds import BinaryClassification as BinaryClassification
     from embattle.tasks.kinds import Classification as Classification
     from embattle.tasks.kinds import Kind as Kind
     from embattle.tasks.kinds import MultiLabelClassification as MultiLabelClassification
     from embattle.tasks.kinds import Ranking as Ranking
     from embattle.tasks.kinds import Regression as Regression
+    from embattle.tasks.tabular import Tabular as Tabular
     from embattle.tasks.text import TextClassification as TextClassification
 
 _HOMES = {
     "Account": "data.account",
     "Batch": "data.batch",
+    "BinaryClassification": "tasks.kinds",
     "Classification": "tasks.kinds",
     "Evaluator": "tasks.evaluator",
     "Kind": "tasks.kinds",
@@ -34,6 +37,7 @@ _HOMES = {
     "Ranking": "tasks.kinds",
     "Regression": "tasks.kinds",
     "Section": "sections",
+    "Tabular": "tasks.tabular",
     "Task": "tasks.base",
     "TextClassification": "tasks.text",
 }

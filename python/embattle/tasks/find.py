@@ -14,7 +14,11 @@ from embattle.tasks.base import Task
 
 #: Name in a recipe -> module and class.
 BUILT_IN = {
+    "click_through": "embattle.tasks.clicks:ClickThrough",
+    "item_ranking": "embattle.tasks.item_ranking:ItemRanking",
+    "next_item": "embattle.tasks.next_item:NextItem",
     "text_classification": "embattle.tasks.text:TextClassification",
+    "tabular": "embattle.tasks.tabular:Tabular",
 }
 
 

@@ -160,6 +160,18 @@ class Classification(Kind):
 
 
 @dataclass(frozen=True)
+class BinaryClassification(Classification):
+    """One of two classes, judged by its probability too: clicks, risks."""
+
+    measures: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("accuracy", "accuracy"),
+        ("auc", "AUC"),
+        ("loss", "log loss"),
+    )
+    note: ClassVar[str] = "Log loss is the mean cross-entropy."
+
+
+@dataclass(frozen=True)
 class MultiLabelClassification(Kind):
     """Any number of several labels: logits [B, C], labels 0 or 1, [B, C].
 
@@ -324,7 +336,14 @@ def _ranks(scores: Tensor, items: Tensor) -> Tensor:
 
 #: By the name that `Kind.to_json` gives.
 KINDS: dict[str, type[Kind]] = {
-    kind.__name__: kind for kind in (Classification, MultiLabelClassification, Regression, Ranking)
+    kind.__name__: kind
+    for kind in (
+        Classification,
+        BinaryClassification,
+        MultiLabelClassification,
+        Regression,
+        Ranking,
+    )
 }
 
 

@@ -1,0 +1,268 @@
+"""Whether a user likes an item, from columns of a table: DeepFM and DLRM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from embattle.data.account import Account
+from embattle.data.batch import Batch
+from embattle.data.labels import is_blank
+from embattle.data.tables import read_columns
+from embattle.errors import InputError
+from embattle.models.deepfm import DeepFM
+from embattle.models.dlrm import DLRM
+from embattle.sections import Section  # pydantic is optional: this says so where it is missing
+from embattle.tasks.base import Task
+from embattle.tasks.kinds import BinaryClassification
+from embattle.tasks.place import Place
+
+# isort: split
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+PARTS = ("train", "validation", "test")
+
+
+class Joined(Place):
+    """A further table, with one row for each value of a column.
+
+    Attributes:
+        key: the column, in both tables.
+        fields: its columns of categories.
+        dense: its columns of numbers.
+    """
+
+    key: str
+    fields: list[str] = Field(default=[])
+    dense: list[str] = Field(default=[])
+
+
+class ClicksRecipe(Place):
+    """Which table, and which of its columns.
+
+    Attributes:
+        fields: columns of categories.
+        dense: columns of numbers.
+        join: further tables that tell more of a category, such as of users and items.
+        label: the column that is predicted.
+        at_least: the label is positive from this value on.
+        fractions: shares of train, validation and test, drawn by the recipe's seed.
+        rows: use the first so many rows; null uses all.
+    """
+
+    fields: list[str] = Field(min_length=1)
+    dense: list[str] = Field(default=[])
+    join: list[Joined] = Field(default=[])
+    label: str
+    at_least: float = 1.0
+    fractions: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.8, 0.1, 0.1)
+    rows: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ClicksRecipe:
+        names = [*self.fields, *self.dense]
+        names += [name for other in self.join for name in (*other.fields, *other.dense)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"the column {twice[0]!r} is named twice; once is enough")
+        if self.label in names:
+            raise ValueError(f"the label {self.label!r} is among the columns: leave it out")
+        missing = [other.key for other in self.join if other.key not in self.fields]
+        if missing:
+            raise ValueError(f"join: the key {missing[0]!r} is not among data.fields; add it there")
+        if abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(f"fractions must sum to 1, not {sum(self.fractions):g}")
+        return self
+
+    def categories(self) -> list[str]:
+        """All columns of categories."""
+        return self.fields + [name for other in self.join for name in other.fields]
+
+    def numbers(self) -> list[str]:
+        """All columns of numbers."""
+        return self.dense + [name for other in self.join for name in other.dense]
+
+
+class ClicksModel(Section):
+    """A model of click-through rates.
+
+    Attributes:
+        kind: `deepfm` (columns of categories alone) or `dlrm` (with columns of numbers).
+        dim: width of a value's vector.
+        hidden: widths of the hidden layers (of DLRM those after the products).
+        dropout: in the perceptrons.
+    """
+
+    kind: Literal["deepfm", "dlrm"] = "deepfm"
+    dim: PositiveInt = 16
+    hidden: tuple[PositiveInt, ...] = (64, 64)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class ClickThrough(Task):
+    """Predicts one logit, yes or no; the attacker moves the vectors of a sample's values.
+
+    Values that the training part does not have share one vector; a column of numbers is brought to
+    mean 0 and variance 1 there, and what is absent to 0.
+    """
+
+    Data: ClassVar[type[Section]] = ClicksRecipe
+    Model: ClassVar[type[Section]] = ClicksModel
+    sample: ClassVar[str] = "sample"
+    vector: ClassVar[str] = "value"
+
+    data_options: ClicksRecipe
+    model_options: ClicksModel
+    known: dict[str, list[str]]
+    scales: dict[str, list[float]]
+
+    def __init__(self, data: Any, model: Any, seed: int = 0) -> None:
+        super().__init__(data, model, seed)
+        dense = self.data_options.numbers()
+        if self.model_options.kind == "dlrm" and not dense:
+            raise InputError("model.kind: dlrm needs columns of numbers; name some in data.dense")
+        if self.model_options.kind == "deepfm" and dense:
+            raise InputError(
+                f"data.dense: deepfm reads no columns of numbers ({dense[0]}); choose kind: dlrm"
+            )
+
+    def read(self, account: Account) -> None:
+        """Read and join the tables, and divide the rows by seed."""
+        options = self.data_options
+        wanted = (*options.fields, *options.dense, options.label)
+        table = read_columns(options.table(), wanted)
+        columns = {name: column[: options.rows] for name, column in table.items()}
+        count = len(columns[options.label])
+        for other in options.join:
+            columns |= _look_up(other, columns[other.key])
+        liked = _liked(options, columns.pop(options.label))
+        if not 0 < liked.sum() < count:
+            raise InputError(
+                f"data.at_least: {options.label!r} is {'always' if liked.any() else 'never'} at "
+                f"least {options.at_least:g}; choose a bound between its values"
+            )
+        place = np.random.default_rng(self.seed).permutation(count)
+        edges = (np.cumsum(options.fractions)[:-1] * count).round().astype(int)
+        chosen = dict(zip(PARTS, np.split(place, edges), strict=True))
+        self.kind = BinaryClassification(("no", "yes"))
+        train = chosen["train"]
+        self.known = {
+            name: sorted({str(columns[name][i]) for i in train}) for name in options.categories()
+        }
+        self.scales = {}
+        for name in options.numbers():
+            found = _numbers(name, columns[name])[train]
+            self.scales[name] = [float(np.nanmean(found)), float(np.nanstd(found)) or 1.0]
+        values, dense = self._numbered(columns, count)
+        self.parts = {
+            name: Rows(values[rows], dense[rows], liked[rows]) for name, rows in chosen.items()
+        }
+        account.note("rows", f"{count:,}, {liked.mean():.1%} of them yes")
+
+    def build(self) -> nn.Module:
+        """Vectors and weights drawn at random."""
+        options, sizes = self.model_options, [len(known) + 1 for known in self.known.values()]
+        if options.kind == "deepfm":
+            return DeepFM(sizes, dim=options.dim, hidden=options.hidden, dropout=options.dropout)
+        return DLRM(
+            sizes, len(self.scales), dim=options.dim, top=options.hidden, dropout=options.dropout
+        )
+
+    def batch(self, model: nn.Module, part: str, rows: Tensor, *, seed: int = 0) -> Batch:
+        """Some rows of a part."""
+        found: Rows = self.parts[part]
+        inputs = {"values": torch.from_numpy(found.values)[rows]}
+        if self.scales:
+            inputs["dense"] = torch.from_numpy(found.dense)[rows]
+        return Batch(inputs, torch.from_numpy(found.label)[rows].long())
+
+    def encode(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """Rows of a file that has all columns, those of joined tables too."""
+        names = [*self.known, *self.scales]
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        values, dense = self._numbered(columns, len(rows))
+        inputs = {"values": torch.from_numpy(values)}
+        if self.scales:
+            inputs["dense"] = torch.from_numpy(dense)
+        options = self.data_options
+        given = [row.get(options.label) for row in rows]
+        labels = None
+        if all(value is not None for value in given):
+            labels = torch.from_numpy(_liked(options, given)).long()
+        return Batch(inputs, labels)
+
+    def show(self, part: str, row: int) -> str:
+        """Show the values of the columns of categories."""
+        numbers = self.parts[part].values[row].tolist()
+        shown = zip(self.known.items(), numbers, strict=True)
+        return ", ".join(f"{name} {known[n - 1] if n else '?'}" for (name, known), n in shown)
+
+    def facts(self) -> dict[str, Any]:
+        """Give the values that are known, and the scales of numbers."""
+        return {**super().facts(), "known": self.known, "scales": self.scales}
+
+    def restore(self, facts: dict[str, Any]) -> None:
+        """Take them over."""
+        super().restore(facts)
+        self.known, self.scales = facts["known"], facts["scales"]
+
+    def _numbered(
+        self, columns: Mapping[str, Sequence[Any]], count: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Values by number, 0 for one that is not known, and numbers on their scales."""
+        values = np.zeros((count, len(self.known)), dtype=np.int64)
+        for place, (name, known) in enumerate(self.known.items()):
+            number = {value: i for i, value in enumerate(known, start=1)}
+            values[:, place] = [number.get(str(value), 0) for value in columns[name]]
+        dense = np.zeros((count, len(self.scales)), dtype=np.float32)
+        for place, (name, (mean, spread)) in enumerate(self.scales.items()):
+            found = (_numbers(name, columns[name]) - mean) / spread
+            dense[:, place] = np.where(np.isnan(found), 0, found)
+        return values, dense
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a part: values [N, fields], numbers [N, dense], and bool labels [N]."""
+
+    values: NDArray[np.int64]
+    dense: NDArray[np.float32]
+    label: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+def _liked(options: ClicksRecipe, column: Sequence[Any]) -> NDArray[np.bool_]:
+    values = _numbers(options.label, column)
+    if np.isnan(values).any():
+        raise InputError(f"data.label: column {options.label!r} has empty cells; drop those rows")
+    liked: NDArray[np.bool_] = values >= options.at_least
+    return liked
+
+
+def _numbers(name: str, column: Sequence[Any]) -> NDArray[np.float64]:
+    """A column as numbers, NaN where a cell is empty."""
+    try:
+        found = [math.nan if is_blank(value, ()) else float(value) for value in column]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"column {name!r} must hold numbers: {error}") from error
+    return np.array(found, dtype=np.float64)
+
+
+def _look_up(other: Joined, keys: Sequence[Any]) -> dict[str, list[Any]]:
+    """The columns of a further table for each key, None where it has none."""
+    path, names = other.table(), [*other.fields, *other.dense]
+    table = read_columns(path, (other.key, *names))
+    place = {str(key): row for row, key in enumerate(table[other.key])}
+    if len(place) < len(table[other.key]):
+        raise InputError(f"{path}: column {other.key!r} names a value twice; give one row for each")
+    rows = [place.get(str(key)) for key in keys]
+    return {name: [None if row is None else table[name][row] for row in rows] for name in names}

@@ -1,0 +1,117 @@
+"""What tasks on ratings share: who met what and when, from a table, by leave-one-out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from embattle.data.account import Account
+from embattle.data.ratings import Ratings, hold_out_latest, read_named_ratings, together
+from embattle.errors import InputError
+from embattle.sections import Section
+from embattle.tasks.base import Task
+from embattle.tasks.kinds import Ranking
+from embattle.tasks.place import Place
+
+# isort: split
+from pydantic import PositiveInt
+
+
+class RatingsRecipe(Place):
+    """Which table of ratings, and which of its columns.
+
+    Each user's last item is the test part, the one before it the validation part, the rest the
+    training part; all that was rated counts as liked.
+
+    Attributes:
+        user, item, rating, time: the names of its columns; later times are larger.
+        users: use the first so many users; null uses all.
+        k: how many items are recommended.
+    """
+
+    user: str = "user_id"
+    item: str = "item_id"
+    rating: str = "rating"
+    time: str = "timestamp"
+    users: PositiveInt | None = None
+    k: PositiveInt = 10
+
+
+class RatingsTask(Task):
+    """Recommends k items to a user, of which the one held out should be one.
+
+    Attributes:
+        users, items: the names of users and items by number, as text.
+        held: the ratings of each part.
+    """
+
+    Data: ClassVar[type[Section]] = RatingsRecipe
+    sample: ClassVar[str] = "user"
+
+    data_options: RatingsRecipe
+    kind: Ranking
+    users: list[str]
+    items: list[str]
+    held: dict[str, Ratings]
+
+    def read(self, account: Account) -> None:
+        """Read the table and hold the last two items of each user out."""
+        options = self.data_options
+        columns = (options.user, options.item, options.rating, options.time)
+        ratings, self.users, self.items = read_named_ratings(options.table(), columns)
+        count = options.users
+        if count is not None and count < ratings.user_count:
+            few = ratings.take(ratings.users < count)
+            ratings = Ratings(few.users, few.items, few.values, few.times, count, few.item_count)
+            self.users = self.users[:count]
+        self.kind = Ranking(options.k)
+        rest, test = hold_out_latest(ratings)
+        train, validation = hold_out_latest(rest)
+        self.held = {"train": train, "validation": validation, "test": test}
+        account.note(
+            "ratings",
+            f"{len(ratings):,} by {ratings.user_count:,} users of {ratings.item_count:,} items",
+        )
+        if ratings.item_count <= options.k:
+            raise InputError(
+                f"data.k: {options.k} of {ratings.item_count} items cannot be a choice; lower it"
+            )
+
+    def met_before(self, part: str) -> Ratings:
+        """What the users had rated before a part was: it is not recommended again."""
+        train = self.held["train"]
+        return together(train, self.held["validation"]) if part == "test" else train
+
+    def show(self, part: str, row: int) -> str:
+        """Show the user and what was held out."""
+        held = self.held[part]
+        return f"user {self.users[held.users[row]]}: {self.items[held.items[row]]}"
+
+    def numbers(self, names: Sequence[Any], what: str) -> list[int]:
+        """The numbers of users or items.
+
+        Args:
+            names: as they stand in the table.
+            what: `users` or `items`.
+
+        Raises:
+            InputError: one was not in the table that was trained on.
+        """
+        known = {name: i for i, name in enumerate(getattr(self, what))}
+        column = self.data_options.user if what == "users" else self.data_options.item
+        for name in names:
+            if str(name) not in known:
+                raise InputError(
+                    f"column {column!r}: the model knows no {str(name)!r}; it knows the "
+                    f"{len(known):,} {what} it was trained on"
+                )
+        return [known[str(name)] for name in names]
+
+    def labels_of(self, rows: Sequence[Any]) -> torch.Tensor | None:
+        """The items in the item column, if every row has one."""
+        column = self.data_options.item
+        if any(row.get(column) is None for row in rows):
+            return None
+        return torch.tensor(self.numbers([row[column] for row in rows], "items"))

@@ -1,0 +1,330 @@
+"""One of two outcomes from the columns of a table: click-through, risk, income."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embattle.data.account import Account, listed
+from embattle.data.batch import Batch
+from embattle.data.divide import stratified_parts
+from embattle.data.labels import is_blank
+from embattle.data.looks import is_number
+from embattle.data.recipe import Limits
+from embattle.data.sources import find
+from embattle.data.splits import PARTS, number_labels
+from embattle.data.tables import Table
+from embattle.errors import InputError, closest
+from embattle.models.deepfm import DeepFM
+from embattle.perturb.site import Group, Site
+from embattle.sections import Section
+from embattle.tasks.base import Task
+from embattle.tasks.kinds import BinaryClassification
+
+# isort: split
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+
+class TabularData(Section):
+    """Which table and columns, and how they become fields of numbered values.
+
+    Attributes:
+        source: a data set that `embattle.data.sources` knows; or
+        path: a CSV, Parquet or JSON-lines file of one's own. It is held in memory.
+        label: the column to predict, of two classes; rows without it are dropped.
+        positive: the class whose probability is predicted; null takes the second in natural order.
+        columns: the columns to predict from; null takes all others.
+        ignore: columns to leave out, such as identifiers.
+        encoding, delimiter: of a text file; null guesses.
+        missing: cells that stand for no value, such as `?`.
+        ranges: a column of numbers is cut into so many ranges, with as many training rows in each.
+        min_count: values that fewer training rows have are one, `unknown`.
+        fractions: shares of train, validation and test, the same for both classes.
+        limits: the most rows of each part.
+    """
+
+    source: str | None = None
+    path: str | None = None
+    label: str
+    positive: str | None = None
+    columns: list[str] | None = Field(default=None, min_length=1)
+    ignore: list[str] = Field(default=[])
+    encoding: str | None = None
+    delimiter: str | None = None
+    missing: list[str] = Field(default=[])
+    ranges: PositiveInt = 16
+    min_count: PositiveInt = 5
+    fractions: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.8, 0.1, 0.1)
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TabularData:
+        if (self.source is None) == (self.path is None):
+            raise ValueError("give either source (a known data set) or path (a file), not both")
+        if self.label in (self.columns or ()):
+            raise ValueError(f"the label {self.label!r} is among the columns: leave it out")
+        if self.columns and self.ignore:
+            raise ValueError("give either columns or ignore, not both")
+        if abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(f"fractions must sum to 1, not {sum(self.fractions):g}")
+        return self
+
+
+class TabularModel(Section):
+    """A DeepFM over the fields.
+
+    Attributes:
+        dim: width of a field's vectors.
+        hidden: widths of the perceptron's hidden layers.
+        dropout: in the perceptron.
+    """
+
+    dim: PositiveInt = 16
+    hidden: list[PositiveInt] = Field(default=[64, 64])
+    dropout: NonNegativeFloat = Field(default=0.0, lt=1)
+
+
+@dataclass(frozen=True)
+class Column:
+    """How the cells of a column become numbers from 0; 0 is unknown: missing, rare, not seen.
+
+    Attributes:
+        name: of the column.
+        values: the known ones, numbered from 1; None for a column of numbers.
+        edges: of a column of numbers: range k (from 1) reaches from edge k - 2, which is not in
+            it, to edge k - 1.
+    """
+
+    name: str
+    values: dict[str, int] | None
+    edges: list[float]
+
+    @classmethod
+    def learn(cls, name: str, cells: Sequence[str | None], ranges: int, least: int) -> Column:
+        """Learn from the cells of the training rows; None is a missing one."""
+        known = [cell for cell in cells if cell is not None]
+        if known and all(is_number(cell) for cell in known):
+            shares = np.linspace(0, 1, ranges + 1)[1:-1]
+            numbers = [_number(cell) for cell in known]
+            edges = np.unique(np.quantile(numbers, shares, method="inverted_cdf"))
+            return cls(name, None, edges.tolist())
+        often = sorted(value for value, count in Counter(known).items() if count >= least)
+        return cls(name, {value: k for k, value in enumerate(often, 1)}, [])
+
+    @property
+    def size(self) -> int:
+        """How many numbers there are."""
+        return len(self.edges) + 2 if self.values is None else len(self.values) + 1
+
+    def encode(self, cells: Sequence[str | None]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The numbers [N] of cells."""
+        if self.values is not None:
+            known = self.values
+            return np.array([known.get(cell or "", 0) for cell in cells], dtype=np.int64)
+        usable = [cell is not None and is_number(cell) for cell in cells]
+        numbers = [_number(c or "") if ok else 0.0 for c, ok in zip(cells, usable, strict=True)]
+        found = np.searchsorted(self.edges, numbers, side="left") + 1
+        return np.where(usable, found, 0).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A part.
+
+    Attributes:
+        places: of the rows in the file (without those that have no label), [N] int64.
+        fields: the numbers of their values, [N, fields] int64.
+        labels: [N] int64, 1 for the positive class.
+    """
+
+    places: Tensor
+    fields: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Tabular(Task):
+    """Predicts one of two classes from columns of numbers, words and categories."""
+
+    Data: ClassVar[type[Section]] = TabularData
+    Model: ClassVar[type[Section]] = TabularModel
+    sample: ClassVar[str] = "row"
+    vector: ClassVar[str] = "field"
+
+    data_options: TabularData
+    model_options: TabularModel
+    kind: BinaryClassification
+    columns: list[Column]
+    parts: Mapping[str, Rows]
+
+    def read(self, account: Account) -> None:
+        """Read the table, divide it, and learn the values of each column from the training part.
+
+        Copies of a row, but for the label, are never in two parts.
+        """
+        options = self.data_options
+        cells, labels = self._cells(account)
+        numbers, classes = number_labels(labels)
+        if len(classes) != 2:
+            raise InputError(
+                f"column {options.label!r} holds {len(classes)} classes "
+                f"({listed([repr(c) for c in classes])}); this task predicts two"
+            )
+        if options.positive is not None:
+            if options.positive not in classes:
+                raise InputError(
+                    f"data.positive: column {options.label!r} has no class {options.positive!r}; "
+                    f"{closest(options.positive, classes)}"
+                )
+            if options.positive == classes[0]:
+                numbers, classes = [1 - number for number in numbers], classes[::-1]
+        self.kind = BinaryClassification(tuple(classes))
+        groups: dict[tuple[str | None, ...], int] = {}
+        same = [groups.setdefault(row, len(groups)) for row in zip(*cells.values(), strict=True)]
+        part_of = stratified_parts(numbers, options.fractions, self.seed, same)
+        chosen = {}
+        for k, name in enumerate(PARTS):
+            rows = np.flatnonzero(part_of == k)
+            rows = np.random.default_rng([self.seed, k]).permutation(rows)
+            chosen[name] = rows[: getattr(options.limits, name)].tolist()
+        training = chosen["train"]
+        self.columns = [
+            Column.learn(name, [column[i] for i in training], options.ranges, options.min_count)
+            for name, column in cells.items()
+        ]
+        self._shown = cells
+        self.parts = {name: self._part(rows, numbers) for name, rows in chosen.items()}
+        self._account(account, len(groups))
+
+    def _cells(self, account: Account) -> tuple[dict[str, list[str | None]], list[str]]:
+        """The cells of each column, blank ones None, and the labels, of the rows with a label."""
+        options = self.data_options
+        path = Path(options.path or "").expanduser()
+        if options.source is not None:
+            path = find(options.source).path()
+        how: dict[str, Any] = {"encoding": options.encoding, "delimiter": options.delimiter}
+        names = options.columns
+        if names is None:
+            every = [name for name in Table(path, **how).sample() if name != options.label]
+            for name in options.ignore:
+                if name not in every:
+                    raise InputError(f"data.ignore: no column {name!r}; {closest(name, every)}")
+            names = [name for name in every if name not in options.ignore]
+            if not names:
+                raise InputError(f"{path} has no column beside the label to predict from")
+        table = Table(path, [*names, options.label], **how)
+        account.note("file", f"{path}: {table.form.words()}")
+        missing = set(options.missing)
+        cells: dict[str, list[str | None]] = {name: [] for name in names}
+        labels: list[str] = []
+        for block in table:
+            kept = [i for i, x in enumerate(block[options.label]) if not is_blank(x, missing)]
+            labels += [str(block[options.label][i]).strip() for i in kept]
+            for name, column in cells.items():
+                found = block[name]
+                column += [
+                    None if is_blank(found[i], missing) else str(found[i]).strip() for i in kept
+                ]
+        account.note("rows", f"{table.rows:,}")
+        account.note("label", repr(options.label))
+        if len(labels) < table.rows:
+            account.note("dropped", f"{table.rows - len(labels):,} rows without a label")
+        return cells, labels
+
+    def _part(self, rows: list[int], numbers: Sequence[int]) -> Rows:
+        """The rows at these places, whose classes are `numbers`."""
+        fields = [c.encode([self._shown[c.name][i] for i in rows]) for c in self.columns]
+        return Rows(
+            torch.tensor(rows, dtype=torch.int64),
+            torch.from_numpy(np.stack(fields, 1)),
+            torch.tensor([numbers[i] for i in rows], dtype=torch.int64),
+        )
+
+    def _account(self, account: Account, distinct: int) -> None:
+        ranges = [repr(c.name) for c in self.columns if c.values is None]
+        words = [f"{c.name!r} ({c.size - 1})" for c in self.columns if c.values is not None]
+        account.note("numbers in ranges", listed(ranges) or "none")
+        account.note("categories", listed(words) or "none")
+        blank = {n: sum(c is None for c in cells) for n, cells in self._shown.items()}
+        gaps = [f"{name!r} {count:,}" for name, count in blank.items() if count]
+        if gaps:
+            account.note("missing values", listed(gaps))
+        rows = len(next(iter(self._shown.values())))
+        if distinct < rows:
+            account.note("duplicates", f"{rows - distinct:,} rows repeat another one")
+        for name, part in self.parts.items():
+            counts = [int((part.labels == c).sum()) for c in (0, 1)]
+            shown = zip(self.kind.classes, counts, strict=True)
+            account.note(f"{name} part", listed([f"{label!r} {n:,}" for label, n in shown]))
+            if name != "validation" and not all(counts):
+                raise InputError(
+                    f"the {name} part has rows of one class only; give more data, raise "
+                    f"data.limits.{name} or its share in data.fractions"
+                )
+
+    def encode(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """Number the values of rows of a file; a column that is not there is unknown."""
+        options = self.data_options
+        missing = set(options.missing)
+
+        def cell(row: Mapping[str, Any], name: str) -> str | None:
+            value = row.get(name)
+            return None if is_blank(value, missing) else str(value).strip()
+
+        fields = [
+            column.encode([cell(row, column.name) for row in rows]) for column in self.columns
+        ]
+        inputs = {"values": torch.from_numpy(np.stack(fields, 1))}
+        names = [cell(row, options.label) for row in rows]
+        if not all(name in self.kind.classes for name in names):
+            return Batch(inputs)
+        return Batch(inputs, torch.tensor([self.kind.classes.index(name or "") for name in names]))
+
+    def batch(self, model: nn.Module, part: str, rows: Tensor, *, seed: int = 0) -> Batch:
+        """Take some rows of a part."""
+        found = self.parts[part]
+        return Batch({"values": found.fields[rows]}, found.labels[rows])
+
+    def show(self, part: str, row: int) -> str:
+        """Show the cells of a row."""
+        place = int(self.parts[part].places[row])
+        return ", ".join(f"{name} {cells[place] or '?'}" for name, cells in self._shown.items())
+
+    def counts(self) -> dict[str, Any]:
+        """Give the rows of each class in each part."""
+        return {
+            name: [int((part.labels == c).sum()) for c in (0, 1)]
+            for name, part in self.parts.items()
+        }
+
+    def build(self) -> DeepFM:
+        """A DeepFM with new weights."""
+        options = self.model_options
+        sizes = [column.size for column in self.columns]
+        return DeepFM(sizes, dim=options.dim, hidden=options.hidden, dropout=options.dropout)
+
+    def sites(self, model: nn.Module, group: Group) -> list[Site]:
+        """The vectors of the fields."""
+        return [Site.embeddings(model, group=group)]
+
+    def facts(self) -> dict[str, Any]:
+        """Give the classes, and how cells become numbers."""
+        return {**super().facts(), "columns": [asdict(column) for column in self.columns]}
+
+    def restore(self, facts: dict[str, Any]) -> None:
+        """Take over classes and columns."""
+        super().restore(facts)
+        self.columns = [Column(**column) for column in facts["columns"]]
+
+
+def _number(cell: str) -> float:
+    return float(cell.replace(",", "."))
