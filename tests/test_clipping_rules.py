@@ -39,7 +39,7 @@ def test_rows_of_samples_wherever_they_are() -> None:
     exact(turned, lambda: per_sample(turned(x).transpose(0, 1)))
     second = own(lambda m, x: torch.einsum("tbi,ij->tbj", x, m.p), 2, 3)
     exact(second, lambda: per_sample(second(x.transpose(0, 1)).transpose(0, 1)), batch_dim=1)
-    shared = own(lambda m, x: x + F.prelu(x[:1] * 0 - 2, m.p), 2)
+    shared = own(lambda m, x: x + torch.einsum("bti,ij->btj", x[:1] * 0 - 2, m.p), 3, 3)
     exact(shared, lambda: per_sample(shared(torch.ones(B, 2, 3))))
 
 
