@@ -191,6 +191,8 @@ def test_histories_are_those_before_the_part(films: Path) -> None:
     assert task.show("test", 7).endswith(f"; {task.items[own[8]]}")
     with pytest.raises(InputError, match="column 'movie_id': the model knows no '77'"):
         task.encode(model, [{"history": "3 77"}])
+    with pytest.raises(InputError, match="column 'history' is empty in row 2"):
+        task.encode(model, [{"history": "3"}, {}])
 
 
 def test_clicks_are_joined_scaled_and_numbered(films: Path) -> None:
