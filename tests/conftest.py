@@ -37,6 +37,7 @@ ON_THE_CPU_ALONE = {
     "test_emulator.py": _EMULATOR,
     "test_examples.py": "runs examples, which choose the CPU",
     "test_files.py": "has no tensors",
+    "test_floors.py": "has no tensors",
     "test_gpu_check.py": "runs what the tools do without a GPU",
     "test_guard.py::test_averages_that_numpy_writes": "numpy writes memory of the CPU",
     "test_libraries.py::test_two_processes_give_what_one_does": _RANKS,
@@ -49,6 +50,7 @@ ON_THE_CPU_ALONE = {
     "test_recipe.py": "has no tensors",
     "test_replay.py::test_masks_are_drawn_once_and_freed": "masks are kept on a CPU alone",
     "test_simd_levels.py": "SIMD levels are the CPU's",
+    "test_tasks.py::test_a_ranking_task_goes_through_the_jobs": "its task draws on the CPU",
 }
 
 # What the pretend device cannot do beside that; on CUDA these run.
@@ -115,6 +117,9 @@ NOT_ON_PRETEND = {
     "test_reference.py::test_project_gradient": _SLOW,
     "test_reference.py::test_projection_is_the_nearest_point": _SLOW,
     "test_reference.py::test_steepest_ascent": _SLOW,
+    "test_tasks.py::test_texts_of_a_file_are_encoded_like_those_of_a_part": _NO_STORAGE,
+    "test_tasks.py::test_the_fingerprint_is_of_the_data": _NO_STORAGE,
+    "test_tasks.py::test_what_is_saved_is_read_back": _NO_STORAGE,
     "test_trainer.py": _PLACING,
 }
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -73,16 +74,20 @@ def test_contributing_names_what_there_is() -> None:
             name = path.name + "/" * path.is_dir()
             known = any(p == name or p.startswith(f"python/embattle/{name}") for p in named)
             assert known, f"CONTRIBUTING does not say what {name} is"
-    for folder in tracked_folders():
+    for folder in {name.split("/")[0] for name in folders()}:
         assert any(p.split("/")[0] == folder for p in named), f"CONTRIBUTING leaves out {folder}"
 
 
-def tracked_folders() -> set[str]:
-    """The folders at the top of the repository, hidden ones left out."""
-    files = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    return {f.split("/")[0] for f in files if "/" in f and not f.startswith(".")}
+def folders() -> list[str]:
+    """The repository's folders with files in them, as `a/b/`; hidden and ignored ones left out."""
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    found = []
+    for path, below, files in os.walk(ROOT):
+        below[:] = [d for d in below if not d.startswith(".") and d not in ignored]
+        below[:] = [d for d in below if not d.endswith(".egg-info")]
+        if files and path != str(ROOT):
+            found.append(f"{Path(path).relative_to(ROOT)}/")
+    return found
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -95,3 +100,46 @@ def test_the_paths_in_a_document_exist(document: str) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)\)", text):
         if "://" not in link:
             assert ((ROOT / document).parent / link).exists(), f"{document}: {link} is not there"
+
+
+def test_the_tree_is_the_repositorys() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    tree = re.search(r"^## The tree\n\n```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert tree is not None
+    entries = [line.split(maxsplit=1) for line in tree.group(1).splitlines()]
+    inside = [line.startswith("  ") for line in tree.group(1).splitlines()]
+    names = [
+        f"python/embattle/{name[0]}" if within else name[0]
+        for name, within in zip(entries, inside, strict=True)
+    ]
+    # Folders of one study are named in the folder above.
+    there = [f for f in folders() if not f.startswith("benchmarks/clipping_robustness")]
+    assert sorted(names) == sorted(there)
+    assert names == list(dict.fromkeys(names))
+    undescribed = [name for name, entry in zip(names, entries, strict=True) if len(entry) < 2]
+    assert undescribed == ["python/embattle/"]
+
+
+def test_the_floors_are_drawn_as_they_are() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = re.search(r"```mermaid\n(.*?)```", text, re.DOTALL)
+    assert drawn is not None
+    steps = {
+        (low, high)
+        for line in drawn.group(1).splitlines()
+        if (
+            found := re.match(r"  (\w+)\[.*?\] --> (.*)", line)
+            or re.match(r"  (\w+) --> (.*)", line)
+        )
+        for low in [found.group(1)]
+        for high in found.group(2).split(" & ")
+    }
+    project = (ROOT / "pyproject.toml").read_text()
+    layers = re.search(r"^layers = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)
+    assert layers is not None
+    floors = [line.strip(' ",').split(" | ") for line in layers.group(1).strip().splitlines()]
+    floors = [
+        floor for floor in reversed(floors) if floor[0] not in ("__main__", "errors", "files")
+    ]
+    wanted = {(low, high) for below, above in pairwise(floors) for low in below for high in above}
+    assert steps == wanted | {("low", "ops")}

@@ -12,6 +12,7 @@ from embattle.errors import InputError
 from embattle.jobs import recipe as recipes
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+TEXTS = next(path for path in SHIPPED if path.stem == "womens_reviews")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -46,7 +47,7 @@ def test_a_shipped_recipe_is_valid_and_survives_being_written(path: Path, tmp_pa
 )
 def test_a_bad_change_is_named(change: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        recipes.load(SHIPPED[0], changes=[change])
+        recipes.load(TEXTS, changes=[change])
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_a_bad_file_is_named(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_changes_come_last_and_full_is_applied() -> None:
-    recipe = recipes.load(SHIPPED[0], full=True, changes=["train.steps=7", "model.layers=3"])
+    recipe = recipes.load(TEXTS, full=True, changes=["train.steps=7", "model.layers=3"])
     assert (recipe.train.steps, recipe.model.layers) == (7, 3)
     assert recipe.data.limits.train is None
     assert recipe.full == {}

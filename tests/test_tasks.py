@@ -362,3 +362,31 @@ def test_texts_of_a_file_are_encoded_like_those_of_a_part(tmp_path: Path) -> Non
     fresh = recipes.load(path).make_task()
     fresh.load(tmp_path / "model")
     assert fresh.kind == task.kind
+
+
+@pytest.mark.parametrize("tables", [False, True], ids=["users' vectors", "both tables"])
+def test_a_ranking_task_goes_through_the_jobs(tables: bool, tmp_path: Path) -> None:
+    for module in ("accelerate", "matplotlib", "typer", "yaml"):
+        pytest.importorskip(module)
+    from tiny_job import invoke
+
+    recipe, out = tmp_path / "visits.yaml", tmp_path / "run"
+    recipe.write_text(
+        f"name: visits\ntask: {Path(__file__).with_name('ranking_task.py')}:Visited\n"
+        f"data: {{tables: {str(tables).lower()}}}\nthreat: {{eps: 1.0}}\n"
+        "train: {steps: 60, batch_size: 64, learning_rate: 0.05}\n"
+        "audit: {attacks: [{kind: pgd, steps: 5}], sweep: [0.5, 2], "
+        "sweep_attack: {kind: pgd, steps: 3}}\n"
+    )
+    status, text = invoke("train", recipe, "--out", out, "--trust-task")
+    assert status == 0, text
+    status, text = invoke("audit", out, "--trust-task")
+    assert status == 0, text
+    facts = json.loads((out / "metrics.json").read_text())
+    model = facts["models"]["standard"]
+    assert model["clean"]["hit_rate"] > 0.5  # 5 of 30 by chance
+    assert model["attacks"]["PGD-5"]["hit_rate"] < model["clean"]["hit_rate"]
+    shares = model["sweep"]["hit_rate"]
+    assert shares == sorted(shares, reverse=True)
+    assert "hit rate" in text
+    assert "each user as a whole" in text

@@ -281,9 +281,9 @@ class Fit:
         shuffle = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
         order = torch.randperm(count, generator=shuffle)
         rows = order[position * size : (position + 1) * size]
-        mine = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        drawn = self.recipe.seed * 1_000_003 + step
-        batch = self.task.batch(self.bare, "train", mine, seed=drawn)
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        drawn = self.recipe.seed * 1_000_003 + step * ranks + rank
+        batch = self.task.batch(self.bare, "train", rows[rank::ranks], seed=drawn)
         return batch.to(self.accelerator.device)
 
     def _validate(self) -> dict[str, float]:
