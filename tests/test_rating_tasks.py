@@ -23,7 +23,7 @@ from embattle.data.ratings import read_named_ratings, read_ratings
 from embattle.errors import InputError
 from embattle.jobs import recipe as recipes
 from embattle.models import LightGCN
-from embattle.tasks import Account, Task
+from embattle.tasks import Account, ClickThrough, ItemRanking, NextItem, Task
 from tiny_job import invoke
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -128,6 +128,15 @@ def test_models_are_saved_and_loaded_without_the_data(
     if name != "films_sequential":  # which depends on the items alone
         with pytest.raises(InputError, match="does not hold a trained model"):
             other.load(tmp_path)
+
+
+def test_each_recipe_names_its_task() -> None:
+    kinds = {"films_ranking": ItemRanking, "films_sequential": NextItem, "films_ctr": ClickThrough}
+    for name, kind in kinds.items():
+        for full in (False, True):
+            recipe = recipes.load(RECIPES / f"{name}.yaml", full=full)
+            assert recipe.name == name
+            assert recipe.task_class is kind
 
 
 def test_ranking_holds_out_each_users_last_two(films: Path) -> None:
