@@ -466,6 +466,17 @@ CASES += [
         rows(header='"body";"label"', sep=";", text=lambda i: f'"well; {i}"'),
         says=("delimiter semicolon", "40 of 2"),
     ),
+    Case(
+        "every row of another length, dropped",
+        rows(labels=lambda i: "a,b"),
+        "none of 40 rows has the header's 2 cells",
+        recipe={"ragged_rows": "drop"},
+    ),
+    Case(
+        "carriage returns twice",
+        rows(end="\r\r\n"),
+        says=("81 of 2 columns", "41 empty rows"),
+    ),
     Case("columns by spaces", "body label\n" + "a b\n" * 9, "no column 'body'; did you mean"),
     Case("two colons", rows(header="body::label", sep="::"), says=("delimiter '::' (guessed)",)),
     Case("nothing but delimiters", ",,,\n,,,\n", "no column 'body'"),
@@ -701,6 +712,16 @@ CASES += [
         says=("GroupLens, utf-8, delimiter tab (guessed), no header line", "looks like ratings"),
         recipe={"text": ["user_id", "item_id"], "label": "rating"},
         file="u.data",
+    ),
+    Case(
+        "GroupLens' u.item",
+        "".join(
+            f"{i}|Café {i} (1990)|01-Jan-1990||http://x/{i}" + f"|{i % 2}" * 19 + "\n"
+            for i in range(40)
+        ).encode("latin-1"),
+        says=("GroupLens, iso8859-1, delimiter bar (guessed)", "40 of 24 columns"),
+        recipe={"text": ["title"], "label": "Drama", "encoding": "latin-1"},
+        file="u.item",
     ),
     Case(
         "GroupLens' movies.dat",

@@ -11,12 +11,13 @@ import devices
 import pytest
 import torch
 import torch.nn.functional as F
-from clipping_cases import Apply, gradients
+from clipping_cases import Apply, assert_close, clipped_sum, gradients
 from embattle.clipping import PerSampleClipper
 from embattle.clipping.context import Layout
 from embattle.clipping.verify import Known, Verifier
-from test_clipping_verify import _float64, exact, per_sample, refused
+from test_clipping_verify import _float64, exact, per_sample, reference, refused
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 B = 4
 assert _float64  # a fixture, for every test here
@@ -68,6 +69,17 @@ def test_what_single_samples_cannot_run_is_refused() -> None:
     refused(mixed, lambda: per_sample(mixed(x, square)), "einsum gives other values for single")
     changed = own(lambda m, x: x.clone().index_add_(0, torch.zeros(1).long(), m.p[None]), 3)
     refused(changed, lambda: per_sample(changed(x)), "changes a tensor in place by index_add_")
+
+
+def test_reentrant_checkpointing_of_nothing_else() -> None:
+    inner = own(lambda m, x: torch.einsum("bi,ij->bj", x, m.p), 3, 2)
+    model, x = nn.Sequential(nn.Linear(3, 3), inner), torch.randn(B, 3)
+    singles = reference(model, lambda: per_sample(model(x)))
+    wanted, norms = clipped_sum(singles, 1.0)
+    with PerSampleClipper(model, 1.0, reduction="sum") as clipper:
+        out = checkpoint(inner, model[0](x), use_reentrant=True)
+        result = clipper.backward(per_sample(out))
+    assert_close([result.norms, *gradients(model)], [norms, *wanted], 1e-10)
 
 
 def test_a_log_line_names_the_operator_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -198,3 +210,30 @@ def test_inputs_are_kept_as_autocast_has_them() -> None:
                 out = layer.to(dtype)(torch.randn(B, 3, dtype=dtype))
             kept = out.grad_fn.metadata["_embattle_clipping"].x
             assert kept.dtype == (torch.bfloat16 if dtype == torch.float32 else dtype)
+
+
+def test_packed_sequences_that_are_sorted_already() -> None:
+    rnn = nn.LSTM(3, 4, batch_first=True)
+
+    def losses() -> Tensor:
+        lengths = torch.tensor([3, 3, 2, 1])
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        out, (_, cell) = rnn(packed)
+        padded, _ = nn.utils.rnn.pad_packed_sequence(out, batch_first=True)
+        return per_sample(torch.cat([padded.flatten(1), cell[0]], 1))
+
+    x = torch.randn(B, 3, 3)
+    exact(rnn, losses)
+
+
+def test_weights_and_users_of_another_number_than_the_losses() -> None:
+    layer = nn.Linear(3, 2)
+    with PerSampleClipper(layer, 1.0) as clipper:
+        out = per_sample(layer(torch.randn(B, 3)))
+        for count in (B - 1, B + 1):
+            with pytest.raises(ValueError, match="weights must have the losses' shape"):
+                clipper.backward(out, weights=torch.ones(count))
+            with pytest.raises(ValueError, match=f"users must be {B} integers"):
+                clipper.backward(out, users=torch.ones(count, dtype=torch.long))
+        with pytest.raises(ValueError, match=f"users must be {B} integers"):
+            clipper.backward(out, users=torch.ones(B))

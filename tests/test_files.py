@@ -167,6 +167,14 @@ def test_columns_are_told_apart() -> None:
     assert look(["a red dress", "it does not fit"]).kind == "prose"
     assert look(["这件衣服很好看", "不合身而且太贵"]).kind == "prose"
     assert look(["OWN", "RENT"]).kind == "words"
+    for dates in (
+        ["2020-01-31", "2020-02-01 10:00:00", "2020-02-01T10:00:00Z"],
+        ["31.1.2020", "1.2.20"],
+        ["May 30, 2011", "December 4, 2012"],
+        ["01-Jan-1995", "3 March 2020"],
+    ):
+        assert look(dates).kind == "dates"
+    assert look(["May 30, 2011 was fine", "1.2.3"]).kind != "dates"
     assert look(["", " "]).kind == "empty"
     columns = look_all(
         {"id": ["1", "2"], "review": ["a fine thing", "no good at all"], "y": ["0", "1"]}
@@ -188,6 +196,22 @@ def test_a_recipe_is_proposed_for_a_file(tmp_path: Path) -> None:
     assert describe(path, account) is None
     assert "looks like ratings" in account.lines()[-1]
     assert ("guess", "user: 'user', item: 'item', rating: 'rating'") in account.facts
+
+
+def test_a_file_without_a_header_line_is_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("1,2\n3,4\n5,6\n")
+    account = data.Account()
+    assert describe(path, account) is None
+    assert any("nothing but numbers" in warning for warning in account.warnings)
+
+
+@pytest.mark.parametrize("delimiter", ["", "\n", '"', "é"])
+def test_what_cannot_divide_is_refused(delimiter: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(rows())
+    with pytest.raises(InputError, match="the delimiter must be ASCII characters"):
+        describe(path, data.Account(), delimiter=delimiter)
 
 
 def test_inspecting_reads_the_whole_file(tmp_path: Path) -> None:

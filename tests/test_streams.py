@@ -99,6 +99,25 @@ def test_a_job_holds_little_of_a_large_file(
         assert (len(arrow) > 100) == (name == "a.csv")
 
 
+def test_a_folder_of_parquet_files_is_one_table(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for k in range(3):
+        part = pyarrow.table({"text": TEXTS[k * 1000 : k * 1000 + 1000], "y": LABELS[:1000]})
+        pyarrow.parquet.write_table(part, folder / f"part-{k}.parquet")
+    (folder / "_SUCCESS").touch()
+    blocks = list(Table(folder, ["text"]))
+    assert [text for block in blocks for text in block["text"]] == TEXTS
+    recipe = DataRecipe(path=str(folder), text=["text"], label="y")
+    assert sum(len(part) for part in data.load(recipe, 0).parts.values()) == COUNT
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), folder / "part-9.parquet")
+    with pytest.raises(InputError, match=r"part-9\.parquet has other columns than the first"):
+        data.load(recipe, 0)
+    (folder / "notes.txt").touch()
+    with pytest.raises(InputError, match="is a folder, and not one of Parquet files alone"):
+        data.load(recipe, 0)
+
+
 def test_a_file_that_changes_while_it_is_read_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +136,17 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(
         monkeypatch.setattr(texts, "check_classes", meddled)
         with pytest.raises(InputError, match="has changed while it was read; start"):
             data.load(DataRecipe(path=str(path), text=["text"], label="y"), 0)
+
+
+def test_a_column_of_texts_as_label_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embattle.data import texts
+
+    monkeypatch.setattr(texts, "_MOST", 500)
+    recipe = DataRecipe(path=str(write(tmp_path / "a.csv")), text=["y"], label="text")
+    with pytest.raises(InputError, match="holds more than 500 different values, so it is no label"):
+        data.load(recipe, 0)
 
 
 def test_a_cell_longer_than_a_block_is_refused(tmp_path: Path) -> None:

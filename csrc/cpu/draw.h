@@ -1,6 +1,6 @@
-// Random numbers in float lanes; their layout is told in python/embattle/ops/reference.py. Philox runs
-// on the low halves of 64-bit lanes, a block of four words in each, so that a multiplication gives
-// both halves of its product at once.
+// Random numbers in float lanes; their layout is told in python/embattle/ops/reference.py. Philox
+// runs on the low halves of 64-bit lanes, a block of four words in each, so that a multiplication
+// gives both halves of its product at once.
 #pragma once
 
 #include "floats.h"

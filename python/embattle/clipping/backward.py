@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from embattle.clipping.context import Context, Layout
-from embattle.clipping.grad_sample import DenseGradSample, EmbeddingGradSample, GradSample
+from embattle.clipping.grad_sample import DenseGradSample, GradSample
 from embattle.clipping.graph import Entries, Graph
 from embattle.clipping.norms import Named
+from embattle.clipping.table_grad_sample import EmbeddingGradSample
 from embattle.clipping.users import Users
 from embattle.clipping.verify import (
     Known,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from embattle.clipping.context import Layout
 from embattle.clipping.derived import Source, put
-from embattle.clipping.grad_sample import BagGradSample, EmbeddingGradSample
 from embattle.clipping.graph import Add, Record, note
 from embattle.clipping.operators import Operators, rule
+from embattle.clipping.table_grad_sample import BagGradSample, EmbeddingGradSample
 
 if TYPE_CHECKING:
     from embattle.clipping.layers import Layer

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embattle.clipping.grad_sample import BagGradSample, EmbeddingGradSample, GradSample
+from embattle.clipping.grad_sample import GradSample
+from embattle.clipping.table_grad_sample import BagGradSample, EmbeddingGradSample
 from embattle.clipping.users import Users
 
 

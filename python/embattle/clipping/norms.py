@@ -10,14 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from embattle import ops
-from embattle.clipping.grad_sample import (
-    BagGradSample,
-    DenseGradSample,
-    EmbeddingGradSample,
-    GradSample,
-    LinearGradSample,
-    dense_norms,
-)
+from embattle.clipping.grad_sample import DenseGradSample, GradSample, LinearGradSample, dense_norms
+from embattle.clipping.table_grad_sample import BagGradSample, EmbeddingGradSample
 from embattle.clipping.tables import JointTable, join_tables
 from embattle.clipping.users import Users
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from embattle.clipping.grad_sample import EmbeddingGradSample, GradSample
+from embattle.clipping.grad_sample import GradSample
+from embattle.clipping.table_grad_sample import EmbeddingGradSample
 from embattle.clipping.users import Users
 
 # Elements of tables, and of gradients of their rows, that are worked on as one.

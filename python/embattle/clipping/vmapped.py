@@ -41,6 +41,7 @@ def vmapped(ops: Operators, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     whole = func(*args, **kwargs)
     wanted = tensors(whole)
     if not any(t.requires_grad for t in wanted):
+        layer.context.ran_without_grad |= not torch.is_grad_enabled()
         return whole
     name = f"{getattr(func, '__name__', func)}"
     leaves, spec = tree_flatten((args, kwargs))

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -140,8 +141,8 @@ def recognise(
         path: the file.
         wanted: columns that will be read; a delimiter that gives them is preferred.
         encoding: of the text; None takes UTF-8, or UTF-16 where the file begins with its mark.
-        delimiter: one character; None guesses among comma, semicolon, tab and bar, and knows the
-            `::` of GroupLens.
+        delimiter: one character, or several; None guesses among comma, semicolon, tab, bar and
+            the `::` of GroupLens.
         header: names of the columns of a CSV file without a header line.
 
     Returns:
@@ -151,6 +152,15 @@ def recognise(
         InputError: if the file is no table, or its bytes are not in the encoding: then the line of
             the first bad byte is named.
     """
+    if delimiter is not None and (
+        not delimiter or not delimiter.isascii() or any(c in '\r\n"' for c in delimiter)
+    ):
+        raise InputError(
+            f"the delimiter must be ASCII characters that are no quote and no line break, got "
+            f"{delimiter!r}; give one, such as ';' or tab"
+        )
+    if os.path.isdir(path) and parquet_files(path):
+        return Format("parquet")
     head = _head(path)
     if head[:4] == b"PAR1":
         return Format("parquet")
@@ -221,10 +231,25 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def parquet_files(path: Path) -> list[Path]:
+    """The file, or those of a folder of Parquet files in the order of their names.
+
+    Files whose names begin with `.` or `_` are marks of whoever wrote the folder. A folder that
+    holds anything else is none.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.iterdir() if not file.name.startswith((".", "_")))
+    for file in found:
+        if not file.is_file() or not file.name.lower().endswith((".parquet", ".pq")):
+            return []
+    return found
+
+
 def _head(path: Path) -> bytes:
     try:
         if path.is_dir():
-            raise InputError(f"{path} is a folder; {_GIVE}")
+            raise InputError(f"{path} is a folder, and not one of Parquet files alone; {_GIVE}")
         if path.exists() and not path.is_file():
             raise InputError(f"{path} is no regular file; {_GIVE}")
         with path.open("rb") as stream:

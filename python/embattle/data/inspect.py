@@ -10,7 +10,7 @@ import yaml
 from embattle.data.account import Account, listed, short
 from embattle.data.labels import is_blank
 from embattle.data.looks import READERS, TABLES, guess_events, guess_roles, kind_of_table, look_all
-from embattle.data.tables import Table
+from embattle.data.tables import Table, not_a_header
 from embattle.progress import say
 
 
@@ -56,8 +56,14 @@ def describe(
     """
     table = Table(path, encoding=encoding, delimiter=delimiter, drop_ragged=True)
     account.note("file", f"{path}: {table.form.words()}")
-    columns = look_all(table.sample())
+    shown = table.sample()
+    columns = look_all(shown)
     _count(table, account)
+    odd = not_a_header(table.names)
+    if odd and table.form.kind == "csv" and table.form.header:
+        account.warn(f"the first line is read as the names of the columns{odd}")
+    rows = max(map(len, shown.values()), default=0)
+    account.note("looked at", f"the first {rows:,} rows, for what follows")
     for name, column in columns.items():
         account.note(
             "column",
@@ -103,4 +109,3 @@ def _count(table: Table, account: Account) -> None:
     if table.ragged:
         account.note("dropped", f"{table.ragged:,} rows with too few or too many cells")
         account.warn("a job refuses such rows unless data.ragged_rows: drop is set")
-    account.note("looked at", "the first 1,000 rows, for what follows")

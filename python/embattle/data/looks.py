@@ -7,9 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["empty", "numbers", "prose", "words"]
+Kind = Literal["empty", "numbers", "dates", "prose", "words"]
 
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?")
+_DATE = re.compile(
+    r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}\S*)?"  # 2020-01-31, with or without a time
+    r"|\d{1,4}([./-])\d{1,2}\2\d{2,4}"  # 31.1.2020, 1/31/20
+    r"|([A-Z][a-z]{2,8} \d{1,2},|\d{1,2}[ -][A-Z][a-z]{2,8})[ -]\d{4}"  # May 3, 2020; 3-May-2020
+)
 _ROLES = {
     "user": r"user|customer|reviewer|member|account|visitor|session|buyer",
     "item": r"item|movie|film|product|article|song|track|artist|book|isbn|asin|business|sku|game",
@@ -35,7 +40,7 @@ class Column:
     """What a column looks like in its first rows.
 
     Attributes:
-        kind: `numbers`; `prose`: sentences; `words`: names, categories, identifiers.
+        kind: `numbers`; `dates`; `prose`: sentences; `words`: names, categories, identifiers.
         blank: share of blank cells.
         distinct: different values that are not blank.
         example: the first value that is not blank.
@@ -65,6 +70,8 @@ def look(values: Sequence[str]) -> Column:
     kind: Kind = "words"
     if numbers > 0.95:
         kind = "numbers"
+    elif sum(_DATE.fullmatch(value.strip()) is not None for value in filled) > 0.95 * count:
+        kind = "dates"
     elif words >= 3 or foreign >= 6:
         kind = "prose"
     return Column(kind, 1 - count / len(values), len(set(filled)), filled[0])

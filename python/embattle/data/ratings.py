@@ -115,9 +115,9 @@ def read_named_ratings(
     dropped = 0
     for block in table:
         cells = [block[name] for name in roles.values()]
-        if any(_blank(value) for column in cells for value in column):
+        if any(map(_has_blank, cells)):
             if not drop_blank:
-                name = next(n for n in roles.values() if any(map(_blank, block[n])))
+                name = next(n for n in roles.values() if _has_blank(block[n]))
                 raise InputError(f"{path}: column {name!r} has empty cells; drop those rows")
             rows = [row for row in zip(*cells, strict=True) if not any(map(_blank, row))]
             dropped += len(cells[0]) - len(rows)
@@ -161,6 +161,15 @@ def read_named_ratings(
 
 def _blank(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _has_blank(column: list[Any]) -> bool:
+    """Whether a cell of a column of one kind is blank."""
+    if None in column or "" in column:
+        return True
+    if column and isinstance(column[0], str):
+        return any(map(str.isspace, column))
+    return any(value != value for value in column)
 
 
 def _in_natural_order(names: list[Any]) -> Ints:

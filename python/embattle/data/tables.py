@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embattle.data.account import printable
-from embattle.data.formats import Format, line_of, recognise, unclosed_quote
+from embattle.data.formats import Format, line_of, parquet_files, recognise, unclosed_quote
 from embattle.data.jsonlines import Objects
 from embattle.errors import InputError, closest, need
 
@@ -25,7 +25,8 @@ class Table:
     """Some columns of a file, read block by block: what is held does not grow with the file.
 
     Args:
-        path: a Parquet file, JSON lines, or a CSV file, known by what is in it.
+        path: a Parquet file or a folder of nothing else, JSON lines, or a CSV file, known by what
+            is in it.
         columns: the wanted columns; None takes all.
         encoding: of a text file; None takes UTF-8 (or UTF-16 with its mark).
         delimiter: of a CSV file; None guesses.
@@ -66,7 +67,8 @@ class Table:
         self._first_ragged: tuple[int, int] | None = None
         with self._errors():
             if self.form.kind == "parquet":
-                self.names = list(need("pyarrow.parquet").read_schema(path).names)
+                first = parquet_files(path)[0]
+                self.names = list(need("pyarrow.parquet").read_schema(first).names)
             elif self.form.kind == "csv":
                 self.names = next(iter(self.form.records()), [])
             else:
@@ -92,6 +94,11 @@ class Table:
             for block in read():
                 self.rows += len(next(iter(block.values()), []))
                 yield block
+        if self.rows == 0 and self.ragged:
+            raise InputError(
+                f"{self.path}: none of {self.ragged} rows has the header's {len(self.names)} "
+                f"cells; it was read as {self.form.words()}; check data.delimiter"
+            )
         if self.rows == 0:
             raise InputError(f"{self.path} has no rows; give a file with data in it")
 
@@ -126,7 +133,7 @@ class Table:
         if self.form.kind == "csv" and not self.form.style:
             note = f" (read as {self.form.words()}; data.delimiter changes it, and data.header "
             note += "names the columns of a file without a header line)"
-            note += _no_header(present)
+            note += not_a_header(present)
         for name in self.columns or ():
             count = list(present).count(name)
             if count == 0:
@@ -139,13 +146,16 @@ class Table:
 
     def _parquet(self, rows: int = 0, *, every: bool = False) -> Iterator[dict[str, list[Any]]]:
         columns = None if every else self.columns
-        with need("pyarrow.parquet").ParquetFile(self.path, buffer_size=1 << 20) as file:
-            for batch in file.iter_batches(rows or _ROWS, columns=columns, use_threads=False):
-                batch.validate(full=True)
-                yield {
-                    name: self._values(name, column, plain=not every)
-                    for name, column in zip(batch.schema.names, batch.columns, strict=True)
-                }
+        for path in parquet_files(self.path):
+            with need("pyarrow.parquet").ParquetFile(path, buffer_size=1 << 20) as file:
+                if list(file.schema_arrow.names) != self.names:
+                    raise InputError(f"{path} has other columns than the first file of its folder")
+                for batch in file.iter_batches(rows or _ROWS, columns=columns, use_threads=False):
+                    batch.validate(full=True)
+                    yield {
+                        name: self._values(name, column, plain=not every)
+                        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+                    }
 
     def _json(self) -> Iterator[dict[str, list[Any]]]:
         objects = Objects(self.path, self.form.encoding, self.columns, _LINE * self.block)
@@ -330,8 +340,8 @@ def read_columns(path: Path, columns: Sequence[str], **options: Any) -> dict[str
     return found
 
 
-def _no_header(names: Sequence[str]) -> str:
-    """What a first line that is no header looks like."""
+def not_a_header(names: Sequence[str]) -> str:
+    """What is odd about a first line, if it does not look like names of columns; else nothing."""
     from embattle.data.looks import is_number
 
     if names and names[0].lstrip().startswith("#"):

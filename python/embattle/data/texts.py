@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from embattle.data.recipe import DataRecipe
 
 Ints = NDArray[np.int64]
+# Different labels, however they are spelled, that are held at most.
+_MOST = 100_000
 
 
 class Reading:
@@ -87,6 +89,11 @@ class Reading:
             rows = [i for i, text in enumerate(texts) if text and not blank[i]]
             number = self._number
             codes = [number.setdefault(str(raw[i]), len(number)) for i in rows]
+            if len(number) > _MOST:
+                raise InputError(
+                    f"column {recipe.label!r} holds more than {_MOST:,} different values, so it is "
+                    "no label (a text, a name, an identifier?); choose a column of classes"
+                )
             yield [texts[i] for i in rows], codes
 
     def _look(

@@ -61,11 +61,18 @@ class Evaluation:
 
     def detach(self) -> Evaluation:
         """Cut both off the graph."""
-        return _map(self, Tensor.detach)
+        losses, outputs = self.losses, self.outputs
+        return _made(
+            None if losses is None else losses.detach(),
+            None if outputs is None else outputs.detach(),
+        )
 
     def select(self, rows: Tensor) -> Evaluation:
         """Take some of the samples."""
-        return _map(self, lambda value: value[rows])
+        losses, outputs = self.losses, self.outputs
+        return _made(
+            None if losses is None else losses[rows], None if outputs is None else outputs[rows]
+        )
 
     def where(self, rows: Tensor, other: Evaluation) -> Evaluation:
         """Take the samples where `rows` (bool `[B]`) is True from here, the others from `other`."""
@@ -102,12 +109,10 @@ def call(loss_fn: LossFn) -> Evaluation:
     )
 
 
-def _map(value: Evaluation, function: Callable[[Tensor], Tensor]) -> Evaluation:
+def _made(losses: Tensor | None, outputs: Tensor | None) -> Evaluation:
     # Nothing is checked again: the attack's loop makes many of these.
     made = object.__new__(Evaluation)
-    for name in ("losses", "outputs"):
-        one = getattr(value, name)
-        object.__setattr__(made, name, None if one is None else function(one))
+    vars(made).update(losses=losses, outputs=outputs)
     return made
 
 

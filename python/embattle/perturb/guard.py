@@ -10,8 +10,7 @@ import ctypes
 import random
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
 from operator import is_
 from typing import Any, Literal, NamedTuple
 
@@ -38,7 +37,7 @@ def _memory_of(one: object) -> bytes:
 
 
 class _HostState(NamedTuple):
-    """The states of Python's and numpy's global generators, and the memory that they were read from.
+    """The states of Python's and numpy's global generators, and the memory they were read from.
 
     To read numpy's state takes longer than a small model's pass. Almost no model draws from it: its
     memory, which two short copies show, is that of the state before.
@@ -51,7 +50,8 @@ class _HostState(NamedTuple):
     @staticmethod
     def look() -> tuple[Any, ...]:
         """Copy the generators' memory: any draw changes it."""
-        python, numpy = random._inst, np.random.mtrand._rand  # type: ignore[attr-defined]
+        python: Any = random._inst
+        numpy: Any = np.random.mtrand._rand
         source = numpy._bit_generator
         known = type(source).__module__.startswith("numpy.")
         bits = _memory_of(source) if known else str(source.state)
@@ -395,18 +395,20 @@ def kept_state(models: Sequence[nn.Module]) -> Iterator[KeptState]:
             for one in state.keep(module):
                 one.keep()
 
-    with ExitStack() as stack:
-        found = [one for model in models for one in state.keep(model)]
-        large = [one for one in found if one.nbytes > _LARGE]
-        if sum(one.nbytes for one in large) > _MUCH:
-            stack.enter_context(_Writes(large))
-            found = [one for one in found if one.nbytes <= _LARGE]
+    found = [one for model in models for one in state.keep(model)]
+    large = [one for one in found if one.nbytes > _LARGE]
+    much = sum(one.nbytes for one in large) > _MUCH
+    with _Writes(large) if much else nullcontext():
         for one in found:
-            one.keep()
-        if not models:
-            stack.callback(register_module_forward_pre_hook(on_call).remove)
-        stack.callback(state.rewind, last=True)
-        yield state
+            if not (much and one.nbytes > _LARGE):
+                one.keep()
+        handle = None if models else register_module_forward_pre_hook(on_call)
+        try:
+            yield state
+        finally:
+            if handle is not None:
+                handle.remove()
+            state.rewind(last=True)
 
 
 @contextmanager
@@ -501,6 +503,5 @@ def usable_tensors() -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(_Clones())
-        if not torch.is_grad_enabled():
-            stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.enable_grad())
         yield

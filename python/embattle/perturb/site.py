@@ -297,7 +297,7 @@ class Site:
                 del module.forward
 
     def end_pass(self) -> bool:
-        """Tell whether the pass called each module as often as the first, and expect another one."""
+        """Tell whether the pass called each module as often as the first, and expect another."""
         use = self._hook.use
         return not isinstance(use, Perturb) or use.end_pass()
 

@@ -151,7 +151,8 @@ class Stage:
         with ExitStack() as stack:
             stack.push(lambda kind, *_: (before if kind is not None else first).restore())
             stack.callback(self._over)
-            stack.enter_context(usable_tensors())
+            if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+                stack.enter_context(usable_tensors())
             stack.enter_context(fresh_autocast_cache())
             self._state = stack.enter_context(kept_state(self.models))
             modules = self._state.modules.values()
