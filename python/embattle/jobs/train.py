@@ -81,7 +81,7 @@ def _train(recipe: Recipe, out: Path, accelerator: Any, *, resume: bool, overwri
     task, account = recipe.make_task(), Account()
     try:
         with accelerator.main_process_first():
-            task.read(account)
+            read(task, account, "train", recipe.audit.part)
             probe = first_model(task)
         if first:
             task.note_encoding(account, probe)
@@ -89,7 +89,6 @@ def _train(recipe: Recipe, out: Path, accelerator: Any, *, resume: bool, overwri
         if first:
             for line in account.lines():
                 say(line)
-    check_parts(task, "train", recipe.audit.part)
     run = Run.of(task, account)
     if old is not None:
         old.require(run, out)
@@ -123,9 +122,22 @@ def first_model(task: Task) -> nn.Module:
         return task.build().train()
 
 
-def check_parts(task: Task, *names: str) -> None:
-    """Raises InputError unless the task has these parts, with samples in them."""
-    for name in names:
+def read(task: Task, account: Account, *parts: str) -> None:
+    """Has a task read its data.
+
+    Args:
+        task: the task.
+        account: is told what was read.
+        parts: which must be there, with samples in them.
+
+    Raises:
+        InputError: the data cannot be used, or the task left something out.
+    """
+    task.read(account)
+    for name in ("parts", "kind"):
+        if not hasattr(task, name):
+            raise InputError(f"{type(task).__name__}.read sets no {name}: see embattle.tasks.Task")
+    for name in parts:
         if not len(task.parts.get(name, ())):
             there = ", ".join(f"{part} ({len(rows)})" for part, rows in task.parts.items())
             raise InputError(
