@@ -11,17 +11,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from embattle.audit.evaluation import predict
 from embattle.data.account import Account
 from embattle.data.batch import Batch
+from embattle.data.buckets import LengthBuckets
 from embattle.errors import InputError, Interrupted, need
 from embattle.files import remove_unfinished, write_text
 from embattle.jobs.checkpoint import (
@@ -207,6 +208,9 @@ class Fit:
         )
         self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
         self.history: list[dict[str, float]] = []
+        # The epoch that is under way, with its batches.
+        self._order: tuple[int, Sequence[Tensor]] | None = None
+        self._buckets: LengthBuckets | None = None
         self.seconds = 0.0
         if self.checkpoint.is_file():
             self._restore()
@@ -287,16 +291,32 @@ class Fit:
 
     def _batch(self, step: int) -> Batch:
         """This process's share of the step's batch, on the device."""
-        count = len(self.task.parts["train"])
-        size = min(self.recipe.train.batch_size, count)
-        epoch, position = divmod(step, count // size)
-        shuffle = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
-        order = torch.randperm(count, generator=shuffle)
-        rows = order[position * size : (position + 1) * size]
+        size = min(self.recipe.train.batch_size, len(self.task.parts["train"]))
+        epoch, position = divmod(step, len(self.task.parts["train"]) // size)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self._batches(epoch, size)
+        rows = self._order[1][position]
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         drawn = self.recipe.seed * 1_000_003 + step * ranks + rank
         batch = self.task.batch(self.bare, "train", rows[rank::ranks], seed=drawn)
         return batch.to(self.accelerator.device)
+
+    def _batches(self, epoch: int, size: int) -> Sequence[Tensor]:
+        """The places of an epoch's samples, batch by batch; what fills no batch is left out."""
+        count = len(self.task.parts["train"])
+        if self.recipe.train.batches == "random":
+            shuffle = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
+            order = torch.randperm(count, generator=shuffle)[: count // size * size]
+            return torch.split(order, size)
+        if self._buckets is None:
+            lengths = self.task.lengths(self.bare, "train")
+            if lengths is None:
+                raise InputError(
+                    f"train.batches: the samples of task {self.recipe.task} have no lengths; use "
+                    "random"
+                )
+            self._buckets = LengthBuckets(lengths, size, seed=self.recipe.seed)
+        return [torch.tensor(b) for b in self._buckets.batches(epoch) if len(b) == size]
 
     def _validate(self) -> dict[str, float]:
         """What is right of the validation part, and its loss; nothing if there is no such part."""

@@ -94,6 +94,10 @@ class Task(Evaluator, ABC):
         every = torch.split(torch.arange(len(self.parts[part])), size)
         return [self.batch(model, part, rows, seed=self.seed) for rows in every]
 
+    def lengths(self, model: nn.Module, part: str) -> Sequence[int] | None:
+        """Give the length of each sample of a part; None where all are of one length."""
+        return None
+
     def show(self, part: str, row: int) -> str:
         """Show a sample of a part to a reader."""
         return str(self.parts[part][row])
