@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from embattle.perturb import guard
@@ -637,3 +639,34 @@ def test_an_encoder_of_a_library_in_inference_mode() -> None:
     right = gradient()
     with torch.inference_mode():
         assert torch.equal(gradient(), right)
+
+
+_DRAWS: dict[str, Callable[[], Any]] = {
+    "random": lambda: (random.random(), np.random.random()),  # noqa: NPY002
+    "gauss": lambda: (random.gauss(0, 1), np.random.standard_normal()),  # noqa: NPY002
+    "integer": lambda: (random.getrandbits(8), np.random.randint(9)),  # noqa: NPY002
+    "shuffle": lambda: (random.sample(range(9), 3), np.random.permutation(3)),  # noqa: NPY002
+    "seed": lambda: (random.seed(5), np.random.seed(5)),  # noqa: NPY002
+}
+
+
+@pytest.mark.parametrize("bits", ["MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"])
+@pytest.mark.parametrize("draw", _DRAWS)
+def test_any_draw_of_python_and_numpy_is_seen_and_undone(bits: str, draw: str) -> None:
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(getattr(np.random, bits)(3))
+    try:
+        for _ in range(2):  # a second Gaussian comes from what the first one left
+            if draw == "seed" and bits != "MT19937":
+                break  # numpy seeds no other generator
+            outer = guard.RandomState.capture()
+            with guard.preserved_random_state() as state:
+                _DRAWS[draw]()
+                assert not state.same(guard.RandomState.capture())
+            # A seed leaves an object behind that is not part of the state.
+            assert draw == "seed" or outer.same(guard.RandomState.capture())
+            with guard.preserved_random_state():
+                first = [str(_DRAWS["gauss"]()), str(_DRAWS["random"]())]
+            assert [str(_DRAWS["gauss"]()), str(_DRAWS["random"]())] == first
+    finally:
+        np.random.set_bit_generator(before)
