@@ -305,7 +305,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"# Baselines on MovieLens 100K\n\n{in_words(results['origin'])}\n",
         "Means over the seeds, and the lowest and highest in brackets. "
-        "`python benchmarks/baselines.py` gives them; it says how settings were chosen.\n",
+        "`python benchmarks/baselines.py` gives them; it says how settings were chosen. "
+        "Date and commit are those of the models measured last.\n",
         "| model | split | metric | reached | published | source |",
         "|---|---|---|---|---|---|",
     ]
