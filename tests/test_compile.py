@@ -6,6 +6,7 @@ import embattle as eb
 import pytest
 import torch
 import toys
+from embattle.perturb import guard
 from torch import Tensor, nn
 
 
@@ -85,3 +86,19 @@ def test_a_model_compiled_as_one_graph_is_given_without_compile() -> None:
     with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
         eb.AdversarialObjective(attack, site)(toys.classify(whole, tokens, labels))
     assert not site.busy
+
+
+def test_large_buffers_that_are_watched_do_not_keep_a_model_from_being_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guard, "_MUCH", 100)
+    monkeypatch.setattr(guard, "_LARGE", 50)
+    model, graphs = nn.BatchNorm1d(64).eval(), []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    with guard.kept_state([model]):
+        torch.compile(model, backend=backend)(torch.randn(3, 64))
+    assert len(graphs) == 1

@@ -268,6 +268,37 @@ def test_apgd(problem: Problem, norm: str, steps: int) -> None:
     assert_close(got.deltas, expected)
 
 
+class Bowl:
+    """Losses that fall around a target, where steps overshoot and the checkpoints decide much."""
+
+    def __init__(self, far: float) -> None:
+        torch.manual_seed(0)
+        self.target = far * torch.randn(8, 3, dtype=torch.float64)
+        self.module, self.base = nn.Identity(), torch.zeros_like(self.target)
+        self.steep = torch.tensor([1.0, 5.0, 25.0], dtype=torch.float64)
+
+    def losses(self, deltas: list[Tensor]) -> Tensor:
+        return -(self.steep * (deltas[0] - self.target).square()).sum(1)
+
+    def gradients(self, deltas: list[Tensor]) -> list[Tensor]:
+        return [-2 * self.steep * (deltas[0] - self.target)]
+
+    def loss_fn(self) -> Tensor:
+        return self.losses([self.module(self.base)])
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("far", [0.3, 5.0])
+def test_apgd_where_steps_overshoot(norm: str, far: float) -> None:
+    """In the ball, and on its border."""
+    bowl = Bowl(far)
+    attack = eb.APGD(norm=norm, eps=2.0, steps=40, generator=seeded())  # type: ignore[arg-type]
+    got = attack.run(bowl.loss_fn, eb.Site(bowl.module))
+    own = torch.randint(2**62, (), generator=seeded())  # as `Problem.start`
+    start = eb.ops.random_start(bowl.base, eps=2.0, norm=norm, generator=seeded(int(own)))
+    assert_close(got.deltas, apgd(bowl, [start], 2.0, norm, 40))  # type: ignore[arg-type]
+
+
 def test_apgd_checkpoints() -> None:
     from embattle.attacks.momentum import code_checkpoints, paper_checkpoints
 

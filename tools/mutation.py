@@ -5,12 +5,13 @@
 Mutants come from cosmic-ray's operators, and from one of our own that deletes a statement. Places
 are drawn first and then one mutant for each, since a comparison has ten mutants and a call has one.
 Places that cannot matter are left out: annotations, what only a type checker reads, and guards
-against mistakes of our own (`assert`, `zip(strict=True)`).
+against mistakes of our own (`assert`, `zip(strict=True)`). So are changes that are not Python.
 
 A first run of the tests under coverage tells which tests reach which line. A mutant gets those
-alone, those that killed others in the same file first, then the quickest, up to `--budget` seconds;
-it counts as killed when a test fails or the time is up. Each process works in a copy of the tree
-and forks for each mutant, so that torch is imported once.
+alone, first those that have killed most in the same file for their seconds, and that reach few
+other lines, up to `--budget` seconds; it counts as killed when a test fails or the time is up. Each
+process works in a copy of the tree and forks for each mutant, so that torch is imported once; the
+few likeliest tests run in a fork of their own, since to collect all of them takes longer.
 
 Needs an environment with cosmic-ray and coverage beside what the tests need.
 """
@@ -25,6 +26,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -55,7 +57,14 @@ TESTS = {
         "autoattack",
         "minimum_norm",
     ],
-    "objectives": ["objective", "options", "results", "sites", "fidelity"],
+    "objectives": [
+        "objective",
+        "options",
+        "results",
+        "sites",
+        "fidelity",
+        "monitor",
+    ],
     "perturb": [
         "sites",
         "results",
@@ -76,8 +85,10 @@ TESTS = {
         "clipping_libraries",
     ],
 }
-COMMON = ["attack_properties"]  # of all packages but clipping
-CASES = "80"  # of the property tests
+COMMON = ["attack_properties", "small_print"]  # of all packages but clipping
+CASES = "30"  # of the property tests
+FIRST = 6.0  # seconds of the tests that run first
+MEMORY = 6 << 30  # bytes that tests may take: loops that do not end often gather something
 
 
 @dataclass
@@ -137,8 +148,8 @@ def deletable(tree: ast.AST) -> list[Any]:
     return found
 
 
-def mutants_of(path: Path) -> Iterator[tuple[tuple[Any, ...], Mutant]]:
-    """All mutants of a file, each with the place that it shares with its alternatives."""
+def mutants_of(path: Path, only: str | None = None) -> Iterator[tuple[tuple[Any, ...], Mutant]]:
+    """All mutants of a file, or of one operator, each with the place that it shares with others."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator, operator_names
 
@@ -152,7 +163,7 @@ def mutants_of(path: Path) -> Iterator[tuple[tuple[Any, ...], Mutant]]:
     nodes = list(ast_nodes(get_ast(source)))
     for name in operator_names():
         kind = get_operator(name)
-        if kind.arguments():
+        if kind.arguments() or (only is not None and name != only):
             continue
         operator = kind()
         positions = (p for node in nodes for p in operator.mutation_positions(node))
@@ -191,11 +202,27 @@ def sample(packages: list[str], count: int, seed: int, skip: list[str]) -> tuple
             for place, mutant in mutants_of(path):
                 places.setdefault(place, []).append(mutant)
     rng = random.Random(seed)
-    chosen = rng.sample(sorted(places, key=str), min(count, len(places)))
-    drawn = [rng.choice(places[place]) for place in chosen]
-    for mutant in drawn:
-        show(mutant)
+    order = sorted(places, key=str)
+    rng.shuffle(order)
+    drawn: list[Mutant] = []
+    for place in order:
+        mutant = rng.choice(places[place])
+        if compiles(mutant):
+            show(mutant)
+            drawn.append(mutant)
+        if len(drawn) == count:
+            break
     return drawn, len(places)
+
+
+def compiles(mutant: Mutant) -> bool:
+    """Whether the change is Python: what is not would be killed by any test."""
+    source = (ROOT / mutant.file).read_text()
+    try:
+        compile(mutated(source, mutant) or source, mutant.file, "exec")
+    except SyntaxError:
+        return False
+    return True
 
 
 def show(mutant: Mutant) -> None:
@@ -212,14 +239,13 @@ def survivors(result: dict[str, Any]) -> list[Mutant]:
     for given in result["mutants"]:
         if given["outcome"] != "survived":
             continue
-        alike = []
-        for _, mutant in mutants_of(ROOT / given["file"]):
+        alike = [one for _, one in mutants_of(ROOT / given["file"], given["operator"])]
+        for mutant in sorted(alike, key=lambda one: abs(one.line - given["line"])):
             if mutant.operator == given["operator"]:
                 show(mutant)
                 if (mutant.before, mutant.after) == (given["before"], given["after"]):
-                    alike.append(mutant)
-        if alike:
-            found.append(min(alike, key=lambda m: abs(m.line - given["line"])))
+                    found.append(mutant)
+                    break
         else:
             print(f"gone: {given['file']}:{given['line']} {given['before']}")
     return found
@@ -236,35 +262,53 @@ def test_files(packages: list[str]) -> list[str]:
     return [file for file in files if (ROOT / file).exists()]
 
 
-def reach(files: list[str], data: Path) -> dict[str, Any]:
+def reach(files: list[str], packages: list[str], processes: int, data: Path) -> dict[str, Any]:
     """Run the tests once: which of them run which lines, and how long each takes."""
-    import coverage
-
-    config = data / "coverage.ini"
-    config.write_text(
-        f"[run]\ndynamic_context = test_function\nsource = {ROOT}/python/embattle\n"
-        f"data_file = {data}/coverage\n"
-    )
-    command = ["-m", "coverage", "run", f"--rcfile={config}", "-m", "pytest", "-q"]
-    command += ["-p", "no:cacheprovider", f"--junitxml={data}/tests.xml", *files]
-    subprocess.run([sys.executable, *command], cwd=ROOT, env=_environment(ROOT), check=False)
+    folders, running = [], []
+    for at in range(min(processes, len(files))):
+        folder = data / f"reach{at}"
+        folder.mkdir()
+        source = "".join(f"\n    {ROOT}/python/embattle/{package}" for package in packages)
+        config = folder / "coverage.ini"
+        config.write_text(
+            f"[run]\ndynamic_context = test_function\nsource ={source}\n"
+            f"data_file = {folder}/coverage\n"
+        )
+        command = ["-m", "coverage", "run", f"--rcfile={config}", "-m", "pytest", "-q"]
+        command += ["-p", "no:cacheprovider", f"--junitxml={folder}/tests.xml"]
+        command += files[at::processes]
+        folders.append(folder)
+        running.append(
+            subprocess.Popen([sys.executable, *command], cwd=ROOT, env=_environment(ROOT))
+        )
+    for process in running:
+        process.wait()
     seconds: Counter[str] = Counter()
     failed: set[str] = set()
-    for case in ElementTree.parse(data / "tests.xml").iter("testcase"):
-        name = f"{case.get('classname', '').replace('.', '/')}.py::{_bare(case.get('name', ''))}"
-        seconds[name] += float(case.get("time", 0))
-        if case.find("failure") is not None or case.find("error") is not None:
-            failed.add(name)
+    for folder in folders:
+        for case in ElementTree.parse(folder / "tests.xml").iter("testcase"):
+            path = case.get("classname", "").replace(".", "/")
+            name = f"{path}.py::{_bare(case.get('name', ''))}"
+            seconds[name] += float(case.get("time", 0))
+            if case.find("failure") is not None or case.find("error") is not None:
+                failed.add(name)
     lines: dict[str, dict[int, list[str]]] = {}
-    measured = coverage.CoverageData(str(data / "coverage"))
+    for folder in folders:
+        note_lines(folder / "coverage", set(seconds) - failed, lines)
+    return {"seconds": dict(seconds), "lines": lines, "failed": sorted(failed)}
+
+
+def note_lines(data: Path, tests: set[str], lines: dict[str, dict[int, list[str]]]) -> None:
+    """Add which of these tests ran which line, by what coverage noted in a file."""
+    import coverage
+
+    measured = coverage.CoverageData(str(data))
     measured.read()
     for path in measured.measured_files():
-        found = {}
+        found = lines.setdefault(str(Path(path).relative_to(ROOT)), {})
         for line, contexts in measured.contexts_by_lineno(path).items():
-            names = {_node(context) for context in contexts if context} - failed
-            found[line] = sorted(name for name in names if name in seconds)
-        lines[str(Path(path).relative_to(ROOT))] = found
-    return {"seconds": dict(seconds), "lines": lines, "failed": sorted(failed)}
+            names = {_node(context) for context in contexts if context} & tests
+            found[line] = sorted({*found.get(line, []), *names})
 
 
 def _bare(name: str) -> str:
@@ -287,20 +331,62 @@ def _environment(root: Path) -> dict[str, str]:
     }
 
 
-def tests_for(mutant: Mutant, known: dict[str, Any], kills: Counter[str], budget: float) -> Any:
-    """The tests that reach a mutant's line, the likeliest killers first."""
+def tests_for(
+    mutant: Mutant, known: dict[str, Any], kills: Counter[str], budget: float
+) -> list[str]:
+    """The tests that reach a mutant's line, those first that kill most for their seconds."""
     lines = known["lines"].get(mutant.file, {})
     names = set(lines.get(mutant.line, []))
-    seconds = known["seconds"]
-    if not names:  # what runs at import may show anywhere
+    seconds, reach = known["seconds"], reached(known)
+    near: set[str] = set()
+    bodies, classes = spans_of(ast.parse((ROOT / mutant.file).read_text()))
+    if not names or not any(mutant.line in body for body in bodies):
+        # Whoever imports the module first runs it. It may show anywhere, and most where the
+        # functions of the class around it run, or of the file.
+        held = [span for span in classes if mutant.line in span] or [range(sys.maxsize)]
+        smallest = min(held, key=len)
+        inside = [n for n in lines if n in smallest and any(n in body for body in bodies)]
+        near = {name for n in inside for name in lines[n]}
         names = set(seconds) - set(known["failed"])
-    chosen, total = [], 0.0
-    for name in sorted(names, key=lambda n: (-kills[n], seconds[n], n)):
+
+    def worth(name: str) -> float:
+        # A test of few lines is likelier to look at what they do.
+        likely = kills[name] + 30 / (100 + reach[name])
+        return likely * (5 if name in near else 1) / (seconds[name] + 0.2)
+
+    order = sorted(names, key=lambda name: (-worth(name), name))
+    return order[: up_to(order, seconds, budget)]
+
+
+def spans_of(tree: ast.AST) -> tuple[list[range], list[range]]:
+    """The lines of the bodies of functions; and of classes, with their decorators."""
+    bodies, classes = [], []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            bodies.append(range(node.body[0].lineno, (node.end_lineno or 0) + 1))
+        elif isinstance(node, ast.ClassDef):
+            first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
+            classes.append(range(first, (node.end_lineno or 0) + 1))
+    return bodies, classes
+
+
+def reached(known: dict[str, Any]) -> Counter[str]:
+    """How many lines each test reaches."""
+    if "reach" not in known:
+        known["reach"] = Counter(
+            name for lines in known["lines"].values() for names in lines.values() for name in names
+        )
+    return known["reach"]  # type: ignore[no-any-return]
+
+
+def up_to(names: list[str], seconds: dict[str, float], budget: float) -> int:
+    """How many of these tests take these seconds together; at least one."""
+    total = 0.0
+    for at, name in enumerate(names):
         total += seconds[name]
-        if chosen and total > budget:
-            break
-        chosen.append(name)
-    return chosen, total
+        if at and total > budget:
+            return at
+    return len(names)
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -310,41 +396,65 @@ _worker: dict[str, Any] = {}
 
 
 def start_worker(known: dict[str, Any], options: argparse.Namespace, base: str) -> None:
-    tree = Path(tempfile.mkdtemp(dir=base))
+    tree = Path(tempfile.mkdtemp(dir=base)) / "tree"
     ignored = shutil.ignore_patterns(".git", "build", ".venv", "runs", "__pycache__")
-    shutil.copytree(ROOT, tree / "tree", ignore=ignored, dirs_exist_ok=True)
-    _worker.update(tree=tree / "tree", known=known, options=options, kills={})
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    _worker.update(tree=tree, known=known, options=options, kills={})
+    # once with bytecode, which is kept: the mutants' runs compile nothing but the mutant
+    files = sorted({name.split("::")[0] for name in known["seconds"]})
+    run_forked(tree, ["--collect-only", *files], tree / "mutant.log", 600, bytecode=True)
+
+
+def try_numbered(given: tuple[int, Mutant]) -> tuple[int, Mutant]:
+    return given[0], try_mutant(given[1])
 
 
 def try_mutant(mutant: Mutant) -> Mutant:
     """Write the change into this process' copy of the tree, and run the tests on it."""
     tree, options, known = _worker["tree"], _worker["options"], _worker["known"]
     kills = _worker["kills"].setdefault(mutant.file, Counter())
-    names, total = tests_for(mutant, known, kills, options.budget)
+    seconds = known["seconds"]
+    names = tests_for(mutant, known, kills, options.budget)
     path = tree / mutant.file
-    source = path.read_text()
+    source, status = path.read_text(), path.stat()
     changed = mutated(source, mutant)
     if changed is None or changed == source or not names:
         mutant.outcome = "survived" if changed not in (None, source) else "no change"
         mutant.killer = "" if names else "no test reaches it"
         return mutant
     begin = time.monotonic()
+    mutant.outcome = "survived"
     log = tree / "mutant.log"
+    first = up_to(names, seconds, min(FIRST, options.budget))
     try:
         path.write_text(changed)
-        code = run_forked(tree, names, log, options.slack * total + options.limit)
+        for some in filter(None, (names[:first], names[first:])):
+            limit = options.slack * sum(seconds[name] for name in some) + options.limit
+            code = run_forked(tree, some, log, limit)
+            if code != 0:
+                note_killer(mutant, code, log.read_text(errors="replace"), kills)
+                break
     finally:
         path.write_text(source)
+        # what was compiled from this file is found by its time
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     mutant.seconds = round(time.monotonic() - begin, 1)
-    mutant.outcome = {0: "survived", None: "killed"}.get(code, "killed")
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", log.read_text(errors="replace"), re.MULTILINE)
-    mutant.killer = "time" if code is None else found[1] if found and code else ""
-    if found and code:
-        kills[_bare(found[1])] += 1
     return mutant
 
 
-def run_forked(tree: Path, names: list[str], log: Path, limit: float) -> int | None:
+def note_killer(mutant: Mutant, code: int | None, log: str, kills: Counter[str]) -> None:
+    mutant.outcome, mutant.killer = "killed", "time" if code is None else ""
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", log, re.MULTILINE)
+    if code in (4, 5) and not found:
+        raise RuntimeError(f"tests are gone that --known names; let them be measured anew:\n{log}")
+    if found and code is not None:
+        mutant.killer = found[1]
+        kills[_bare(found[1])] += 1
+
+
+def run_forked(
+    tree: Path, names: list[str], log: Path, limit: float, *, bytecode: bool = False
+) -> int | None:
     """Run tests in a fork of this process, which has imported torch: its exit code, or None."""
     child = os.fork()
     if child == 0:
@@ -357,10 +467,26 @@ def run_forked(tree: Path, names: list[str], log: Path, limit: float) -> int | N
             os.chdir(tree)
             os.environ.update(_environment(tree))
             sys.path[:0] = [str(tree / "python"), str(tree / "tests")]
-            sys.dont_write_bytecode = True
+            sys.dont_write_bytecode = not bytecode
+            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+            import hypothesis
             import pytest
 
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--tb=no", "-rfE"]
+            once = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # without shrinking
+            hypothesis.settings.register_profile(
+                "mutation", deadline=None, derandomize=True, database=None, phases=once
+            )
+            options = [
+                "--hypothesis-profile=mutation",
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:randomly",
+                "--tb=no",
+                "-rfE",
+            ]
             code = int(pytest.main([*options, *names]))
         os._exit(code)
     end = time.monotonic() + limit
@@ -386,6 +512,7 @@ def main() -> None:
     parser.add_argument("--slack", type=float, default=3, help="times the clean tests' seconds")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/mutation.json")
     parser.add_argument("--again", type=Path, help="a result: try its survivors once more")
+    parser.add_argument("--resume", action="store_true", help="go on with a broken-off sample")
     parser.add_argument("--known", type=Path, help="keep what the first run shows here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as base:
@@ -395,42 +522,53 @@ def main() -> None:
             for file, lines in known["lines"].items():
                 known["lines"][file] = {int(line): names for line, names in lines.items()}
         if known is None:
-            known = reach(test_files(options.packages), Path(base))
+            files = test_files(options.packages)
+            known = reach(files, options.packages, options.processes, Path(base))
             if options.known:
                 options.known.write_text(json.dumps(known))
         print(f"tests that fail without a mutant, left out: {known['failed'] or 'none'}")
-        if options.again:
+        done: list[Mutant] = []
+        if options.resume:
+            before = json.loads(options.out.read_text())
+            given, places = [Mutant(**one) for one in before["mutants"]], before["places"]
+            done = [mutant for mutant in given if mutant.outcome]
+            chosen = [mutant for mutant in given if not mutant.outcome]
+        elif options.again:
             before = json.loads(options.again.read_text())
             chosen, places = survivors(before), before["places"]
         else:
             chosen, places = sample(options.packages, options.count, options.seed, options.skip)
         print(f"{len(chosen)} mutants of {places} places in {', '.join(options.packages)}")
         preload()
-        done: list[Mutant] = []
         pool = multiprocessing.get_context("fork").Pool(
             options.processes, start_worker, (known, options, base)
         )
         with pool:
-            for mutant in pool.imap_unordered(try_mutant, chosen):
+            for number, mutant in pool.imap_unordered(try_numbered, enumerate(chosen)):
+                chosen[number] = mutant
                 done.append(mutant)
                 mark = "." if mutant.outcome == "killed" else "\n" + words(mutant) + "\n"
                 print(mark, end="", flush=True)
-                write(options, places, known, done)
+                left = [one for one in chosen if not one.outcome]
+                write(options, places, known, done + left)
     killed = sum(m.outcome == "killed" for m in done)
     real = sum(m.outcome != "no change" for m in done)
     print(f"\n{killed} of {real} killed ({100 * killed / max(real, 1):.1f} %): {options.out}")
 
 
 def preload() -> None:
-    """Import what every test imports, but nothing that is mutated."""
+    """Import what many tests import, but nothing that is mutated."""
     import hypothesis  # noqa: F401
     import numpy  # noqa: F401
     import pytest  # noqa: F401
     import torch
+    import torch._dynamo
 
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
-        import transformers  # noqa: F401
+        import transformers
+
+        transformers.BertForSequenceClassification  # noqa: B018
 
 
 def words(mutant: Mutant) -> str:
@@ -440,14 +578,14 @@ def words(mutant: Mutant) -> str:
     )
 
 
-def write(options: argparse.Namespace, places: int, known: Any, done: list[Mutant]) -> None:
+def write(options: argparse.Namespace, places: int, known: Any, mutants: list[Mutant]) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "packages": options.packages,
         "seed": options.seed,
         "places": places,
         "failing_without_a_mutant": known["failed"],
-        "mutants": [asdict(m) for m in done],
+        "mutants": [asdict(m) for m in mutants],
     }
     options.out.write_text(json.dumps(result, indent=1))
 

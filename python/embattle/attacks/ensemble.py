@@ -191,7 +191,7 @@ class Ensemble:
             if total is None:
                 total = found
             else:
-                torch._foreach_add_(total, found)
+                total = list(torch._foreach_add(total, found))  # gradients may share memory
         assert at is not None
         assert total is not None
         if self.draws > 1:
