@@ -188,10 +188,8 @@ class Ensemble:
             at = seen if at is None else at
             rank = ascended(now.goal, seen, now.clean) if self.draws > 1 else values
             found += [values.detach().clone(), rank.detach().clone()]
-            if total is None:
-                total = found
-            else:
-                total = list(torch._foreach_add(total, found))  # gradients may share memory
+            # Added apart: gradients may share memory.
+            total = found if total is None else list(torch._foreach_add(total, found))
         assert at is not None
         assert total is not None
         if self.draws > 1:
