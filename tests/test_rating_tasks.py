@@ -256,6 +256,17 @@ def test_what_makes_no_sense_is_refused_by_name(
         made(name, films, change)
 
 
+@pytest.mark.parametrize("name", ["films_ranking", "films_sequential"])
+def test_precision_that_the_losses_would_not_have_is_refused(
+    name: str, films: Path, tmp_path: Path
+) -> None:
+    recipe, out = small(name, films), tmp_path / "run"
+    status, said = invoke("train", recipe, "--out", out, "--set", "train.precision=bf16")
+    assert status == 2
+    assert "full precision" in said
+    assert not (out / "run.json").exists()
+
+
 def test_what_is_known_of_movielens(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Place:
         def __init__(self, name: str) -> None:

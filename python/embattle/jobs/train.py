@@ -152,13 +152,19 @@ def _accelerator(recipe: Recipe) -> Any:
 
     Raises:
         InputError: if processes were started that do not know of each other, or the batch cannot
-            be divided among them.
+            be divided among them; or the task knows neither these nor mixed precision.
     """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if not recipe.make_task().calls_model and (world > 1 or recipe.train.precision != "no"):
+        raise InputError(
+            f"task {recipe.task} trains in one process and in full precision: its losses are a "
+            "method of the model, which wrappers do not see; use train.precision: no, without "
+            "torchrun"
+        )
     accelerate = need("accelerate")
     accelerator = accelerate.Accelerator(
         cpu=not torch.cuda.is_available(), mixed_precision=recipe.train.precision
     )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
         raise InputError(
             f"{world} processes were started but each is alone (Accelerate sees "

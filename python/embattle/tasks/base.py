@@ -38,6 +38,8 @@ class Task(Evaluator, ABC):
     Attributes:
         Data, Model: the classes of the recipe's sections `data` and `model`.
         sample, vector: what a sample and one of its embeddings are called, for the report.
+        calls_model: whether `evaluate` computes losses by calling the model itself, `model(...)`,
+            not methods of it. Mixed precision and several processes need that.
         data_options, model_options: those sections.
         seed: the recipe's; decides the division of the data and the first weights.
         kind: what is predicted; `read` sets it, unless the class does.
@@ -48,6 +50,7 @@ class Task(Evaluator, ABC):
     Model: ClassVar[type[Section]] = Section
     sample: ClassVar[str] = "sample"
     vector: ClassVar[str] = "vector"
+    calls_model: ClassVar[bool] = True
 
     kind: Kind
     parts: Mapping[str, Any]

@@ -60,6 +60,7 @@ class ItemRanking(RatingsTask):
 
     Model: ClassVar[type[Section]] = RankerRecipe
     vector: ClassVar[str] = "row"
+    calls_model: ClassVar[bool] = False
 
     model_options: RankerRecipe
     graph: Interactions

@@ -54,6 +54,7 @@ class NextItem(RatingsTask):
 
     Model: ClassVar[type[Section]] = SequentialRecipe
     vector: ClassVar[str] = "history"
+    calls_model: ClassVar[bool] = False
 
     model_options: SequentialRecipe
 
