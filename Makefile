@@ -20,7 +20,7 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 .PHONY: help setup setup-build setup-jobs dev demo test clipping-nightly mutation device-test torch-min lint format sanitize bench cuda-check gpu-check emulator-asan clean
 
 help:
-	@echo "make demo      train and audit a real recommender (about 8 minutes on two cores)"
+	@echo "make demo      train and audit a real recommender (about five minutes on two free cores)"
 	@echo "make test      build and run the tests"
 	@echo "make torch-min the tests of ops and attacks under the oldest torch ($(TORCH_MIN))"
 	@echo "make clipping-nightly [CASES=100000]  random models under per-sample clipping"

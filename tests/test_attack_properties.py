@@ -551,7 +551,8 @@ def reference(form: str, case: Case, result: eb.AttackResult, lam: float, random
     if form in ("smart", "r3f"):
         return clean.losses.mean() + lam * symmetric(clean.outputs, now.outputs).mean()
     assert form == "alp"
-    distance = (clean.outputs - now.outputs).square().flatten(1).mean(1)
+    distance = (clean.outputs - now.outputs).square()
+    distance = distance.reshape(len(distance), -1).mean(1)
     return (clean.losses.mean() + now.losses.mean()) / 2 + lam * distance.mean()
 
 

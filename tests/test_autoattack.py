@@ -80,7 +80,7 @@ def standing(result: EnsembleResult) -> int:
     return int((~result.reached).sum())
 
 
-def test_result_is_a_fresh_evaluation_and_names_who_felled() -> None:
+def test_result_is_a_fresh_evaluation_and_names_the_attack() -> None:
     layers, x, labels = trained()
     net = Net(layers)
     sizes: list[int] = []
@@ -93,14 +93,14 @@ def test_result_is_a_fresh_evaluation_and_names_who_felled() -> None:
     assert torch.equal(result.reached, outputs.argmax(1) != labels)
     assert torch.all(result.norms[0] <= 0.5)
     assert result.randomised is False
-    for by, fell, before in zip(result.felled_by, result.reached, clean, strict=True):
+    for by, fell, before in zip(result.fooled_by, result.reached, clean, strict=True):
         assert (by == "clean") == bool(before)
         assert (by is None) == (not fell)
-    assert "apgd-ce" in result.felled_by
+    assert "apgd-ce" in result.fooled_by
     assert min(sizes) < 60  # who fell has left
     assert torch.all(result.steps[clean] == 0)
-    assert pickle.loads(pickle.dumps(result)).felled_by == result.felled_by
-    assert copy.deepcopy(result).felled_by == result.felled_by
+    assert pickle.loads(pickle.dumps(result)).fooled_by == result.fooled_by
+    assert copy.deepcopy(result).fooled_by == result.fooled_by
 
 
 def test_no_weaker_than_its_parts_and_than_without_subset() -> None:
@@ -228,7 +228,7 @@ def test_sampled_negatives_are_averaged_over() -> None:
             after = torch.stack([loss() for _ in range(50)]).mean().item()
     assert result.randomised
     assert after > before + 0.5
-    assert result.felled_by == [None] * 9
+    assert result.fooled_by == [None] * 9
 
 
 def test_batch_norm_hides_nothing_and_samples_do_not_leave() -> None:
@@ -362,7 +362,7 @@ def test_deltas_alone() -> None:
         )
     assert result.delta.abs().amax() > 0
     with pytest.raises(RuntimeError, match="evaluate=False"):
-        _ = result.felled_by
+        _ = result.fooled_by
 
 
 # --- Square by itself ----------------------------------------------------------------------------

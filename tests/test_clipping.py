@@ -206,6 +206,7 @@ def test_parts_of_one_tensor_are_joined_without_a_copy() -> None:
         ([whole[:, :1], whole[:, 1:4]], True),
         ([whole[:, 1:2], whole[:, 2:4]], True),
         (parts(rows, 0, 3, 6), True),
+        ([rows.unsqueeze(1)[..., :3], rows.unsqueeze(1)[..., 3:6]], True),
         (parts(rows, 3, 0), False),
         (parts(rows, 0, 6), False),
         ([*parts(rows, 0), torch.randn(5, 2, 3, device=cpu)], False),

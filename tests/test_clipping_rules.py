@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clipping_cases import Apply, assert_close, clipped_sum, gradients
-from embattle.clipping import PerSampleClipper
+from embattle.clipping import PerSampleClipper, layers
 from embattle.clipping.context import Layout
 from embattle.clipping.verify import Known, Verifier
 from test_clipping_verify import _float64, exact, per_sample, reference, refused
@@ -39,7 +39,7 @@ def test_rows_of_samples_wherever_they_are() -> None:
     exact(turned, lambda: per_sample(turned(x).transpose(0, 1)))
     second = own(lambda m, x: torch.einsum("tbi,ij->tbj", x, m.p), 2, 3)
     exact(second, lambda: per_sample(second(x.transpose(0, 1)).transpose(0, 1)), batch_dim=1)
-    shared = own(lambda m, x: x + F.prelu(torch.full((1, 2, 3), -2.0), m.p), 2)
+    shared = own(lambda m, x: x + torch.einsum("bti,ij->btj", x[:1] * 0 - 2, m.p), 3, 3)
     exact(shared, lambda: per_sample(shared(torch.ones(B, 2, 3))))
 
 
@@ -93,6 +93,7 @@ def test_a_log_line_names_the_operator_once(caplog: pytest.LogCaptureFixture) ->
 
 
 WITH_RULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Linear": (lambda: nn.Linear(3, 2), (2, 2, 3)),
     "Conv1d": (lambda: nn.Conv1d(2, 2, 2), (2, 4)),
     "Conv2d": (lambda: nn.Conv2d(2, 2, 2), (2, 4, 3)),
     "Conv3d": (lambda: nn.Conv3d(2, 2, 2), (2, 3, 2, 2)),
@@ -132,6 +133,22 @@ def test_layers_with_rules_need_no_copies(name: str, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO, "embattle.clipping"):
         exact(model, losses, modes=["flat"])
     assert not caplog.records
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 2), nn.LayerNorm(3), nn.Embedding(5, 2)])
+def test_plain_layers_are_not_watched(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer.double()
+    x = torch.randint(5, (B, 2)) if isinstance(layer, nn.Embedding) else torch.randn(B, 2, 3)
+    exact(layer, lambda: per_sample(layer(input=x)))
+    monkeypatch.setattr(layers, "Operators", None)
+    exact(layer, lambda: per_sample(layer(x)))
+
+
+def test_the_longest_name_says_where_the_samples_are() -> None:
+    dims = {"": 1, "a": 2, "a.b": 3}
+    names = {"": 1, "c": 1, "ab": 1, "a": 2, "a.c": 2, "a.b": 3, "a.b.c": 3}
+    assert {name: layers._batch_dim(dims, name) for name in names} == names
+    assert layers._batch_dim({"a": 2}, "c") == 0
 
 
 # --- small rules ----------------------------------------------------------------------------------

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from embattle.perturb import guard
-from embattle.perturb.guard import (
-    fresh_autocast_cache,
-    kept_state,
-    usable_tensors,
-)
+from embattle.perturb import model_state
+from embattle.perturb.guard import autograd_enabled, fresh_autocast_cache
+from embattle.perturb.model_state import kept_state
+from embattle.perturb.random_state import RandomState, preserved_random_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -141,7 +141,7 @@ def passes(model: nn.Module, x: Tensor, models: list[nn.Module]) -> list[Tensor]
     with kept_state(models) as state:
         outputs = []
         for _ in range(3):
-            state.rewind()
+            state.restore()
             outputs.append(model(x))
     assert state_of(model) == before
     torch.testing.assert_close(values_of(model), values, rtol=0, atol=0, equal_nan=True)
@@ -174,7 +174,7 @@ def test_averages_that_numpy_writes() -> None:
 
 
 def test_on_a_device_values_are_copied_without_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "_on_device", lambda tensor: True)
+    monkeypatch.setattr(model_state, "_on_device", lambda tensor: True)
     x = torch.randn(5, 4)
     for model in (_norms(), _spectral(), *map(Average, UPDATES)):
         outputs = passes(model, x, [model])
@@ -227,7 +227,7 @@ def test_what_no_pass_writes_is_not_written() -> None:
     earlier = model(x).sum()  # has saved the buffer for its backward pass
     with kept_state([model]) as state:
         inside = model(x).sum()
-        state.rewind()
+        state.restore()
         model(x)
     (earlier + inside).backward()
     assert x.grad is not None
@@ -250,7 +250,7 @@ def test_graphs_from_before_may_go_back_and_those_that_would_lie_may_not() -> No
     (right,) = torch.autograd.grad(earlier, x, retain_graph=True)
     with kept_state([model]) as state:
         inside = model(x).sum()
-        state.rewind()
+        state.restore()
         with pytest.raises(RuntimeError, match="inplace operation"):
             inside.backward()
     earlier.backward()
@@ -298,7 +298,7 @@ def test_a_buffer_that_two_modules_hold_is_kept_once(known: bool) -> None:
     one, two, x = Holds(table), Holds(table), torch.randn(5, 4)
     with kept_state([one, two] if known else []) as state:
         first = two(one(x))
-        state.rewind()
+        state.restore()
         assert torch.equal(two(one(x)), first)
     assert torch.equal(table, torch.zeros(4))
 
@@ -355,7 +355,7 @@ def test_buffers_that_are_not_plain_do_no_harm() -> None:
     with kept_state([model]) as state:
         outputs = []
         for _ in range(2):
-            state.rewind()
+            state.restore()
             outputs.append(model(x))
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], x + 4.0)
@@ -420,19 +420,19 @@ WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
 def test_large_buffers_are_copied_only_before_a_write(
     write: Callable[[Tensor, Tensor], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "_MUCH", 2000)
-    monkeypatch.setattr(guard, "_LARGE", 500)
+    monkeypatch.setattr(model_state, "_TOTAL_BYTES", 2000)
+    monkeypatch.setattr(model_state, "_LARGE_BYTES", 500)
     torch.manual_seed(0)
     model, x = Bank(write), torch.randn(3, 4)
     alone = copy.deepcopy(model)(x)
     copied: list[tuple[int, ...]] = []
-    keep = guard._Tensor.keep
+    keep = model_state._Tensor.keep
 
-    def noted(self: guard._Tensor) -> None:
+    def noted(self: model_state._Tensor) -> None:
         copied.append(tuple(self.tensor.shape))
         keep(self)
 
-    monkeypatch.setattr(guard._Tensor, "keep", noted)
+    monkeypatch.setattr(model_state._Tensor, "keep", noted)
     for output in passes(model, x, [model]):
         assert torch.equal(output, alone)
     assert set(copied) == {(4,), (64, 4)}
@@ -445,8 +445,8 @@ def test_large_buffers_are_copied_only_before_a_write(
 def test_large_buffers_that_were_written_unseen_are_told_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(guard, "_MUCH", 100)
-    monkeypatch.setattr(guard, "_LARGE", 50)
+    monkeypatch.setattr(model_state, "_TOTAL_BYTES", 100)
+    monkeypatch.setattr(model_state, "_LARGE_BYTES", 50)
     model, x = Bank(WRITES["row"]), torch.randn(3, 4)
     values = model.small.clone()
     unseen = torch.utils._python_dispatch._disable_current_modes
@@ -473,7 +473,7 @@ def test_weights_that_are_attributes_as_well_are_not_kept() -> None:
         model(torch.randn(3, 4))
         with torch.no_grad():
             model.layer.weight.fill_(2.0)
-        state.rewind()
+        state.restore()
     assert model.table.eq(2.0).all()
     assert model.steps == 0
 
@@ -544,7 +544,7 @@ def _batch() -> dict[str, Any]:
 def _two_passes(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
     delta = torch.zeros(4, 5, 8, requires_grad=True)
     found = []
-    with usable_tensors():
+    with autograd_enabled():
         for _ in range(2):
             losses = F.cross_entropy(model(batch, delta), batch["labels"], reduction="none")
             (grad,) = torch.autograd.grad(losses.sum(), delta)
@@ -583,7 +583,7 @@ def test_inference_blocks_of_the_users_own_stay() -> None:
     teacher, student = nn.Linear(4, 4), nn.Linear(4, 4)
     with torch.inference_mode():
         x = torch.randn(3, 4)
-        with usable_tensors():
+        with autograd_enabled():
             with torch.inference_mode():
                 target = teacher(x)
             loss = F.mse_loss(student(x), target)
@@ -607,10 +607,10 @@ def test_statistics_that_were_made_in_inference_mode() -> None:
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.clone()
     values = values_of(model)
-    with torch.inference_mode(), usable_tensors(), kept_state([model]) as state:
+    with torch.inference_mode(), autograd_enabled(), kept_state([model]) as state:
         outputs = []
         for _ in range(3):
-            state.rewind()
+            state.restore()
             outputs.append(model(x).detach())
     assert torch.equal(outputs[0], outputs[2])
     assert torch.equal(outputs[0], alone(x).detach())
@@ -629,7 +629,7 @@ def test_an_encoder_of_a_library_in_inference_mode() -> None:
     def gradient() -> Tensor:
         tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
         batch = {"attention_mask": tokens.ne(0).long(), "labels": torch.tensor([0, 2])}
-        with usable_tensors(), kept_state([model]):
+        with autograd_enabled(), kept_state([model]):
             embeddings = model.bert.embeddings.word_embeddings(tokens).detach().requires_grad_()
             loss = model(inputs_embeds=embeddings, **batch).loss
             return torch.autograd.grad(loss, embeddings)[0]
@@ -637,3 +637,34 @@ def test_an_encoder_of_a_library_in_inference_mode() -> None:
     right = gradient()
     with torch.inference_mode():
         assert torch.equal(gradient(), right)
+
+
+_DRAWS: dict[str, Callable[[], Any]] = {
+    "random": lambda: (random.random(), np.random.random()),  # noqa: NPY002
+    "gauss": lambda: (random.gauss(0, 1), np.random.standard_normal()),  # noqa: NPY002
+    "integer": lambda: (random.getrandbits(8), np.random.randint(9)),  # noqa: NPY002
+    "shuffle": lambda: (random.sample(range(9), 3), np.random.permutation(3)),  # noqa: NPY002
+    "seed": lambda: (random.seed(5), np.random.seed(5)),  # noqa: NPY002
+}
+
+
+@pytest.mark.parametrize("bits", ["MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"])
+@pytest.mark.parametrize("draw", _DRAWS)
+def test_any_draw_of_python_and_numpy_is_seen_and_undone(bits: str, draw: str) -> None:
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(getattr(np.random, bits)(3))
+    try:
+        for _ in range(2):  # a second Gaussian comes from what the first one left
+            if draw == "seed" and bits != "MT19937":
+                break  # numpy seeds no other generator
+            outer = RandomState.capture()
+            with preserved_random_state() as state:
+                _DRAWS[draw]()
+                assert not state.same(RandomState.capture())
+            # A seed leaves an object behind that is not part of the state.
+            assert draw == "seed" or outer.same(RandomState.capture())
+            with preserved_random_state():
+                first = [str(_DRAWS["gauss"]()), str(_DRAWS["random"]())]
+            assert [str(_DRAWS["gauss"]()), str(_DRAWS["random"]())] == first
+    finally:
+        np.random.set_bit_generator(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +19,13 @@ pytest.importorskip("typer")
 pytest.importorskip("yaml")
 
 from embattle.cli import app
+from embattle.data.batch import Batch
 from embattle.jobs import train as training
 from embattle.jobs.run_folder import Run
+from embattle.tasks.text import TextClassification as TextTask
 from safetensors.torch import load_file
 from tiny_job import invoke, make_encoder, recipe_of, write_reviews
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 
@@ -53,10 +57,48 @@ def test_the_whole_job(tmp_path: Path, encoder: Path) -> None:
     assert not [p for p in out.rglob("*") if p.suffix in {".pt", ".bin", ".pkl", ".tmp"}]
 
 
-def test_resuming_gives_the_uninterrupted_run(
+def test_batches_of_similar_length(
     tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_of(tmp_path, encoder)
+    """Each epoch has each text at most once, and hardly any padding."""
+    lines = [f"{'dress ' * (1 + i % 9)}{('poor', 'soft')[i % 2]} {i},{i % 2}" for i in range(200)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["text,recommended", *lines]))
+    seen: dict[str, list[Tensor]] = {}
+
+    def batch(self: TextTask, model: nn.Module, part: str, rows: Tensor, **options: Any) -> Batch:
+        found = make(self, model, part, rows, **options)
+        if part == "train":
+            seen.setdefault(kind, []).append(found.inputs["attention_mask"].bool())
+            places.extend(rows.tolist())
+        return found
+
+    make = TextTask.batch
+    monkeypatch.setattr(TextTask, "batch", batch)
+    for kind in ("random", "by_length"):
+        places: list[int] = []
+        train = {"steps": 12, "batch_size": 8, "batches": kind}
+        assert invoke("train", recipe_of(tmp_path, encoder, train=train), "--out", tmp_path / kind)
+        assert len(set(places)) == len(places) / len(training.VARIANTS)
+    padding = {
+        kind: 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+        for kind, masks in seen.items()
+    }
+    assert padding["by_length"] < padding["random"] / 3
+
+    monkeypatch.setattr(TextTask, "lengths", lambda *_: None)
+    status, text = invoke(
+        "train", recipe_of(tmp_path, encoder, train=train), "--out", tmp_path / "n"
+    )
+    assert status == 2
+    assert "train.batches" in text
+
+
+@pytest.mark.parametrize("batches", ["random", "by_length"])
+def test_resuming_gives_the_uninterrupted_run(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch, batches: str
+) -> None:
+    train = {"steps": 12, "batch_size": 8, "learning_rate": 0.01, "batches": batches}
+    recipe = recipe_of(tmp_path, encoder, train=train)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert invoke("train", recipe, "--out", whole)[0] == 0
 

@@ -360,9 +360,9 @@ def test_each_output_has_a_ball_unless_they_are_joined(call: str) -> None:
     counts = []
 
     class Watched(eb.FGM):
-        def begin(self, block: Any, scale: float) -> dict[str, Any]:
-            counts.append(block.joined)
-            return super().begin(block, scale)
+        def begin(self, perturbation: Any, scale: float) -> dict[str, Any]:
+            counts.append(perturbation.joined)
+            return super().begin(perturbation, scale)
 
     sites = [eb.Site(model.user), eb.Site(model.item)]
     objective = eb.AdversarialObjective(Watched(eps=0.3), sites)

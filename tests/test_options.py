@@ -251,9 +251,9 @@ def test_a_custom_attack_gets_each_samples_own_gradient(form: str, early: bool) 
     seen: list[Tensor] = []
 
     class Raw(eb.attacks.Attack):
-        def step(self, block: Any, grad: Tensor, *rest: Any) -> None:
+        def step(self, perturbation: Any, grad: Tensor, *rest: Any) -> None:
             seen.append(grad.clone())
-            block.set(block.delta.detach() + 0.1 * grad)
+            perturbation.set(perturbation.delta.detach() + 0.1 * grad)
 
     site = eb.Site(model.embedding)
     Raw(eps=1.0, steps=2).run(loss, site, evaluate=False)
@@ -288,7 +288,7 @@ def test_divergences_are_measured_in_the_mode_of_the_attack(form: str) -> None:
     values: list[Tensor] = []
 
     class Still(eb.PGD):
-        def step(self, block: Any, grad: Tensor, state: Any, number: int, v: Tensor) -> None:
+        def step(self, perturbation: Any, grad: Tensor, state: Any, number: int, v: Tensor) -> None:
             values.append(v)
 
     attack = Still(eps=0.0, step_size=0.1, steps=2, random_start=True, mode="eval")

@@ -23,7 +23,7 @@ from embattle.data.ratings import read_named_ratings, read_ratings
 from embattle.errors import InputError
 from embattle.jobs import recipe as recipes
 from embattle.models import LightGCN
-from embattle.tasks import Account, Task
+from embattle.tasks import Account, ClickThrough, ItemRanking, NextItem, Task
 from tiny_job import invoke
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -130,6 +130,15 @@ def test_models_are_saved_and_loaded_without_the_data(
             other.load(tmp_path)
 
 
+def test_each_recipe_names_its_task() -> None:
+    kinds = {"films_ranking": ItemRanking, "films_sequential": NextItem, "films_ctr": ClickThrough}
+    for name, kind in kinds.items():
+        for full in (False, True):
+            recipe = recipes.load(RECIPES / f"{name}.yaml", full=full)
+            assert recipe.name == name
+            assert recipe.task_class is kind
+
+
 def test_ranking_holds_out_each_users_last_two(films: Path) -> None:
     task: Any = made("films_ranking", films)
     ratings, users, items = read_named_ratings(films / "ratings.csv", RATINGS)
@@ -191,6 +200,8 @@ def test_histories_are_those_before_the_part(films: Path) -> None:
     assert task.show("test", 7).endswith(f"; {task.items[own[8]]}")
     with pytest.raises(InputError, match="column 'movie_id': the model knows no '77'"):
         task.encode(model, [{"history": "3 77"}])
+    with pytest.raises(InputError, match="column 'history' is empty in row 2"):
+        task.encode(model, [{"history": "3"}, {}])
 
 
 def test_clicks_are_joined_scaled_and_numbered(films: Path) -> None:
@@ -243,6 +254,17 @@ def test_what_makes_no_sense_is_refused_by_name(
 ) -> None:
     with pytest.raises(InputError, match=message):
         made(name, films, change)
+
+
+@pytest.mark.parametrize("name", ["films_ranking", "films_sequential"])
+def test_precision_that_the_losses_would_not_have_is_refused(
+    name: str, films: Path, tmp_path: Path
+) -> None:
+    recipe, out = small(name, films), tmp_path / "run"
+    status, said = invoke("train", recipe, "--out", out, "--set", "train.precision=bf16")
+    assert status == 2
+    assert "full precision" in said
+    assert not (out / "run.json").exists()
 
 
 def test_what_is_known_of_movielens(films: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ import embattle as eb
 import pytest
 import torch
 import toys
+from embattle.perturb.attacked_batch import AttackedBatch
 from embattle.perturb.replay import DropoutMasks
-from embattle.perturb.stage import Stage
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +27,9 @@ class Draws(TorchDispatchMode):
 
 def anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every pass draw its masks, as if nothing were kept."""
-    monkeypatch.setattr(Stage, "_remember", lambda self, state: setattr(self, "_replay", state))
+    monkeypatch.setattr(
+        AttackedBatch, "_replay_from", lambda self, state: setattr(self, "_replay", state)
+    )
 
 
 class Mixed(nn.Module):
@@ -95,11 +97,13 @@ def test_masks_are_drawn_once_and_freed() -> None:
 
 def test_a_model_without_dropout_is_watched_once() -> None:
     model = toys.encoder()
-    stage = Stage(toys.classify(model, *toys.text_batch()), eb.Site(model.embedding), mode="same")
-    with stage.attacking():
-        stage.open()
-        assert stage._masks is not None
-        assert stage._masks.idle
+    batch = AttackedBatch(
+        toys.classify(model, *toys.text_batch()), eb.Site(model.embedding), mode="same"
+    )
+    with batch.attacking():
+        batch.record()
+        assert batch._masks is not None
+        assert batch._masks.idle
 
 
 def test_compiled_models_stay_compiled() -> None:

@@ -270,9 +270,9 @@ def test_the_default_step_size() -> None:
     lengths = []
 
     class Watched(eb.PGD):
-        def step(self, block: object, *args: object) -> None:  # type: ignore[override]
-            super().step(block, *args)  # type: ignore[arg-type]
-            lengths.append(block.delta.detach().flatten(1).norm(dim=1))  # type: ignore[attr-defined]
+        def step(self, perturbation: object, *args: object) -> None:  # type: ignore[override]
+            super().step(perturbation, *args)  # type: ignore[arg-type]
+            lengths.append(perturbation.delta.detach().flatten(1).norm(dim=1))  # type: ignore[attr-defined]
 
     Watched(eps=0.8, steps=4).run(loss, site)
     torch.testing.assert_close(lengths[0], torch.full_like(lengths[0], 0.8 * 2.5 / 4))

@@ -330,20 +330,25 @@ def test_a_table_is_perturbed_wherever_it_is_used(group: str, start: bool) -> No
         norm = grad.norm(dim=1, keepdim=True) if group == "row" else grad.norm()
         expected = torch.where(norm > 0, 0.7 * grad / norm, 0.0)
         torch.testing.assert_close(once.delta.reshape(12, 5), expected)
+    else:  # without an evaluation the first pass is perturbed already
+        found = eb.FGM(eps=0.7, random_start=True).run(loss, site, evaluate=False).delta
+        norms = found.reshape(12, 5).norm(dim=1) if group == "row" else found.norm()
+        assert torch.all(norms <= 0.7 + 1e-6)
+        assert torch.count_nonzero(norms) >= (11 if group == "row" else 1)
 
 
 def test_the_graphs_of_earlier_passes_are_let_go() -> None:
-    from embattle.perturb.stage import Stage
+    from embattle.perturb.attacked_batch import AttackedBatch
 
     torch.manual_seed(0)
     model, x = TiedSoftmax(), torch.randint(1, 12, (6, 3))
-    stage = Stage(lambda: model(x).logsumexp(1), eb.Site.weight(model.table, model=model))
-    with stage.attacking():
-        stage.open(attach=True)
+    batch = AttackedBatch(lambda: model(x).logsumexp(1), eb.Site.weight(model.table, model=model))
+    with batch.attacking():
+        batch.record(attach=True)
         sizes = []
         for _ in range(3):
-            stage.evaluate(grad=True)
-            sizes.append(len(stage.found.own))
+            batch.evaluate(grad=True)
+            sizes.append(len(batch.perturbed.nodes))
     assert sizes[0] == sizes[2]
 
 
@@ -838,9 +843,9 @@ def test_places_that_are_made_from_one_another(known: bool, start: bool) -> None
     seen: list[list[Tensor]] = []
 
     class Watched(eb.PGD):
-        def step(self, block: Any, grad: Tensor, *args: Any) -> None:  # type: ignore[override]
-            seen.append([block.delta.detach().clone(), grad.clone()])
-            super().step(block, grad, *args)
+        def step(self, perturbation: Any, grad: Tensor, *args: Any) -> None:  # type: ignore[override]
+            seen.append([perturbation.delta.detach().clone(), grad.clone()])
+            super().step(perturbation, grad, *args)
 
     for evaluate in (False, True):
         seen.clear()

@@ -99,6 +99,25 @@ def test_a_job_holds_little_of_a_large_file(
         assert (len(arrow) > 100) == (name == "a.csv")
 
 
+def test_a_folder_of_parquet_files_is_one_table(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for k in range(3):
+        part = pyarrow.table({"text": TEXTS[k * 1000 : k * 1000 + 1000], "y": LABELS[:1000]})
+        pyarrow.parquet.write_table(part, folder / f"part-{k}.parquet")
+    (folder / "_SUCCESS").touch()
+    blocks = list(Table(folder, ["text"]))
+    assert [text for block in blocks for text in block["text"]] == TEXTS
+    recipe = DataRecipe(path=str(folder), text=["text"], label="y")
+    assert sum(len(part) for part in data.load(recipe, 0).parts.values()) == COUNT
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), folder / "part-9.parquet")
+    with pytest.raises(InputError, match=r"part-9\.parquet has other columns than the first"):
+        data.load(recipe, 0)
+    (folder / "notes.txt").touch()
+    with pytest.raises(InputError, match="is a folder, and not one of Parquet files alone"):
+        data.load(recipe, 0)
+
+
 def test_a_file_that_changes_while_it_is_read_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

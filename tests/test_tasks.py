@@ -19,6 +19,7 @@ from embattle.attacks import PGD
 from embattle.audit import evaluate, sweep
 from embattle.errors import InputError
 from embattle.jobs import recipe as recipes
+from embattle.jobs.train import read
 from embattle.tasks import (
     Account,
     Batch,
@@ -30,7 +31,7 @@ from embattle.tasks import (
     Section,
     Task,
 )
-from embattle.tasks.find import find
+from embattle.tasks.find import BUILT_IN, find
 from embattle.tasks.kinds import from_json
 
 OWN = """
@@ -51,6 +52,17 @@ class Half(Task):
     def read(self, account): ...
 
 class Other: ...
+
+class Dictionary(Mine):
+    Data = {}
+
+class Empty(Mine):
+    Data = Section
+    def read(self, account):
+        self.parts = {"train": [1, 2]}
+
+class Silent(Empty):
+    def read(self, account): ...
 """
 
 
@@ -135,6 +147,8 @@ def test_values() -> None:
     assert found["r2"] == pytest.approx(1 - 4.25 / spread)
     assert math.isnan(Regression(within=1.0).scores(outputs[:1], labels[:1])["r2"])
     assert Regression(within=1.0).describe(outputs)[2] == {"prediction": 5.0}
+    with pytest.raises(ValueError, match=r"must have one shape"):
+        Regression(within=1.0).losses(outputs[:, None], labels)
 
 
 def test_ranks() -> None:
@@ -291,16 +305,26 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("own.py:Nine", "own.py has no class 'Nine'; did you mean 'Mine'"),
         ("own.py:Other", "is no task: derive it from"),
         ("own.py:Half", "lacks build, encode"),
+        ("own.py:Dictionary", "Data must be a class derived from embattle.tasks.Section, got {}"),
         ("no_such_module:Mine", "cannot be imported"),
         ("broken.py:Mine", "cannot be run: ZeroDivisionError"),
         ("wrong.py:Mine", "cannot be run: SyntaxError"),
+        ("exit.py:Mine", "cannot be run: SystemExit"),
     ],
 )
 def test_what_is_no_task_is_refused(name: str, message: str, own: Path) -> None:
     own.with_name("broken.py").write_text("1 / 0")
     own.with_name("wrong.py").write_text("class")
+    own.with_name("exit.py").write_text("raise SystemExit(0)")
     with pytest.raises(InputError, match=message):
         find(name, trust=True)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_what_is_built_in_is_there_and_described(name: str) -> None:
+    assert issubclass(find(name), Task)
+    text = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
+    assert f"`{name}`" in text
 
 
 def test_code_runs_only_where_it_is_trusted(own: Path) -> None:
@@ -312,6 +336,19 @@ def test_code_runs_only_where_it_is_trusted(own: Path) -> None:
     assert not Path("ran").exists()
     assert find("own.py:Mine", trust=True) is find("own.py:Mine", trust=True)
     assert Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Empty", r"no samples in the test part, and this needs some; there are: train \(2\)"),
+        ("Silent", "Silent.read sets no parts"),
+    ],
+)
+def test_what_a_task_did_not_read_is_said(name: str, message: str, own: Path) -> None:
+    task = find(f"own.py:{name}", trust=True)(Section(), Section())
+    with pytest.raises(InputError, match=message):
+        read(task, Account(), "train", "test")
 
 
 def test_a_recipe_has_the_sections_of_its_task(own: Path) -> None:
@@ -362,3 +399,31 @@ def test_texts_of_a_file_are_encoded_like_those_of_a_part(tmp_path: Path) -> Non
     fresh = recipes.load(path).make_task()
     fresh.load(tmp_path / "model")
     assert fresh.kind == task.kind
+
+
+@pytest.mark.parametrize("tables", [False, True], ids=["users' vectors", "both tables"])
+def test_a_ranking_task_goes_through_the_jobs(tables: bool, tmp_path: Path) -> None:
+    for module in ("accelerate", "matplotlib", "typer", "yaml"):
+        pytest.importorskip(module)
+    from tiny_job import invoke
+
+    recipe, out = tmp_path / "visits.yaml", tmp_path / "run"
+    recipe.write_text(
+        f"name: visits\ntask: {Path(__file__).with_name('ranking_task.py')}:Visited\n"
+        f"data: {{tables: {str(tables).lower()}}}\nthreat: {{eps: 1.0}}\n"
+        "train: {steps: 60, batch_size: 64, learning_rate: 0.05}\n"
+        "audit: {attacks: [{kind: pgd, steps: 5}], sweep: [0.5, 2], "
+        "sweep_attack: {kind: pgd, steps: 3}}\n"
+    )
+    status, text = invoke("train", recipe, "--out", out, "--trust-task")
+    assert status == 0, text
+    status, text = invoke("audit", out, "--trust-task")
+    assert status == 0, text
+    facts = json.loads((out / "metrics.json").read_text())
+    model = facts["models"]["standard"]
+    assert model["clean"]["hit_rate"] > 0.5  # 5 of 30 by chance
+    assert model["attacks"]["PGD-5"]["hit_rate"] < model["clean"]["hit_rate"]
+    shares = model["sweep"]["hit_rate"]
+    assert shares == sorted(shares, reverse=True)
+    assert "hit rate" in text
+    assert "each user as a whole" in text

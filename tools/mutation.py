@@ -44,12 +44,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("criteria", "attacks", "objectives", "perturb")
 # What tells most, in seconds rather than minutes: no compilers, no processes, no large models.
 TESTS = {
-    "criteria": ["criteria", "losses", "results", "options", "leaving"],
+    "criteria": ["criteria", "losses", "results", "options", "early_stopping"],
     "attacks": [
         "results",
         "options",
         "attacks",
-        "leaving",
+        "early_stopping",
         "tokens",
         "sites",
         "perturb",
@@ -73,7 +73,7 @@ TESTS = {
         "replay",
         "options",
         "objective",
-        "leaving",
+        "early_stopping",
     ],
     "clipping": [
         "clipping",

@@ -32,7 +32,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
 fi
 # Not what torch.compile makes of it: that is the newest torch's affair, and takes long.
 tests=()
-for name in attacks autocast criteria guard leaving losses objective ops_errors ops_grad_rows \
+for name in attacks autocast criteria early_stopping guard losses objective ops_errors ops_grad_rows \
     ops_numerics ops_torch options perturb replay results sites tokens torchrec; do
   tests+=("tests/test_$name.py")
 done

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from embattle import checks, ops
 from embattle.attacks.best import Best
-from embattle.attacks.leaving import search_leaving
-from embattle.attacks.opening import Opened, open_attack
+from embattle.attacks.early_stopping import search_early_stopping
+from embattle.attacks.first_pass import FirstPass, run_first_pass
 from embattle.attacks.result import AttackResult
 from embattle.attacks.starts import BoxStart, GaussianStart
 from embattle.criteria import Criterion, MaximizeLoss
-from embattle.perturb.blocks import Block
+from embattle.perturb.attacked_batch import AttackedBatch, Masks, Subset
 from embattle.perturb.evaluation import Evaluation, LossFn
 from embattle.perturb.guard import MODES, Mode
+from embattle.perturb.perturbation import Perturbation
 from embattle.perturb.site import Site
-from embattle.perturb.stage import Masks, Stage, Subset
 from embattle.perturb.strength import Strength, check_strength, resolve, words
 
 Norm: TypeAlias = Literal["l2", "linf", "l1"] | float
@@ -41,7 +41,7 @@ class Attack:
         steps: gradient steps, each one forward pass and one backward pass to the delta alone.
         random_start: start uniformly in the ball instead of at zero; or a `GaussianStart` or
             `BoxStart`.
-        restarts: how often to start anew; the worst try of each sample counts.
+        restarts: number of starts; the worst one of each sample counts.
         keep: "last" takes the last iterate; "best" the worst one of all, the clean point included:
             the criterion's goal first, then its objective, for each sample, or for the batch as a
             whole where samples depend on each other. That takes a clean pass more, and two for each
@@ -60,7 +60,7 @@ class Attack:
         generator: source of the attack's own random numbers; torch's CPU generator by default,
             which then advances by one draw per run.
         compile: `torch.compile` the loss function, model and all (give the model uncompiled). The
-            pass that opens the attack, which shows where the embeddings are, is compiled in parts:
+            first pass of the attack, which shows where the embeddings are, is compiled in parts:
             up to them, and from there. The site must know its model.
 
     Raises:
@@ -143,28 +143,28 @@ class Attack:
     def _words(self) -> list[str]:
         return [f"{self.steps} step" + ("s" if self.steps != 1 else "")]
 
-    # --- what an attack may change ---------------------------------------------------------------
+    # --- what subclasses override ----------------------------------------------------------------
 
     # Whether the attack draws numbers although it starts at zero.
     draws: ClassVar[bool] = False
     # Whether the steps need a gradient; otherwise they are given none.
-    climbs: ClassVar[bool] = True
+    uses_gradient: ClassVar[bool] = True
 
     def goal(self, criterion: Criterion | None) -> Criterion:
-        """Give what the attack is for, given what the caller said."""
+        """Return the criterion that the attack ascends; `MaximizeLoss` by default."""
         return MaximizeLoss() if criterion is None else criterion
 
-    def begin(self, block: Block, scale: float) -> dict[str, Any]:
-        """Work out what the steps on a block need; the dict is theirs to keep between steps.
+    def begin(self, perturbation: Perturbation, scale: float) -> dict[str, Any]:
+        """Compute what the steps on a perturbation need: a dict that they may change between steps.
 
         It holds `eps`, and `lower` and `upper` where there is a box, as bounds of the delta.
         """
-        state: dict[str, Any] = {"eps": self._resolve(self.eps, block, scale)}
+        state: dict[str, Any] = {"eps": self._resolve(self.eps, perturbation, scale)}
         for side, value in (("lower", self.lower), ("upper", self.upper)):
             if value is not None:
-                base = block.base.to(block.delta.dtype)
+                base = perturbation.base.to(perturbation.delta.dtype)
                 bound = torch.as_tensor(value, dtype=base.dtype, device=base.device)
-                if block.joined and bound.dim():
+                if perturbation.joined and bound.dim():
                     raise ValueError(f"joint: one {side} for all outputs: give a number")
                 try:
                     bound = bound.expand_as(base) - base
@@ -177,16 +177,18 @@ class Attack:
                 state[side] = bound.clamp(max=0) if side == "lower" else bound.clamp(min=0)
         return state
 
-    def start(self, block: Block, state: dict[str, Any], generator: torch.Generator | None) -> None:
-        """Set the delta that the steps start from; a new block's is zero."""
-        like = block.delta.detach()
+    def start(
+        self, perturbation: Perturbation, state: dict[str, Any], generator: torch.Generator | None
+    ) -> None:
+        """Set the delta that the steps start from; it is zero before."""
+        like = perturbation.delta.detach()
         if isinstance(self.random_start, (GaussianStart, BoxStart)):
             start = self.random_start.draw(
                 like,
-                block.base,
+                perturbation.base,
                 eps=state["eps"],
                 norm=self.norm,
-                geometry=block.geometry,
+                geometry=perturbation.geometry,
                 box=box(state),
                 generator=generator,
             )
@@ -196,17 +198,22 @@ class Attack:
                 eps=state["eps"],
                 norm=self.norm,
                 generator=generator,
-                **block.geometry,
+                **perturbation.geometry,
                 **box(state),
             )
         else:
             return
-        block.set(start)
+        perturbation.set(start)
 
     def step(
-        self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor
+        self,
+        perturbation: Perturbation,
+        grad: Tensor,
+        state: dict[str, Any],
+        number: int,
+        values: Tensor,
     ) -> None:
-        """Make step `number`: `values` `[B]` and `grad` belong to the block's current delta.
+        """Make step `number`: `values` `[B]` and `grad` belong to the current delta.
 
         `grad` is, for each sample, the gradient of its own value (not of a mean over the batch);
         zeros for an attack that needs none.
@@ -214,7 +221,7 @@ class Attack:
         raise NotImplementedError(f"{type(self).__name__} makes no gradient steps")
 
     def with_steps(self, share: float) -> Attack:
-        """Give the attack with `share` of its steps, rounded up; one at least."""
+        """Return the attack with `share` of its steps, rounded up; one at least."""
         steps = min(self.steps, 1) if share <= 0 else math.ceil(round(share * self.steps, 9))
         return self if steps == self.steps else replace(self, steps=steps)
 
@@ -261,7 +268,7 @@ class Attack:
                 start.
         """
         goal = self.checked_goal(criterion)
-        stage = Stage(
+        batch = AttackedBatch(
             loss_fn,
             sites,
             mask=mask,
@@ -272,77 +279,81 @@ class Attack:
             compile=self.compile,
             subset=subset,
         )
-        with stage.attacking(self.own_generator) as generator:
+        with batch.attacking(self.own_generator) as generator:
             needed = evaluate or self.compares or self.stop_when_fooled or goal.needs_clean
-            opened = open_attack(self, stage, goal, generator, scale, clean=needed)
+            first_pass = run_first_pass(self, batch, goal, generator, scale, clean=needed)
             now: Evaluation | None
             if self.stop_when_fooled:
-                now, steps = search_leaving(self, stage, goal, opened, generator, scale)
+                now, steps = search_early_stopping(self, batch, goal, first_pass, generator, scale)
             else:
-                found = self.search(stage, goal, opened, generator, scale, evaluate=evaluate)
+                found = self.search(batch, goal, first_pass, generator, scale, evaluate=evaluate)
                 now = found if evaluate else None
-                made, device = self.steps * self.restarts, stage.blocks[0].base.device
-                steps = torch.full((stage.batch,), made, device=device)
-                if not made:  # nobody lacked a gradient
-                    for block in stage.blocks:
-                        block.moved.fill_(True)
-            stage.forget_masks()
-            clean = opened.clean if evaluate else None
+                made, device = self.steps * self.restarts, batch.perturbations[0].base.device
+                steps = torch.full((batch.size,), made, device=device)
+                if not made:  # not attacked: none was lacking
+                    for perturbation in batch.perturbations:
+                        perturbation.had_gradient.fill_(True)
+            batch.free_masks()
+            clean = first_pass.clean if evaluate else None
             if clean is not None:
-                _excuse(stage, goal.counted(clean))
-            result = AttackResult(stage.found, goal, self.norm, steps, clean, now)
+                _ignore_unlabelled(batch, goal.counted(clean))
+            result = AttackResult(batch.perturbed, goal, self.norm, steps, clean, now)
         return result.warn() if evaluate else result
 
     def search(
         self,
-        stage: Stage,
+        batch: AttackedBatch,
         goal: Criterion,
-        opened: Opened,
+        first_pass: FirstPass,
         generator: torch.Generator | None,
         scale: float,
         *,
         evaluate: bool = False,
     ) -> Evaluation | None:
-        """Run the attack's steps on an opened stage, whose blocks then hold the deltas.
+        """Run the attack's steps; the batch's perturbations then hold the deltas.
 
         Args:
-            stage: opened, and attacking.
+            batch: recorded, and inside `attacking`.
             goal: what is ascended, and what counts.
-            opened: what the opening pass gave.
+            first_pass: what the first pass gave.
             generator: of the attack's random numbers.
             scale: factor on the strengths.
             evaluate: evaluate the deltas that are returned.
 
         Returns:
-            Evaluation of the final deltas, if it is asked for or known anyway.
+            Evaluation of the final deltas, if `evaluate` is set or iterates were compared.
         """
-        best = Best(stage, goal, opened.clean) if self.compares and opened.clean else None
-        known, later, coupled = opened, opened.after(), stage.found.coupled
+        best = Best(batch, goal, first_pass.clean) if self.compares and first_pass.clean else None
+        known, later, coupled = first_pass, first_pass.after(), batch.perturbed.coupled
         for _ in range(self.restarts):
             states = known.states
             if states is None:
-                states = [self.begin(block, scale) for block in stage.blocks]
-                for block, state in zip(stage.blocks, states, strict=True):
-                    self.start(block, state, generator)
+                states = [self.begin(p, scale) for p in batch.perturbations]
+                for perturbation, state in zip(batch.perturbations, states, strict=True):
+                    self.start(perturbation, state, generator)
             for number in range(self.steps):
                 # A group without a gradient at first and at last is taken to have none.
-                note = number in (0, self.steps - 1)
-                at, values, grads = known.look(stage, goal, gradient=self.climbs, note=note)
+                mark = number in (0, self.steps - 1)
+                at, values, grads = known.evaluate(
+                    batch, goal, gradient=self.uses_gradient, mark=mark
+                )
                 known = later
                 if coupled:  # no sample has a value of its own then
                     values = values.sum().expand_as(values)
                 if best is not None and self.keep == "best":
-                    best.offer(at)
-                for block, grad, state in zip(stage.blocks, grads, states, strict=True):
-                    self.step(block, grad, state, number, values)
+                    best.update(at)
+                for perturbation, grad, state in zip(
+                    batch.perturbations, grads, states, strict=True
+                ):
+                    self.step(perturbation, grad, state, number, values)
             known = later
             if best is not None:
-                best.offer(stage.evaluate(grad=False, lookups="detached").detach())
-                best.join()
+                best.update(batch.evaluate(grad=False, lookups="detached").detach())
+                best.evaluate_joined()
         if best is not None:
-            return best.settle().at
+            return best.finish().at
         if evaluate:
-            return stage.evaluate(grad=False, lookups="detached", first=True).detach()
+            return batch.evaluate(grad=False, lookups="detached", first=True).detach()
         return None
 
     @property
@@ -387,20 +398,22 @@ class Attack:
         )
         return torch.Generator().manual_seed(int(seed))
 
-    def _resolve(self, value: Strength, block: Block, scale: float) -> float | Tensor:
-        return resolve(value, block.base, norm=self.norm, geometry=block.geometry, scale=scale)
+    def _resolve(self, value: Strength, perturbation: Perturbation, scale: float) -> float | Tensor:
+        return resolve(
+            value, perturbation.base, norm=self.norm, geometry=perturbation.geometry, scale=scale
+        )
 
 
-def _excuse(stage: Stage, counted: Tensor | None) -> None:
-    """Do not count the samples that have no label among those without a gradient."""
+def _ignore_unlabelled(batch: AttackedBatch, counted: Tensor | None) -> None:
+    """Leave samples without a label out of those that lack a gradient."""
     if counted is not None:
-        for block in stage.blocks:
-            if not block.coupled:
-                block.moved |= block.per_group(~counted)
+        for perturbation in batch.perturbations:
+            if not perturbation.coupled:
+                perturbation.had_gradient |= perturbation.per_group(~counted)
 
 
 def box(state: dict[str, Any]) -> dict[str, Any]:
-    """Give an attack's bounds of the delta, as the ops take them."""
+    """Return an attack's bounds of the delta, as the ops take them."""
     if "lower" not in state and "upper" not in state:
         return {}
     return {"lower": state.get("lower"), "upper": state.get("upper")}

@@ -1,4 +1,4 @@
-"""The worst that an attack has found so far."""
+"""The worst perturbations of an attack so far: the best ones for the attacker."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from embattle.criteria import Criterion
 from embattle.criteria.base import ascended, reached
+from embattle.perturb.attacked_batch import AttackedBatch
 from embattle.perturb.evaluation import Evaluation
-from embattle.perturb.stage import Stage
 
 # By how much an evaluation may differ from the one of the same deltas in another batch of iterates.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 class _Candidate:
-    """Deltas, what they were evaluated to, and what counts: the goal first, then the rank.
+    """Deltas and their evaluation; candidates compare by the goal first, then by the rank.
 
     The rank is the objective `value`, unless it is known better: as a mean over random numbers.
     """
@@ -36,7 +36,7 @@ class _Candidate:
         self.mark = torch.zeros_like(value, dtype=torch.int64) if mark is None else mark
 
     def beaten_by(self, other: _Candidate) -> Tensor:
-        """Give bool `[B]` (or 0-d, of the batches): where the other is worse for the model."""
+        """Return bool `[B]` (or 0-d, of the batches): where the other is worse for the model."""
         wins = other.rank > self.rank
         if self.goal is None or other.goal is None:
             return wins
@@ -49,51 +49,53 @@ class Best:
     Each sample has its worst iterate where samples do not depend on each other. Where they do
     (batch norm in train mode, negatives from the batch, deltas that samples share), joining
     iterates gives a batch that was never evaluated: then the worst iterate of the whole batch
-    counts. Which of both it is, an evaluation of what was joined tells (`join`). The clean point is
-    a candidate.
+    counts. An evaluation of what was joined shows which (`evaluate_joined`). The clean point is a
+    candidate.
 
     Args:
-        stage: of the batch.
+        batch: the batch.
         goal: what counts.
         clean: the evaluation without perturbation.
     """
 
-    def __init__(self, stage: Stage, goal: Criterion, clean: Evaluation) -> None:
-        self.stage, self.goal, self.clean = stage, goal, clean
-        zeros = [torch.zeros_like(block.delta) for block in stage.blocks]
+    def __init__(self, batch: AttackedBatch, goal: Criterion, clean: Evaluation) -> None:
+        self.batch, self.goal, self.clean = batch, goal, clean
+        zeros = [torch.zeros_like(p.delta) for p in batch.perturbations]
         self.joined = self._candidate(zeros, clean)
         self.whole = self.joined
         self.evaluated: _Candidate | None = None  # what was joined, as it really is
         self.interact = torch.zeros((), dtype=torch.bool, device=self.joined.value.device)
 
-    def offer(self, at: Evaluation, mark: Tensor | None = None, rank: Tensor | None = None) -> None:
-        """Take the current deltas over, where they are worse for the model than the best so far.
+    def update(
+        self, at: Evaluation, mark: Tensor | None = None, rank: Tensor | None = None
+    ) -> None:
+        """Keep the current deltas where they are worse for the model than those kept so far.
 
         `mark` (int64 `[B]`) says where they come from; the clean point has mark 0. `rank` (`[B]`)
         takes the objective's place in the comparison.
         """
-        blocks = self.stage.blocks
-        now = self._candidate([block.delta.detach().clone() for block in blocks], at)
+        perturbations = self.batch.perturbations
+        now = self._candidate([p.delta.detach().clone() for p in perturbations], at)
         now.mark = now.mark if mark is None else mark
         now.rank = now.rank if rank is None else rank
-        batch = self.whole_value(self.whole).beaten_by(self.whole_value(now))
-        self.whole = _where(batch, now, self.whole, [batch] * len(blocks))
-        if not self.stage.found.coupled:
+        worse = self._summed(self.whole).beaten_by(self._summed(now))
+        self.whole = _where(worse, now, self.whole, [worse] * len(perturbations))
+        if not self.batch.perturbed.coupled:
             wins = self.joined.beaten_by(now)
-            self.joined = _where(wins, now, self.joined, [b.per_row(wins) for b in blocks])
+            self.joined = _where(wins, now, self.joined, [p.per_row(wins) for p in perturbations])
             self.evaluated = None
 
-    def join(self) -> None:
+    def evaluate_joined(self) -> None:
         """Evaluate what was joined, after a restart.
 
         As long as no interaction shows it is a candidate for the whole batch as well: samples may
         interact at some deltas alone, and what counted after few restarts must not be lost where
         later ones show that.
         """
-        if self.stage.found.coupled or self.evaluated is not None:
+        if self.batch.perturbed.coupled or self.evaluated is not None:
             return
-        self.stage.found.set(self.joined.deltas)
-        at = self.stage.evaluate(grad=False, lookups="detached").detach()
+        self.batch.perturbed.set(self.joined.deltas)
+        at = self.batch.evaluate(grad=False, lookups="detached").detach()
         now = self._candidate(self.joined.deltas, at)
         now.mark = self.joined.mark
         differ = ~torch.isclose(
@@ -104,23 +106,23 @@ class Best:
         # The ranks of samples that interact were those of other batches.
         now.rank = torch.where(differ, now.value, self.joined.rank)
         self.interact = self.interact | differ.any()
-        batch = self.whole_value(self.whole).beaten_by(self.whole_value(now)) & ~self.interact
-        self.whole = _where(batch, now, self.whole, [batch] * len(now.deltas))
+        worse = self._summed(self.whole).beaten_by(self._summed(now)) & ~self.interact
+        self.whole = _where(worse, now, self.whole, [worse] * len(now.deltas))
         self.evaluated = now
 
-    def settle(self) -> _Candidate:
-        """Leave the best deltas in the blocks, and give them with what they were evaluated to."""
-        self.join()
+    def finish(self) -> _Candidate:
+        """Write the best deltas into the perturbations; return them with their evaluation."""
+        self.evaluate_joined()
         chosen = self.whole
         if self.evaluated is not None:
             each = [self.interact] * len(chosen.deltas)
             chosen = _where(self.interact, self.whole, self.evaluated, each)
-        self.stage.found.set(chosen.deltas)
+        self.batch.perturbed.set(chosen.deltas)
         return chosen
 
     @staticmethod
-    def whole_value(one: _Candidate) -> _Candidate:
-        """Sum a candidate up over the batch."""
+    def _summed(one: _Candidate) -> _Candidate:
+        """Return a candidate's sums over the batch, 0-d."""
         goal = None if one.goal is None else one.goal.sum()
         return _Candidate([], one.at, one.value.sum(), goal, rank=one.rank.sum())
 

@@ -12,13 +12,13 @@ from embattle import checks, ops
 from embattle.attacks.base import Attack, Norm, box
 from embattle.attacks.starts import BoxStart, GaussianStart
 from embattle.criteria import Criterion, Diverge
-from embattle.perturb.blocks import Block
 from embattle.perturb.evaluation import Evaluation
+from embattle.perturb.perturbation import Perturbation
 from embattle.perturb.strength import Strength, check_strength, words
 
 
-class Along(Criterion):
-    """Ascend one criterion on the way to the goal of another."""
+class Surrogate(Criterion):
+    """Ascend one criterion as a surrogate, with the goal and the predictions of another."""
 
     def __init__(self, ascent: Criterion, target: Criterion) -> None:
         self.ascent, self.target = ascent, target
@@ -31,23 +31,23 @@ class Along(Criterion):
         self.target.check(clean)
 
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give what the first ascends."""
+        """Return what the first ascends."""
         return self.ascent.objective(now, clean)
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor | None:
-        """Give where the second's goal holds."""
+        """Return where the second's goal holds."""
         return self.target.reached(now, clean)
 
     def predict(self, outputs: Tensor) -> Tensor | None:
-        """Give the second's predictions."""
+        """Return the second's predictions."""
         return self.target.predict(outputs)
 
     def accuracy(self, now: Evaluation) -> Tensor | None:
-        """Give the second's accuracy."""
+        """Return the second's accuracy."""
         return self.target.accuracy(now)
 
     def counted(self, evaluation: Evaluation) -> Tensor | None:
-        """Give which samples count for the second."""
+        """Return which samples count for the second."""
         return self.target.counted(evaluation)
 
 
@@ -91,33 +91,46 @@ class VAT(Attack):
         if self.norm != "l2" or not isinstance(self.random_start, bool) or not self.random_start:
             raise ValueError("VAT: the direction is of norm 'l2', from a random start")
 
-    def begin(self, block: Block, scale: float) -> dict[str, Any]:
-        return super().begin(block, scale) | {"xi": self._resolve(self.xi, block, scale=1.0)}
+    def begin(self, perturbation: Perturbation, scale: float) -> dict[str, Any]:
+        return super().begin(perturbation, scale) | {
+            "xi": self._resolve(self.xi, perturbation, scale=1.0)
+        }
 
-    def start(self, block: Block, state: dict[str, Any], generator: torch.Generator | None) -> None:
-        like = torch.zeros_like(block.delta.detach())
-        noise = ops.gaussian_noise(like, std=1.0, generator=generator, **block.geometry)
-        block.set(self._scaled(block, noise, state["xi"], {}))
+    def start(
+        self, perturbation: Perturbation, state: dict[str, Any], generator: torch.Generator | None
+    ) -> None:
+        like = torch.zeros_like(perturbation.delta.detach())
+        noise = ops.gaussian_noise(like, std=1.0, generator=generator, **perturbation.geometry)
+        perturbation.set(self._scaled(perturbation, noise, state["xi"], {}))
 
     def step(
-        self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor
+        self,
+        perturbation: Perturbation,
+        grad: Tensor,
+        state: dict[str, Any],
+        number: int,
+        values: Tensor,
     ) -> None:
         last = number == self.steps - 1
         size = state["eps"] if last else state["xi"]
-        block.set(self._scaled(block, grad, size, box(state) if last else {}))
+        perturbation.set(self._scaled(perturbation, grad, size, box(state) if last else {}))
 
     def _scaled(
-        self, block: Block, direction: Tensor, size: float | Tensor, bounds: dict[str, Any]
+        self,
+        perturbation: Perturbation,
+        direction: Tensor,
+        size: float | Tensor,
+        bounds: dict[str, Any],
     ) -> Tensor:
-        zero = torch.zeros_like(block.delta.detach())
+        zero = torch.zeros_like(perturbation.delta.detach())
         return ops.pgd_step(
             zero,
             direction,
             step_size=size,
             eps=torch.inf,
             norm="l2",
-            nonfinite=block.nonfinite,
-            **block.geometry,
+            nonfinite=perturbation.nonfinite,
+            **perturbation.geometry,
             **bounds,
         )
 
@@ -163,44 +176,57 @@ class SMARTStep(Attack):
         count = f"{self.steps} raw step" + ("s" if self.steps != 1 else "")
         return [f"{count} of {self.step_size:g} x gradient"]
 
-    def begin(self, block: Block, scale: float) -> dict[str, Any]:
-        return super().begin(block, scale) | {"scale": scale}
+    def begin(self, perturbation: Perturbation, scale: float) -> dict[str, Any]:
+        return super().begin(perturbation, scale) | {"scale": scale}
 
-    def start(self, block: Block, state: dict[str, Any], generator: torch.Generator | None) -> None:
+    def start(
+        self, perturbation: Perturbation, state: dict[str, Any], generator: torch.Generator | None
+    ) -> None:
         if self.random_start is not True:
-            super().start(block, state, generator)
+            super().start(perturbation, state, generator)
             return
-        like = torch.zeros_like(block.delta.detach())
+        like = torch.zeros_like(perturbation.delta.detach())
         # The paper projects after a step; a start that may itself be the result is projected too.
         ball: dict[str, Any] = {}
         if self.projection == "paper" and (
             self.keep == "best" or self.stop_when_fooled or not self.steps
         ):
             ball = {"eps": state["eps"], "norm": self.norm, **box(state)}
-        block.set(
-            ops.gaussian_noise(like, std=self.sigma, generator=generator, **block.geometry, **ball)
+        perturbation.set(
+            ops.gaussian_noise(
+                like, std=self.sigma, generator=generator, **perturbation.geometry, **ball
+            )
         )
 
     def step(
-        self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor
+        self,
+        perturbation: Perturbation,
+        grad: Tensor,
+        state: dict[str, Any],
+        number: int,
+        values: Tensor,
     ) -> None:
-        finite = ops.group_norm(grad, norm="linf", **block.geometry).isfinite()
-        block.nonfinite += ~finite
-        usable = block.per_group_row(finite)
-        delta = block.delta.detach()
+        finite = ops.group_norm(grad, norm="linf", **perturbation.geometry).isfinite()
+        perturbation.nonfinite += ~finite
+        usable = perturbation.per_group_row(finite)
+        delta = perturbation.delta.detach()
         moved = torch.where(usable, delta + self.step_size * grad.to(delta.dtype), delta)
         if self.projection == "paper":
             eps = state["eps"]
-            block.set(ops.project(moved, eps=eps, norm=self.norm, **block.geometry, **box(state)))
+            perturbation.set(
+                ops.project(moved, eps=eps, norm=self.norm, **perturbation.geometry, **box(state))
+            )
             return
         largest = moved.abs().amax(-1, keepdim=True)
         scaled = torch.where(largest > 0, state["scale"] * moved / largest, 0.0)
         scaled = torch.where(usable, scaled, delta)
-        block.set(ops.project(scaled, eps=torch.inf, norm="linf", **block.geometry, **box(state)))
+        perturbation.set(
+            ops.project(scaled, eps=torch.inf, norm="linf", **perturbation.geometry, **box(state))
+        )
 
 
 def _diverging(divergence: Literal["kl", "symmetric_kl"], criterion: Criterion | None) -> Criterion:
-    """Ascend a divergence, unless the criterion does so itself."""
+    """Return a criterion that ascends a divergence, unless the given one does so itself."""
     if criterion is None:
         return Diverge(divergence)
-    return criterion if criterion.needs_clean else Along(Diverge(divergence), criterion)
+    return criterion if criterion.needs_clean else Surrogate(Diverge(divergence), criterion)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embattle import checks, ops
 from embattle.attacks.base import Attack, Norm, box
-from embattle.perturb.blocks import Block
+from embattle.perturb.perturbation import Perturbation
 from embattle.perturb.strength import Strength, check_strength, words
 
 
@@ -60,28 +60,33 @@ class PGD(Attack):
             found.append(f"at most {self.max_groups} tokens")
         return found
 
-    def begin(self, block: Block, scale: float) -> dict[str, Any]:
-        state = super().begin(block, scale)
+    def begin(self, perturbation: Perturbation, scale: float) -> dict[str, Any]:
+        state = super().begin(perturbation, scale)
         if self.step_size is None:
             state["step_size"] = state["eps"] * (2.5 / max(self.steps, 1))
         else:
-            state["step_size"] = self._resolve(self.step_size, block, scale)
+            state["step_size"] = self._resolve(self.step_size, perturbation, scale)
         return state
 
     def step(
-        self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor
+        self,
+        perturbation: Perturbation,
+        grad: Tensor,
+        state: dict[str, Any],
+        number: int,
+        values: Tensor,
     ) -> None:
         # Written in place: an addition saves nothing for its backward pass.
         ops.pgd_step_(
-            block.delta.detach(),
+            perturbation.delta.detach(),
             grad,
             step_size=state["step_size"],
             eps=state["eps"],
             norm=self.norm,
             top=self.top,
             max_groups=self.max_groups,
-            nonfinite=block.nonfinite,
-            **block.geometry,
+            nonfinite=perturbation.nonfinite,
+            **perturbation.geometry,
             **box(state),
         )
 
@@ -101,8 +106,8 @@ class FGM(PGD):
         if self.steps != 1:
             raise ValueError(f"{type(self).__name__}: makes one step, got {self.steps}; use PGD")
 
-    def begin(self, block: Block, scale: float) -> dict[str, Any]:
-        state = super().begin(block, scale)
+    def begin(self, perturbation: Perturbation, scale: float) -> dict[str, Any]:
+        state = super().begin(perturbation, scale)
         if self.step_size is None:
             state["step_size"] = state["eps"]
         return state
@@ -148,19 +153,28 @@ class MSAP(PGD):
         found = [f"{self.steps} step" + ("s" if self.steps != 1 else "") + f" of {size}"]
         return [*found, "clipped to a box of eps"] if self.projection == "box" else found
 
-    def begin(self, block: Block, scale: float) -> dict[str, Any]:
-        state = super().begin(block, scale)
+    def begin(self, perturbation: Perturbation, scale: float) -> dict[str, Any]:
+        state = super().begin(perturbation, scale)
         if self.step_size is None:
             state["step_size"] = state["eps"] * 0.25
         return state
 
     def step(
-        self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor
+        self,
+        perturbation: Perturbation,
+        grad: Tensor,
+        state: dict[str, Any],
+        number: int,
+        values: Tensor,
     ) -> None:
         if self.projection == "ball":
-            super().step(block, grad, state, number, values)
+            super().step(perturbation, grad, state, number, values)
             return
-        super().step(block, grad, state | {"eps": math.inf}, number, values)
+        super().step(perturbation, grad, state | {"eps": math.inf}, number, values)
         ops.project_(
-            block.delta.detach(), eps=state["eps"], norm="linf", **block.geometry, **box(state)
+            perturbation.delta.detach(),
+            eps=state["eps"],
+            norm="linf",
+            **perturbation.geometry,
+            **box(state),
         )

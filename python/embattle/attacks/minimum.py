@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from embattle import checks, ops
-from embattle.attacks.ascents import Soft, Ways, ways_to
-from embattle.attacks.auto import without_gradient
 from embattle.attacks.base import Attack, box
+from embattle.attacks.ensemble import without_gradient
+from embattle.attacks.margins import Margins, SmoothMargin, margins_of
 from embattle.attacks.result import AttackResult
 from embattle.criteria import Criterion, Diverge
 from embattle.criteria.base import ascended, reached
-from embattle.perturb.blocks import Block
+from embattle.perturb.attacked_batch import AttackedBatch, Masks, Subset
 from embattle.perturb.evaluation import Evaluation, LossFn
+from embattle.perturb.perturbation import Perturbation
 from embattle.perturb.site import Site
-from embattle.perturb.stage import Masks, Stage, Subset
 from embattle.perturb.strength import Strength, check_strength, group_sizes, words
 
 # How often deltas that their evaluation in the whole batch does not confirm are made longer.
@@ -31,14 +31,14 @@ class MinimumNormResult(AttackResult):
     """The smallest perturbations found. `deltas` are zero where none was found.
 
     Attributes:
-        eps: `[B]`, the radius at which each sample fell, in the attack's unit; 0 where the goal
-            holds without perturbation, inf where the sample never fell.
+        eps: `[B]`, the smallest radius at which each sample reached the goal, in the attack's unit;
+            0 where the goal holds without perturbation, inf where it was never reached.
     """
 
     eps: Tensor
 
     def robust_accuracy_at(self, eps: float | Tensor) -> Tensor:
-        """Give the share of samples that stand at a radius, of those that have a label.
+        """Return the share of samples with a label that do not reach the goal at a radius.
 
         Args:
             eps: one radius, or `[K]`.
@@ -50,11 +50,15 @@ class MinimumNormResult(AttackResult):
         counted = self._number("counted")
         if counted is None:
             counted = torch.ones_like(self.eps, dtype=torch.bool)
-        stands = (self.eps.double() > radius.unsqueeze(-1)) & counted
-        return stands.sum(-1).double() / counted.sum()
+        robust = (self.eps.double() > radius.unsqueeze(-1)) & counted
+        return robust.sum(-1).double() / counted.sum()
 
     def curve(self) -> tuple[Tensor, Tensor]:
-        """Give robust accuracy over eps: the radii where it falls (ascending, 0 first), and it."""
+        """Return the radii where robust accuracy falls (ascending, 0 first), and its values there.
+
+        Returns:
+            Two tensors `[K]`, float64.
+        """
         radii = self.eps[self.eps.isfinite()].double()
         radii = torch.unique(torch.cat([radii.new_zeros(1), radii]))
         return radii, self.robust_accuracy_at(radii)
@@ -70,11 +74,10 @@ class FMN(Attack):
     the radius is where a linear model puts it (eq. 5). One attack gives robust accuracy at every
     eps.
 
-    Differs from the paper: the ascent is a smooth maximum of the distances to the ways to the goal
-    (the paper's is the maximum), which does not jump between classes; steps have the length of the
-    radius, from 1 down to 1/100 of it on a cosine, so that embeddings may be of any size; until the
-    goal is reached the radius grows at every step; l2 iterates lie on the sphere, as in DDN (Rony
-    et al., CVPR 2019).
+    Differs from the paper: the ascent is a smooth maximum of the margins (the paper's is the
+    maximum), which does not jump between classes; steps have the length of the radius, from 1 down
+    to 1/100 of it on a cosine, so that embeddings may be of any size; until the goal is reached the
+    radius grows at every step; l2 iterates lie on the sphere, as in DDN (Rony et al., CVPR 2019).
 
     Where a sample has several balls (tokens, several outputs) its eps is the largest of its groups'
     norms: all of them have the same radius. Deltas that samples share have no smallest eps of each
@@ -155,7 +158,7 @@ class FMN(Attack):
             ValueError: the criterion has no goal, samples share deltas, or depend on each other.
         """
         goal = self.checked_goal(criterion)
-        stage = Stage(
+        batch = AttackedBatch(
             loss_fn,
             sites,
             mask=mask,
@@ -165,18 +168,18 @@ class FMN(Attack):
             same_random=True,
             compile=self.compile,
         )
-        with stage.attacking(self.own_generator) as generator:
-            evaluation = stage.open(attach=True).evaluation
+        with batch.attacking(self.own_generator) as generator:
+            evaluation = batch.record(attach=True).evaluation
             goal.check(evaluation)
             clean = evaluation.detach()
-            _check(stage, goal, clean)
-            search = _Search(self, stage, goal, clean, scale, generator)
+            _check(batch, goal, clean)
+            search = _Search(self, batch, goal, clean, scale, generator)
             search.run(evaluation)
-            now = search.settle()
-            stage.forget_masks()
-            steps = torch.full((stage.batch,), self.steps, device=clean.device)
+            now = search.finish()
+            batch.free_masks()
+            steps = torch.full((batch.size,), self.steps, device=clean.device)
             result = MinimumNormResult(
-                stage.found,
+                batch.perturbed,
                 goal,
                 self.norm,
                 steps,
@@ -190,173 +193,194 @@ class FMN(Attack):
 
 
 class _Search:
-    """One run: the radius of each sample, and the smallest delta that reached the goal."""
+    """One run: the radius of each sample, and its smallest delta that reached the goal."""
 
     def __init__(
         self,
         attack: FMN,
-        stage: Stage,
+        batch: AttackedBatch,
         goal: Criterion,
         clean: Evaluation,
         scale: float,
         generator: torch.Generator | None,
     ) -> None:
         self.generator = generator
-        self.attack, self.stage, self.goal, self.clean = attack, stage, goal, clean
-        self.ways: Ways | None = ways_to(goal, clean)
-        self.ascent: Criterion = goal if self.ways is None else Soft(self.ways)
-        self.states = [attack.begin(block, scale) for block in stage.blocks]
-        for block, state in zip(stage.blocks, self.states, strict=True):
+        self.attack, self.batch, self.goal, self.clean = attack, batch, goal, clean
+        self.margins: Margins | None = margins_of(goal, clean)
+        self.ascent: Criterion = goal if self.margins is None else SmoothMargin(self.margins)
+        self.states = [attack.begin(p, scale) for p in batch.perturbations]
+        for perturbation, state in zip(batch.perturbations, self.states, strict=True):
             state["unit"] = torch.as_tensor(
-                state["eps"], dtype=block.delta.dtype, device=clean.device
-            ).expand(block.groups)
-            state["diagonal"] = group_sizes(block.base, block.geometry).to(block.delta.dtype).sqrt()
-        # What a radius cannot reasonably exceed before it was tried: the embeddings' own size.
-        self.far = self._sizes(
-            [ops.group_norm(b.base, norm=attack.norm, **b.geometry) for b in stage.blocks]
+                state["eps"], dtype=perturbation.delta.dtype, device=clean.device
+            ).expand(perturbation.groups)
+            state["diagonal"] = (
+                group_sizes(perturbation.base, perturbation.geometry)
+                .to(perturbation.delta.dtype)
+                .sqrt()
+            )
+        # The largest radius that is tried first: the embeddings' own size.
+        self.far = self._sample_norms(
+            [ops.group_norm(b.base, norm=attack.norm, **b.geometry) for b in batch.perturbations]
         )
         self.eps = torch.full_like(self.far, math.inf)
         self.best = torch.full_like(self.far, math.inf)
-        self.deltas = [torch.zeros_like(block.delta.detach()) for block in stage.blocks]
+        self.deltas = [torch.zeros_like(p.delta.detach()) for p in batch.perturbations]
 
-    def run(self, opened: Evaluation) -> None:
-        """Make the steps; the first one's pass is the one that opened the attack."""
-        attack, stage = self.attack, self.stage
-        still = False  # whether any sample had no gradient at the start
+    def run(self, evaluation: Evaluation) -> None:
+        """Run the steps; the first one takes the attack's first pass."""
+        attack, batch = self.attack, self.batch
+        lacking = False  # whether any sample had no gradient at the start
         for number in range(attack.steps):
             grads = None
             if number == 0:
-                grads = stage.gradients_at_zero(ascended(self.ascent, opened, self.clean))
+                grads = batch.gradients_at_zero(ascended(self.ascent, evaluation, self.clean))
                 at = self.clean
             if grads is None:
-                now = stage.evaluate(grad=True, lookups="detached", detach=True)
-                grads = stage.gradients(ascended(self.ascent, now, self.clean))
+                now = batch.evaluate(grad=True, lookups="detached", detach=True)
+                grads = batch.gradients(ascended(self.ascent, now, self.clean))
                 at = now.detach()
             if number == 0:
-                still = bool(without_gradient(stage.blocks, grads).any())
-            if still:
-                grads = self._stirred(grads)
+                lacking = bool(without_gradient(batch.perturbations, grads).any())
+            if lacking:
+                grads = self._with_random_directions(grads)
             cosine = (1 + math.cos(math.pi * number / attack.steps)) / 2
             self._change_radius(at, grads, attack.gamma * (0.02 + 0.98 * cosine))
             self._step(grads, attack.step_size * (0.01 + 0.99 * cosine))
 
     def _change_radius(self, at: Evaluation, grads: list[Tensor], gamma: float) -> None:
-        there = self._reached(at)
-        size = self._sizes([block.norms(self.attack.norm) for block in self.stage.blocks])
+        fooled = self._reached(at)
+        size = self._sample_norms([p.norms(self.attack.norm) for p in self.batch.perturbations])
         before = self.best.isfinite()
-        smaller = there & (size < self.best)
+        smaller = fooled & (size < self.best)
         self.best = torch.where(smaller, size, self.best)
-        for delta, block in zip(self.deltas, self.stage.blocks, strict=True):
-            delta.copy_(torch.where(block.per_row(smaller), block.delta.detach(), delta))
+        for delta, perturbation in zip(self.deltas, self.batch.perturbations, strict=True):
+            delta.copy_(
+                torch.where(perturbation.per_row(smaller), perturbation.delta.detach(), delta)
+            )
         grown = torch.where(self.eps.isfinite(), self.eps * (1 + gamma), 0.01 * self.far)
         sought = torch.maximum(grown, size + self._distance(at, grads))
         self.eps = torch.where(
-            there,
+            fooled,
             torch.minimum(self.eps * (1 - gamma), self.best),
             torch.where(before, self.eps * (1 + gamma), sought),
         )
 
     def _distance(self, at: Evaluation, grads: list[Tensor]) -> Tensor:
-        """How far a linear model puts the goal; where none is known, half the radius."""
-        if self.ways is None:
+        """Compute how far a linear model puts the goal, `[B]`; half the radius without margins."""
+        if self.margins is None:
             return torch.where(self.eps.isfinite(), self.eps * 0.5, torch.zeros_like(self.eps))
         dual = {"l2": "l2", "linf": "l1", "l1": "linf"}[self.attack.norm]  # type: ignore[index]
         slope = torch.zeros_like(self.far)
-        for block, grad, state in zip(self.stage.blocks, grads, self.states, strict=True):
-            norms = ops.group_norm(grad, norm=dual, **block.geometry) * state["unit"]
-            slope = slope + _of_samples(block, norms).sum(1).to(slope.dtype)
-        distance = self.ways.signed(at).abs().to(slope.dtype) / slope
+        for perturbation, grad, state in zip(
+            self.batch.perturbations, grads, self.states, strict=True
+        ):
+            norms = ops.group_norm(grad, norm=dual, **perturbation.geometry) * state["unit"]
+            slope = slope + _of_samples(perturbation, norms).sum(1).to(slope.dtype)
+        distance = self.margins.largest(at).abs().to(slope.dtype) / slope
         return torch.where(slope > 0, torch.minimum(distance, self.far), torch.zeros_like(slope))
 
-    def _stirred(self, grads: list[Tensor]) -> list[Tensor]:
-        """Send samples without a gradient (flat or symmetric there) in a random direction."""
-        empty = without_gradient(self.stage.blocks, grads)
+    def _with_random_directions(self, grads: list[Tensor]) -> list[Tensor]:
+        """Replace the gradients of samples that have none by random directions."""
+        empty = without_gradient(self.batch.perturbations, grads)
         found = []
-        for block, grad in zip(self.stage.blocks, grads, strict=True):
+        for perturbation, grad in zip(self.batch.perturbations, grads, strict=True):
             noise = ops.gaussian_noise(
-                torch.zeros_like(grad), std=1.0, generator=self.generator, **block.geometry
+                torch.zeros_like(grad), std=1.0, generator=self.generator, **perturbation.geometry
             )
-            found.append(torch.where(block.per_row(empty), noise, grad))
+            found.append(torch.where(perturbation.per_row(empty), noise, grad))
         return found
 
     def _step(self, grads: list[Tensor], share: float) -> None:
         norm = self.attack.norm
-        for block, grad, state in zip(self.stage.blocks, grads, self.states, strict=True):
-            radius = (block.per_group(self.eps) * state["unit"]).to(block.delta.dtype).contiguous()
+        for perturbation, grad, state in zip(
+            self.batch.perturbations, grads, self.states, strict=True
+        ):
+            radius = (
+                (perturbation.per_group(self.eps) * state["unit"])
+                .to(perturbation.delta.dtype)
+                .contiguous()
+            )
             length = radius * share
             if norm == "linf":  # of the ball's diagonal
                 length = length * state["diagonal"]
             delta = ops.pgd_step(
-                block.delta.detach(),
+                perturbation.delta.detach(),
                 grad,
                 step_size=length,
                 eps=math.inf,
                 norm="l2",
-                nonfinite=block.nonfinite,
-                **block.geometry,
+                nonfinite=perturbation.nonfinite,
+                **perturbation.geometry,
             )
             if norm == "l2":
-                norms = ops.group_norm(delta, norm="l2", **block.geometry).to(radius.dtype)
+                norms = ops.group_norm(delta, norm="l2", **perturbation.geometry).to(radius.dtype)
                 factor = radius / norms.clamp(min=torch.finfo(radius.dtype).tiny)
-                delta = delta * block.per_group_row(factor)
-            block.set(ops.project(delta, eps=radius, norm=norm, **block.geometry, **box(state)))
+                delta = delta * perturbation.per_group_row(factor)
+            perturbation.set(
+                ops.project(delta, eps=radius, norm=norm, **perturbation.geometry, **box(state))
+            )
 
-    def settle(self) -> Evaluation:
-        """Leave the smallest deltas in the blocks; they are evaluated with the batch as a whole.
+    def finish(self) -> Evaluation:
+        """Write the smallest deltas into the perturbations, and evaluate them in the whole batch.
 
         Raises:
             ValueError: the goal is not reached there where it was.
         """
-        found, blocks = self.best.isfinite(), self.stage.blocks
-        self.stage.found.set(self.deltas)
+        found, perturbations = self.best.isfinite(), self.batch.perturbations
+        self.batch.perturbed.set(self.deltas)
         for _ in range(_TRIES):
-            now = self.stage.evaluate(grad=False, lookups="detached").detach()
+            now = self.batch.evaluate(grad=False, lookups="detached").detach()
             lost = found & ~self._reached(now)
             if not bool(lost.any()):
                 self.best = torch.where(
-                    found, self._sizes([b.norms(self.attack.norm) for b in blocks]), self.best
+                    found,
+                    self._sample_norms([b.norms(self.attack.norm) for b in perturbations]),
+                    self.best,
                 )
                 return now
             # At the border of the goal the last bits decide.
-            for block in blocks:
-                delta = block.delta.detach()
-                block.set(torch.where(block.per_row(lost), delta * 1.0001, delta))
+            for perturbation in perturbations:
+                delta = perturbation.delta.detach()
+                perturbation.set(torch.where(perturbation.per_row(lost), delta * 1.0001, delta))
         raise ValueError(
             "FMN: samples depend on each other (batch norm in train mode, negatives from the "
-            "batch): a sample that fell stands when the others have changed, so that it has no "
-            "smallest eps of its own. Use mode='eval', or AutoAttack at the radii of interest"
+            "batch): a sample that reached the goal does not when the others have changed, so "
+            "that it has no smallest eps of its own. Use mode='eval', or AutoAttack at the "
+            "radii of interest"
         )
 
     def _reached(self, at: Evaluation) -> Tensor:
-        there = reached(self.goal, at, self.clean)
-        assert there is not None
-        return there
+        fooled = reached(self.goal, at, self.clean)
+        assert fooled is not None
+        return fooled
 
-    def _sizes(self, norms: list[Tensor]) -> Tensor:
-        """The largest norm of each sample's groups, in the unit, `[B]`."""
+    def _sample_norms(self, norms: list[Tensor]) -> Tensor:
+        """Compute the largest norm of each sample's groups, in the unit, `[B]`."""
         found: Tensor | None = None
-        for block, state, each in zip(self.stage.blocks, self.states, norms, strict=True):
+        for perturbation, state, each in zip(
+            self.batch.perturbations, self.states, norms, strict=True
+        ):
             unit = state["unit"]
             size = torch.where(each > 0, each / unit, torch.zeros_like(each))
-            size = _of_samples(block, size).amax(1)
+            size = _of_samples(perturbation, size).amax(1)
             found = size if found is None else torch.maximum(found, size)
         assert found is not None
         return found
 
 
-def _check(stage: Stage, goal: Criterion, clean: Evaluation) -> None:
+def _check(batch: AttackedBatch, goal: Criterion, clean: Evaluation) -> None:
     if reached(goal, clean, clean) is None:
         raise ValueError(
             f"FMN: {goal!r} has no goal that a sample can reach; give a criterion that has, such "
             "as Misclassify(labels)"
         )
-    if stage.found.coupled:
+    if batch.perturbed.coupled:
         raise ValueError(
             "FMN: samples share deltas (scope 'row', parameters, samples=None), so that none has a "
             "smallest eps of its own; use AutoAttack at the radii of interest"
         )
 
 
-def _of_samples(block: Block, values: Tensor) -> Tensor:
+def _of_samples(perturbation: Perturbation, values: Tensor) -> Tensor:
     """View one value per group as `[B, groups of a sample]`."""
-    return values.reshape(block.samples, -1)
+    return values.reshape(perturbation.samples, -1)

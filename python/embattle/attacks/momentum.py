@@ -14,7 +14,7 @@ from embattle import checks, ops
 from embattle.attacks.base import Attack, Norm, box
 from embattle.attacks.gradient import PGD
 from embattle.attacks.starts import BoxStart, GaussianStart
-from embattle.perturb.blocks import Block
+from embattle.perturb.perturbation import Perturbation
 
 
 @dataclass(kw_only=True, repr=False)
@@ -49,18 +49,23 @@ class MIFGSM(PGD):
         )
         return [size, f"momentum {self.decay:g}"]
 
-    def begin(self, block: Block, scale: float) -> dict[str, Any]:
-        state = super().begin(block, scale)
+    def begin(self, perturbation: Perturbation, scale: float) -> dict[str, Any]:
+        state = super().begin(perturbation, scale)
         if self.step_size is None:
             state["step_size"] = state["eps"] * (1 / max(self.steps, 1))
-        state["velocity"] = torch.zeros_like(block.delta.detach())
+        state["velocity"] = torch.zeros_like(perturbation.delta.detach())
         return state
 
     def step(
-        self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor
+        self,
+        perturbation: Perturbation,
+        grad: Tensor,
+        state: dict[str, Any],
+        number: int,
+        values: Tensor,
     ) -> None:
         delta, state["velocity"] = ops.momentum_step(
-            block.delta.detach(),
+            perturbation.delta.detach(),
             state["velocity"],
             grad,
             decay=self.decay,
@@ -68,11 +73,11 @@ class MIFGSM(PGD):
             eps=state["eps"],
             norm=self.norm,
             top=self.top,
-            nonfinite=block.nonfinite,
-            **block.geometry,
+            nonfinite=perturbation.nonfinite,
+            **perturbation.geometry,
             **box(state),
         )
-        block.set(delta)
+        perturbation.set(delta)
 
 
 @dataclass(kw_only=True, repr=False)
@@ -112,10 +117,10 @@ class APGD(Attack):
             else code_checkpoints(self.steps)
         )
 
-    def begin(self, block: Block, scale: float) -> dict[str, Any]:
-        delta = block.delta.detach()
-        batch = (1,) if block.coupled else (block.samples,)
-        return super().begin(block, scale) | {
+    def begin(self, perturbation: Perturbation, scale: float) -> dict[str, Any]:
+        delta = perturbation.delta.detach()
+        batch = (1,) if perturbation.coupled else (perturbation.samples,)
+        return super().begin(perturbation, scale) | {
             "previous": delta,
             "ratio": delta.new_ones(batch),  # of the step to 2 * eps
             "ups": delta.new_zeros(batch),
@@ -123,10 +128,15 @@ class APGD(Attack):
         }
 
     def step(
-        self, block: Block, grad: Tensor, state: dict[str, Any], number: int, values: Tensor
+        self,
+        perturbation: Perturbation,
+        grad: Tensor,
+        state: dict[str, Any],
+        number: int,
+        values: Tensor,
     ) -> None:
-        delta = block.delta.detach()
-        values = values[:1] if block.coupled else values
+        delta = perturbation.delta.detach()
+        values = values[:1] if perturbation.coupled else values
         if number == 0:
             state |= {
                 "last": values,
@@ -140,19 +150,19 @@ class APGD(Attack):
             # What the paper's iteration `number - 1` ends with: x^(number) is evaluated now.
             up = values > state["top"]
             state["top"] = torch.where(up, values, state["top"])
-            rows = block.per_row(up)
+            rows = perturbation.per_row(up)
             state["best"] = torch.where(rows, delta, state["best"])
             state["best_grad"] = torch.where(rows, grad, state["best_grad"])
             if self.checkpoints == "code":
                 state["ups"] = state["ups"] + (values > state["last"])
             if number - 1 in self._checks:
-                delta, grad = self._check(block, delta, grad, state, number - 1)
+                delta, grad = self._check(perturbation, delta, grad, state, number - 1)
                 if self.checkpoints == "paper":
                     values = torch.where(state["halved"], state["top"], values)
             if self.checkpoints == "paper":
                 state["ups"] = state["ups"] + (values > state["last"])
             state["last"] = values
-        step_size = state["eps"] * 2.0 * block.per_group(state["ratio"]).to(delta.dtype)
+        step_size = state["eps"] * 2.0 * perturbation.per_group(state["ratio"]).to(delta.dtype)
         moved, state["previous"] = ops.momentum_step(
             delta,
             state["previous"],
@@ -162,14 +172,19 @@ class APGD(Attack):
             eps=state["eps"],
             style="apgd",
             norm=self.norm,
-            nonfinite=block.nonfinite,
-            **block.geometry,
+            nonfinite=perturbation.nonfinite,
+            **perturbation.geometry,
             **box(state),
         )
-        block.set(moved)
+        perturbation.set(moved)
 
     def _check(
-        self, block: Block, delta: Tensor, grad: Tensor, state: dict[str, Any], number: int
+        self,
+        perturbation: Perturbation,
+        delta: Tensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        number: int,
     ) -> tuple[Tensor, Tensor]:
         """Halve the step where the conditions of the paper hold, and go back to the best there."""
         length = self._checks[number]
@@ -181,7 +196,7 @@ class APGD(Attack):
         state["ratio"] = torch.where(halve, state["ratio"] / 2, state["ratio"])
         state["halved"], state["top_before"] = halve, state["top"]
         state["ups"] = torch.zeros_like(state["ups"])
-        rows = block.per_row(halve)
+        rows = perturbation.per_row(halve)
         return (
             torch.where(rows, state["best"], delta),
             torch.where(rows, state["best_grad"], grad),
@@ -189,7 +204,7 @@ class APGD(Attack):
 
 
 def paper_checkpoints(steps: int) -> dict[int, int]:
-    """The checkpoints w_j = ceil(p_j * steps), each with its distance from the one before."""
+    """Compute the checkpoints w_j = ceil(p_j * steps), each with the steps since the last one."""
     shares = [0.0, 0.22]
     while shares[-1] < 1:
         shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
@@ -199,7 +214,7 @@ def paper_checkpoints(steps: int) -> dict[int, int]:
 
 
 def code_checkpoints(steps: int) -> dict[int, int]:
-    """The authors' checkpoints: after so many steps; the first after max(0.22 * steps, 1)."""
+    """Compute the checkpoints of the authors' code; the first after max(0.22 * steps, 1) steps."""
     length, shorter, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
     found: dict[int, int] = {}
     done = 0

@@ -1,4 +1,4 @@
-"""Attacks that draw instead of climbing: what any real attack must beat."""
+"""Attacks that draw noise and use no gradient: baselines that any real attack must beat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embattle import checks, ops
 from embattle.attacks.base import Attack, box
-from embattle.perturb.blocks import Block
+from embattle.perturb.perturbation import Perturbation
 from embattle.perturb.strength import PerDim, Strength, check_strength, resolve, words
 
 
@@ -48,18 +48,22 @@ class GaussianNoise(_Noise):
     def _words(self) -> list[str]:
         return [f"standard deviation {words(self.std)}"]
 
-    def begin(self, block: Block, scale: float) -> dict[str, Any]:
-        return super().begin(block, scale) | {"std": self._resolve(self.std, block, scale)}
+    def begin(self, perturbation: Perturbation, scale: float) -> dict[str, Any]:
+        return super().begin(perturbation, scale) | {
+            "std": self._resolve(self.std, perturbation, scale)
+        }
 
-    def start(self, block: Block, state: dict[str, Any], generator: torch.Generator | None) -> None:
-        block.set(
+    def start(
+        self, perturbation: Perturbation, state: dict[str, Any], generator: torch.Generator | None
+    ) -> None:
+        perturbation.set(
             ops.gaussian_noise(
-                torch.zeros_like(block.delta),
+                torch.zeros_like(perturbation.delta),
                 std=state["std"],
                 eps=state["eps"],
                 norm=self.norm,
                 generator=generator,
-                **block.geometry,
+                **perturbation.geometry,
                 **box(state),
             )
         )
@@ -77,7 +81,7 @@ class NEFTune(_Noise):
     L counts the tokens of the sample, whatever has a ball of its own. There is no `eps` to give.
 
     Args:
-        alpha: the paper's alpha, 5 to 15. Give a mask (or offsets) where no `padding_idx` tells
+        alpha: the paper's alpha, 5 to 15. Give a mask (or offsets) where no `padding_idx` marks
             padding: padding and packing otherwise change L, and with it the scale.
     """
 
@@ -90,13 +94,13 @@ class NEFTune(_Noise):
         self.eps = PerDim(self.alpha)
         super().__post_init__()
 
-    def begin(self, block: Block, scale: float) -> dict[str, Any]:
-        state = super().begin(block, scale)
-        if block.geometry["group"] == "token" and block.geometry["offsets"] is None:
-            if block.coupled:
+    def begin(self, perturbation: Perturbation, scale: float) -> dict[str, Any]:
+        state = super().begin(perturbation, scale)
+        if perturbation.geometry["group"] == "token" and perturbation.geometry["offsets"] is None:
+            if perturbation.coupled:
                 raise ValueError("NEFTune: noises the tokens of samples, not rows or parameters")
-            geometry = block.geometry | {"group": "sample"}
-            size = resolve(self.eps, block.base, norm="linf", geometry=geometry, scale=scale)
+            geometry = perturbation.geometry | {"group": "sample"}
+            size = resolve(self.eps, perturbation.base, norm="linf", geometry=geometry, scale=scale)
             assert isinstance(size, Tensor)
-            state["eps"] = block.per_group(size).contiguous()
+            state["eps"] = perturbation.per_group(size).contiguous()
         return state

@@ -1,4 +1,4 @@
-"""What an attack found."""
+"""The result of an attack."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 from embattle.criteria import Criterion
 from embattle.criteria.base import reached
 from embattle.perturb.evaluation import Evaluation, LossFn, call
-from embattle.perturb.perturbation import Perturbation
+from embattle.perturb.perturbed_sites import PerturbedSites
 
 
 class AttackWarning(UserWarning):
-    """A sign that an attack is weaker than it looks, or not what was asked for."""
+    """A sign that an attack is weaker than it looks, or not what was meant."""
 
 
 class AttackResult:
@@ -36,16 +36,16 @@ class AttackResult:
 
     def __init__(
         self,
-        found: Perturbation,
+        perturbed: PerturbedSites,
         goal: Criterion,
         norm: Any,
         steps: Tensor,
         clean: Evaluation | None,
         now: Evaluation | None,
     ) -> None:
-        found.forget()
+        perturbed.release()
         self.steps = steps
-        self._norm, self._found = norm, found
+        self._norm, self._perturbed = norm, perturbed
         self._deltas: list[Tensor] = []
         self._clean, self._now = clean, now
         self._numbers: dict[str, Any] = {}
@@ -66,9 +66,9 @@ class AttackResult:
     @property
     def deltas(self) -> list[Tensor]:
         """One tensor for each perturbed output."""
-        if self._found is None:
+        if self._perturbed is None:
             return self._deltas
-        return [block.delta for block in self._found.blocks]
+        return [p.delta for p in self._perturbed.perturbations]
 
     @property
     def delta(self) -> Tensor:
@@ -88,9 +88,9 @@ class AttackResult:
         Where the model computes in float16 or bfloat16, these are the norms of what the embeddings
         really moved by, after rounding; they can exceed eps, or be zero.
         """
-        if self._found is None:
+        if self._perturbed is None:
             return list(self._numbers["norms"])
-        return [block.norms(self._norm) for block in self._found.blocks]
+        return [p.norms(self._norm) for p in self._perturbed.perturbations]
 
     @property
     def nonfinite(self) -> Tensor:
@@ -108,12 +108,12 @@ class AttackResult:
         return self._count("zero_gradient")
 
     def _count(self, name: str, done: Tensor | None = None) -> Tensor:
-        if self._found is None:
+        if self._perturbed is None:
             return self._numbers[name]
         if name == "nonfinite":
-            counts = [(block.nonfinite > 0).sum() for block in self._found.blocks]
+            counts = [(p.nonfinite > 0).sum() for p in self._perturbed.perturbations]
         else:
-            counts = [block.still(done) for block in self._found.blocks]
+            counts = [p.count_without_gradient(done) for p in self._perturbed.perturbations]
         return torch.stack(counts).sum()
 
     # --- what it was evaluated to ----------------------------------------------------------------
@@ -171,18 +171,18 @@ class AttackResult:
 
     @property
     def robust_accuracy(self) -> Tensor | None:
-        """Share of right answers under `deltas`; for a goal without labels, of samples that stand.
+        """Share of right answers under `deltas`; without labels, of samples short of the goal.
 
         0-d; None if the criterion has neither.
         """
         accuracy = self._number("robust_accuracy")
         if accuracy is not None or self.reached is None:
             return accuracy
-        standing = ~self.reached
+        robust = ~self.reached
         counted = self._number("counted")
         if counted is None:
-            return standing.double().mean()
-        return (standing & counted).sum().double() / counted.sum()
+            return robust.double().mean()
+        return (robust & counted).sum().double() / counted.sum()
 
     def _evaluated(self, one: Evaluation | None) -> Evaluation:
         if one is None:
@@ -212,9 +212,9 @@ class AttackResult:
             RuntimeError: another batch was run, or part of a pass; or the result is a copy that was
                 pickled, which knows no model.
         """
-        if self._found is None:
+        if self._perturbed is None:
             raise RuntimeError("this result was pickled, and knows no model to perturb any more")
-        with self._found.applied():
+        with self._perturbed.applied():
             yield
 
     def evaluate(self, loss_fn: LossFn) -> Evaluation:
@@ -226,19 +226,16 @@ class AttackResult:
         """Warn of what makes the attack weaker than it looks; this waits for the device."""
         zero = int(self._count("zero_gradient", self._numbers["reached"]))
         if zero:
+            groups = sum(p.groups for p in self._perturbed.perturbations)
             warnings.warn(
-                f"{zero} of {sum(n.numel() for n in self._moved())} groups had no gradient other "
-                "than zero, and were not attacked: the model looks robust there without being "
-                "tested. Saturated logits? Ascend the margin: Misclassify(labels, "
-                "ascend='margin'), or run AutoAttack",
+                f"{zero} of {groups} groups had no gradient other than zero, and were not "
+                "attacked: the model looks robust there without being tested. Saturated logits? "
+                "Ascend the margin: Misclassify(labels, ascend='margin'), or run AutoAttack",
                 AttackWarning,
                 stacklevel=3,
             )
-        warn_of_rounding(self._found, self._norm)
+        warn_of_rounding(self._perturbed, self._norm)
         return self
-
-    def _moved(self) -> list[Tensor]:
-        return [block.moved for block in self._found.blocks]
 
     def __repr__(self) -> str:
         shapes = ", ".join(str(tuple(delta.shape)) for delta in self.deltas)
@@ -252,7 +249,7 @@ class AttackResult:
             "nonfinite": self.nonfinite,
             "zero_gradient": self.zero_gradient,
         }
-        return vars(self) | {"_found": None, "_deltas": self.deltas, "_numbers": numbers}
+        return vars(self) | {"_perturbed": None, "_deltas": self.deltas, "_numbers": numbers}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttackResult:
         other = object.__new__(type(self))
@@ -260,16 +257,16 @@ class AttackResult:
         return other
 
 
-def warn_of_rounding(found: Perturbation, norm: Any) -> None:
+def warn_of_rounding(perturbed: PerturbedSites, norm: Any) -> None:
     """Warn of perturbations that the model's dtype rounds away; this waits for the device."""
-    for block in found.blocks:
-        if block.base.dtype == block.delta.dtype or not block.delta.numel():
+    for perturbation in perturbed.perturbations:
+        if perturbation.base.dtype == perturbation.delta.dtype or not perturbation.delta.numel():
             continue
-        asked = block.asked(norm)
-        off = int(((block.norms(norm) - asked).abs() > 0.1 * asked).sum())
+        exact = perturbation.unrounded_norms(norm)
+        off = int(((perturbation.norms(norm) - exact).abs() > 0.1 * exact).sum())
         if off:
             warnings.warn(
-                f"the model computes in {str(block.base.dtype)[6:]}, which rounds the "
+                f"the model computes in {str(perturbation.base.dtype)[6:]}, which rounds the "
                 f"perturbations of {off} groups to a norm more than 10 % off (see result.norms): "
                 "eps is too small for this dtype; attack the model in float32",
                 AttackWarning,

@@ -1,4 +1,4 @@
-"""A discrete attack: exchange a few tokens, guided by gradients, judged by the model."""
+"""A discrete attack: exchange a few tokens, guided by gradients, evaluated by the model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from embattle import checks
 from embattle.criteria import Criterion, MaximizeLoss
 from embattle.criteria.base import ascended, reached
+from embattle.perturb.attacked_batch import AttackedBatch
 from embattle.perturb.evaluation import Evaluation, LossFn
 from embattle.perturb.guard import MODES, Mode
 from embattle.perturb.site import Site
-from embattle.perturb.stage import Stage
 
 # From tokens [B, T] to the loss function of the batch with these tokens.
 TokenLoss: TypeAlias = Callable[[Tensor], LossFn]
@@ -142,10 +142,12 @@ class TokenSwap:
         goal = MaximizeLoss() if criterion is None else criterion
         current, passes = tokens.clone(), 0
         clean = now = None
-        stage = Stage(lambda: _loss_fn(loss_of, current)(), site, mode=self.mode, same_random=True)
-        with stage.attacking():
+        batch = AttackedBatch(
+            lambda: _loss_fn(loss_of, current)(), site, mode=self.mode, same_random=True
+        )
+        with batch.attacking():
             for _ in range(self.swaps):
-                evaluation, gradient = _gradient(stage, goal, clean, tokens.shape)
+                evaluation, gradient = _gradient(batch, goal, clean, tokens.shape)
                 passes += 1
                 clean = evaluation if clean is None else clean
                 now = evaluation if now is None else now
@@ -158,13 +160,13 @@ class TokenSwap:
                 for one in range(where.shape[1]):
                     trial = self._place(current, where[:, one], what[:, one])
                     with torch.no_grad():
-                        got = stage.run(loss_of(trial)).detach()
+                        got = batch.run(loss_of(trial)).detach()
                     passes += 1
                     gain = ascended(goal, got, clean)
-                    there, before = reached(goal, got, clean), reached(goal, now, clean)
+                    fooled, before = reached(goal, got, clean), reached(goal, now, clean)
                     wins = gain > value
-                    if there is not None and before is not None:
-                        wins = torch.where(there == before, wins, there)
+                    if fooled is not None and before is not None:
+                        wins = torch.where(fooled == before, wins, fooled)
                     wins = wins & (where[:, one] >= 0)
                     now, value = got.where(wins, now), torch.where(wins, gain, value)
                     choice = torch.where(wins, one, choice)
@@ -177,7 +179,7 @@ class TokenSwap:
                 if not bool(chosen.any()):
                     break
             with torch.no_grad():
-                now = stage.run(loss_of(current)).detach()
+                now = batch.run(loss_of(current)).detach()
         assert clean is not None
         before, after = reached(goal, clean, clean), reached(goal, now, clean)
         found = [None if e.outputs is None else goal.predict(e.outputs) for e in (clean, now)]
@@ -201,7 +203,7 @@ class TokenSwap:
         movable: Tensor,
         padding: int | None,
     ) -> tuple[Tensor, Tensor]:
-        """Positions (-1: none) and tokens of the exchanges with the largest gain, `[B, tries]`."""
+        """Find the exchanges of largest gain: positions (-1: none) and tokens, `[B, tries]`."""
         where, what = [], []
         unit = torch.nn.functional.normalize(table.float(), dim=1)
         for b in range(len(tokens)):  # [T, V] at a time
@@ -242,12 +244,12 @@ def _loss_fn(loss_of: TokenLoss, tokens: Tensor) -> LossFn:
 
 
 def _gradient(
-    stage: Stage, goal: Criterion, clean: Evaluation | None, shape: torch.Size
+    batch: AttackedBatch, goal: Criterion, clean: Evaluation | None, shape: torch.Size
 ) -> tuple[Evaluation, Tensor]:
-    evaluation = stage.open(attach=True).evaluation
+    evaluation = batch.record(attach=True).evaluation
     if clean is None:
         goal.check(evaluation)
-    values = stage.found.values()
+    values = batch.perturbed.values()
     if values is None:
         raise ValueError("TokenSwap: the model is compiled; run the attack on the model itself")
     if len(values) != 1 or values[0].shape[:-1] != shape:
@@ -256,15 +258,15 @@ def _gradient(
             f"outputs were {[tuple(value.shape) for value in values]}"
         )
     at = evaluation.detach()
-    (gradient,) = stage.gradients_at_zero(  # type: ignore[misc]
+    (gradient,) = batch.gradients_at_zero(  # type: ignore[misc]
         ascended(goal, evaluation, at if clean is None else clean)
     )
     return at, gradient
 
 
 def _unreached(goal: Criterion, now: Evaluation, clean: Evaluation) -> Tensor:
-    """Give bool `[B]`: the samples that are still to be attacked."""
-    there, counted = reached(goal, now, clean), goal.counted(now)
-    still = torch.ones(now.batch, dtype=torch.bool, device=now.device)
-    still = still if there is None else ~there
-    return still if counted is None else still & counted
+    """Return bool `[B]`: the samples that are still to be attacked."""
+    fooled, counted = reached(goal, now, clean), goal.counted(now)
+    remaining = torch.ones(now.batch, dtype=torch.bool, device=now.device)
+    remaining = remaining if fooled is None else ~fooled
+    return remaining if counted is None else remaining & counted

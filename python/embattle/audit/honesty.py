@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from embattle.attacks import Attack
 from embattle.audit.evaluation import Sites, evaluate, examined, run_attack, sweep
 from embattle.data.batch import Batch
-from embattle.perturb.blocks import Block
+from embattle.perturb.perturbation import Perturbation
 from embattle.tasks.evaluator import Evaluator
 
 
@@ -170,6 +170,8 @@ class _Given(Attack):
         super().__post_init__()
         self._next = iter(self.deltas)
 
-    def start(self, block: Block, state: dict[str, Any], generator: torch.Generator | None) -> None:
+    def start(
+        self, perturbation: Perturbation, state: dict[str, Any], generator: torch.Generator | None
+    ) -> None:
         """Take the next one."""
-        block.set(next(self._next))
+        perturbation.set(next(self._next))

@@ -201,8 +201,9 @@ class Layer:
 def _linear(layer: Layer, x: Tensor, own: Any) -> Tensor:
     weight, bias = own["weight"], own["bias"]
     sources = layer.trained(weight, bias)
-    # Without a record nobody would notice what spreading does.
-    x = x if sources == (None, None) else layer.spread(x, 1)
+    # Without a record nobody would notice what spreading does. Not by ==: tensors are slow at it.
+    if sources[0] is not None or sources[1] is not None:
+        x = layer.spread(x, 1)
     return linear(layer, x, weight, bias, sources)
 
 

@@ -96,35 +96,24 @@ def _(
     return (out * expand(ops.layer, weight, ops.source(weight), out.shape)).to(x.dtype)
 
 
-def _channels(function: Callable[..., Tensor], weight_at: int) -> None:
-    """Registers a function of (x, ..., weight, bias, ...), which belong to x's dim 1.
-
-    Args:
-        function: torch's.
-        weight_at: the place of the weight among the arguments behind x.
-    """
+def _channels(function: Callable[..., Tensor]) -> None:
+    """Registers a function whose weight and bias belong to its input's dim 1."""
 
     @rule(function)
     def _(ops: Operators, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        given = list(args)
-        own: list[Any] = []
-        for i, name in enumerate(("weight", "bias"), weight_at):
-            own.append(given[i] if i < len(given) else kwargs.get(name))
-            if i < len(given):
-                given[i] = None
-            elif name in kwargs:
-                kwargs[name] = None
         if ops.source(input) is not None:
             return NotImplemented
         x = ops.layer.spread(input, input.dim() - 1)
-        out = function(x, *given, **kwargs)
-        for p, combine in zip(own, (Tensor.mul, Tensor.add), strict=True):
+        # Torch hands these on by name, however it was called.
+        out = function(x, *args, **(kwargs | {"weight": None, "bias": None}))
+        for name, combine in (("weight", Tensor.mul), ("bias", Tensor.add)):
+            p = kwargs.get(name)
             if p is not None:
                 wide = p.reshape(-1, *[1] * (x.dim() - 2))
                 out = combine(out, expand(ops.layer, wide, ops.source(p), out.shape))
         return out.to(x.dtype)
 
 
-_channels(F.group_norm, 1)
-_channels(F.batch_norm, 2)
-_channels(F.instance_norm, 2)
+_channels(F.group_norm)
+_channels(F.batch_norm)
+_channels(F.instance_norm)

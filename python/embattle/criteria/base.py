@@ -96,29 +96,29 @@ class Criterion(ABC):
 
     @abstractmethod
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give what is ascended, and what tells the better of two iterates: `[B]`, with a graph."""
+        """Compute what is ascended, and what iterates are compared by: `[B]`, with a graph."""
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor | None:
-        """Give bool `[B]`, True where the goal holds at `now`; None: there is no goal."""
+        """Return bool `[B]`, True where the goal holds at `now`; None: there is no goal."""
         return None
 
     def predict(self, outputs: Tensor) -> Tensor | None:
-        """Give the predictions that belong in a result; None: it does not know what they are."""
+        """Return the predictions that belong in a result; None: it does not know what they are."""
         return None
 
     def accuracy(self, now: Evaluation) -> Tensor | None:
-        """Give the share of right answers over all labels that count, 0-d; None without labels.
+        """Return the share of right answers over all labels that count, 0-d; None without labels.
 
         It is NaN where no label counts.
         """
         return None
 
     def counted(self, evaluation: Evaluation) -> Tensor | None:
-        """Give bool `[B]`, True where a sample has a label at all; None: all have."""
+        """Return bool `[B]`, True where a sample has a label at all; None: all have."""
         return None
 
     def select(self, rows: Tensor) -> Criterion:
-        """Give the criterion of some of the samples.
+        """Return the criterion of some of the samples.
 
         Args:
             rows: int64 `[n]`, their places in the batch.
@@ -168,7 +168,7 @@ class MaximizeLoss(Criterion):
         self.objective(clean, None)
 
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give the losses."""
+        """Return the losses."""
         if now.losses is None:
             raise ValueError(
                 "MaximizeLoss: needs losses, and loss_fn returned outputs alone; return "
@@ -178,7 +178,7 @@ class MaximizeLoss(Criterion):
 
 
 def ascended(criterion: Criterion, now: Evaluation, clean: Evaluation | None) -> Tensor:
-    """Give `criterion.objective(now, clean)`, checked to be one number for each sample.
+    """Return `criterion.objective(now, clean)`, checked to be one number for each sample.
 
     Raises:
         TypeError: it is not a floating-point tensor.
@@ -193,7 +193,7 @@ def ascended(criterion: Criterion, now: Evaluation, clean: Evaluation | None) ->
 
 
 def reached(criterion: Criterion, now: Evaluation, clean: Evaluation | None) -> Tensor | None:
-    """Give `criterion.reached(now, clean)`, checked to be one bool for each sample, or None.
+    """Return `criterion.reached(now, clean)`, checked to be one bool for each sample, or None.
 
     Raises:
         TypeError: it is neither None nor a bool tensor.
@@ -209,8 +209,12 @@ def reached(criterion: Criterion, now: Evaluation, clean: Evaluation | None) -> 
     return value
 
 
-def needed(who: str, evaluation: Evaluation) -> Tensor:
-    """Give the outputs, which must be there."""
+def required_outputs(who: str, evaluation: Evaluation) -> Tensor:
+    """Return the outputs.
+
+    Raises:
+        ValueError: the loss function returned none.
+    """
     if evaluation.outputs is None:
         raise ValueError(
             f"{who}: needs the model's outputs; let loss_fn return "
@@ -236,7 +240,7 @@ def integers(who: str, name: str, value: Any) -> Tensor:
 
 
 def constant(value: Tensor) -> Tensor:
-    """Cut a tensor off its graph; of one made in inference mode, a copy that can be in a graph."""
+    """Detach a tensor; of one made in inference mode, return a copy that can be in a graph."""
     if not value.is_inference():
         return value.detach()
     with torch.inference_mode(False):
@@ -252,12 +256,12 @@ def require(good: Tensor, values: Tensor, message: str) -> None:
 
 
 def any_of(values: Tensor) -> Tensor:
-    """Whether any of a sample's values is True, `[B]`."""
+    """Return whether any of a sample's values is True, `[B]`."""
     return values if values.dim() == 1 else values.flatten(1).any(1)
 
 
 def largest(values: Tensor) -> Tensor:
-    """The largest of each sample's values, `[B]`."""
+    """Return the largest of each sample's values, `[B]`."""
     return values if values.dim() == 1 else values.flatten(1).amax(1)
 
 

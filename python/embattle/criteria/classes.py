@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embattle import checks, losses
-from embattle.criteria.base import Criterion, any_of, constant, integers, largest, needed, require
+from embattle.criteria.base import (
+    Criterion,
+    any_of,
+    constant,
+    integers,
+    largest,
+    require,
+    required_outputs,
+)
 from embattle.perturb.evaluation import Evaluation
 
 _OF_LABELS = {"cross_entropy": losses.cross_entropy, "margin": losses.margin, "dlr": losses.dlr}
@@ -30,19 +38,19 @@ class _Labelled(Criterion):
 
     @abstractmethod
     def wrong(self, outputs: Tensor) -> Tensor:
-        """Give True where a prediction is not the label; of the labels' shape, which is checked."""
+        """Return True where a prediction is not the label, in the labels' shape (checked)."""
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give True where a label that counts is not predicted."""
+        """Return True where a label that counts is not predicted."""
         return any_of(self._missed(now))
 
     def accuracy(self, now: Evaluation) -> Tensor:
-        """Give the share of labels that are predicted, of those that count."""
+        """Return the share of labels that are predicted, of those that count."""
         count = self._kept.sum()
         return (count - self._missed(now).sum()) / count
 
     def counted(self, evaluation: Evaluation) -> Tensor:
-        """Give True where a sample has a label that counts."""
+        """Return True where a sample has a label that counts."""
         return any_of(self._kept)
 
     @property
@@ -50,7 +58,7 @@ class _Labelled(Criterion):
         return self.labels != self.ignore_index
 
     def _missed(self, now: Evaluation) -> Tensor:
-        return self.wrong(needed(type(self).__name__, now)) & self._kept
+        return self.wrong(required_outputs(type(self).__name__, now)) & self._kept
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -112,21 +120,23 @@ class Misclassify(_Labelled):
         )
 
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give the losses, or what `ascend` names."""
+        """Return the losses, or what `ascend` names."""
         if self.ascend == "loss":
             if now.losses is not None:
                 return now.losses
             value = losses.cross_entropy
         else:
             value = _OF_LABELS[self.ascend]
-        return value(needed("Misclassify", now), self.labels, ignore_index=self.ignore_index)
+        return value(
+            required_outputs("Misclassify", now), self.labels, ignore_index=self.ignore_index
+        )
 
     def predict(self, outputs: Tensor) -> Tensor:
-        """Give the class with the largest logit, of the labels' shape."""
+        """Return the class with the largest logit, of the labels' shape."""
         return losses.predict(outputs)
 
     def wrong(self, outputs: Tensor) -> Tensor:
-        """Give True where the class is another one."""
+        """Return True where the class is another one."""
         losses.check_labels("Misclassify", outputs, self.labels)
         return losses.predict(outputs) != self.labels
 
@@ -179,25 +189,25 @@ class Target(Criterion):
             raise ValueError(f"{message}; got {self.classes}")
 
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give the negative cross-entropy or margin of the target class."""
-        outputs = needed("Target", now)
+        """Return the negative cross-entropy or margin of the target class."""
+        outputs = required_outputs("Target", now)
         value = _OF_LABELS[self.ascend]
         return -value(outputs, self._classes(outputs), ignore_index=self.ignore_index)
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give True where the target class is predicted at all places that count."""
-        outputs = needed("Target", now)
+        """Return True where the target class is predicted at all places that count."""
+        outputs = required_outputs("Target", now)
         classes = self._classes(outputs)
         kept = classes != self.ignore_index
         missed = any_of((losses.predict(outputs) != classes) & kept)
         return any_of(kept) & missed.logical_not()
 
     def predict(self, outputs: Tensor) -> Tensor:
-        """Give the class with the largest logit."""
+        """Return the class with the largest logit."""
         return losses.predict(outputs)
 
     def counted(self, evaluation: Evaluation) -> Tensor | None:
-        """Give True where a sample has a target at any place."""
+        """Return True where a sample has a target at any place."""
         if isinstance(self.classes, int):
             return None
         return any_of(self.classes != self.ignore_index)
@@ -268,10 +278,10 @@ class MultiLabel(_Labelled):
         super().check(clean)
 
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give the losses, or what `ascend` names."""
+        """Return the losses, or what `ascend` names."""
         if self.ascend == "loss" and now.losses is not None:
             return now.losses
-        outputs = needed("MultiLabel", now)
+        outputs = required_outputs("MultiLabel", now)
         self._check_shape(outputs)
         positive, kept = self.labels == 1, self._kept
         if self.ascend == "margin":
@@ -283,11 +293,11 @@ class MultiLabel(_Labelled):
         return losses.per_counted(entropies, kept)
 
     def predict(self, outputs: Tensor) -> Tensor:
-        """Give 1 where the sigmoid is above the threshold, else 0; of the outputs' shape."""
+        """Return 1 where the sigmoid is above the threshold, else 0; of the outputs' shape."""
         return (outputs.sigmoid() > self.threshold).long()
 
     def wrong(self, outputs: Tensor) -> Tensor:
-        """Give True where the logit is on the wrong side."""
+        """Return True where the logit is on the wrong side."""
         self._check_shape(outputs)
         return (outputs.sigmoid() > self.threshold) != (self.labels == 1)
 
@@ -301,8 +311,12 @@ class MultiLabel(_Labelled):
 
 
 def logits(who: str, evaluation: Evaluation) -> Tensor:
-    """Give the outputs, which must be logits."""
-    outputs = needed(who, evaluation)
+    """Return the outputs, which must be logits.
+
+    Raises:
+        ValueError: there are none, or they are no floating-point numbers.
+    """
+    outputs = required_outputs(who, evaluation)
     if not outputs.is_floating_point():
         raise ValueError(
             f"{who}: outputs must be logits in floating point, got {tuple(outputs.shape)} of "

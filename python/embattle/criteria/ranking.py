@@ -16,7 +16,7 @@ from embattle.perturb.evaluation import Evaluation
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _Place(Criterion):
+class _TopK(Criterion):
     """What both share: an item's score, and that of the k-th best of the others.
 
     A score of -inf takes an item out of the ranking. Where one of the two scores is infinite the
@@ -64,7 +64,7 @@ class _Place(Criterion):
             raise ValueError(f"{message}; got {self.items}")
 
     def predict(self, outputs: Tensor) -> Tensor:
-        """Give the k best items, best first, `[B, k]`."""
+        """Return the k best items, best first, `[B, k]`."""
         return outputs.topk(self.k, dim=1).indices
 
     def _scores(self, now: Evaluation) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ class _Place(Criterion):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Promote(_Place):
+class Promote(_TopK):
     """An item that is to be recommended: reached where it is among the k best of its sample.
 
     Outputs are scores of all items, `[B, N]`. What is ascended is the item's score minus that of
@@ -114,17 +114,17 @@ class Promote(_Place):
     """
 
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give the lead over the k-th best other item."""
+        """Return the lead over the k-th best other item."""
         return self._lead(now)
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give True where fewer than k other items are as good."""
+        """Return True where fewer than k other items are as good."""
         own, bar = self._scores(now)
         return own > bar
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Demote(_Place):
+class Demote(_TopK):
     """An item that is not to be recommended: reached where k others are better.
 
     Outputs are scores of all items, `[B, N]`. What is ascended is the score of the k-th best other
@@ -142,10 +142,10 @@ class Demote(_Place):
     """
 
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give how far the k-th best other item is ahead."""
+        """Return how far the k-th best other item is ahead."""
         return -self._lead(now)
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give True where at least k other items are better."""
+        """Return True where at least k other items are better."""
         own, bar = self._scores(now)
         return bar > own

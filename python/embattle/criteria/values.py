@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embattle import checks, losses
-from embattle.criteria.base import Criterion, any_of, constant, largest, needed, require
+from embattle.criteria.base import Criterion, any_of, constant, largest, require, required_outputs
 from embattle.criteria.classes import logits
 from embattle.perturb.evaluation import Evaluation
 
@@ -78,27 +78,27 @@ class Deviate(Criterion):
         super().check(clean)
 
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give the losses, or what `ascend` names."""
+        """Return the losses, or what `ascend` names."""
         if self.ascend == "loss" and now.losses is not None:
             return now.losses
-        return largest(self._distances(needed("Deviate", now)))
+        return largest(self._distances(required_outputs("Deviate", now)))
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give True where an output is more than `by` off."""
+        """Return True where an output is more than `by` off."""
         distances, by = self._both(now)
         return any_of(distances > by)
 
     def predict(self, outputs: Tensor) -> Tensor:
-        """Give the outputs: the values are the predictions."""
+        """Return the outputs: the values are the predictions."""
         return outputs
 
     def accuracy(self, now: Evaluation) -> Tensor:
-        """Give the share of outputs that are at most `by` off."""
+        """Return the share of outputs that are at most `by` off."""
         distances, by = self._both(now)
         return (distances <= by).to(torch.get_default_dtype()).mean()
 
     def _both(self, now: Evaluation) -> tuple[Tensor, Tensor | float]:
-        distances, by = self._distances(needed("Deviate", now)), self.by
+        distances, by = self._distances(required_outputs("Deviate", now)), self.by
         if isinstance(by, Tensor):
             by = by.reshape(-1, *[1] * (distances.dim() - 1))
         return distances, by
@@ -147,23 +147,26 @@ class Diverge(Criterion):
         super().check(clean)
 
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Give the divergence from the clean outputs, which count as constant."""
+        """Return the divergence from the clean outputs, which count as constant."""
         divergence = losses.DIVERGENCES[self.divergence]
-        return divergence(_clean(clean).detach(), needed("Diverge", now))
+        return divergence(_clean(clean).detach(), required_outputs("Diverge", now))
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor | None:
-        """Give True where the predicted class is not the clean one."""
+        """Return True where the predicted class is not the clean one."""
         if self.divergence == "squared_distance":
             return None
-        before, after = losses.predict(_clean(clean)), losses.predict(needed("Diverge", now))
+        before, after = (
+            losses.predict(_clean(clean)),
+            losses.predict(required_outputs("Diverge", now)),
+        )
         return any_of(before != after)
 
     def predict(self, outputs: Tensor) -> Tensor | None:
-        """Give the class with the largest logit."""
+        """Return the class with the largest logit."""
         return None if self.divergence == "squared_distance" else losses.predict(outputs)
 
 
 def _clean(clean: Evaluation | None) -> Tensor:
     if clean is None:
         raise ValueError("Diverge: compares with the clean outputs, and there are none")
-    return needed("Diverge", clean)
+    return required_outputs("Diverge", clean)

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -158,6 +159,8 @@ def recognise(
             f"the delimiter must be ASCII characters that are no quote and no line break, got "
             f"{delimiter!r}; give one, such as ';' or tab"
         )
+    if os.path.isdir(path) and parquet_files(path):
+        return Format("parquet")
     head = _head(path)
     if head[:4] == b"PAR1":
         return Format("parquet")
@@ -228,10 +231,25 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def parquet_files(path: Path) -> list[Path]:
+    """The file, or those of a folder of Parquet files in the order of their names.
+
+    Files whose names begin with `.` or `_` are marks of whoever wrote the folder. A folder that
+    holds anything else is none.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.iterdir() if not file.name.startswith((".", "_")))
+    for file in found:
+        if not file.is_file() or not file.name.lower().endswith((".parquet", ".pq")):
+            return []
+    return found
+
+
 def _head(path: Path) -> bytes:
     try:
         if path.is_dir():
-            raise InputError(f"{path} is a folder; {_GIVE}")
+            raise InputError(f"{path} is a folder, and not one of Parquet files alone; {_GIVE}")
         if path.exists() and not path.is_file():
             raise InputError(f"{path} is no regular file; {_GIVE}")
         with path.open("rb") as stream:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embattle.data.account import printable
-from embattle.data.formats import Format, line_of, recognise, unclosed_quote
+from embattle.data.formats import Format, line_of, parquet_files, recognise, unclosed_quote
 from embattle.data.jsonlines import Objects
 from embattle.errors import InputError, closest, need
 
@@ -25,7 +25,8 @@ class Table:
     """Some columns of a file, read block by block: what is held does not grow with the file.
 
     Args:
-        path: a Parquet file, JSON lines, or a CSV file, known by what is in it.
+        path: a Parquet file or a folder of nothing else, JSON lines, or a CSV file, known by what
+            is in it.
         columns: the wanted columns; None takes all.
         encoding: of a text file; None takes UTF-8 (or UTF-16 with its mark).
         delimiter: of a CSV file; None guesses.
@@ -66,7 +67,8 @@ class Table:
         self._first_ragged: tuple[int, int] | None = None
         with self._errors():
             if self.form.kind == "parquet":
-                self.names = list(need("pyarrow.parquet").read_schema(path).names)
+                first = parquet_files(path)[0]
+                self.names = list(need("pyarrow.parquet").read_schema(first).names)
             elif self.form.kind == "csv":
                 self.names = next(iter(self.form.records()), [])
             else:
@@ -144,13 +146,16 @@ class Table:
 
     def _parquet(self, rows: int = 0, *, every: bool = False) -> Iterator[dict[str, list[Any]]]:
         columns = None if every else self.columns
-        with need("pyarrow.parquet").ParquetFile(self.path, buffer_size=1 << 20) as file:
-            for batch in file.iter_batches(rows or _ROWS, columns=columns, use_threads=False):
-                batch.validate(full=True)
-                yield {
-                    name: self._values(name, column, plain=not every)
-                    for name, column in zip(batch.schema.names, batch.columns, strict=True)
-                }
+        for path in parquet_files(self.path):
+            with need("pyarrow.parquet").ParquetFile(path, buffer_size=1 << 20) as file:
+                if list(file.schema_arrow.names) != self.names:
+                    raise InputError(f"{path} has other columns than the first file of its folder")
+                for batch in file.iter_batches(rows or _ROWS, columns=columns, use_threads=False):
+                    batch.validate(full=True)
+                    yield {
+                        name: self._values(name, column, plain=not every)
+                        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+                    }
 
     def _json(self) -> Iterator[dict[str, list[Any]]]:
         objects = Objects(self.path, self.form.encoding, self.columns, _LINE * self.block)

@@ -17,7 +17,8 @@ from embattle.integrations.head_losses import Given, HeadLoss, Inputs, LossPerSa
 from embattle.objectives import AdversarialObjective
 from embattle.perturb.calls import Call
 from embattle.perturb.evaluation import Evaluation
-from embattle.perturb.guard import kept_state, preserved_random_state
+from embattle.perturb.model_state import kept_state
+from embattle.perturb.random_state import preserved_random_state
 from embattle.perturb.site import Site
 
 Sites: TypeAlias = "Site | Sequence[Site]"

@@ -36,7 +36,7 @@ from embattle.jobs.doctor import version_of
 from embattle.jobs.recipe import AttackRecipe, AuditRecipe, Recipe
 from embattle.jobs.run_folder import Run, locked
 from embattle.jobs.threat import make_attack
-from embattle.jobs.train import VARIANTS, check_parts
+from embattle.jobs.train import VARIANTS, read
 from embattle.perturb.site import Site
 from embattle.progress import bar, say
 from embattle.tasks.base import Task
@@ -95,10 +95,9 @@ def _audit(folder: Path, trust: bool) -> None:
         )
     recipe = recipes.load(folder / "recipe.yaml", trust=trust)
     task, account = recipe.make_task(), Account()
-    task.read(account)
-    run.require(Run.of(task, account), folder)
     part = recipe.audit.part
-    check_parts(task, part)
+    read(task, account, part)
+    run.require(Run.of(task, account), folder)
     # Everything that is needed is looked at before the first attack, which may take minutes.
     models = {name: task.load(folder / name).to(_device()) for name in VARIANTS}
     facts: dict[str, Any] = {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from embattle.data.account import Account
 from embattle.jobs import recipe as recipes
+from embattle.jobs.train import read
 from embattle.progress import say
 
 
@@ -21,7 +22,7 @@ def inspect_recipe(
     task = recipes.load(path, full=full, changes=changes, trust=trust).make_task()
     account = Account()
     try:
-        task.read(account)
+        read(task, account)
         task.note_encoding(account)
     finally:
         for line in account.lines():

@@ -104,6 +104,8 @@ class TrainRecipe(Section):
     Attributes:
         steps: optimiser steps.
         batch_size: examples per step, over all processes.
+        batches: `random`, or `by_length`: of samples of similar length, so that little is padding
+            (for tasks whose samples have lengths, such as texts).
         learning_rate: AdamW's, reached after the warm-up and decayed linearly to 0.
         warmup: share of the steps in which the rate grows.
         weight_decay: AdamW's.
@@ -114,6 +116,7 @@ class TrainRecipe(Section):
 
     steps: PositiveInt = 300
     batch_size: PositiveInt = 16
+    batches: Literal["random", "by_length"] = "random"
     learning_rate: PositiveFloat = 1e-4
     warmup: float = Field(default=0.1, ge=0, le=1)
     weight_decay: NonNegativeFloat = 0.01

@@ -12,9 +12,9 @@ from embattle.attacks import FGM, FGSM, PGD, Attack, UniformNoise
 from embattle.jobs.recipe import AttackRecipe, Recipe, ThreatRecipe
 from embattle.objectives import AdversarialObjective
 from embattle.objectives.schedules import WarmUp
+from embattle.perturb.attacked_batch import Masks
 from embattle.perturb.evaluation import LossFn
 from embattle.perturb.site import Site
-from embattle.perturb.stage import Masks
 from embattle.perturb.strength import Relative
 
 

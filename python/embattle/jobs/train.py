@@ -11,17 +11,18 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from embattle.audit.evaluation import predict
 from embattle.data.account import Account
 from embattle.data.batch import Batch
+from embattle.data.buckets import LengthBuckets
 from embattle.errors import InputError, Interrupted, need
 from embattle.files import remove_unfinished, write_text
 from embattle.jobs.checkpoint import (
@@ -81,7 +82,7 @@ def _train(recipe: Recipe, out: Path, accelerator: Any, *, resume: bool, overwri
     task, account = recipe.make_task(), Account()
     try:
         with accelerator.main_process_first():
-            task.read(account)
+            read(task, account, "train", recipe.audit.part)
             probe = first_model(task)
         if first:
             task.note_encoding(account, probe)
@@ -89,7 +90,6 @@ def _train(recipe: Recipe, out: Path, accelerator: Any, *, resume: bool, overwri
         if first:
             for line in account.lines():
                 say(line)
-    check_parts(task, "train", recipe.audit.part)
     run = Run.of(task, account)
     if old is not None:
         old.require(run, out)
@@ -123,9 +123,22 @@ def first_model(task: Task) -> nn.Module:
         return task.build().train()
 
 
-def check_parts(task: Task, *names: str) -> None:
-    """Raises InputError unless the task has these parts, with samples in them."""
-    for name in names:
+def read(task: Task, account: Account, *parts: str) -> None:
+    """Has a task read its data.
+
+    Args:
+        task: the task.
+        account: is told what was read.
+        parts: which must be there, with samples in them.
+
+    Raises:
+        InputError: the data cannot be used, or the task left something out.
+    """
+    task.read(account)
+    for name in ("parts", "kind"):
+        if not hasattr(task, name):
+            raise InputError(f"{type(task).__name__}.read sets no {name}: see embattle.tasks.Task")
+    for name in parts:
         if not len(task.parts.get(name, ())):
             there = ", ".join(f"{part} ({len(rows)})" for part, rows in task.parts.items())
             raise InputError(
@@ -139,13 +152,19 @@ def _accelerator(recipe: Recipe) -> Any:
 
     Raises:
         InputError: if processes were started that do not know of each other, or the batch cannot
-            be divided among them.
+            be divided among them; or the task knows neither these nor mixed precision.
     """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if not recipe.make_task().calls_model and (world > 1 or recipe.train.precision != "no"):
+        raise InputError(
+            f"task {recipe.task} trains in one process and in full precision: its losses are a "
+            "method of the model, which wrappers do not see; use train.precision: no, without "
+            "torchrun"
+        )
     accelerate = need("accelerate")
     accelerator = accelerate.Accelerator(
         cpu=not torch.cuda.is_available(), mixed_precision=recipe.train.precision
     )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
         raise InputError(
             f"{world} processes were started but each is alone (Accelerate sees "
@@ -195,6 +214,9 @@ class Fit:
         )
         self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
         self.history: list[dict[str, float]] = []
+        # The epoch that is under way, with its batches.
+        self._order: tuple[int, Sequence[Tensor]] | None = None
+        self._buckets: LengthBuckets | None = None
         self.seconds = 0.0
         if self.checkpoint.is_file():
             self._restore()
@@ -275,16 +297,32 @@ class Fit:
 
     def _batch(self, step: int) -> Batch:
         """This process's share of the step's batch, on the device."""
-        count = len(self.task.parts["train"])
-        size = min(self.recipe.train.batch_size, count)
-        epoch, position = divmod(step, count // size)
-        shuffle = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
-        order = torch.randperm(count, generator=shuffle)
-        rows = order[position * size : (position + 1) * size]
+        size = min(self.recipe.train.batch_size, len(self.task.parts["train"]))
+        epoch, position = divmod(step, len(self.task.parts["train"]) // size)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self._batches(epoch, size)
+        rows = self._order[1][position]
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         drawn = self.recipe.seed * 1_000_003 + step * ranks + rank
         batch = self.task.batch(self.bare, "train", rows[rank::ranks], seed=drawn)
         return batch.to(self.accelerator.device)
+
+    def _batches(self, epoch: int, size: int) -> Sequence[Tensor]:
+        """The places of an epoch's samples, batch by batch; what fills no batch is left out."""
+        count = len(self.task.parts["train"])
+        if self.recipe.train.batches == "random":
+            shuffle = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
+            order = torch.randperm(count, generator=shuffle)[: count // size * size]
+            return torch.split(order, size)
+        if self._buckets is None:
+            lengths = self.task.lengths(self.bare, "train")
+            if lengths is None:
+                raise InputError(
+                    f"train.batches: the samples of task {self.recipe.task} have no lengths; use "
+                    "random"
+                )
+            self._buckets = LengthBuckets(lengths, size, seed=self.recipe.seed)
+        return [torch.tensor(b) for b in self._buckets.batches(epoch) if len(b) == size]
 
     def _validate(self) -> dict[str, float]:
         """What is right of the validation part, and its loss; nothing if there is no such part."""

@@ -85,6 +85,14 @@ class TextClassifier(nn.Module):
         inputs = {"input_ids": tokens["input_ids"], "attention_mask": attention}
         return Batch(inputs, torch.tensor(list(labels), dtype=torch.int64), movable)
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens the model reads of each text, special ones included."""
+        if not texts:
+            return []
+        with quiet():
+            found = self._tokenizer(list(texts), truncation=True, max_length=self.max_tokens)
+        return [len(row) for row in found["input_ids"]]
+
     def count_cut(self, texts: Sequence[str]) -> int:
         """How many of the texts have more tokens than the model reads."""
         return count_longer(self._tokenizer, texts, self.max_tokens)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from embattle import checks
 from embattle.criteria import Criterion
 from embattle.objectives.base import AdversarialObjective
-from embattle.objectives.carry import carry, leaves
+from embattle.objectives.precomputed import attach_gradients, leaves
+from embattle.perturb.attacked_batch import Masks
 from embattle.perturb.evaluation import LossFn
-from embattle.perturb.guard import fresh_autocast_cache, kept_state
-from embattle.perturb.stage import Masks
+from embattle.perturb.guard import fresh_autocast_cache
+from embattle.perturb.model_state import kept_state
 
 
 class AWP:
@@ -90,19 +91,19 @@ class AWP:
             with torch.no_grad():
                 for weight, before in zip(self._weights, kept, strict=True):
                     weight.copy_(before)
-        return objective.finish(batch, carry(loss.detach(), params, found))
+        return objective.finish(batch, attach_gradients(loss.detach(), params, found))
 
     @property
     def step(self) -> int:
-        """Calls so far."""
+        """The number of calls so far."""
         return self.objective.step
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return self.objective.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
         self.objective.load_state_dict(state)
 
 

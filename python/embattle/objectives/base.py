@@ -19,13 +19,13 @@ from embattle.objectives.free import FreeAT, free
 from embattle.objectives.masking import Masking
 from embattle.objectives.mixed import adversarial, apr, mixed
 from embattle.objectives.schedules import Constant, Schedule
+from embattle.perturb.attacked_batch import AttackedBatch, Masks
 from embattle.perturb.evaluation import LossFn
 from embattle.perturb.site import Site, as_sites
-from embattle.perturb.stage import Masks, Stage
 
 Form: TypeAlias = Callable[[Batch], Tensor]
 
-# What makes each form: one with a memory is made anew for each objective.
+# What makes each form: one with a state is created for each objective.
 FORMS: dict[str, Callable[[], Form]] = {
     "mixed": lambda: mixed,
     "adversarial": lambda: adversarial,
@@ -64,7 +64,7 @@ class Parts:
 
     @property
     def summed(self) -> Tensor:
-        """Each sample's share of the objective, `[B]`: the mean of it is what a call returns."""
+        """Each sample's share of the objective, `[B]`: a call returns the mean of it."""
         part = self.adversarial
         if self.kept is not None:
             part = torch.where(self.kept > 0, part, torch.zeros_like(part))
@@ -91,7 +91,7 @@ class AdversarialObjective:
         lam_schedule: factor on `lam` at each step.
         steps_schedule: share of the attack's steps that is made (rounded up, one at least).
         early_backward: differentiate the clean loss right away, share that pass with the first
-            ascent step where the attack starts at zero, and carry the gradients into the loss that
+            ascent step where the attack starts at zero, and attach the gradients to the loss that
             is returned: cheaper, and the clean graph does not wait in memory. The returned loss can
             then be backpropagated once, and its graph shows only parameters. Turn it off where
             parameters are sharded (FSDP2), and with a float16 gradient scaler.
@@ -159,7 +159,7 @@ class AdversarialObjective:
             The loss (0-d), and metrics, detached: `loss`, `clean_loss`, `adversarial_loss`,
             `clean_accuracy` and `robust_accuracy` (where the criterion knows them), `eps_scale`,
             `lam`, `steps`, `masked` (samples left out, with masking), and of groups `nonfinite` and
-            `zero_gradient` (never moved).
+            `zero_gradient` (never had a gradient).
         """
         batch = self.batch(loss_fn, criterion=criterion, mask=mask, offsets=offsets, joint=joint)
         return self.finish(batch, self.form(batch))
@@ -175,8 +175,8 @@ class AdversarialObjective:
     ) -> tuple[Parts, dict[str, Tensor]]:
         """Compute the losses of one batch sample by sample, for `PerSampleClipper.backward`.
 
-        As a call of the objective, but nothing is averaged, and no gradients are carried
-        (`early_backward` does not apply).
+        As a call of the objective, but nothing is averaged, and no gradient is computed
+        early (`early_backward` does not apply).
 
         Args:
             loss_fn, criterion, mask, offsets, joint: as for a call.
@@ -219,7 +219,7 @@ class AdversarialObjective:
         # In an autocast block around several steps its copies of weights are of the step before.
         torch.clear_autocast_cache()
         attack = self.attack.with_steps(self.steps_schedule(self.step))
-        stage = Stage(
+        attacked = AttackedBatch(
             loss_fn,
             self.sites,
             mask=mask,
@@ -229,7 +229,7 @@ class AdversarialObjective:
             compile=self.compile or attack.compile,
         )
         return Batch(
-            stage,
+            attacked,
             attack,
             criterion,
             self.eps_schedule(self.step),
@@ -239,19 +239,21 @@ class AdversarialObjective:
         )
 
     def finish(self, batch: Batch, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Complete the metrics, and move on by one step."""
-        stage = batch.stage
+        """Complete the metrics, and advance by one step."""
+        attacked = batch.attacked
         metrics = batch.metrics
         metrics["loss"] = loss.detach()
         metrics["eps_scale"] = torch.tensor(batch.scale)
         metrics["lam"] = torch.tensor(batch.lam)
-        if stage.blocks:
-            counts = [(block.nonfinite > 0).sum() for block in stage.blocks]
+        if attacked.perturbations:
+            counts = [(p.nonfinite > 0).sum() for p in attacked.perturbations]
             metrics["nonfinite"] = torch.stack(counts).sum()
             if batch.attack.steps and not batch.frozen:
-                metrics["zero_gradient"] = torch.stack([b.still() for b in stage.blocks]).sum()
+                metrics["zero_gradient"] = torch.stack(
+                    [p.count_without_gradient() for p in attacked.perturbations]
+                ).sum()
             if self.step == 0:
-                warn_of_rounding(stage.found, batch.attack.norm)
+                warn_of_rounding(attacked.perturbed, batch.attack.norm)
         metrics["steps"] = torch.tensor(batch.attack.steps)
         for name in _SCHEDULES:
             update = getattr(getattr(self, name), "update", None)
@@ -261,10 +263,10 @@ class AdversarialObjective:
         return loss, metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs.
+        """Return the state that a resumed run needs.
 
-        That is the step, the schedules' and the form's states (deltas that live on, an older
-        model), and the state of the attack's generator.
+        That is the step, the schedules' and the form's states (deltas that are kept, averaged
+        parameters), and the state of the attack's generator.
         """
         state: dict[str, Any] = {"step": self.step}
         for name, part in self._stateful():
@@ -274,7 +276,7 @@ class AdversarialObjective:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
         self.step = int(state["step"])
         for name, part in self._stateful():
             if name in state:
@@ -289,7 +291,7 @@ class AdversarialObjective:
 
 
 def _refuse_options(attack: Attack, form: str) -> None:
-    """Refuse options that a form would pass over."""
+    """Refuse options that a form would ignore."""
     if attack.stop_when_fooled:
         raise ValueError(
             "AdversarialObjective: stop_when_fooled=True: samples do not leave a training batch; "

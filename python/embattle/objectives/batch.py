@@ -8,34 +8,35 @@ import torch
 from torch import Tensor
 
 from embattle.attacks.base import Attack
-from embattle.attacks.opening import Look, Opened, open_attack
+from embattle.attacks.first_pass import FirstPass, Iterate, run_first_pass
 from embattle.criteria import Criterion, Misclassify
 from embattle.criteria.base import ascended
-from embattle.objectives.carry import carry, leaves
+from embattle.objectives.agreement import nearest_agreement
 from embattle.objectives.masking import Masking, Outcome
+from embattle.objectives.precomputed import attach_gradients, leaves
+from embattle.perturb.attacked_batch import AttackedBatch
 from embattle.perturb.evaluation import Evaluation
-from embattle.perturb.perturbation import Lookups
-from embattle.perturb.stage import Stage
+from embattle.perturb.perturbed_sites import Lookups
 
 
 @dataclass
 class Batch:
-    """A stage, the attack on it, and the factors of this step.
+    """An attacked batch, the attack on it, and the factors of this step.
 
     Attributes:
-        stage: the batch's sites and loss function.
+        attacked: the batch's sites, loss function and perturbations.
         attack: the attack.
         criterion: what the attack is for, and what accuracy is; None: the losses alone count.
         scale: factor on the attack's strengths.
         lam: weight of the adversarial part.
-        early: whether gradients that are known already are carried (see `AdversarialObjective`).
+        early: whether clean gradients are computed early (see `AdversarialObjective`).
         masking: the policy, if any.
-        reuse: the opening pass was a training pass, whose lookups the later ones can take over.
+        reuse: the first pass was a training pass, whose look-ups the later ones can reuse.
         frozen: the deltas are found: `ascend` leaves them as they are.
         metrics: what the forms report, detached.
     """
 
-    stage: Stage
+    attacked: AttackedBatch
     attack: Attack
     criterion: Criterion | None
     scale: float
@@ -68,7 +69,7 @@ class Batch:
         return self.labels != self.criterion.ignore_index
 
     def losses(self, evaluation: Evaluation) -> Tensor:
-        """The losses, for forms that train on them.
+        """Return the losses, `[B]`, for forms that train on them.
 
         Raises:
             ValueError: there are none.
@@ -78,7 +79,11 @@ class Batch:
         return evaluation.losses
 
     def outputs(self, evaluation: Evaluation) -> Tensor:
-        """The outputs, for forms that need them."""
+        """Return the outputs, `[B, ...]`, for forms that need them.
+
+        Raises:
+            ValueError: there are none.
+        """
         if evaluation.outputs is None:
             raise ValueError(
                 "this form needs outputs: let loss_fn return Evaluation(losses, outputs)"
@@ -86,42 +91,42 @@ class Batch:
         return evaluation.outputs
 
     def clean(self) -> Evaluation:
-        """Make the clean training pass, with its graph."""
-        self.stage.remember_random_state()
-        evaluation = self.stage.run()
+        """Run the clean training pass, with its graph."""
+        self.attacked.save_random_state()
+        evaluation = self.attacked.run()
         self._check(evaluation)
         self.report("clean", evaluation)
         return evaluation
 
-    def clean_and_first(
+    def clean_and_first_step(
         self, *, unlabelled: bool = False
-    ) -> tuple[Tensor, Evaluation, Opened | None]:
-        """Make the clean training pass, and share it with the first ascent step if that is right.
+    ) -> tuple[Tensor, Evaluation, FirstPass | None]:
+        """Run the clean training pass, and share it with the first ascent step if that is right.
 
         Args:
             unlabelled: there need be no losses: the mean is then zero.
 
         Returns:
             The mean clean loss, to be backpropagated; the detached evaluation; and what the attack
-            can start from.
+            can take from it.
         """
-        stage, attack = self.stage, self.attack
+        attacked, attack = self.attacked, self.attack
         usable = self.early and torch.is_grad_enabled() and not self.frozen
         goal = attack.goal(self.criterion)
         shared = usable and attack.starts_at_zero and attack.steps > 0 and attack.mode != "eval"
         # A plain look-up's outputs are the attack's too, wherever it starts.
-        known = shared or (usable and stage.plain and not stage.compile)
+        known = shared or (usable and attacked.plain and not attacked.compile)
         if not usable:
             evaluation = self.clean()
             if unlabelled and evaluation.outputs is not None and evaluation.losses is None:
                 return evaluation.outputs.new_zeros(()), evaluation.detach(), None
             return self.losses(evaluation).mean(), evaluation.detach(), None
-        stage.remember_random_state()
+        attacked.save_random_state()
         if known:
-            opening = stage.open(attach=True)
-            evaluation, values = opening.evaluation, stage.found.values()
+            recorded = attacked.record(attach=True)
+            evaluation, values = recorded.evaluation, attacked.perturbed.values()
         else:
-            evaluation, values = stage.run(), None
+            evaluation, values = attacked.run(), None
         self._check(evaluation)
         self.report("clean", evaluation)
         clean = evaluation.detach()
@@ -135,31 +140,31 @@ class Batch:
         places = values or []
         params = [p for p in leaves(mean) if not any(p is place for place in places)]
         if values is not None:
-            stage.check_graph(losses, places)
+            attacked.check_graph(losses, places)
         wanted = [*places, *params]
         grads = torch.autograd.grad(mean, wanted, allow_unused=True) if wanted else ()
-        opened, sources = None, []
+        first_pass, sources = None, []
         if values is not None:
             if shared:
                 # The mean's gradient is 1/B of each sample's own.
-                first = stage.gathered(grads[: len(places)], clean.batch)
-                opened = Opened(clean, first=Look(clean, losses.detach(), first))
-            sources = stage.found.sources()
+                first = attacked.rescale_at_outputs(grads[: len(places)], clean.batch)
+                first_pass = FirstPass(clean, start=Iterate(clean, losses.detach(), first))
+            sources = attacked.perturbed.sources()
             self.reuse = True
-        loss = carry(mean.detach(), [*sources, *params], grads)
-        return loss, clean, opened
+        loss = attach_gradients(mean.detach(), [*sources, *params], grads)
+        return loss, clean, first_pass
 
     def ascend(
         self,
-        opened: Opened | None = None,
+        first_pass: FirstPass | None = None,
         *,
         toward: Criterion | None = None,
         clean: Evaluation | None = None,
     ) -> None:
-        """Find the deltas; the stage's blocks hold them afterwards.
+        """Find the deltas; the perturbations of `attacked` hold them afterwards.
 
         Args:
-            opened: what is known of the first start, where the stage is open already.
+            first_pass: what the first pass gave, where it was run already.
             toward: what the attack is for, if not the criterion.
             clean: the clean evaluation, for what is measured from there.
 
@@ -168,38 +173,40 @@ class Batch:
         """
         if self.frozen:
             return
-        stage, attack = self.stage, self.attack
+        attacked, attack = self.attacked, self.attack
         goal = attack.checked_goal(self.criterion if toward is None else toward)
-        before = stage.same_random
-        stage.same_random = before or attack.compares
-        with stage.attacking(attack.own_generator) as generator:
+        before = attacked.same_random
+        attacked.same_random = before or attack.compares
+        with attacked.attacking(attack.own_generator) as generator:
             if goal.needs_clean or attack.compares:
                 clean = self._clean_of_attack(clean)
             if not self.reuse:
-                opened = open_attack(attack, stage, goal, generator, self.scale, clean=False)
-            opened = opened or Opened()
-            if opened.clean is None:
-                opened.clean = clean
-            attack.search(stage, goal, opened, generator, self.scale)
+                first_pass = run_first_pass(
+                    attack, attacked, goal, generator, self.scale, clean=False
+                )
+            first_pass = first_pass or FirstPass()
+            if first_pass.clean is None:
+                first_pass.clean = clean
+            attack.search(attacked, goal, first_pass, generator, self.scale)
         if not before:
-            stage.same_random = False
-            stage.forget_random_state()
+            attacked.same_random = False
+            attacked.clear_random_state()
 
     def _clean_of_attack(self, clean: Evaluation | None) -> Evaluation:
-        """Give the clean evaluation in the mode of the attack's passes, detached."""
-        stage, attack = self.stage, self.attack
+        """Return the clean evaluation in the mode of the attack's passes, detached."""
+        attacked, attack = self.attacked, self.attack
         same = attack.mode == "same" or (attack.mode == "as_is" and not attack.compares)
         if clean is not None and same:
             return clean.detach()
-        stage.rest()
+        attacked.clear()
         with torch.no_grad():
-            return stage.run(first=True).detach()
+            return attacked.run(first=True).detach()
 
     def perturbed(self) -> Evaluation:
-        """Make the training pass under the deltas, with its graph."""
+        """Run the training pass under the deltas, with its graph."""
         lookups: Lookups = "attached" if self.reuse else "fresh"
-        with self.stage.found.applied(lookups=lookups, compile=self.stage.compile):
-            evaluation = self.stage.run()
+        with self.attacked.perturbed.applied(lookups=lookups, compile=self.attacked.compile):
+            evaluation = self.attacked.run()
         self.report("adversarial", evaluation)
         return evaluation
 
@@ -208,20 +215,20 @@ class Batch:
             self.criterion.check(evaluation)
 
     def weights(self, adversarial: Evaluation, clean: Evaluation | None) -> Tensor | None:
-        """Ask the masking policy; give weights `[B]`, or None where all samples take part."""
+        """Return the masking policy's weights, `[B]`; None where all samples take part."""
         if self.masking is None:
             return None
-        stage = self.stage
+        attacked = self.attacked
         norms = None
-        if not stage.found.coupled:
-            norms = sample_norms(stage)
+        if not attacked.perturbed.coupled:
+            norms = sample_norms(attacked)
         kept = self.masking(
             Outcome(
                 losses=self.losses(adversarial).detach(),
                 clean_losses=None if clean is None else self.losses(clean).detach(),
                 outputs=None if adversarial.outputs is None else adversarial.outputs.detach(),
                 norms=norms,
-                agreement=stage.agreement(),
+                agreement=nearest_agreement(attacked),
             )
         )
         self.metrics["masked"] = (~kept).sum()
@@ -234,7 +241,7 @@ class Batch:
         return torch.where(weights > 0, values, torch.zeros_like(values)).mean()
 
     def report(self, name: str, evaluation: Evaluation) -> None:
-        """Note the mean loss and, if the criterion has one, the accuracy of a pass."""
+        """Record the mean loss and, if the criterion has one, the accuracy of a pass."""
         if evaluation.losses is not None:
             self.metrics[f"{name}_loss"] = evaluation.losses.detach().mean()
         if self.criterion is not None and evaluation.outputs is not None:
@@ -244,13 +251,13 @@ class Batch:
                 self.metrics[key] = accuracy
 
 
-def sample_norms(stage: Stage) -> Tensor:
-    """The l2 norm of each sample's whole perturbation, `[B]`."""
+def sample_norms(attacked: AttackedBatch) -> Tensor:
+    """Compute the l2 norm of each sample's whole perturbation, `[B]`."""
     total: Tensor | None = None
-    for block in stage.blocks:
-        squared = block.norms("l2").double().square()
-        if squared.numel() != block.samples:
-            squared = squared.reshape(block.samples, -1).sum(1)
+    for perturbation in attacked.perturbations:
+        squared = perturbation.norms("l2").double().square()
+        if squared.numel() != perturbation.samples:
+            squared = squared.reshape(perturbation.samples, -1).sum(1)
         total = squared if total is None else total + squared
     assert total is not None
     return total.sqrt()

@@ -1,4 +1,4 @@
-"""The Bregman proximal point term of SMART: stay close to an older self."""
+"""The Bregman proximal point term of SMART: stay close to a moving average of the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from embattle import checks
 from embattle.perturb.evaluation import Evaluation, LossFn, call
-from embattle.perturb.guard import fresh_autocast_cache, kept_state, preserved_random_state
+from embattle.perturb.guard import fresh_autocast_cache
+from embattle.perturb.model_state import kept_state
+from embattle.perturb.random_state import preserved_random_state
 
 
 class Bregman:
@@ -20,7 +22,7 @@ class Bregman:
     model's parameters.
 
     Args:
-        model: the model; its parameters are exchanged for the old ones while these are asked.
+        model: the model; its parameters are exchanged for the averages while these are evaluated.
         weight: the paper's mu.
         momentum: the paper's beta: 0 compares with the iterate before (vanilla Bregman).
     """
@@ -32,21 +34,21 @@ class Bregman:
             raise ValueError("Bregman: momentum must lie in [0, 1), got 1")
         self._model = model
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._old: list[Tensor] = []
+        self._average: list[Tensor] = []
 
     @torch.no_grad()
-    def older(self, loss_fn: LossFn) -> Evaluation:
-        """Move the average on, and evaluate the batch with the old parameters.
+    def evaluate_average(self, loss_fn: LossFn) -> Evaluation:
+        """Update the average, and evaluate the batch with the one before.
 
         The average takes in the parameters *before* the coming update, so that the term acts from
         the second step on.
         """
         now = [p.detach() for p in self._parameters]
-        if not self._old:
-            self._old = [p.clone() for p in now]
+        if not self._average:
+            self._average = [p.clone() for p in now]
         with self._exchanged(), preserved_random_state(), kept_state([self._model]):
             evaluation = call(loss_fn)
-        torch._foreach_lerp_(self._old, now, 1 - self.momentum)
+        torch._foreach_lerp_(self._average, now, 1 - self.momentum)
         return evaluation
 
     @contextmanager
@@ -54,7 +56,7 @@ class Bregman:
         kept = [p.data for p in self._parameters]
         with fresh_autocast_cache():
             try:
-                for parameter, old in zip(self._parameters, self._old, strict=True):
+                for parameter, old in zip(self._parameters, self._average, strict=True):
                     parameter.data = old
                 yield
             finally:
@@ -62,11 +64,11 @@ class Bregman:
                     parameter.data = data
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give what a resumed run needs: the older parameters, by number."""
-        return {str(number): old.clone() for number, old in enumerate(self._old)}
+        """Return the state that a resumed run needs: the averages, by number."""
+        return {str(number): old.clone() for number, old in enumerate(self._average)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state.
+        """Restore a state.
 
         Raises:
             ValueError: it is of another model.
@@ -76,4 +78,4 @@ class Bregman:
         if olds and [tuple(old.shape) for old in olds] != shapes:
             raise ValueError("Bregman: the state belongs to a model with other parameters")
         pairs = zip(olds, self._parameters, strict=False)
-        self._old = [old.to(p.device, p.dtype).clone() for old, p in pairs]
+        self._average = [old.to(p.device, p.dtype).clone() for old, p in pairs]

@@ -55,7 +55,7 @@ class Vat:
     divergence: Divergence = "kl"
 
     def __call__(self, batch: Batch) -> Tensor:
-        loss, clean, _ = batch.clean_and_first(unlabelled=True)
+        loss, clean, _ = batch.clean_and_first_step(unlabelled=True)
         batch.ascend(toward=Diverge(self.divergence), clean=clean)
         perturbed = batch.perturbed()
         distance = DIVERGENCES[self.divergence](batch.outputs(clean), batch.outputs(perturbed))
@@ -115,7 +115,7 @@ class Smart:
     attack ascends it; `SMARTStep` is the paper's.
 
     Args:
-        bregman: adds the proximal term `mu * D(f(x), f_old(x))` against an older self.
+        bregman: adds the proximal term `mu * D(f(x), f_old(x))`; f_old is an average of the model.
     """
 
     divergence: Divergence = "symmetric_kl"
@@ -124,7 +124,7 @@ class Smart:
     def __call__(self, batch: Batch) -> Tensor:
         old = None
         if self.bregman is not None:
-            old = batch.outputs(self.bregman.older(batch.stage.loss_fn))
+            old = batch.outputs(self.bregman.evaluate_average(batch.attacked.loss_fn))
         clean = batch.clean()
         batch.ascend(toward=Diverge(self.divergence), clean=clean)
         perturbed = batch.perturbed()

@@ -1,6 +1,6 @@
 """Gradient masking: which samples' adversarial part is left out of the update.
 
-A policy looks at a batch's outcome and gives bool `[B]`, True where the sample takes part.
+A policy takes a batch's outcome and returns bool `[B]`, True where the sample takes part.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from embattle.losses import two_sided
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy may look at; everything is detached.
+    """What a policy takes; everything is detached.
 
     Attributes:
         losses: adversarial losses, `[B]`.
         clean_losses: losses without perturbation, `[B]`, or None where no clean pass was made.
         outputs: outputs under attack, or None.
         norms: l2 norm of each sample's whole perturbation, `[B]`.
-        agreement: gives, for each sample, the share of its perturbed embeddings whose nearest
+        agreement: returns, for each sample, the share of its perturbed embeddings whose nearest
             embedding of the table is still the original one, `[B]`; None without a table.
     """
 
@@ -36,10 +36,10 @@ class Outcome:
 
 
 class Agreement(Protocol):
-    """Computes the nearest-embedding agreement when a policy asks for it."""
+    """Compute the nearest-embedding agreement when a policy asks for it."""
 
     def __call__(self) -> Tensor:
-        """Give shares `[B]` in [0, 1]."""
+        """Return shares `[B]` in [0, 1]."""
         ...
 
 
@@ -47,7 +47,7 @@ class Masking(Protocol):
     """A policy."""
 
     def __call__(self, outcome: Outcome) -> Tensor:
-        """Give bool `[B]`: True where the adversarial loss of the sample takes part."""
+        """Return bool `[B]`: True where the adversarial loss of the sample takes part."""
         ...
 
 

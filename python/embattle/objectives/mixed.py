@@ -8,8 +8,8 @@ from embattle.objectives.batch import Batch
 
 
 def mixed(batch: Batch) -> Tensor:
-    """`mean L + lam * mean L_adv` (Goodfellow et al., ICLR 2015, up to scale; APR, SIGIR 2018)."""
-    loss, clean, first = batch.clean_and_first()
+    """Compute `mean L + lam * mean L_adv` (Goodfellow et al., 2015, up to scale; APR, 2018)."""
+    loss, clean, first = batch.clean_and_first_step()
     if batch.lam == 0:
         return loss
     batch.ascend(first)
@@ -19,7 +19,7 @@ def mixed(batch: Batch) -> Tensor:
 
 
 def adversarial(batch: Batch) -> Tensor:
-    """`mean L_adv` alone (Madry et al., ICLR 2018)."""
+    """Compute `mean L_adv` alone (Madry et al., ICLR 2018)."""
     batch.ascend()
     evaluation = batch.perturbed()
     return batch.mean(batch.losses(evaluation), batch.weights(evaluation, None))
@@ -33,7 +33,7 @@ def apr(batch: Batch) -> Tensor:
     perturbed, and cost nothing; the authors' code holds a delta for the whole table, as
     `Site(..., scope="row", rows="table")` does: the same numbers, at the table's cost.
     """
-    for site in batch.stage.sites:
+    for site in batch.attacked.sites:
         if site.scope != "row":
             raise ValueError(
                 f"form 'apr' perturbs table rows: Site(..., scope='row'), not {site!r}"

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from embattle.attacks import FGSM, PGD
 from embattle.criteria import Criterion
+from embattle.perturb.attacked_batch import Masks
 from embattle.perturb.evaluation import LossFn
 from embattle.perturb.site import Site
-from embattle.perturb.stage import Masks
 
 
 class RobustTrainingWarning(UserWarning):
@@ -24,7 +24,7 @@ class RobustTrainingWarning(UserWarning):
 
 @dataclass(kw_only=True)
 class Monitor:
-    """Looks at the metrics of an objective, at the tables, and at a held-out batch.
+    """Check the metrics of an objective, the tables, and a held-out batch.
 
     Call `check_tables` and `check_held` every few hundred steps, `update` with each step's metrics.
     Each finding is a `RobustTrainingWarning`, given once until it goes away, and is returned.
@@ -52,10 +52,14 @@ class Monitor:
     _gains: deque[Tensor] = field(default_factory=deque, init=False, repr=False)
     _best_pgd: float = field(default=-math.inf, init=False, repr=False)
     _fgsm_then: float = field(default=0.0, init=False, repr=False)
-    _told: set[str] = field(default_factory=set, init=False, repr=False)
+    _warned: set[str] = field(default_factory=set, init=False, repr=False)
 
     def update(self, metrics: dict[str, Tensor]) -> list[str]:
-        """Take in a step's metrics; every `window` steps they are read back and judged."""
+        """Collect a step's metrics; every `window` steps check the attack's gain.
+
+        Returns:
+            The findings, as text.
+        """
         if "clean_loss" not in metrics or "adversarial_loss" not in metrics:
             return []
         if float(metrics["eps_scale"]) == 0:
@@ -66,7 +70,7 @@ class Monitor:
             return []
         gain = float(torch.stack(list(self._gains)).mean())
         self._gains.clear()
-        return self._tell(
+        return self._warn_once(
             "vanishing",
             gain < self.vanishing,
             f"the attack gains {gain:.2g} of the clean loss: its gradients vanish (a saturated or "
@@ -88,13 +92,13 @@ class Monitor:
         found: list[str] = []
         for number, (now, before) in enumerate(zip(norms, self._first, strict=True)):
             ratio = now / max(before, 1e-30)
-            found += self._tell(
+            found += self._warn_once(
                 f"collapse {number}",
                 ratio < self.collapse,
                 f"{sites[number]!r}: the mean row norm fell from {before:.3g} to {now:.3g}: the "
                 "embeddings collapse; use a smaller or relative eps, or a warm-up",
             )
-            found += self._tell(
+            found += self._warn_once(
                 f"inflation {number}",
                 ratio > self.inflation,
                 f"{sites[number]!r}: the mean row norm grew from {before:.3g} to {now:.3g}: at a "
@@ -131,7 +135,7 @@ class Monitor:
         fgsm, pgd = accuracies
         if pgd >= self._best_pgd:
             self._best_pgd, self._fgsm_then = pgd, fgsm
-        return self._tell(
+        return self._warn_once(
             "overfitting",
             self._best_pgd - pgd > self.drop and fgsm >= self._fgsm_then,
             f"catastrophic overfitting: on the held batch PGD accuracy fell from "
@@ -139,11 +143,11 @@ class Monitor:
             f"{self._fgsm_then:.2f} to {fgsm:.2f}; use more steps or a random start",
         )
 
-    def _tell(self, key: str, failing: bool, text: str) -> list[str]:
+    def _warn_once(self, key: str, failing: bool, text: str) -> list[str]:
         if not failing:
-            self._told.discard(key)
+            self._warned.discard(key)
             return []
-        if key not in self._told:
-            self._told.add(key)
+        if key not in self._warned:
+            self._warned.add(key)
             warnings.warn(text, RobustTrainingWarning, stacklevel=3)
         return [text]

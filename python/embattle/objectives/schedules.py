@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Schedule(Protocol):
-    """What an objective asks for: a factor per step, and perhaps a look at the metrics."""
+    """A factor for each step; with a method `update` it gets the metrics, too."""
 
     def __call__(self, step: int) -> float:
-        """Give the factor at a step, counted from 0."""
+        """Return the factor at a step, counted from 0."""
         ...
 
 
@@ -120,7 +120,7 @@ class Adaptive:
         return self.factor
 
     def update(self, metrics: dict[str, Tensor]) -> None:
-        """Take in the metrics of a step; one without an attack (lam 0) tells nothing."""
+        """Collect the robust accuracy of a step; one without an attack (lam 0) has none."""
         if "robust_accuracy" not in metrics:
             if "adversarial_loss" not in metrics:
                 return
@@ -139,11 +139,11 @@ class Adaptive:
             self.factor = max(self.factor * self.shrink, self.lowest)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return {"factor": self.factor, "seen": [float(value) for value in self._seen]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
+        """Restore a state."""
         import torch
 
         self.factor = float(state["factor"])

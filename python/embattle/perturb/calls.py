@@ -1,4 +1,4 @@
-"""The calls of a site's modules in the pass that opens an attack, and how each is laid out."""
+"""The calls of a site's modules in an attack's first pass, and how each output is laid out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Layout(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether nothing has to be moved."""
+        """Whether the samples are in dim 0 already, one entry each."""
         return self.per_sample == 1 and not self.samples
 
     def to_samples(self, value: Tensor) -> Tensor:
@@ -57,14 +57,14 @@ PLAIN = Layout()
 
 @dataclass
 class Call:
-    """One call of a site's module during the pass that opens an attack.
+    """One call of a site's module during an attack's first pass.
 
     Attributes:
         module: the module that was called.
-        value: the embeddings in its output; a leaf where the gradient at zero will be asked for.
+        value: the embeddings in its output; a leaf where the gradient at zero is computed.
             The model goes on with a copy, which it may change in place.
         source: the embeddings, attached to the module's weights; None once the attack is over.
-        compiled: the call was traced by `torch.compile`: no gradient can be asked at `value`.
+        compiled: the call was traced by `torch.compile`: there is no gradient at `value`.
         args: the module's positional arguments.
         kwargs: the module's keyword arguments.
         key: which element of a dict or tuple the embeddings are.
@@ -102,11 +102,11 @@ class Call:
         return found if isinstance(found, Tensor) else None
 
     def repeats(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a later call has the very same inputs, unchanged since (not merely equal)."""
+        """Return whether a later call has the very same tensors as inputs, unchanged since."""
         return self.identity is not None and self.identity == _identity(args, kwargs)
 
     def same_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a later call can be this one: of the same module, with equal indices.
+        """Return whether a later call can be this one: of the same module, with equal indices.
 
         Floating-point inputs may differ from pass to pass, integers may not.
         """
@@ -131,8 +131,8 @@ class Call:
         other.identity = None
         return other
 
-    def forget(self) -> None:
-        """Let go of the graph, and of what the module was given beside integers."""
+    def release(self) -> None:
+        """Free the graph, and the inputs of the module other than integers."""
         self.source, self.value = None, self.value.detach()
         if not self.compiled:
             given = _tensors(self.args, self.kwargs)
@@ -143,12 +143,12 @@ class Call:
 
 
 def is_lookup(module: nn.Module) -> bool:
-    """Whether a module is an embedding or a bag of embeddings."""
+    """Return whether a module is an embedding or a bag of embeddings."""
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is an `nn.Embedding` whose rows depend on its weight and indices alone."""
+    """Return whether a module is an `nn.Embedding` that reads its weight as it is."""
     return type(module) is nn.Embedding and module.max_norm is None
 
 
@@ -169,7 +169,7 @@ def _is_integer(one: Tensor) -> bool:
 
 
 def _identity(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...] | None:
-    """Tell inputs from any others while they live: address, layout and version of each tensor."""
+    """Return what identifies inputs while they live: address, layout and version of each tensor."""
     found: list[object] = []
     for value in (*args, *kwargs, *kwargs.values()):
         if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The one loss protocol: what a loss function returns, wherever the package asks for one."""
+"""The one loss protocol: what a loss function returns, wherever the package takes one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one pass of a model over a batch gave.
+    """The losses and outputs of one pass of a model over a batch.
 
     Args:
         losses: one loss per sample, `[B]`; None where there are no labels to have a loss from.
@@ -51,16 +51,16 @@ class Evaluation:
 
     @property
     def batch(self) -> int:
-        """How many samples there are."""
+        """The number of samples."""
         return int((self.outputs if self.losses is None else self.losses).shape[0])  # type: ignore[union-attr]
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return (self.outputs if self.losses is None else self.losses).device  # type: ignore[union-attr]
 
     def detach(self) -> Evaluation:
-        """Cut both off the graph."""
+        """Return both, detached from the graph."""
         losses, outputs = self.losses, self.outputs
         return _made(
             None if losses is None else losses.detach(),
@@ -68,14 +68,14 @@ class Evaluation:
         )
 
     def select(self, rows: Tensor) -> Evaluation:
-        """Take some of the samples."""
+        """Return some of the samples: `rows` is int64 `[n]`, or bool `[B]`."""
         losses, outputs = self.losses, self.outputs
         return _made(
             None if losses is None else losses[rows], None if outputs is None else outputs[rows]
         )
 
     def where(self, rows: Tensor, other: Evaluation) -> Evaluation:
-        """Take the samples where `rows` (bool `[B]`) is True from here, the others from `other`."""
+        """Return the samples from here where `rows` (bool `[B]`) is True, else those of `other`."""
 
         def join(one: Tensor | None, two: Tensor | None) -> Tensor | None:
             if one is None or two is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from embattle.perturb.perturbation import Perturbation
+    from embattle.perturb.perturbed_sites import PerturbedSites
 
 # Factors on losses whose gradients pass through float16: most gradients, then the smallest ones,
 # then those that overflow.
@@ -17,13 +17,13 @@ _SCALES = (2.0**10, 2.0**15, 1.0)
 
 
 class NoGradient(RuntimeError):
-    """The losses do not depend on a perturbation, as far as autograd can tell."""
+    """The graph of the losses does not lead to a perturbation."""
 
 
 def differentiate(
     values: Tensor, leaves: Sequence[Tensor], through_half: bool
 ) -> list[Tensor | None]:
-    """Give d sum(values) / d leaf, None for a leaf that the values do not depend on.
+    """Return d sum(values) / d leaf, None for a leaf that the values do not depend on.
 
     Args:
         values: `[B]`, with their graph.
@@ -48,12 +48,12 @@ def differentiate(
 
 
 def _complete(grad: Tensor) -> bool:
-    """Whether no sample's gradient overflowed or vanished."""
+    """Return whether no sample's gradient overflowed or vanished."""
     return bool(grad.isfinite().all() & (grad != 0).flatten(1).any(1).all())
 
 
 def _better(one: Tensor | None, two: Tensor | None) -> Tensor | None:
-    """Take from `two` what vanished or overflowed in `one`."""
+    """Return `one`, with what vanished or overflowed there taken from `two`."""
     if one is None or two is None:
         return one
     lost = ~one.isfinite() | ((one == 0) & two.isfinite())
@@ -77,12 +77,12 @@ def _differentiate(
         ) from error
 
 
-def refuse_unused(grads: Sequence[Tensor | None], found: Perturbation) -> None:
+def refuse_unused(grads: Sequence[Tensor | None], found: PerturbedSites) -> None:
     """Refuse sites that the losses do not depend on.
 
     Args:
-        grads: of the blocks, or of all their places, None where there is no path.
-        found: the blocks.
+        grads: of the deltas, or of all their places; None where there is no path.
+        found: the perturbations.
 
     Raises:
         NoGradient: all of a site's calls are without a gradient.
@@ -91,9 +91,9 @@ def refuse_unused(grads: Sequence[Tensor | None], found: Perturbation) -> None:
         return
     used: set[int] = set()
     position = 0
-    by_place = len(grads) != len(found.blocks)
-    for number, block in enumerate(found.blocks):
-        for index, _ in block.places:
+    by_place = len(grads) != len(found.perturbations)
+    for number, perturbation in enumerate(found.perturbations):
+        for index, _ in perturbation.places:
             grad = grads[position if by_place else number]
             position += 1
             if grad is not None:
@@ -107,7 +107,7 @@ def refuse_unused(grads: Sequence[Tensor | None], found: Perturbation) -> None:
             )
 
 
-def refuse_other_uses(values: Tensor, found: Perturbation) -> None:
+def refuse_other_uses(values: Tensor, found: PerturbedSites) -> None:
     """Refuse tables whose perturbation would miss some of their uses.
 
     Raises:
@@ -117,7 +117,7 @@ def refuse_other_uses(values: Tensor, found: Perturbation) -> None:
     tables = {id(site.table): site for site in found.sites if site.table is not None}
     if not tables:
         return
-    seen = set(found.own)  # a perturbed look-up may lead to its table
+    seen = set(found.nodes)  # a perturbed look-up may lead to its table
     todo: list[Any] = [values.grad_fn]
     while todo:
         node = todo.pop()
@@ -136,27 +136,27 @@ def refuse_other_uses(values: Tensor, found: Perturbation) -> None:
 
 
 def refuse_other_layouts(
-    values: Tensor, leaves: Sequence[Tensor], found: Perturbation, batch: int
+    values: Tensor, leaves: Sequence[Tensor], found: PerturbedSites, batch: int
 ) -> None:
     """Refuse outputs whose samples are in another dim of the same size (time first).
 
     Only where sizes coincide is there a doubt. Two samples' values are then differentiated by
-    themselves, once for each shape: what they depend on tells the dim.
+    themselves, once for each shape: what they depend on shows the dim.
 
     Raises:
         ValueError: the samples are in another dim than the site says.
     """
-    by_place = len(leaves) != len(found.blocks)
+    by_place = len(leaves) != len(found.perturbations)
     position = 0
-    for number, block in enumerate(found.blocks):
-        places = block.places
+    for number, perturbation in enumerate(found.perturbations):
+        places = perturbation.places
         mine = leaves[position : position + len(places)] if by_place else [leaves[number]]
         position += len(places)
-        if block.coupled or block.geometry["offsets"] is not None or batch < 2:
+        if perturbation.coupled or perturbation.geometry["offsets"] is not None or batch < 2:
             continue
         doubtful = [
             (found.sites[index], found.calls[index][call].value.shape)
-            for (index, call), layout in zip(places, block.layouts, strict=True)
+            for (index, call), layout in zip(places, perturbation.layouts, strict=True)
             if layout.plain and batch in found.calls[index][call].value.shape[1:]
         ]
         if all(shape in site.known_shapes for site, shape in doubtful):
@@ -164,11 +164,11 @@ def refuse_other_layouts(
         probes = []
         for sample in (0, 1):
             grads = torch.autograd.grad(values[sample], mine, allow_unused=True, retain_graph=True)
-            if mine[0] is not block.delta:
+            if mine[0] is not perturbation.delta:
                 probes.append(grads)
             else:
                 (grad,) = grads
-                probes.append((None,) if grad is None else tuple(block.spread(grad)))
+                probes.append((None,) if grad is None else tuple(perturbation.spread(grad)))
         for (index, call), *pair in zip(places, *probes, strict=False):
             site, shape = found.sites[index], found.calls[index][call].value.shape
             for dim in range(1, len(shape)):
@@ -183,7 +183,7 @@ def refuse_other_layouts(
 
 
 def _belongs(grads: Sequence[Tensor | None], dim: int) -> bool:
-    """Whether the gradient of sample 0 (and 1) is zero outside of entry 0 (and 1) of a dim."""
+    """Return whether the gradients of samples 0 and 1 are zero outside their entries of a dim."""
     for sample, grad in enumerate(grads):
         if grad is not None:
             others = [i for i in range(grad.shape[dim]) if i != sample]

@@ -1,4 +1,4 @@
-"""What sits on a site's modules: it watches the pass that opens an attack, and perturbs others."""
+"""The forward hooks of a site's modules: they record an attack's first pass, and perturb others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from embattle.perturb.outputs import Key, Part, parts_of, replace_parts
 Addition: TypeAlias = Tensor | Callable[[Tensor], Tensor]
 LayoutOf: TypeAlias = Callable[[Call], Layout]
 
-# Gives the saved-tensors hooks in force, where this torch tells.
+# Returns the saved-tensors hooks in force, where this torch has such a function.
 _saved_tensors_hooks: Callable[[bool], Any] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None
 )
@@ -30,7 +30,7 @@ class Use(Protocol):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        """Give the output that the model goes on with, or None to leave it alone."""
+        """Return the output that replaces the module's, or None to keep it."""
         ...
 
 
@@ -56,24 +56,24 @@ class Hook:
         return Hook, ()
 
 
-class _Turns:
-    """What both uses share: whose calls they are, and which is next."""
+class _SiteCalls:
+    """What both uses share: the modules, the thread, and the nodes of perturbed outputs."""
 
-    def __init__(self, modules: Sequence[nn.Module], key: Key, own: set[Node] | None) -> None:
-        self.modules, self.key, self.own = list(modules), key, own
+    def __init__(self, modules: Sequence[nn.Module], key: Key, nodes: set[Node] | None) -> None:
+        self.modules, self.key, self.nodes = list(modules), key, nodes
         self.thread = threading.get_ident()
 
     def perturbed(self, value: Tensor, addition: Tensor) -> Tensor:
-        """Add to an output, and note the node that does, if anyone asks."""
-        if self.own is None:
+        """Add to an output, and collect the autograd node of the sum if `nodes` are given."""
+        if self.nodes is None:
             return value + addition.to(value.dtype)
         value = value + addition.to(value.dtype)
         if value.grad_fn is not None:
-            self.own.add(value.grad_fn)
+            self.nodes.add(value.grad_fn)
         return value
 
-    def foreign(self, module: nn.Module) -> bool:
-        """Whether a call is made by another thread, whose model stays unperturbed.
+    def from_other_thread(self, module: nn.Module) -> bool:
+        """Return whether a call is made by another thread, whose model stays unperturbed.
 
         Raises:
             RuntimeError: the module is a replica (`nn.DataParallel`).
@@ -86,7 +86,7 @@ class _Turns:
         return threading.get_ident() != self.thread
 
 
-class Watch(_Turns):
+class Recorder(_SiteCalls):
     """Record the calls of the coming forward pass.
 
     Args:
@@ -94,13 +94,13 @@ class Watch(_Turns):
         key: which element of their outputs.
         layout_of: where the samples are in a call's output.
         attach: give the model leaves instead of the outputs, so that the gradient at zero can be
-            asked for there. It then does not reach the modules' weights: `Call.source` does.
-        begin: gives for each call what is added to its output at once. A compiled model does not
+            computed there. The weights' gradients then go through `Call.source`.
+        begin: returns for each call what is added to its output at once. A compiled model does not
             call it, and stays unperturbed in this pass.
-        aside: where the pass is compiled, step out of it at the module, so that what it returns and
-            where its gradient is asked are seen: the code before and after is compiled apart.
-        own: takes in the graph's nodes of the perturbed outputs.
-        found: the calls of all sites so far: an output may be made from another one.
+        graph_break: where the pass is compiled, break the graph at the module, so that its output
+            and the gradient there are seen: the code before and after is compiled apart.
+        nodes: collects the autograd nodes of the perturbed outputs.
+        found: the calls of all sites so far: an output may be computed from another one.
     """
 
     def __init__(
@@ -111,25 +111,25 @@ class Watch(_Turns):
         *,
         attach: bool,
         begin: Callable[[Call], Tensor] | None = None,
-        aside: bool = False,
-        own: set[Node] | None = None,
+        graph_break: bool = False,
+        nodes: set[Node] | None = None,
         found: Sequence[Sequence[Call]] = (),
     ) -> None:
-        super().__init__(modules, key, own)
+        super().__init__(modules, key, nodes)
         self.calls: list[Call] = []
         self.found = found
         self.layout_of, self.attach, self.begin = layout_of, attach, begin
-        self.aside: Callable[..., Any] | None = None
-        if aside:
-            self.aside = torch.compiler.disable(self._open)  # type: ignore[no-untyped-call]
+        self.graph_break: Callable[..., Any] | None = None
+        if graph_break:
+            self.graph_break = torch.compiler.disable(self._record_output)  # type: ignore[no-untyped-call]
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if self.aside is not None:
-            return self.aside(module, args, kwargs, output)
+        if self.graph_break is not None:
+            return self.graph_break(module, args, kwargs, output)
         if not torch.compiler.is_compiling():
-            return self._open(module, args, kwargs, output)
+            return self._record_output(module, args, kwargs, output)
         for part in parts_of(output, self.key):
             value = part.value
             self.calls.append(
@@ -137,10 +137,10 @@ class Watch(_Turns):
             )
         return None
 
-    def _open(
+    def _record_output(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if self.foreign(module):
+        if self.from_other_thread(module):
             return None
         refuse_checkpoints(module)
         values = {
@@ -156,9 +156,9 @@ class Watch(_Turns):
         source = value
         if self.attach and self.begin is None:
             before = [c.value for calls in [*self.found, self.calls] for c in calls]
-            if leads_to(module, value, before):
-                # Made from another place: cut off, that one would lose its gradient. The weights
-                # between have theirs from the graph, not from the source.
+            if depends_on(module, value, before):
+                # Computed from another perturbed output, which would lose its gradient if cut off.
+                # The weights between have theirs from the graph, not from the source.
                 leaf, source = value, leaf
             else:
                 leaf.requires_grad_()
@@ -172,19 +172,19 @@ class Watch(_Turns):
         return leaf.clone() if self.attach else value.clone()
 
 
-class Perturb(_Turns):
+class Perturb(_SiteCalls):
     """Perturb the output of the i-th call of a forward pass by `additions[i]`.
 
     Args:
         modules: the site's modules.
         key: which element of their outputs.
-        calls: those of the pass that opened the attack.
+        calls: those of the attack's first pass.
         additions: one for each of `calls`.
         known: take the embeddings of calls with the very same inputs from `calls`, where the module
             is an `nn.Embedding`: "attached" to its weights, or "detached"; None looks them up.
         detach: cut the outputs off the modules' weights.
-        own: takes in the graph's nodes of the perturbed outputs.
-        deltas: of all sites: an output that is made from a perturbed one is not cut off.
+        nodes: collects the autograd nodes of the perturbed outputs.
+        deltas: of all sites: an output that is computed from a perturbed one is not cut off.
     """
 
     def __init__(
@@ -196,43 +196,43 @@ class Perturb(_Turns):
         *,
         known: str | None = None,
         detach: bool = False,
-        own: set[Node] | None = None,
+        nodes: set[Node] | None = None,
         deltas: Sequence[Tensor] = (),
     ) -> None:
-        super().__init__(modules, key, own)
+        super().__init__(modules, key, nodes)
         self.calls, self.additions = calls, additions
         self.known, self.detach, self.deltas = known, detach, deltas
-        self.turn = 0
-        self._handed: Tensor | None = None  # what the call that is being made was given
+        self.index = 0
+        self._cached: Tensor | None = None  # what the current call was given
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         if torch.compiler.is_compiling():
             return self._traced(output)
-        if self.foreign(module):
+        if self.from_other_thread(module):
             return None
         refuse_checkpoints(module)
         if type(output) is Tensor and not output.is_nested and output.is_floating_point():
-            return self._one(module, args, kwargs, output)
+            return self._perturb(module, args, kwargs, output)
         values = {
-            part.key: self._one(module, args, kwargs, part.value)
+            part.key: self._perturb(module, args, kwargs, part.value)
             for part in parts_of(output, self.key)
         }
         return replace_parts(output, values)
 
-    def _one(
+    def _perturb(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
     ) -> Tensor:
-        turn, repeats = self.turn, value is self._handed  # `look_up` compared the inputs then
+        index, repeats = self.index, value is self._cached  # `cached_rows` compared the inputs then
         if not repeats:
-            turn, repeats = self._which(module, args, kwargs)
+            index, repeats = self._find_call(module, args, kwargs)
             if repeats and self.known is not None:
-                value = self._of_opening(turn, value)
-        self._handed = None
-        self.turn = turn + 1 if turn + 1 < len(self.calls) else 0
-        addition = self.additions[turn]
-        if self.detach and value.requires_grad and not leads_to(module, value, self.deltas):
+                value = self._first_output(index, value)
+        self._cached = None
+        self.index = index + 1 if index + 1 < len(self.calls) else 0
+        addition = self.additions[index]
+        if self.detach and value.requires_grad and not depends_on(module, value, self.deltas):
             value = value.detach()
         if not isinstance(addition, Tensor):
             return addition(value)
@@ -248,41 +248,45 @@ class Perturb(_Turns):
         values = {}
         for part in parts_of(output, self.key):
             # The counter is left alone for a single call: a compiled model would guard on it.
-            turn = 0
+            index = 0
             if len(self.additions) > 1:
-                turn = self.turn % len(self.additions)
-                self.turn += 1
-            addition = self.additions[turn]
+                index = self.index % len(self.additions)
+                self.index += 1
+            addition = self.additions[index]
             value = part.value.detach() if self.detach else part.value
             added = value + addition.to(value.dtype) if isinstance(addition, Tensor) else None
             values[part.key] = addition(value) if added is None else added  # type: ignore[operator]
         return replace_parts(output, values)
 
-    def look_up(self, module: nn.Module, indices: Tensor) -> Tensor | None:
-        """Give the rows that an `nn.Embedding` need not look up again."""
-        turn = self.turn % len(self.calls)
-        call = self.calls[turn]
+    def cached_rows(self, module: nn.Module, indices: Tensor) -> Tensor | None:
+        """Return the rows of the first pass where inputs are the same; None: look them up."""
+        index = self.index % len(self.calls)
+        call = self.calls[index]
         if call.module is not module or threading.get_ident() != self.thread:
             return None
         if self.known is None or not call.repeats((indices,), {}):
             return None
-        self._handed = self._of_opening(turn, None)
-        return self._handed
+        self._cached = self._first_output(index, None)
+        return self._cached
 
     def end_pass(self) -> bool:
-        """Tell whether the calls so far were whole passes, and expect the first one next."""
-        turn, self.turn = self.turn, 0
-        return turn == 0 or any(call.compiled for call in self.calls)
+        """Return whether the calls so far were whole passes, and expect the first call next."""
+        index, self.index = self.index, 0
+        return index == 0 or any(call.compiled for call in self.calls)
 
-    def _which(
+    def _find_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[int, bool]:
-        """Tell which call this is, and whether it has the very inputs that it had then."""
-        for turn in (self.turn % len(self.calls), 0):  # 0: the pass before was broken off
-            call = self.calls[turn]
+        """Return the number of this call, and whether its inputs are those of the first pass.
+
+        Raises:
+            RuntimeError: it is a call with other inputs.
+        """
+        for index in (self.index % len(self.calls), 0):  # 0: the pass before was broken off
+            call = self.calls[index]
             repeats = call.module is module and call.repeats(args, kwargs)
             if repeats or call.same_batch(module, args, kwargs):
-                return turn, repeats
+                return index, repeats
         raise RuntimeError(
             f"Site: {type(module).__name__} was called with other inputs than those of the "
             "attacked batch. The perturbation belongs to that batch alone: leave `applied()` to "
@@ -290,16 +294,16 @@ class Perturb(_Turns):
             "every pass (draw negatives before it, or use mode='same')"
         )
 
-    def _of_opening(self, turn: int, other: Any) -> Any:
-        """Give the output of the opening's call, or another where it is known no more."""
-        call = self.calls[turn]
+    def _first_output(self, index: int, other: Any) -> Any:
+        """Return the output of a call of the first pass, or `other` where it was freed."""
+        call = self.calls[index]
         if self.known == "detached":
             return call.value.detach()
         return other if call.source is None else call.source
 
 
-def leads_to(module: nn.Module, value: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Whether a module's output was made from one of `leaves` (a look-up's never is)."""
+def depends_on(module: nn.Module, value: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Return whether a module's output was computed from one of `leaves` (a look-up's never is)."""
     if value.grad_fn is None or is_lookup(module):
         return False
     known = {id(leaf) for leaf in leaves} | {id(leaf.grad_fn) for leaf in leaves if leaf.grad_fn}
@@ -316,24 +320,28 @@ def leads_to(module: nn.Module, value: Tensor, leaves: Sequence[Tensor]) -> bool
     return False
 
 
-def stand_in(hook: Hook, module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Make a forward method for an `nn.Embedding` that leaves out look-ups that are known."""
+def cached_forward(hook: Hook, module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Make a forward method for an `nn.Embedding` that skips look-ups whose rows are cached."""
 
     def forward(input: Tensor) -> Tensor:
         use = hook.use
-        known = use.look_up(module, input) if isinstance(use, Perturb) else None
+        known = use.cached_rows(module, input) if isinstance(use, Perturb) else None
         return nn.Embedding.forward(module, input) if known is None else known  # type: ignore[arg-type]
 
     return forward
 
 
-def can_stand_in(module: nn.Module) -> bool:
-    """Whether `stand_in` may replace a module's forward method."""
+def can_cache_forward(module: nn.Module) -> bool:
+    """Return whether `cached_forward` may replace a module's forward method."""
     return is_plain(module) and "forward" not in module.__dict__
 
 
 def refuse_checkpoints(module: nn.Module) -> None:
-    """Stop where the module would be run again, unperturbed, in the backward pass."""
+    """Refuse modules in a gradient checkpoint, which runs them again without the perturbation.
+
+    Raises:
+        RuntimeError: the call is inside one.
+    """
     hooks = _saved_tensors_hooks(False)
     inside = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
     # A reentrant checkpoint runs its segment without a graph, and has no hooks.
@@ -355,7 +363,7 @@ def _called_by_checkpoint() -> bool:
 
 
 def finds_unused_parameters(module: nn.Module) -> bool:
-    """Whether the model runs in DDP with `find_unused_parameters`.
+    """Return whether the model runs in DDP with `find_unused_parameters`.
 
     Raises:
         RuntimeError: it runs in DDP with a static graph, which an attack's passes break without a
@@ -374,7 +382,7 @@ def finds_unused_parameters(module: nn.Module) -> bool:
 
 
 def computes_in_half(value: Tensor) -> bool:
-    """Whether the model goes on in float16."""
+    """Return whether the model computes in float16 from here on."""
     if value.dtype == torch.float16:
         return True
     device = value.device.type

@@ -29,7 +29,7 @@ class PerCall:
             self._check(one)
 
     def __call__(self, call: Call, number: int) -> Tensor | None:
-        """Give what belongs to the site's call of this number."""
+        """Return what belongs to the site's call of this number."""
         given = self.given
         if given is None or isinstance(given, Tensor):
             return given
@@ -90,7 +90,7 @@ class Geometry:
         return any(one.given is not None for one in self.offsets)
 
     def mask(self, index: int, number: int, call: Call) -> Tensor | None:
-        """Give the mask of a call, with the samples in dim 0: what was given, less padding."""
+        """Return the mask of a call, with the samples in dim 0: what was given, less padding."""
         given = self.masks[index](call, number)
         rows = self.sites[index].scope == "row"
         shape = call.indices.shape if rows and call.indices is not None else call.value.shape[:-1]
@@ -112,7 +112,7 @@ class Geometry:
         return call.layout.to_samples(given)
 
     def bounds(self, index: int, number: int, call: Call) -> Tensor | None:
-        """Give the offsets of a call; a ragged output brings its own."""
+        """Return the offsets of a call; a ragged output brings its own."""
         return self.offsets[index](call, number) if call.offsets is None else call.offsets
 
     def finish(self, calls: Sequence[Sequence[Call]]) -> None:
@@ -122,7 +122,7 @@ class Geometry:
 
 
 def padding_mask(call: Call) -> Tensor | None:
-    """Give bool, False where an `nn.Embedding` (or its table) has its padding row."""
+    """Return bool, False where an `nn.Embedding` (or its table) has its padding row."""
     module = call.module
     padding = getattr(module, "padding_idx", None)
     if padding is None or not isinstance(module, nn.Embedding):

@@ -92,7 +92,7 @@ def _holds(value: Any) -> bool:
 
 
 def _torchrec(value: Any) -> str | None:
-    """Tell TorchRec's containers by what they offer."""
+    """Return "keyed" or "jagged" for TorchRec's containers, known by their methods; else None."""
     if isinstance(value, (Tensor, Mapping)):  # first: compiled code may not ask a tensor
         return None
     if callable(getattr(value, "values", None)):

@@ -1,176 +1,245 @@
-"""Deltas at their sites: what an attack seeks, and what its result applies again."""
+"""What an attack optimises: leaf tensors, and the outputs of modules that each is added to.
+
+A perturbation owns a tensor `delta` in its own space (a module's output, the distinct rows of a
+table, or several outputs joined), the groups that have a ball there, and the linear map from
+`delta` to the tensors that the sites add.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
-from operator import is_
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
-from embattle.perturb.blocks import Block
-from embattle.perturb.calls import Call, is_lookup, is_plain
-from embattle.perturb.guard import fresh_autocast_cache
+from embattle import ops
+from embattle.perturb.calls import Layout
 from embattle.perturb.hook import Addition
-from embattle.perturb.site import Site
+from embattle.perturb.strength import group_sizes
 
-# Where a pass takes the unperturbed embeddings from: from the modules, or from the opening pass
-# (where inputs are the same), with or without the way to the modules' weights.
-Lookups: TypeAlias = Literal["fresh", "attached", "detached"]
+Place = tuple[int, int]  # which site, which of its calls
 
 
-@dataclass
 class Perturbation:
-    """The blocks of a batch, the sites that they belong to, and the calls that were recorded there.
+    """A tensor `delta` that is added, as it is, to one output. The base of the other kinds.
 
     Attributes:
-        sites: where.
-        calls: of each site, the calls of the pass that opened the attack.
-        blocks: the deltas.
-        own: the nodes by which the last pass's graph leads to perturbed tables.
+        base: the unperturbed embeddings in the perturbation's space (samples first), detached.
+        delta: the leaf that is differentiated, zeros at first; float32 where `base` is narrower.
+        geometry: the ops' `group`, `offsets` and `mask`.
+        places: the outputs that `delta` is added to.
+        layouts: how the samples are laid out at each place.
+        coupled: whether the samples of the batch share the delta.
+        nonfinite: int32 `[groups]`, how often a group's gradient was not finite.
+        whole: whether the groups are all rows of a table, those that the batch does not read too.
+        had_gradient: bool `[groups]`, whether a group ever had a gradient other than zero.
     """
 
-    sites: list[Site]
-    calls: list[list[Call]] = field(default_factory=list)
-    blocks: list[Block] = field(default_factory=list)
-    own: set[Node] = field(default_factory=set)
-    # What the sites hold, if the passes to come can go on with it.
-    _placed: tuple[Any, ...] | None = field(default=None, repr=False)
+    joined = False  # whether the delta spans several outputs
 
-    @property
-    def coupled(self) -> bool:
-        """Whether samples share a delta."""
-        return any(block.coupled for block in self.blocks)
-
-    @property
-    def compiled(self) -> bool:
-        """Whether the calls were traced by `torch.compile`."""
-        return any(call.compiled for recorded in self.calls for call in recorded)
-
-    def place(
+    def __init__(
         self,
+        base: Tensor,
+        places: Sequence[Place],
         *,
-        lookups: Lookups = "fresh",
-        detach: bool = False,
-        compile: bool = False,
+        group: str = "sample",
+        offsets: Tensor | None = None,
+        mask: Tensor | None = None,
+        layouts: Sequence[Layout] | None = None,
+        coupled: bool = False,
+        whole: bool = False,
     ) -> None:
-        """Hand the current deltas to the sites, for the passes to come.
+        self.base = base
+        self.places = list(places)
+        self.layouts = list(layouts) if layouts else [Layout()] * len(self.places)
+        self.coupled, self.whole = coupled, whole
+        self.geometry: dict[str, Any] = {"group": group, "offsets": offsets, "mask": mask}
+        self.delta = torch.zeros_like(
+            base, dtype=torch.promote_types(base.dtype, torch.float32)
+        ).requires_grad_()
+        self.nonfinite = torch.zeros(self.groups, dtype=torch.int32, device=base.device)
+        self.had_gradient = torch.zeros(self.groups, dtype=torch.bool, device=base.device)
+
+    @property
+    def samples(self) -> int:
+        """The number of samples, as `offsets` or the first dim of `base` have it."""
+        offsets = self.geometry["offsets"]
+        if offsets is not None:
+            return int(offsets.numel()) - 1
+        return self.base.shape[0] if self.base.dim() > 1 else 1
+
+    @property
+    def groups(self) -> int:
+        """The number of groups: each has a ball of its own."""
+        if self.geometry["offsets"] is not None or self.geometry["group"] == "sample":
+            return self.samples
+        return int(self.base.shape[:-1].numel())
+
+    def select(self, rows: Tensor) -> Perturbation:
+        """Return the perturbation of some of the samples, with a `delta` of its own.
 
         Args:
-            lookups: where the embeddings come from, if the module is a look-up.
-            detach: cut the embeddings off the modules' weights.
-            compile: the passes are compiled.
+            rows: int64 `[n]`, their places in the batch.
         """
-        placed = (lookups, detach, compile, *[block.delta for block in self.blocks])
-        if self._placed is not None and all(map(is_, self._placed, placed)):
+        other = copy(self)
+        mask = self.geometry["mask"]
+        other.base = self.base[rows]
+        other.geometry = self.geometry | {"mask": None if mask is None else mask[rows]}
+        other.set(self.delta.detach()[rows])
+        other.nonfinite = self.nonfinite.new_zeros(other.groups)
+        other.had_gradient = self.had_gradient.new_zeros(other.groups)
+        return other
+
+    def mark_gradients(self, grad: Tensor) -> None:
+        """Record in `had_gradient` where a gradient, of the shape of `delta`, is not zero."""
+        # Where reading it back waits for nothing, it is cheaper than reading the gradient again.
+        if self.had_gradient.is_cpu and self.had_gradient.numpy().all():
             return
-        fixed = all(block.fixed(lookups == "detached") for block in self.blocks)
-        self._placed = placed if fixed else None
-        self.own.clear()
-        deltas = [block.delta for block in self.blocks]
-        for site, calls, additions, known in self._per_site(lookups, compile):
-            own = None if site.table is None else self.own
-            site.place(calls, additions, known=known, detach=detach, own=own, deltas=deltas)
+        self.had_gradient.logical_or_(ops.group_norm(grad, norm="linf", **self.geometry))
 
-    def rest(self) -> None:
-        """Leave the model unperturbed."""
-        self._placed = None
-        for site in self.sites:
-            site.rest()
-
-    @contextmanager
-    def applied(self, *, lookups: Lookups = "fresh", compile: bool = False) -> Iterator[None]:
-        """Perturb the model inside the block; the deltas are constants there.
+    def count_without_gradient(self, done: Tensor | None = None) -> Tensor:
+        """Count the groups that may move and never had a gradient other than zero: 0-d, int64.
 
         Args:
-            lookups: "attached" perturbs the outputs of the opening pass where the module is a
-                look-up, so that its weights' gradient is computed once for both passes.
-            compile: the passes are compiled.
+            done: bool `[B]`, samples that do not count; ignored where samples share the delta.
         """
-        for block in self.blocks:
-            block.delta = block.delta.detach()
-        with ExitStack() as stack:
-            if any(site.scope == "weight" for site in self.sites):
-                stack.enter_context(fresh_autocast_cache())
-            for site, calls, additions, known in self._per_site(lookups, compile):
-                stack.enter_context(site.placed(calls, additions, known))
-            yield
+        movable = group_sizes(self.base, self.geometry) > 0
+        if done is not None and not self.coupled:
+            movable = movable & ~self.per_group(done)
+        without = movable & ~self.had_gradient
+        # Rows of a whole table that the batch does not read have no gradient in any case.
+        return without.sum() if not self.whole else without.sum() * (without == movable).all()
 
-    def _per_site(
-        self, lookups: Lookups, compile: bool
-    ) -> Iterator[tuple[Site, list[Call], list[Addition], str | None]]:
-        additions: list[dict[int, Addition]] = [{} for _ in self.sites]
-        for block in self.blocks:
-            found = block.fused() if lookups == "detached" else None
-            for (index, number), addition in zip(
-                block.places, block.additions() if found is None else found, strict=True
-            ):
-                additions[index][number] = addition
-        for site, each, calls in zip(self.sites, additions, self.calls, strict=True):
-            fits = is_plain if lookups == "detached" else is_lookup
-            known = lookups != "fresh" and all(fits(module) for module in site.modules)
-            known = known and not compile and not any(call.compiled for call in calls)
-            yield site, calls, [each[i] for i in range(len(each))], lookups if known else None
+    def set(self, delta: Tensor) -> None:
+        """Set the values of `delta`."""
+        self.delta = delta.detach().requires_grad_()
 
-    def set(self, deltas: Sequence[Tensor]) -> None:
-        """Take over the values of the deltas."""
-        for block, delta in zip(self.blocks, deltas, strict=True):
-            block.set(delta)
+    def additions(self) -> list[Tensor]:
+        """Return the tensor to add at each of `places`, in the layout of the module's output."""
+        return [self.layouts[0].to_module(self.delta)]
 
-    def values(self) -> list[Tensor] | None:
-        """Give the tensors at which the gradient at zero can be asked for, block by block.
+    def reusable(self, detached: bool) -> bool:
+        """Return whether the `additions` share the memory of `delta`, and so follow its values."""
+        return self.layouts[0].plain and not self.whole
 
-        Returns:
-            None if the model is compiled: its traced pass does not show them.
+    def fused(self) -> list[Addition] | None:
+        """Return functions that compute the perturbed outputs in one op each, where there are any.
+
+        They give no gradient to the module's weights.
         """
-        if self.compiled:
-            return None
-        return [self.calls[s][c].value for block in self.blocks for s, c in block.places]
+        return None
 
-    def sources(self) -> list[Tensor]:
-        """Give the modules' own outputs at the places, attached to their weights."""
-        found = [self.calls[s][c].source for block in self.blocks for s, c in block.places]
-        return [source for source in found if source is not None]
+    def gather(self, grads: Sequence[Tensor]) -> Tensor:
+        """Turn gradients at `places` into the gradient of `delta`."""
+        return self.layouts[0].to_samples(grads[0])
 
-    def gather(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """Turn gradients at the places, block by block, into the blocks' gradients."""
-        found, position = [], 0
-        for block in self.blocks:
-            part = grads[position : position + len(block.places)]
-            position += len(block.places)
-            likes = block.additions() if any(grad is None for grad in part) else part
-            found.append(
-                block.gather(
-                    [
-                        torch.zeros_like(like) if grad is None else grad  # type: ignore[arg-type]
-                        for grad, like in zip(part, likes, strict=True)
-                    ]
+    def spread(self, grad: Tensor) -> list[Tensor]:
+        """Turn a gradient of `delta` into those at `places` (not for rows, where it is a sum)."""
+        return [self.layouts[0].to_module(grad)]
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Expand one value per sample, `[B]`, to a shape that broadcasts to `delta`."""
+        if self.coupled:
+            return values[:1].reshape(-1, *[1] * (self.base.dim() - 1))
+        if self.geometry["offsets"] is not None:
+            return self.per_group_row(values)
+        return values.reshape(-1, *[1] * (self.base.dim() - 1))
+
+    def per_group(self, values: Tensor) -> Tensor:
+        """Expand one value per sample, `[B]`, to one per group, `[groups]`."""
+        if self.coupled:
+            return values[:1].expand(self.groups)
+        each = self.groups // max(self.samples, 1)
+        return values if each == 1 else values.reshape(-1, 1).expand(-1, each).reshape(-1)
+
+    def per_group_row(self, values: Tensor) -> Tensor:
+        """Expand one value per group, `[groups]`, to a shape that broadcasts to `delta`."""
+        offsets = self.geometry["offsets"]
+        if offsets is not None:
+            rows = self.base.shape[:-1].numel()
+            spread = torch.repeat_interleave(values, offsets.diff(), output_size=rows)
+            return spread.reshape(*self.base.shape[:-1], 1)
+        if self.geometry["group"] == "token":
+            return values.reshape(*self.base.shape[:-1], 1)
+        return values.reshape(-1, *[1] * (self.base.dim() - 1))
+
+    def norms(self, norm: Any) -> Tensor:
+        """Compute each group's norm, `[groups]`, of the delta as the model's dtype rounds it."""
+        delta, base = self.delta.detach(), self.base
+        if base.dtype != delta.dtype:  # otherwise the rounding is below what a norm shows
+            delta = (base + delta.to(base.dtype)).to(delta.dtype) - base.to(delta.dtype)
+        return ops.group_norm(delta, norm=norm, **self.geometry)
+
+    def unrounded_norms(self, norm: Any) -> Tensor:
+        """Compute each group's norm, `[groups]`, of `delta` as it is."""
+        return ops.group_norm(self.delta.detach(), norm=norm, **self.geometry)
+
+
+class JointPerturbation(Perturbation):
+    """One ball around several outputs together: sample b's delta spans all of them."""
+
+    joined = True
+
+    def __init__(
+        self,
+        values: Sequence[Tensor],
+        places: Sequence[Place],
+        masks: Sequence[Tensor | None],
+        layouts: Sequence[Layout],
+    ) -> None:
+        first = values[0]
+        for value in values:
+            if value.dim() < 2 or value.shape[0] != first.shape[0]:
+                raise ValueError(
+                    "joint: the outputs must agree in dim 0, the samples; got shapes "
+                    f"{[tuple(v.shape) for v in values]}"
                 )
+        batch = first.shape[0]
+        self.shapes = [value.shape for value in values]
+        self.sizes = [value.shape[1:].numel() for value in values]
+        parts = [
+            value.reshape(batch, size, 1) for value, size in zip(values, self.sizes, strict=True)
+        ]
+        mask = None
+        if any(m is not None for m in masks):
+            mask = torch.cat(
+                [
+                    torch.ones_like(part[..., 0], dtype=torch.bool)
+                    if m is None
+                    else m.unsqueeze(-1).expand(value.shape).reshape(batch, size)
+                    for value, part, m, size in zip(values, parts, masks, self.sizes, strict=True)
+                ],
+                dim=1,
             )
-        return found
+        super().__init__(torch.cat(parts, dim=1), places, mask=mask, layouts=layouts)
 
-    def narrow(self, rows: Tensor, blocks: list[Block]) -> Perturbation:
-        """Take some of the samples, which `blocks` belong to."""
-        calls = [[call.select(rows) for call in recorded] for recorded in self.calls]
-        return Perturbation(self.sites, calls, blocks)
+    def additions(self) -> list[Tensor]:
+        return self.spread(self.delta)
 
-    def forget(self) -> None:
-        """Let go of graphs, when the attack is over."""
-        self.own.clear()
-        for recorded in self.calls:
-            for call in recorded:
-                call.forget()
-        for block in self.blocks:
-            block.delta = block.delta.detach()
+    def reusable(self, detached: bool) -> bool:
+        return False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Perturbation:
-        # Sites and calls belong to the model, which is not copied.
-        blocks = [copy(block) for block in self.blocks]
-        for block in blocks:
-            block.delta = block.delta.detach().clone()
-        return Perturbation(self.sites, self.calls, blocks)
+    def spread(self, grad: Tensor) -> list[Tensor]:
+        parts = torch.split(grad, self.sizes, dim=1)
+        return [
+            layout.to_module(part.reshape(shape))
+            for part, shape, layout in zip(parts, self.shapes, self.layouts, strict=True)
+        ]
+
+    def select(self, rows: Tensor) -> Perturbation:
+        other = super().select(rows)
+        assert isinstance(other, JointPerturbation)
+        other.shapes = [torch.Size([rows.numel(), *shape[1:]]) for shape in self.shapes]
+        return other
+
+    def gather(self, grads: Sequence[Tensor]) -> Tensor:
+        batch = self.delta.shape[0]
+        return torch.cat(
+            [
+                layout.to_samples(grad).reshape(batch, size, 1).to(self.delta.dtype)
+                for grad, layout, size in zip(grads, self.layouts, self.sizes, strict=True)
+            ],
+            dim=1,
+        )

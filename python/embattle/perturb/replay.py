@@ -15,10 +15,10 @@ _DRAW = torch.ops.aten.bernoulli_.float
 
 @dataclass(frozen=True)
 class _Drawn:
-    """One draw: what was asked in which state of the generator, and what came of it."""
+    """One draw: the generator's state before and after, the arguments, and the mask drawn."""
 
     before: Tensor
-    asked: tuple[Any, ...]
+    arguments: tuple[Any, ...]
     mask: Tensor
     after: Tensor
 
@@ -29,13 +29,13 @@ class DropoutMasks(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Drawing is a sixth of an encoder's forward pass on a CPU; the copies give the same bits. A draw
     is copied only where the generator is in the very state of the draw it repeats, and leaves it in
     the state that the draw would have. Masks are kept as bool, a quarter of what dropout itself
-    keeps of them. Other devices draw anew: there it costs next to nothing.
+    keeps of them. Other devices draw again: there it costs next to nothing.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._drawn: list[_Drawn] = []
-        self._turn = 0
+        self._index = 0
         self._passes = 0
 
     @classmethod
@@ -45,11 +45,11 @@ class DropoutMasks(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def idle(self) -> bool:
-        """Whether a whole pass has drawn nothing, so that later ones need not be watched."""
+        """Whether a whole pass has drawn nothing, so that later ones need not be intercepted."""
         return self._passes > 0 and not self._drawn
 
     def __enter__(self) -> DropoutMasks:
-        self._turn = 0
+        self._index = 0
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -71,13 +71,13 @@ class DropoutMasks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if type(target) is not Tensor or target.device.type != "cpu":
             return func(*args, **kwargs)
         before = torch.get_rng_state()
-        asked = (target.shape, target.stride(), target.dtype, *args[1:])
-        turn, self._turn = self._turn, self._turn + 1
-        known = self._drawn[turn] if turn < len(self._drawn) else None
-        if known is not None and known.asked == asked and torch.equal(known.before, before):
+        arguments = (target.shape, target.stride(), target.dtype, *args[1:])
+        index, self._index = self._index, self._index + 1
+        known = self._drawn[index] if index < len(self._drawn) else None
+        if known is not None and known.arguments == arguments and torch.equal(known.before, before):
             torch.set_rng_state(known.after)
             return target.copy_(known.mask)
         func(*args, **kwargs)
-        drawn = _Drawn(before, asked, target.bool(), torch.get_rng_state())
-        self._drawn[turn : turn + 1] = [drawn]
+        drawn = _Drawn(before, arguments, target.bool(), torch.get_rng_state())
+        self._drawn[index : index + 1] = [drawn]
         return target

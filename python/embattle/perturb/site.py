@@ -17,14 +17,12 @@ from embattle.perturb.hook import (
     Addition,
     Hook,
     Perturb,
+    Recorder,
     Use,
-    Watch,
-    can_stand_in,
-    computes_in_half,
-    stand_in,
+    cached_forward,
+    can_cache_forward,
 )
 from embattle.perturb.outputs import Key
-from embattle.perturb.tables import SwappedParameter
 
 Group = Literal["sample", "token"]
 Scope = Literal["output", "row", "weight"]
@@ -125,7 +123,7 @@ class Site:
         self.model = model
         self.samples, self.per_sample = samples, per_sample
         self.mask, self.offsets, self.key = mask, offsets, key
-        self.known_shapes: set[torch.Size] = set()  # whose dim of samples was looked at
+        self.known_shapes: set[torch.Size] = set()  # whose dim of samples was checked
         self._hook = Hook()
         handles = [one.register_forward_hook(self._hook, with_kwargs=True) for one in modules]
         self._finalizer = weakref.finalize(self, _remove, handles)
@@ -190,9 +188,11 @@ class Site:
         Raises:
             AttributeError: there is no such parameter.
         """
+        from embattle.perturb.weight_site import WeightSite  # a kind of site itself
+
         return WeightSite(module, name, group=group, model=model)
 
-    # --- a site's life ---------------------------------------------------------------------------
+    # --- the modules ----------------------------------------------------------------------------
 
     @property
     def module(self) -> nn.Module:
@@ -214,7 +214,7 @@ class Site:
         return {name: getattr(self, name) for name in (*names, "key")}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy watches the copied modules, with a hook of its own.
+        # A copy belongs to the copied modules, with a hook of its own.
         return _make_site, (self.modules, self._options())
 
     def __repr__(self) -> str:
@@ -229,7 +229,7 @@ class Site:
 
     @property
     def use(self) -> Use | None:
-        """What the site is being used for now."""
+        """What the site's hook does now; None: nothing."""
         return self._hook.use
 
     @property
@@ -243,7 +243,7 @@ class Site:
         return self.module.weight if self.scope == "row" else None  # type: ignore[return-value]
 
     def layout(self, call: Call) -> Layout:
-        """Tell where the samples are in a call's output."""
+        """Return where the samples are in a call's output."""
         samples = self.samples(call) if callable(self.samples) else self.samples
         each = self.per_sample(call) if callable(self.per_sample) else self.per_sample
         if samples is None:
@@ -255,20 +255,20 @@ class Site:
             )
         return Layout(samples, checks.integer("Site", "per_sample", each, 1))
 
-    def watch(self, **options: Any) -> list[Call]:
-        """Record the calls of the coming forward pass (see `hook.Watch`)."""
-        watch = Watch(self.modules, self.key, self.layout, **options)
-        self._hook.use = watch
-        return watch.calls
+    def record(self, **options: Any) -> list[Call]:
+        """Record the calls of the coming forward pass (see `hook.Recorder`)."""
+        recorder = Recorder(self.modules, self.key, self.layout, **options)
+        self._hook.use = recorder
+        return recorder.calls
 
-    def place(
+    def perturb(
         self,
         calls: list[Call],
         additions: Sequence[Addition],
         *,
         known: str | None = None,
         detach: bool = False,
-        own: set[Node] | None = None,
+        nodes: set[Node] | None = None,
         deltas: Sequence[Tensor] = (),
     ) -> None:
         """Perturb the coming forward passes (see `hook.Perturb`)."""
@@ -281,43 +281,46 @@ class Site:
             additions,
             known=known,
             detach=detach,
-            own=own,
+            nodes=nodes,
             deltas=deltas,
         )
         if known is not None:
             for module in self.modules:
-                if can_stand_in(module):
-                    module.forward = stand_in(self._hook, module)
+                if can_cache_forward(module):
+                    module.forward = cached_forward(self._hook, module)
 
-    def rest(self) -> None:
-        """Leave the modules' outputs alone again."""
+    def clear(self) -> None:
+        """Stop perturbing the modules' outputs."""
         self._hook.use = None
         for module in self.modules:
-            if getattr(module.__dict__.get("forward"), "__module__", None) == stand_in.__module__:
+            if (
+                getattr(module.__dict__.get("forward"), "__module__", None)
+                == cached_forward.__module__
+            ):
                 del module.forward
 
     def end_pass(self) -> bool:
-        """Tell whether the pass called each module as often as the first, and expect another."""
+        """Return whether the pass had as many calls as the first one; the next is a new pass."""
         use = self._hook.use
         return not isinstance(use, Perturb) or use.end_pass()
 
     @contextmanager
-    def placed(
+    def perturbed(
         self, calls: list[Call], additions: Sequence[Addition], known: str | None
     ) -> Iterator[None]:
-        """Perturb the passes inside the block; then what was placed before is there again."""
+        """Perturb the passes inside the block, and restore what the site did before."""
         if not self._finalizer.alive:
             raise RuntimeError(
                 f"{self!r} was removed: nothing would be perturbed. Keep the site until its "
                 "results have been applied"
             )
         before = self._hook.use
-        self.place(calls, additions, known=known)
+        self.perturb(calls, additions, known=known)
         try:
             yield
             complete = self.end_pass()
         finally:
-            self.rest()
+            self.clear()
             self._hook.use = before
         if not complete:
             raise RuntimeError(
@@ -325,106 +328,6 @@ class Site:
                 "than in the attacked batch: which delta belongs to which call is then unknown. "
                 "Run whole forward passes of the attacked batch there"
             )
-
-
-class WeightSite(Site):
-    """A parameter that is perturbed wherever it is used (see `Site.weight`)."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        name: str,
-        *,
-        group: Literal["row", "table"],
-        model: nn.Module | None,
-    ) -> None:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"Site.weight: needs a torch.nn.Module, got {type(module).__name__}")
-        checks.one_of("Site.weight", "group", group, ("row", "table"))
-        self._parameter = SwappedParameter(module, name, model)
-        self.name = name
-        self.modules = [module]
-        self.group = "token" if group == "row" else "sample"
-        self.scope, self.rows, self.model = "weight", "table", model
-        self.samples, self.per_sample = None, 1
-        self.known_shapes = set()
-        self.mask, self.offsets, self.key = None, None, None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        group = "row" if self.group == "token" else "table"
-        return _make_weight, (self.module, self.name, group, self.model)
-
-    def __repr__(self) -> str:
-        balls = "row" if self.group == "token" else "table"
-        return f"Site({self.name} of {type(self.module).__name__}, one ball per {balls})"
-
-    @property
-    def use(self) -> Use | None:
-        return None
-
-    @property
-    def busy(self) -> bool:
-        return self._parameter.swapped
-
-    @property
-    def table(self) -> nn.Parameter:
-        return self._parameter.original
-
-    def remove(self) -> None:
-        """Nothing stays on the module."""
-
-    def watch(self, **options: Any) -> list[Call]:
-        attach, begin = options["attach"], options.get("begin")
-        original = self._parameter.original
-        leaf = original.detach()
-        call = Call(self.module, leaf, original, False, layout=Layout(None))
-        call.through_half = computes_in_half(original)
-        if attach and begin is None:
-            leaf.requires_grad_()
-            self._parameter.swap(leaf)
-        elif begin is not None:
-            self._swap(leaf if attach else original, begin(call), options.get("own"))
-        return [call]
-
-    def place(
-        self,
-        calls: list[Call],
-        additions: Sequence[Addition],
-        *,
-        known: str | None = None,
-        detach: bool = False,
-        own: set[Node] | None = None,
-        deltas: Sequence[Tensor] = (),
-    ) -> None:
-        (addition,) = additions
-        original = self._parameter.original
-        assert isinstance(addition, Tensor)
-        self._swap(original.detach() if detach else original, addition, own)
-
-    def _swap(self, value: Tensor, addition: Tensor, own: set[Node] | None) -> None:
-        value = value + addition.to(value.dtype)
-        if own is not None and value.grad_fn is not None:
-            own.add(value.grad_fn)
-        self._parameter.swap(value)
-
-    def rest(self) -> None:
-        self._parameter.restore()
-
-    def end_pass(self) -> bool:
-        return True
-
-    @contextmanager
-    def placed(
-        self, calls: list[Call], additions: Sequence[Addition], known: str | None
-    ) -> Iterator[None]:
-        before = self._parameter.current
-        self.place(calls, additions)
-        try:
-            yield
-        finally:
-            self._parameter.restore()
-            if before is not None:
-                self._parameter.swap(before)
 
 
 def as_sites(sites: Site | Sequence[Site]) -> list[Site]:
@@ -513,7 +416,3 @@ def _remove(handles: list[Any]) -> None:
 
 def _make_site(modules: list[nn.Module], options: dict[str, Any]) -> Site:
     return Site(modules, **options)
-
-
-def _make_weight(module: nn.Module, name: str, group: Any, model: nn.Module | None) -> Site:
-    return Site.weight(module, name, group=group, model=model)

@@ -26,7 +26,7 @@ class Convention(Protocol):
     """A strength that is known only when the embeddings are."""
 
     def resolve(self, base: Tensor, *, norm: Any, geometry: dict[str, Any]) -> float | Tensor:
-        """Give the absolute strength of each group of `base`."""
+        """Return the absolute strength of each group of `base`."""
         ...
 
 
@@ -78,7 +78,7 @@ class Relative:
         checks.one_of("Relative", "to", self.to, _TO)
 
     def resolve(self, base: Tensor, *, norm: Any, geometry: dict[str, Any]) -> Tensor:
-        """Give one radius per group, `[groups]`, in float32 or the type of `base`."""
+        """Return one radius per group, `[groups]`, in float32 or the type of `base`."""
         own = ops.group_norm(base, norm=norm, **geometry)
         if self.to == "group_norm":
             return self.value * own
@@ -110,7 +110,7 @@ class PerDim:
         object.__setattr__(self, "value", checks.real("PerDim", "value", self.value, 0))
 
     def resolve(self, base: Tensor, *, norm: Any, geometry: dict[str, Any]) -> Tensor:
-        """Give one strength per group, `[groups]`."""
+        """Return one strength per group, `[groups]`."""
         dtype = torch.promote_types(base.dtype, torch.float32)
         return self.value / group_sizes(base, geometry).to(dtype).clamp(min=1).sqrt()
 
@@ -158,7 +158,7 @@ def resolve(
 
 
 def words(value: Strength | None) -> str:
-    """Say a strength in words, for `repr`."""
+    """Return a strength in words, for `repr`."""
     if isinstance(value, Tensor):
         return f"one of {tuple(value.shape)} values per group"
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)

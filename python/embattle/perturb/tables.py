@@ -76,11 +76,11 @@ class SwappedParameter:
 
     @property
     def swapped(self) -> bool:
-        """Whether another tensor stands in for it."""
+        """Whether another tensor is read instead."""
         return self.current is not None
 
     def swap(self, value: Tensor) -> None:
-        """Let this thread read `value` in its stead."""
+        """Let this thread read `value` instead of the parameter."""
         self.current = value
         for module, name in self.places:
             parameters = module._parameters

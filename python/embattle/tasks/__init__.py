@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from embattle.data.batch import Batch as Batch
     from embattle.sections import Section as Section
     from embattle.tasks.base import Task as Task
+    from embattle.tasks.clicks import ClickThrough as ClickThrough
     from embattle.tasks.evaluator import Evaluator as Evaluator
+    from embattle.tasks.item_ranking import ItemRanking as ItemRanking
     from embattle.tasks.kinds import BinaryClassification as BinaryClassification
     from embattle.tasks.kinds import Classification as Classification
     from embattle.tasks.kinds import Kind as Kind
     from embattle.tasks.kinds import MultiLabelClassification as MultiLabelClassification
     from embattle.tasks.kinds import Ranking as Ranking
     from embattle.tasks.kinds import Regression as Regression
+    from embattle.tasks.next_item import NextItem as NextItem
     from embattle.tasks.tabular import Tabular as Tabular
     from embattle.tasks.text import TextClassification as TextClassification
 
@@ -31,9 +34,12 @@ _HOMES = {
     "Batch": "data.batch",
     "BinaryClassification": "tasks.kinds",
     "Classification": "tasks.kinds",
+    "ClickThrough": "tasks.clicks",
     "Evaluator": "tasks.evaluator",
+    "ItemRanking": "tasks.item_ranking",
     "Kind": "tasks.kinds",
     "MultiLabelClassification": "tasks.kinds",
+    "NextItem": "tasks.next_item",
     "Ranking": "tasks.kinds",
     "Regression": "tasks.kinds",
     "Section": "sections",

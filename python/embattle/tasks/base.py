@@ -38,6 +38,8 @@ class Task(Evaluator, ABC):
     Attributes:
         Data, Model: the classes of the recipe's sections `data` and `model`.
         sample, vector: what a sample and one of its embeddings are called, for the report.
+        calls_model: whether `evaluate` computes losses by calling the model itself, `model(...)`,
+            not methods of it. Mixed precision and several processes need that.
         data_options, model_options: those sections.
         seed: the recipe's; decides the division of the data and the first weights.
         kind: what is predicted; `read` sets it, unless the class does.
@@ -48,6 +50,7 @@ class Task(Evaluator, ABC):
     Model: ClassVar[type[Section]] = Section
     sample: ClassVar[str] = "sample"
     vector: ClassVar[str] = "vector"
+    calls_model: ClassVar[bool] = True
 
     kind: Kind
     parts: Mapping[str, Any]
@@ -93,6 +96,10 @@ class Task(Evaluator, ABC):
         """Give all samples of a part in order, at most `size` in a batch."""
         every = torch.split(torch.arange(len(self.parts[part])), size)
         return [self.batch(model, part, rows, seed=self.seed) for rows in every]
+
+    def lengths(self, model: nn.Module, part: str) -> Sequence[int] | None:
+        """Give the length of each sample of a part; None where all are of one length."""
+        return None
 
     def show(self, part: str, row: int) -> str:
         """Show a sample of a part to a reader."""

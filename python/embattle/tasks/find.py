@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from embattle.errors import InputError, closest
+from embattle.sections import Section
 from embattle.tasks.base import Task
 
 #: Name in a recipe -> module and class.
@@ -58,6 +59,12 @@ def find(name: str, *, trust: bool = False) -> type[Task]:
     lacking = sorted(getattr(own, "__abstractmethods__", ()))
     if lacking:
         raise InputError(f"{name} lacks {', '.join(lacking)}; define it, see embattle.tasks.Task")
+    for name_, section in (("Data", own.Data), ("Model", own.Model)):
+        if not isinstance(section, type) or not issubclass(section, Section):
+            raise InputError(
+                f"{name}: {name_} must be a class derived from embattle.tasks.Section, got "
+                f"{section!r}"
+            )
     return own
 
 
@@ -78,7 +85,7 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[name] = module  # annotations are looked up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise InputError(
             f"{path} cannot be run: {type(error).__name__}: {error}; correct the task's file"
@@ -89,7 +96,7 @@ def _import_file(path: Path) -> ModuleType:
 def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"{name} cannot be imported: {type(error).__name__}: {error}; is it installed?"
         ) from error

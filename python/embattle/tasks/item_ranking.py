@@ -60,6 +60,7 @@ class ItemRanking(RatingsTask):
 
     Model: ClassVar[type[Section]] = RankerRecipe
     vector: ClassVar[str] = "row"
+    calls_model: ClassVar[bool] = False
 
     model_options: RankerRecipe
     graph: Interactions
@@ -99,7 +100,7 @@ class ItemRanking(RatingsTask):
     def encode(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Users by their names; what they met in training is not recommended."""
         column = self.data_options.user
-        users = torch.tensor(self.numbers([row[column] for row in rows], "users"))
+        users = torch.tensor(self.numbers(self.cells(rows, column), "users"))
         return Batch({"users": users, "seen": self.graph.mask(users)}, self.labels_of(rows))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:

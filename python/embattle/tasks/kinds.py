@@ -252,6 +252,11 @@ class Regression(Kind):
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Give the squared error."""
+        if outputs.shape != labels.shape:
+            raise ValueError(
+                f"Regression: outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)} must "
+                "have one shape, [B]; squeeze the outputs' last dim"
+            )
         return losses.per_sample((outputs - labels.to(outputs)).square())
 
     def criterion(self, labels: Tensor) -> Criterion:

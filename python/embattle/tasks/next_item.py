@@ -54,6 +54,7 @@ class NextItem(RatingsTask):
 
     Model: ClassVar[type[Section]] = SequentialRecipe
     vector: ClassVar[str] = "history"
+    calls_model: ClassVar[bool] = False
 
     model_options: SequentialRecipe
 
@@ -93,8 +94,7 @@ class NextItem(RatingsTask):
         length, padding = self.model_options.length, len(self.items)
         seen = torch.zeros(len(rows), padding, dtype=torch.bool)
         sequences = torch.full((len(rows), length), padding)
-        for number, row in enumerate(rows):
-            history = row["history"]
+        for number, history in enumerate(self.cells(rows, "history")):
             names = history.split() if isinstance(history, str) else list(history)
             items = torch.tensor(self.numbers(names, "items"), dtype=torch.int64)
             seen[number, items] = True

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from embattle.data.account import Account
+from embattle.data.labels import is_blank
 from embattle.data.ratings import Ratings, hold_out_latest, read_named_ratings, together
 from embattle.errors import InputError
 from embattle.sections import Section
@@ -109,9 +110,20 @@ class RatingsTask(Task):
                 )
         return [known[str(name)] for name in names]
 
-    def labels_of(self, rows: Sequence[Any]) -> torch.Tensor | None:
+    def cells(self, rows: Sequence[Mapping[str, Any]], column: str) -> list[Any]:
+        """The cells of a column that every row must have.
+
+        Raises:
+            InputError: one has none.
+        """
+        for number, row in enumerate(rows):
+            if is_blank(row.get(column)):
+                raise InputError(f"column {column!r} is empty in row {number + 1}; fill it in")
+        return [row[column] for row in rows]
+
+    def labels_of(self, rows: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
         """The items in the item column, if every row has one."""
         column = self.data_options.item
-        if any(row.get(column) is None for row in rows):
+        if any(is_blank(row.get(column)) for row in rows):
             return None
         return torch.tensor(self.numbers([row[column] for row in rows], "items"))

@@ -70,6 +70,10 @@ class TextClassification(Task):
         chosen = self.splits.parts[part].take(rows.tolist())
         return self._tokenize(model, chosen.texts, chosen.labels)
 
+    def lengths(self, model: nn.Module, part: str) -> list[int]:
+        """Count the tokens that the model reads of each text."""
+        return cast(TextClassifier, model).lengths(self.splits.parts[part].texts)
+
     def show(self, part: str, row: int) -> str:
         """Show the text."""
         return self.splits.parts[part].texts[row]

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from embattle.perturb.blocks import Block, build, call_block
+from embattle.perturb.build_perturbations import build_perturbations, perturbation_of_call
 from embattle.perturb.calls import Call, is_lookup
 from embattle.perturb.evaluation import Evaluation, LossFn, call
 from embattle.perturb.gradients import (
@@ -23,17 +23,17 @@ from embattle.perturb.gradients import (
 )
 from embattle.perturb.guard import (
     MODES,
-    KeptState,
     Mode,
-    RandomState,
+    autograd_enabled,
     eval_mode,
     fresh_autocast_cache,
     frozen_weights,
-    kept_state,
-    usable_tensors,
 )
 from embattle.perturb.masks import Geometry
-from embattle.perturb.perturbation import Lookups, Perturbation
+from embattle.perturb.model_state import KeptState, kept_state
+from embattle.perturb.perturbation import Perturbation
+from embattle.perturb.perturbed_sites import Lookups, PerturbedSites
+from embattle.perturb.random_state import RandomState
 from embattle.perturb.replay import DropoutMasks
 from embattle.perturb.site import PerCallTensor, Site, as_sites
 
@@ -42,15 +42,20 @@ Masks: TypeAlias = "PerCallTensor | Sequence[PerCallTensor]"
 Subset: TypeAlias = Callable[[Tensor], LossFn]
 
 
-class Opening(NamedTuple):
-    """The first pass of an attack: what it gave, and whether it was perturbed already."""
+class RecordedPass(NamedTuple):
+    """The first pass of an attack.
+
+    Attributes:
+        evaluation: what the loss function returned.
+        perturbed: whether the deltas of the start were added in it already.
+    """
 
     evaluation: Evaluation
     perturbed: bool
 
 
-class Stage:
-    """The sites of one batch, with the deltas that are being sought there.
+class AttackedBatch:
+    """One batch with its loss function, its sites and the perturbations there.
 
     Args:
         loss_fn: runs the model on the batch; returns losses `[B]`, or an `Evaluation`.
@@ -62,7 +67,7 @@ class Stage:
         mode: what the model does in the attack's own passes (see `embattle.PGD`).
         same_random: all passes of the attack have the same random numbers, as in mode "same":
             needed where their values are compared.
-        compile: `torch.compile` the loss function; the pass that opens an attack, which shows where
+        compile: `torch.compile` the loss function; the first pass of an attack, which shows where
             the embeddings are, in two parts, before and after them.
         subset: the loss function of some of the samples.
     """
@@ -85,7 +90,7 @@ class Stage:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
         self.loss_fn, self.subset, self.compile = loss_fn, subset, compile
-        self.found = Perturbation(as_sites(sites))
+        self.perturbed = PerturbedSites(as_sites(sites))
         self.geometry = Geometry(self.sites, mask, offsets)
         self.joint, self.mode, self.same_random = joint, mode, same_random or mode == "same"
         self.models: list[nn.Module] = []
@@ -97,8 +102,8 @@ class Stage:
                 raise ValueError(f"{name} needs to know the model: Site(module, model=model)")
         if compile and any(site.scope == "weight" for site in self.sites):
             raise ValueError("compile=True: compiled code does not see an exchanged parameter")
-        self.batch = 0
-        self._checked = False  # whether the graph was looked at
+        self.size = 0
+        self._checked = False  # whether the graph was checked
         self._through_half = False  # whether gradients pass through float16
         self._state: KeptState | None = None
         self._first: RandomState | None = None  # where evaluations start from
@@ -108,23 +113,27 @@ class Stage:
     @property
     def sites(self) -> list[Site]:
         """Where the model is perturbed."""
-        return self.found.sites
+        return self.perturbed.sites
 
     @property
-    def blocks(self) -> list[Block]:
-        """The deltas, once the stage is open."""
-        return self.found.blocks
+    def perturbations(self) -> list[Perturbation]:
+        """The perturbations, after `record`."""
+        return self.perturbed.perturbations
 
-    def narrow(self, rows: Tensor, blocks: list[Block]) -> Stage:
-        """Make a stage of some of the samples, which `blocks` belong to."""
+    def select(self, rows: Tensor, perturbations: list[Perturbation]) -> AttackedBatch:
+        """Return the batch of some of the samples, int64 `rows`, which `perturbations` belong to.
+
+        Raises:
+            ValueError: there is no `subset`.
+        """
         if self.subset is None:
             raise ValueError(
                 "samples can only leave the batch where the loss function of some of them is "
                 "known: run(..., subset=lambda rows: loss_fn_of_those_rows)"
             )
         other = copy(self)
-        other.found = self.found.narrow(rows, blocks)
-        other.loss_fn, other.batch = self.subset(rows), len(rows)
+        other.perturbed = self.perturbed.select(rows, perturbations)
+        other.loss_fn, other.size = self.subset(rows), len(rows)
         return other
 
     # --- around the passes -----------------------------------------------------------------------
@@ -133,11 +142,14 @@ class Stage:
     def attacking(
         self, seed: Callable[[], torch.Generator | None] = lambda: None
     ) -> Iterator[torch.Generator | None]:
-        """Around the attack's own passes: afterwards the model and the random state are as before.
+        """Restore the model and the random state after the attack's own passes inside.
 
         Args:
             seed: makes the attack's generator. What it draws from the global state stays drawn, so
                 that the next batch starts elsewhere, unless the attack raises.
+
+        Raises:
+            RuntimeError: another attack is using a site.
         """
         busy = [site for site in self.sites if site.busy]
         if busy:
@@ -146,49 +158,49 @@ class Stage:
         generator = seed()
         self._first = before if generator is None else RandomState.capture()
         if self.same_random and self._replay is None:
-            self._remember(self._first)
+            self._replay_from(self._first)
         first = self._first
         with ExitStack() as stack:
             stack.push(lambda kind, *_: (before if kind is not None else first).restore())
-            stack.callback(self._over)
+            stack.callback(self._end)
             if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-                stack.enter_context(usable_tensors())
+                stack.enter_context(autograd_enabled())
             stack.enter_context(fresh_autocast_cache())
             self._state = stack.enter_context(kept_state(self.models))
             modules = self._state.modules.values()
             stack.enter_context(frozen_weights(modules))
             if any(site.table is not None for site in self.sites):
-                stack.enter_context(_followed(self.sites))
+                stack.enter_context(_requiring_grad(self.sites))
             if self.mode == "eval":
                 stack.enter_context(eval_mode(self.models, modules))
             yield generator
 
-    def _over(self) -> None:
+    def _end(self) -> None:
         self._state = None
-        self.rest()
+        self.clear()
 
-    def rest(self) -> None:
+    def clear(self) -> None:
         """Leave the model unperturbed."""
-        self.found.rest()
+        self.perturbed.clear()
 
-    def remember_random_state(self) -> None:
-        """Replay from here in the passes of mode "same", the next one included."""
+    def save_random_state(self) -> None:
+        """Start every later pass of mode "same" from the random state of now."""
         if self.same_random:
-            self._remember(RandomState.capture())
+            self._replay_from(RandomState.capture())
 
-    def _remember(self, state: RandomState) -> None:
+    def _replay_from(self, state: RandomState) -> None:
         self._replay = state
         self._masks = None if self.compile else DropoutMasks()
 
-    def forget_random_state(self) -> None:
-        """Draw anew in the passes to come."""
+    def clear_random_state(self) -> None:
+        """Draw new random numbers in later passes."""
         self._replay = self._masks = None
 
     @contextmanager
-    def drawing(self, seed: int) -> Iterator[None]:
-        """Draw other random numbers in the passes inside, whatever the mode.
+    def with_seed(self, seed: int) -> Iterator[None]:
+        """Seed the passes inside, whatever the mode.
 
-        Only while attacking: the random state is put back at the end of that.
+        Only inside `attacking`, which restores the random state at its end.
         """
         kept, self._replay, self._masks = (self._replay, self._masks), None, None
         torch.manual_seed(seed)
@@ -197,24 +209,24 @@ class Stage:
         finally:
             self._replay, self._masks = kept
 
-    def forget_masks(self) -> None:
-        """Free the dropout masks: later passes draw them anew."""
+    def free_masks(self) -> None:
+        """Free the kept dropout masks; later passes draw them again."""
         self._masks = None
 
     # --- passes ----------------------------------------------------------------------------------
 
     def run(self, loss_fn: LossFn | None = None, *, first: bool = False) -> Evaluation:
-        """Make a pass; in mode "same" with the random numbers of the first one.
+        """Run a forward pass; in mode "same" with the random numbers of the first one.
 
         Args:
-            loss_fn: the loss function as it is to be called; compiled, if so asked, by default.
+            loss_fn: called instead of the batch's own, which is compiled if `compile` is set.
             first: start from the random state of the attack's first pass in any mode.
         """
         if loss_fn is None:
             # Compiled code belongs to the function's: a new closure for each batch finds it again.
             loss_fn = torch.compile(self.loss_fn) if self.compile else self.loss_fn
         if self._state is not None:
-            self._state.rewind()
+            self._state.restore()
         if self._replay is None:
             if first and self._first is not None:
                 self._first.restore()
@@ -225,7 +237,7 @@ class Stage:
                 if self._masks is not None and not self._masks.idle:
                     stack.enter_context(self._masks)
                 evaluation = call(loss_fn)
-        for site in self.found.sites:
+        for site in self.perturbed.sites:
             if not site.end_pass():
                 raise RuntimeError(
                     f"{site!r}: the loss function called its modules in another number than in "
@@ -233,68 +245,77 @@ class Stage:
                 )
         return evaluation
 
-    def open(
-        self, *, attach: bool = False, start: Callable[[Block], None] | None = None
-    ) -> Opening:
-        """Run the first pass, which shows the shapes, and make the blocks.
+    def record(
+        self, *, attach: bool = False, start: Callable[[Perturbation], None] | None = None
+    ) -> RecordedPass:
+        """Run the first pass, record the calls of the sites, and make the perturbations.
 
         Args:
-            attach: keep the graph, with a leaf at each place instead of the way to the module's
-                weights, which `sources` give.
-            start: called with each block, to set its delta. Where every block is one call, this
+            attach: keep the graph, with a leaf at each place, cut off the modules' weights
+                (`PerturbedSites.sources` are attached to them).
+            start: called with each perturbation, to set `delta`. Where each is one call, this
                 happens inside the pass, which is then a perturbed one (and keeps its graph).
         """
         inside = start is not None and not self.joint
         inside = inside and all(site.scope != "row" for site in self.sites)
-        started: list[list[Block]] = [[] for _ in self.sites]
+        started: list[list[Perturbation]] = [[] for _ in self.sites]
         calls: list[list[Call]] = []
-        self.found.calls = calls
-        self.found.own.clear()
+        self.perturbed.calls = calls
+        self.perturbed.nodes.clear()
         try:
             for index, site in enumerate(self.sites):
                 begin = None
                 if inside and start is not None:
                     begin = partial(self._begin, index, start, started[index])
-                own = None if site.table is None else self.found.own
-                watch = site.watch(
-                    attach=attach, begin=begin, aside=self.compile, own=own, found=calls
+                nodes = None if site.table is None else self.perturbed.nodes
+                recorded = site.record(
+                    attach=attach, begin=begin, graph_break=self.compile, nodes=nodes, found=calls
                 )
-                calls.append(watch)
+                calls.append(recorded)
             with torch.set_grad_enabled(attach or inside):
                 evaluation = self.run()
         finally:
-            self.rest()
+            self.clear()
         self.geometry.finish(calls)
         perturbed = inside and all(
-            len(blocks) == len(recorded) for blocks, recorded in zip(started, calls, strict=True)
+            len(perturbations) == len(recorded)
+            for perturbations, recorded in zip(started, calls, strict=True)
         )
         if perturbed and all(calls):
-            self.found.blocks = [block for blocks in started for block in blocks]
+            self.perturbed.perturbations = [p for perturbations in started for p in perturbations]
         else:
-            self.found.blocks = build(self.sites, calls, self.geometry, joint=self.joint)
+            self.perturbed.perturbations = build_perturbations(
+                self.sites, calls, self.geometry, joint=self.joint
+            )
             perturbed = False
-        self.batch, self._checked = evaluation.batch, False
+        self.size, self._checked = evaluation.batch, False
         self._through_half = any(call.through_half for recorded in calls for call in recorded)
         self._check_samples()
         if start is not None and not perturbed:
-            for block in self.blocks:
-                start(block)
-        return Opening(evaluation, perturbed)
+            for perturbation in self.perturbations:
+                start(perturbation)
+        return RecordedPass(evaluation, perturbed)
 
     def _begin(
-        self, index: int, start: Callable[[Block], None], blocks: list[Block], call: Call
+        self,
+        index: int,
+        start: Callable[[Perturbation], None],
+        perturbations: list[Perturbation],
+        call: Call,
     ) -> Tensor:
-        block = call_block(self.sites[index], call, (index, len(blocks)), self.geometry)
-        start(block)
-        blocks.append(block)
-        return block.additions()[0]
+        perturbation = perturbation_of_call(
+            self.sites[index], call, (index, len(perturbations)), self.geometry
+        )
+        start(perturbation)
+        perturbations.append(perturbation)
+        return perturbation.additions()[0]
 
     def _check_samples(self) -> None:
-        for block in self.blocks:
-            if not block.coupled and block.samples != self.batch:
+        for perturbation in self.perturbations:
+            if not perturbation.coupled and perturbation.samples != self.size:
                 raise ValueError(
-                    f"{self.batch} losses for embeddings {tuple(block.base.shape)}, which hold "
-                    f"{block.samples} samples in dim 0: say where the samples are, "
+                    f"{self.size} losses for embeddings {tuple(perturbation.base.shape)}, which "
+                    f"hold {perturbation.samples} samples in dim 0: say where the samples are, "
                     "Site(..., samples=1) where time comes first, samples=None for an output that "
                     "all samples share, per_sample=K for K entries of a sample, or a function of "
                     "the call; or give offsets for packed rows"
@@ -313,104 +334,100 @@ class Stage:
         detach: bool = False,
         first: bool = False,
     ) -> Evaluation:
-        """Run the loss function at the current deltas (see `Perturbation.place` and `run`).
+        """Run the loss function at the current deltas (see `PerturbedSites.perturb` and `run`).
 
         Args:
             grad: keep the graph, where gradients are enabled; otherwise there is none.
-            lookups, detach, first: as there.
+            lookups, detach, first: see there.
         """
         if grad:
-            self.found.place(lookups=lookups, detach=detach, compile=self.compile)
+            self.perturbed.perturb(lookups=lookups, detach=detach, compile=self.compile)
             return self.run(first=first)
         with torch.no_grad():
-            self.found.place(lookups=lookups, detach=detach, compile=self.compile)
+            self.perturbed.perturb(lookups=lookups, detach=detach, compile=self.compile)
             return self.run(first=first)
 
     # --- gradients -------------------------------------------------------------------------------
 
-    def gradients(self, values: Tensor, *, note: bool = True) -> list[Tensor]:
+    def gradients(self, values: Tensor, *, mark: bool = True) -> list[Tensor]:
         """Differentiate with respect to the deltas, and nothing else.
 
         The sum of the values is taken: each sample's delta gets its own sample's gradient.
 
         Args:
             values: `[B]`, with their graph.
-            note: note which groups have a gradient.
+            mark: record which groups have a gradient other than zero.
         """
-        leaves = [block.delta for block in self.found.blocks]
+        leaves = [p.delta for p in self.perturbed.perturbations]
         self.check_graph(values, leaves)
         grads = self._completed(differentiate(values, leaves, self._through_half))
-        return self.noted(grads) if note else grads
+        return self.mark_gradients(grads) if mark else grads
 
     def gradients_at_zero(self, values: Tensor) -> list[Tensor] | None:
-        """Differentiate with respect to the deltas in the graph of the opening pass.
+        """Differentiate with respect to the deltas in the graph of the first pass.
 
         Returns:
             None if the model is compiled: its traced pass does not show the places.
         """
-        places = self.found.values()
+        places = self.perturbed.values()
         if places is None:
             return None
         self.check_graph(values, places)
-        return self.noted(
-            self.found.gather(self._used(differentiate(values, places, self._through_half)))
+        return self.mark_gradients(
+            self.perturbed.gather(self._used(differentiate(values, places, self._through_half)))
         )
 
-    def of_blocks(self, grads: Sequence[Tensor | None], scale: float) -> list[Tensor]:
-        """Complete gradients at the deltas, of a `scale`-th of the losses."""
+    def rescale_at_deltas(self, grads: Sequence[Tensor | None], scale: float) -> list[Tensor]:
+        """Multiply gradients at the deltas by `scale`; zeros where a delta has none."""
         full = self._completed(grads)
-        return self.noted(full if scale == 1 else list(torch._foreach_mul(full, scale)))
+        return self.mark_gradients(full if scale == 1 else list(torch._foreach_mul(full, scale)))
 
     def _completed(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
         found = [grad for grad in grads if grad is not None]
         if len(found) == len(grads):
             return found
-        refuse_unused(grads, self.found)
+        refuse_unused(grads, self.perturbed)
         return [
-            torch.zeros_like(block.delta) if grad is None else grad
-            for block, grad in zip(self.blocks, grads, strict=True)
+            torch.zeros_like(p.delta) if grad is None else grad
+            for p, grad in zip(self.perturbations, grads, strict=True)
         ]
 
-    def gathered(self, grads: Sequence[Tensor | None], scale: float) -> list[Tensor]:
-        """Turn gradients at the places, of a `scale`-th of the losses, into the blocks'."""
-        found = self.found.gather(self._used(grads))
-        return self.noted(list(torch._foreach_mul(found, scale)))
+    def rescale_at_outputs(self, grads: Sequence[Tensor | None], scale: float) -> list[Tensor]:
+        """Turn gradients at the places into those of the deltas, and multiply them by `scale`."""
+        found = self.perturbed.gather(self._used(grads))
+        return self.mark_gradients(list(torch._foreach_mul(found, scale)))
 
     def check_graph(self, values: Tensor, leaves: Sequence[Tensor]) -> None:
-        """Refuse what the graph shows to be wrong: other uses of a table, time before samples."""
+        """Check that the graph leads to the deltas, all uses of a table, and the dim of samples.
+
+        Args:
+            values: `[B]`, with their graph.
+            leaves: the deltas, or the outputs at all places.
+
+        Raises:
+            NoGradient: the values have no graph.
+            RuntimeError: a table is read in another way, too.
+            ValueError: the samples are in another dim.
+        """
         if not values.requires_grad:
             raise NoGradient(
                 "the losses do not depend on the perturbed embeddings: does loss_fn detach, or run "
                 "under torch.no_grad()?"
             )
         if not self._checked:
-            refuse_other_uses(values, self.found)
-            refuse_other_layouts(values, leaves, self.found, self.batch)
+            refuse_other_uses(values, self.perturbed)
+            refuse_other_layouts(values, leaves, self.perturbed, self.size)
             self._checked = True
 
-    def noted(self, grads: list[Tensor]) -> list[Tensor]:
-        """Note which groups have a gradient."""
-        for block, grad in zip(self.blocks, grads, strict=True):
-            block.note(grad)
+    def mark_gradients(self, grads: list[Tensor]) -> list[Tensor]:
+        """Record which groups have a gradient other than zero; return the gradients."""
+        for perturbation, grad in zip(self.perturbations, grads, strict=True):
+            perturbation.mark_gradients(grad)
         return grads
 
     def _used(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        refuse_unused(grads, self.found)
+        refuse_unused(grads, self.perturbed)
         return grads
-
-    # --- what objectives ask ---------------------------------------------------------------------
-
-    def agreement(self) -> Callable[[], Tensor] | None:
-        """Give what computes the nearest-embedding agreement, where the sites have tables."""
-        fits = all(
-            isinstance(site.module, nn.Embedding) and site.scope == "output" for site in self.sites
-        )
-        plain = all(layout.plain for block in self.blocks for layout in block.layouts)
-        packed = any(block.geometry["offsets"] is not None for block in self.blocks)
-        if not fits or not plain or self.joint or packed:
-            return None
-        tables = [cast(Tensor, site.module.weight) for site in self.sites]
-        return partial(_agreement, self.blocks, tables)
 
     @property
     def plain(self) -> bool:
@@ -422,8 +439,8 @@ class Stage:
 
 
 @contextmanager
-def _followed(sites: Sequence[Site]) -> Iterator[None]:
-    """Let tables that are perturbed require gradients: then every use of them shows."""
+def _requiring_grad(sites: Sequence[Site]) -> Iterator[None]:
+    """Let perturbed tables require gradients: the graph then shows every use of them."""
     tables: list[Any] = [site.table for site in sites if site.table is not None]
     turned = [table for table in tables if not table.requires_grad]
     try:
@@ -433,27 +450,3 @@ def _followed(sites: Sequence[Site]) -> Iterator[None]:
     finally:
         for table in turned:
             table.requires_grad_(False)
-
-
-def _agreement(blocks: Sequence[Block], tables: Sequence[Tensor]) -> Tensor:
-    """Share of each sample's perturbed vectors whose nearest table row is the original, `[B]`."""
-    kept: Tensor | None = None
-    count: Tensor | None = None
-    for block in blocks:
-        table = tables[block.places[0][0]].detach()
-        base = block.base.reshape(block.samples, -1, block.base.shape[-1])
-        moved = base + block.delta.detach().reshape(base.shape).to(base.dtype)
-        sizes = table.float().square().sum(1)
-        mask = block.geometry["mask"]
-        same = []
-        for before, after in zip(base, moved, strict=True):  # [T, V] at a time
-            nearest = (sizes - 2 * after.float() @ table.float().T).argmin(1)
-            same.append((table[nearest] == before).all(1))
-        agree = torch.stack(same)
-        part = torch.ones_like(agree) if mask is None else mask.reshape(agree.shape)
-        hits, total = (agree & part).sum(1), part.sum(1)
-        kept = hits if kept is None else kept + hits
-        count = total if count is None else count + total
-    assert kept is not None
-    assert count is not None
-    return kept / count.clamp(min=1)

@@ -1,4 +1,4 @@
-"""Carry gradients that are known already into a loss that is yet to be backpropagated."""
+"""Attach precomputed gradients to a loss that is backpropagated later; accumulate gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 
-class _Carrier(torch.autograd.Function):
+class _PrecomputedGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, held: list[Tensor | None], *params: Tensor) -> Tensor:
         ctx.held = held
@@ -21,20 +21,20 @@ class _Carrier(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         held: list[Tensor | None] | None = ctx.held
         if held is None:
-            raise RuntimeError("this loss was backpropagated before; call the objective anew")
+            raise RuntimeError("this loss was backpropagated before; call the objective again")
         ctx.held = None
         # The gradients are given away: they are scaled in place, and handed over without a copy.
         if grad.device.type != "cpu" or grad.item() != 1.0:
             held = [
                 one if one is None else one.mul_(factor) if mine else (one * factor).to(one.dtype)
-                for one, mine in zip(held, _exclusive(held), strict=True)
+                for one, mine in zip(held, _own_memory(held), strict=True)
                 for factor in [grad if one is None else grad.to(one.dtype)]
             ]
         return (None, None, *held)
 
 
-def _exclusive(grads: Sequence[Tensor | None]) -> list[bool]:
-    """Tell which gradients have memory of their own, and so may be written.
+def _own_memory(grads: Sequence[Tensor | None]) -> list[bool]:
+    """Return which gradients own their memory, and so may be written in place.
 
     Autograd gives both terms of a sum the same tensor, and a sum's terms an expanded number.
     """
@@ -50,13 +50,13 @@ def _exclusive(grads: Sequence[Tensor | None]) -> list[bool]:
     ]
 
 
-def add_up(total: list[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Add gradients to those so far (an empty list at first), in place where that is safe."""
+def accumulate(total: list[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Add gradients to a running total (an empty list at first), in place where that is safe."""
     if not total:
         return list(grads)
     found: list[Tensor | None] = []
     pairs: list[tuple[Tensor, Tensor]] = []
-    for one, grad, mine in zip(total, grads, _exclusive(total), strict=True):
+    for one, grad, mine in zip(total, grads, _own_memory(total), strict=True):
         if one is None or grad is None:
             found.append(grad if one is None else one)
         elif mine and grad.layout == torch.strided:
@@ -69,7 +69,9 @@ def add_up(total: list[Tensor | None], grads: Sequence[Tensor | None]) -> list[T
     return found
 
 
-def carry(value: Tensor, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
+def attach_gradients(
+    value: Tensor, params: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> Tensor:
     """Make a scalar of value `value` whose backward gives each of `params` its gradient.
 
     Args:
@@ -84,7 +86,7 @@ def carry(value: Tensor, params: Sequence[Tensor], grads: Sequence[Tensor | None
     if not pairs:
         return value
     params, grads = [p for p, _ in pairs], [g for _, g in pairs]
-    result: Tensor = _Carrier.apply(value, list(grads), *params)  # type: ignore[no-untyped-call]
+    result: Tensor = _PrecomputedGradients.apply(value, list(grads), *params)  # type: ignore[no-untyped-call]
     return result
 
 

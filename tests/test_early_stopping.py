@@ -131,7 +131,7 @@ def test_attacks_with_memory_leave_too(attack: str) -> None:
     assert torch.equal(again.outputs.argmax(1), result.predictions)
 
 
-def test_leaving_says_what_it_needs() -> None:
+def test_early_stopping_says_what_it_needs() -> None:
     model, tokens, labels, _ = setup()
     attack = eb.PGD(eps=1.0, stop_when_fooled=True)
     site, whole = eb.Site(model.embedding), toys.classify(model, tokens, labels)

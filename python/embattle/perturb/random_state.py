@@ -1,0 +1,108 @@
+"""The state of the global random generators: torch's, Python's `random` and numpy's.
+
+A generator of the user's own draws on in an attack, as it does in any other pass.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_HEAD = object.__basicsize__  # a count of references and a type
+
+
+def _memory_of(one: object) -> bytes:
+    """Copy the memory of an object of a C class, without its reference count and type."""
+    return ctypes.string_at(id(one) + _HEAD, type(one).__basicsize__ - _HEAD)
+
+
+class _HostState(NamedTuple):
+    """The states of Python's and numpy's global generators, and the memory they were read from.
+
+    To read numpy's state takes longer than a small model's pass. Almost no model draws from it: its
+    memory, which two short copies show, is that of the state before.
+    """
+
+    memory: tuple[Any, ...]
+    python: tuple[Any, ...]
+    numpy: Any
+
+    @staticmethod
+    def read_memory() -> tuple[Any, ...]:
+        """Copy the generators' memory: any draw changes it."""
+        python: Any = random._inst
+        numpy: Any = np.random.mtrand._rand
+        source = numpy._bit_generator
+        known = type(source).__module__.startswith("numpy.")
+        bits = _memory_of(source) if known else str(source.state)
+        return _memory_of(python), python.gauss_next, (_memory_of(numpy), bits)
+
+    @classmethod
+    def capture(cls) -> _HostState:
+        """Return the states of now: those read last if the memory is the same since."""
+        global _last_read
+        memory = cls.read_memory()
+        if _last_read is None or _last_read.memory != memory:
+            numpy = np.random.get_state(legacy=False)  # noqa: NPY002
+            _last_read = cls(memory, random.getstate(), numpy)
+        return _last_read
+
+    def restore(self) -> None:
+        """Put the states back, where they have changed."""
+        *python, numpy = self.read_memory()
+        *python_before, numpy_before = self.memory
+        if python != python_before:
+            random.setstate(self.python)
+        if numpy != numpy_before:
+            np.random.set_state(self.numpy)  # noqa: NPY002
+
+
+_last_read: _HostState | None = None
+
+
+class RandomState(NamedTuple):
+    """The state of the global generators: torch's on the CPU and CUDA, Python's and numpy's.
+
+    A model may be on another device than the current one, or on several; negatives are often drawn
+    with numpy.
+    """
+
+    cpu: Tensor
+    cuda: list[Tensor] | None
+    host: _HostState
+
+    @classmethod
+    def capture(cls) -> RandomState:
+        """Copy the states now (host memory only: no synchronisation)."""
+        used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        cuda = torch.cuda.get_rng_state_all() if used else None
+        return cls(torch.get_rng_state(), cuda, _HostState.capture())
+
+    def restore(self) -> None:
+        """Put the states back."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state_all(self.cuda)
+        self.host.restore()
+
+    def same(self, other: RandomState) -> bool:
+        """Return whether nothing was drawn in between."""
+        pairs = zip([self.cpu, *(self.cuda or [])], [other.cpu, *(other.cuda or [])], strict=False)
+        return self.host.memory == other.host.memory and all(torch.equal(a, b) for a, b in pairs)
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[RandomState]:
+    """Undo whatever the block draws from the global generators, also when it raises."""
+    state = RandomState.capture()
+    try:
+        yield state
+    finally:
+        state.restore()
