@@ -406,7 +406,7 @@ def test_an_ensemble_does_not_say_of_who_fell_before_that_a_gradient_is_missing(
     goal = eb.Misclassify((x.argmax(1) + 1) % 3)
     attack = eb.AutoAttack(eps=0.5, steps=2, queries=3)
     result = attack.run(lambda: Evaluation(None, module(x)), eb.Site(module), criterion=goal)
-    assert result.felled_by == ["clean"] * 4
+    assert result.fooled_by == ["clean"] * 4
     assert not result.delta.any()
 
 
