@@ -6,7 +6,7 @@ import embattle as eb
 import pytest
 import torch
 import toys
-from embattle.perturb import guard
+from embattle.perturb import model_state
 from torch import Tensor, nn
 
 
@@ -91,14 +91,14 @@ def test_a_model_compiled_as_one_graph_is_given_without_compile() -> None:
 def test_large_buffers_that_are_watched_do_not_keep_a_model_from_being_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(guard, "_MUCH", 100)
-    monkeypatch.setattr(guard, "_LARGE", 50)
+    monkeypatch.setattr(model_state, "_TOTAL_BYTES", 100)
+    monkeypatch.setattr(model_state, "_LARGE_BYTES", 50)
     model, graphs = nn.BatchNorm1d(64).eval(), []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> object:
         graphs.append(graph)
         return graph.forward
 
-    with guard.kept_state([model]):
+    with model_state.kept_state([model]):
         torch.compile(model, backend=backend)(torch.randn(3, 64))
     assert len(graphs) == 1
