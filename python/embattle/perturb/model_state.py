@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # What modules have in their __dict__, mostly.
 _TENSORLESS = frozenset({bool, dict, float, int, set, str, type(None), OrderedDict})
-# Where buffers of more than _LARGE_BYTES hold more than _TOTAL_BYTES together, they are not copied before
-# something is about to write them.
+# Where buffers of more than _LARGE_BYTES hold more than _TOTAL_BYTES together, they are not copied
+# before something is about to write them.
 _TOTAL_BYTES = 64 << 20
 _LARGE_BYTES = 1 << 20
 
