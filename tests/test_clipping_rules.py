@@ -254,3 +254,19 @@ def test_weights_and_users_of_another_number_than_the_losses() -> None:
                 clipper.backward(out, users=torch.ones(count, dtype=torch.long))
         with pytest.raises(ValueError, match=f"users must be {B} integers"):
             clipper.backward(out, users=torch.ones(B))
+
+
+@pytest.mark.parametrize("mode", ["flat", "per_layer"])
+def test_weight_zero_removes_a_non_finite_sample_of_a_user(mode: Any) -> None:
+    model, x = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2)), torch.randn(B, 3)
+    found = []
+    for x[1, 0] in (math.nan, 1.0):
+        model.zero_grad()
+        with PerSampleClipper(model, 0.5, mode, reduction="sum") as clipper:
+            result = clipper.backward(
+                per_sample(model(x)),
+                users=torch.tensor([5, 5, 2, 7]),
+                weights=torch.tensor([1.0, 0.0, 1.0, 1.0]),
+            )
+        found.append([result.norms, *gradients(model)])
+    assert_close(*found, 1e-12)
