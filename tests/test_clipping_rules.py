@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import devices
@@ -12,9 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clipping_cases import Apply, assert_close, clipped_sum, gradients
-from embattle.clipping import PerSampleClipper, layers
+from embattle.clipping import PerSampleClipper, RowSelection, grad_sample, layers
 from embattle.clipping.context import Layout
-from embattle.clipping.verify import Known, Verifier
+from embattle.clipping.context import layouts as layouts_of
+from embattle.clipping.grad_sample import ConvGradSample, LinearGradSample
+from embattle.clipping.norms import _order, merge, parameter_norms
+from embattle.clipping.table_grad_sample import EmbeddingGradSample
+from embattle.clipping.users import Users
+from embattle.clipping.verify import Known, Verifier, find_layouts
+from embattle.clipping.vmapped import _alike
 from test_clipping_verify import _float64, exact, per_sample, reference, refused
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -254,3 +261,167 @@ def test_weights_and_users_of_another_number_than_the_losses() -> None:
                 clipper.backward(out, users=torch.ones(count, dtype=torch.long))
         with pytest.raises(ValueError, match=f"users must be {B} integers"):
             clipper.backward(out, users=torch.ones(B))
+
+
+def test_products_of_which_a_parameter_is_the_left_factor() -> None:
+    model = own(lambda m, x: torch.addmm(m.shift, m.p, x), 2, 3)
+    model.register_buffer("shift", torch.ones(1))
+    x = torch.randn(3, B)
+    exact(model, lambda: per_sample(model(x).t()), batch_dim=1)
+
+
+def test_parameters_repeated_no_times() -> None:
+    model = own(lambda m, x: F.linear(x, torch.cat([m.p, m.p.repeat(0, 1)])), 2, 3)
+    x = torch.randn(B, 3)
+    exact(model, lambda: per_sample(model(x)))
+
+
+def test_views_of_a_weight_that_are_not_its_rows() -> None:
+    x = torch.randn(B, 3)
+    turned = own(lambda m, x: F.linear(x, m.p.t()), 3, 3)
+    exact(turned, lambda: per_sample(turned(x)))
+    every_second = own(lambda m, x: F.linear(x, m.p[::2]), 4, 3)
+    exact(every_second, lambda: per_sample(every_second(x)))
+
+
+def test_bags_whose_padding_is_counted_from_the_end() -> None:
+    model = own(lambda m, i: F.embedding_bag(i, m.p, padding_idx=-1), 7, 3)
+    ids = torch.tensor([[6, 1], [2, 6], [3, 3], [0, 5]])
+    exact(model, lambda: per_sample(model(ids)))
+
+
+def test_parameters_that_the_losses_do_not_use() -> None:
+    model = own(lambda m, x: m.fc(x), 3, fc=nn.Linear(3, 2))
+    x = torch.randn(B, 3)
+    exact(model, lambda: per_sample(model(x)))
+
+
+def test_a_gradient_of_ones_own_that_runs_a_layer() -> None:
+    class Guided(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, guide: nn.Module) -> Tensor:
+            ctx.save_for_backward(x)
+            ctx.guide = guide
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            with torch.enable_grad():
+                x = ctx.saved_tensors[0].detach().requires_grad_()
+                (slope,) = torch.autograd.grad(ctx.guide(x).square().sum(), x)
+            return grad * slope, None
+
+    parts = {"fc": nn.Linear(3, 3), "guide": nn.Linear(3, 2)}
+    model = Apply(lambda m, x: Guided.apply(m.fc(x), m.guide), **parts)
+    x = torch.randn(B, 3)
+    exact(model, lambda: per_sample(model(x)))
+
+
+@pytest.mark.parametrize("mode", ["flat", "per_layer"])
+def test_weight_zero_removes_a_non_finite_sample_of_a_user(mode: Any) -> None:
+    model, x = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2)), torch.randn(B, 3)
+    found = []
+    for x[1, 0] in (math.nan, 1.0):
+        model.zero_grad()
+        with PerSampleClipper(model, 0.5, mode, reduction="sum") as clipper:
+            result = clipper.backward(
+                per_sample(model(x)),
+                users=torch.tensor([5, 5, 2, 7]),
+                weights=torch.tensor([1.0, 0.0, 1.0, 1.0]),
+            )
+        found.append([result.norms, *gradients(model)])
+    assert_close(*found, 1e-12)
+
+
+def test_non_finite_samples_have_no_say_in_which_rows_are_selected() -> None:
+    table = nn.Embedding(20, 3, sparse=True)
+    clipper = PerSampleClipper(
+        table,
+        1.0,
+        noise_multiplier=1.0,
+        row_selection=RowSelection(threshold=0.5, noise_multiplier=0.01),
+        generator=torch.Generator().manual_seed(0),
+    )
+    with clipper:
+        scale = torch.tensor([1.0, 1.0, math.nan])
+        clipper.backward(table(torch.tensor([7, 9, 3])).sum(1) * scale)
+    assert table.weight.grad is not None
+    assert table.weight.grad.coalesce().indices()[0].tolist() == [7, 9]
+
+
+# --- what is found out, and what it costs ---------------------------------------------------------
+
+
+def test_values_that_differ_beside_an_infinite_one() -> None:
+    tiny = torch.tensor([1e-12, math.inf])
+    assert _alike(tiny, tiny)
+    assert not _alike(tiny * 2, tiny)
+
+
+def test_what_is_known_after_two_batches() -> None:
+    """The samples seen in either, and the layouts that fit both."""
+    first, second = Layout(0, 0, 1), Layout(1, 1, 1)
+    some, every = torch.tensor([[True], [False]]), torch.ones(2, 1, dtype=torch.bool)
+    verifier = Verifier("first")
+    verifier.remember("graph", Known([[first], [first, second], []], [some, every, None]))
+    assert verifier.known("graph", "kinds")[1]
+    verifier.remember("graph", Known([[first], [second], [first]], [~some, every, every]))
+    found, checked = verifier.known("graph", "kinds")
+    assert found.layouts == [first, second, first]
+    assert not checked
+
+
+def test_rows_are_seen_as_the_likeliest_layout_has_them() -> None:
+    grad, r = torch.zeros(2, 4), torch.tensor([1.0, -2.0])
+    grad[0, 0] = grad[1, 3] = 1.0
+    likeliest = Layout(0, 0, 1)
+    record: Any = SimpleNamespace(
+        shaped=lambda x: x, layouts=lambda x, samples: layouts_of(x.shape, [0, 1], samples)
+    )
+    found = find_layouts([(record, grad)], [(record, grad * r[:, None])], r, 1e-9, finite=True)
+    assert found.fits == [[likeliest, Layout(1, 1, 2), Layout(1, 1, 1)]]
+    assert found.seen[0] is not None
+    assert found.seen[0].tolist() == [[True], [True]]
+
+
+def test_a_tied_table_is_not_made_dense() -> None:
+    shape = torch.Size((5, 3))
+    head = LinearGradSample(torch.randn(B, 2, 3), torch.randn(B, 2, 5), (0, 5))
+    table = EmbeddingGradSample(torch.randint(5, (B, 4)), torch.randn(B, 4, 3), None, False)
+    merged = merge([table, head], shape)
+    assert [type(each) for each in merged] == [LinearGradSample, EmbeddingGradSample]
+    wanted = (head.dense(shape) + table.dense(shape)).flatten(1).norm(dim=1)
+    assert_close([parameter_norms(merged, Users(B))], [wanted], 1e-9)
+
+
+def test_convolutions_are_unfolded_a_part_of_the_batch_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel = torch.Size((3, 2, 3))
+    x, grad = torch.randn(5, 1, 2, 6), torch.randn(5, 1, 3, 4)
+    whole = ConvGradSample(x, grad, kernel, (1,), (0,), (1,), 1)
+    wanted = whole.dense(kernel).flatten(1).norm(dim=1)
+    unfolded, parts = ConvGradSample._unfolded, list[int]()
+
+    def noted(self: ConvGradSample, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        parts.append(len(x))
+        return unfolded(self, x, grad)
+
+    monkeypatch.setattr(ConvGradSample, "_unfolded", noted)
+    # A sample has 4 places of 2 * 3 inputs.
+    for samples, chunk, sizes in ((5, 72, [3, 2]), (5, 71, [2, 2, 1]), (1, 1, [1])):
+        monkeypatch.setattr(grad_sample, "_CHUNK", chunk)
+        parts.clear()
+        use = whole.select(torch.arange(samples))
+        assert_close([use.norms(Users(samples))], [wanted[:samples]], 1e-9)
+        assert parts == sizes
+
+
+def test_gradients_that_free_memory_are_formed_first() -> None:
+    def use(tokens: int, width: int) -> tuple[nn.Parameter, list[LinearGradSample]]:
+        x = torch.zeros(1, tokens, width)
+        return nn.Parameter(torch.zeros(width, width)), [LinearGradSample(x, x, (0, width))]
+
+    # The first two free 4 and 51 numbers, and need 8 and 39 for it; the others take more.
+    items = [use(1, 10), use(10, 3), use(1, 20), use(2, 2)]
+    assert [len(p) for p, _ in sorted(items, key=_order)] == [2, 3, 20, 10]

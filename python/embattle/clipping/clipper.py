@@ -274,7 +274,7 @@ class PerSampleClipper:
             if loss_scale != 1:
                 norms = norms / loss_scale
             factors = rule.factors(norms, finite)
-            if not finite:
+            if not finite or own_users.left_out is not None:
                 gradients.clean(norms)
             divisor, count = self._divisor(own_users.count, device)
             share = scale / divisor

@@ -179,6 +179,8 @@ class Gradients:
     def clean(self, norms: Tensor) -> None:
         """Sets what samples left to zero where a norm is not finite: times zero it would be NaN.
 
+        So it may be of a user's sample of weight zero, of which the user's norm says nothing.
+
         Args:
             norms: [U], or [U, parameters].
         """
@@ -186,6 +188,9 @@ class Gradients:
         of_sample = self.users.of_sample
         if of_sample is not None:
             bad = bad[of_sample]
+        left_out = self.users.left_out
+        if left_out is not None:
+            bad = bad | (left_out if bad.dim() == 1 else left_out[:, None])
         for column, (_, p) in enumerate(self.named):
             if p in self.of:
                 marked = bad if bad.dim() == 1 else bad[:, column]

@@ -31,6 +31,7 @@ class Users:
         of_sample: [B] the user of each sample, or None where every sample is its own.
         weights: [B] the factors of the samples within their user, or None.
         ids: [U] the users' ids, or None.
+        left_out: [B] the samples of users whose weight is zero, or None where there are none.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Users:
         self.of_sample: Tensor | None = None
         self.weights: Tensor | None = None
         self.ids: Tensor | None = None
+        self.left_out: Tensor | None = None
         self._buckets: list[tuple[Tensor, Tensor, Tensor]] = []
         if users is None:
             return
@@ -56,6 +58,8 @@ class Users:
         self.weights = (
             users.new_ones(samples, dtype=torch.float64) if weights is None else weights.double()
         )
+        if weights is not None and not bool(weights.all()):
+            self.left_out = weights == 0
         order = user.argsort(stable=True)
         start = sizes.cumsum(0) - sizes
         lowest = 0
