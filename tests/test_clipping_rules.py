@@ -74,7 +74,7 @@ def test_what_single_samples_cannot_run_is_refused() -> None:
     mixed = own(lambda m, x, y: torch.einsum("bi,cd,i->bi", x, y, m.p), 3)
     square = torch.randn(B, B)
     refused(mixed, lambda: per_sample(mixed(x, square)), "einsum gives other values for single")
-    changed = own(lambda m, x: x.clone().index_add_(0, torch.zeros(1).long(), m.p[None]), 3)
+    changed = own(lambda m, x: x.clone().index_add_(0, x.new_zeros(1).long(), m.p[None]), 3)
     refused(changed, lambda: per_sample(changed(x)), "changes a tensor in place by index_add_")
 
 

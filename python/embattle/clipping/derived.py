@@ -61,7 +61,7 @@ class Derived:
     def rows_of(self, p: Parameter) -> tuple[int, int] | None:
         """The half-open range of p's rows that it is a view of, or None."""
         value, width = self.value, p[:1].numel()
-        same = value.untyped_storage().data_ptr() == p.untyped_storage().data_ptr()
+        same = value.untyped_storage()._cdata == p.untyped_storage()._cdata
         if not same or value.shape[1:] != p.shape[1:] or value.stride() != p.stride():
             return None
         offset = int(value.storage_offset()) - int(p.storage_offset())
