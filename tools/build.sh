@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the native module into a folder and copies it into the package. Usage: build.sh DIR [cmake options]
-# PYTHON: the interpreter with torch, pybind11 and cmake; JOBS: parallel compilations.
+# PYTHON: the interpreter with torch, pybind11 and cmake; JOBS: parallel compilations; CUDAARCHS, as
+# for CMake: what the CUDA kernels are compiled for, instead of all that the default names.
 set -euo pipefail
 dir=$1
 shift
@@ -10,7 +11,8 @@ tools=$(dirname "$python")
 mkdir -p "$dir"
 export PATH="$tools:$PATH"
 cmake -S . -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=Release -DEMBATTLE_CUDA="${EMBATTLE_CUDA:-AUTO}" \
-  -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" "$@" >"$dir/configure.log" 2>&1 \
+  -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
+  ${CUDAARCHS:+-DCMAKE_CUDA_ARCHITECTURES="$CUDAARCHS"} "$@" >"$dir/configure.log" 2>&1 \
   || { cat "$dir/configure.log"; exit 1; }
 grep -E "^-- (torch|SIMD levels|CUDA kernels)" "$dir/configure.log" || true
 cmake --build "$dir" --parallel "${JOBS:-2}"
