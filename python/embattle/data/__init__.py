@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from embattle.data.account import Account, listed
@@ -35,15 +34,10 @@ def load(recipe: DataRecipe, seed: int, account: Account | None = None) -> Split
     Raises:
         InputError: if the data cannot be had or used; the message says what to do.
     """
-    from embattle.data.sources import find
     from embattle.data.texts import Reading
 
     account = Account() if account is None else account
-    if recipe.source is not None:
-        path = find(recipe.source).path()
-    else:
-        path = Path(recipe.path or "").expanduser()
-    reading = Reading(path, recipe, seed, account)
+    reading = Reading(recipe.table(), recipe, seed, account)
     classes, labels = reading.classes()
     rows = choose(
         reading.places[reading.kept],

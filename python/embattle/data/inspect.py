@@ -45,7 +45,7 @@ def describe(
     Args:
         path: a CSV, Parquet or JSON-lines file.
         account: is told what there is.
-        encoding: see `embattle.data.tables.read_table`.
+        encoding: see `embattle.data.tables.Table`.
         delimiter: see there.
 
     Returns:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from embattle.data.account import Account
 from embattle.data.divide import TEST, TRAIN, leave_one_out, pairs
+from embattle.data.labels import is_blank
 from embattle.data.looks import guess_events, look_all
 from embattle.data.tables import Table
 from embattle.errors import InputError
@@ -119,7 +120,7 @@ def read_named_ratings(
             if not drop_blank:
                 name = next(n for n in roles.values() if _has_blank(block[n]))
                 raise InputError(f"{path}: column {name!r} has empty cells; drop those rows")
-            rows = [row for row in zip(*cells, strict=True) if not any(map(_blank, row))]
+            rows = [row for row in zip(*cells, strict=True) if not any(map(is_blank, row))]
             dropped += len(cells[0]) - len(rows)
             cells = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in cells]
         for (role, name), column in zip(roles.items(), cells, strict=True):
@@ -157,10 +158,6 @@ def read_named_ratings(
         len(known["item"]),
     )
     return ratings, named["user"], named["item"]
-
-
-def _blank(value: Any) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def _has_blank(column: list[Any]) -> bool:

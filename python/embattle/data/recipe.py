@@ -1,9 +1,12 @@
-"""The section `data` of a recipe for texts."""
+"""Sections `data` of recipes: where a table is, and the one for texts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
+from embattle.data.sources import find
 from embattle.sections import Section  # pydantic is optional: this says so where it is missing
 
 # isort: split
@@ -21,12 +24,41 @@ class Limits(Section):
     test: PositiveInt | None = None
 
 
-class DataRecipe(Section):
-    """Which table, which columns, and how they are divided.
+class Place(Section):
+    """A table: a data set that `embattle.data.sources` knows, or a file of one's own.
 
     Attributes:
-        source: a data set that `embattle.data.sources` knows; or
-        path: a CSV, Parquet or JSON-lines file of one's own.
+        source: the name of a data set; or
+        path: a CSV, Parquet or JSON-lines file.
+    """
+
+    source: str | None = None
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def _one_table(self) -> Place:
+        if (self.source is None) == (self.path is None):
+            raise ValueError("give either source (a known data set) or path (a file), not both")
+        return self
+
+    def table(self) -> Path:
+        """The file, fetched where needed."""
+        if self.source is not None:
+            return find(self.source).path()
+        assert self.path is not None
+        return Path(self.path).expanduser()
+
+
+def check_fractions(fractions: Sequence[float]) -> None:
+    """Raise ValueError if the shares of the parts do not sum to 1."""
+    if abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"fractions must sum to 1, not {sum(fractions):g}")
+
+
+class DataRecipe(Place):
+    """Which table (see `Place`), which columns, and how they are divided.
+
+    Attributes:
         text: the text columns, joined by a space.
         label: the column to predict: any two or more classes.
         encoding: of a text file; null takes UTF-8 (or UTF-16 with its mark).
@@ -44,8 +76,6 @@ class DataRecipe(Section):
         balance: the parts in which each class gets equally many examples.
     """
 
-    source: str | None = None
-    path: str | None = None
     text: list[str] = Field(min_length=1)
     label: str
     encoding: str | None = None
@@ -77,8 +107,5 @@ class DataRecipe(Section):
         twice = [name for name in self.text if self.text.count(name) > 1]
         if twice:
             raise ValueError(f"text names the column {twice[0]!r} twice; once is enough")
-        if (self.source is None) == (self.path is None):
-            raise ValueError("give either source (a known data set) or path (a file), not both")
-        if abs(sum(self.fractions) - 1) > 1e-6:
-            raise ValueError(f"fractions must sum to 1, not {sum(self.fractions):g}")
+        check_fractions(self.fractions)
         return self

@@ -6,11 +6,11 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embattle import checks, losses
 from embattle.models.interactions import Interactions
+from embattle.models.mf import squared_norm
 
 
 class LightGCN(nn.Module):
@@ -77,9 +77,7 @@ class LightGCN(nn.Module):
 
     def penalty(self, users: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         """Give half the squared norm of the first vectors of each triplet, `[B]` (eq. 15)."""
-        used = ((self.user, users), (self.item, positive), (self.item, negative))
-        vectors = [F.embedding(rows, table.weight) for table, rows in used]
-        return torch.stack([vector.square().sum(-1) for vector in vectors]).sum(0) / 2
+        return squared_norm((self.user, users), (self.item, positive), (self.item, negative)) / 2
 
 
 class _Spread(torch.autograd.Function):

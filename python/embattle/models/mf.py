@@ -9,6 +9,12 @@ from torch import Tensor, nn
 from embattle import losses
 
 
+def squared_norm(*used: tuple[nn.Embedding, Tensor]) -> Tensor:
+    """Give the sum of the squared norms of rows `[B]` of tables, `[B]`."""
+    vectors = [F.embedding(rows, table.weight) for table, rows in used]
+    return torch.stack([vector.square().sum(-1) for vector in vectors]).sum(0)
+
+
 class MF(nn.Module):
     """BPR-MF: Rendle et al., "BPR: Bayesian Personalized Ranking from Implicit Feedback", UAI 2009.
 
@@ -60,9 +66,7 @@ class MF(nn.Module):
 
         BPR-Opt's regulariser, to be weighted by lambda and added to the losses.
         """
-        used = ((self.user, users), (self.item, positive), (self.item, negative))
-        vectors = [F.embedding(rows, table.weight) for table, rows in used]
-        total = torch.stack([vector.square().sum(-1) for vector in vectors]).sum(0)
+        total = squared_norm((self.user, users), (self.item, positive), (self.item, negative))
         if self.bias is not None:
             total = total + self.bias[positive].square() + self.bias[negative].square()
         return total / 2

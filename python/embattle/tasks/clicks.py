@@ -15,19 +15,18 @@ from torch import Tensor, nn
 from embattle.data.account import Account
 from embattle.data.batch import Batch
 from embattle.data.labels import is_blank
+from embattle.data.recipe import Place, check_fractions
+from embattle.data.splits import PARTS
 from embattle.data.tables import read_columns
 from embattle.errors import InputError
 from embattle.models.deepfm import DeepFM
 from embattle.models.dlrm import DLRM
-from embattle.sections import Section  # pydantic is optional: this says so where it is missing
+from embattle.sections import Section
 from embattle.tasks.base import Task
 from embattle.tasks.kinds import BinaryClassification
-from embattle.tasks.place import Place
 
 # isort: split
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-
-PARTS = ("train", "validation", "test")
 
 
 class Joined(Place):
@@ -77,8 +76,7 @@ class ClicksRecipe(Place):
         missing = [other.key for other in self.join if other.key not in self.fields]
         if missing:
             raise ValueError(f"join: the key {missing[0]!r} is not among data.fields; add it there")
-        if abs(sum(self.fractions) - 1) > 1e-6:
-            raise ValueError(f"fractions must sum to 1, not {sum(self.fractions):g}")
+        check_fractions(self.fractions)
         return self
 
     def categories(self) -> list[str]:

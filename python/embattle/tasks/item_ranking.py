@@ -19,7 +19,6 @@ from embattle.models.mf import MF
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.site import Group, Site
 from embattle.sections import Section
-from embattle.tasks.kinds import from_json
 from embattle.tasks.ratings import RatingsTask
 
 # isort: split
@@ -112,11 +111,7 @@ class ItemRanking(RatingsTask):
             if self.model_options.l2:
                 losses = losses + self.model_options.l2 * ranker.penalty(*triplets)
             return Evaluation(losses)
-        scores = ranker.scores(batch.inputs["users"])
-        scores = scores.masked_fill(batch.inputs["seen"], -torch.inf)
-        return Evaluation(
-            None if batch.labels is None else self.kind.losses(scores, batch.labels), scores
-        )
+        return self.ranked(ranker.scores(batch.inputs["users"]), batch)
 
     def sites(self, model: nn.Module, group: Group) -> list[Site]:
         """The rows of both tables, wherever the model reads them.
@@ -138,7 +133,7 @@ class ItemRanking(RatingsTask):
 
     def restore(self, facts: dict[str, Any]) -> None:
         """Take over names and pairs."""
-        self.kind = from_json(facts["kind"])  # type: ignore[assignment]
+        super().restore(facts)
         self.users, self.items = list(facts["users"]), list(facts["items"])
         users, items = (torch.tensor(numbers, dtype=torch.int64) for numbers in facts["pairs"])
         self.graph = Interactions(users, items, len(self.users), len(self.items))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from embattle import losses
 from embattle.data.account import Account
 from embattle.data.batch import Batch
 from embattle.models.interactions import Interactions
@@ -16,7 +16,6 @@ from embattle.models.sasrec import SASRec
 from embattle.models.sequences import histories, windows
 from embattle.perturb.evaluation import Evaluation
 from embattle.sections import Section
-from embattle.tasks.kinds import from_json
 from embattle.tasks.ratings import RatingsTask
 
 # isort: split
@@ -94,9 +93,10 @@ class NextItem(RatingsTask):
         length, padding = self.model_options.length, len(self.items)
         seen = torch.zeros(len(rows), padding, dtype=torch.bool)
         sequences = torch.full((len(rows), length), padding)
-        for number, history in enumerate(self.cells(rows, "history")):
-            names = history.split() if isinstance(history, str) else list(history)
-            items = torch.tensor(self.numbers(names, "items"), dtype=torch.int64)
+        cells = self.cells(rows, "history")
+        names = [cell.split() if isinstance(cell, str) else list(cell) for cell in cells]
+        known = torch.tensor(self.numbers(chain.from_iterable(names), "items"), dtype=torch.int64)
+        for number, items in enumerate(torch.split(known, [len(history) for history in names])):
             seen[number, items] = True
             latest = items[-length:]
             sequences[number, : len(latest)] = latest
@@ -108,9 +108,7 @@ class NextItem(RatingsTask):
         sasrec = cast(SASRec, model)
         if "targets" in batch.inputs:
             return Evaluation(sasrec.losses(sequences, batch.inputs["targets"]))
-        scores = sasrec.scores(sequences).masked_fill(batch.inputs["seen"], -torch.inf)
-        known = batch.labels
-        return Evaluation(None if known is None else losses.cross_entropy(scores, known), scores)
+        return self.ranked(sasrec.scores(sequences), batch)
 
     def show(self, part: str, row: int) -> str:
         """Show the last items met, and the next."""
@@ -127,7 +125,7 @@ class NextItem(RatingsTask):
 
     def restore(self, facts: dict[str, Any]) -> None:
         """Take over the names of the items."""
-        self.kind = from_json(facts["kind"])  # type: ignore[assignment]
+        super().restore(facts)
         self.items = list(facts["items"])
 
     def _movable(self, inputs: dict[str, Tensor], labels: Tensor | None) -> Batch:

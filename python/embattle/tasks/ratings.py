@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from embattle.data.account import Account
+from embattle.data.batch import Batch
 from embattle.data.labels import is_blank
 from embattle.data.ratings import Ratings, hold_out_latest, read_named_ratings, together
+from embattle.data.recipe import Place
 from embattle.errors import InputError
+from embattle.perturb.evaluation import Evaluation
 from embattle.sections import Section
 from embattle.tasks.base import Task
 from embattle.tasks.kinds import Ranking
-from embattle.tasks.place import Place
 
 # isort: split
 from pydantic import PositiveInt
@@ -90,7 +92,13 @@ class RatingsTask(Task):
         held = self.held[part]
         return f"user {self.users[held.users[row]]}: {self.items[held.items[row]]}"
 
-    def numbers(self, names: Sequence[Any], what: str) -> list[int]:
+    def ranked(self, scores: torch.Tensor, batch: Batch) -> Evaluation:
+        """Give scores `[B, items]`, -inf for what was met, and losses where there are labels."""
+        scores = scores.masked_fill(batch.inputs["seen"], -torch.inf)
+        known = batch.labels
+        return Evaluation(None if known is None else self.kind.losses(scores, known), scores)
+
+    def numbers(self, names: Iterable[Any], what: str) -> list[int]:
         """The numbers of users or items.
 
         Args:
@@ -102,13 +110,15 @@ class RatingsTask(Task):
         """
         known = {name: i for i, name in enumerate(getattr(self, what))}
         column = self.data_options.user if what == "users" else self.data_options.item
-        for name in names:
-            if str(name) not in known:
+        found = []
+        for name in map(str, names):
+            if name not in known:
                 raise InputError(
-                    f"column {column!r}: the model knows no {str(name)!r}; it knows the "
+                    f"column {column!r}: the model knows no {name!r}; it knows the "
                     f"{len(known):,} {what} it was trained on"
                 )
-        return [known[str(name)] for name in names]
+            found.append(known[name])
+        return found
 
     def cells(self, rows: Sequence[Mapping[str, Any]], column: str) -> list[Any]:
         """The cells of a column that every row must have.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,13 +16,11 @@ from embattle.data.batch import Batch
 from embattle.data.divide import stratified_parts
 from embattle.data.labels import is_blank
 from embattle.data.looks import is_number
-from embattle.data.recipe import Limits
-from embattle.data.sources import find
+from embattle.data.recipe import Limits, Place, check_fractions
 from embattle.data.splits import PARTS, number_labels
 from embattle.data.tables import Table
 from embattle.errors import InputError, closest
 from embattle.models.deepfm import DeepFM
-from embattle.perturb.site import Group, Site
 from embattle.sections import Section
 from embattle.tasks.base import Task
 from embattle.tasks.kinds import BinaryClassification
@@ -32,12 +29,12 @@ from embattle.tasks.kinds import BinaryClassification
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 
-class TabularData(Section):
+class TabularData(Place):
     """Which table and columns, and how they become fields of numbered values.
 
+    The table (see `Place`) is held in memory.
+
     Attributes:
-        source: a data set that `embattle.data.sources` knows; or
-        path: a CSV, Parquet or JSON-lines file of one's own. It is held in memory.
         label: the column to predict, of two classes; rows without it are dropped.
         positive: the class whose probability is predicted; null takes the second in natural order.
         columns: the columns to predict from; null takes all others.
@@ -50,8 +47,6 @@ class TabularData(Section):
         limits: the most rows of each part.
     """
 
-    source: str | None = None
-    path: str | None = None
     label: str
     positive: str | None = None
     columns: list[str] | None = Field(default=None, min_length=1)
@@ -66,14 +61,11 @@ class TabularData(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> TabularData:
-        if (self.source is None) == (self.path is None):
-            raise ValueError("give either source (a known data set) or path (a file), not both")
         if self.label in (self.columns or ()):
             raise ValueError(f"the label {self.label!r} is among the columns: leave it out")
         if self.columns and self.ignore:
             raise ValueError("give either columns or ignore, not both")
-        if abs(sum(self.fractions) - 1) > 1e-6:
-            raise ValueError(f"fractions must sum to 1, not {sum(self.fractions):g}")
+        check_fractions(self.fractions)
         return self
 
 
@@ -208,9 +200,7 @@ class Tabular(Task):
     def _cells(self, account: Account) -> tuple[dict[str, list[str | None]], list[str]]:
         """The cells of each column, blank ones None, and the labels, of the rows with a label."""
         options = self.data_options
-        path = Path(options.path or "").expanduser()
-        if options.source is not None:
-            path = find(options.source).path()
+        path = options.table()
         how: dict[str, Any] = {"encoding": options.encoding, "delimiter": options.delimiter}
         names = options.columns
         if names is None:
@@ -261,8 +251,7 @@ class Tabular(Task):
         rows = len(next(iter(self._shown.values())))
         if distinct < rows:
             account.note("duplicates", f"{rows - distinct:,} rows repeat another one")
-        for name, part in self.parts.items():
-            counts = [int((part.labels == c).sum()) for c in (0, 1)]
+        for name, counts in self.counts().items():
             shown = zip(self.kind.classes, counts, strict=True)
             account.note(f"{name} part", listed([f"{label!r} {n:,}" for label, n in shown]))
             if name != "validation" and not all(counts):
@@ -311,10 +300,6 @@ class Tabular(Task):
         options = self.model_options
         sizes = [column.size for column in self.columns]
         return DeepFM(sizes, dim=options.dim, hidden=options.hidden, dropout=options.dropout)
-
-    def sites(self, model: nn.Module, group: Group) -> list[Site]:
-        """The vectors of the fields."""
-        return [Site.embeddings(model, group=group)]
 
     def facts(self) -> dict[str, Any]:
         """Give the classes, and how cells become numbers."""
