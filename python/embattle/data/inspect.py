@@ -73,8 +73,8 @@ def describe(
     kind, why = kind_of_table(columns)
     if kind != "text":
         account.warn(
-            f"the file looks like {TABLES[kind]} ({listed([repr(name) for name in why], 3)}); the "
-            "job that there is reads texts" + READERS.get(kind, "")
+            f"the file looks like {TABLES[kind]} ({listed([repr(name) for name in why], 3)}), and "
+            "the task text_classification reads texts" + READERS.get(kind, "")
         )
     if kind in ("ratings", "clicks"):
         roles = guess_events(columns)

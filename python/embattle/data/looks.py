@@ -30,9 +30,12 @@ TABLES = {
     "tabular": "numbers and categories",
 }
 # What reads it as what it is.
-READERS = dict.fromkeys(
-    ("ratings", "clicks"), "; embattle.data.ratings.read_ratings reads it as events"
-)
+_EVENTS = "; embattle.data.ratings.read_ratings reads it as events, and so do the tasks "
+READERS = {
+    "ratings": _EVENTS + "item_ranking and next_item (a recipe: recipes/films_ranking.yaml)",
+    "clicks": _EVENTS + "click_through and next_item (a recipe: recipes/films_ctr.yaml)",
+    "tabular": "; the task tabular reads it as columns (a recipe: recipes/adult_income.yaml)",
+}
 
 
 @dataclass(frozen=True)
