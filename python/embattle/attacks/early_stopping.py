@@ -129,9 +129,7 @@ def _samples_to_attack(batch: AttackedBatch, goal: Criterion, clean: Evaluation)
             "stop_when_fooled needs the loss function of the samples that are left: run(..., "
             "subset=lambda rows: loss_fn_of_those_rows)"
         )
-    if batch.geometry.packed or any(
-        p.coupled or p.geometry["offsets"] is not None for p in batch.perturbations
-    ):
+    if batch.packed or batch.perturbed.coupled:
         raise ValueError(
             "stop_when_fooled: samples of packed rows, or that share deltas (scope 'row', "
             "parameters), cannot leave the batch"

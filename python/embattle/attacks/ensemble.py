@@ -84,12 +84,9 @@ class Ensemble:
     def _can_leave(self) -> bool:
         """Return whether samples can leave: half of them must evaluate as they do in the batch."""
         batch, perturbations = self.batch, self.batch.perturbations
-        packed = batch.geometry.packed or any(
-            p.geometry["offsets"] is not None for p in perturbations
-        )
         if batch.subset is None or self.randomised or self.fooled is None:
             return False
-        if packed or batch.perturbed.coupled or batch.size < 2:
+        if batch.packed or batch.perturbed.coupled or batch.size < 2:
             return False
         rows = torch.arange(0, batch.size, 2, device=self.clean.device)
         part = batch.select(rows, [p.select(rows) for p in perturbations])

@@ -19,8 +19,7 @@ def nearest_agreement(attacked: AttackedBatch) -> Callable[[], Tensor] | None:
         isinstance(site.module, nn.Embedding) and site.scope == "output" for site in attacked.sites
     )
     plain = all(layout.plain for p in attacked.perturbations for layout in p.layouts)
-    packed = any(p.geometry["offsets"] is not None for p in attacked.perturbations)
-    if not fits or not plain or attacked.joint or packed:
+    if not fits or not plain or attacked.joint or attacked.packed:
         return None
     tables = [cast(Tensor, site.module.weight) for site in attacked.sites]
     return partial(_share_kept, attacked.perturbations, tables)

@@ -116,6 +116,12 @@ class AttackedBatch:
         return self.perturbed.sites
 
     @property
+    def packed(self) -> bool:
+        """Whether samples are packed rows: offsets were given, or the batch is jagged."""
+        ragged = any(p.geometry["offsets"] is not None for p in self.perturbations)
+        return ragged or self.geometry.packed
+
+    @property
     def perturbations(self) -> list[Perturbation]:
         """The perturbations, after `record`."""
         return self.perturbed.perturbations
