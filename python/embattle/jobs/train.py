@@ -60,17 +60,20 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
         Interrupted: on Ctrl-C or SIGTERM, after a checkpoint was written.
     """
     began = time.monotonic()
-    accelerator = _accelerator(recipe)
+    task = recipe.make_task()
+    accelerator = _accelerator(recipe, task)
     check_place(out, resume=resume, overwrite=overwrite)
     with locked(out, f"train {recipe.name}") if accelerator.is_main_process else nullcontext():
-        done = _train(recipe, out, accelerator, resume=resume, overwrite=overwrite)
+        done = _train(recipe, task, out, accelerator, resume=resume, overwrite=overwrite)
     if accelerator.is_main_process:
         spent = f"trained in {time.monotonic() - began:.0f} s: {out}"
         say(spent if done else f"{out} is complete; nothing to do (--overwrite trains it again)")
     accelerator.end_training()
 
 
-def _train(recipe: Recipe, out: Path, accelerator: Any, *, resume: bool, overwrite: bool) -> bool:
+def _train(
+    recipe: Recipe, task: Task, out: Path, accelerator: Any, *, resume: bool, overwrite: bool
+) -> bool:
     """The same, in a folder that no other process works in; False if there was nothing to do."""
     first = accelerator.is_main_process
     old = find_run(recipe, out, resume=resume, overwrite=overwrite)
@@ -79,7 +82,7 @@ def _train(recipe: Recipe, out: Path, accelerator: Any, *, resume: bool, overwri
     if first:
         remove_unfinished(out)
         say(f"{recipe.name}: reading data and model")
-    task, account = recipe.make_task(), Account()
+    account = Account()
     try:
         with accelerator.main_process_first():
             read(task, account, "train", recipe.audit.part)
@@ -147,7 +150,7 @@ def read(task: Task, account: Account, *parts: str) -> None:
             )
 
 
-def _accelerator(recipe: Recipe) -> Any:
+def _accelerator(recipe: Recipe, task: Task) -> Any:
     """Accelerate's view of the devices and processes.
 
     Raises:
@@ -155,7 +158,7 @@ def _accelerator(recipe: Recipe) -> Any:
             be divided among them; or the task knows neither these nor mixed precision.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if not recipe.make_task().calls_model and (world > 1 or recipe.train.precision != "no"):
+    if not task.calls_model and (world > 1 or recipe.train.precision != "no"):
         raise InputError(
             f"task {recipe.task} trains in one process and in full precision: its losses are a "
             "method of the model, which wrappers do not see; use train.precision: no, without "
