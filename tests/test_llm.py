@@ -226,7 +226,9 @@ def test_adapters_of_another_pretrained_model_are_refused(films: Path, tmp_path:
         other.load(tmp_path / "saved")
 
 
-def test_a_job_trains_audits_and_goes_on(films: Path, tmp_path: Path) -> None:
+def test_a_job_trains_and_audits_and_the_study_reads_it(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, recipe = tmp_path / "run", recipe_for(films, tmp_path)
     status, said = invoke("train", recipe, "--out", run)
     assert status == 0, said
@@ -238,6 +240,20 @@ def test_a_job_trains_audits_and_goes_on(films: Path, tmp_path: Path) -> None:
         assert model["attacks"]["PGD-3"]["loss"] > model["clean"]["loss"]
     history = json.loads((run / "run.json").read_text())["variants"]["hardened"]["history"]
     assert history[-1]["robust_loss"] > history[-1]["loss"]
+    monkeypatch.syspath_prepend(str(RECIPES.with_name("benchmarks")))
+    import llm_movies
+
+    small = ["--users", "8", "--candidates", "12", "--attacked", "6", "--targets", "2"]
+    monkeypatch.setattr("sys.argv", ["", str(run), *small, "--out", str(tmp_path / "study.json")])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    llm_movies.main()
+    study = json.loads((tmp_path / "study.json").read_text())
+    assert list(study["ranking"])[:2] == ["standard", "hardened"]
+    for figures in study["ranking"].values():
+        assert all(0 <= value <= 1 for value in figures.values())
+    for films_ in study["rewritten"].values():
+        assert [0 <= film["clean"] <= film["own titles"] <= 1 for film in films_] == [True, True]
+    assert "| hardened | mean |" in (tmp_path / "study.md").read_text()
 
 
 def test_a_title_is_promoted_by_exchanged_tokens(films: Path, tmp_path: Path) -> None:
