@@ -1,4 +1,4 @@
-"""A classifier of texts: any transformer encoder, pooling, one linear layer."""
+"""A classifier of texts: any transformer without its head, pooling, one linear layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from embattle.data.batch import Batch
 from embattle.errors import InputError, need
 from embattle.files import save_tensors, write_text
-from embattle.models.pretrained import count_longer, load_encoder, quiet
+from embattle.models.pretrained import (
+    count_longer,
+    is_causal,
+    load_encoder,
+    padded_right,
+    quiet,
+)
 
 if TYPE_CHECKING:
     from embattle.models.recipe import ModelRecipe
@@ -23,11 +29,12 @@ class TextClassifier(nn.Module):
     """Encoder, pooling over the tokens, linear head.
 
     Args:
-        encoder: a transformers model that gives `last_hidden_state`; of an encoder-decoder model
-            the encoder is taken, and a pooler is dropped: its weights would never be trained.
-        tokenizer: the encoder's tokenizer.
+        encoder: a transformers model that gives `last_hidden_state`, such as an encoder or the
+            body of a causal language model; of an encoder-decoder model the encoder is taken, and
+            a pooler is dropped: its weights would never be trained.
+        tokenizer: the encoder's tokenizer; where it knows no padding, its end of text pads.
         classes: the names of the classes.
-        pooling: `mean`, `first` or `last` (see `ModelRecipe.pooling`).
+        pooling: `mean` over tokens, `first` or `last` token.
         max_tokens: longer texts are cut.
     """
 
@@ -35,6 +42,7 @@ class TextClassifier(nn.Module):
         self, encoder: Any, tokenizer: Any, *, classes: Sequence[str], pooling: str, max_tokens: int
     ) -> None:
         super().__init__()
+        self._config = encoder.config  # of all of it, which `load` makes again
         if getattr(encoder.config, "is_encoder_decoder", False):
             encoder = encoder.get_encoder()
         if getattr(encoder, "pooler", None) is not None:
@@ -44,11 +52,7 @@ class TextClassifier(nn.Module):
         self.classes = tuple(classes)
         self.pooling = pooling
         self.max_tokens = max_tokens
-        tokenizer.padding_side = "right"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-            encoder.config.pad_token_id = tokenizer.pad_token_id
-        self._tokenizer = tokenizer
+        self._tokenizer = padded_right(tokenizer)
 
     @property
     def embedding(self) -> nn.Module:
@@ -100,7 +104,7 @@ class TextClassifier(nn.Module):
     def save(self, folder: Path) -> None:
         """Writes weights, configuration and tokenizer; `load` needs nothing else."""
         safetensors = need("safetensors.torch")
-        self.encoder.config.save_pretrained(folder)
+        self._config.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
         head = {
             "kind": "text",
@@ -113,7 +117,7 @@ class TextClassifier(nn.Module):
 
 
 def build(recipe: ModelRecipe, classes: Sequence[str], seed: int) -> TextClassifier:
-    """A pretrained encoder under a new head.
+    """A pretrained model under a new head.
 
     Args:
         recipe: the recipe's `model` section.
@@ -127,13 +131,14 @@ def build(recipe: ModelRecipe, classes: Sequence[str], seed: int) -> TextClassif
         InputError: if the encoder cannot be had.
     """
     encoder, tokenizer = load_encoder(recipe.pretrained, recipe.layers, recipe.dropout)
+    pooling = recipe.pooling or ("last" if is_causal(encoder.config) else "mean")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TextClassifier(
             encoder,
             tokenizer,
             classes=classes,
-            pooling=recipe.pooling,
+            pooling=pooling,
             max_tokens=recipe.max_tokens,
         )
     model.embedding.requires_grad_(recipe.train_embeddings)

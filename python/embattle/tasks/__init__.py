@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from embattle.tasks.kinds import MultiLabelClassification as MultiLabelClassification
     from embattle.tasks.kinds import Ranking as Ranking
     from embattle.tasks.kinds import Regression as Regression
+    from embattle.tasks.llm_ranking import LLMRanking as LLMRanking
     from embattle.tasks.next_item import NextItem as NextItem
     from embattle.tasks.tabular import Tabular as Tabular
     from embattle.tasks.text import TextClassification as TextClassification
@@ -38,6 +39,7 @@ _HOMES = {
     "Evaluator": "tasks.evaluator",
     "ItemRanking": "tasks.item_ranking",
     "Kind": "tasks.kinds",
+    "LLMRanking": "tasks.llm_ranking",
     "MultiLabelClassification": "tasks.kinds",
     "NextItem": "tasks.next_item",
     "Ranking": "tasks.kinds",

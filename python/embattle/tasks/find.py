@@ -17,6 +17,7 @@ from embattle.tasks.base import Task
 BUILT_IN = {
     "click_through": "embattle.tasks.clicks:ClickThrough",
     "item_ranking": "embattle.tasks.item_ranking:ItemRanking",
+    "llm_ranking": "embattle.tasks.llm_ranking:LLMRanking",
     "next_item": "embattle.tasks.next_item:NextItem",
     "text_classification": "embattle.tasks.text:TextClassification",
     "tabular": "embattle.tasks.tabular:Tabular",
