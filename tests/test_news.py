@@ -15,6 +15,7 @@ pytest.importorskip("typer")
 
 import made_tables
 from embattle.attacks import PGD
+from embattle.data.divide import time_parts
 from embattle.data.mind import is_mind, read_impressions, read_news
 from embattle.errors import InputError
 from embattle.jobs import recipe as recipes
@@ -127,9 +128,10 @@ def test_odd_lines_may_be_dropped_and_files_must_be_there(tmp_path: Path) -> Non
 
 def test_parts_follow_each_other_in_time_and_have_clicks_and_others(mind: Path) -> None:
     task = made(mind, "data.unclicked=1", "data.fractions=[0.5, 0.25, 0.25]")
-    every = sorted(read_impressions(mind, task.names, Account()), key=lambda one: one.time)
-    for name, share in (("train", every[:60]), ("validation", every[60:90]), ("test", every[90:])):
-        part = task.parts[name]
+    every = read_impressions(mind, task.names, Account())
+    part_of = time_parts([one.time for one in every], (0.5, 0.25, 0.25))
+    for number, part in enumerate(task.parts.values()):
+        share = [one for one, own in zip(every, part_of, strict=True) if own == number]
         clicks = [int(one.clicked.sum()) for one in share]
         rest = [len(one.clicked) - n for one, n in zip(share, clicks, strict=True)]
         assert int(part.label.sum()) == sum(clicks)

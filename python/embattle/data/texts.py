@@ -91,8 +91,8 @@ class Reading:
             codes = [number.setdefault(str(raw[i]), len(number)) for i in rows]
             if len(number) > _MOST:
                 raise InputError(
-                    f"column {recipe.label_name!r} holds more than {_MOST:,} different values, so it is "
-                    "no label (a text, a name, an identifier?); choose a column of classes"
+                    f"column {recipe.label_name!r} holds more than {_MOST:,} different values, so "
+                    "it is no label (a text, a name, an identifier?); choose a column of classes"
                 )
             yield [texts[i] for i in rows], codes
 
@@ -137,8 +137,8 @@ class Reading:
         if count and recipe.blank_labels == "refuse":
             raise InputError(
                 f"{table.path}: {count:,} rows have a text and no label in column "
-                f"{recipe.label_name!r}, the first in {table.place(self._unlabelled)}; fill them, or "
-                "set data.blank_labels: drop"
+                f"{recipe.label_name!r}, the first in {table.place(self._unlabelled)}; fill them, "
+                "or set data.blank_labels: drop"
             )
         if count:
             account.note("dropped", f"{count:,} rows without a label")

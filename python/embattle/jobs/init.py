@@ -89,8 +89,9 @@ def recipe_of(draft: Draft, name: str) -> str:
             lines.append(f"  # {comment}")
         fits = comment and len(line) <= _COMMENTS - 2
         lines.append(f"{line:<{_COMMENTS}}# {comment}" if fits else line)
+    looks = draft.looks[0].upper() + draft.looks[1:]
     head = (
-        f"# {draft.looks[0].upper()}{draft.looks[1:]}. Written by `embattle init`: what it says of\n"
+        f"# {looks}. Written by `embattle init`: what it says of\n"
         "# the columns is a guess by their names and values, so check it.\n"
         f"name: {name}\n"
         "seed: 0                            # of the division and the first weights\n"

@@ -18,7 +18,7 @@ BUILT_IN = {
     "click_through": "embattle.tasks.clicks:ClickThrough",
     "hybrid_ranking": "embattle.tasks.hybrid:HybridRanking",
     "item_ranking": "embattle.tasks.item_ranking:ItemRanking",
-    "news_clicks": "embattle.tasks.news:NewsClickTask",
+    "news_clicks": "embattle.tasks.news:ClicksOnNews",
     "next_item": "embattle.tasks.next_item:NextItem",
     "text_classification": "embattle.tasks.text:TextClassification",
     "tabular": "embattle.tasks.tabular:Tabular",

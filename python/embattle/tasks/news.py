@@ -89,7 +89,7 @@ class Rows:
         return len(self.label)
 
 
-class NewsClickTask(EncodedTexts):
+class ClicksOnNews(EncodedTexts):
     """Predicts a click on a candidate; the attacker rewrites the candidate's text."""
 
     Data: ClassVar[type[Section]] = NewsData
