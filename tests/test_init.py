@@ -14,9 +14,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 import made_tables
+import yaml
 from embattle.errors import InputError
 from embattle.jobs import recipe as recipes
-from embattle.jobs.init import look
+from embattle.jobs.init import Draft, look, recipe_of
 from made_tables import table
 from tiny_job import invoke, make_encoder
 
@@ -126,6 +127,16 @@ def test_columns_are_seen_as_what_they_are(tmp_path: Path) -> None:
     assert (draft.task, draft.rows, data["label"]) == ("tabular", 300, "sex")
     assert data["ignore"] == ["patient_id", "code", "seen", "notes", "target"]
     assert "'target' has not" in about["label"]
+    # Whatever a column is called, its name survives the recipe.
+    odd = ["is: it\n# so", "yes", "1", "Ünï 'q' \"x\""]
+    table(tmp_path / "odd.csv", odd, [("a" * (i % 4), i % 3, i % 7, i % 2) for i in range(90)])
+    assert invoke("init", tmp_path / "odd.csv", "--out", tmp_path / "odd.yaml")[0] == 0
+    recipe = recipes.load(tmp_path / "odd.yaml")
+    assert (recipe.data.label, recipe.data.ignore) == (odd[3], [])
+    drafted = recipe_of(
+        Draft("tabular", "x", [("ignore", odd, "y"), ("label", odd[0], "")], 9, {}), "n"
+    )
+    assert yaml.safe_load(drafted)["data"] == {"ignore": odd, "label": odd[0]}
     # A label is counted over the whole file, not in its first rows alone.
     late = [(i, i % 9, "no" if i < 1500 else "yes") for i in range(3000)]
     draft = look(table(tmp_path / "b.csv", ("age", "dose", "ill"), late))

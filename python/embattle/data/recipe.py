@@ -105,7 +105,7 @@ class DataRecipe(Place):
         """The label's column or columns, for messages."""
         return ", ".join(self.label_columns)
 
-    def labels(self, columns: Mapping[str, Sequence[Any]]) -> Sequence[Any]:
+    def labels(self, columns: Mapping[str, list[Any]]) -> list[Any]:
         """The label of each row of columns; None where counts name none.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from embattle.data.account import printable
 from embattle.data.labels import is_blank
 from embattle.data.looks import (
     TABLES,
@@ -73,10 +75,13 @@ def init(path: Path, out: Path | None) -> Path:
         raise InputError(f"{out} is there already; choose another file with --out")
     draft = look(path)
     write_text(out, recipe_of(draft, name))
-    say(f"{path} looks like {draft.looks}: task {draft.task}")
-    say(f"wrote {out}; check its columns, then")
-    say(f"  embattle data inspect {out}")
-    say(f"  embattle train {out} --out runs/{name}")
+    for line in (
+        f"{path} looks like {draft.looks}: task {draft.task}",
+        f"wrote {out}; check its columns, then",
+        f"  embattle data inspect {out}",
+        f"  embattle train {out} --out runs/{name}",
+    ):
+        say(printable(line))
     return out
 
 
@@ -209,7 +214,7 @@ def _clicks(
     label = next(iter(marks), events.get("rating"))
     if label is None:
         return None
-    cut = 1.0 if label in marks else _middle(sample[label])
+    cut = _middle(sample[label]) if label not in marks else _larger(sample[label])
     roles = {label, *events.values(), *with_role("time", columns)}
     words = [
         name
@@ -229,6 +234,12 @@ def _clicks(
         data.insert(2, ("dense", dense, "numbers"))
     kind = f"  kind: {'dlrm' if dense else 'deepfm'}\n"
     return Draft("click_through", looks, data, rows, {"kind": kind})
+
+
+def _larger(cells: Sequence[str]) -> float:
+    """The larger of two numbers; 1 if there is but one."""
+    numbers = {float(cell.replace(",", ".")) for cell in cells if is_number(cell)}
+    return max(numbers) if len(numbers) > 1 else 1.0
 
 
 def _middle(cells: Sequence[str]) -> float:
@@ -281,4 +292,5 @@ def _flow(value: Any) -> str:
     text: str = yaml.safe_dump(
         value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1 << 20
     )
-    return text.removesuffix("...\n").strip()
+    text = text.removesuffix("...\n").strip()
+    return text if "\n" not in text else json.dumps(value)

@@ -50,8 +50,8 @@ class HybridMF(MF):
 
     def scores(self, users: Tensor) -> Tensor:
         """Give the scores `[B, items]` of all items for users `[B]`."""
-        written: Tensor = self.projection(self.texts.every())
-        return super().scores(users) + self.user(users) @ written.T
+        text: Tensor = self.user(users) @ self.projection(self.texts.every()).T
+        return super().scores(users) + text
 
     def scores_where_rewritten(
         self, users: Tensor, items: Tensor, text_ids: Tensor, text_mask: Tensor
@@ -90,7 +90,7 @@ class HybridMF(MF):
 
     def penalty(self, users: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         """Give half the squared norm of what each triplet uses, projected texts too, `[B]`."""
-        texts = self.projection(self.texts(torch.stack([positive, negative], 1)))
+        texts: Tensor = self.projection(self.texts(torch.stack([positive, negative], 1)))
         return super().penalty(users, positive, negative) + texts.square().sum((1, 2)) / 2
 
     def _read(self, users: Tensor, text: Tensor) -> Tensor:

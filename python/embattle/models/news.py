@@ -45,11 +45,9 @@ class NewsClicks(nn.Module):
             history: `[B, L]` numbers of news, -1 where there are no more.
             text_ids, text_mask: `[B, T]`, the candidates, see `TextTable.tokens`.
         """
-        there = history >= 0
-        read = self.texts(history[there])
-        owner = there.nonzero()[:, 0]
-        total = read.new_zeros(len(history), read.shape[-1]).index_add(0, owner, read)
-        mean = total / there.sum(1, keepdim=True).clamp(min=1)
+        there = (history >= 0).unsqueeze(-1)
+        read = self.texts(history.clamp(min=0)) * there
+        mean = read.sum(1) / there.sum(1).clamp(min=1)
         reader = self.shared + self.projection(mean)
         candidate = self.projection(self.texts.rewritten(text_ids, text_mask))
         logits: Tensor = (reader * candidate).sum(-1) / reader.shape[-1] ** 0.5 + self.bias

@@ -51,7 +51,9 @@ class TextTable(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Give the vectors [..., width] of the texts with the numbers `rows` [...]."""
         if self.trained and self.training and torch.is_grad_enabled():
-            distinct, place = rows.unique(return_inverse=True)
+            distinct: Tensor
+            place: Tensor
+            distinct, place = torch.unique(rows, return_inverse=True)
             return self._encode(distinct)[place]
         self._learn(rows)
         return self.kept[rows]
@@ -91,13 +93,13 @@ class TextTable(nn.Module):
         if versions != self._versions:
             self.known.zero_()
             self._versions = versions
-        new = rows[~self.known[rows]].unique()
+        new: Tensor = torch.unique(rows[~self.known[rows]])
         if not len(new):
             return
         length = torch.tensor([len(self.texts[row]) for row in new.tolist()])
         mode = self.encoder.training
         self.encoder.eval()
-        for some in new[length.argsort().to(new.device)].split(_AT_ONCE):
+        for some in torch.split(new[length.argsort().to(new.device)], _AT_ONCE):
             self.kept[some] = self._encode(some).to(self.kept.dtype)
             self.known[some] = True
         self.encoder.train(mode)

@@ -124,7 +124,9 @@ class ClicksOnNews(EncodedTexts):
         self, impressions: Sequence[Impression], draw: np.random.Generator, limit: int | None
     ) -> Rows:
         """The samples of impressions, at most `limit`."""
-        histories, candidates, labels = [], [], []
+        histories: list[np.ndarray[Any, Any]] = []
+        candidates: list[int] = []
+        labels: list[int] = []
         for one in impressions:
             if limit is not None and len(labels) >= limit:
                 break
