@@ -1,4 +1,4 @@
-"""The command line: `embattle train`, `audit`, `data` and `doctor`.
+"""The command line: `embattle init`, `train`, `audit`, `data` and `doctor`.
 
 Only typer is imported here; every command imports what it needs itself, so that `--help` works
 without it.
@@ -88,6 +88,23 @@ def _main(
     ] = False,
 ) -> None:
     """Attack, harden and audit recommenders built on embeddings."""
+
+
+@app.command()
+def init(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A table, or a folder in the layout of MIND.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The recipe to write [default: NAME.yaml].")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Look at a file and write a commented recipe for it, ready to train."""
+    with _plain_errors(debug):
+        from embattle.jobs.init import init as run
+
+        run(path, out)
 
 
 @app.command()

