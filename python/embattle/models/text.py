@@ -63,7 +63,7 @@ class TextClassifier(nn.Module):
             pooled = hidden[:, 0]
         elif self.pooling == "last":
             last = (attention_mask.sum(1) - 1).clamp(min=0)
-            pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
+            pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         else:
             weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
             pooled = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
