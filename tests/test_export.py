@@ -116,13 +116,23 @@ def test_an_onnx_file_gives_what_the_model_gives(
         torch.testing.assert_close(torch.from_numpy(found), outputs, rtol=1e-4, atol=1e-5)
 
 
-def test_an_export_predicts_like_the_model(models: Callable[[str], Path], tmp_path: Path) -> None:
+def no_program(*arguments: Any) -> tuple[None, dict[str, Any]]:
+    return None, {"left_out": "not in this test"}
+
+
+def test_an_export_predicts_like_the_model(
+    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = write_csv(tmp_path / "rows.csv", rows_of("tabular", 9))
     # Rows of a file serve where the data is not there.
     export(models("tabular"), tmp_path / "out", rows=table)
     for model, out in ((models("tabular"), "a.csv"), (tmp_path / "out", "b.csv")):
         predict(model, table, tmp_path / out)
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    # An export of an export has its own program, or none.
+    monkeypatch.setattr(exporting, "_write_program", no_program)
+    export(tmp_path / "out", tmp_path / "again", rows=table)
+    assert not list((tmp_path / "again").glob("model.[!s]*"))
 
 
 def test_without_the_data_rows_are_asked_for(
@@ -188,6 +198,23 @@ def test_a_model_that_cannot_be_exported_is_told_of(
     ]
 
 
+def test_a_program_that_does_not_take_all_batches_is_left_out(
+    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = exporting._Outputs.forward
+
+    def of_two_or_more(self: Any, inputs: Any) -> Tensor:
+        if torch.compiler.is_exporting():
+            torch._check(inputs["values"].shape[0] >= 2)
+        return forward(self, inputs)
+
+    monkeypatch.setattr(exporting._Outputs, "forward", of_two_or_more)
+    status, text = invoke("export", models("tabular"), "--out", tmp_path / "out")
+    assert status == 0, text
+    assert "program: left out (torch.export: " in text
+    assert not list((tmp_path / "out").glob("model.[!s]*"))
+
+
 @pytest.mark.parametrize("missing", ["onnxscript", "onnxruntime"])
 def test_without_a_package_it_says_so(
     missing: str, models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -210,9 +237,7 @@ def test_without_a_package_it_says_so(
 def test_only_an_export_is_replaced(
     models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        exporting, "_write_program", lambda *a: (None, {"left_out": "not in this test"})
-    )
+    monkeypatch.setattr(exporting, "_write_program", no_program)
     out = tmp_path / "out"
     export(models("tabular"), out)
     (out / "of the old one").touch()

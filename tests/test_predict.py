@@ -24,6 +24,7 @@ import pyarrow.parquet
 from deployed import RECIPES, model_of, recipe_of, rows_of, write_csv, write_data
 from embattle.data import tables
 from embattle.errors import InputError
+from embattle.files import UNFINISHED
 from embattle.jobs import predict as predicting
 from embattle.jobs.predict import Predicted, predict
 from embattle.jobs.run_folder import locked
@@ -244,7 +245,10 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
         assert not out.exists()
     status, text = invoke(*words, "--out", out)
     assert status == 2
-    assert "use --overwrite" in text or "go on with --resume" in text
+    assert "holds what an earlier run had finished; go on with --resume" in text
+    # A killed process leaves these as well.
+    for name in (f"{UNFINISHED}part.arrow", ".lock"):
+        (tmp_path / f"out.{suffix}.parts" / name).write_text("half")
     status, text = invoke(*words, "--out", out, "--resume")
     assert status == 0, text
     assert out.read_bytes() == whole.read_bytes()

@@ -33,6 +33,7 @@ from embattle.progress import say
 from embattle.tasks.base import Task
 
 PROGRAM, ONNX, FACTS = "model.pt2", "model.onnx", "export.json"
+_WRITTEN = (PROGRAM, ONNX, f"{ONNX}.data", FACTS)
 # Sizes of the batches that outputs are compared on; the third is the one that is traced.
 SIZES = (1, 2, 5, 8)
 _TRACED = 2
@@ -45,6 +46,10 @@ _NOTHING = "nothing was written"
 
 Inputs = dict[str, Tensor]
 Forward = Callable[[Inputs], Tensor]
+
+
+class Differs(InputError):
+    """What was written does not give what the model gives."""
 
 
 class _Outputs(nn.Module):
@@ -85,7 +90,8 @@ class Samples:
         """Gives how far outputs are off at most.
 
         Raises:
-            InputError: further than may be.
+            Differs: further than may be.
+            Any exception: `run` does not take a batch.
         """
         furthest = 0.0
         for inputs, wanted in zip(self.batches, self.outputs, strict=True):
@@ -94,10 +100,10 @@ class Samples:
             size = len(next(iter(inputs.values())))
             if found.shape != wanted.shape:
                 shapes = f"{list(found.shape)}, and not {list(wanted.shape)}"
-                raise InputError(f"{name}: outputs for {size} samples are {shapes}; {_NOTHING}")
+                raise Differs(f"{name}: outputs for {size} samples are {shapes}; {_NOTHING}")
             off = float((found - wanted).masked_fill(found == wanted, 0).abs().max())
             if not torch.allclose(found, wanted, rtol=RELATIVE, atol=ABSOLUTE):
-                raise InputError(
+                raise Differs(
                     f"{name}: outputs for {size} samples differ from the model's by {off:.3g}; "
                     f"{_NOTHING}"
                 )
@@ -147,6 +153,8 @@ def export(
     samples = _samples(trained, rows)
     with replacing_folder(out) as part:
         for path in model_files(folder):
+            if path.name in _WRITTEN:
+                continue  # of an export that is exported again
             copy = part / path.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
@@ -181,8 +189,8 @@ def _samples(trained: TrainedModel, rows: Path | None) -> Samples:
         ]
         for name, x in traced.items()
     }
-    if task.varying:
-        half = {name: -(-traced[name].shape[1] // 2) for name in task.varying}
+    half = {name: -(-traced[name].shape[1] // 2) for name in task.varying if name in traced}
+    if half:
         cut = {name: x[:, : half[name]] if name in half else x for name, x in traced.items()}
         batches.append(cut)
     # Of a view, a program would ask for what it is a view of.
@@ -264,11 +272,13 @@ def _write_program(module: nn.Module, samples: Samples, path: Path) -> tuple[Any
                 module, (samples.batches[_TRACED],), dynamic_shapes=(dims,)
             )
         torch.export.save(program, path)
-        run = torch.export.load(path).module()
-    except Exception as error:  # exporters raise whatever they meet
+        off = samples.furthest(PROGRAM, torch.export.load(path).module())
+    except Differs:
+        raise
+    except Exception as error:  # exporters, and what they make, raise whatever they meet
         path.unlink(missing_ok=True)
         return None, {"left_out": f"torch.export: {_first_line(error)}"}
-    return program, {"file": PROGRAM, "max_difference": samples.furthest(PROGRAM, run)}
+    return program, {"file": PROGRAM, "max_difference": off}
 
 
 def _write_onnx(program: Any, samples: Samples, path: Path) -> dict[str, Any]:
@@ -280,30 +290,32 @@ def _write_onnx(program: Any, samples: Samples, path: Path) -> dict[str, Any]:
             need(name, "onnx")
     except InputError as error:
         return {"left_out": str(error)}
-    traced = samples.batches[_TRACED]
     large = sum(x.nbytes for x in program.state_dict.values()) > _ONNX_MOST
+    names = {"input_names": [*samples.batches[_TRACED]], "output_names": ["outputs"]}
     try:
-        made = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=[*traced], output_names=["outputs"]
-        )
-        assert made is not None
+        made: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
         made.save(path, external_data=large)
-    except Exception as error:  # exporters raise whatever they meet
+        return {"file": ONNX, **_compare_onnx(samples, path)}
+    except Differs:
+        raise
+    except Exception as error:  # exporters, and what they make, raise whatever they meet
         for left in path.parent.glob(f"{path.name}*"):
             left.unlink()
         return {"left_out": f"torch.onnx: {_first_line(error)}"}
-    facts: dict[str, Any] = {"file": ONNX, "max_difference": None}
+
+
+def _compare_onnx(samples: Samples, path: Path) -> dict[str, Any]:
     try:
         runtime = need("onnxruntime", "onnx")
     except InputError as error:
-        return facts | {"unchecked": str(error)}
+        return {"max_difference": None, "unchecked": str(error)}
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(inputs: Inputs) -> Tensor:
         given = {name: x.numpy() for name, x in inputs.items()}
         return torch.from_numpy(session.run(None, given)[0])
 
-    return facts | {"max_difference": samples.furthest(ONNX, run)}
+    return {"max_difference": samples.furthest(ONNX, run)}
 
 
 def _tell(name: str, facts: dict[str, Any], *, required: bool) -> None:
