@@ -53,6 +53,6 @@ class Rents(Task):
         return Net()
 
     def encode(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        fields = torch.tensor([[row[name] for name in FIELDS] for row in rows])
-        rents = [row["rent"] for row in rows if "rent" in row]
+        fields = torch.tensor([[int(row[name]) for name in FIELDS] for row in rows])
+        rents = [float(row["rent"]) for row in rows if "rent" in row]
         return Batch({"fields": fields}, torch.tensor(rents) if rents else None)

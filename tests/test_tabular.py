@@ -113,7 +113,8 @@ def test_rows_of_a_file_are_encoded_like_those_of_a_part(tmp_path: Path) -> None
     with torch.no_grad():
         found = loaded(**unlabelled.inputs)
     assert torch.equal(found[:4], model(**task.encode(model, rows[:4]).inputs).detach())
-    assert set(fresh.kind.describe(found)[0]) == {"prediction", "confidence"}
+    columns = ["prediction", "confidence", "probability_<=50K", "probability_>50K"]
+    assert list(fresh.kind.describe(found)[0]) == columns
     assert task.show("test", 0).startswith(f"age {rows[int(part.places[0])]['age']}, occupation ")
 
 

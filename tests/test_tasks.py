@@ -108,9 +108,12 @@ def test_one_logit_is_scored_as_two() -> None:
     assert kind.scores(one, labels) == pytest.approx(kind.scores(two, labels))
     assert kind.right(one, labels).tolist() == [True, True, False, False]
     assert kind.scores(one, labels)["auc"] == 0.75
+    yes = 1 / (1 + math.exp(-2))
     assert kind.describe(one)[0] == {
         "prediction": "yes",
-        "confidence": pytest.approx(1 / (1 + math.exp(-2))),
+        "confidence": pytest.approx(yes),
+        "probability_no": pytest.approx(1 - yes),
+        "probability_yes": pytest.approx(yes),
     }
     assert kind.show(one[1], labels[1]) == "73%"
     assert kind.show_label(labels[1]) == "no"
@@ -130,7 +133,10 @@ def test_several_labels() -> None:
     assert found["loss"] == pytest.approx(
         float(nn.functional.binary_cross_entropy_with_logits(outputs, labels.float()))
     )
-    assert kind.describe(outputs)[1] == {"prediction": ["a", "b"]}
+    second = kind.describe(outputs)[1]
+    assert second["prediction"] == ["a", "b"]
+    shares = [1 / (1 + math.exp(-x)) for x in (2, 1, -3)]
+    assert [second[f"probability_{x}"] for x in "abc"] == pytest.approx(shares)
     assert kind.show(outputs[2], labels[2]) == "2 of 3"
     assert kind.show_label(labels[1]) == "a, b"
     assert kind.show_label(torch.tensor([0, 0, 0])) == "none"
@@ -160,7 +166,7 @@ def test_ranks() -> None:
     assert found["hit_rate"] == pytest.approx(2 / 3)
     assert found["ndcg"] == pytest.approx(2 / math.log2(3) / 3)
     assert found["mrr"] == pytest.approx((0.5 + 0.5) / 3)
-    assert kind.describe(scores)[0] == {"prediction": [0, 2]}
+    assert kind.describe(scores)[0] == {"prediction": [0, 2], "scores": [3.0, 2.0]}
     assert kind.show(scores[2], items[2]) == "4"
 
 
@@ -392,7 +398,9 @@ def test_texts_of_a_file_are_encoded_like_those_of_a_part(tmp_path: Path) -> Non
     batch = task.encode(model, rows)
     assert (batch.inputs["input_ids"] == known.inputs["input_ids"]).all()
     assert (batch.known_labels() == known.known_labels()).all()
-    assert task.encode(model, [{"text": "love"}, {"text": None}]).labels is None
+    assert task.encode(model, [{"text": "love"}, {"text": "hate"}]).labels is None
+    with pytest.raises(InputError, match="there is no text in 'text'"):
+        task.encode(model, [{"text": "love"}, {"text": None}])
     with pytest.raises(InputError, match="knows no class 'maybe'"):
         task.encode(model, [{"text": "love", "recommended": "maybe"}])
     task.save(model, tmp_path / "model")

@@ -6,9 +6,10 @@ import io
 import sys
 
 _WITHOUT_TYPER = """\
-usage: embattle [train RECIPE | audit RUN_DIR | data list|fetch|inspect | doctor]
+usage: embattle [train RECIPE | audit RUN_DIR | predict MODEL FILE | export MODEL |
+                 data list|fetch|inspect | doctor]
 
-train, audit and data, and the full help, need typer: pip install 'embattle[jobs]'
+All but doctor, and the full help, need typer: pip install 'embattle[jobs]'
 """
 
 

@@ -41,9 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
     part = Path(name)
     try:
         yield part
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o666 & ~mask)
+        part.chmod(0o666 & ~_mask())
         os.replace(part, path)
     except OSError as error:
         raise InputError(
@@ -51,6 +49,49 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary sibling folder that becomes `path` once the block is through.
+
+    Args:
+        path: the folder to create, or to replace with all that is in it.
+
+    Yields:
+        The sibling. If the block raises, the sibling is removed and `path` stays as it was.
+
+    Raises:
+        InputError: if the folder cannot be written: no permission, no space.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=path.parent))
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {path.parent}: {error.strerror}; choose another folder"
+        ) from error
+    before = part.with_name(f"{part.name}-before")
+    try:
+        yield part
+        part.chmod(0o777 & ~_mask())
+        if path.exists():
+            path.rename(before)
+        part.rename(path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; make room or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def _mask() -> int:
+    """What the process leaves out of the permissions of what it makes."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -413,31 +414,33 @@ def line_of(path: Path, form: Format, row: int) -> str:
         form: its format.
         row: number of the row, from 0, as it was read.
     """
-    if form.kind == "parquet":
-        return f"row {row + 1}"
-    with path.open(encoding=form.encoding, newline="") as stream:
-        if form.kind == "jsonl":
-            numbers = (i for i, line in enumerate(stream, 1) if line.strip())
-            line = next(itertools.islice(numbers, row, None), None)
-        else:
-            row_of_file = row + form.header
-            line = next(itertools.islice(_starts(stream, form), row_of_file, None), None)
+    whole = (line for line, whole in lines_of_rows(path, form) if whole)
+    line = next(itertools.islice(whole, row, None), None)
     return f"line {line}" if line else f"row {row + 1}"
 
 
-def _starts(stream: io.TextIOWrapper, form: Format) -> Iterator[int]:
-    """The line on which each record begins, the header first."""
-    lines = map(form.plain, itertools.islice(stream, form.skip, None))
-    reader = csv.reader(lines, delimiter=form.separator)
-    width, begins = None, form.skip + 1
-    try:
-        for record in reader:
-            width = width or len(record)
-            if len(record) == width or not record:
-                yield begins
-            begins = form.skip + reader.line_num + 1
-    except csv.Error:
+def lines_of_rows(path: Path, form: Format) -> Iterator[tuple[int, bool]]:
+    """The line on which each row of a file begins, as far as that can be told.
+
+    Yields:
+        The line, from 1, and whether the row has the header's number of cells. Of a Parquet file
+        nothing.
+    """
+    if form.kind == "parquet":
         return
+    with path.open(encoding=form.encoding, newline="") as stream:
+        if form.kind == "jsonl":
+            yield from ((i, True) for i, line in enumerate(stream, 1) if line.strip())
+            return
+        lines = map(form.plain, itertools.islice(stream, form.skip, None))
+        reader = csv.reader(lines, delimiter=form.separator)
+        width, begins, header = None, form.skip + 1, form.header
+        with suppress(csv.Error):  # a cell too long for this reader
+            for record in reader:
+                width = width or len(record)
+                if not header:
+                    yield begins, len(record) == width or not record
+                begins, header = form.skip + reader.line_num + 1, False
 
 
 def unclosed_quote(path: Path, form: Format) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,9 +11,25 @@ from embattle.errors import InputError
 
 _ONE = "JSON lines have one object in each line"
 
+#: Is told of a row that is left out: its number in the file, from 0, and what is wrong with it.
+OnBad = Callable[[int, str], None]
+
 
 class _Number(str):
     """A number as it is written."""
+
+
+class _Refused(InputError):
+    """A line that is refused.
+
+    Args:
+        message: the whole one.
+        what: is wrong, without the file and the line.
+    """
+
+    def __init__(self, message: str, what: str) -> None:
+        super().__init__(message)
+        self.what = what
 
 
 class Objects:
@@ -24,6 +40,9 @@ class Objects:
         encoding: of its text.
         columns: the wanted keys; None takes all.
         longest: characters that a line may have.
+        lists: keys that may hold lists of texts and numbers, which are given as lists of texts.
+        on_bad: is told of each line that is no such object, with its number among those that are
+            not blank (from 0) and what is wrong; the line is left out. None: it is an error.
 
     Attributes:
         names: keys seen so far, in order of appearance.
@@ -31,9 +50,17 @@ class Objects:
     """
 
     def __init__(
-        self, path: Path, encoding: str, columns: Sequence[str] | None, longest: int
+        self,
+        path: Path,
+        encoding: str,
+        columns: Sequence[str] | None,
+        longest: int,
+        *,
+        lists: Collection[str] = (),
+        on_bad: OnBad | None = None,
     ) -> None:
         self.path, self.encoding, self.columns, self.longest = path, encoding, columns, longest
+        self.lists, self.on_bad = lists, on_bad
         self.names: dict[str, None] = {}
         self.rows = 0
         self._kinds: dict[str, tuple[str, int]] = {}
@@ -47,7 +74,7 @@ class Objects:
                 in a wanted key, or a number where a line before has a text.
         """
         found: list[dict[str, Any]] = []
-        held = 0
+        held = bad = 0
         with self.path.open(encoding=self.encoding, newline="\n") as stream:
             while line := stream.readline(self.longest + 1):
                 self._line += 1
@@ -55,7 +82,14 @@ class Objects:
                     self._refuse(f"is longer than {self.longest >> 20} Mi characters")
                 if line.isspace():
                     continue
-                found.append(self._object(line))
+                try:
+                    found.append(self._object(line))
+                except _Refused as error:
+                    if self.on_bad is None:
+                        raise
+                    self.on_bad(self.rows + len(found) + bad, error.what)
+                    bad += 1
+                    continue
                 held += len(line)
                 if held >= size:
                     yield self._block(found)
@@ -98,13 +132,17 @@ class Objects:
             self._refuse(f"has the name {twice!r} twice")
         return found
 
-    def _cell(self, name: str, value: Any) -> str | None:
+    def _cell(self, name: str, value: Any) -> str | list[str] | None:
         """A cell as text; kinds of values may not change from line to line."""
         if value is None:
             return None
         kind = "a number" if isinstance(value, _Number) else "a text"
         if isinstance(value, bool):
             kind, value = "a truth value", str(value)
+        elif isinstance(value, list) and name in self.lists:
+            if not all(isinstance(item, str) for item in value):
+                self._refuse(f"holds what is neither text nor number in the list {name!r}")
+            return [self._whole(name, item) for item in value]
         elif isinstance(value, (dict, list)):
             if self.columns is None:
                 return json.dumps(value)
@@ -115,6 +153,9 @@ class Objects:
             self._refuse(
                 f"holds {kind} in {name!r}, and line {line} {before}; write all of a column alike"
             )
+        return self._whole(name, value)
+
+    def _whole(self, name: str, value: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError as error:
@@ -122,4 +163,4 @@ class Objects:
         return str(value)
 
     def _refuse(self, what: str, cause: Exception | None = None) -> NoReturn:
-        raise InputError(f"{self.path}, line {self._line} {what}") from cause
+        raise _Refused(f"{self.path}, line {self._line} {what}", what) from cause

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from embattle.data.account import printable
 from embattle.data.formats import Format, line_of, parquet_files, recognise, unclosed_quote
-from embattle.data.jsonlines import Objects
+from embattle.data.jsonlines import Objects, OnBad
 from embattle.errors import InputError, closest, need
 
 # Bytes of text that are read at once, and the most that a cell of a CSV file may have. Arrow reads
@@ -35,6 +35,10 @@ class Table:
             refusing the file.
         block: bytes of text to read at once, and the most that a cell of a CSV
             file may have; None takes `BLOCK`.
+        lists: columns of JSON lines and Parquet that may hold lists of texts and numbers.
+        on_bad: is told of each row that is none, with its number (from 0, of all rows of the file)
+            and what is wrong: too few or too many cells, a line that is no such JSON. The row is
+            left out, and the file not refused. Whoever has a block has been told of all its rows.
 
     Attributes:
         form: how the file is written.
@@ -56,8 +60,12 @@ class Table:
         header: Sequence[str] | None = None,
         drop_ragged: bool = False,
         block: int | None = None,
+        lists: Collection[str] = (),
+        on_bad: OnBad | None = None,
     ) -> None:
-        self.path, self.block, self.drop_ragged = path, block or BLOCK, drop_ragged
+        self.path, self.block = path, block or BLOCK
+        self.drop_ragged = drop_ragged or on_bad is not None
+        self._lists, self._on_bad = lists, on_bad
         self._encoding = encoding
         self.form = recognise(
             path, columns or (), encoding=encoding, delimiter=delimiter, header=header
@@ -118,7 +126,8 @@ class Table:
             if self.form.kind == "parquet":
                 first = next(self._parquet(rows, every=True), {name: [] for name in self.names})
             else:
-                objects = Objects(self.path, self.form.encoding, None, _LINE * self.block)
+                ignore = None if self._on_bad is None else lambda number, what: None
+                objects = self._objects(None, ignore)
                 first = next(objects.blocks(min(self.block, len(self.form.sample))), {})
         return {
             name: ["" if v is None or v != v else str(v) for v in values[:rows]]
@@ -157,8 +166,14 @@ class Table:
                         for name, column in zip(batch.schema.names, batch.columns, strict=True)
                     }
 
+    def _objects(self, columns: Sequence[str] | None, on_bad: OnBad | None) -> Objects:
+        longest = _LINE * self.block
+        return Objects(
+            self.path, self.form.encoding, columns, longest, lists=self._lists, on_bad=on_bad
+        )
+
     def _json(self) -> Iterator[dict[str, list[Any]]]:
-        objects = Objects(self.path, self.form.encoding, self.columns, _LINE * self.block)
+        objects = self._objects(self.columns, self._on_bad)
         for block in objects.blocks(self.block):
             self.names = list(objects.names)
             yield block
@@ -182,6 +197,9 @@ class Table:
             if self._first_ragged is None or not self.ragged:
                 self._first_ragged = (row.number, row.actual_columns)
             self.ragged += 1
+            if self._on_bad is not None:
+                what = f"has {row.actual_columns} cells, and not {len(names)}"
+                self._on_bad(row.number - 1 - form.skip - form.header, what)
             return "skip"
 
         reader = csv.open_csv(
@@ -217,7 +235,7 @@ class Table:
             head = f" (the header is row {1 + form.skip})" if form.header else ""
             raise InputError(
                 f"{self.path}: {self.ragged} rows do not have the header's {len(names)} cells; the "
-                f"first is row {number + form.skip} with {cells}{head}: repair them, check "
+                f"first is row {number} with {cells}{head}: repair them, check "
                 "data.delimiter, or set data.ragged_rows: drop"
             )
 
@@ -259,12 +277,23 @@ class Table:
                         f"{self.path}, row {self.rows + row + 1}: column {name!r} holds bytes that "
                         f"are not {encoding}; name the encoding in data.encoding"
                     ) from error
-        elif types.is_nested(kind) and plain and self.columns is not None:
+        elif (
+            types.is_nested(kind)
+            and plain
+            and self.columns is not None
+            and not (name in self._lists and _is_list(types, kind))
+        ):
             raise InputError(
                 f"{self.path}: column {name!r} holds {kind} values; give a column of text or "
                 "numbers"
             )
         return values
+
+
+def _is_list(types: Any, kind: Any) -> bool:
+    """Whether an Arrow type is one of lists of plain values."""
+    listed = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return listed and not types.is_nested(kind.value_type)
 
 
 class _Refusal:

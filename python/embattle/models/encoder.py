@@ -59,7 +59,7 @@ class TextEncoder(nn.Module):
             return hidden[:, 0]
         if self.pooling == "last":
             last = (attention_mask.sum(1) - 1).clamp(min=0)
-            return hidden[torch.arange(len(hidden), device=hidden.device), last]
+            return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 

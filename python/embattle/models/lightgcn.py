@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from embattle import checks, losses
 from embattle.models.interactions import Interactions
-from embattle.models.mf import squared_norm
+from embattle.models.mf import MF, squared_norm
 
 
 class LightGCN(nn.Module):
@@ -68,6 +68,16 @@ class LightGCN(nn.Module):
         """Give the scores `[B, items]` of all items for users `[B]`."""
         of_users, of_items = self.propagate()
         return of_users[users] @ of_items.T
+
+    @torch.no_grad()
+    def for_scoring(self) -> MF:
+        """Give a model of the final vectors, whose scores are the same, in evaluation mode."""
+        of_users, of_items = self.propagate()
+        users, dim = of_users.shape
+        made = MF(users, len(of_items), dim=dim, bias=False).to(of_users)
+        made.user.weight.copy_(of_users)
+        made.item.weight.copy_(of_items)
+        return made.eval()
 
     def losses(self, users: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         """Give the BPR losses of triplets (their eq. 15), all `[B]`."""

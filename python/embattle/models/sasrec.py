@@ -73,7 +73,7 @@ class SASRec(nn.Module):
         """Give the scores `[B, items]` of all items to come next after sequences `[B, T]`."""
         last = ((sequences != self.items).sum(1) - 1).clamp(min=0)
         states = self(sequences)
-        return self._all(states[torch.arange(len(states), device=states.device), last])
+        return self._all(states[torch.arange(states.shape[0], device=states.device), last])
 
     def losses(self, sequences: Tensor, targets: Tensor, negatives: Tensor | None = None) -> Tensor:
         """Give the next-item losses `[B]`, each the mean over a sequence's targets.

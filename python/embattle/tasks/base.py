@@ -40,6 +40,8 @@ class Task(Evaluator, ABC):
         sample, vector: what a sample and one of its embeddings are called, for the report.
         calls_model: whether `evaluate` computes losses by calling the model itself, `model(...)`,
             not methods of it. Mixed precision and several processes need that.
+        list_columns: columns of a file that `encode` also takes as lists of texts and numbers.
+        varying: inputs of batches [B, T, ...] whose T differs from batch to batch.
         data_options, model_options: those sections.
         seed: the recipe's; decides the division of the data and the first weights.
         kind: what is predicted; `read` sets it, unless the class does.
@@ -51,6 +53,8 @@ class Task(Evaluator, ABC):
     sample: ClassVar[str] = "sample"
     vector: ClassVar[str] = "vector"
     calls_model: ClassVar[bool] = True
+    list_columns: ClassVar[tuple[str, ...]] = ()
+    varying: ClassVar[tuple[str, ...]] = ()
 
     kind: Kind
     parts: Mapping[str, Any]
@@ -78,7 +82,18 @@ class Task(Evaluator, ABC):
         Args:
             model: brings what belongs to it, such as a tokenizer.
             rows: B of them. Where the label is missing the batch has no labels.
+
+        Raises:
+            ValueError, TypeError, LookupError or ArithmeticError: a row cannot be used.
         """
+
+    def columns_read(self) -> list[str] | None:
+        """Give the columns of a file that `encode` reads, but for the label; None: any."""
+        return None
+
+    def keys(self) -> list[str]:
+        """Give those of them that name what a row is about, such as a user."""
+        return []
 
     def batch(self, model: nn.Module, part: str, rows: Tensor, *, seed: int = 0) -> Batch:
         """Give some samples of a part.
@@ -133,6 +148,19 @@ class Task(Evaluator, ABC):
         Raises:
             InputError: it cannot be had.
         """
+
+    def for_scoring(self, model: nn.Module) -> nn.Module:
+        """Give a model for `evaluate` with the outputs of a trained one, whose weights stay as they
+        are: what is the same for all samples may be computed once. By default it is that one.
+        """
+        return model
+
+    def describe(self, outputs: Tensor) -> list[dict[str, Any]]:
+        """Give the columns of a prediction for each sample of outputs [B, ...].
+
+        Cells are texts, numbers, truth values, or lists of these.
+        """
+        return self.kind.describe(outputs)
 
     def sites(self, model: nn.Module, group: Group) -> list[Site]:
         """Give where the model is attacked, by default at its input embeddings.

@@ -181,10 +181,13 @@ class ClickThrough(Task):
             inputs["dense"] = torch.from_numpy(found.dense)[rows]
         return Batch(inputs, torch.from_numpy(found.label)[rows].long())
 
+    def columns_read(self) -> list[str]:
+        """Give the columns of categories and of numbers, those of joined tables too."""
+        return [*self.known, *self.scales]
+
     def encode(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Rows of a file that has all columns, those of joined tables too."""
-        names = [*self.known, *self.scales]
-        columns = {name: [row.get(name) for row in rows] for name in names}
+        columns = {name: [row.get(name) for row in rows] for name in self.columns_read()}
         values, dense = self._numbered(columns, len(rows))
         inputs = {"values": torch.from_numpy(values)}
         if self.scales:

@@ -96,6 +96,18 @@ class ItemRanking(RatingsTask):
             return Batch({"users": users, "positive": items, "negative": drawn}, items)
         return Batch({"users": users, "seen": self._met[part].mask(users)}, items)
 
+    def columns_read(self) -> list[str]:
+        """Give the column of users."""
+        return [self.data_options.user]
+
+    def keys(self) -> list[str]:
+        """Give the column of users."""
+        return [self.data_options.user]
+
+    def for_scoring(self, model: nn.Module) -> nn.Module:
+        """LightGCN passes vectors on once, and not for each batch."""
+        return model.for_scoring() if isinstance(model, LightGCN) else model
+
     def encode(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Users by their names; what they met in training is not recommended."""
         column = self.data_options.user

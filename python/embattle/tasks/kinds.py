@@ -135,12 +135,13 @@ class Classification(Kind):
         }
 
     def describe(self, outputs: Tensor) -> list[dict[str, Any]]:
-        """Give `prediction`, the class, and `confidence`, its probability."""
-        shares, numbers = losses.two_sided(outputs).softmax(1).max(1)
-        return [
-            {"prediction": self._name(number), "confidence": share}
-            for number, share in zip(numbers.tolist(), shares.tolist(), strict=True)
-        ]
+        """Give `prediction`, the class, `confidence`, its probability, and that of each class."""
+        shares = losses.two_sided(outputs).softmax(1)
+        found = []
+        for row, number in zip(shares.tolist(), shares.argmax(1).tolist(), strict=True):
+            every = {f"probability_{self._name(n)}": share for n, share in enumerate(row)}
+            found.append({"prediction": self._name(number), "confidence": row[number], **every})
+        return found
 
     def show(self, output: Tensor, label: Tensor) -> str:
         """Show the probability of the true class."""
@@ -214,8 +215,15 @@ class MultiLabelClassification(Kind):
         }
 
     def describe(self, outputs: Tensor) -> list[dict[str, Any]]:
-        """Give `prediction`, the names of the predicted labels."""
-        return [{"prediction": self._names(row > 0)} for row in outputs]
+        """Give `prediction`, the names of the predicted labels, and the probability of each."""
+        every = self._names(torch.ones(outputs.shape[1]))
+        return [
+            {
+                "prediction": self._names(row > 0),
+                **{f"probability_{x}": p for x, p in zip(every, shares, strict=True)},
+            }
+            for row, shares in zip(outputs, outputs.sigmoid().tolist(), strict=True)
+        ]
 
     def show(self, output: Tensor, label: Tensor) -> str:
         """Show how many labels are right, of how many."""
@@ -325,9 +333,14 @@ class Ranking(Kind):
         }
 
     def describe(self, outputs: Tensor) -> list[dict[str, Any]]:
-        """Give `prediction`, the numbers of the k best items, best first."""
-        best = outputs.topk(min(self.k, outputs.shape[1]), dim=1).indices
-        return [{"prediction": items} for items in best.tolist()]
+        """Give `prediction`, the numbers of the k best items, best first, and their `scores`.
+
+        There are fewer than k where the others are ruled out.
+        """
+        best = outputs.topk(min(self.k, outputs.shape[1]), dim=1)
+        left = (best.values > -torch.inf).sum(1).tolist()
+        ranked = zip(best.indices.tolist(), best.values.tolist(), left, strict=True)
+        return [{"prediction": items[:n], "scores": scores[:n]} for items, scores, n in ranked]
 
     def show(self, output: Tensor, label: Tensor) -> str:
         """Show the rank."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from embattle.data.account import Account
 from embattle.data.batch import Batch
+from embattle.errors import InputError
 from embattle.models.interactions import Interactions
 from embattle.models.sasrec import SASRec
 from embattle.models.sequences import histories, windows
@@ -53,6 +54,8 @@ class NextItem(RatingsTask):
 
     Model: ClassVar[type[Section]] = SequentialRecipe
     vector: ClassVar[str] = "history"
+    list_columns: ClassVar[tuple[str, ...]] = ("history",)
+    varying: ClassVar[tuple[str, ...]] = ("sequences",)
     calls_model: ClassVar[bool] = False
 
     model_options: SequentialRecipe
@@ -85,16 +88,22 @@ class NextItem(RatingsTask):
         users, labels, sequences = found[:, 0], found[:, 1], found[:, 2:]
         return self._movable({"sequences": sequences, "seen": self._met[part].mask(users)}, labels)
 
+    def columns_read(self) -> list[str]:
+        """Give the column of histories."""
+        return ["history"]
+
     def encode(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Histories in the column `history`, of which nothing is recommended again.
 
         A history is items' names, oldest first: a list, or a text with spaces between.
         """
         length, padding = self.model_options.length, len(self.items)
-        seen = torch.zeros(len(rows), padding, dtype=torch.bool)
-        sequences = torch.full((len(rows), length), padding)
         cells = self.cells(rows, "history")
         names = [cell.split() if isinstance(cell, str) else list(cell) for cell in cells]
+        if not all(names):
+            raise InputError("column 'history' holds an empty list; give one item at least")
+        seen = torch.zeros(len(rows), padding, dtype=torch.bool)
+        sequences = torch.full((len(rows), length), padding)
         known = torch.tensor(self.numbers(chain.from_iterable(names), "items"), dtype=torch.int64)
         for number, items in enumerate(torch.split(known, [len(history) for history in names])):
             seen[number, items] = True

@@ -99,6 +99,11 @@ class RatingsTask(Task):
         known = batch.labels
         return Evaluation(None if known is None else self.kind.losses(scores, known), scores)
 
+    def describe(self, outputs: torch.Tensor) -> list[dict[str, Any]]:
+        """Give the kind's columns, the items by their names."""
+        found = self.kind.describe(outputs)
+        return [row | {"prediction": [self.items[i] for i in row["prediction"]]} for row in found]
+
     def numbers(self, names: Iterable[Any], what: str) -> list[int]:
         """The numbers of users or items.
 
@@ -127,9 +132,10 @@ class RatingsTask(Task):
         Raises:
             InputError: one has none.
         """
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows, start=1):
             if is_blank(row.get(column)):
-                raise InputError(f"column {column!r} is empty in row {number + 1}; fill it in")
+                where = f" in row {number}" if len(rows) > 1 else ""
+                raise InputError(f"column {column!r} is empty{where}; fill it in")
         return [row[column] for row in rows]
 
     def labels_of(self, rows: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:

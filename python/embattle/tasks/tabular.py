@@ -260,6 +260,10 @@ class Tabular(Task):
                     f"data.limits.{name} or its share in data.fractions"
                 )
 
+    def columns_read(self) -> list[str]:
+        """Give the columns that are predicted from."""
+        return [column.name for column in self.columns]
+
     def encode(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Number the values of rows of a file; a column that is not there is unknown."""
         options = self.data_options

@@ -31,6 +31,7 @@ class TextClassification(Task):
     Model: ClassVar[type[Section]] = ModelRecipe
     sample: ClassVar[str] = "text"
     vector: ClassVar[str] = "token"
+    varying: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
 
     data_options: DataRecipe
     model_options: ModelRecipe
@@ -43,8 +44,16 @@ class TextClassification(Task):
         self.parts = self.splits.parts
         self.kind = Classification(tuple(self.splits.classes))
 
+    def columns_read(self) -> list[str]:
+        """Give the text columns."""
+        return self.data_options.text
+
     def encode(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """Tokenize rows of a file: the text columns joined, and the label column if it is there."""
+        """Tokenize rows of a file: the text columns joined, and the label column if it is there.
+
+        Raises:
+            InputError: a row has no text, or a label that the model does not know.
+        """
         options = self.data_options
         missing = set(options.missing)
         texts = []
@@ -52,6 +61,9 @@ class TextClassification(Task):
             cells = [row.get(name) for name in options.text]
             shown = [str(cell).strip() for cell in cells if not is_blank(cell, missing)]
             texts.append(" ".join(shown))
+        if not all(texts):
+            columns = ", ".join(map(repr, options.text))
+            raise InputError(f"there is no text in {columns}; give one in each row")
         labels = options.labels({n: [row.get(n) for row in rows] for n in options.label_columns})
         if any(label is None for label in labels):
             batch = self._tokenize(model, texts, [0] * len(texts))
