@@ -18,6 +18,7 @@ BUILT_IN = {
     "click_through": "embattle.tasks.clicks:ClickThrough",
     "item_ranking": "embattle.tasks.item_ranking:ItemRanking",
     "next_item": "embattle.tasks.next_item:NextItem",
+    "recbole": "embattle.integrations.recbole:RecBoleTask",
     "text_classification": "embattle.tasks.text:TextClassification",
     "tabular": "embattle.tasks.tabular:Tabular",
 }
