@@ -27,16 +27,16 @@ from origin import in_words, origin
 STEPS = 150
 #: Family -> models, RecBole's keys for them, and the size of a batch.
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "general": ("BPR LightGCN NGCF SpectralCF NeuMF FISM NAIS", {}, 2048),
+    "general": ("BPR LightGCN NGCF SpectralCF NeuMF", {}, 2048),
     "context": (
         "FM AFM NFM DeepFM DCN xDeepFM WideDeep AutoInt",
         {"threshold": {"rating": 4}},
-        2048,
+        1024,
     ),
     "sequential": (
-        "SASRec GRU4Rec NARM STAMP Caser LightSANs HGN SHAN",
+        "SASRec GRU4Rec NARM STAMP Caser LightSANs HGN",
         {"MAX_ITEM_LIST_LENGTH": 20, "train_neg_sample_args": None},
-        256,
+        128,
     ),
 }
 

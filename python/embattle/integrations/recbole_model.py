@@ -70,12 +70,15 @@ def losses_of(model: nn.Module, interaction: Any) -> tuple[Tensor, Tensor]:
         raise _uncovered(
             model, f"its criterion has {len(terms)} terms for {len(interaction)} samples"
         )
-    mean = terms.mean()
-    if not torch.allclose(mean.detach(), value.detach().reshape(()), rtol=1e-4, atol=1e-6):
+    mean, its = terms.mean(), value.reshape(())
+    # A loss that is no number is for the training to notice.
+    if not torch.allclose(mean.detach(), its.detach(), rtol=1e-4, atol=1e-6, equal_nan=True):
         raise _uncovered(model, "its criterion is no mean over the samples")
-    total = sum(found) if isinstance(found, tuple) else found
+    total: Tensor = sum(found) if isinstance(found, tuple) else found
     if value.requires_grad:
-        (weight,) = torch.autograd.grad(total.sum(), value, retain_graph=True)
+        (weight,) = torch.autograd.grad(
+            total.sum(), value, retain_graph=True, materialize_grads=True
+        )
         if not bool((weight == 1).all()):
             raise _uncovered(model, f"its criterion has weight {float(weight):g} in its loss")
     return (terms + (total.reshape(()) - mean) if model.training else terms), first
@@ -93,6 +96,7 @@ def scores_of(model: nn.Module, interaction: Any, items: Any) -> Tensor:
     """
     ranker: Any = model
     with uncached(model), _LastSigmoid() as last:
+        scores: Tensor
         try:
             scores = ranker.full_sort_predict(interaction)
         except NotImplementedError:
