@@ -72,13 +72,13 @@ def measure(name: str, family: str) -> dict[str, Any]:
     labels = torch.cat([batch.known_labels() for batch in batches])
     clean = task.kind.scores(predict(model, batches, task), labels)
     found = evaluate(model, batches, sites, {"PGD-5": attack}, evaluator=task)["PGD-5"]
-    measure = "auc" if family == "context" else "hit_rate"
+    key = "auc" if family == "context" else "hit_rate"
     return {
         "family": family,
-        "measure": measure,
+        "measure": key,
         "eps": threat["eps"],
-        "clean": clean[measure],
-        "attacked": task.kind.scores(found.outputs, labels)[measure],
+        "clean": clean[key],
+        "attacked": task.kind.scores(found.outputs, labels)[key],
         "read_seconds": read - began,
         "train_seconds": trained - read,
         "attack_seconds": found.seconds,
@@ -98,9 +98,9 @@ def table(results: dict[str, Any]) -> str:
     ]
     for name, row in results["models"].items():
         times = [f"{row[f'{what}_seconds']:.1f}" for what in ("read", "train", "attack")]
-        measure = {"auc": "AUC", "hit_rate": "hit rate at 10"}[row["measure"]]
+        title = {"auc": "AUC", "hit_rate": "hit rate at 10"}[row["measure"]]
         lines.append(
-            f"| {name} | {row['family']} | {measure} | {row['clean']:.3f} | {row['eps']:g} | "
+            f"| {name} | {row['family']} | {title} | {row['clean']:.3f} | {row['eps']:g} | "
             f"{row['attacked']:.3f} | {' | '.join(times)} |"
         )
     return "\n".join(lines) + "\n"
