@@ -6,9 +6,9 @@ import io
 import sys
 
 _WITHOUT_TYPER = """\
-usage: embattle [train RECIPE | audit RUN_DIR | recbole CONFIG | data list|fetch|inspect | doctor]
+usage: embattle [train RECIPE | audit RUN_DIR | data list|fetch|inspect | doctor]
 
-train, audit, recbole and data, and the full help, need typer: pip install 'embattle[jobs]'
+train, audit and data, and the full help, need typer: pip install 'embattle[jobs]'
 """
 
 
