@@ -303,6 +303,50 @@ def inspect_data(
             inspect_file(path, encoding=encoding, delimiter=delimiter)
 
 
+@app.command("recbole")
+def audit_recbole(
+    config: Annotated[list[Path], typer.Argument(help="RecBole's configuration, YAML files.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The run's folder [default: runs/MODEL-DATASET].")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="RecBole's model, if no file names it.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="RecBole's data set, if no file names it.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Weights to begin with, as safetensors.")
+    ] = None,
+    as_is: Annotated[
+        bool, typer.Option("--as-is", help="Attack the checkpoint alone; train nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run; start where none is.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")
+    ] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Harden and audit a model of RecBole's, in an environment that has it (make recbole)."""
+    with _plain_errors(debug):
+        from embattle.jobs import recbole
+
+        recipe = recbole.recipe_for(
+            config, model=model, dataset=dataset, checkpoint=checkpoint, changes=changes or ()
+        )
+        folder = out or Path("runs") / recipe.name
+        if as_is:
+            recbole.attack_checkpoint(recipe, folder)
+        else:
+            recbole.harden_and_audit(recipe, folder, resume=resume, overwrite=overwrite)
+
+
 @app.command()
 def doctor() -> None:
     """Show what is installed and how it was built, and what is wrong, if anything."""

@@ -21,6 +21,7 @@ BUILT_IN = {
     "llm_ranking": "embattle.tasks.llm_ranking:LLMRanking",
     "news_clicks": "embattle.tasks.news:ClicksOnNews",
     "next_item": "embattle.tasks.next_item:NextItem",
+    "recbole": "embattle.integrations.recbole:RecBoleTask",
     "text_classification": "embattle.tasks.text:TextClassification",
     "tabular": "embattle.tasks.tabular:Tabular",
 }
