@@ -17,12 +17,13 @@ export PYTHONDONTWRITEBYTECODE :=
 
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help setup setup-build setup-jobs dev demo test clipping-nightly mutation device-test torch-min lint format sanitize bench cuda-check gpu-check emulator-asan clean
+.PHONY: help setup setup-build setup-jobs dev demo test clipping-nightly mutation device-test torch-min recbole lint format sanitize bench cuda-check gpu-check emulator-asan clean
 
 help:
 	@echo "make demo      train and audit a real recommender (about five minutes on two free cores)"
 	@echo "make test      build and run the tests"
 	@echo "make torch-min the tests of ops and attacks under the oldest torch ($(TORCH_MIN))"
+	@echo "make recbole   the tests of RecBole's models, in an environment of its own (.venv-recbole)"
 	@echo "make clipping-nightly [CASES=100000]  random models under per-sample clipping"
 	@echo "make lint      ruff, mypy --strict, clang-format"
 	@echo "make bench     the benchmarks, against the memory roofline and eager torch"
@@ -87,6 +88,10 @@ device-test: dev
 torch-min: dev
 	@PYTHON=$(PY) TORCH_MIN="$(TORCH_MIN)" JOBS=$(JOBS) IF_CHEAP=$(IF_CHEAP) bash tools/torch_min.sh $(TESTS)
 
+# RecBole needs numpy < 2. The same binary again.
+recbole: dev
+	@PYTHON=$(PY) TORCH="$(TORCH)" bash tools/recbole.sh $(TESTS)
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -126,4 +131,4 @@ mutation: dev
 	OMP_NUM_THREADS=1 $(PY) tools/mutation.py --processes $(JOBS) $(MUTATION)
 
 clean:
-	rm -rf build $(VENV) .venv-min python/embattle/_C*.so
+	rm -rf build $(VENV) .venv-min .venv-recbole python/embattle/_C*.so

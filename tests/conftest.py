@@ -19,6 +19,7 @@ else:
 # What does not run on another device than the CPU, and why: files, or tests of them with all their
 # parameters.
 _EMULATOR = "the emulator runs on the CPU"
+_PACKAGE = "the package makes its tensors, on the CPU"
 _RANKS = "two processes that meet through gloo, on the CPU"
 ON_THE_CPU_ALONE = {
     "test_build.py": "reads object files",
@@ -40,6 +41,10 @@ ON_THE_CPU_ALONE = {
     "test_export.py": "compares files on the CPU",
     "test_floors.py": "has no tensors",
     "test_gpu_check.py": "runs what the tools do without a GPU",
+    "test_hybrid.py": _PACKAGE,
+    "test_init.py": _PACKAGE,
+    "test_news.py": _PACKAGE,
+    "test_posts.py": _PACKAGE,
     "test_guard.py::test_averages_that_numpy_writes": "numpy writes memory of the CPU",
     "test_libraries.py::test_two_processes_give_what_one_does": _RANKS,
     "test_ops_grad_rows.py": "the rows that occur are found on the CPU alone",
@@ -48,8 +53,9 @@ ON_THE_CPU_ALONE = {
     "test_predict.py": "the job chooses its device",
     "test_pretend.py": "makes the pretend device in a process of its own",
     "test_profiles.py": "has no tensors",
-    "test_rating_tasks.py": "the package makes its tensors, on the CPU",
+    "test_rating_tasks.py": _PACKAGE,
     "test_recipe.py": "has no tensors",
+    "test_recipes.py": _PACKAGE,
     "test_rows.py": "has no tensors",
     "test_replay.py::test_masks_are_drawn_once_and_freed": "masks are kept on a CPU alone",
     "test_simd_levels.py": "SIMD levels are the CPU's",

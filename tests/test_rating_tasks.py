@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("typer")
 pytest.importorskip("yaml")
 
+import made_tables
 import yaml
 from embattle.attacks import PGD
 from embattle.data import movielens
@@ -33,24 +33,9 @@ RATINGS = ("user_id", "movie_id", "rating", "timestamp")
 @pytest.fixture
 def films(tmp_path: Path) -> Path:
     """Ratings, users and films in the columns of MovieLens 100K; a user's taste is her parity."""
-    draw = np.random.default_rng(0)
-    with (tmp_path / "ratings.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(RATINGS)
-        for user in range(1, 25):
-            for number, film in enumerate(draw.permutation(30)[:9] + 1):
-                stars = 5 if (user + film) % 2 else 2
-                rows.writerow([user, film, stars, 1000 * user + number])
-    with (tmp_path / "users.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["user_id", "age", "gender", "occupation"])
-        rows.writerows([user, 17 + user, "MF"[user % 2], "writer"] for user in range(24, 0, -1))
-    with (tmp_path / "films.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["movie_id", "release_date", *movielens.GENRES])
-        for film in range(1, 31):
-            date = "" if film == 4 else f"01-Jan-{1950 + film}"
-            rows.writerow([film, date, *(int(film % 19 == g) for g in range(19))])
+    made_tables.film_ratings(tmp_path / "ratings.csv")
+    made_tables.film_users(tmp_path / "users.csv")
+    made_tables.films(tmp_path / "films.csv")
     return tmp_path
 
 

@@ -110,7 +110,9 @@ inline bool step_l2(const Cut& cut, double step_size, double eps, const T* x, co
   if (!(square >= 0.25 * reach * reach && square >= n * 0x1p-120 && square < kInfinity))
     return false;
   const double norm = __builtin_sqrt(square);
-  const double scale = norm > eps ? float_aim<T>(cut, eps) / norm : 1;
+  const double goal = float_aim<T>(cut, eps);
+  // What reaches the goal would leave it to rounding whether it is inside: FGM's steps end at eps.
+  const double scale = norm > goal ? goal / norm : 1;
   if (scale == 0 || !fits_float(scale) || !fits_float(scale * a)) return false;
   const F s = all(static_cast<float>(scale)), t = all(static_cast<float>(scale * a));
   const double size = float_sums<1, true>(

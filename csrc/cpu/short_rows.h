@@ -35,9 +35,19 @@ inline V root(V x) {
 // Lane k: total(parts[k]).
 inline V sums_of(const V (&parts)[kLanes]) {
 #if defined(__AVX512F__)
-  V sums;
-  for (int k = 0; k < kLanes; ++k) sums[k] = total(parts[k]);
-  return sums;
+  // Neighbours, neighbouring pairs, halves: of two vectors at a time.
+  const auto pairs = [](V x, V y) {
+    return __builtin_shufflevector(x, y, 0, 8, 2, 10, 4, 12, 6, 14) +
+           __builtin_shufflevector(x, y, 1, 9, 3, 11, 5, 13, 7, 15);
+  };
+  const auto fours = [](V x, V y) {
+    return __builtin_shufflevector(x, y, 0, 1, 8, 9, 4, 5, 12, 13) +
+           __builtin_shufflevector(x, y, 2, 3, 10, 11, 6, 7, 14, 15);
+  };
+  const V low = fours(pairs(parts[0], parts[1]), pairs(parts[2], parts[3]));
+  const V high = fours(pairs(parts[4], parts[5]), pairs(parts[6], parts[7]));
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
 #elif defined(__AVX__)
   const V a = __builtin_shufflevector(parts[0], parts[1], 0, 4, 2, 6) +
               __builtin_shufflevector(parts[0], parts[1], 1, 5, 3, 7);
@@ -100,7 +110,8 @@ inline void step_rows_l2(const StepArgs& args, int64_t first, int count, const S
   const V reach = root(dd) + abs(a) * length_g, square = dd + 2 * a * gd + a * a * gg;
   const V norm = root(square);
   const V goal = eps * aim(Type<T>::unit, extent) * (1 - 2 * kSumError);
-  const V scale = norm > eps ? goal / norm : splat(1), t = scale * a;
+  // What reaches the goal would leave it to rounding whether it is inside: FGM's steps end at eps.
+  const V scale = norm > goal ? goal / norm : splat(1), t = scale * a;
   const double n = static_cast<double>(extent);
   const I good = (gg >= n * 0x1p-100) & (gg < kInfinity) & (dd < kInfinity) &
                  (square >= 0.25 * reach * reach) & (square >= n * 0x1p-120) &

@@ -1,4 +1,4 @@
-"""The command line: `embattle train`, `audit`, `predict`, `export`, `data` and `doctor`.
+"""The command line: `embattle init`, `train`, `audit`, `predict`, `export`, `data` and `doctor`.
 
 Only typer is imported here; every command imports what it needs itself, so that `--help` works
 without it.
@@ -103,6 +103,23 @@ def _main(
     ] = False,
 ) -> None:
     """Attack, harden and audit recommenders built on embeddings."""
+
+
+@app.command()
+def init(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A table, or a folder in the layout of MIND.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The recipe to write [default: NAME.yaml].")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Look at a file and write a commented recipe for it, ready to train."""
+    with _plain_errors(debug):
+        from embattle.jobs.init import init as run
+
+        run(path, out)
 
 
 @app.command()
@@ -284,6 +301,50 @@ def inspect_data(
             from embattle.data.inspect import inspect_file
 
             inspect_file(path, encoding=encoding, delimiter=delimiter)
+
+
+@app.command("recbole")
+def audit_recbole(
+    config: Annotated[list[Path], typer.Argument(help="RecBole's configuration, YAML files.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The run's folder [default: runs/MODEL-DATASET].")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="RecBole's model, if no file names it.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="RecBole's data set, if no file names it.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Weights to begin with, as safetensors.")
+    ] = None,
+    as_is: Annotated[
+        bool, typer.Option("--as-is", help="Attack the checkpoint alone; train nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run; start where none is.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")
+    ] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Harden and audit a model of RecBole's, in an environment that has it (make recbole)."""
+    with _plain_errors(debug):
+        from embattle.jobs import recbole
+
+        recipe = recbole.recipe_for(
+            config, model=model, dataset=dataset, checkpoint=checkpoint, changes=changes or ()
+        )
+        folder = out or Path("runs") / recipe.name
+        if as_is:
+            recbole.attack_checkpoint(recipe, folder)
+        else:
+            recbole.harden_and_audit(recipe, folder, resume=resume, overwrite=overwrite)
 
 
 @app.command()

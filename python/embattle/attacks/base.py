@@ -150,6 +150,11 @@ class Attack:
     # Whether the steps need a gradient; otherwise they are given none.
     uses_gradient: ClassVar[bool] = True
 
+    @property
+    def uses_direction_alone(self) -> bool:
+        """Whether a step is the same for any positive multiple of its gradient."""
+        return False
+
     def goal(self, criterion: Criterion | None) -> Criterion:
         """Return the criterion that the attack ascends; `MaximizeLoss` by default."""
         return MaximizeLoss() if criterion is None else criterion

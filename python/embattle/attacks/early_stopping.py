@@ -193,4 +193,4 @@ def merge_marks(whole: list[Perturbation], perturbations: list[Perturbation], ro
         counts[rows] += some.nonfinite.reshape(rows.numel(), each)
         moved[rows] |= some.had_gradient.reshape(rows.numel(), each)
         some.nonfinite.zero_()
-        some.had_gradient.zero_()
+        some.had_gradient = torch.zeros_like(some.had_gradient)

@@ -68,6 +68,10 @@ class PGD(Attack):
             state["step_size"] = self._resolve(self.step_size, perturbation, scale)
         return state
 
+    @property
+    def uses_direction_alone(self) -> bool:
+        return type(self).step is PGD.step
+
     def step(
         self,
         perturbation: Perturbation,

@@ -14,6 +14,7 @@ from torch import Tensor
 from embattle.criteria import Criterion
 from embattle.criteria.base import reached
 from embattle.perturb.evaluation import Evaluation, LossFn, call
+from embattle.perturb.perturbation import total
 from embattle.perturb.perturbed_sites import PerturbedSites
 
 
@@ -111,10 +112,10 @@ class AttackResult:
         if self._perturbed is None:
             return self._numbers[name]
         if name == "nonfinite":
-            counts = [(p.nonfinite > 0).sum() for p in self._perturbed.perturbations]
+            counts = [p.nonfinite.count_nonzero() for p in self._perturbed.perturbations]
         else:
             counts = [p.count_without_gradient(done) for p in self._perturbed.perturbations]
-        return torch.stack(counts).sum()
+        return total(counts)
 
     # --- what it was evaluated to ----------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from embattle.data.account import Account, listed
@@ -22,6 +22,25 @@ def is_blank(value: Any, missing: Collection[str] = ()) -> bool:
         return True
     text = str(value).strip()
     return not text or text in missing
+
+
+def most(names: Sequence[str], counts: Sequence[Any], missing: Collection[str]) -> str | None:
+    """The name of the largest of a row's counts; None if two are the largest, or all are 0.
+
+    Raises:
+        InputError: a count is no number. A blank one, or one of the strings `missing`, is 0.
+    """
+    numbers = []
+    for name, count in zip(names, counts, strict=True):
+        blank = is_blank(count, missing)
+        if not blank and not is_number(str(count)):
+            raise InputError(
+                f"data.label: {str(count)!r} in column {name!r} is no count; name columns of "
+                "numbers, or one column of classes"
+            )
+        numbers.append(0.0 if blank else float(str(count).strip().replace(",", ".")))
+    largest = max(numbers)
+    return None if largest <= 0 or numbers.count(largest) > 1 else names[numbers.index(largest)]
 
 
 def spelling(label: str) -> str:

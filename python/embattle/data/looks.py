@@ -21,7 +21,8 @@ _ROLES = {
     "rating": r"ratings?|stars?|score|overall",
     "time": r"time|timestamp|date|datetime|unix",
     "click": r"click|clicks|clicked|ctr|purchased?|event|impressions?|bought",
-    "label": r"labels?|class|category|target|sentiment|recommended|rating|stars|y",
+    "label": r"labels?|class|category|target|sentiment|recommended|rating|stars|y"
+    r"|outcome|diagnosis|default|churn(?:ed)?|fraud|survived|reactions?",
 }
 # What a kind of table is called, and what it means that a job of texts reads it.
 TABLES = {
@@ -94,11 +95,11 @@ def kind_of_table(columns: Mapping[str, Column]) -> tuple[str, list[str]]:
     prose = [name for name, column in columns.items() if column.kind == "prose"]
     if prose:
         return "text", prose
-    user, item = _with_role("user", columns), _with_role("item", columns)
-    rating = [name for name in _with_role("rating", columns) if columns[name].kind == "numbers"]
+    user, item = with_role("user", columns), with_role("item", columns)
+    rating = [name for name in with_role("rating", columns) if columns[name].kind == "numbers"]
     if user and item and rating:
         return "ratings", [user[0], item[0], rating[0]]
-    acts = [*_with_role("click", columns), *_with_role("time", columns)]
+    acts = [*with_role("click", columns), *with_role("time", columns)]
     coded = [name for name in columns if re.fullmatch(r"[CI]\d+", name)]
     if user and item and acts:
         return "clicks", [user[0], item[0], acts[0]]
@@ -118,7 +119,7 @@ def guess_roles(columns: Mapping[str, Column]) -> tuple[list[str], str | None]:
         for name, column in columns.items()
         if column.kind in ("words", "numbers") and 2 <= column.distinct <= 20
     ]
-    named = [name for name in _with_role("label", columns) if name in few]
+    named = [name for name in with_role("label", columns) if name in few]
     label = next(iter([*named, *sorted(few, key=lambda name: columns[name].distinct)]), None)
     return text, label
 
@@ -127,7 +128,7 @@ def guess_events(columns: Mapping[str, Column]) -> dict[str, str]:
     """The columns of users, items, ratings and times of a table of events, by their names."""
     found: dict[str, str] = {}
     for role in ("user", "item", "rating", "time"):
-        named = [name for name in _with_role(role, columns) if name not in found.values()]
+        named = [name for name in with_role(role, columns) if name not in found.values()]
         if role == "rating":
             named = [name for name in named if columns[name].kind == "numbers"]
         if named:
@@ -135,7 +136,7 @@ def guess_events(columns: Mapping[str, Column]) -> dict[str, str]:
     return found
 
 
-def _with_role(role: str, names: Mapping[str, Column]) -> list[str]:
+def with_role(role: str, names: Mapping[str, Column]) -> list[str]:
     """The columns that have one of the role's words in their names."""
     pattern = re.compile(rf"(?:{_ROLES[role]})(?:s?ids?)?", re.IGNORECASE)
     found = []

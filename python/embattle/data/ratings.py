@@ -62,7 +62,7 @@ class Ratings:
 
 def read_ratings(
     path: Path,
-    columns: Sequence[str] | None = None,
+    columns: Sequence[str | None] | None = None,
     *,
     account: Account | None = None,
     drop_blank: bool = False,
@@ -73,7 +73,8 @@ def read_ratings(
     Args:
         path: the file, see `embattle.data.tables.Table`; GroupLens' and RecBole's are known.
         columns: the names of the columns that hold user, item, rating and time; None guesses by
-            their names. Without a rating every event counts 1; without a time all have time 0.
+            their names. Without a rating (None) every event counts 1; without a time all have
+            time 0.
         account: is told what was read, dropped and guessed.
         drop_blank: leave rows with an empty cell out, instead of refusing the file.
         options: of `embattle.data.tables.Table`: encoding, delimiter, header.
@@ -90,7 +91,7 @@ def read_ratings(
 
 def read_named_ratings(
     path: Path,
-    columns: Sequence[str] | None = None,
+    columns: Sequence[str | None] | None = None,
     *,
     account: Account | None = None,
     drop_blank: bool = False,
@@ -106,7 +107,8 @@ def read_named_ratings(
                 "item, rating and time"
             )
     else:
-        roles = dict(zip(("user", "item", "rating", "time"), columns, strict=False))
+        named_roles = zip(("user", "item", "rating", "time"), columns, strict=False)
+        roles = {role: name for role, name in named_roles if name is not None}
     table = Table(path, list(roles.values()), **options)
     account.note("file", f"{path}: {table.form.words()}")
     for role, name in roles.items():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from embattle.data.labels import most
 from embattle.data.sources import find
 from embattle.sections import Section  # pydantic is optional: this says so where it is missing
 
@@ -60,7 +61,9 @@ class DataRecipe(Place):
 
     Attributes:
         text: the text columns, joined by a space.
-        label: the column to predict: any two or more classes.
+        label: the column to predict: any two or more classes; or several columns of counts, such as
+            of reactions, of which the name of that with the largest is the class. A row in which
+            two share the largest, or all are 0, has no label.
         encoding: of a text file; null takes UTF-8 (or UTF-16 with its mark).
         delimiter: of a CSV file, one character or `tab`; null guesses among `,` `;` `|` and tab.
         header: names of the columns of a CSV file without a header line.
@@ -77,7 +80,7 @@ class DataRecipe(Place):
     """
 
     text: list[str] = Field(min_length=1)
-    label: str
+    label: str | list[str]
     encoding: str | None = None
     delimiter: str | None = None
     header: list[str] | None = None
@@ -92,6 +95,27 @@ class DataRecipe(Place):
     limits: Limits = Limits()
     balance: list[Part] = Field(default=[])
 
+    @property
+    def label_columns(self) -> list[str]:
+        """The columns that say the label."""
+        return [self.label] if isinstance(self.label, str) else self.label
+
+    @property
+    def label_name(self) -> str:
+        """The label's column or columns, for messages."""
+        return ", ".join(self.label_columns)
+
+    def labels(self, columns: Mapping[str, list[Any]]) -> list[Any]:
+        """The label of each row of columns; None where counts name none.
+
+        Raises:
+            InputError: a count is no number.
+        """
+        if isinstance(self.label, str):
+            return columns[self.label]
+        rows = zip(*(columns[name] for name in self.label), strict=True)
+        return [most(self.label, counts, self.missing) for counts in rows]
+
     @field_validator("delimiter")
     @classmethod
     def _one_character(cls, value: str | None) -> str | None:
@@ -102,8 +126,13 @@ class DataRecipe(Place):
 
     @model_validator(mode="after")
     def _consistent(self) -> DataRecipe:
-        if self.label in self.text:
-            raise ValueError(f"the label {self.label!r} is among the text columns: leave it out")
+        if isinstance(self.label, list) and len(set(self.label)) < max(2, len(self.label)):
+            raise ValueError(
+                "label: name two or more different columns of counts, or one of classes"
+            )
+        among = [name for name in self.label_columns if name in self.text]
+        if among:
+            raise ValueError(f"the label {among[0]!r} is among the text columns: leave it out")
         twice = [name for name in self.text if self.text.count(name) > 1]
         if twice:
             raise ValueError(f"text names the column {twice[0]!r} twice; once is enough")

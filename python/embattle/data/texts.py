@@ -47,7 +47,7 @@ class Reading:
         self.recipe, self.seed, self.account = recipe, seed, account
         self.table = Table(
             path,
-            [*recipe.text, recipe.label],
+            [*recipe.text, *recipe.label_columns],
             encoding=recipe.encoding,
             delimiter=recipe.delimiter,
             header=recipe.header,
@@ -81,7 +81,7 @@ class Reading:
                 for name in recipe.text
             ]
             texts = [" ".join(filter(None, row)) for row in zip(*columns, strict=True)]
-            raw = block[recipe.label]
+            raw = recipe.labels(block)
             blank = [is_blank(label, missing) for label in raw]
             if first:
                 self._look(columns, raw, texts, blank, before)
@@ -91,8 +91,8 @@ class Reading:
             codes = [number.setdefault(str(raw[i]), len(number)) for i in rows]
             if len(number) > _MOST:
                 raise InputError(
-                    f"column {recipe.label!r} holds more than {_MOST:,} different values, so it is "
-                    "no label (a text, a name, an identifier?); choose a column of classes"
+                    f"column {recipe.label_name!r} holds more than {_MOST:,} different values, so "
+                    "it is no label (a text, a name, an identifier?); choose a column of classes"
                 )
             yield [texts[i] for i in rows], codes
 
@@ -123,7 +123,7 @@ class Reading:
         recipe, account, table, dropped = self.recipe, self.account, self.table, self._dropped
         account.note("rows", f"{table.rows:,} of {len(table.names)} columns")
         account.note("text", listed([repr(name) for name in recipe.text]))
-        account.note("label", repr(recipe.label))
+        account.note("label", repr(recipe.label_name))
         counted = (
             (table.ragged, "rows with too few or too many cells"),
             (dropped["empty"], "empty rows"),
@@ -137,8 +137,8 @@ class Reading:
         if count and recipe.blank_labels == "refuse":
             raise InputError(
                 f"{table.path}: {count:,} rows have a text and no label in column "
-                f"{recipe.label!r}, the first in {table.place(self._unlabelled)}; fill them, or "
-                "set data.blank_labels: drop"
+                f"{recipe.label_name!r}, the first in {table.place(self._unlabelled)}; fill them, "
+                "or set data.blank_labels: drop"
             )
         if count:
             account.note("dropped", f"{count:,} rows without a label")
@@ -192,14 +192,18 @@ class Reading:
         for name, count in zip(names, counts, strict=True):
             united[became[name]] += count
         large = unify_rare(
-            united, recipe.label, account, least=recipe.min_per_class, remedy=recipe.rare_classes
+            united,
+            recipe.label_name,
+            account,
+            least=recipe.min_per_class,
+            remedy=recipe.rare_classes,
         )
         final = [large[became[name]] for name in names]
         left: Counter[str] = Counter()
         for label, count in zip(final, counts, strict=True):
             if label is not None:
                 left[label] += count
-        check_classes(left, recipe.label, account)
+        check_classes(left, recipe.label_name, account)
         numbers, classes = number_labels(list(left))
         of = dict(zip(left, numbers, strict=True))
         numbered = np.array([-1 if label is None else of[label] for label in final])[self._labels]

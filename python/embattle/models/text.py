@@ -1,4 +1,4 @@
-"""A classifier of texts: any transformer encoder, pooling, one linear layer."""
+"""A classifier of texts: any transformer without its head, pooling, one linear layer."""
 
 from __future__ import annotations
 
@@ -13,95 +13,48 @@ from torch import Tensor, nn
 from embattle.data.batch import Batch
 from embattle.errors import InputError, need
 from embattle.files import save_tensors, write_text
-from embattle.models.pretrained import count_longer, load_encoder, quiet
+from embattle.models.encoder import TextEncoder
+from embattle.models.pretrained import load_encoder, saved_encoder
 
 if TYPE_CHECKING:
     from embattle.models.recipe import ModelRecipe
 
 
-class TextClassifier(nn.Module):
+class TextClassifier(TextEncoder):
     """Encoder, pooling over the tokens, linear head.
 
     Args:
-        encoder: a transformers model that gives `last_hidden_state`; of an encoder-decoder model
-            the encoder is taken, and a pooler is dropped: its weights would never be trained.
-        tokenizer: the encoder's tokenizer.
+        encoder, tokenizer, pooling, max_tokens: see `TextEncoder`.
         classes: the names of the classes.
-        pooling: `mean`, `first` or `last` (see `ModelRecipe.pooling`).
-        max_tokens: longer texts are cut.
     """
 
     def __init__(
-        self, encoder: Any, tokenizer: Any, *, classes: Sequence[str], pooling: str, max_tokens: int
+        self,
+        encoder: Any,
+        tokenizer: Any,
+        *,
+        classes: Sequence[str],
+        pooling: str | None,
+        max_tokens: int,
     ) -> None:
-        super().__init__()
-        if getattr(encoder.config, "is_encoder_decoder", False):
-            encoder = encoder.get_encoder()
-        if getattr(encoder, "pooler", None) is not None:
-            encoder.pooler = None
-        self.encoder = encoder
-        self.head = nn.Linear(encoder.config.hidden_size, len(classes))
+        super().__init__(encoder, tokenizer, pooling=pooling, max_tokens=max_tokens)
+        self.head = nn.Linear(self.width, len(classes))
         self.classes = tuple(classes)
-        self.pooling = pooling
-        self.max_tokens = max_tokens
-        tokenizer.padding_side = "right"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-            encoder.config.pad_token_id = tokenizer.pad_token_id
-        self._tokenizer = tokenizer
-
-    @property
-    def embedding(self) -> nn.Module:
-        """The module whose output an attacker perturbs: the token embeddings."""
-        module: nn.Module = self.encoder.get_input_embeddings()
-        return module
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits [B, classes] of `input_ids` and `attention_mask`, both [B, T]."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        if self.pooling == "first":
-            pooled = hidden[:, 0]
-        elif self.pooling == "last":
-            last = (attention_mask.sum(1) - 1).clamp(min=0)
-            pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
-        else:
-            weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
-            pooled = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
-        logits: Tensor = self.head(pooled)
+        logits: Tensor = self.head(self.pooled(attention_mask, input_ids=input_ids))
         return logits
 
     def encode(self, texts: Sequence[str], labels: Sequence[int]) -> Batch:
         """Tokenizes N texts into one batch, padded to the longest."""
-        tokens = self._tokenizer(
-            list(texts),
-            truncation=True,
-            max_length=self.max_tokens,
-            padding=True,
-            return_special_tokens_mask=True,
-            return_tensors="pt",
-        )
-        attention = tokens["attention_mask"]
-        movable = attention.bool() & ~tokens["special_tokens_mask"].bool()
-        inputs = {"input_ids": tokens["input_ids"], "attention_mask": attention}
-        return Batch(inputs, torch.tensor(list(labels), dtype=torch.int64), movable)
-
-    def lengths(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens the model reads of each text, special ones included."""
-        if not texts:
-            return []
-        with quiet():
-            found = self._tokenizer(list(texts), truncation=True, max_length=self.max_tokens)
-        return [len(row) for row in found["input_ids"]]
-
-    def count_cut(self, texts: Sequence[str]) -> int:
-        """How many of the texts have more tokens than the model reads."""
-        return count_longer(self._tokenizer, texts, self.max_tokens)
+        batch = self.tokenize(texts)
+        return Batch(batch.inputs, torch.tensor(list(labels), dtype=torch.int64), batch.movable)
 
     def save(self, folder: Path) -> None:
         """Writes weights, configuration and tokenizer; `load` needs nothing else."""
         safetensors = need("safetensors.torch")
-        self.encoder.config.save_pretrained(folder)
-        self._tokenizer.save_pretrained(folder)
+        self.save_parts(folder)
         head = {
             "kind": "text",
             "classes": list(self.classes),
@@ -113,7 +66,7 @@ class TextClassifier(nn.Module):
 
 
 def build(recipe: ModelRecipe, classes: Sequence[str], seed: int) -> TextClassifier:
-    """A pretrained encoder under a new head.
+    """A pretrained model under a new head.
 
     Args:
         recipe: the recipe's `model` section.
@@ -146,13 +99,10 @@ def load(folder: Path) -> TextClassifier:
     Raises:
         InputError: if the folder does not hold such a model.
     """
-    transformers, safetensors = need("transformers"), need("safetensors.torch")
+    safetensors = need("safetensors.torch")
     try:
         head = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
-        with quiet():
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            encoder = transformers.AutoModel.from_config(config)
+        encoder, tokenizer = saved_encoder(folder)
         if not isinstance(head["classes"], list) or len(head["classes"]) < 2:
             raise ValueError("classifier.json names no classes")
         model = TextClassifier(

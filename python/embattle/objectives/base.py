@@ -21,6 +21,7 @@ from embattle.objectives.mixed import adversarial, apr, mixed
 from embattle.objectives.schedules import Constant, Schedule
 from embattle.perturb.attacked_batch import AttackedBatch, Masks
 from embattle.perturb.evaluation import LossFn
+from embattle.perturb.perturbation import total
 from embattle.perturb.site import Site, as_sites
 
 Form: TypeAlias = Callable[[Batch], Tensor]
@@ -246,12 +247,10 @@ class AdversarialObjective:
         metrics["eps_scale"] = torch.tensor(batch.scale)
         metrics["lam"] = torch.tensor(batch.lam)
         if attacked.perturbations:
-            counts = [(p.nonfinite > 0).sum() for p in attacked.perturbations]
-            metrics["nonfinite"] = torch.stack(counts).sum()
+            found = attacked.perturbations
+            metrics["nonfinite"] = total([p.nonfinite.count_nonzero() for p in found])
             if batch.attack.steps and not batch.frozen:
-                metrics["zero_gradient"] = torch.stack(
-                    [p.count_without_gradient() for p in attacked.perturbations]
-                ).sum()
+                metrics["zero_gradient"] = total([p.count_without_gradient() for p in found])
             if self.step == 0:
                 warn_of_rounding(attacked.perturbed, batch.attack.norm)
         metrics["steps"] = torch.tensor(batch.attack.steps)

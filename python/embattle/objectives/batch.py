@@ -147,7 +147,8 @@ class Batch:
         if values is not None:
             if shared:
                 # The mean's gradient is 1/B of each sample's own.
-                first = attacked.rescale_at_outputs(grads[: len(places)], clean.batch)
+                scale = 1 if attack.uses_direction_alone else clean.batch
+                first = attacked.rescale_at_outputs(grads[: len(places)], scale)
                 first_pass = FirstPass(clean, start=Iterate(clean, losses.detach(), first))
             sources = attacked.perturbed.sources()
             self.reuse = True

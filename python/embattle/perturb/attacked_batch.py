@@ -385,8 +385,7 @@ class AttackedBatch:
 
     def rescale_at_deltas(self, grads: Sequence[Tensor | None], scale: float) -> list[Tensor]:
         """Multiply gradients at the deltas by `scale`; zeros where a delta has none."""
-        full = self._completed(grads)
-        return self.mark_gradients(full if scale == 1 else list(torch._foreach_mul(full, scale)))
+        return self._rescaled(self._completed(grads), scale)
 
     def _completed(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
         found = [grad for grad in grads if grad is not None]
@@ -400,8 +399,10 @@ class AttackedBatch:
 
     def rescale_at_outputs(self, grads: Sequence[Tensor | None], scale: float) -> list[Tensor]:
         """Turn gradients at the places into those of the deltas, and multiply them by `scale`."""
-        found = self.perturbed.gather(self._used(grads))
-        return self.mark_gradients(list(torch._foreach_mul(found, scale)))
+        return self._rescaled(self.perturbed.gather(self._used(grads)), scale)
+
+    def _rescaled(self, grads: list[Tensor], scale: float) -> list[Tensor]:
+        return self.mark_gradients(grads if scale == 1 else list(torch._foreach_mul(grads, scale)))
 
     def check_graph(self, values: Tensor, leaves: Sequence[Tensor]) -> None:
         """Check that the graph leads to the deltas, all uses of a table, and the dim of samples.

@@ -143,6 +143,8 @@ class Recorder(_SiteCalls):
         if self.from_other_thread(module):
             return None
         refuse_checkpoints(module)
+        if self.key is None and _is_plain(output):
+            return self._record(module, args, kwargs, Part(None, output, None))
         values = {
             part.key: self._record(module, args, kwargs, part)
             for part in parts_of(output, self.key)
@@ -155,8 +157,9 @@ class Recorder(_SiteCalls):
         value, leaf = part.value, part.value.detach()
         source = value
         if self.attach and self.begin is None:
-            before = [c.value for calls in [*self.found, self.calls] for c in calls]
-            if depends_on(module, value, before):
+            if value.grad_fn is not None and depends_on(
+                module, value, [c.value for calls in [*self.found, self.calls] for c in calls]
+            ):
                 # Computed from another perturbed output, which would lose its gradient if cut off.
                 # The weights between have theirs from the graph, not from the source.
                 leaf, source = value, leaf
@@ -213,7 +216,7 @@ class Perturb(_SiteCalls):
         if self.from_other_thread(module):
             return None
         refuse_checkpoints(module)
-        if type(output) is Tensor and not output.is_nested and output.is_floating_point():
+        if _is_plain(output):
             return self._perturb(module, args, kwargs, output)
         values = {
             part.key: self._perturb(module, args, kwargs, part.value)
@@ -300,6 +303,10 @@ class Perturb(_SiteCalls):
         if self.known == "detached":
             return call.value.detach()
         return other if call.source is None else call.source
+
+
+def _is_plain(output: Any) -> bool:
+    return type(output) is Tensor and not output.is_nested and output.is_floating_point()
 
 
 def depends_on(module: nn.Module, value: Tensor, leaves: Sequence[Tensor]) -> bool:

@@ -91,7 +91,7 @@ class Geometry:
 
     def mask(self, index: int, number: int, call: Call) -> Tensor | None:
         """Return the mask of a call, with the samples in dim 0: what was given, less padding."""
-        given = self.masks[index](call, number)
+        given = self.masks[index](call, number) if self.masks else None
         rows = self.sites[index].scope == "row"
         shape = call.indices.shape if rows and call.indices is not None else call.value.shape[:-1]
         if given is not None:
@@ -113,12 +113,15 @@ class Geometry:
 
     def bounds(self, index: int, number: int, call: Call) -> Tensor | None:
         """Return the offsets of a call; a ragged output brings its own."""
-        return self.offsets[index](call, number) if call.offsets is None else call.offsets
+        if call.offsets is not None or not self.offsets:
+            return call.offsets
+        return self.offsets[index](call, number)
 
     def finish(self, calls: Sequence[Sequence[Call]]) -> None:
         """Check the numbers of calls of a whole pass."""
-        for one, recorded in zip([*self.masks, *self.offsets], [*calls, *calls], strict=True):
-            one.finish(len(recorded))
+        for given in (self.masks, self.offsets):
+            for one, recorded in zip(given, calls, strict=False):  # nothing given: nothing to check
+                one.finish(len(recorded))
 
 
 def padding_mask(call: Call) -> Tensor | None:
@@ -141,6 +144,10 @@ def _listed(given: Any) -> bool:
 
 
 def _per_site(name: str, sites: Sequence[Site], given: Any, dtype: torch.dtype) -> list[PerCall]:
+    """Return what is given of each site's calls; an empty list where nothing is given at all."""
+    own: Callable[[Site], Any] = lambda site: site.mask if name == "mask" else site.offsets  # noqa: E731
+    if given is None and all(own(site) is None for site in sites):
+        return []
     if len(sites) == 1:
         each = [given]
     elif given is None or callable(given):
@@ -154,7 +161,6 @@ def _per_site(name: str, sites: Sequence[Site], given: Any, dtype: torch.dtype) 
             f"{name}: one tensor was given for {len(sites)} sites; give a sequence with an entry "
             f"(or None) for each, or a function of the call: {name}=lambda call: ..."
         )
-    own: Callable[[Site], Any] = lambda site: site.mask if name == "mask" else site.offsets  # noqa: E731
     return [
         PerCall(name, site, own(site) if one is None else one, dtype)
         for site, one in zip(sites, each, strict=True)

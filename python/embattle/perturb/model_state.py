@@ -14,6 +14,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from embattle.perturb.hook import Hook
+
 # What modules have in their __dict__, mostly.
 _TENSORLESS = frozenset({bool, dict, float, int, set, str, type(None), OrderedDict})
 # Where buffers of more than _LARGE_BYTES hold more than _TOTAL_BYTES together, they are not copied
@@ -147,7 +149,8 @@ def _is_stateless(module: nn.Module) -> bool:
     return (
         kind.__module__.startswith("torch.nn.modules.")
         and kind is not nn.Module
-        and not (module._buffers or module._forward_pre_hooks or module._forward_hooks)
+        and not (module._buffers or module._forward_pre_hooks)
+        and all(type(hook) is Hook for hook in module._forward_hooks.values())
     )
 
 

@@ -34,7 +34,6 @@ class Perturbation:
         coupled: whether the samples of the batch share the delta.
         nonfinite: int32 `[groups]`, how often a group's gradient was not finite.
         whole: whether the groups are all rows of a table, those that the batch does not read too.
-        had_gradient: bool `[groups]`, whether a group ever had a gradient other than zero.
     """
 
     joined = False  # whether the delta spans several outputs
@@ -59,8 +58,18 @@ class Perturbation:
         self.delta = torch.zeros_like(
             base, dtype=torch.promote_types(base.dtype, torch.float32)
         ).requires_grad_()
-        self.nonfinite = torch.zeros(self.groups, dtype=torch.int32, device=base.device)
-        self.had_gradient = torch.zeros(self.groups, dtype=torch.bool, device=base.device)
+        groups = self.groups
+        self.nonfinite = torch.zeros(groups, dtype=torch.int32, device=base.device)
+        self.had_gradient = torch.zeros(groups, dtype=torch.bool, device=base.device)
+
+    @property
+    def had_gradient(self) -> Tensor:
+        """Whether a group ever had a gradient other than zero; bool `[groups]`."""
+        return self._had_gradient
+
+    @had_gradient.setter
+    def had_gradient(self, flags: Tensor) -> None:
+        self._had_gradient, self._all_had = flags, False
 
     @property
     def samples(self) -> int:
@@ -94,10 +103,22 @@ class Perturbation:
 
     def mark_gradients(self, grad: Tensor) -> None:
         """Record in `had_gradient` where a gradient, of the shape of `delta`, is not zero."""
-        # Where reading it back waits for nothing, it is cheaper than reading the gradient again.
-        if self.had_gradient.is_cpu and self.had_gradient.numpy().all():
+        if self._all_had:
             return
-        self.had_gradient.logical_or_(ops.group_norm(grad, norm="linf", **self.geometry))
+        had = self._had_gradient
+        # Where reading back waits for nothing: mostly one element of each group shows that it has
+        # a gradient, which is cheaper than to read it all.
+        if had.is_cpu and self._whole_groups(grad):
+            had.logical_or_(grad.view(had.numel(), -1)[:, 0])
+            self._all_had = _all(had)
+        if not self._all_had:
+            had.logical_or_(ops.group_norm(grad, norm="l1", **self.geometry))
+            self._all_had = had.is_cpu and _all(had)
+
+    def _whole_groups(self, grad: Tensor) -> bool:
+        """Return whether each group is an equal share of the elements, one after the other."""
+        plain = self.geometry["offsets"] is None and self.geometry["mask"] is None
+        return plain and grad.is_contiguous() and grad.numel() > 0
 
     def count_without_gradient(self, done: Tensor | None = None) -> Tensor:
         """Count the groups that may move and never had a gradient other than zero: 0-d, int64.
@@ -105,6 +126,8 @@ class Perturbation:
         Args:
             done: bool `[B]`, samples that do not count; ignored where samples share the delta.
         """
+        if self._all_had:
+            return self.nonfinite.new_zeros((), dtype=torch.int64)
         movable = group_sizes(self.base, self.geometry) > 0
         if done is not None and not self.coupled:
             movable = movable & ~self.per_group(done)
@@ -175,6 +198,16 @@ class Perturbation:
     def unrounded_norms(self, norm: Any) -> Tensor:
         """Compute each group's norm, `[groups]`, of `delta` as it is."""
         return ops.group_norm(self.delta.detach(), norm=norm, **self.geometry)
+
+
+def total(counts: Sequence[Tensor]) -> Tensor:
+    """Add up counts, 0-d each."""
+    return counts[0] if len(counts) == 1 else torch.stack(list(counts)).sum()
+
+
+def _all(flags: Tensor) -> bool:
+    """Return whether all of a bool tensor is True: on the CPU in a tenth of `Tensor.all`."""
+    return b"\0" not in flags.numpy().tobytes()
 
 
 class JointPerturbation(Perturbation):

@@ -244,16 +244,19 @@ class Site:
 
     def layout(self, call: Call) -> Layout:
         """Return where the samples are in a call's output."""
-        samples = self.samples(call) if callable(self.samples) else self.samples
-        each = self.per_sample(call) if callable(self.per_sample) else self.per_sample
+        samples, each = self.samples, self.per_sample
+        if callable(samples):
+            found = samples(call)
+            samples = None if found is None else checks.integer("Site", "samples", found, 0)
         if samples is None:
             return Layout(None)
-        samples = checks.integer("Site", "samples", samples, 0)
         if samples >= call.value.dim():
             raise ValueError(
                 f"Site: samples={samples} names no dim of an output {tuple(call.value.shape)}"
             )
-        return Layout(samples, checks.integer("Site", "per_sample", each, 1))
+        if callable(each):
+            each = checks.integer("Site", "per_sample", each(call), 1)
+        return Layout(samples, each)
 
     def record(self, **options: Any) -> list[Call]:
         """Record the calls of the coming forward pass (see `hook.Recorder`)."""

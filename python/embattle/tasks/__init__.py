@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from embattle.tasks.base import Task as Task
     from embattle.tasks.clicks import ClickThrough as ClickThrough
     from embattle.tasks.evaluator import Evaluator as Evaluator
+    from embattle.tasks.hybrid import HybridRanking as HybridRanking
     from embattle.tasks.item_ranking import ItemRanking as ItemRanking
     from embattle.tasks.kinds import BinaryClassification as BinaryClassification
     from embattle.tasks.kinds import Classification as Classification
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from embattle.tasks.kinds import MultiLabelClassification as MultiLabelClassification
     from embattle.tasks.kinds import Ranking as Ranking
     from embattle.tasks.kinds import Regression as Regression
+    from embattle.tasks.llm_ranking import LLMRanking as LLMRanking
+    from embattle.tasks.news import ClicksOnNews as ClicksOnNews
     from embattle.tasks.next_item import NextItem as NextItem
     from embattle.tasks.tabular import Tabular as Tabular
     from embattle.tasks.text import TextClassification as TextClassification
@@ -36,9 +39,12 @@ _HOMES = {
     "Classification": "tasks.kinds",
     "ClickThrough": "tasks.clicks",
     "Evaluator": "tasks.evaluator",
+    "HybridRanking": "tasks.hybrid",
     "ItemRanking": "tasks.item_ranking",
     "Kind": "tasks.kinds",
+    "LLMRanking": "tasks.llm_ranking",
     "MultiLabelClassification": "tasks.kinds",
+    "ClicksOnNews": "tasks.news",
     "NextItem": "tasks.next_item",
     "Ranking": "tasks.kinds",
     "Regression": "tasks.kinds",

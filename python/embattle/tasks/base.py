@@ -185,9 +185,21 @@ class Task(Evaluator, ABC):
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write weights and facts; `load` needs nothing else."""
-        safetensors = need("safetensors.torch")
         write_text(folder / "task.json", json.dumps(self.facts(), indent=2) + "\n")
-        save_tensors(folder / "model.safetensors", lambda part: safetensors.save_model(model, part))
+        self.save_weights(model, folder / "model.safetensors")
+
+    def save_weights(self, model: nn.Module, path: Path) -> None:
+        """Write a safetensors file of the weights, all of them unless `build` brings some."""
+        safetensors = need("safetensors.torch")
+        save_tensors(path, lambda part: safetensors.save_model(model, part))
+
+    def load_weights(self, model: nn.Module, path: Path) -> None:
+        """Put what `save_weights` wrote into a model that was just built.
+
+        Raises:
+            Any exception: they are not of this model.
+        """
+        need("safetensors.torch").load_model(model, str(path))
 
     def load(self, folder: Path) -> nn.Module:
         """Read back what `save` wrote, in evaluation mode.
@@ -195,7 +207,6 @@ class Task(Evaluator, ABC):
         Raises:
             InputError: the folder holds no such model, or one for other data than was read.
         """
-        safetensors = need("safetensors.torch")
         try:
             facts = json.loads((folder / "task.json").read_text(encoding="utf-8"))
             known = self.facts() if hasattr(self, "parts") else None
@@ -203,7 +214,7 @@ class Task(Evaluator, ABC):
                 raise ValueError("task.json does not belong to the data")
             self.restore(facts)
             model = self.build()
-            safetensors.load_model(model, str(folder / "model.safetensors"))
+            self.load_weights(model, folder / "model.safetensors")
             require_finite(model)
         except Exception as error:
             # The files may have been changed in any way.

@@ -16,8 +16,12 @@ from embattle.tasks.base import Task
 #: Name in a recipe -> module and class.
 BUILT_IN = {
     "click_through": "embattle.tasks.clicks:ClickThrough",
+    "hybrid_ranking": "embattle.tasks.hybrid:HybridRanking",
     "item_ranking": "embattle.tasks.item_ranking:ItemRanking",
+    "llm_ranking": "embattle.tasks.llm_ranking:LLMRanking",
+    "news_clicks": "embattle.tasks.news:ClicksOnNews",
     "next_item": "embattle.tasks.next_item:NextItem",
+    "recbole": "embattle.integrations.recbole:RecBoleTask",
     "text_classification": "embattle.tasks.text:TextClassification",
     "tabular": "embattle.tasks.tabular:Tabular",
 }

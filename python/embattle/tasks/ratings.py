@@ -29,14 +29,15 @@ class RatingsRecipe(Place):
     training part; all that was rated counts as liked.
 
     Attributes:
-        user, item, rating, time: the names of its columns; later times are larger.
+        user, item, rating, time: the names of its columns; later times are larger. A table of
+            events without ratings has `rating: null`.
         users: use the first so many users; null uses all.
         k: how many items are recommended.
     """
 
     user: str = "user_id"
     item: str = "item_id"
-    rating: str = "rating"
+    rating: str | None = "rating"
     time: str = "timestamp"
     users: PositiveInt | None = None
     k: PositiveInt = 10

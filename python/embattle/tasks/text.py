@@ -64,14 +64,15 @@ class TextClassification(Task):
         if not all(texts):
             columns = ", ".join(map(repr, options.text))
             raise InputError(f"there is no text in {columns}; give one in each row")
-        names = [str(row[options.label]) for row in rows if options.label in row]
-        if len(names) < len(texts):
+        labels = options.labels({n: [row.get(n) for row in rows] for n in options.label_columns})
+        if any(label is None for label in labels):
             batch = self._tokenize(model, texts, [0] * len(texts))
             return Batch(batch.inputs, None, batch.movable)
+        names = [str(label) for label in labels]
         unknown = sorted(set(names) - set(self.kind.classes))
         if unknown:
             raise InputError(
-                f"column {options.label!r}: the model knows no class {unknown[0]!r}; it knows "
+                f"column {options.label_name!r}: the model knows no class {unknown[0]!r}; it knows "
                 f"{', '.join(map(repr, self.kind.classes))}"
             )
         number = {name: i for i, name in enumerate(self.kind.classes)}

@@ -1,0 +1,128 @@
+"""A language model that answers yes or no: whether a user will like a title."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embattle.errors import InputError, need
+from embattle.models.pretrained import load_causal
+from embattle.models.prompts import Prompts
+
+
+class LanguageRecommender(nn.Module):
+    """A causal language model with low-rank adapters (LoRA: Hu et al., ICLR 2022).
+
+    The prompts and the yes or no at their ends follow TALLRec (Bao et al., RecSys 2023). Of the
+    head's rows only those of the two answers are kept, and read at the last token alone: the other
+    logits are never computed. Adapters and these two rows are trained; all else stays as it was.
+
+    Args:
+        body: a transformers causal model without its head; adapters are put into its linear layers.
+        answers: [2, width], the head's rows of the answers no and yes.
+        prompts: makes the prompts.
+        rank: of the adapters.
+        alpha: the adapters' product is scaled by alpha / rank.
+    """
+
+    def __init__(
+        self, body: Any, answers: Tensor, prompts: Prompts, *, rank: int, alpha: float
+    ) -> None:
+        super().__init__()
+        self._peft = need("peft", "llm")
+        body.requires_grad_(False)
+        config = self._peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
+        self.body = self._peft.inject_adapter_in_model(config, body)
+        self.answers = nn.Linear(answers.shape[1], 2, bias=False)
+        self.answers.weight.data.copy_(answers)
+        self.prompts = prompts
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The table of tokens, whose output an attacker perturbs."""
+        module: nn.Embedding = self.body.get_input_embeddings()
+        return module
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [B, 2] of no and yes after prompts [B, T], padded on the right."""
+        hidden = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        last = (attention_mask.sum(1) - 1).clamp(min=0)
+        logits: Tensor = self.answers(hidden[torch.arange(len(hidden), device=last.device), last])
+        return logits
+
+    def trained(self) -> dict[str, Tensor]:
+        """What training changes: the adapters' weights, and the rows of the answers."""
+        adapters = self._peft.get_peft_model_state_dict(self.body)
+        return {f"adapters.{name}": x for name, x in adapters.items()} | {
+            "answers.weight": self.answers.weight
+        }
+
+    def set_trained(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `trained` gave.
+
+        Raises:
+            ValueError: the tensors are others.
+        """
+        shapes = {name: x.shape for name, x in self.trained().items()}
+        if shapes != {name: x.shape for name, x in tensors.items()}:
+            raise ValueError("its adapters are not those of this model: layers or rank differ")
+        adapters = {
+            name.removeprefix("adapters."): x
+            for name, x in tensors.items()
+            if name.startswith("adapters.")
+        }
+        self._peft.set_peft_model_state_dict(self.body, adapters)
+        self.answers.weight.data.copy_(tensors["answers.weight"])
+
+    def base_hash(self) -> str:
+        """A hash of the weights that are not trained: adapters are of use on these alone."""
+        digest = hashlib.sha256()
+        for name, weight in self.body.named_parameters():
+            if not weight.requires_grad and "lora_" not in name:
+                digest.update(name.encode())
+                digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def build(
+    pretrained: str,
+    *,
+    layers: int | None,
+    rank: int,
+    alpha: float,
+    prompt: str,
+    answers: Sequence[str],
+    max_tokens: int,
+) -> LanguageRecommender:
+    """A pretrained language model, or its first layers, with adapters that change nothing yet.
+
+    The answers' rows are the head's. They fit what its last layer gives: where layers are left out
+    they begin at zero.
+
+    Args:
+        pretrained: see `embattle.models.pretrained.locate`.
+        layers: keep the first so many layers; None keeps all.
+        rank, alpha: of the adapters.
+        prompt: the template, see `Prompts`.
+        answers: no and yes, of which the first tokens are taken.
+        max_tokens: longest prompt.
+
+    Raises:
+        InputError: it cannot be had, or the answers begin with the same token.
+    """
+    model, tokenizer = load_causal(pretrained, layers)
+    prompts = Prompts(tokenizer, prompt, max_tokens)
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"][:1] for text in answers]
+    if not all(rows) or rows[0] == rows[1]:
+        raise InputError(
+            f"model.answers: {list(answers)} do not begin with two different tokens of "
+            f"{pretrained!r}; choose other words"
+        )
+    head = model.get_output_embeddings().weight.detach()[[row[0] for row in rows]]
+    if layers is not None:
+        head = torch.zeros_like(head)
+    return LanguageRecommender(model.base_model, head, prompts, rank=rank, alpha=alpha)

@@ -1,0 +1,164 @@
+"""`embattle init`: the recipe that it writes for a file loads and trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("accelerate")
+pytest.importorskip("pyarrow")
+pytest.importorskip("pydantic")
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+import made_tables
+import yaml
+from embattle.errors import InputError
+from embattle.jobs import recipe as recipes
+from embattle.jobs.init import Draft, look, recipe_of
+from made_tables import table
+from tiny_job import invoke, make_encoder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def visits(path: Path) -> Path:
+    """Who met what and when."""
+    rows = [
+        (f"u{i % 12}", f"s{(i * 7 + i // 12) % 20}", f"2024-01-{1 + i // 12:02}") for i in range(96)
+    ]
+    return table(path, ("customer_id", "product", "date"), rows)
+
+
+def clicks(path: Path) -> Path:
+    rows = [(f"u{i % 12}", f"i{i % 20}", "AB"[i % 2], i % 3 == 0, i) for i in range(120)]
+    names = ("user", "item", "device", "clicked", "timestamp")
+    return table(path, names, [(u, s, d, int(c), t) for u, s, d, c, t in rows])
+
+
+def coded(path: Path) -> Path:
+    """The columns of Criteo's files, with names."""
+    names = ["label", *(f"I{i}" for i in range(1, 5)), *(f"C{i}" for i in range(1, 6))]
+    rows = [
+        [i % 2, *(i % k for k in range(5, 9)), *("abc"[i % 3] * k for k in range(1, 6))]
+        for i in range(120)
+    ]
+    return table(path, names, rows)
+
+
+def stars(path: Path) -> Path:
+    """Ratings without times."""
+    rows = [(f"u{i % 12}", f"i{i % 20}", 1 + i % 5) for i in range(120)]
+    return table(path, ("user", "item", "stars"), rows)
+
+
+KINDS: dict[str, tuple[Callable[[Path], Path], str, dict[str, object]]] = {
+    "texts": (
+        made_tables.drug_reviews,
+        "text_classification",
+        {"text": ["review"], "label": "rating"},
+    ),
+    "posts": (made_tables.posts, "text_classification", {"text": ["text"], "label": "reaction"}),
+    "table": (made_tables.patients, "tabular", {"label": "TenYearCHD", "ignore": []}),
+    "first": (made_tables.holders, "tabular", {"label": "default"}),
+    "ratings": (made_tables.film_ratings, "item_ranking", {"item": "movie_id", "k": 10}),
+    "stars": (
+        stars,
+        "click_through",
+        {"fields": ["user", "item"], "label": "stars", "at_least": 3.0},
+    ),
+    "clicks": (clicks, "click_through", {"fields": ["user", "item", "device"], "label": "clicked"}),
+    "coded": (coded, "click_through", {"dense": ["I1", "I2", "I3", "I4"], "label": "label"}),
+    "visits": (visits, "next_item", {"user": "customer_id", "rating": None, "time": "date"}),
+    "news": (made_tables.news, "news_clicks", {"text": ["title"]}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recipe_for_a_file_trains(
+    kind: str, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, task, data = KINDS[kind]
+    monkeypatch.chdir(tmp_path)
+    file = Path("mind" if kind == "news" else "my file.csv")
+    write(file)
+    status, said = invoke("init", file)
+    assert status == 0, said
+    assert f"task {task}" in said
+    written = Path("mind.yaml" if kind == "news" else "my_file.yaml")
+    recipe = recipes.load(written)
+    assert recipe.task == task
+    assert {name: getattr(recipe.data, name) for name in data} == data
+    changes = ["train.steps=2", "train.batch_size=8"]
+    if hasattr(recipe.model, "pretrained"):
+        changes += [f"model.pretrained={encoder}", "model.layers=1"]
+    words = [word for change in changes for word in ("--set", change)]
+    status, said = invoke("train", written, "--out", "run", *words)
+    assert status == 0, said
+    lines = [line for line in written.read_text().splitlines() if line.startswith("  ")]
+    assert sum("# " in line for line in lines) > len(lines) / 3
+    assert max(map(len, written.read_text().splitlines())) <= 100
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    file, out = made_tables.holders(tmp_path / "a.csv"), tmp_path / "kept.yaml"
+    out.write_text("mine")
+    status, said = invoke("init", file, "--out", out)
+    assert status == 2
+    assert "is there already; choose another file with --out" in said
+    assert out.read_text() == "mine"
+    assert invoke("init", file, "--out", tmp_path / "new.yaml")[0] == 0
+
+
+def test_columns_are_seen_as_what_they_are(tmp_path: Path) -> None:
+    rows = [
+        (i, f"c{i}", f"2024-01-{1 + i % 28:02}", "", i % 7, "xyz"[i % 3], "ab"[i % 2], i % 5)
+        for i in range(300)
+    ]
+    names = ("patient_id", "code", "seen", "notes", "thyroid", "target", "sex", "dose")
+    draft = look(table(tmp_path / "a.csv", names, rows))
+    data = {key: value for key, value, _ in draft.data}
+    about = {key: comment for key, _, comment in draft.data}
+    assert (draft.task, draft.rows, data["label"]) == ("tabular", 300, "sex")
+    assert data["ignore"] == ["patient_id", "code", "seen", "notes", "target"]
+    assert "'target' has not" in about["label"]
+    # Whatever a column is called, its name survives the recipe.
+    odd = ["is: it\n# so", "yes", "1", "Ünï 'q' \"x\""]
+    table(tmp_path / "odd.csv", odd, [("a" * (i % 4), i % 3, i % 7, i % 2) for i in range(90)])
+    assert invoke("init", tmp_path / "odd.csv", "--out", tmp_path / "odd.yaml")[0] == 0
+    recipe = recipes.load(tmp_path / "odd.yaml")
+    assert (recipe.data.label, recipe.data.ignore) == (odd[3], [])
+    drafted = recipe_of(
+        Draft("tabular", "x", [("ignore", odd, "y"), ("label", odd[0], "")], 9, {}), "n"
+    )
+    assert yaml.safe_load(drafted)["data"] == {"ignore": odd, "label": odd[0]}
+    # A label is counted over the whole file, not in its first rows alone.
+    late = [(i, i % 9, "no" if i < 1500 else "yes") for i in range(3000)]
+    draft = look(table(tmp_path / "b.csv", ("age", "dose", "ill"), late))
+    assert {key: value for key, value, _ in draft.data}["label"] == "ill"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "id,review\n" + "".join(f"{i},a fine thing {i}\n" for i in range(40)),
+            "nothing can be pre",
+        ),
+        ("a,b\n" + "".join(f"{i},{i * i}\n" for i in range(40)), "no column of two classes"),
+        ("a,b\n1,2\n3,4\n1,2,3\n", "do not have the header's 2 cells"),
+        ("", "is empty"),
+    ],
+)
+def test_what_no_task_reads_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        look(path)
+    with pytest.raises(InputError, match="cannot read"):
+        look(tmp_path / "absent.csv")

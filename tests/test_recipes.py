@@ -1,0 +1,90 @@
+"""Every recipe in recipes/ trains and audits, on a slice made up in its data's columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("accelerate")
+pytest.importorskip("matplotlib")
+pytest.importorskip("pyarrow")
+pytest.importorskip("pydantic")
+pytest.importorskip("torchmetrics")
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+import made_tables
+from embattle.data import recipe as data_sections
+from embattle.data.sources import SOURCES
+from embattle.jobs import recipe as recipes
+from embattle.tasks import Account
+from tiny_job import invoke, make_encoder
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with made-up tables, in which named data sets are looked for, and an encoder."""
+    folder = tmp_path_factory.mktemp("slices")
+    make_encoder(folder / "encoder")
+    made_tables.news(folder / "mind")
+    made_tables.posts(folder / "posts.csv")
+
+    class Made:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def path(self) -> Path:
+            return made_tables.SOURCES[self.name](folder / f"{self.name}.csv")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_sections, "find", Made)
+        yield folder
+
+
+def changes_of(path: Path, slices: Path) -> list[str]:
+    """What makes a recipe small."""
+    recipe = recipes.load(path)
+    changes = [
+        "train.steps=2",
+        "train.batch_size=8",
+        "harden.warmup=0",
+        "audit.attacks=[{kind: pgd, steps: 2}]",
+        "audit.sweep=[1]",
+    ]
+    if hasattr(recipe.model, "pretrained"):
+        changes += [f"model.pretrained={slices / 'encoder'}", "model.layers=1"]
+        changes += ["model.max_tokens=12"]
+    if getattr(recipe.data, "path", None) is not None:
+        made = "mind" if recipe.task == "news_clicks" else "posts.csv"
+        changes.append(f"data.path={slices / made}")
+    return changes
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains_and_audits(path: Path, slices: Path, tmp_path: Path) -> None:
+    words = [word for change in changes_of(path, slices) for word in ("--set", change)]
+    status, said = invoke("train", path, "--out", tmp_path / "run", *words)
+    assert status == 0, said
+    status, said = invoke("audit", tmp_path / "run")
+    assert status == 0, said
+    models = json.loads((tmp_path / "run" / "metrics.json").read_text())["models"]
+    assert set(models) == {"standard", "hardened"}
+    for model in models.values():
+        assert model["attacks"]["PGD-2"]["loss"] > model["clean"]["loss"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_full_reads_the_same_columns(path: Path, slices: Path) -> None:
+    changes = [c for c in changes_of(path, slices) if c.startswith(("data.", "model."))]
+    task = recipes.load(path, full=True, changes=changes).make_task()
+    task.read(Account())
+    assert all(len(part) for part in task.parts.values())
+
+
+def test_made_up_tables_stand_for_data_sets_that_there_are() -> None:
+    assert set(made_tables.SOURCES) <= set(SOURCES)
