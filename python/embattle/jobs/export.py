@@ -291,9 +291,11 @@ def _write_onnx(program: Any, samples: Samples, path: Path) -> dict[str, Any]:
     except InputError as error:
         return {"left_out": str(error)}
     large = sum(x.nbytes for x in program.state_dict.values()) > _ONNX_MOST
-    names = {"input_names": [*samples.batches[_TRACED]], "output_names": ["outputs"]}
+    names = [*samples.batches[_TRACED]]
     try:
-        made: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+        made: Any = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=names, output_names=["outputs"]
+        )
         made.save(path, external_data=large)
         return {"file": ONNX, **_compare_onnx(samples, path)}
     except Differs:
