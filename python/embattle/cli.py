@@ -112,7 +112,7 @@ def train(
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Train a standard and a hardened model under the same budget."""
+    """Train a standard model and the recipe's variants under the same budget."""
     with _plain_errors(debug):
         from embattle.jobs import recipe as recipes
 
@@ -129,7 +129,7 @@ def audit(
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Attack both models of a run and write the report."""
+    """Attack all models of a run and write the report."""
     with _plain_errors(debug):
         from embattle.jobs.audit import audit as run
 

@@ -59,7 +59,7 @@ class Run(BaseModel):
     counts: dict[str, Any]
     fingerprint: str
     reading: list[str] = []
-    variants: dict[Literal["standard", "hardened"], Trained] = {}
+    variants: dict[str, Trained] = {}
 
     @classmethod
     def of(cls, task: Task, account: Account) -> Run:
