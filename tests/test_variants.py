@@ -28,10 +28,12 @@ from embattle.jobs.fit import first_model
 from embattle.jobs.loss import rehearse
 from embattle.jobs.run_folder import Run
 from embattle.jobs.threat import make_attack
+from embattle.jobs.validation import Validation
 from embattle.jobs.variant_recipe import OBJECTIVES
 from safetensors.torch import load_file
 from test_tabular import write
 from tiny_job import invoke
+from torch import Tensor
 
 RANDOM = {"kind": "pgd", "steps": 2, "random_start": True}
 #: A variant for each objective, and for each option with a state.
@@ -261,3 +263,89 @@ def test_accumulation_changes_nothing_but_the_passes(tmp_path: Path) -> None:
     status, text = invoke("train", recipe, "--out", out, "--set", "train.accumulate=3")
     assert status == 2
     assert "train.batch_size: 16 cannot be divided among 3 passes" in text
+
+
+# --- choice of the weights, early stopping --------------------------------------------------------
+
+LOOKS = {"every": 2, "attack": {"kind": "pgd", "steps": 2}}
+
+
+def scripted(patch: pytest.MonkeyPatch, shares: dict[int, float]) -> dict[int, dict[str, Tensor]]:
+    """Has looks find these shares under attack, by step; gives the weights that they looked at."""
+    look, seen = Validation.look, {}
+
+    def told(self: Validation, done: int) -> dict[str, float]:
+        seen[done] = {name: x.clone() for name, x in self.model.state_dict().items()}
+        return {**look(self, done), "robust_accuracy": shares[done]}
+
+    patch.setattr(Validation, "look", told)
+    return seen
+
+
+def test_looking_changes_nothing_in_the_training(
+    tmp_path: Path, trained: tuple[Path, Path]
+) -> None:
+    train = {"steps": 6, "batch_size": 16, "learning_rate": 0.02}
+    looking = {**train, "validation": {**LOOKS, "choose": "last"}}
+    recipe = recipe_of(tmp_path, train=looking)
+    recipe.write_text(recipe.read_text().replace(str(tmp_path), str(trained[0].parent)))
+    status, text = invoke("train", recipe, "--out", tmp_path / "run")
+    assert status == 0, text
+    assert "under attack 0." in text
+    one = Run.read(tmp_path / "run").variants["standard"]
+    assert one.history == Run.read(trained[1]).variants["standard"].history
+    assert [look["step"] for look in one.looks] == [2, 4, 6]
+    assert one.chosen is None
+    assert one.looks[-1]["accuracy"] == one.validation["accuracy"]
+    assert one.looks[-1]["robust_loss"] > one.looks[-1]["loss"]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_best_look_is_kept(
+    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"steps": 6, "batch_size": 16, "learning_rate": 0.02, "validation": LOOKS}
+    recipe = recipe_of(tmp_path, train=train, variants={"a": {}})
+    step, stops = fit.Fit._step, [stopped]
+
+    def interrupted(self: fit.Fit, number: int) -> dict[str, float]:
+        if self.variant == "a" and number == 4 and stops.pop():
+            signal.raise_signal(signal.SIGINT)
+        return step(self, number)
+
+    monkeypatch.setattr(fit.Fit, "_step", interrupted)
+    seen = scripted(monkeypatch, {2: 0.7, 4: 0.9, 6: 0.8})
+    status, text = invoke("train", recipe, "--out", tmp_path / "run")
+    best = seen[4]
+    if stopped:
+        assert status == 130
+        stops.append(False)
+        status, text = invoke("train", recipe, "--out", tmp_path / "run", "--resume")
+    assert status == 0, text
+    run = Run.read(tmp_path / "run")
+    assert run.variants["a"].chosen == 4
+    saved = load_file(tmp_path / "run" / "a" / "model.safetensors")
+    assert all((saved[name] == best[name]).all() for name in saved)
+    # Nobody hardens the standard one: it is chosen by what it does without an attack.
+    plain = run.variants["standard"]
+    assert plain.chosen == max(plain.looks, key=lambda x: (x["accuracy"], -x["loss"]))["step"]
+
+
+def test_patience_ends_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = {**LOOKS, "every": 1, "patience": 2, "samples": 5}
+    train = {"steps": 6, "batch_size": 16, "validation": looks}
+    recipe = recipe_of(tmp_path, train=train, variants={"a": {}})
+    scripted(monkeypatch, {1: 0.5, 2: 0.6, 3: 0.6, 4: 0.5, 5: 0.9, 6: 0.9})
+    monkeypatch.setattr(Validation, "_rank", lambda self, look: (look["robust_accuracy"], 0.0))
+    assert invoke("train", recipe, "--out", tmp_path / "run")[0] == 0
+    one = Run.read(tmp_path / "run").variants["a"]
+    assert (len(one.history), one.chosen) == (4, 2)
+    assert [round(look["accuracy"] * 5, 4) % 1 for look in one.looks] == [0.0] * 4
+
+
+def test_bad_looks_are_named(tmp_path: Path) -> None:
+    train = {"validation": {"every": 2, "choose": "last", "patience": 1}}
+    with pytest.raises(InputError, match="patience waits for a better look"):
+        load(tmp_path, train=train)
+    with pytest.raises(InputError, match=r"train\.validation\.attack: kind fgsm"):
+        load(tmp_path, train={"validation": {"every": 2, "attack": {"kind": "fgsm"}}})

@@ -31,6 +31,7 @@ from embattle.jobs.checkpoint import (
 from embattle.jobs.loss import Loss
 from embattle.jobs.recipe import Recipe
 from embattle.jobs.run_folder import Trained
+from embattle.jobs.validation import Validation
 from embattle.progress import bar
 from embattle.tasks.base import Task
 
@@ -81,6 +82,9 @@ class Fit:
             self.generator,
             processes=accelerator.num_processes,
         )
+        self.validation: Validation | None = None
+        if recipe.train.validation is not None:
+            self.validation = Validation(recipe, variant, task, self.bare, sites)
         trained = [p for p in self.bare.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=0.0, weight_decay=recipe.train.weight_decay, fused=True
@@ -91,6 +95,8 @@ class Fit:
         self._order: tuple[int, Sequence[Tensor]] | None = None
         self._buckets: LengthBuckets | None = None
         self.seconds = 0.0
+        # What the last look at the validation part found, for the progress.
+        self._seen: dict[str, float] = {}
         if self.checkpoint.is_file():
             self._restore()
 
@@ -112,19 +118,30 @@ class Fit:
             for step in range(start, steps):
                 figures = self._step(step)
                 self.history.append(figures)
+                ended = self._look(step + 1)
                 self.seconds = time.monotonic() - began
-                show(step + 1, figures)
-                last = step + 1 == steps
-                if self._agreed(stop()) and not last:
+                show(step + 1, {**figures, **self._seen})
+                if step + 1 == steps or ended:
+                    break
+                if self._agreed(stop()):
                     self._save_checkpoint()
                     raise Interrupted(
                         f"stopped after step {step + 1} of {steps} ({self.variant}); the same "
                         "command with --resume goes on from there"
                     )
-                if every and (step + 1) % every == 0 and not last:
+                if every and (step + 1) % every == 0:
                     self._save_checkpoint()
+        chosen = None
+        looks: list[dict[str, float]] = []
+        if self.validation is not None:
+            self.validation.take()
+            looks, chosen = self.validation.looks, self.validation.chosen
         trained = Trained(
-            seconds=round(self.seconds, 1), validation=self._validate(), history=self.history
+            seconds=round(self.seconds, 1),
+            validation=self._validate(),
+            history=self.history,
+            looks=looks,
+            chosen=chosen,
         )
         if first:
             folder = self.out / self.variant
@@ -196,6 +213,19 @@ class Fit:
             self._buckets = LengthBuckets(lengths, size, seed=self.recipe.seed)
         return [torch.tensor(b) for b in self._buckets.batches(epoch) if len(b) == size]
 
+    def _look(self, done: int) -> bool:
+        """Looks at the validation part if it is time; whether the training should end."""
+        if self.validation is None or not self.validation.due(done):
+            return False
+        look = self.validation.look(done)
+        if self.accelerator.num_processes > 1:  # all go by the first one's figures
+            mine = torch.tensor([list(look.values())], device=self.accelerator.device)
+            look = dict(zip(look, self.accelerator.gather(mine)[0].tolist(), strict=True))
+        self.validation.note(look)
+        right = self.task.kind.measures[0][0]
+        self._seen = {f"validation {right}": look[right], "under attack": look[f"robust_{right}"]}
+        return self.validation.exhausted
+
     def _validate(self) -> dict[str, float]:
         """What is right of the validation part, and its loss; nothing if there is no such part."""
         if not len(self.task.parts.get("validation", ())):
@@ -229,6 +259,9 @@ class Fit:
         }
         objective, facts["objective"] = self.loss.state()
         tensors.update(objective)
+        if self.validation is not None:
+            chosen, facts["validation"] = self.validation.state()
+            tensors.update(chosen)
         if self.accelerator.scaler is not None:
             facts["scaler"] = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:
@@ -263,6 +296,8 @@ class Fit:
         restore_model(self.bare, saved.tensors)
         restore_optimizer(self.optimizer.optimizer, saved.tensors)
         self.loss.restore(saved.tensors, saved.facts["objective"])
+        if self.validation is not None:
+            self.validation.restore(saved.tensors, saved.facts["validation"])
         rank = self.accelerator.process_index
         restore_random(
             self.generator,

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from embattle.data.recipe import Part
 from embattle.errors import InputError, closest, need
@@ -24,7 +24,6 @@ if not typing.TYPE_CHECKING:
 import yaml
 from pydantic import (
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -42,6 +41,7 @@ from embattle.jobs.attack_recipe import (
 )
 from embattle.jobs.choices import locate
 from embattle.jobs.threat import check_attack
+from embattle.jobs.train_recipe import TrainRecipe
 from embattle.jobs.variant_recipe import (
     AttackedVariant,
     MixedVariant,
@@ -55,35 +55,6 @@ DEFAULT_TASK = "text_classification"
 STANDARD = "standard"
 #: The folder of a run in which trackers write; no variant can be called so.
 TRACKED = "trackers"
-
-
-class TrainRecipe(Section):
-    """The budget, the same for all variants.
-
-    Attributes:
-        steps: optimiser steps.
-        batch_size: examples per step, over all processes.
-        batches: `random`, or `by_length`: of samples of similar length, so that little is padding
-            (for tasks whose samples have lengths, such as texts).
-        learning_rate: AdamW's, reached after the warm-up and decayed linearly to 0.
-        warmup: share of the steps in which the rate grows.
-        weight_decay: AdamW's.
-        max_grad_norm: bound on the norm of the whole gradient; null does not clip.
-        precision: mixed precision, as Accelerate knows it.
-        accumulate: passes that a step's examples are divided among, for less memory.
-        checkpoint_every: steps between checkpoints; 0 writes one on interruption only.
-    """
-
-    steps: PositiveInt = 300
-    batch_size: PositiveInt = 16
-    batches: Literal["random", "by_length"] = "random"
-    learning_rate: PositiveFloat = 1e-4
-    warmup: float = Field(default=0.1, ge=0, le=1)
-    weight_decay: NonNegativeFloat = 0.01
-    max_grad_norm: PositiveFloat | None = 1.0
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    accumulate: PositiveInt = 1
-    checkpoint_every: NonNegativeInt = 0
 
 
 class AuditRecipe(Section):
@@ -180,6 +151,8 @@ class Recipe(Section):
         audit = self.audit
         attacks = {f"audit.attacks.{i}": attack for i, attack in enumerate(audit.attacks)}
         attacks["audit.sweep_attack"] = audit.sweep_attack
+        if self.train.validation is not None:
+            attacks["train.validation.attack"] = self.train.validation.attack
         for name, variant in self.variants.items():
             check_training(f"variants.{name}", variant, self.train.precision, self.train.accumulate)
             if isinstance(variant, AttackedVariant):

@@ -32,6 +32,8 @@ class Trained(BaseModel):
         seconds: the training took.
         validation: what is right of the validation part, and its loss; empty without one.
         history: the figures of each step.
+        looks: the figures of each look at the validation part (`train.validation`).
+        chosen: the step whose weights were taken; None: the last.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -39,6 +41,8 @@ class Trained(BaseModel):
     seconds: float
     validation: dict[str, float]
     history: list[dict[str, float]]
+    looks: list[dict[str, float]] = []
+    chosen: int | None = None
 
 
 class Run(BaseModel):

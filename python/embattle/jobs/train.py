@@ -66,7 +66,8 @@ def _train(
     account = Account()
     try:
         with accelerator.main_process_first():
-            read(task, account, "train", recipe.audit.part)
+            looked_at = () if recipe.train.validation is None else ("validation",)
+            read(task, account, "train", *looked_at, recipe.audit.part)
             probe = first_model(task)
         if first:
             task.note_encoding(account, probe)
