@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -349,3 +350,34 @@ def test_bad_looks_are_named(tmp_path: Path) -> None:
         load(tmp_path, train=train)
     with pytest.raises(InputError, match=r"train\.validation\.attack: kind fgsm"):
         load(tmp_path, train={"validation": {"every": 2, "attack": {"kind": "fgsm"}}})
+
+
+# --- trackers -------------------------------------------------------------------------------------
+
+
+def test_figures_go_to_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train = {"steps": 2, "batch_size": 16, "trackers": ["tensorboard"], "validation": LOOKS}
+    status, text = invoke("train", recipe_of(tmp_path, train=train), "--out", tmp_path / "run")
+    assert status == 0, text
+    events = EventAccumulator(str(tmp_path / "run" / "trackers" / "tiny"))
+    events.Reload()
+    history = Run.read(tmp_path / "run").variants["hardened"].history
+    found = events.Scalars("hardened/robust_loss")
+    assert [event.step for event in found] == [1, 2]
+    assert [event.value for event in found] == pytest.approx([x["robust_loss"] for x in history])
+    assert "standard/validation/robust_accuracy" in events.Tags()["scalars"]
+
+
+def test_a_tracker_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    recipe = recipe_of(tmp_path, train={"trackers": ["wandb"]})
+    status, text = invoke("train", recipe, "--out", tmp_path / "run")
+    assert status == 2
+    assert "wandb is not installed" in text
+    assert "embattle[trackers]" in text
+    assert not (tmp_path / "run").exists()

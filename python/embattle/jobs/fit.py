@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,7 @@ class Fit:
                 ended = self._look(step + 1)
                 self.seconds = time.monotonic() - began
                 show(step + 1, {**figures, **self._seen})
+                self._track(figures, step + 1)
                 if step + 1 == steps or ended:
                     break
                 if self._agreed(stop()):
@@ -213,6 +214,11 @@ class Fit:
             self._buckets = LengthBuckets(lengths, size, seed=self.recipe.seed)
         return [torch.tensor(b) for b in self._buckets.batches(epoch) if len(b) == size]
 
+    def _track(self, figures: Mapping[str, float], done: int) -> None:
+        """Hands figures to the recipe's trackers."""
+        named = {f"{self.variant}/{name}": value for name, value in figures.items()}
+        self.accelerator.log(named, step=done)
+
     def _look(self, done: int) -> bool:
         """Looks at the validation part if it is time; whether the training should end."""
         if self.validation is None or not self.validation.due(done):
@@ -223,6 +229,7 @@ class Fit:
             look = dict(zip(look, self.accelerator.gather(mine)[0].tolist(), strict=True))
         self.validation.note(look)
         right = self.task.kind.measures[0][0]
+        self._track({f"validation/{key}": value for key, value in look.items()}, done)
         self._seen = {f"validation {right}": look[right], "under attack": look[f"robust_{right}"]}
         return self.validation.exhausted
 

@@ -19,7 +19,7 @@ from embattle.errors import InputError, need
 from embattle.files import remove_unfinished
 from embattle.jobs.fit import Fit, first_model
 from embattle.jobs.loss import rehearse
-from embattle.jobs.recipe import Recipe
+from embattle.jobs.recipe import TRACKED, Recipe
 from embattle.jobs.run_folder import Run, begin, check_place, clear, find_run, locked
 from embattle.progress import say
 from embattle.tasks.base import Task
@@ -42,7 +42,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     """
     began = time.monotonic()
     task = recipe.make_task()
-    accelerator = _accelerator(recipe, task)
+    accelerator = make_accelerator(recipe, task, out)
     check_place(out, resume=resume, overwrite=overwrite)
     with locked(out, f"train {recipe.name}") if accelerator.is_main_process else nullcontext():
         done = _train(recipe, task, out, accelerator, resume=resume, overwrite=overwrite)
@@ -83,6 +83,9 @@ def _train(
     if first and old is None:
         begin(run, recipe, out)
     accelerator.wait_for_everyone()
+    if recipe.train.trackers:
+        (out / TRACKED).mkdir(exist_ok=True)
+        accelerator.init_trackers(recipe.name, init_kwargs={"wandb": {"dir": str(out / TRACKED)}})
     try:
         for variant in recipe.variants:
             if variant not in run.variants:
@@ -122,8 +125,13 @@ def read(task: Task, account: Account, *parts: str) -> None:
             )
 
 
-def _accelerator(recipe: Recipe, task: Task) -> Any:
+def make_accelerator(recipe: Recipe, task: Task, out: Path) -> Any:
     """Accelerate's view of the devices and processes.
+
+    Args:
+        recipe: the job.
+        task: its task.
+        out: the run's folder, for trackers.
 
     Raises:
         InputError: if processes were started that do not know of each other, or the batch cannot
@@ -137,10 +145,14 @@ def _accelerator(recipe: Recipe, task: Task) -> Any:
             "torchrun"
         )
     accelerate = need("accelerate")
+    for tracker in recipe.train.trackers:
+        need(tracker, "trackers")
     accelerator = accelerate.Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=recipe.train.precision,
         gradient_accumulation_steps=recipe.train.accumulate,
+        log_with=list(recipe.train.trackers) or None,
+        project_config=accelerate.utils.ProjectConfiguration(str(out), str(out / TRACKED)),
     )
     if world != accelerator.num_processes:
         raise InputError(

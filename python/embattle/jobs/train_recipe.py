@@ -59,6 +59,8 @@ class TrainRecipe(Section):
         precision: mixed precision, as Accelerate knows it.
         accumulate: passes that a step's examples are divided among, for less memory.
         checkpoint_every: steps between checkpoints; 0 writes one on interruption only.
+        trackers: where the figures of every step go besides `run.json`: `tensorboard` (into the
+            run's folder `trackers`), `wandb` (Weights & Biases).
         validation: the choice of the weights, and early stopping; null: the last weights.
     """
 
@@ -72,4 +74,5 @@ class TrainRecipe(Section):
     precision: Literal["no", "bf16", "fp16"] = "no"
     accumulate: PositiveInt = 1
     checkpoint_every: NonNegativeInt = 0
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[])
     validation: ValidationRecipe | None = None
