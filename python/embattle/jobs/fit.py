@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,10 @@ def first_model(task: Task) -> nn.Module:
         return task.build().train()
 
 
+class Diverged(InputError):
+    """The loss is no longer a number."""
+
+
 class Fit:
     """One model's training, from its first weights or from a checkpoint to its files.
 
@@ -55,6 +59,7 @@ class Fit:
         task: has read its data.
         out: the run's folder.
         accelerator: Accelerate's object.
+        watch: called with the figures of each look at the validation part; may raise.
     """
 
     def __init__(
@@ -64,9 +69,11 @@ class Fit:
         task: Task,
         out: Path,
         accelerator: Any,
+        *,
+        watch: Callable[[Mapping[str, float]], None] = lambda look: None,
     ) -> None:
         self.recipe, self.variant, self.task, self.out = recipe, variant, task, out
-        self.accelerator = accelerator
+        self.accelerator, self.watch = accelerator, watch
         self.checkpoint = out / variant / "checkpoint.safetensors"
         rank = accelerator.process_index
         torch.manual_seed(recipe.seed + rank)
@@ -110,6 +117,16 @@ class Fit:
             Interrupted: after a checkpoint was written.
             InputError: if the loss is no longer a number.
         """
+        trained = self.fit()
+        if self.accelerator.is_main_process:
+            folder = self.out / self.variant
+            self.task.save(self.bare, folder)
+            write_text(folder / "recipe.yaml", self.recipe.to_yaml())
+            self.checkpoint.unlink(missing_ok=True)
+        return trained
+
+    def fit(self) -> Trained:
+        """The same, without saving."""
         steps, every = self.recipe.train.steps, self.recipe.train.checkpoint_every
         start = len(self.history)
         began = time.monotonic() - self.seconds
@@ -137,19 +154,13 @@ class Fit:
         if self.validation is not None:
             self.validation.take()
             looks, chosen = self.validation.looks, self.validation.chosen
-        trained = Trained(
+        return Trained(
             seconds=round(self.seconds, 1),
             validation=self._validate(),
             history=self.history,
             looks=looks,
             chosen=chosen,
         )
-        if first:
-            folder = self.out / self.variant
-            self.task.save(self.bare, folder)
-            write_text(folder / "recipe.yaml", self.recipe.to_yaml())
-            self.checkpoint.unlink(missing_ok=True)
-        return trained
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimiser step."""
@@ -162,7 +173,7 @@ class Fit:
             with self.accelerator.accumulate(self.model), self.loss.open():
                 loss, found = self.loss(self.model, batch, step)
                 if not math.isfinite(float(loss.detach().sum())):
-                    raise InputError(
+                    raise Diverged(
                         f"the {self.variant} loss is no longer a number at step {step + 1}: lower "
                         "train.learning_rate or threat.eps, or let eps grow more slowly "
                         f"(variants.{self.variant}.eps_schedule)"
@@ -228,6 +239,7 @@ class Fit:
             mine = torch.tensor([list(look.values())], device=self.accelerator.device)
             look = dict(zip(look, self.accelerator.gather(mine)[0].tolist(), strict=True))
         self.validation.note(look)
+        self.watch(self.validation.looks[-1])
         right = self.task.kind.measures[0][0]
         self._track({f"validation/{key}": value for key, value in look.items()}, done)
         self._seen = {f"validation {right}": look[right], "under attack": look[f"robust_{right}"]}

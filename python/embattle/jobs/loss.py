@@ -252,13 +252,14 @@ def _form(variant: AttackedVariant, model: nn.Module) -> str | Form:
     return variant.objective
 
 
-def rehearse(recipe: Recipe, task: Task, model: nn.Module) -> None:
+def rehearse(recipe: Recipe, task: Task, model: nn.Module, *, processes: int = 1) -> None:
     """Computes the loss of every variant on two samples, so that what cannot work fails at once.
 
     Args:
         recipe: the job.
         task: has read its data.
         model: in training mode; its statistics may change, its weights do not.
+        processes: how many there are.
 
     Raises:
         InputError: it names the variant, and what is wrong.
@@ -271,7 +272,8 @@ def rehearse(recipe: Recipe, task: Task, model: nn.Module) -> None:
         with torch.random.fork_rng(devices=[]):
             batch = task.batch(model, "train", rows, seed=recipe.seed)
             try:
-                loss = Loss(recipe, name, task, model, sites, torch.Generator())
+                generator = torch.Generator()
+                loss = Loss(recipe, name, task, model, sites, generator, processes=processes)
                 with loss.open():
                     found, _ = loss(model, batch, recipe.train.steps - 1)
                     if loss.clipper is not None:

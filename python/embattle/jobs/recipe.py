@@ -42,6 +42,7 @@ from embattle.jobs.attack_recipe import (
 from embattle.jobs.choices import locate
 from embattle.jobs.threat import check_attack
 from embattle.jobs.train_recipe import TrainRecipe
+from embattle.jobs.tune_recipe import TuneRecipe
 from embattle.jobs.variant_recipe import (
     AttackedVariant,
     MixedVariant,
@@ -113,6 +114,7 @@ class Recipe(Section):
             and `model` are the task's.
         variants: what is trained, by the models' names. `standard`, a plain one, is always among
             them: the others are compared with it.
+        tune: what `embattle tune` looks for.
         full: what `--full` changes: a partial recipe, already applied if `--full` was given.
     """
 
@@ -127,6 +129,7 @@ class Recipe(Section):
         default={"hardened": MixedVariant()}, validate_default=True
     )
     audit: AuditRecipe = AuditRecipe()
+    tune: TuneRecipe | None = None
     full: dict[str, Any] = Field(default={})
 
     task_class: ClassVar[type[Task]]
@@ -144,7 +147,7 @@ class Recipe(Section):
                     f"a variant cannot be called {name!r}: use letters, digits, - and _ (not "
                     f"{TRACKED!r}), as it names a folder"
                 )
-        return {STANDARD: PlainVariant(), **variants}
+        return {STANDARD: PlainVariant(objective="plain"), **variants}
 
     @model_validator(mode="after")
     def _goes_together(self) -> Recipe:
@@ -214,6 +217,23 @@ def load(
         chosen = _merge(chosen, _assignment(change))
         _check(chosen, f"--set {change}", trust)
     return _check(chosen, str(path), trust)
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with other values at some dotted keys; a mapping replaces what is there.
+
+    Raises:
+        InputError: naming the changes, the key, and what would be right.
+    """
+    raw: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True)
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        inside = raw
+        for name in sections:
+            inside = inside.setdefault(name, {})
+        inside[last] = value
+    said = ", ".join(f"{key}={value}" for key, value in changes.items())
+    return _check(raw, said, trust=True)  # its task was run already
 
 
 def named_task(path: Path) -> Any:

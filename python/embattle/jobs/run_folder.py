@@ -44,6 +44,11 @@ class Trained(BaseModel):
     looks: list[dict[str, float]] = []
     chosen: int | None = None
 
+    @property
+    def chosen_look(self) -> dict[str, float]:
+        """The look at the weights that were taken."""
+        return [look for look in self.looks if self.chosen in (None, look["step"])][-1]
+
 
 class Run(BaseModel):
     """What a run folder says about itself, in `run.json`.

@@ -71,7 +71,7 @@ def _train(
             probe = first_model(task)
         if first:
             task.note_encoding(account, probe)
-        rehearse(recipe, task, probe)
+        rehearse(recipe, task, probe, processes=accelerator.num_processes)
     finally:
         if first:
             for line in account.lines():
