@@ -16,6 +16,7 @@ from embattle.audit.evaluation import evaluate, predict, success_rate, sweep
 from embattle.audit.honesty import order_checks, transfer_check, unbounded_check
 from embattle.data.batch import Batch
 from embattle.perturb.site import Site
+from embattle.perturb.strength import Relative
 from embattle.tasks import Classification
 
 
@@ -126,6 +127,14 @@ def test_checks_hold_for_a_real_attack_and_fail_for_one_that_is_too_weak() -> No
     for right, holds in (([True, True, False, True], False), ([True, False, False, False], True)):
         check = transfer_check("m", *pair, batches(), weak, right=torch.tensor(right))
         assert check.passed == holds, check
+
+    # A ball that is relative to a model's own embeddings is not that of another model.
+    own = PGD(norm="l2", eps=Relative(0.1, to="token_norm"), steps=2)
+    with torch.no_grad():
+        second.embedding.weight.copy_(10 * first.embedding.weight)
+    found = transfer_check("m", target, source, batches(), own)
+    assert found.passed
+    assert "0 of 4 wrong under the transferred attack, 0 under its own" in found.detail
 
     accuracies = {"Noise": 0.4, "FGM": 0.5, "PGD": 0.6}
     failed = order_checks("m", accuracies, noise=["Noise"], gradient=["FGM", "PGD"])

@@ -6,7 +6,6 @@ gradients gives itself away: each sign is a check here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -15,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from embattle import ops
 from embattle.attacks import Attack
+from embattle.attacks.base import box
 from embattle.audit.evaluation import Sites, evaluate, examined, run_attack, sweep
 from embattle.data.batch import Batch
 from embattle.perturb.perturbation import Perturbation
@@ -126,6 +127,9 @@ def transfer_check(
 ) -> Check:
     """Perturbations found on another model must not fool more samples than the model's own.
 
+    They are projected on the attacked model's ball, which is another one where eps is relative to
+    embeddings.
+
     Args:
         title: the attacked model's name.
         target: the attacked model and its sites.
@@ -150,7 +154,7 @@ def transfer_check(
             found = run_attack(
                 source[0], batch, source[1], attack, evaluator=evaluator, evaluate=False
             )
-            given = _Given(norm=attack.norm, eps=math.inf, steps=0, deltas=found.deltas)
+            given = _Given(norm=attack.norm, eps=attack.eps, steps=0, deltas=found.deltas)
             tries = {"moved": given} if right is not None else {"moved": given, "own": attack}
             done = evaluate(model, [batch], sites, tries, evaluator=evaluator)
             moved += int((~done["moved"].right).sum())
@@ -175,5 +179,13 @@ class _Given(Attack):
     def start(
         self, perturbation: Perturbation, state: dict[str, Any], generator: torch.Generator | None
     ) -> None:
-        """Take the next one."""
-        perturbation.set(next(self._next))
+        """Take the next one, as far as it lies in the ball."""
+        perturbation.set(
+            ops.project(
+                next(self._next),
+                eps=state["eps"],
+                norm=self.norm,
+                **perturbation.geometry,
+                **box(state),
+            )
+        )
