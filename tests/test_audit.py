@@ -144,7 +144,7 @@ def test_a_report_escapes_what_comes_from_outside() -> None:
             html.table([evil], [["!" + evil]], groups=[(evil, 1)], text=[0]),
             html.checks([{"passed": False, "name": evil, "detail": evil}]),
             html.source(evil),
-            html.tiles([(evil, evil, evil)]),
+            html.tiles([(evil, {evil: evil})]),
             html.paragraph(evil),
             html.picture(b"png", evil),
             html.section(evil, note=evil),

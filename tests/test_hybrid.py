@@ -174,7 +174,12 @@ def test_rows_are_attacked_as_those_of_other_rankers(films: Path) -> None:
 
 @pytest.mark.parametrize("more", ["attacked=texts", "train_encoder=true"])
 def test_the_whole_job(films: Path, tmp_path: Path, more: str) -> None:
-    changes = [f"model.{more}", "train.steps=4", "train.batch_size=16", "harden.warmup=0"]
+    changes = [
+        f"model.{more}",
+        "train.steps=4",
+        "train.batch_size=16",
+        "variants.hardened.eps_schedule={share: 0}",
+    ]
     changes += ["audit.attacks=[{kind: pgd, steps: 2}]", "audit.sweep=[1]"]
     words = [word for change in changes for word in ("--set", change)]
     run = tmp_path / "run"

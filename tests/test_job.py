@@ -28,6 +28,8 @@ from tiny_job import invoke, make_encoder, recipe_of, write_reviews
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+VARIANTS = ("standard", "hardened")
+
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -44,13 +46,13 @@ def test_the_whole_job(tmp_path: Path, encoder: Path) -> None:
     assert str(out) in text.strip().splitlines()[-1]
 
     metrics = json.loads((out / "metrics.json").read_text())
-    assert "standard" in json.dumps(metrics)
+    assert list(metrics["models"]) == list(VARIANTS)
     assert (out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     html = (out / "report.html").read_text()
     assert "<script" not in html
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert "data:image/png;base64," in html or "<svg" in html
-    for variant in training.VARIANTS:
+    for variant in VARIANTS:
         assert (out / variant / "recipe.yaml").is_file()
         assert list((out / variant).glob("*.safetensors"))
         assert not (out / variant / "checkpoint.safetensors").exists()
@@ -67,7 +69,7 @@ def test_batches_of_similar_length(
 
     def batch(self: TextTask, model: nn.Module, part: str, rows: Tensor, **options: Any) -> Batch:
         found = make(self, model, part, rows, **options)
-        if part == "train":
+        if part == "train" and len(rows) == 8:  # two are for the rehearsal
             seen.setdefault(kind, []).append(found.inputs["attention_mask"].bool())
             places.extend(rows.tolist())
         return found
@@ -78,7 +80,7 @@ def test_batches_of_similar_length(
         places: list[int] = []
         train = {"steps": 12, "batch_size": 8, "batches": kind}
         assert invoke("train", recipe_of(tmp_path, encoder, train=train), "--out", tmp_path / kind)
-        assert len(set(places)) == len(places) / len(training.VARIANTS)
+        assert len(set(places)) == len(places) / len(VARIANTS)
     padding = {
         kind: 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
         for kind, masks in seen.items()
@@ -120,7 +122,7 @@ def test_resuming_gives_the_uninterrupted_run(
     status, text = invoke("train", recipe, "--out", broken, "--resume")
     assert status == 0, text
     first, second = Run.read(whole), Run.read(broken)
-    for variant in training.VARIANTS:
+    for variant in VARIANTS:
         a, b = first.variants[variant].history, second.variants[variant].history
         assert len(a) == len(b) == 12
         assert a == b

@@ -50,7 +50,7 @@ def small(name: str, films: Path) -> Path:
     if name != "films_ctr":
         raw["data"] |= {"k": 3, "users": 20}
     raw["train"] |= {"steps": 8, "batch_size": 32}
-    raw["harden"]["warmup"] = 0
+    raw["variants"]["hardened"]["eps_schedule"] = {"share": 0}
     raw["audit"] |= {"sweep": [1.0], "attacks": [{"kind": "pgd", "steps": 3}]}
     path = films / f"{name}.yaml"
     path.write_text(yaml.safe_dump(raw))

@@ -29,11 +29,14 @@ def test_a_shipped_recipe_is_valid_and_survives_being_written(path: Path, tmp_pa
     [
         ("train.stepz=1", "unknown key train.stepz; did you mean 'steps'"),
         ("tran.steps=1", "unknown key tran; did you mean 'train'"),
-        ("audit.attacks=[{kind: pgd, stps: 3}]", "audit.attacks.0.stps; did you mean 'steps'"),
+        (
+            "audit.attacks=[{kind: pgd, stps: 3}]",
+            "audit.attacks.0.stps in pgd; did you mean 'steps'",
+        ),
         ("data.limits.trian=1", "data.limits.trian; did you mean 'train'"),
         ("threat.eps=-0.5", r"threat.eps: .*greater than or equal to 0 \(given: -0.5\)"),
         ("threat.eps=.nan", "threat.eps"),
-        ("harden.attack.kind=fgsm", "use fgm"),
+        ("variants.hardened.attack.kind=fgsm", "use fgm"),
         ("audit.attacks=[{kind: pgd, restarts: 2}]", "restarts need random_start"),
         ("data.fractions=[0.5, 0.4, 0.4]", "sum to 1"),
         ("data.path=a.csv", "not both"),
@@ -82,7 +85,7 @@ def test_a_merged_mapping_may_be_changed(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(
         "name: x\ndata: {source: y, text: [a], label: b}\n"
-        "harden: {attack: &one {kind: pgd, steps: 1}}\n"
+        "variants: {hardened: {attack: &one {kind: pgd, steps: 1}}}\n"
         "audit: {attacks: [{<<: *one, steps: 7}]}\n"
     )
     assert recipes.load(path).audit.attacks[0].steps == 7

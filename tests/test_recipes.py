@@ -52,7 +52,7 @@ def changes_of(path: Path, slices: Path) -> list[str]:
     changes = [
         "train.steps=2",
         "train.batch_size=8",
-        "harden.warmup=0",
+        "variants.hardened.eps_schedule={share: 0}",
         "audit.attacks=[{kind: pgd, steps: 2}]",
         "audit.sweep=[1]",
     ]

@@ -151,7 +151,7 @@ def test_the_recipe_on_a_slice(tmp_path: Path) -> None:
     changes = [
         f"data={{source: null, path: {path}, limits: {{train: 400}}}}",
         "train={steps: 60, batch_size: 64, learning_rate: 0.01}",
-        "harden.attack={kind: pgd, steps: 1}",
+        "variants.hardened.attack={kind: pgd, steps: 1}",
         "audit.attacks=[{kind: noise}, {kind: pgd, steps: 5}]",
         "audit.sweep=[1]",
     ]

@@ -1,4 +1,4 @@
-"""The command line: `embattle init`, `train`, `audit`, `predict`, `export`, `data` and `doctor`.
+"""The command line: `init`, `train`, `audit`, `tune`, `predict`, `export`, `recbole`, `data`, `doctor`.
 
 Only typer is imported here; every command imports what it needs itself, so that `--help` works
 without it.
@@ -144,7 +144,7 @@ def train(
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Train a standard and a hardened model under the same budget."""
+    """Train a standard model and the recipe's variants under the same budget."""
     with _plain_errors(debug):
         from embattle.jobs import recipe as recipes
 
@@ -161,11 +161,48 @@ def audit(
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Attack both models of a run and write the report."""
+    """Attack all models of a run and write the report."""
     with _plain_errors(debug):
         from embattle.jobs.audit import audit as run
 
         run(run_dir, trust=trust)
+
+
+@app.command()
+def tune(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, with a section 'tune'.")],
+    trials: Annotated[
+        int, typer.Option("--trials", min=1, help="Trials in the end, earlier ones included.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The study's folder [default: runs/NAME-tune].")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Apply the recipe's 'full' section: the whole data set.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the study; start one where none is.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is in the folder.")
+    ] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
+    ] = None,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Find a variant's most robust options at a bounded loss, and write the recipe with them."""
+    with _plain_errors(debug):
+        from embattle.jobs import recipe as recipes
+
+        chosen = recipes.load(recipe, full=full, changes=changes or (), trust=trust)
+
+        from embattle.jobs.tune import tune as run
+
+        out = out or Path("runs") / f"{chosen.name}-tune"
+        run(chosen, out, trials=trials, resume=resume, overwrite=overwrite)
 
 
 @app.command()

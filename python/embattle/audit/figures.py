@@ -8,7 +8,13 @@ from typing import Any
 
 from embattle.errors import need
 
-COLOURS = {"standard": "#c2410c", "hardened": "#1d4ed8"}
+#: Of the models, in their order; they begin again where there are more models.
+COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#0e7490", "#a16207", "#be185d", "#334155")
+
+
+def colour(number: int) -> str:
+    """The colour of a model, by its place among the models."""
+    return COLOURS[number % len(COLOURS)]
 
 
 def accuracy_over_eps(
@@ -26,7 +32,7 @@ def accuracy_over_eps(
     Args:
         curves: model to accuracies, one for each value of `eps`.
         eps: the radii, growing, the first being 0.
-        trained: the radius that the hardened model was trained for.
+        trained: the radius of the threat.
         chance: accuracy of always naming the most frequent class; None: not shown.
         unit: what eps counts in, for the axis.
         attack: the attack's name, for the title.
@@ -37,12 +43,12 @@ def accuracy_over_eps(
     """
     figure, axes = _canvas(7.2, 4.2)
     axes.axvline(trained, color="#64748b", linewidth=1, linestyle="--")
-    axes.text(trained, 1.01, " trained for", color="#475569", fontsize=9, va="bottom", ha="center")
+    axes.text(trained, 1.01, " threat", color="#475569", fontsize=9, va="bottom", ha="center")
     if chance is not None:
         axes.axhline(chance, color="#cbd5e1", linewidth=1)
         where = {"ha": "right", "va": "bottom"}
         axes.text(eps[-1], chance, "most frequent class", color="#94a3b8", fontsize=8, **where)
-    for name, values in curves.items():
+    for number, (name, values) in enumerate(curves.items()):
         axes.plot(
             eps,
             values,
@@ -50,17 +56,10 @@ def accuracy_over_eps(
             markersize=5,
             linewidth=2.2,
             label=name,
-            color=COLOURS.get(name),
+            color=colour(number),
         )
-    if set(curves) == set(COLOURS):
-        axes.fill_between(
-            eps,
-            curves["standard"],
-            curves["hardened"],
-            alpha=0.08,
-            color=COLOURS["hardened"],
-            linewidth=0,
-        )
+    if len(curves) == 2:
+        axes.fill_between(eps, *curves.values(), alpha=0.08, color=colour(1), linewidth=0)
     axes.set_ylim(0, 1)
     axes.set_xlim(0, eps[-1])
     axes.set_xlabel(f"eps ({unit})")
@@ -79,7 +78,7 @@ def losses_over_steps(histories: Mapping[str, Sequence[Mapping[str, float]]]) ->
         A PNG.
     """
     figure, axes = _canvas(7.2, 3.2)
-    for name, history in histories.items():
+    for number, (name, history) in enumerate(histories.items()):
         for key, style in (("loss", "-"), ("robust_loss", ":")):
             values = [row[key] for row in history if key in row]
             if values:
@@ -88,7 +87,7 @@ def losses_over_steps(histories: Mapping[str, Sequence[Mapping[str, float]]]) ->
                     range(1, len(values) + 1),
                     _smooth(values),
                     style,
-                    color=COLOURS.get(name),
+                    color=colour(number),
                     linewidth=1.8,
                     label=label,
                 )

@@ -120,6 +120,7 @@ def transfer_check(
     batches: Sequence[Batch],
     attack: Attack,
     *,
+    origin: str = "the other model",
     right: Tensor | None = None,
     evaluator: Evaluator | None = None,
 ) -> Check:
@@ -131,6 +132,7 @@ def transfer_check(
         source: the model that the perturbations are transferred from, with its sites.
         batches: the samples; the two models must embed them in the same shape.
         attack: run on the source, and on the target unless `right` is given.
+        origin: the source's name.
         right: whether each sample is right under an attack on the target that is no weaker, bool
             [N], where that is known.
         evaluator: see `embattle.audit.evaluation.evaluate`.
@@ -154,7 +156,7 @@ def transfer_check(
             moved += int((~done["moved"].right).sum())
             own += int((~(done["own"].right if right is None else right[these])).sum())
     return Check(
-        f"{title}: an attack transferred from the other model is no stronger than its own",
+        f"{title}: an attack transferred from {origin} is no stronger than its own",
         moved <= own,
         f"{moved} of {total} wrong under the transferred attack, {own} under its own",
     )

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from embattle.audit.figures import colour
+
 _STYLE = """
 :root { --ink: #0f172a; --soft: #475569; --line: #e2e8f0; --bad: #c2410c; --good: #1d4ed8; }
 * { box-sizing: border-box; }
@@ -19,9 +21,8 @@ p { margin: 8px 0; } .soft { color: var(--soft); } small { color: var(--soft); }
 .tiles { display: grid; grid-template-columns: repeat(3, 1fr); gap: 14px; margin: 26px 0 8px; }
 .tile { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 16px 18px; }
 .tile b { display: block; font-size: 15px; font-weight: 600; color: var(--soft); }
-.tile span { font-size: 27px; font-weight: 650; font-variant-numeric: tabular-nums; }
-.tile i { font-style: normal; color: var(--soft); font-size: 17px; padding: 0 6px; }
-.standard { color: var(--bad); } .hardened { color: var(--good); }
+.tile div { display: flex; justify-content: space-between; align-items: baseline; }
+.tile span { font-size: 24px; font-weight: 650; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; background: #fff; border: 1px solid var(--line); border-radius: 12px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 9px 14px; text-align: right; border-bottom: 1px solid var(--line); }
@@ -76,12 +77,17 @@ def section(title: str, *parts: str, note: str = "") -> str:
     return f"<h2>{escape(title)}</h2>\n{said}" + "\n".join(parts)
 
 
-def tiles(entries: Sequence[tuple[str, str, str]]) -> str:
-    """Tiles with a name and two figures: the standard model's and the hardened one's."""
+def tiles(entries: Sequence[tuple[str, Mapping[str, str]]]) -> str:
+    """Tiles with a name, and a figure for each model."""
     cells = "".join(
-        f'<div class="tile"><b>{escape(name)}</b><span class="standard">{escape(standard)}</span>'
-        f'<i>&rarr;</i><span class="hardened">{escape(hardened)}</span></div>'
-        for name, standard, hardened in entries
+        f'<div class="tile"><b>{escape(name)}</b>'
+        + "".join(
+            f'<div style="color:{colour(i)}"><small>{escape(model)}</small>'
+            f"<span>{escape(figure)}</span></div>"
+            for i, (model, figure) in enumerate(figures.items())
+        )
+        + "</div>"
+        for name, figures in entries
     )
     return f'<div class="tiles">{cells}</div>'
 
@@ -98,11 +104,13 @@ def table(
     Args:
         head: the columns' names.
         rows: the cells; those that are `Fallen` are marked.
-        groups: names above the columns, each with the number of columns it spans.
+        groups: names of models above the columns, each with the number of columns it spans; ""
+            is none.
         text: the columns that are set as running text.
     """
+    models = [name for name, _ in groups if name]
     over = "".join(
-        f'<th colspan="{span}" class="group {escape(name)}">{escape(name)}</th>'
+        f'<th colspan="{span}" class="group"{_coloured(name, models)}>{escape(name)}</th>'
         for name, span in groups
     )
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
@@ -115,6 +123,10 @@ def table(
         f'<div class="scroll"><table><thead>{above}<tr>{top}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _coloured(name: str, models: Sequence[str]) -> str:
+    return f' style="color:{colour(models.index(name))}"' if name else ""
 
 
 def _cell(cell: str, text: bool) -> str:

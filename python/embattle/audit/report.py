@@ -19,12 +19,12 @@ def unit_words(facts: Mapping[str, Any]) -> str:
     }[facts["threat"]["unit"]]
 
 
-def summary_rows(facts: dict[str, Any]) -> list[list[str]]:
-    """The table standard against hardened: one row for no attack, and one for each attack."""
+def summary_rows(facts: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
+    """The table of some models: one row for no attack, and one for each attack."""
     rows = []
     for label in ("no attack", *_attacks(facts)):
         row = [label]
-        for model in facts["models"].values():
+        for model in (facts["models"][name] for name in names):
             entry = model["clean"] if label == "no attack" else model["attacks"][label]
             row += [f"{entry[key]:.3f}" for key, _ in facts["measures"]]
             row.append(f"{entry['success_rate']:.1%}" if "success_rate" in entry else "")
@@ -45,7 +45,6 @@ def document(
     facts: dict[str, Any],
     *,
     settings: str,
-    trained_against: str,
     curves: bytes,
     losses: bytes,
     samples: Sequence[Sequence[str]],
@@ -55,19 +54,18 @@ def document(
     Args:
         facts: what `metrics.json` holds.
         settings: the recipe, as text.
-        trained_against: the attack that the hardened model was trained against, in words.
         curves: the picture of accuracy over eps, a PNG.
         losses: the picture of the training losses, a PNG.
-        samples: rows of the table of examples: sample, label, and four outputs, those of wrong
-            predictions `html.Fallen`.
+        samples: rows of the table of examples: sample, label, and each model's two outputs, those
+            of wrong predictions `html.Fallen`.
 
     Returns:
         HTML.
     """
     title = f"{facts['name']}: robustness report"
     lead = (
-        f"A model trained as usual and one hardened under the same budget, on {facts['examples']} "
-        f"{facts['part']} examples that neither has seen. Seed {facts['seed']}."
+        f"{len(facts['models'])} models, trained under the same budget, on {facts['examples']} "
+        f"{facts['part']} examples that none of them has seen. Seed {facts['seed']}."
     )
     environment = [[name, str(value)] for name, value in facts["environment"].items()]
     sections = [
@@ -76,14 +74,14 @@ def document(
         _comparison(facts),
         html.section(
             f"{_headline(facts).capitalize()} over eps",
-            html.picture(curves, f"{_headline(facts)} over eps, both models"),
+            html.picture(curves, f"{_headline(facts)} over eps, all models"),
             note="An example that falls to a smaller eps counts as fallen at every larger one; so "
-            "does, from the trained eps on, what an attack of the table turned.",
+            "does, from the threat's eps on, what an attack of the table turned.",
         ),
         _deeds(facts),
         _examples(facts, samples),
-        _trust(facts, trained_against),
-        html.section("Training", html.picture(losses, "training losses, both models")),
+        _trust(facts),
+        html.section("Training", html.picture(losses, "training losses, all models")),
         html.section("Settings", html.source(settings)),
         html.section("Environment", html.table(["", ""], environment, text=[1])),
     ]
@@ -105,19 +103,19 @@ def _tiles(facts: dict[str, Any]) -> str:
     models, last = facts["models"], _attacks(facts)[-1]
     key, name = facts["measures"][0]
 
-    def pair(*keys: str) -> tuple[str, str]:
-        shown = []
-        for value in models.values():
+    def share(*keys: str) -> dict[str, str]:
+        shown = {}
+        for model, value in models.items():
             for key in keys:
                 value = value[key]
-            shown.append(f"{value:.1%}")
-        return shown[0], shown[1]
+            shown[model] = f"{value:.1%}"
+        return shown
 
     return html.tiles(
         [
-            (f"{name.capitalize()} without attack", *pair("clean", key)),
-            (f"{name.capitalize()} under {last}", *pair("attacks", last, key)),
-            (f"Flipped by {last}", *pair("attacks", last, "success_rate")),
+            (f"{name.capitalize()} without attack", share("clean", key)),
+            (f"{name.capitalize()} under {last}", share("attacks", last, key)),
+            (f"Flipped by {last}", share("attacks", last, "success_rate")),
         ]
     )
 
@@ -125,10 +123,10 @@ def _tiles(facts: dict[str, Any]) -> str:
 def _comparison(facts: dict[str, Any]) -> str:
     columns = [*(title for _, title in facts["measures"]), "flipped"]
     return html.section(
-        "Standard against hardened",
+        "Model against model",
         html.table(
-            ["", *columns, *columns],
-            summary_rows(facts),
+            ["", *columns * len(facts["models"])],
+            summary_rows(facts, list(facts["models"])),
             groups=[("", 1), *((name, len(columns)) for name in facts["models"])],
         ),
         note=f"Attacks: {threat_words(facts)}. {facts['note']} Flipped: share of the examples that "
@@ -171,23 +169,28 @@ def _examples(facts: dict[str, Any], samples: Sequence[Sequence[str]]) -> str:
     return html.section(
         "Examples",
         html.table(
-            [facts["words"]["sample"], "label", "before", "under attack", "before", "under attack"],
+            [
+                facts["words"]["sample"],
+                "label",
+                *["before", "under attack"] * len(facts["models"]),
+            ],
             samples,
             groups=[("", 2), *((name, 2) for name in facts["models"])],
             text=[0],
         ),
         note=f"{facts['shown'].capitalize()}, before and under {_attacks(facts)[-1]}: the first "
-        "examples that both models get right and that the attack turns on the standard one.",
+        "examples that all models get right and that the attack turns on the standard one.",
     )
 
 
-def _trust(facts: dict[str, Any], trained_against: str) -> str:
+def _trust(facts: dict[str, Any]) -> str:
     """The honesty checks, and what they cannot show."""
     failed = sum(not check["passed"] for check in facts["checks"])
     total, count = len(facts["checks"]), facts["examples"]
     verdict = f"{failed} of {total} checks fail: do not trust the figures above."
+    trained = "; ".join(f"{name}: {words}" for name, words in facts["variants"].items())
     limits = (
-        f"The hardened model was trained against {trained_against}; it is judged by "
+        f"What the models were trained on: {trained}. They are judged by "
         f"{', '.join(_attacks(facts))}, which see everything (weights, gradients, labels), and the "
         "worst outcome of each example counts. Still, an attack shows that an example can be "
         f"fooled, never that it cannot: {_headline(facts)} under attack is an upper bound. Moving "

@@ -74,7 +74,7 @@ def losses_of(model: nn.Module, interaction: Any) -> tuple[Tensor, Tensor]:
     # A loss that is no number is for the training to notice.
     if not torch.allclose(mean.detach(), its.detach(), rtol=1e-4, atol=1e-6, equal_nan=True):
         raise _uncovered(model, "its criterion is no mean over the samples")
-    total: Tensor = sum(found) if isinstance(found, tuple) else found
+    total: Any = sum(found) if isinstance(found, tuple) else found
     if value.requires_grad:
         (weight,) = torch.autograd.grad(
             total.sum(), value, retain_graph=True, materialize_grads=True

@@ -1,4 +1,4 @@
-"""The audit job: both models of a run under every attack of its recipe, and the report."""
+"""The audit job: all models of a run under every attack of its recipe, and the report."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ from embattle.data.batch import Batch
 from embattle.errors import InputError
 from embattle.files import remove_unfinished, replacing, write_text
 from embattle.jobs import recipe as recipes
+from embattle.jobs.attack_recipe import attack_recipe
 from embattle.jobs.doctor import version_of
-from embattle.jobs.recipe import AttackRecipe, AuditRecipe, Recipe
+from embattle.jobs.recipe import STANDARD, AuditRecipe, Recipe
 from embattle.jobs.run_folder import Run, locked
 from embattle.jobs.threat import make_attack
-from embattle.jobs.train import VARIANTS, read
+from embattle.jobs.train import read
 from embattle.perturb.site import Site
 from embattle.progress import bar, say
 from embattle.tasks.base import Task
@@ -87,19 +88,19 @@ def _audit(folder: Path, trust: bool) -> None:
     began = time.monotonic()
     run = Run.read(folder)
     remove_unfinished(folder)
-    unfinished = [name for name in VARIANTS if name not in run.variants]
+    recipe = recipes.load(folder / "recipe.yaml", trust=trust)
+    unfinished = [name for name in recipe.variants if name not in run.variants]
     if unfinished:
         raise InputError(
             f"{folder} is not finished ({', '.join(unfinished)} missing); "
             "go on with `embattle train --resume`"
         )
-    recipe = recipes.load(folder / "recipe.yaml", trust=trust)
     task, account = recipe.make_task(), Account()
     part = recipe.audit.part
     read(task, account, part)
     run.require(Run.of(task, account), folder)
     # Everything that is needed is looked at before the first attack, which may take minutes.
-    models = {name: task.load(folder / name).to(_device()) for name in VARIANTS}
+    models = {name: task.load(folder / name).to(_device()) for name in recipe.variants}
     facts: dict[str, Any] = {
         "name": recipe.name,
         "seed": recipe.seed,
@@ -113,6 +114,7 @@ def _audit(folder: Path, trust: bool) -> None:
         "facts": run.facts,
         "counts": run.counts,
         "threat": recipe.threat.model_dump(),
+        "variants": {name: variant.words for name, variant in recipe.variants.items()},
         "models": {},
         "checks": [],
     }
@@ -124,17 +126,17 @@ def _audit(folder: Path, trust: bool) -> None:
     few = batches[: math.ceil(CHECKED / len(batches[0]))]
     facts["checks"] = _check(recipe, task, victims, few, facts)
     facts |= {
-        "train_seconds": {name: run.variants[name].seconds for name in VARIANTS},
+        "train_seconds": {name: run.variants[name].seconds for name in recipe.variants},
         "audit_seconds": round(time.monotonic() - began, 1),
         "environment": _environment(),
     }
     labels = _labels(batches)
     curves = _curves(recipe, facts, task.kind.chance(labels))
-    losses = figures.losses_over_steps({str(name): run.variants[name].history for name in VARIANTS})
+    histories = {name: run.variants[name].history for name in recipe.variants}
+    losses = figures.losses_over_steps(histories)
     html = document(
         facts,
         settings=recipe.to_yaml(),
-        trained_against=recipe.harden.attack.label,
         curves=curves,
         losses=losses,
         samples=_samples(task, part, labels, victims),
@@ -226,10 +228,10 @@ def _check(
     strong = recipe.audit.sweep_attack
     key, title = task.kind.measures[0]
     checks = []
+    far = attack_recipe(kind="pgd", steps=20, step_size=0.1)
     for name, victim in victims.items():
         shares = {label: entry[key] for label, entry in facts["models"][name]["attacks"].items()}
         checks += order_checks(name, shares, noise=noise, gradient=gradient, measure=title)
-        far = AttackRecipe(kind="pgd", steps=20, step_size=0.1)
         huge = [
             make_attack(far, recipe.threat, generator, scale=scale, best=True)
             for scale in (10.0, 100.0, 1000.0)
@@ -237,26 +239,32 @@ def _check(
         checks.append(
             unbounded_check(name, victim.model, batches, victim.sites, huge, evaluator=task)
         )
-        other = next(v for n, v in victims.items() if n != name)
         attack = make_attack(strong, recipe.threat, generator)
-        pair = (victim.model, victim.sites), (other.model, other.sites)
         best = [victim.attacked[label].right for label in _as_strong(recipe.audit)]
         right = best[-1] if best else None
-        checks.append(transfer_check(name, *pair, batches, attack, right=right, evaluator=task))
+        for origin, other in victims.items():
+            if other is not victim:
+                pair = (victim.model, victim.sites), (other.model, other.sites)
+                checks.append(
+                    transfer_check(
+                        name, *pair, batches, attack, origin=origin, right=right, evaluator=task
+                    )
+                )
     return [asdict(check) for check in checks]
 
 
 def _samples(task: Task, part: str, labels: Tensor, victims: dict[str, Victim]) -> list[list[str]]:
-    """Samples that both models get right and the strongest attack turns on the standard one."""
-    standard, hardened = (victims[name] for name in VARIANTS)
+    """Samples that all models get right and the strongest attack turns on the standard one."""
+    standard = victims[STANDARD]
     last = list(standard.attacked)[-1]
-    turned = standard.right & hardened.right & ~standard.attacked[last].right
+    turned = torch.stack([victim.right for victim in victims.values()]).all(0)
+    turned &= ~standard.attacked[last].right
     rows = []
     for i in torch.nonzero(turned).flatten()[:8].tolist():
         shown = task.show(part, i)
         shown = shown if len(shown) <= 160 else shown[:157] + "..."
         cells = [shown, task.kind.show_label(labels[i])]
-        for victim in (standard, hardened):
+        for victim in victims.values():
             under = victim.attacked[last]
             for outputs, right in ((victim.clean, victim.right), (under.outputs, under.right)):
                 text = task.kind.show(outputs[i], labels[i])
@@ -272,12 +280,12 @@ def _labels(batches: Sequence[Batch]) -> Tensor:
 def _curves(recipe: Recipe, facts: dict[str, Any], chance: float | None) -> bytes:
     models, (key, title) = facts["models"], facts["measures"][0]
     return figures.accuracy_over_eps(
-        {name: models[name]["sweep"][key] for name in VARIANTS},
-        models["standard"]["sweep"]["eps"],
+        {name: model["sweep"][key] for name, model in models.items()},
+        models[STANDARD]["sweep"]["eps"],
         trained=recipe.threat.eps,
         chance=chance,
         unit=unit_words(facts),
-        attack=models["standard"]["sweep"]["attack"],
+        attack=models[STANDARD]["sweep"]["attack"],
         measure=title,
     )
 
@@ -311,17 +319,20 @@ def _print(facts: dict[str, Any], folder: Path) -> None:
     """The table, the checks and the path, as text."""
     say(f"{facts['name']}, seed {facts['seed']}, {facts['examples']} {facts['part']} examples")
     say(f"attacks: {threat_words(facts)}")
-    rows = summary_rows(facts)
-    first = max(len(row[0]) for row in rows)
     titles = [*(title for _, title in facts["measures"]), "flipped"]
     widths = [max(7, len(title) + 2) for title in titles]
     columns = "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))
-    say("")
-    say(" " * first + "".join(f"{name:^{len(columns)}}" for name in VARIANTS).rstrip())
-    say(" " * first + columns * len(VARIANTS))
-    for row in rows:
-        every = zip(row[1:], widths * len(VARIANTS), strict=True)
-        say(f"{row[0]:<{first}}{''.join(f'{cell:>{width}}' for cell, width in every)}".rstrip())
+    names = list(facts["models"])
+    # Two models stand side by side.
+    for pair in (names[i : i + 2] for i in range(0, len(names), 2)):
+        rows = summary_rows(facts, pair)
+        first = max(len(row[0]) for row in rows)
+        say("")
+        say(" " * first + "".join(f"{name:^{len(columns)}}" for name in pair).rstrip())
+        say(" " * first + columns * len(pair))
+        for row in rows:
+            every = zip(row[1:], widths * len(pair), strict=True)
+            say(f"{row[0]:<{first}}{''.join(f'{cell:>{width}}' for cell, width in every)}".rstrip())
     say("")
     for check in facts["checks"]:
         if not check["passed"]:

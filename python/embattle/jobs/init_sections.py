@@ -32,10 +32,11 @@ train:                             # the same for the standard and the hardened 
 """
 
 _HARDEN = """\
-harden:
-  attack: {{kind: {attack}}}
-  lam: {lam:<28}# weight of the loss under attack
-  warmup: 0.3                      # share of the steps in which eps grows
+variants:                          # besides the plain one, which is called standard
+  hardened:
+    attack: {{kind: {attack}}}
+    lam: {lam:<26}# weight of the loss under attack
+    eps_schedule: {{share: 0.3}}     # eps grows in this share of the steps
 """
 
 _AUDIT = """\

@@ -5,12 +5,12 @@ A recipe is read with the safe loader and checked field by field; a key nobody k
 
 from __future__ import annotations
 
-import types
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from embattle.data.recipe import Part
 from embattle.errors import InputError, closest, need
@@ -23,120 +23,39 @@ if not typing.TYPE_CHECKING:
 
 import yaml
 from pydantic import (
-    BaseModel,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 
+from embattle.jobs.attack_recipe import (
+    AttackChoice,
+    AttackRecipe,
+    ThreatRecipe,
+    attack_recipe,
+)
+from embattle.jobs.choices import locate
+from embattle.jobs.threat import check_attack
+from embattle.jobs.train_recipe import TrainRecipe
+from embattle.jobs.tune_recipe import TuneRecipe
+from embattle.jobs.variant_recipe import (
+    AttackedVariant,
+    MixedVariant,
+    PlainVariant,
+    VariantChoice,
+    check_training,
+)
+
 DEFAULT_TASK = "text_classification"
-
-
-class ThreatRecipe(Section):
-    """What the attacker may do; training and audit share it.
-
-    Attributes:
-        norm: the norm of a perturbation of the embeddings.
-        group: `sample` gives a whole sample (a text) one budget, `token` each of its vectors its
-            own.
-        eps: the budget; in units of `unit`.
-        unit: what eps counts in. `token_norm`: the mean norm (the attack's norm) of the model's own
-            embeddings in the batch, so that a model gains nothing from larger embeddings;
-            `mean_norm`: the same of whole groups; `absolute`: 1.
-    """
-
-    norm: Literal["l2", "linf", "l1"] = "l2"
-    group: Literal["sample", "token"] = "sample"
-    eps: NonNegativeFloat = 0.3
-    unit: Literal["token_norm", "mean_norm", "absolute"] = "token_norm"
-
-
-class AttackRecipe(Section):
-    """One attack on the threat model's ball.
-
-    Attributes:
-        kind: `noise` (no gradient), `fgsm` and `fgm` (one step of sign, or of the norm's steepest
-            ascent, to the edge of the ball), `pgd` (many projected steps).
-        steps: gradient steps of `pgd`.
-        step_size: length of a `pgd` step as a share of eps; null takes 2.5 / steps, at most 1.
-        random_start: whether `pgd` starts at a random point of the ball.
-        restarts: how often the attack is tried from a random start; the worst try counts.
-    """
-
-    kind: Literal["noise", "fgsm", "fgm", "pgd"] = "pgd"
-    steps: PositiveInt = 1
-    step_size: PositiveFloat | None = None
-    random_start: bool = False
-    restarts: PositiveInt = 1
-
-    @model_validator(mode="after")
-    def _restarts_differ(self) -> AttackRecipe:
-        if self.restarts > 1 and self.kind != "noise" and not self.random_start:
-            raise ValueError("restarts need random_start: true, or every try would be the same")
-        return self
-
-    @property
-    def label(self) -> str:
-        """A short name, such as `PGD-20 x2`."""
-        name = {"noise": "Noise", "fgsm": "FGSM", "fgm": "FGM", "pgd": f"PGD-{self.steps}"}
-        return name[self.kind] + (f" x{self.restarts}" if self.restarts > 1 else "")
-
-    @property
-    def detailed_label(self) -> str:
-        """The short name, the length of a step, and whether the start is random."""
-        step = f", step {self.step_share:g}" if self.kind == "pgd" else ""
-        return f"{self.label}{step}" + (", random start" if self.random_start else "")
-
-    @property
-    def step_share(self) -> float:
-        """The step as a share of eps."""
-        return self.step_size if self.step_size is not None else min(1.0, 2.5 / self.steps)
-
-
-class TrainRecipe(Section):
-    """The budget, the same for the standard and for the hardened model.
-
-    Attributes:
-        steps: optimiser steps.
-        batch_size: examples per step, over all processes.
-        batches: `random`, or `by_length`: of samples of similar length, so that little is padding
-            (for tasks whose samples have lengths, such as texts).
-        learning_rate: AdamW's, reached after the warm-up and decayed linearly to 0.
-        warmup: share of the steps in which the rate grows.
-        weight_decay: AdamW's.
-        max_grad_norm: bound on the norm of the whole gradient; null does not clip.
-        precision: mixed precision, as Accelerate knows it.
-        checkpoint_every: steps between checkpoints; 0 writes one on interruption only.
-    """
-
-    steps: PositiveInt = 300
-    batch_size: PositiveInt = 16
-    batches: Literal["random", "by_length"] = "random"
-    learning_rate: PositiveFloat = 1e-4
-    warmup: float = Field(default=0.1, ge=0, le=1)
-    weight_decay: NonNegativeFloat = 0.01
-    max_grad_norm: PositiveFloat | None = 1.0
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    checkpoint_every: NonNegativeInt = 0
-
-
-class HardenRecipe(Section):
-    """Adversarial training: the loss is clean + lam * adversarial.
-
-    Attributes:
-        attack: the attack trained against.
-        lam: weight of the adversarial loss.
-        warmup: share of the steps in which eps grows from 0.
-    """
-
-    attack: AttackRecipe = AttackRecipe(kind="pgd", steps=1)
-    lam: NonNegativeFloat = 1.0
-    warmup: float = Field(default=0.3, ge=0, le=1)
+#: The variant that the others are compared with.
+STANDARD = "standard"
+#: The folder of a run in which trackers write; no variant can be called so.
+TRACKED = "trackers"
 
 
 class AuditRecipe(Section):
@@ -152,16 +71,16 @@ class AuditRecipe(Section):
 
     part: Part = "test"
     batch_size: PositiveInt = 50
-    attacks: list[AttackRecipe] = Field(
+    attacks: list[AttackChoice] = Field(
         default=[
-            AttackRecipe(kind="noise", restarts=5),
-            AttackRecipe(kind="fgm"),
-            AttackRecipe(kind="pgd", steps=20, random_start=True, restarts=2),
+            attack_recipe(kind="noise", restarts=5),
+            attack_recipe(kind="fgm"),
+            attack_recipe(kind="pgd", steps=20, random_start=True, restarts=2),
         ],
         min_length=1,
     )
     sweep: list[PositiveFloat] = Field(default=[0.25, 0.5, 1.0, 1.5, 2.0, 4.0], min_length=1)
-    sweep_attack: AttackRecipe = AttackRecipe(kind="pgd", steps=10)
+    sweep_attack: AttackChoice = attack_recipe(kind="pgd", steps=10)
 
     def labelled(self) -> dict[str, AttackRecipe]:
         """The attacks by labels of which no two are alike.
@@ -193,6 +112,9 @@ class Recipe(Section):
         task: what the model predicts from which data: `text_classification`, or the place of a
             class of one's own, `my_file.py:MyTask` (see `embattle.tasks.find`). The sections `data`
             and `model` are the task's.
+        variants: what is trained, by the models' names. `standard`, a plain one, is always among
+            them: the others are compared with it.
+        tune: what `embattle tune` looks for.
         full: what `--full` changes: a partial recipe, already applied if `--full` was given.
     """
 
@@ -203,8 +125,11 @@ class Recipe(Section):
     model: Section
     threat: ThreatRecipe = ThreatRecipe()
     train: TrainRecipe = TrainRecipe()
-    harden: HardenRecipe = HardenRecipe()
+    variants: dict[str, VariantChoice] = Field(
+        default={"hardened": MixedVariant()}, validate_default=True
+    )
     audit: AuditRecipe = AuditRecipe()
+    tune: TuneRecipe | None = None
     full: dict[str, Any] = Field(default={})
 
     task_class: ClassVar[type[Task]]
@@ -213,13 +138,30 @@ class Recipe(Section):
         """The task, which has not read its data yet."""
         return self.task_class(self.data, self.model, self.seed)
 
+    @field_validator("variants")
+    @classmethod
+    def _plain_one(cls, variants: dict[str, VariantChoice]) -> dict[str, VariantChoice]:
+        for name in variants:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name == TRACKED:
+                raise ValueError(
+                    f"a variant cannot be called {name!r}: use letters, digits, - and _ (not "
+                    f"{TRACKED!r}), as it names a folder"
+                )
+        return {STANDARD: PlainVariant(objective="plain"), **variants}
+
     @model_validator(mode="after")
-    def _fits_the_ball(self) -> Recipe:
-        attacks = [self.harden.attack, *self.audit.attacks, self.audit.sweep_attack]
-        if self.threat.norm != "linf" and any(attack.kind == "fgsm" for attack in attacks):
-            raise ValueError(
-                f"kind fgsm steps in the linf norm, threat.norm is {self.threat.norm}: use fgm"
-            )
+    def _goes_together(self) -> Recipe:
+        audit = self.audit
+        attacks = {f"audit.attacks.{i}": attack for i, attack in enumerate(audit.attacks)}
+        attacks["audit.sweep_attack"] = audit.sweep_attack
+        if self.train.validation is not None:
+            attacks["train.validation.attack"] = self.train.validation.attack
+        for name, variant in self.variants.items():
+            check_training(f"variants.{name}", variant, self.train.precision, self.train.accumulate)
+            if isinstance(variant, AttackedVariant):
+                attacks[f"variants.{name}.attack"] = variant.attack
+        for key, attack in attacks.items():
+            check_attack(key, attack, self.threat)
         return self
 
     def to_yaml(self) -> str:
@@ -275,6 +217,23 @@ def load(
         chosen = _merge(chosen, _assignment(change))
         _check(chosen, f"--set {change}", trust)
     return _check(chosen, str(path), trust)
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with other values at some dotted keys; a mapping replaces what is there.
+
+    Raises:
+        InputError: naming the changes, the key, and what would be right.
+    """
+    raw: dict[str, Any] = recipe.model_dump(mode="json", exclude_unset=True)
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        inside = raw
+        for name in sections:
+            inside = inside.setdefault(name, {})
+        inside[last] = value
+    said = ", ".join(f"{key}={value}" for key, value in changes.items())
+    return _check(raw, said, trust=True)  # its task was run already
 
 
 def named_task(path: Path) -> Any:
@@ -377,25 +336,22 @@ def _check(raw: Mapping[str, Any], origin: str, trust: bool) -> Recipe:
     except ValidationError as errors:
         first = min(errors.errors(), key=lambda e: e["type"] != "extra_forbidden")
         spot = first["loc"]
-        key = ".".join(str(step) for step in spot)
+        key = locate(kind, spot)[0]
         if first["type"] == "extra_forbidden":
-            known = closest(str(spot[-1]), _keys(kind, spot[:-1]))
-            raise InputError(f"{origin}: unknown key {key}; {known}") from errors
+            _, keys, which = locate(kind, spot[:-1])
+            where = f" in {which}" if which else ""
+            known = closest(str(spot[-1]), keys)
+            raise InputError(f"{origin}: unknown key {key}{where}; {known}") from errors
+        if first["type"] == "union_tag_invalid":
+            tags = first["ctx"]["expected_tags"].strip("'").split("', '")
+            of, tag = first["ctx"]["discriminator"].removesuffix("()"), first["ctx"]["tag"]
+            raise InputError(f"{origin}: {key}.{of}: {tag!r}; {closest(tag, tags)}") from errors
+        if first["type"] == "union_tag_not_found":
+            of = first["ctx"]["discriminator"].removesuffix("()")
+            raise InputError(f"{origin}: {key}.{of} is missing; add it") from errors
         what = first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
             raise InputError(f"{origin}: {key} is missing; add it") from errors
         given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
-        raise InputError(f"{origin}: {key or 'recipe'}: {what}{given}") from errors
-
-
-def _keys(recipe: type[Recipe], spot: Sequence[int | str]) -> list[str]:
-    """The keys known at a place in the recipe."""
-    kind: Any = recipe
-    for step in spot:
-        if isinstance(step, str):
-            kind = kind.model_fields[step].annotation
-        for inner in typing.get_args(kind):
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                kind = inner
-    assert not isinstance(kind, types.UnionType)
-    return list(kind.model_fields)
+        where = f"{key}: " if key else ""
+        raise InputError(f"{origin}: {where}{what}{given}") from errors

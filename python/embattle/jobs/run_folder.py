@@ -32,6 +32,8 @@ class Trained(BaseModel):
         seconds: the training took.
         validation: what is right of the validation part, and its loss; empty without one.
         history: the figures of each step.
+        looks: the figures of each look at the validation part (`train.validation`).
+        chosen: the step whose weights were taken; None: the last.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -39,6 +41,13 @@ class Trained(BaseModel):
     seconds: float
     validation: dict[str, float]
     history: list[dict[str, float]]
+    looks: list[dict[str, float]] = []
+    chosen: int | None = None
+
+    @property
+    def chosen_look(self) -> dict[str, float]:
+        """The look at the weights that were taken."""
+        return [look for look in self.looks if self.chosen in (None, look["step"])][-1]
 
 
 class Run(BaseModel):
@@ -59,7 +68,7 @@ class Run(BaseModel):
     counts: dict[str, Any]
     fingerprint: str
     reading: list[str] = []
-    variants: dict[Literal["standard", "hardened"], Trained] = {}
+    variants: dict[str, Trained] = {}
 
     @classmethod
     def of(cls, task: Task, account: Account) -> Run:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from embattle.attacks import FGM, FGSM, PGD, Attack, UniformNoise
-from embattle.jobs.recipe import AttackRecipe, Recipe, ThreatRecipe
-from embattle.objectives import AdversarialObjective
-from embattle.objectives.schedules import WarmUp
-from embattle.perturb.attacked_batch import Masks
-from embattle.perturb.evaluation import LossFn
-from embattle.perturb.site import Site
+from embattle.attacks import Attack, BoxStart, GaussianStart
+from embattle.jobs.attack_recipe import AttackRecipe, ThreatRecipe
 from embattle.perturb.strength import Relative
+
+# The attacks whose best iterate may be kept: the others keep it anyway, or have no other.
+_ITERATED = ("pgd", "msap", "mifgsm", "smart")
+_OWN = frozenset(("kind", "start"))
 
 
 def make_attack(
@@ -33,76 +30,54 @@ def make_attack(
         threat: norm, radius and its unit.
         generator: source of random starts.
         scale: factor on the radius.
-        best: whether `pgd` keeps its best iterate instead of the last.
+        best: whether an attack of many steps keeps its best iterate instead of the last.
 
     Returns:
         The attack.
+
+    Raises:
+        ValueError: the attack is not one of the threat's norm.
     """
 
     def strength(share: float) -> float | Relative:
         value = threat.eps * scale * share
         return value if threat.unit == "absolute" else Relative(value, to=threat.unit)
 
-    common: dict[str, Any] = {
-        "norm": threat.norm,
-        "eps": strength(1.0),
-        "restarts": recipe.restarts,
-        "generator": generator,
+    options: dict[str, Any] = {
+        name: getattr(recipe, name) for name in type(recipe).model_fields if name not in _OWN
     }
-    if recipe.kind == "noise":
-        return UniformNoise(**common)
     if recipe.kind == "pgd":
-        return PGD(
-            **common,
-            steps=recipe.steps,
-            step_size=strength(recipe.step_share),
-            random_start=recipe.random_start,
-            keep="best" if best else "last",
-        )
-    return (FGSM if recipe.kind == "fgsm" else FGM)(**common, random_start=recipe.random_start)
+        options["step_size"] = recipe.step_share
+    for name in recipe.lengths:
+        if options[name] is not None:
+            options[name] = strength(options[name])
+    if recipe.start is not None:
+        start = {"gaussian": GaussianStart, "box": BoxStart}[recipe.start.kind]
+        options["random_start"] = start(strength(recipe.start.size))
+    if best and recipe.kind in _ITERATED:
+        options["keep"] = "best"
+    if recipe.kind != "neftune":  # its alpha is its radius
+        options |= {"norm": threat.norm, "eps": strength(1.0)}
+    made: Attack = recipe.made(**options, generator=generator)
+    return made
 
 
-class Hardening:
-    """The loss of the hardened run: clean + lam * adversarial, with eps warming up.
+def check_attack(key: str, recipe: AttackRecipe, threat: ThreatRecipe) -> None:
+    """Checks that an attack is one of the threat's norm.
 
     Args:
-        recipe: the job.
-        sites: what is perturbed.
-        generator: source of random starts.
-        share_clean_pass: let the attack start from the clean pass's gradient; not possible with
-            several processes, or with a float16 gradient scaler.
+        key: the attack's place in the recipe.
+        recipe: the attack.
+        threat: the threat.
+
+    Raises:
+        ValueError: it is not.
     """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        sites: Sequence[Site],
-        generator: torch.Generator,
-        *,
-        share_clean_pass: bool,
-    ) -> None:
-        self.eps = recipe.threat.eps
-        self.objective = AdversarialObjective(
-            make_attack(recipe.harden.attack, recipe.threat, generator),
-            sites,
-            lam=recipe.harden.lam,
-            eps_schedule=WarmUp(round(recipe.harden.warmup * recipe.train.steps)),
-            early_backward=share_clean_pass,
+    if recipe.kind == "fgsm" and threat.norm != "linf":
+        raise ValueError(
+            f"{key}: kind fgsm steps in the linf norm, threat.norm is {threat.norm}: use fgm"
         )
-
-    def step(self, loss_fn: LossFn, mask: Masks, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The loss to differentiate at a step, and the figures to show.
-
-        Args:
-            loss_fn: runs the model on the batch and gives its evaluation.
-            mask: what may move.
-            step: number of the step, from 0; the warm-up depends on it alone.
-        """
-        self.objective.step = step
-        loss, metrics = self.objective(loss_fn, mask=mask)
-        figures = {
-            "loss": float(metrics["clean_loss"]),
-            "robust_loss": float(metrics.get("adversarial_loss", metrics["clean_loss"])),
-            "eps": self.eps * float(metrics["eps_scale"]),
-        }
-        return loss, figures
+    try:
+        make_attack(recipe, threat, torch.Generator())
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}; threat.norm is {threat.norm}") from error

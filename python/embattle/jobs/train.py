@@ -1,51 +1,32 @@
-"""The training job: one model as usual, one hardened, both under the same budget.
+"""The training job: a model for each variant of the recipe, all under the same budget.
 
-The two runs share the data, the order of the batches, the first weights and the number of optimiser
-steps; they differ in the loss alone. Accelerate brings devices, processes and mixed precision.
+They share the data, the order of the batches, the first weights and the number of optimiser steps;
+they differ in the loss alone. Accelerate brings devices, processes and mixed precision.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from embattle.audit.evaluation import predict
 from embattle.data.account import Account
-from embattle.data.batch import Batch
-from embattle.data.buckets import LengthBuckets
-from embattle.errors import InputError, Interrupted, need
-from embattle.files import remove_unfinished, write_text
-from embattle.jobs.checkpoint import (
-    Checkpoint,
-    model_tensors,
-    optimizer_tensors,
-    random_tensors,
-    restore_model,
-    restore_optimizer,
-    restore_random,
-)
-from embattle.jobs.recipe import Recipe
-from embattle.jobs.run_folder import Run, Trained, begin, check_place, clear, find_run, locked
-from embattle.jobs.threat import Hardening
-from embattle.perturb.evaluation import Evaluation
-from embattle.progress import bar, say
+from embattle.errors import InputError, need
+from embattle.files import remove_unfinished
+from embattle.jobs.fit import Fit, first_model
+from embattle.jobs.loss import rehearse
+from embattle.jobs.recipe import TRACKED, Recipe
+from embattle.jobs.run_folder import Run, begin, check_place, clear, find_run, locked
+from embattle.progress import say
 from embattle.tasks.base import Task
-
-VARIANTS: tuple[Literal["standard"], Literal["hardened"]] = ("standard", "hardened")
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Trains both models and leaves them in a folder.
+    """Trains the models of all variants and leaves them in a folder.
 
     Nothing is written before the data and the model are there.
 
@@ -61,7 +42,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = 
     """
     began = time.monotonic()
     task = recipe.make_task()
-    accelerator = _accelerator(recipe, task)
+    accelerator = make_accelerator(recipe, task, out)
     check_place(out, resume=resume, overwrite=overwrite)
     with locked(out, f"train {recipe.name}") if accelerator.is_main_process else nullcontext():
         done = _train(recipe, task, out, accelerator, resume=resume, overwrite=overwrite)
@@ -77,7 +58,7 @@ def _train(
     """The same, in a folder that no other process works in; False if there was nothing to do."""
     first = accelerator.is_main_process
     old = find_run(recipe, out, resume=resume, overwrite=overwrite)
-    if old is not None and set(old.variants) >= set(VARIANTS):
+    if old is not None and set(old.variants) >= set(recipe.variants):
         return False
     if first:
         remove_unfinished(out)
@@ -85,10 +66,12 @@ def _train(
     account = Account()
     try:
         with accelerator.main_process_first():
-            read(task, account, "train", recipe.audit.part)
+            looked_at = () if recipe.train.validation is None else ("validation",)
+            read(task, account, "train", *looked_at, recipe.audit.part)
             probe = first_model(task)
         if first:
             task.note_encoding(account, probe)
+        rehearse(recipe, task, probe, processes=accelerator.num_processes)
     finally:
         if first:
             for line in account.lines():
@@ -100,11 +83,13 @@ def _train(
     if first and old is None:
         begin(run, recipe, out)
     accelerator.wait_for_everyone()
+    if recipe.train.trackers:
+        (out / TRACKED).mkdir(exist_ok=True)
+        accelerator.init_trackers(recipe.name, init_kwargs={"wandb": {"dir": str(out / TRACKED)}})
     try:
-        for variant in VARIANTS:
+        for variant in recipe.variants:
             if variant not in run.variants:
-                facts = Fit(recipe, variant, task, out, accelerator).go()
-                run.variants[variant] = Trained(**facts)
+                run.variants[variant] = Fit(recipe, variant, task, out, accelerator).go()
                 if first:
                     run.write(out)
                 accelerator.wait_for_everyone()
@@ -114,16 +99,6 @@ def _train(
             clear(out)
         raise
     return True
-
-
-def first_model(task: Task) -> nn.Module:
-    """The model with its first weights, in training mode; the same for the same seed.
-
-    The state of torch's random numbers stays as it was.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(task.seed)
-        return task.build().train()
 
 
 def read(task: Task, account: Account, *parts: str) -> None:
@@ -150,8 +125,13 @@ def read(task: Task, account: Account, *parts: str) -> None:
             )
 
 
-def _accelerator(recipe: Recipe, task: Task) -> Any:
+def make_accelerator(recipe: Recipe, task: Task, out: Path) -> Any:
     """Accelerate's view of the devices and processes.
+
+    Args:
+        recipe: the job.
+        task: its task.
+        out: the run's folder, for trackers.
 
     Raises:
         InputError: if processes were started that do not know of each other, or the batch cannot
@@ -165,274 +145,24 @@ def _accelerator(recipe: Recipe, task: Task) -> Any:
             "torchrun"
         )
     accelerate = need("accelerate")
+    for tracker in recipe.train.trackers:
+        need(tracker, "trackers")
     accelerator = accelerate.Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision=recipe.train.precision
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=recipe.train.precision,
+        gradient_accumulation_steps=recipe.train.accumulate,
+        log_with=list(recipe.train.trackers) or None,
+        project_config=accelerate.utils.ProjectConfiguration(str(out), str(out / TRACKED)),
     )
     if world != accelerator.num_processes:
         raise InputError(
             f"{world} processes were started but each is alone (Accelerate sees "
             f"{accelerator.num_processes}); start them with torchrun"
         )
-    if recipe.train.batch_size % world:
+    if recipe.train.batch_size % (world * recipe.train.accumulate):
+        among = f"{world} processes" if world > 1 else f"{recipe.train.accumulate} passes"
         raise InputError(
-            f"train.batch_size: {recipe.train.batch_size} cannot be divided among {world} processes"
+            f"train.batch_size: {recipe.train.batch_size} cannot be divided among {among}"
+            + (f" of {recipe.train.accumulate} passes" if world > 1 else "")
         )
     return accelerator
-
-
-class Fit:
-    """One model's training, from its first weights or from a checkpoint to its files.
-
-    Args:
-        recipe: the job.
-        variant: `standard` or `hardened`.
-        task: has read its data.
-        out: the run's folder.
-        accelerator: Accelerate's object.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        variant: str,
-        task: Task,
-        out: Path,
-        accelerator: Any,
-    ) -> None:
-        self.recipe, self.variant, self.task, self.out = recipe, variant, task, out
-        self.accelerator = accelerator
-        self.checkpoint = out / variant / "checkpoint.safetensors"
-        rank = accelerator.process_index
-        torch.manual_seed(recipe.seed + rank)
-        self.generator = torch.Generator().manual_seed(recipe.seed + 1000 + rank)
-        self.bare = first_model(task)
-        self.hardening: Hardening | None = None
-        if variant == "hardened":
-            alone = accelerator.num_processes == 1 and recipe.train.precision != "fp16"
-            sites = task.sites(self.bare, recipe.threat.group)
-            self.hardening = Hardening(recipe, sites, self.generator, share_clean_pass=alone)
-        trained = [p for p in self.bare.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=0.0, weight_decay=recipe.train.weight_decay, fused=True
-        )
-        self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
-        self.history: list[dict[str, float]] = []
-        # The epoch that is under way, with its batches.
-        self._order: tuple[int, Sequence[Tensor]] | None = None
-        self._buckets: LengthBuckets | None = None
-        self.seconds = 0.0
-        if self.checkpoint.is_file():
-            self._restore()
-
-    def go(self) -> dict[str, Any]:
-        """Trains to the end and saves the model.
-
-        Returns:
-            What `run.json` keeps about it.
-
-        Raises:
-            Interrupted: after a checkpoint was written.
-            InputError: if the loss is no longer a number.
-        """
-        steps, every = self.recipe.train.steps, self.recipe.train.checkpoint_every
-        start = len(self.history)
-        began = time.monotonic() - self.seconds
-        first = self.accelerator.is_main_process
-        with _stop_requests() as stop, bar(self.variant, steps, start=start, shown=first) as show:
-            for step in range(start, steps):
-                figures = self._step(step)
-                self.history.append(figures)
-                self.seconds = time.monotonic() - began
-                show(step + 1, figures)
-                last = step + 1 == steps
-                if self._agreed(stop()) and not last:
-                    self._save_checkpoint()
-                    raise Interrupted(
-                        f"stopped after step {step + 1} of {steps} ({self.variant}); the same "
-                        "command with --resume goes on from there"
-                    )
-                if every and (step + 1) % every == 0 and not last:
-                    self._save_checkpoint()
-        facts = {
-            "seconds": round(self.seconds, 1),
-            "validation": self._validate(),
-            "history": self.history,
-        }
-        if first:
-            folder = self.out / self.variant
-            self.task.save(self.bare, folder)
-            write_text(folder / "recipe.yaml", self.recipe.to_yaml())
-            self.checkpoint.unlink(missing_ok=True)
-        return facts
-
-    def _step(self, step: int) -> dict[str, float]:
-        """One optimiser step."""
-        rate = self.recipe.train.learning_rate * _rate(step, self.recipe)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batch = self._batch(step)
-
-        def evaluate() -> Evaluation:
-            return self.task.evaluate(self.model, batch)
-
-        if self.hardening is None:
-            losses = evaluate().losses
-            if losses is None:
-                raise InputError(
-                    f"task {self.recipe.task}: the training part has no labels, so no losses"
-                )
-            loss = losses.mean()
-            figures = {"loss": float(loss.detach())}
-        else:
-            loss, figures = self.hardening.step(evaluate, self.task.mask(batch), step)
-        if not math.isfinite(float(loss.detach())):
-            raise InputError(
-                f"the {self.variant} loss is no longer a number at step {step + 1}: lower "
-                "train.learning_rate or threat.eps, or raise harden.warmup"
-            )
-        self.accelerator.backward(loss)
-        bound = self.recipe.train.max_grad_norm
-        if bound is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), bound)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return figures
-
-    def _batch(self, step: int) -> Batch:
-        """This process's share of the step's batch, on the device."""
-        size = min(self.recipe.train.batch_size, len(self.task.parts["train"]))
-        epoch, position = divmod(step, len(self.task.parts["train"]) // size)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, self._batches(epoch, size)
-        rows = self._order[1][position]
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        drawn = self.recipe.seed * 1_000_003 + step * ranks + rank
-        batch = self.task.batch(self.bare, "train", rows[rank::ranks], seed=drawn)
-        return batch.to(self.accelerator.device)
-
-    def _batches(self, epoch: int, size: int) -> Sequence[Tensor]:
-        """The places of an epoch's samples, batch by batch; what fills no batch is left out."""
-        count = len(self.task.parts["train"])
-        if self.recipe.train.batches == "random":
-            shuffle = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
-            order = torch.randperm(count, generator=shuffle)[: count // size * size]
-            return torch.split(order, size)
-        if self._buckets is None:
-            lengths = self.task.lengths(self.bare, "train")
-            if lengths is None:
-                raise InputError(
-                    f"train.batches: the samples of task {self.recipe.task} have no lengths; use "
-                    "random"
-                )
-            self._buckets = LengthBuckets(lengths, size, seed=self.recipe.seed)
-        return [torch.tensor(b) for b in self._buckets.batches(epoch) if len(b) == size]
-
-    def _validate(self) -> dict[str, float]:
-        """What is right of the validation part, and its loss; nothing if there is no such part."""
-        if not len(self.task.parts.get("validation", ())):
-            return {}
-        batches = self.task.batches(self.bare, "validation", 100)
-        outputs, kind = predict(self.bare, batches, self.task), self.task.kind
-        labels = torch.cat([batch.known_labels() for batch in batches])
-        return {
-            kind.measures[0][0]: float(kind.right(outputs, labels).float().mean()),
-            "loss": float(kind.losses(outputs, labels).mean()),
-        }
-
-    def _agreed(self, stop: bool) -> bool:
-        """Whether any process was asked to stop; all give the same answer."""
-        if self.accelerator.num_processes == 1:
-            return stop
-        flag = torch.tensor([float(stop)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum").item())
-
-    def _save_checkpoint(self) -> None:
-        """Writes the state at a step boundary; random states of all processes included."""
-        tensors = {**model_tensors(self.bare), **optimizer_tensors(self.optimizer.optimizer)}
-        for name, state in random_tensors(self.generator).items():
-            mine = state.to(self.accelerator.device)[None]
-            tensors[name] = self.accelerator.gather(mine)
-        facts = {
-            "variant": self.variant,
-            "processes": self.accelerator.num_processes,
-            "history": self.history,
-            "seconds": self.seconds,
-        }
-        if self.accelerator.scaler is not None:
-            facts["scaler"] = self.accelerator.scaler.state_dict()
-        if self.accelerator.is_main_process:
-            Checkpoint(tensors, facts).save(self.checkpoint)
-        self.accelerator.wait_for_everyone()
-
-    def _restore(self) -> None:
-        saved = Checkpoint.load(self.checkpoint)
-        try:
-            self._take(saved)
-        except InputError:
-            raise
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{self.checkpoint} does not fit this run ({type(error).__name__}: {reason}); "
-                "start again with --overwrite"
-            ) from error
-
-    def _take(self, saved: Checkpoint) -> None:
-        """Puts a checkpoint's state in place."""
-        if saved.facts["processes"] != self.accelerator.num_processes:
-            raise InputError(
-                f"{self.checkpoint} was written by {saved.facts['processes']} processes; continue "
-                "with as many"
-            )
-        if saved.facts["variant"] != self.variant:
-            raise ValueError(f"it is the {saved.facts['variant']} model's")
-        history = [{k: float(v) for k, v in step.items()} for step in saved.facts["history"]]
-        if not 0 < len(history) < self.recipe.train.steps:
-            raise ValueError(f"it was written after step {len(history)}")
-        restore_model(self.bare, saved.tensors)
-        restore_optimizer(self.optimizer.optimizer, saved.tensors)
-        rank = self.accelerator.process_index
-        restore_random(
-            self.generator,
-            {k: x[rank] for k, x in saved.tensors.items() if k.startswith("random.")},
-        )
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(saved.facts["scaler"])
-        self.history = history
-        self.seconds = float(saved.facts["seconds"])
-
-
-def _rate(step: int, recipe: Recipe) -> float:
-    """Linear growth over the warm-up, then linear decay; the last step's rate is above 0."""
-    steps = recipe.train.steps
-    warm = round(recipe.train.warmup * steps)
-    if step < warm:
-        return (step + 1) / warm
-    return (steps - step) / max(1, steps - warm)
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Any]:
-    """Lets Ctrl-C and SIGTERM finish the step first; a second Ctrl-C stops at once.
-
-    Yields:
-        A function that tells whether a stop was asked for.
-    """
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

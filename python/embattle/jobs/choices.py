@@ -1,0 +1,141 @@
+"""Sections that a recipe has one of several kinds of, with options of the library's classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Union
+
+from pydantic import BaseModel, Discriminator, Tag, create_model, model_validator
+
+from embattle.sections import Section
+
+
+class Option(Section):
+    """A section that stands for an object of the library.
+
+    Attributes:
+        kind: which class of the library.
+        made: that class.
+    """
+
+    kind: str
+    made: ClassVar[type[Any]]
+
+
+class PlainOption(Option):
+    """The same, where the object needs nothing else; the class's own checks are the section's."""
+
+    def make(self) -> Any:
+        """The object."""
+        return self.made(**self.model_dump(exclude={"kind"}))
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> PlainOption:
+        self.make()
+        return self
+
+
+def section_of(
+    base: type[Option],
+    kind: str,
+    made: type[Any],
+    *,
+    without: Collection[str] = (),
+    own: Mapping[str, tuple[Any, Any]] = types.MappingProxyType({}),
+) -> type[Any]:
+    """The section for one of the library's dataclasses: its fields are the section's.
+
+    Args:
+        base: what the section derives from.
+        kind: the section's name, as recipes write it.
+        made: the dataclass.
+        without: fields that recipes do not give.
+        own: type and default of fields that recipes give in another way.
+    """
+    hints = typing.get_type_hints(made)
+    options: dict[str, Any] = {"kind": (Literal[kind], kind)}
+    for field in dataclasses.fields(made):
+        if not field.init or field.name in without or field.name in own:
+            continue
+        default = ... if field.default is dataclasses.MISSING else field.default
+        options[field.name] = (hints[field.name], default)
+    options.update(own)
+    section: type[Any] = create_model(f"{made.__name__}Recipe", __base__=base, **options)
+    section.made = made
+    return section
+
+
+def choice(members: Mapping[str, type[Any]], key: str, default: str | None = None) -> Any:
+    """The type of a section that is one of several, told apart by a key of theirs.
+
+    Args:
+        members: the sections by the key's value.
+        key: the key.
+        default: its value where a recipe leaves it out.
+    """
+
+    def tag(value: Any) -> Any:
+        found = value.get(key, default) if isinstance(value, Mapping) else getattr(value, key, None)
+        return found if found is None or isinstance(found, str) else repr(found)
+
+    tag.__name__ = key  # pydantic names it in its errors
+    tagged = tuple(Annotated[member, Tag(name)] for name, member in members.items())
+    return Annotated[Union[tagged], Discriminator(tag)]  # noqa: UP007
+
+
+def locate(kind: Any, spot: Sequence[int | str]) -> tuple[str, list[str], str]:
+    """Where in a recipe one of pydantic's errors is.
+
+    Args:
+        kind: the recipe's class.
+        spot: the place in pydantic's words, with the tags of sections that are told apart by a key.
+
+    Returns:
+        The dotted key; the keys that are known at the place; and which of several sections it is,
+        "" where there is one.
+    """
+    shown: list[str] = []
+    which = ""
+    for step in spot:
+        kind, said = _inside(kind, step)
+        which = "" if said else str(step)
+        if said:
+            shown.append(str(step))
+    kind = _plain(kind)
+    known = list(kind.model_fields) if _is_section(kind) else []
+    return ".".join(shown), known, which
+
+
+def _inside(kind: Any, step: int | str) -> tuple[Any, bool]:
+    """What is at a step inside of a type, and whether the step is one of the recipe's own."""
+    kind = _plain(kind)
+    inner = typing.get_args(kind)
+    if _is_section(kind):
+        field = kind.model_fields.get(step)
+        return (None if field is None else field.annotation), True
+    for member in inner:
+        if any(isinstance(x, Tag) and x.tag == step for x in getattr(member, "__metadata__", ())):
+            return member, False
+    # A list's or a mapping's entry; of other unions the member that is a section.
+    return (inner[-1] if inner and not _is_union(kind) else kind), True
+
+
+def _plain(kind: Any) -> Any:
+    """A type without annotations, and without None."""
+    while True:
+        inner = [x for x in typing.get_args(kind) if x is not types.NoneType]
+        if typing.get_origin(kind) is Annotated or (_is_union(kind) and len(inner) == 1):
+            kind = inner[0]
+        else:
+            return kind
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (Union, types.UnionType)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

@@ -1,0 +1,383 @@
+"""Variants of a job: what goes together, what each trains on, and how it goes on after a stop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("accelerate")
+pytest.importorskip("matplotlib")
+pytest.importorskip("pyarrow")
+pytest.importorskip("pydantic")
+pytest.importorskip("torchmetrics")
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+import torch
+import yaml
+from embattle import attacks, objectives
+from embattle.data.account import Account
+from embattle.errors import InputError
+from embattle.jobs import fit
+from embattle.jobs import recipe as recipes
+from embattle.jobs.attack_recipe import ATTACKS
+from embattle.jobs.fit import first_model
+from embattle.jobs.loss import rehearse
+from embattle.jobs.run_folder import Run
+from embattle.jobs.threat import make_attack
+from embattle.jobs.validation import Validation
+from embattle.jobs.variant_recipe import OBJECTIVES
+from safetensors.torch import load_file
+from test_tabular import write
+from tiny_job import invoke
+from torch import Tensor
+
+RANDOM = {"kind": "pgd", "steps": 2, "random_start": True}
+#: A variant for each objective, and for each option with a state.
+EVERY: dict[str, dict[str, object]] = {
+    "clipped": {"objective": "plain", "clipping": {"max_norm": 0.5}},
+    "hardened": {
+        "attack": {"kind": "pgd", "steps": 2},
+        "masking": {"kind": "norm_bound", "bound": 9},
+    },
+    "both": {"clipping": {"max_norm": 0.5, "noise_multiplier": 0.1}},
+    "only": {"objective": "adversarial", "attack": RANDOM, "awp": {"gamma": 0.01}},
+    "adaptive": {"eps_schedule": {"kind": "adaptive", "target": 0.4, "every": 2}},
+    "trades": {"objective": "trades", "attack": RANDOM},
+    "vat": {"objective": "vat", "attack": {"kind": "vat"}},
+    "smart": {"objective": "smart", "attack": {"kind": "smart"}, "bregman": {}},
+    "mart": {"objective": "mart", "lam_schedule": {"kind": "cosine"}},
+    "alp": {"objective": "alp", "masking": {"kind": "loss_quantile", "quantile": 0.9}},
+    "r3f": {"objective": "r3f"},
+    "free": {"objective": "free", "attack": RANDOM},
+    "freeat": {"objective": "freeat", "replays": 3},
+}
+
+
+def recipe_of(folder: Path, **changes: object) -> Path:
+    """A recipe for a small table, all but the model and the budget as usual."""
+    if not (folder / "census.csv").exists():
+        write(folder / "census.csv", 200)
+    recipe = {
+        "name": "tiny",
+        "seed": 3,
+        "task": "tabular",
+        "data": {"path": str(folder / "census.csv"), "label": "income", "missing": ["?"]},
+        "model": {"dim": 4, "hidden": [8], "dropout": 0.1},
+        "threat": {"eps": 0.5},
+        "train": {"steps": 6, "batch_size": 16, "learning_rate": 0.02},
+        "audit": {"attacks": [{"kind": "apgd", "steps": 3}], "sweep": [1.0]},
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def load(folder: Path, **changes: object) -> recipes.Recipe:
+    return recipes.load(recipe_of(folder, **changes))
+
+
+def test_every_objective_and_attack_has_a_section() -> None:
+    assert set(OBJECTIVES) == {"plain", *objectives.FORMS}
+    known = {made for made in vars(attacks).values() if isinstance(made, type)}
+    batchwise = {made for made in known if issubclass(made, attacks.Attack)} - {attacks.Attack}
+    # These are for examining a model, not for training it.
+    examining = {attacks.AutoAttack, attacks.FMN, attacks.Square}
+    assert batchwise - examining == {section.made for section in ATTACKS.values()}
+
+
+@pytest.mark.parametrize("kind", ATTACKS)
+def test_an_attack_gets_the_threats_ball_and_its_own_options(kind: str) -> None:
+    needed = {"gaussian_noise": {"std": 0.5}}.get(kind, {})
+    threat = {"norm": "linf" if kind == "fgsm" else "l2", "eps": 0.5, "unit": "absolute"}
+    ball = recipes.ThreatRecipe.model_validate(threat)
+    made = make_attack(ATTACKS[kind](**needed), ball, torch.Generator(), scale=2.0)
+    assert type(made) is ATTACKS[kind].made
+    if kind == "neftune":
+        assert made.alpha == 5.0
+    else:
+        assert (made.eps, made.norm) == (1.0, threat["norm"])
+    if kind == "gaussian_noise":
+        assert made.std == 0.5
+    if kind == "pgd":
+        assert made.step_size == 1.0
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ({"objective": "trade"}, r"variants.a.objective: 'trade'; did you mean 'trades'"),
+        ({"lamm": 1}, "variants.a.lamm in mixed; did you mean 'lam'"),
+        ({"objective": "free", "masking": {"kind": "loss_bound", "bound": 1}}, "masking in free"),
+        ({"objective": "free", "clipping": {}}, "unknown key variants.a.clipping in free"),
+        ({"objective": "trades", "clipping": {}}, "unknown key variants.a.clipping in trades"),
+        ({"objective": "plain", "masking": {}}, "unknown key variants.a.masking in plain"),
+        ({"objective": "adversarial", "lam": 2}, "unknown key variants.a.lam in adversarial"),
+        ({"clipping": {}, "awp": {}}, "clipping and awp exclude each other"),
+        ({"objective": "trades", "attack": {"kind": "pgd"}}, "write attack.random_start: true"),
+        ({"objective": "r3f", "attack": {"kind": "pgd"}}, "r3f takes noise, not attack pgd"),
+        ({"objective": "free", "attack": {"kind": "apgd"}}, "not of apgd: use pgd"),
+        ({"objective": "free", "attack": {"mode": "eval"}}, "mode: eval do not go with it"),
+        (
+            {"objective": "adversarial", "masking": {"kind": "loss_ratio", "ratio": 2}},
+            "loss_ratio compares with clean losses",
+        ),
+        ({"masking": {"kind": "loss_quantile", "quantile": 2}}, "quantile must lie in"),
+        ({"masking": {"kind": "loss_quantil", "quantile": 1}}, "did you mean 'loss_quantile'"),
+        ({"masking": {"quantile": 1}}, "variants.a.masking.kind is missing"),
+        ({"attack": {"kind": "pdg"}}, "variants.a.attack.kind: 'pdg'; did you mean 'pgd'"),
+        ({"attack": {"kind": "noise", "steps": 2}}, "variants.a.attack.steps: Input should be 0"),
+        ({"attack": {"kind": "fgsm"}}, "variants.a.attack: kind fgsm steps in the linf norm"),
+        ({"lam_schedule": {"kind": "adaptive", "target": 0.5}}, "lam_schedule.kind: 'adaptive'"),
+        ({"eps_schedule": {"kind": "adaptive"}}, "variants.a.eps_schedule.target is missing"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_named(
+    variant: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, variants={"a": variant})
+
+
+def test_what_does_not_go_with_the_rest_is_named(tmp_path: Path) -> None:
+    for changes, message in (
+        ({"variants": {"a": {"clipping": {}}}, "train": {"precision": "bf16"}}, "full precision"),
+        ({"variants": {"a": {"objective": "free"}}, "train": {"precision": "fp16"}}, "use bf16"),
+        (
+            {"variants": {"a": {"objective": "freeat"}}, "train": {"accumulate": 2}},
+            "cannot have train.accumulate",
+        ),
+        (
+            {"variants": {"a": {"attack": {"kind": "msap"}}}, "threat": {"norm": "linf"}},
+            "variants.a.attack: MSAP: steps are of norm 'l2'",
+        ),
+        ({"variants": {"a/b": {}}}, "cannot be called 'a/b'"),
+        ({"variants": {"trackers": {}}}, "cannot be called 'trackers'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load(tmp_path, **changes)
+
+
+def test_a_plain_variant_is_always_there_and_first(tmp_path: Path) -> None:
+    assert list(load(tmp_path).variants) == ["standard", "hardened"]
+    assert list(load(tmp_path, variants={"a": {}, "b": {}}).variants) == ["standard", "a", "b"]
+    own = load(tmp_path, variants={"a": {}, "standard": {"objective": "plain", "clipping": {}}})
+    assert list(own.variants) == ["standard", "a"]
+    assert own.variants["standard"].clipping is not None
+
+
+def test_what_does_not_fit_the_task_fails_before_the_training(tmp_path: Path) -> None:
+    recipe = load(tmp_path, variants={"a": {"objective": "apr"}})
+    task = recipe.make_task()
+    task.read(Account())
+    with pytest.raises(InputError, match=r"variants\.a: form 'apr' perturbs table rows"):
+        rehearse(recipe, task, first_model(task))
+    status, text = invoke("train", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
+    assert status == 2, text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe with every variant, and its run."""
+    folder = tmp_path_factory.mktemp("every")
+    recipe = recipe_of(folder, variants=EVERY)
+    status, text = invoke("train", recipe, "--out", folder / "run")
+    assert status == 0, text
+    return recipe, folder / "run"
+
+
+def test_every_variant_trains_on_something_else(trained: tuple[Path, Path]) -> None:
+    run = Run.read(trained[1])
+    assert list(run.variants) == ["standard", *EVERY]
+    weights = [load_file(trained[1] / name / "model.safetensors") for name in run.variants]
+    for i, one in enumerate(weights):
+        for other in weights[:i]:
+            assert any((one[key] != other[key]).any() for key in one)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_variant_goes_on_where_it_stopped(
+    name: str, trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipes.load(trained[0])
+    step = fit.Fit._step
+
+    def interrupted(self: fit.Fit, number: int) -> dict[str, float]:
+        if number == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, number)
+
+    task = recipe.make_task()
+    task.read(Account())
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit.Fit, "_step", interrupted)
+        with pytest.raises(fit.Interrupted):
+            fit.Fit(recipe, name, task, tmp_path, accelerator).go()
+    torch.manual_seed(99)
+    again = fit.Fit(recipe, name, task, tmp_path, accelerator).go()
+    assert again.history == Run.read(trained[1]).variants[name].history
+    mine = load_file(tmp_path / name / "model.safetensors")
+    theirs = load_file(trained[1] / name / "model.safetensors")
+    assert all((mine[key] == theirs[key]).all() for key in theirs)
+
+
+def test_three_models_in_the_report(tmp_path: Path) -> None:
+    variants = {"mixed": {}, "trades": {"objective": "trades", "attack": RANDOM}}
+    recipe = recipe_of(tmp_path, variants=variants)
+    assert invoke("train", recipe, "--out", tmp_path / "run")[0] == 0
+    status, text = invoke("audit", tmp_path / "run")
+    assert status == 0, text
+    facts = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert list(facts["models"]) == list(facts["train_seconds"]) == ["standard", "mixed", "trades"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "trades: trades against PGD-2" in page
+    transfers = [check["name"] for check in facts["checks"] if "transferred" in check["name"]]
+    assert len(transfers) == 6
+    assert "trades: an attack transferred from mixed is no stronger than its own" in transfers
+    for name in facts["models"]:
+        assert f"</small><span>{facts['models'][name]['clean']['accuracy']:.1%}</span>" in page
+        assert name in text
+
+
+def test_accumulation_changes_nothing_but_the_passes(tmp_path: Path) -> None:
+    variants = {"hardened": {}, "clipped": {"objective": "plain", "clipping": {"max_norm": 0.1}}}
+    model = {"dim": 4, "hidden": [8], "dropout": 0.0}
+    threat = {"eps": 0.1, "unit": "absolute"}  # a relative one is of the samples of a pass
+    losses = []
+    for accumulate in (1, 4):
+        train = {"steps": 3, "batch_size": 16, "learning_rate": 0.02, "accumulate": accumulate}
+        recipe = recipe_of(tmp_path, variants=variants, train=train, model=model, threat=threat)
+        out = tmp_path / str(accumulate)
+        status, text = invoke("train", recipe, "--out", out)
+        assert status == 0, text
+        run = Run.read(out)
+        losses.append([step["loss"] for name in variants for step in run.variants[name].history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    status, text = invoke("train", recipe, "--out", out, "--set", "train.accumulate=3")
+    assert status == 2
+    assert "train.batch_size: 16 cannot be divided among 3 passes" in text
+
+
+# --- choice of the weights, early stopping --------------------------------------------------------
+
+LOOKS = {"every": 2, "attack": {"kind": "pgd", "steps": 2}}
+
+
+def scripted(patch: pytest.MonkeyPatch, shares: dict[int, float]) -> dict[int, dict[str, Tensor]]:
+    """Has looks find these shares under attack, by step; gives the weights that they looked at."""
+    look, seen = Validation.look, {}
+
+    def told(self: Validation, done: int) -> dict[str, float]:
+        seen[done] = {name: x.clone() for name, x in self.model.state_dict().items()}
+        return {**look(self, done), "robust_accuracy": shares[done]}
+
+    patch.setattr(Validation, "look", told)
+    return seen
+
+
+def test_looking_changes_nothing_in_the_training(
+    tmp_path: Path, trained: tuple[Path, Path]
+) -> None:
+    train = {"steps": 6, "batch_size": 16, "learning_rate": 0.02}
+    looking = {**train, "validation": {**LOOKS, "choose": "last"}}
+    recipe = recipe_of(tmp_path, train=looking)
+    recipe.write_text(recipe.read_text().replace(str(tmp_path), str(trained[0].parent)))
+    status, text = invoke("train", recipe, "--out", tmp_path / "run")
+    assert status == 0, text
+    assert "under attack 0." in text
+    one = Run.read(tmp_path / "run").variants["standard"]
+    assert one.history == Run.read(trained[1]).variants["standard"].history
+    assert [look["step"] for look in one.looks] == [2, 4, 6]
+    assert one.chosen is None
+    assert one.looks[-1]["accuracy"] == one.validation["accuracy"]
+    assert one.looks[-1]["robust_loss"] > one.looks[-1]["loss"]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_best_look_is_kept(
+    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"steps": 6, "batch_size": 16, "learning_rate": 0.02, "validation": LOOKS}
+    recipe = recipe_of(tmp_path, train=train, variants={"a": {}})
+    step, stops = fit.Fit._step, [stopped]
+
+    def interrupted(self: fit.Fit, number: int) -> dict[str, float]:
+        if self.variant == "a" and number == 4 and stops.pop():
+            signal.raise_signal(signal.SIGINT)
+        return step(self, number)
+
+    monkeypatch.setattr(fit.Fit, "_step", interrupted)
+    seen = scripted(monkeypatch, {2: 0.7, 4: 0.9, 6: 0.8})
+    status, text = invoke("train", recipe, "--out", tmp_path / "run")
+    best = seen[4]
+    if stopped:
+        assert status == 130
+        stops.append(False)
+        status, text = invoke("train", recipe, "--out", tmp_path / "run", "--resume")
+    assert status == 0, text
+    run = Run.read(tmp_path / "run")
+    assert run.variants["a"].chosen == 4
+    saved = load_file(tmp_path / "run" / "a" / "model.safetensors")
+    assert all((saved[name] == best[name]).all() for name in saved)
+    # Nobody hardens the standard one: it is chosen by what it does without an attack.
+    plain = run.variants["standard"]
+    assert plain.chosen == max(plain.looks, key=lambda x: (x["accuracy"], -x["loss"]))["step"]
+
+
+def test_patience_ends_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = {**LOOKS, "every": 1, "patience": 2, "samples": 5}
+    train = {"steps": 6, "batch_size": 16, "validation": looks}
+    recipe = recipe_of(tmp_path, train=train, variants={"a": {}})
+    scripted(monkeypatch, {1: 0.5, 2: 0.6, 3: 0.6, 4: 0.5, 5: 0.9, 6: 0.9})
+    monkeypatch.setattr(Validation, "_rank", lambda self, look: (look["robust_accuracy"], 0.0))
+    assert invoke("train", recipe, "--out", tmp_path / "run")[0] == 0
+    one = Run.read(tmp_path / "run").variants["a"]
+    assert (len(one.history), one.chosen) == (4, 2)
+    assert [round(look["accuracy"] * 5, 4) % 1 for look in one.looks] == [0.0] * 4
+
+
+def test_bad_looks_are_named(tmp_path: Path) -> None:
+    train = {"validation": {"every": 2, "choose": "last", "patience": 1}}
+    with pytest.raises(InputError, match="patience waits for a better look"):
+        load(tmp_path, train=train)
+    with pytest.raises(InputError, match=r"train\.validation\.attack: kind fgsm"):
+        load(tmp_path, train={"validation": {"every": 2, "attack": {"kind": "fgsm"}}})
+
+
+# --- trackers -------------------------------------------------------------------------------------
+
+
+def test_figures_go_to_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train = {"steps": 2, "batch_size": 16, "trackers": ["tensorboard"], "validation": LOOKS}
+    status, text = invoke("train", recipe_of(tmp_path, train=train), "--out", tmp_path / "run")
+    assert status == 0, text
+    events = EventAccumulator(str(tmp_path / "run" / "trackers" / "tiny"))
+    events.Reload()
+    history = Run.read(tmp_path / "run").variants["hardened"].history
+    found = events.Scalars("hardened/robust_loss")
+    assert [event.step for event in found] == [1, 2]
+    assert [event.value for event in found] == pytest.approx([x["robust_loss"] for x in history])
+    assert "standard/validation/robust_accuracy" in events.Tags()["scalars"]
+
+
+def test_a_tracker_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    recipe = recipe_of(tmp_path, train={"trackers": ["wandb"]})
+    status, text = invoke("train", recipe, "--out", tmp_path / "run")
+    assert status == 2
+    assert "wandb is not installed" in text
+    assert "embattle[trackers]" in text
+    assert not (tmp_path / "run").exists()
