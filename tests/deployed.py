@@ -116,7 +116,6 @@ def write_data(folder: Path) -> None:
     write_csv(
         folder / "films.csv", [{"film": f"f{i}", "title": made_tables.mood(i)} for i in range(20)]
     )
-    (folder / "news").mkdir()
     made_tables.news(folder / "news")
     make_encoder(folder / "encoder")
     if importlib.util.find_spec("peft"):

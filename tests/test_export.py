@@ -107,7 +107,7 @@ def test_a_program_gives_what_the_model_gives(
 
 
 @pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript and onnxruntime are not all installed")
-@pytest.mark.parametrize("name", ["text_classification", "click_through", "next_item"])
+@pytest.mark.parametrize("name", ["text_classification", "click_through"])
 def test_an_onnx_file_gives_what_the_model_gives(
     name: str, models: Callable[[str], Path], tmp_path: Path
 ) -> None:
