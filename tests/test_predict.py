@@ -21,7 +21,7 @@ pytest.importorskip("yaml")
 
 import pyarrow
 import pyarrow.parquet
-from deployed import RECIPES, model_of, recipe_of, rows_of, write_csv, write_data
+from deployed import NAMES, model_of, recipe_of, rows_of, write_csv, write_data
 from embattle.data import tables
 from embattle.errors import InputError
 from embattle.files import UNFINISHED
@@ -30,7 +30,7 @@ from embattle.jobs.predict import Predicted, predict
 from embattle.jobs.run_folder import locked
 from embattle.jobs.trained import load_trained
 from embattle.tasks import Task
-from tiny_job import invoke, make_encoder
+from tiny_job import invoke
 
 Cells = dict[str, Any]
 
@@ -39,7 +39,6 @@ Cells = dict[str, Any]
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a model by the name of its recipe, made once."""
     folder = tmp_path_factory.mktemp("deployed")
-    make_encoder(folder / "encoder")
     write_data(folder)
 
     def model(name: str) -> Path:
@@ -89,7 +88,7 @@ def close(found: list[Cells], expected: list[Cells]) -> None:
                 assert value == other[name], name
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_written_is_what_the_task_says(
     name: str, models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -196,8 +196,14 @@ def _samples(trained: TrainedModel, rows: Path | None) -> Samples:
     # Of a view, a program would ask for what it is a view of.
     batches = [{name: x.clone() for name, x in inputs.items()} for inputs in batches]
     module = _Outputs(task, model)
-    with torch.no_grad():
-        outputs = [module(inputs) for inputs in batches]
+    try:
+        with torch.no_grad():
+            outputs = [module(inputs) for inputs in batches]
+    except ValueError as error:
+        # What an audit attacks may be more than is scored.
+        raise InputError(
+            f"samples of the data cannot be scored ({error}); name a file that has some: --rows"
+        ) from error
     return Samples(batches, outputs, varying)
 
 

@@ -53,6 +53,15 @@ class HybridMF(MF):
         text: Tensor = self.user(users) @ self.projection(self.texts.every()).T
         return super().scores(users) + text
 
+    @torch.no_grad()
+    def for_scoring(self) -> MF:
+        """Give a model without texts, whose `scores` are the same, in evaluation mode."""
+        users, items = self.user.num_embeddings, self.item.num_embeddings
+        made = MF(users, items, dim=self.user.embedding_dim).to(self.user.weight)
+        made.load_state_dict({name: self.get_parameter(name) for name in made.state_dict()})
+        made.item.weight += self.projection(self.texts.every())
+        return made.eval()
+
     def scores_where_rewritten(
         self, users: Tensor, items: Tensor, text_ids: Tensor, text_mask: Tensor
     ) -> Tensor:

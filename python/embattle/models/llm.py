@@ -51,7 +51,8 @@ class LanguageRecommender(nn.Module):
         """Logits [B, 2] of no and yes after prompts [B, T], padded on the right."""
         hidden = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         last = (attention_mask.sum(1) - 1).clamp(min=0)
-        logits: Tensor = self.answers(hidden[torch.arange(len(hidden), device=last.device), last])
+        rows = torch.arange(hidden.shape[0], device=last.device)
+        logits: Tensor = self.answers(hidden[rows, last])
         return logits
 
     def trained(self) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ class TextTable(nn.Module):
         self.register_buffer("kept", torch.zeros(len(texts), encoder.width), persistent=False)
         self.register_buffer("known", torch.zeros(len(texts), dtype=torch.bool), persistent=False)
         self._versions: list[int] = []
+        self._settled = False
         self.train(self.training)
 
     def train(self, mode: bool = True) -> TextTable:
@@ -57,6 +58,11 @@ class TextTable(nn.Module):
             return self._encode(distinct)[place]
         self._learn(rows)
         return self.kept[rows]
+
+    def settle(self) -> None:
+        """Encode all texts now: the weights stay as they are, and look-ups look up."""
+        self.every()
+        self._settled = True
 
     def every(self) -> Tensor:
         """Give the vectors [N, width] of all texts, without a graph."""
@@ -89,6 +95,8 @@ class TextTable(nn.Module):
     @torch.no_grad()
     def _learn(self, rows: Tensor) -> None:
         """Encode what is not known of these rows; texts of like length together, to pad little."""
+        if self._settled:
+            return
         versions = [weight._version for weight in self.encoder.parameters()]
         if versions != self._versions:
             self.known.zero_()

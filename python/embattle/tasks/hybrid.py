@@ -105,6 +105,10 @@ class HybridRanking(EncodedTexts, ItemRanking):
             losses = losses + self.model_options.l2 * ranker.penalty(*triplets)
         return Evaluation(losses)
 
+    def for_scoring(self, model: nn.Module) -> nn.Module:
+        """The items' texts are read once, all of them."""
+        return cast(HybridMF, model).for_scoring()
+
     def sites(self, model: nn.Module, group: Group) -> list[Site]:
         """Rows of both tables, or the words.
 

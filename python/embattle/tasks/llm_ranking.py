@@ -99,6 +99,8 @@ class LLMRanking(Task):
     Model: ClassVar[type[Section]] = LLMRecipe
     sample: ClassVar[str] = "question"
     vector: ClassVar[str] = "token"
+    list_columns: ClassVar[tuple[str, ...]] = ("history",)
+    varying: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
 
     data_options: LikesRecipe
     model_options: LLMRecipe
@@ -132,6 +134,10 @@ class LLMRanking(Task):
             f"{self.ratings.item_count:,} items; {likes:,} likes",
         )
         account.note("questions", *(f"{name} {len(part):,}" for name, part in self.parts.items()))
+
+    def columns_read(self) -> list[str]:
+        """Give the columns of the likes and of the title in question."""
+        return ["history", "title"]
 
     def encode(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Prompts of rows with `history`, titles in the order of time, and `title`; maybe `liked`.

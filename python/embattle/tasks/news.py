@@ -96,6 +96,7 @@ class ClicksOnNews(EncodedTexts):
     Model: ClassVar[type[Section]] = NewsRecipe
     sample: ClassVar[str] = "candidate"
     vector: ClassVar[str] = "token"
+    varying: ClassVar[tuple[str, ...]] = ("text_ids", "text_mask")
 
     data_options: NewsData
     model_options: NewsRecipe
@@ -164,6 +165,15 @@ class ClicksOnNews(EncodedTexts):
         words = cast(NewsClicks, model).texts.tokens(found.candidate[rows].tolist())
         inputs = {"history": found.history[rows], **words.inputs}
         return Batch(inputs, found.label[rows], words.movable)
+
+    def columns_read(self) -> list[str]:
+        """Give the columns of the history and of the candidate."""
+        return ["history", "news"]
+
+    def for_scoring(self, model: nn.Module) -> nn.Module:
+        """The news of histories are encoded once, all of them."""
+        cast(NewsClicks, model).texts.settle()
+        return model
 
     def encode(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Rows of a file: `history`, names with spaces between, `news`, a name, and `clicked`.
