@@ -118,8 +118,7 @@ def baselines(task: LLMRanking, users: Tensor, films: Tensor) -> dict[str, dict[
     found = {}
     for name, pairs in ((f"MF, {len(train):,} likes", Interactions.of(train)),
                         (f"MF, {len(few):,} likes", few)):  # fmt: skip
-        with torch.no_grad():
-            scores = fit_mf(task, pairs, epochs=60).scores(users)
+        scores = fit_mf(task, pairs, epochs=60).scores(users).detach()
         found[name] = measures(scores.gather(1, films))
     popularity = torch.from_numpy(train.popularity()).double()
     found["popularity"] = measures(popularity[films])
@@ -270,6 +269,8 @@ def main() -> None:
     rare = (task.ratings.popularity() <= 5).nonzero()[0]
     drawn = torch.randperm(len(rare), generator=torch.Generator().manual_seed(recipe.seed))
     targets = [int(rare[i]) for i in drawn[: options.targets]]
+    compared = baselines(task, users, films)
+    print(compared, flush=True)
     for name in VARIANTS:
         began = time.perf_counter()
         model = task.load(options.run / name).requires_grad_(False)
@@ -281,7 +282,7 @@ def main() -> None:
         ]
         print(name, found["ranking"][name], found["rewritten"][name])
         print(f"{time.perf_counter() - began:.0f} s", flush=True)
-    found["ranking"] |= baselines(task, users, films)
+    found["ranking"] |= compared
     print(table(found))
     if options.out is not None:
         options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -6,8 +6,8 @@ import io
 import sys
 
 _WITHOUT_TYPER = """\
-usage: embattle [train RECIPE | audit RUN_DIR | predict MODEL FILE | export MODEL |
-                 data list|fetch|inspect | doctor]
+usage: embattle [init FILE | train RECIPE | audit RUN_DIR | tune RECIPE | predict MODEL FILE |
+                 export MODEL | recbole CONFIG | data list|fetch|inspect | doctor]
 
 All but doctor, and the full help, need typer: pip install 'embattle[jobs]'
 """

@@ -1,4 +1,4 @@
-"""The command line: `init`, `train`, `audit`, `tune`, `predict`, `export`, `recbole`, `data`, `doctor`.
+"""The command line, `embattle`: its commands, their arguments, and errors as one line.
 
 Only typer is imported here; every command imports what it needs itself, so that `--help` works
 without it.

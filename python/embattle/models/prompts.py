@@ -71,7 +71,8 @@ class Prompts:
     def fit(self, liked: Sequence[str], title: str) -> tuple[list[list[int]], list[int]]:
         """The tokens of the titles that fit: of those liked, oldest first, and of the title."""
         asked = self._tokens(self._before_title + title)[: self._room]
-        room, kept = self._room - len(asked), []
+        room = self._room - len(asked)
+        kept: list[list[int]] = []
         for i in reversed(range(len(liked))):
             lead = " " if i else self._before_liked
             tokens = self._tokens(lead + liked[i])

@@ -104,6 +104,7 @@ class LLMRanking(Task):
 
     data_options: LikesRecipe
     model_options: LLMRecipe
+    kind: BinaryClassification
     ratings: Ratings
     titles: list[str]
     questions: dict[str, Questions]
@@ -240,6 +241,7 @@ def _titles(options: Titles, items: Sequence[str]) -> list[str]:
 
 def _history(cell: Any) -> list[str]:
     """The titles of a history: a list, or one text."""
-    if cell is None or isinstance(cell, str):
-        cell = [] if is_blank(cell) else cell.split(";")
-    return [str(title).strip() for title in cell]
+    if is_blank(cell):
+        return []
+    titles = cell.split(";") if isinstance(cell, str) else cell
+    return [str(title).strip() for title in titles]
