@@ -60,6 +60,8 @@ ON_THE_CPU_ALONE = {
     "test_replay.py::test_masks_are_drawn_once_and_freed": "masks are kept on a CPU alone",
     "test_simd_levels.py": "SIMD levels are the CPU's",
     "test_tasks.py::test_a_ranking_task_goes_through_the_jobs": "its task draws on the CPU",
+    "test_tune.py": "the package makes its tensors, on the CPU",
+    "test_variants.py": "the package makes its tensors, on the CPU",
 }
 
 # What the pretend device cannot do beside that; on CUDA these run.

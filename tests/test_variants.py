@@ -29,6 +29,7 @@ from embattle.jobs.fit import first_model
 from embattle.jobs.loss import rehearse
 from embattle.jobs.run_folder import Run
 from embattle.jobs.threat import make_attack
+from embattle.jobs.train import make_accelerator
 from embattle.jobs.validation import Validation
 from embattle.jobs.variant_recipe import OBJECTIVES
 from safetensors.torch import load_file
@@ -216,7 +217,7 @@ def test_a_variant_goes_on_where_it_stopped(
 
     task = recipe.make_task()
     task.read(Account())
-    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    accelerator = make_accelerator(recipe, task, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(fit.Fit, "_step", interrupted)
         with pytest.raises(fit.Interrupted):
@@ -264,6 +265,16 @@ def test_accumulation_changes_nothing_but_the_passes(tmp_path: Path) -> None:
     status, text = invoke("train", recipe, "--out", out, "--set", "train.accumulate=3")
     assert status == 2
     assert "train.batch_size: 16 cannot be divided among 3 passes" in text
+
+
+def test_freeat_stays_on_a_batch(tmp_path: Path) -> None:
+    recipe = load(tmp_path, variants={"a": EVERY["freeat"]})
+    task = recipe.make_task()
+    task.read(Account())
+    one = fit.Fit(recipe, "a", task, tmp_path, make_accelerator(recipe, task, tmp_path))
+    batches = [one._batches_of(step)[0].inputs for step in range(4)]
+    same = [all((x[key] == batches[0][key]).all() for key in x) for x in batches]
+    assert same == [True, True, True, False]
 
 
 # --- choice of the weights, early stopping --------------------------------------------------------

@@ -64,7 +64,7 @@ def accuracy_over_eps(
     axes.set_xlim(0, eps[-1])
     axes.set_xlabel(f"eps ({unit})")
     axes.set_ylabel(f"{measure} under {attack}")
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False, loc="best")
     return _png(figure)
 
 
