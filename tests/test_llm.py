@@ -257,7 +257,7 @@ def test_a_job_trains_and_audits_and_the_study_reads_it(
 
 
 def test_a_title_is_promoted_by_exchanged_tokens(films: Path, tmp_path: Path) -> None:
-    task = made(films, tmp_path)
+    task = made(films, tmp_path, layers=None)
     model = task.build().eval()
     batch = task.batch(model, "test", torch.arange(8))
     prompts = model.prompts.encode([r["history"] for r in task.parts["test"][:8]], TITLES[:8])

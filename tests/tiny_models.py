@@ -25,7 +25,7 @@ def save_tokenizer(folder: Path, words: list[str]) -> int:
     return len(known)
 
 
-def llama(vocabulary: int, layers: int = 2) -> transformers.LlamaForCausalLM:
+def llama(vocabulary: int, layers: int = 2, tied: bool = False) -> transformers.LlamaForCausalLM:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=vocabulary,
@@ -36,6 +36,7 @@ def llama(vocabulary: int, layers: int = 2) -> transformers.LlamaForCausalLM:
         num_key_value_heads=1,
         max_position_embeddings=64,
         initializer_range=0.3,
+        tie_word_embeddings=tied,
     )
     return transformers.LlamaForCausalLM(config).eval()
 
@@ -61,13 +62,13 @@ def save_t5(folder: Path, words: list[str]) -> Path:
     return folder
 
 
-def write_gguf(path: Path) -> transformers.LlamaForCausalLM:
-    """Writes a Llama whose tokens are bytes, and gives the model."""
+def write_gguf(path: Path, tied: bool = False) -> transformers.LlamaForCausalLM:
+    """Writes a Llama whose tokens are bytes, and gives the model; its head may be its table."""
     import gguf
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<unk>", "<eos>", *letters, "Ġa"]
-    model = llama(len(tokens))
+    model = llama(len(tokens), tied=tied)
     config: Any = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -88,6 +89,8 @@ def write_gguf(path: Path) -> transformers.LlamaForCausalLM:
     writer.add_eos_token_id(1)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
+        if tied and name == "lm_head.weight":
+            continue
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             # The two halves that a rotation turns together are neighbours in such files.
             heads = HEADS if "q_proj" in name else 1

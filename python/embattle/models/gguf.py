@@ -9,6 +9,8 @@ import tempfile
 from contextlib import redirect_stderr
 from pathlib import Path
 
+from torch import Tensor
+
 from embattle.data.fetch import cache_folder
 from embattle.errors import InputError, need
 from embattle.files import UNFINISHED, remove_unfinished, sha256
@@ -117,4 +119,12 @@ def _convert(file: Path, folder: Path) -> None:
     model.config.architectures = [type(model).__name__]
     tokenizer.save_pretrained(folder)
     model.config.save_pretrained(folder)
-    safetensors.save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    # Tied weights once, by the first name: that of the input embeddings, which a body without its
+    # head has too.
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, weight in model.state_dict().items():
+        if weight.data_ptr() not in seen:
+            seen.add(weight.data_ptr())
+            tensors[name] = weight.contiguous()
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
