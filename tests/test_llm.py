@@ -271,7 +271,8 @@ def test_a_title_is_promoted_by_exchanged_tokens(films: Path, tmp_path: Path) ->
 
         return loss_fn
 
-    result = TokenSwap(swaps=2, tries=4).run(
+    torch.manual_seed(0)
+    result = TokenSwap(swaps=3, tries=8).run(
         loss_of,
         task.sites(model, "sample")[0],
         prompts.tokens,

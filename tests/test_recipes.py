@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
+pytest.importorskip("peft")
 pytest.importorskip("pyarrow")
 pytest.importorskip("pydantic")
 pytest.importorskip("torchmetrics")
@@ -17,6 +18,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 import made_tables
+import tiny_models
 from embattle.data import recipe as data_sections
 from embattle.data.sources import SOURCES
 from embattle.jobs import recipe as recipes
@@ -31,6 +33,8 @@ def slices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with made-up tables, in which named data sets are looked for, and an encoder."""
     folder = tmp_path_factory.mktemp("slices")
     make_encoder(folder / "encoder")
+    words = "She liked . Yes or no , will she like yes no Good Bad film"
+    tiny_models.save_llama(folder / "llama", words.split(), layers=1)
     made_tables.news(folder / "mind")
     made_tables.posts(folder / "posts.csv")
 
@@ -56,7 +60,9 @@ def changes_of(path: Path, slices: Path) -> list[str]:
         "audit.attacks=[{kind: pgd, steps: 2}]",
         "audit.sweep=[1]",
     ]
-    if hasattr(recipe.model, "pretrained"):
+    if recipe.task == "llm_ranking":
+        changes += [f"model.pretrained={slices / 'llama'}", "model.layers=1"]
+    elif hasattr(recipe.model, "pretrained"):
         changes += [f"model.pretrained={slices / 'encoder'}", "model.layers=1"]
         changes += ["model.max_tokens=12"]
     if getattr(recipe.data, "path", None) is not None:
