@@ -39,6 +39,7 @@ ON_THE_CPU_ALONE = {
     "test_examples.py": "runs examples, which choose the CPU",
     "test_files.py": "has no tensors",
     "test_export.py": "compares files on the CPU",
+    "test_fakes.py": _PACKAGE,
     "test_floors.py": "has no tensors",
     "test_gpu_check.py": "runs what the tools do without a GPU",
     "test_hybrid.py": _PACKAGE,
