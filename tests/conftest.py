@@ -53,7 +53,6 @@ ON_THE_CPU_ALONE = {
     "test_op_is_what_the_reference_says": "test_cuda_device.py has all its samples",
     "test_predict.py": "the job chooses its device",
     "test_pretend.py": "makes the pretend device in a process of its own",
-    "test_profiles.py": "has no tensors",
     "test_rating_tasks.py": _PACKAGE,
     "test_recipe.py": "has no tensors",
     "test_recipes.py": _PACKAGE,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from embattle.data.fakes import KINDS, Fakes, fake_users
+from embattle.data.profiles import TEMPLATES, Fakes, fake_profiles, inject
 from embattle.data.ratings import Ratings, read_named_ratings
 from embattle.data.suspicion import suspicion
 from embattle.errors import InputError
@@ -38,13 +38,13 @@ def genuine() -> Ratings:
     return crowd()
 
 
-def made(genuine: Ratings, kind: str, **options: Any) -> Fakes:
-    options = {"count": 30, "fillers": 12} | options
-    if kind == "segment":
+def made(genuine: Ratings, template: str, **options: Any) -> Fakes:
+    options = {"accounts": 30, "fillers": 12} | options
+    if template == "segment":
         options = {"segment": [3, 5]} | options
-    if kind == "bandwagon":
+    if template == "bandwagon":
         options = {"popular": 4} | options
-    return fake_users(genuine, kind, options.pop("targets", [TARGET]), **options)
+    return fake_profiles(genuine, options.pop("targets", [TARGET]), template=template, **options)
 
 
 def profiles(fakes: Fakes) -> tuple[np.ndarray, np.ndarray]:
@@ -54,11 +54,11 @@ def profiles(fakes: Fakes) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("nuke", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_a_profile_has_targets_selected_items_and_other_fillers(
-    genuine: Ratings, kind: str, nuke: bool
+    genuine: Ratings, template: str, nuke: bool
 ) -> None:
-    fakes = made(genuine, kind, targets=[TARGET, 90], nuke=nuke)
+    fakes = made(genuine, template, targets=[TARGET, 90], nuke=nuke)
     items, values = profiles(fakes)
     head = 2 + len(fakes.selected)
     assert items.shape == (30, head + 12)
@@ -73,9 +73,9 @@ def test_a_profile_has_targets_selected_items_and_other_fillers(
     assert (fakes.users == np.arange(USERS, USERS + 30)).all()
     assert (fakes.ratings.times == genuine.times[fakes.times_of]).all()
     fillers = values[:, head:]
-    if kind == "segment":
+    if template == "segment":
         assert (fillers == 1).all()
-    elif kind == "love_hate":
+    elif template == "love_hate":
         assert (fillers == (5 if nuke else 1)).all()
     else:
         assert len(np.unique(fillers)) > 2
@@ -98,11 +98,15 @@ def test_fillers_are_drawn_from_all_ratings_or_from_those_of_the_item() -> None:
     items = np.repeat([0, 1, 2], [50, 50, 1])
     values = np.repeat([1.0, 5.0, 3.0], [50, 50, 1])
     ratings = Ratings(np.arange(101), items, values, np.zeros(101), 101, 4)
-    items, values = profiles(fake_users(ratings, "average", [2], count=2000, fillers=3))
+    items, values = profiles(
+        fake_profiles(ratings, [2], template="average", accounts=2000, fillers=3)
+    )
     assert (values[items == 0] == 1).all()
     assert (values[items == 1] == 5).all()
     assert 2.9 < values[items == 3].mean() < 3.1  # of all ratings: N(3, 2), to 1, 3 or 5
-    items, values = profiles(fake_users(ratings, "random", [2], count=2000, fillers=3))
+    items, values = profiles(
+        fake_profiles(ratings, [2], template="random", accounts=2000, fillers=3)
+    )
     shares = [(values[items == 0] == step).mean() for step in (1, 3, 5)]
     # Below 2, in [2, 4] and above 4 of N(3, 1.99).
     assert shares == pytest.approx([0.308, 0.384, 0.308], abs=0.03)
@@ -111,16 +115,16 @@ def test_fillers_are_drawn_from_all_ratings_or_from_those_of_the_item() -> None:
 def test_ratings_are_the_nearest_of_the_scale() -> None:
     values = np.array([0.5, 3.5, 4.0, 5.0])
     ratings = Ratings(np.arange(4), np.arange(4), values, np.zeros(4), 4, 30)
-    found = made(ratings, "random", count=300).ratings.values
+    found = made(ratings, "random", accounts=300).ratings.values
     assert set(found) == {0.5, 3.5, 4.0, 5.0}
 
 
 def test_fillers_are_uniform(genuine: Ratings) -> None:
-    items, _ = profiles(made(genuine, "random", count=4000, fillers=60))
+    items, _ = profiles(made(genuine, "random", accounts=4000, fillers=60))
     share = np.bincount(items[:, 1:].ravel(), minlength=ITEMS) / 4000
     assert share[TARGET] == 0
     assert np.delete(share, TARGET) == pytest.approx(np.full(ITEMS - 1, 60 / 119), abs=0.04)
-    everything, _ = profiles(made(genuine, "random", count=3, fillers=ITEMS - 1))
+    everything, _ = profiles(made(genuine, "random", accounts=3, fillers=ITEMS - 1))
     assert (np.sort(everything) == np.arange(ITEMS)).all()
 
 
@@ -133,58 +137,71 @@ def test_the_seed_decides_all(genuine: Ratings) -> None:
 
 
 def test_how_many_fakes_and_how_long_their_profiles_are(genuine: Ratings) -> None:
-    assert len(fake_users(genuine, "random", [1]).users) == 4  # 1% of 400
-    assert len(fake_users(genuine, "random", [1], share=0.1).users) == 40
-    assert len(fake_users(genuine, "random", [1], share=1e-6).users) == 1
+    assert len(fake_profiles(genuine, [1], template="random").users) == 4  # 1% of 400
+    assert len(fake_profiles(genuine, [1], template="random", share=0.1).users) == 40
+    assert len(fake_profiles(genuine, [1], template="random", share=1e-6).users) == 1
     # Genuine profiles have 20 items.
-    fakes = fake_users(genuine, "segment", [1, 2], segment=[3, 4, 5], count=1)
+    fakes = fake_profiles(genuine, [1, 2], template="segment", segment=[3, 4, 5], accounts=1)
     assert len(fakes.ratings) == 20
     assert fakes.fillers == 15
 
 
 def test_of_implicit_feedback_the_items_alone_are_drawn(genuine: Ratings) -> None:
     ones = Ratings(genuine.users, genuine.items, np.ones(len(genuine)), genuine.times, USERS, ITEMS)
-    for kind in KINDS:
-        assert set(made(ones, kind).ratings.values) == {1.0}
+    for template in TEMPLATES:
+        assert set(made(ones, template).ratings.values) == {1.0}
     with pytest.raises(InputError, match="nuke=True, but all ratings are 1"):
         made(ones, "random", nuke=True)
 
 
+def test_targets_come_back_and_accounts_may_be_none(genuine: Ratings) -> None:
+    items, values = profiles(made(genuine, "random", targets=[TARGET, 8], repeats=2))
+    assert (items[:, :4] == [TARGET, TARGET, 8, 8]).all()
+    assert (values[:, :4] == 5).all()
+    none = made(genuine, "random", accounts=0)
+    assert len(none.users) == len(none.ratings) == 0
+    assert len(inject(genuine, none.ratings)) == len(genuine)
+
+
 def test_the_events_of_both(genuine: Ratings) -> None:
     fakes = made(genuine, "random")
-    both = fakes.among(genuine)
+    both = inject(genuine, fakes.ratings)
     assert both.user_count == USERS + 30
     assert len(both) == len(genuine) + 30 * 13
     assert (both.take(both.users < USERS).items == genuine.items).all()
     assert both.popularity()[TARGET] == genuine.popularity()[TARGET] + 30
+    other = Ratings(*[np.zeros(1, dtype=int)] * 2, np.ones(1), np.ones(1), 1, 20)
+    with pytest.raises(InputError, match="know 120 items and the ratings 20"):
+        inject(other, fakes.ratings)
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "says"),
+    ("template", "options", "says"),
     [
-        ("bandwaggon", {}, "kind 'bandwaggon' is not known; did you mean 'bandwagon'"),
+        ("bandwaggon", {}, "no template is called 'bandwaggon'; did you mean 'bandwagon'"),
         ("random", {"targets": []}, "targets is empty"),
         ("random", {"targets": [120]}, r"targets must be in \[0, 120\), got 120"),
         ("random", {"targets": [-1]}, "got -1"),
         ("random", {"targets": [1.5]}, r"targets must be whole numbers.*1\.5"),
         ("random", {"targets": [4, 4]}, r"targets has an item twice: \[4, 4\]"),
-        ("random", {"count": 0}, "count must be a whole number >= 1, got 0"),
-        ("random", {"share": 0.1}, "count=30 and share=0.1; give one"),
-        ("random", {"count": None, "share": 0.0}, "share must be above 0, got 0"),
+        ("random", {"accounts": -1}, "accounts must be a whole number >= 0, got -1"),
+        ("random", {"share": 0.1}, "accounts=30 and share=0.1; give one"),
+        ("random", {"accounts": None, "share": 0.0}, "share must be above 0, got 0"),
         ("random", {"fillers": -1}, "fillers must be a whole number >= 0, got -1"),
         ("random", {"fillers": 120}, "fillers=120, but there are 119 items"),
-        ("random", {"popular": 3}, "popular=3 is for kind 'bandwagon', not 'random'"),
-        ("random", {"segment": [1]}, r"segment=\[1\] is for kind 'segment'"),
+        ("random", {"repeats": 0}, "repeats must be a whole number >= 1, got 0"),
+        ("random", {"popular": 3}, "popular=3 is for template 'bandwagon', not 'random'"),
+        ("random", {"segment": [1]}, r"segment=\[1\] is for template 'segment'"),
         ("segment", {"segment": []}, "segment is empty"),
         ("segment", {"segment": [TARGET]}, r"segment has targets in it: \[7\]"),
         ("bandwagon", {"popular": 120}, "popular=120, but there are 119 items"),
     ],
 )
 def test_wrong_arguments_are_named(
-    genuine: Ratings, kind: str, options: dict[str, Any], says: str
+    genuine: Ratings, template: str, options: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(InputError, match=says):
-        made(genuine, kind, **options)
+        made(genuine, template, **options)
 
 
 def test_suspicion_by_hand() -> None:
@@ -199,11 +216,11 @@ def test_suspicion_by_hand() -> None:
 
 def test_fakes_are_the_most_suspicious(genuine: Ratings) -> None:
     precision, recall = {}, {}
-    for kind in KINDS:
-        fakes = made(genuine, kind, count=20)
-        order = np.argsort(-suspicion(fakes.among(genuine)), kind="stable")
-        precision[kind] = np.isin(order[:10], fakes.users).mean()
-        recall[kind] = np.isin(fakes.users, order[:40]).mean()
+    for template in TEMPLATES:
+        fakes = made(genuine, template, accounts=20)
+        order = np.argsort(-suspicion(inject(genuine, fakes.ratings)), kind="stable")
+        precision[template] = np.isin(order[:10], fakes.users).mean()
+        recall[template] = np.isin(fakes.users, order[:40]).mean()
     assert min(precision["segment"], precision["love_hate"]) == 1
     assert min(recall["segment"], recall["love_hate"]) == 1
     # By chance these are 0.05 and 0.1.
@@ -351,7 +368,7 @@ def test_fakes_of_numbered_users_have_the_next_numbers(tmp_path: Path) -> None:
     lines = [{"user_id": u, "item_id": i, "kind": "x"} for u in (3, 40) for i in range(6)]
     path = tmp_path / "likes.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    poison(path, tmp_path / "out.csv", Plan("love_hate", ["2"], count=2, fillers=1))
+    poison(path, tmp_path / "out.csv", Plan("love_hate", ["2"], accounts=2, fillers=1))
     after = (tmp_path / "out.csv").read_text().splitlines()
     assert after[:2] == ["user_id,item_id,kind", "3,0,x"]
     assert [line.split(",")[0] for line in after[13:]] == ["41", "41", "42", "42"]

@@ -296,7 +296,7 @@ def poison(
         plan = Plan(
             kind,
             names_in(targets),
-            count=count,
+            accounts=count,
             share=share,
             fillers=filler,
             nuke=nuke,

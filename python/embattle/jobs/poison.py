@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from embattle.data.account import Account
-from embattle.data.fakes import Fakes, fake_users
 from embattle.data.formats import parquet_files
 from embattle.data.looks import guess_events, look_all
+from embattle.data.profiles import Fakes, fake_profiles
 from embattle.data.ratings import Ratings, read_named_ratings
 from embattle.data.tables import Table
 from embattle.errors import InputError, closest
@@ -25,11 +25,11 @@ from embattle.progress import say
 
 @dataclass(frozen=True)
 class Plan:
-    """What `embattle.data.fakes.fake_users` is asked for; items by their names in the file."""
+    """What `embattle.data.profiles.fake_profiles` is asked for; items by name."""
 
-    kind: str
+    template: str
     targets: Sequence[str]
-    count: int | None = None
+    accounts: int | None = None
     share: float | None = None
     fillers: int | None = None
     nuke: bool = False
@@ -95,11 +95,11 @@ def poison(
     else:
         pairs = zip(("user", "item", "rating", "time"), named, strict=False)
         roles = {role: name for role, name in pairs if name is not None}
-    fakes = fake_users(
+    fakes = fake_profiles(
         ratings,
-        plan.kind,
         _numbers("--targets", plan.targets, items),
-        count=plan.count,
+        template=plan.template,
+        accounts=plan.accounts,
         share=plan.share,
         fillers=plan.fillers,
         nuke=plan.nuke,
@@ -109,8 +109,8 @@ def poison(
     )
     new = _new_users(users, len(fakes.users))
     with replacing(out) as part:
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
+        with part.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
             copy = _Copy(_whole_table(path, encoding, delimiter), ratings, fakes, roles)
             writer.writerows(copy.rows())
             writer.writerows(copy.fake_rows(new, items))
@@ -118,7 +118,7 @@ def poison(
             "poisoned": {"file": out.name, "sha256": sha256(part)},
             "source": {"file": path.name, "sha256": _hashes(path)},
             "columns": roles,
-            "template": plan.kind,
+            "template": plan.template,
             "goal": "nuke" if plan.nuke else "push",
             "targets": [items[i] for i in fakes.targets],
             "selected": [items[i] for i in fakes.selected],
