@@ -39,7 +39,7 @@ def horror(ratings: Ratings, but: np.ndarray) -> np.ndarray:
     column = 5 + movielens.GENRES.index("Horror")
     films = np.unique(ratings.items[movielens.context(ratings).values[:, column] == 1])
     films = films[~np.isin(films, but)]
-    return films[np.argsort(-ratings.popularity()[films], template="stable")][:5]
+    return films[np.argsort(-ratings.popularity()[films], kind="stable")][:5]
 
 
 def trained(ratings: Ratings, seed: int) -> MF:
@@ -142,7 +142,7 @@ def main() -> None:
             "",
             in_words(about),
             "",
-            f"Five targets of at most 20 ratings, {FILLERS} fillers; the share is per genuine user. "
+            f"Five targets of at most 20 ratings, {FILLERS} fillers; shares are per genuine user. "
             f"BPR-MF, {EPOCHS} epochs. Means over {len(options.seeds)} seeds, the lowest and the "
             "highest. Recall: the share of the fakes among as many most suspicious users.",
             "",

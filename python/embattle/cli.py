@@ -266,21 +266,23 @@ def poison(
     ] = "bandwagon",
     count: Annotated[int | None, typer.Option("--count", min=1, help="Fake users.")] = None,
     share: Annotated[
-        float | None, typer.Option("--share", help="The same, per genuine user [default: 0.01].")
+        float | None, typer.Option("--share", help="The same, per genuine user; 0.01 if not given.")
     ] = None,
     filler: Annotated[
         int | None,
-        typer.Option("--filler", min=0, help="Items of a fake user's that hide the others."),
+        typer.Option("--filler", min=0, help="Items to hide among; as many as usual if not given."),
     ] = None,
     nuke: Annotated[bool, typer.Option("--nuke", help="Rate the targets worst.")] = False,
     popular: Annotated[
-        int | None, typer.Option("--popular", min=1, help="Of a bandwagon [default: 10].")
+        int | None, typer.Option("--popular", min=1, help="Items of a bandwagon; 10 if not given.")
     ] = None,
     segment: Annotated[
         str, typer.Option("--segment", metavar="ITEMS", help="What the segment likes, with commas.")
     ] = "",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Decides all draws.")] = 0,
-    user: Annotated[str | None, typer.Option("--user", metavar="COLUMN")] = None,
+    user: Annotated[
+        str | None, typer.Option("--user", metavar="COLUMN", help="Guessed if no column is named.")
+    ] = None,
     item: Annotated[str | None, typer.Option("--item", metavar="COLUMN")] = None,
     rating: Annotated[str | None, typer.Option("--rating", metavar="COLUMN")] = None,
     time: Annotated[str | None, typer.Option("--time", metavar="COLUMN")] = None,

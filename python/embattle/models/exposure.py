@@ -109,7 +109,8 @@ def prediction_shift(
         count += unseen.sum(0)
         moved += ((new - old) * unseen).sum(0)
     _refuse_seen_by_all(who, targets, count)
-    return moved / count
+    shift: Tensor = moved / count
+    return shift
 
 
 def _batches(
