@@ -181,7 +181,8 @@ def _selected(
         )
     if template != "segment" and len(named):
         raise InputError(
-            f"fake_profiles: segment={named.tolist()} is for template 'segment', not {template!r}"
+            f"fake_profiles: segment ({len(named)} items) is for template 'segment', not "
+            f"{template!r}"
         )
     if template == "segment":
         both = np.intersect1d(named, targets)

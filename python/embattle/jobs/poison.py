@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from embattle.data.account import Account
+from embattle.data.account import Account, listed
 from embattle.data.formats import parquet_files
 from embattle.data.looks import guess_events, look_all
 from embattle.data.profiles import Fakes, fake_profiles
@@ -95,6 +95,9 @@ def poison(
     else:
         pairs = zip(("user", "item", "rating", "time"), named, strict=False)
         roles = {role: name for role, name in pairs if name is not None}
+    both = [name for name in plan.segment if name in plan.targets]
+    if both:
+        raise InputError(f"--segment: {listed(both)} is among --targets too; drop it from one")
     fakes = fake_profiles(
         ratings,
         _numbers("--targets", plan.targets, items),
@@ -201,7 +204,9 @@ def _whole_table(path: Path, encoding: str | None, delimiter: str | None) -> Tab
 def _numbers(option: str, names: Sequence[str], items: Sequence[str]) -> list[int]:
     """The numbers of items by name."""
     number = {name: i for i, name in enumerate(items)}
-    for name in names:
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise InputError(f"{option}: {name!r} is there twice; name it once")
         if name not in number:
             raise InputError(f"{option}: no item {name!r} is rated; {closest(name, items)}")
     return [number[name] for name in names]
