@@ -104,14 +104,14 @@ class Recommender:
         push = self.pushes[attack]
         fakes = fake_profiles(
             self.ratings,
-            self.target(seed),
+            [self.target(seed)],
             template="average",
             accounts=push.accounts,
             fillers=min(36, self.ratings.item_count - 1),
             repeats=push.repeats,
             seed=seed,
         )
-        return inject(train, self.kept(fakes))
+        return inject(train, self.kept(fakes.ratings))
 
     def kept(self, events: Ratings) -> Ratings:
         """The events that the model learns from."""

@@ -255,6 +255,62 @@ def predict(
 
 
 @app.command()
+def poison(
+    ratings: Annotated[Path, typer.Argument(metavar="RATINGS", help="A table of ratings.")],
+    out: Annotated[Path, typer.Option("--out", help="The poisoned copy, a new CSV file.")],
+    targets: Annotated[
+        str, typer.Option("--targets", metavar="ITEMS", help="What is pushed, with commas.")
+    ],
+    kind: Annotated[
+        str, typer.Option("--kind", help="random, average, bandwagon, segment or love_hate.")
+    ] = "bandwagon",
+    count: Annotated[int | None, typer.Option("--count", min=1, help="Fake users.")] = None,
+    share: Annotated[
+        float | None, typer.Option("--share", help="The same, per genuine user; 0.01 if not given.")
+    ] = None,
+    filler: Annotated[
+        int | None,
+        typer.Option("--filler", min=0, help="Items to hide among; as many as usual if not given."),
+    ] = None,
+    nuke: Annotated[bool, typer.Option("--nuke", help="Rate the targets worst.")] = False,
+    popular: Annotated[
+        int | None, typer.Option("--popular", min=1, help="Items of a bandwagon; 10 if not given.")
+    ] = None,
+    segment: Annotated[
+        str, typer.Option("--segment", metavar="ITEMS", help="What the segment likes, with commas.")
+    ] = "",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Decides all draws.")] = 0,
+    user: Annotated[
+        str | None, typer.Option("--user", metavar="COLUMN", help="Guessed if no column is named.")
+    ] = None,
+    item: Annotated[str | None, typer.Option("--item", metavar="COLUMN")] = None,
+    rating: Annotated[str | None, typer.Option("--rating", metavar="COLUMN")] = None,
+    time: Annotated[str | None, typer.Option("--time", metavar="COLUMN")] = None,
+    encoding: Encoding = None,
+    delimiter: Delimiter = None,
+    debug: Debug = False,
+) -> None:
+    """Write a copy of a table of ratings with fake users in it, to train and audit on."""
+    with _plain_errors(debug):
+        from embattle.jobs.poison import Plan, names_in
+        from embattle.jobs.poison import poison as run
+
+        plan = Plan(
+            kind,
+            names_in(targets),
+            accounts=count,
+            share=share,
+            fillers=filler,
+            nuke=nuke,
+            popular=popular,
+            segment=names_in(segment),
+            seed=seed,
+        )
+        columns = (user, item, rating, time)
+        run(ratings, out, plan, columns=columns, encoding=encoding, delimiter=delimiter)
+
+
+@app.command()
 def export(
     model: Model,
     out: Annotated[Path, typer.Option("--out", help="A new folder.")],

@@ -104,20 +104,39 @@ def evaluate(
         raise ValueError("evaluate: relevant has no pairs; hold some items out")
     parts = []
     for some in torch.split(users, size):
-        with torch.no_grad():
-            found = scores(some)
-        if found.shape != (len(some), relevant.item_count):
-            raise ValueError(
-                f"evaluate: scores must be [{len(some)}, {relevant.item_count}], one for each item "
-                f"that relevant knows; got {tuple(found.shape)}"
-            )
-        if bool(found.isnan().any()):
-            raise ValueError("evaluate: scores have NaNs; the model's weights may not be finite")
+        found = score("evaluate", scores, some, relevant.item_count)
         best = rank(found, None if seen is None else seen.mask(some), k)
         hits = relevant.mask(some).gather(1, best.clamp(min=0)) & (best >= 0)
         parts.append(measures(hits, relevant.counts[some], k))
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return RankingMetrics(users=users, **joined)
+
+
+def score(who: str, scores: Callable[[Tensor], Tensor], users: Tensor, items: int) -> Tensor:
+    """Score all items for some users, without gradients.
+
+    Args:
+        who: asks, for errors.
+        scores: gives the scores of all items for users.
+        users: [B] int64.
+        items: how many there are.
+
+    Returns:
+        [B, items].
+
+    Raises:
+        ValueError: scores of another shape or with a NaN.
+    """
+    with torch.no_grad():
+        found = scores(users)
+    if found.shape != (len(users), items):
+        raise ValueError(
+            f"{who}: scores must be [{len(users)}, {items}], one for each item that there is; got "
+            f"{tuple(found.shape)}"
+        )
+    if bool(found.isnan().any()):
+        raise ValueError(f"{who}: scores have NaNs; the model's weights may not be finite")
+    return found
 
 
 def measures(hits: Tensor, relevant: Tensor, k: int) -> dict[str, Tensor]:
