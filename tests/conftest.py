@@ -44,6 +44,7 @@ ON_THE_CPU_ALONE = {
     "test_gpu_check.py": "runs what the tools do without a GPU",
     "test_hybrid.py": _PACKAGE,
     "test_init.py": _PACKAGE,
+    "test_llm.py": _PACKAGE,
     "test_news.py": _PACKAGE,
     "test_posts.py": _PACKAGE,
     "test_guard.py::test_averages_that_numpy_writes": "numpy writes memory of the CPU",
@@ -51,6 +52,7 @@ ON_THE_CPU_ALONE = {
     "test_ops_grad_rows.py": "the rows that occur are found on the CPU alone",
     "test_ops_numerics.py::"
     "test_op_is_what_the_reference_says": "test_cuda_device.py has all its samples",
+    "test_pretrained.py": _PACKAGE,
     "test_predict.py": "the job chooses its device",
     "test_pretend.py": "makes the pretend device in a process of its own",
     "test_rating_tasks.py": _PACKAGE,
@@ -60,8 +62,8 @@ ON_THE_CPU_ALONE = {
     "test_replay.py::test_masks_are_drawn_once_and_freed": "masks are kept on a CPU alone",
     "test_simd_levels.py": "SIMD levels are the CPU's",
     "test_tasks.py::test_a_ranking_task_goes_through_the_jobs": "its task draws on the CPU",
-    "test_tune.py": "the package makes its tensors, on the CPU",
-    "test_variants.py": "the package makes its tensors, on the CPU",
+    "test_tune.py": _PACKAGE,
+    "test_variants.py": _PACKAGE,
 }
 
 # What the pretend device cannot do beside that; on CUDA these run.
