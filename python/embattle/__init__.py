@@ -92,6 +92,8 @@ if TYPE_CHECKING:
     from embattle.objectives import FreeAT as FreeAT
     from embattle.objectives import Mart as Mart
     from embattle.objectives import Smart as Smart
+    from embattle.objectives import StaggeredBatches as StaggeredBatches
+    from embattle.objectives import StaggeredReplays as StaggeredReplays
     from embattle.objectives import Trades as Trades
     from embattle.objectives import Vat as Vat
     from embattle.objectives import masking as masking
@@ -148,6 +150,8 @@ _EXPORTS: dict[str, str] = {
     "Site": "perturb.site",
     "Smart": "objectives",
     "Square": "attacks",
+    "StaggeredBatches": "objectives",
+    "StaggeredReplays": "objectives",
     "Target": "criteria",
     "TokenSwap": "attacks",
     "Trades": "objectives",

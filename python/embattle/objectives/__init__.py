@@ -7,6 +7,8 @@ from embattle.objectives.bregman import Bregman
 from embattle.objectives.consistency import R3F, Alp, Mart, Smart, Trades, Vat
 from embattle.objectives.free import FreeAT, free
 from embattle.objectives.mixed import adversarial, apr, mixed
+from embattle.objectives.staggered import StaggeredReplays
+from embattle.objectives.staggered_batches import StaggeredBatches
 
 __all__ = [
     "AWP",
@@ -21,6 +23,8 @@ __all__ = [
     "Mart",
     "Parts",
     "Smart",
+    "StaggeredBatches",
+    "StaggeredReplays",
     "Trades",
     "Vat",
     "adversarial",

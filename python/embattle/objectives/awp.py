@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from embattle import checks
 from embattle.criteria import Criterion
-from embattle.objectives.base import AdversarialObjective
+from embattle.objectives.base import SHARED_PASSES, AdversarialObjective
 from embattle.objectives.precomputed import attach_gradients, leaves
 from embattle.perturb.attacked_batch import Masks
 from embattle.perturb.evaluation import LossFn
@@ -28,8 +28,8 @@ class AWP:
     are left alone; theirs computes g on a proxy copy of the model in train mode.
 
     Args:
-        objective: any `AdversarialObjective`, except of form "free" or "freeat", which move their
-            deltas while they train.
+        objective: any `AdversarialObjective`, except of a form that moves its deltas while it
+            trains ("free", "freeat", "staggered").
         model: whose weights are perturbed (or an iterable of parameters).
         gamma: relative size: the paper takes 0.01 with adversarial training, 0.005 with TRADES.
         delay: calls before it sets in.
@@ -45,7 +45,7 @@ class AWP:
     ) -> None:
         gamma = checks.real("AWP", "gamma", gamma, 0)
         delay = checks.integer("AWP", "delay", delay, 0)
-        if objective.name in ("free", "freeat"):
+        if objective.name in SHARED_PASSES:
             raise ValueError(f"AWP: form {objective.name!r} moves its deltas while it trains")
         self.objective, self.gamma, self.delay = objective, gamma, delay
         found = model.parameters() if isinstance(model, nn.Module) else model

@@ -19,6 +19,7 @@ from embattle.objectives.free import FreeAT, free
 from embattle.objectives.masking import Masking
 from embattle.objectives.mixed import adversarial, apr, mixed
 from embattle.objectives.schedules import Constant, Schedule
+from embattle.objectives.staggered import StaggeredReplays
 from embattle.perturb.attacked_batch import AttackedBatch, Masks
 from embattle.perturb.evaluation import LossFn
 from embattle.perturb.perturbation import total
@@ -39,7 +40,11 @@ FORMS: dict[str, Callable[[], Form]] = {
     "r3f": R3F,
     "free": lambda: free,
     "freeat": FreeAT,
+    "staggered": StaggeredReplays,
 }
+
+# The forms that train in the attack's own passes.
+SHARED_PASSES = ("free", "freeat", "staggered")
 
 # The forms that add a clean and an adversarial loss of each sample, or take the latter alone.
 _ADDITIVE = ("mixed", "adversarial", "apr")
@@ -127,7 +132,7 @@ class AdversarialObjective:
         self.attack = attack
         self.sites = as_sites(sites)
         self.form = FORMS[form]() if isinstance(form, str) else form
-        self.name = form if isinstance(form, str) else getattr(form, "__name__", repr(form))
+        self.name: str = form if isinstance(form, str) else _name(form)
         _refuse_options(attack, self.name)
         self.lam = lam
         self.masking = masking
@@ -149,12 +154,15 @@ class AdversarialObjective:
         mask: Masks = None,
         offsets: Masks = None,
         joint: bool = False,
+        samples: Sequence[int] | Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of one batch.
 
         Args:
             loss_fn: as for `Attack.run`: returns losses `[B]`, or an `Evaluation`.
             criterion, mask, offsets, joint: as for `Attack.run`.
+            samples: the indices of the batch's samples in the data, `[B]`, for `StaggeredReplays`;
+                the other forms keep nothing of a sample.
 
         Returns:
             The loss (0-d), and metrics, detached: `loss`, `clean_loss`, `adversarial_loss`,
@@ -163,6 +171,7 @@ class AdversarialObjective:
             `zero_gradient` (never had a gradient).
         """
         batch = self.batch(loss_fn, criterion=criterion, mask=mask, offsets=offsets, joint=joint)
+        batch.samples = samples
         return self.finish(batch, self.form(batch))
 
     def parts(
@@ -248,7 +257,8 @@ class AdversarialObjective:
         metrics["lam"] = torch.tensor(batch.lam)
         if attacked.perturbations:
             found = attacked.perturbations
-            metrics["nonfinite"] = total([p.nonfinite.count_nonzero() for p in found])
+            counts = [p.nonfinite.count_nonzero() for p in found]
+            metrics.setdefault("nonfinite", total(counts))
             if batch.attack.steps and not batch.frozen:
                 metrics["zero_gradient"] = total([p.count_without_gradient() for p in found])
             if self.step == 0:
@@ -289,6 +299,11 @@ class AdversarialObjective:
         return [(name, part) for name, part in parts if hasattr(part, "state_dict")]
 
 
+def _name(form: Form) -> str:
+    """Return what a form that was given as an object is called."""
+    return str(getattr(form, "name", getattr(form, "__name__", repr(form))))
+
+
 def _refuse_options(attack: Attack, form: str) -> None:
     """Refuse options that a form would ignore."""
     if attack.stop_when_fooled:
@@ -296,7 +311,7 @@ def _refuse_options(attack: Attack, form: str) -> None:
             "AdversarialObjective: stop_when_fooled=True: samples do not leave a training batch; "
             "leave samples out of the update by `masking`"
         )
-    if form not in ("free", "freeat"):
+    if form not in SHARED_PASSES:
         return
     for name, value, usual in (
         ("mode", attack.mode, attack.mode != "eval"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +32,8 @@ class Batch:
         lam: weight of the adversarial part.
         early: whether clean gradients are computed early (see `AdversarialObjective`).
         masking: the policy, if any.
+        samples: the indices of the batch's samples in the data, for forms that keep something of a
+            sample.
         reuse: the first pass was a training pass, whose look-ups the later ones can reuse.
         frozen: the deltas are found: `ascend` leaves them as they are.
         metrics: what the forms report, detached.
@@ -43,6 +46,7 @@ class Batch:
     lam: float
     early: bool
     masking: Masking | None = None
+    samples: Sequence[int] | Tensor | None = None
     reuse: bool = False
     frozen: bool = False
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -241,12 +245,22 @@ class Batch:
             return values.mean()
         return torch.where(weights > 0, values, torch.zeros_like(values)).mean()
 
-    def report(self, name: str, evaluation: Evaluation) -> None:
-        """Record the mean loss and, if the criterion has one, the accuracy of a pass."""
+    def report(self, name: str, evaluation: Evaluation, rows: Tensor | None = None) -> None:
+        """Record the mean loss and, if the criterion has one, the accuracy of a pass.
+
+        Args:
+            name: "clean" or "adversarial".
+            evaluation: of the pass.
+            rows: int64 `[n]`, the samples that count; by default all.
+        """
+        evaluation, criterion = evaluation.detach(), self.criterion
+        if rows is not None:
+            evaluation = evaluation.select(rows)
+            criterion = None if criterion is None else criterion.select(rows)
         if evaluation.losses is not None:
-            self.metrics[f"{name}_loss"] = evaluation.losses.detach().mean()
-        if self.criterion is not None and evaluation.outputs is not None:
-            accuracy = self.criterion.accuracy(evaluation.detach())
+            self.metrics[f"{name}_loss"] = evaluation.losses.mean()
+        if criterion is not None and evaluation.outputs is not None:
+            accuracy = criterion.accuracy(evaluation)
             if accuracy is not None:
                 key = "robust_accuracy" if name == "adversarial" else f"{name}_accuracy"
                 self.metrics[key] = accuracy

@@ -106,7 +106,7 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
                 evaluation = attacked.evaluate(
                     grad=True, lookups="detached" if plain else "fresh", detach=plain
                 )
-            losses_now = _ascends_losses(attack.goal(batch.criterion), batch, evaluation)
+            losses_now = ascended_losses(attack.goal(batch.criterion), batch, evaluation)
             mean = losses_now.mean()
             if not params:
                 deltas = [p.delta for p in attacked.perturbations]
@@ -153,7 +153,12 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
     )
 
 
-def _ascends_losses(goal: Criterion, batch: Batch, evaluation: Evaluation) -> Tensor:
+def ascended_losses(goal: Criterion, batch: Batch, evaluation: Evaluation) -> Tensor:
+    """Return the losses `[B]` of a pass that both trains and ascends.
+
+    Raises:
+        ValueError: the goal ascends something else.
+    """
     losses = batch.losses(evaluation)
     if goal.needs_clean or ascended(goal, evaluation, None) is not losses:
         raise ValueError(

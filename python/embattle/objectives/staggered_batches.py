@@ -1,0 +1,104 @@
+"""The batches of staggered replays: each holds samples at their first, second, ... visit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from embattle import checks
+from embattle.errors import InputError
+
+
+class StaggeredBatches(Sampler[list[int]]):
+    """Batches in which each sample comes `visits` times in a row, for `StaggeredReplays`.
+
+    The samples are shuffled and cut into groups of `batch_size / visits`. Batch t holds group t at
+    its first visit, then group t - 1 at its second one, and so on. The first and last
+    `visits - 1` batches of an epoch are smaller. For `DataLoader(batch_sampler=...)`.
+
+    Args:
+        count: samples.
+        batch_size: samples in a full batch; a multiple of `visits`.
+        visits: how often each sample comes in an epoch.
+        seed: with the epoch, decides the order.
+
+    Attributes:
+        epoch: that the next iteration gives, from 0; set by `set_epoch`.
+        position: batches of it that have been given already.
+
+    Raises:
+        TypeError: a number that is not whole.
+        ValueError: a number below 1, or a `batch_size` that `visits` does not divide.
+    """
+
+    def __init__(self, count: int, batch_size: int, visits: int = 2, *, seed: int = 0) -> None:
+        name = type(self).__name__
+        self.count = checks.integer(name, "count", count, 1)
+        self.batch_size = checks.integer(name, "batch_size", batch_size, 1)
+        self.visits = checks.integer(name, "visits", visits, 1)
+        self.seed = checks.integer(name, "seed", seed, 0)
+        if self.batch_size % self.visits:
+            raise InputError(
+                f"{name}: batch_size={batch_size} must be a multiple of visits={visits}: a batch "
+                "holds as many samples of each visit"
+            )
+        self.epoch = self.position = 0
+
+    @property
+    def _group(self) -> int:
+        return self.batch_size // self.visits
+
+    @property
+    def _groups(self) -> int:
+        return -(-self.count // self._group)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return self._groups + self.visits - 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, and start at its beginning."""
+        self.epoch, self.position = epoch, 0
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """Return all batches of an epoch, in its order; the newest samples come first in each."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.count).tolist()
+        cut = [order[i : i + self._group] for i in range(0, self.count, self._group)]
+        return [
+            [sample for group in self._groups_of(position) for sample in cut[group]]
+            for position in range(len(self))
+        ]
+
+    def visit_numbers(self, position: int) -> list[int]:
+        """Return at which visit each row of a batch is, from 1; the same in all epochs.
+
+        Args:
+            position: of the batch in its epoch, from 0.
+        """
+        sizes = [min(self._group, self.count - g * self._group) for g in range(self._groups)]
+        return [
+            position - group + 1 for group in self._groups_of(position) for _ in range(sizes[group])
+        ]
+
+    def _groups_of(self, position: int) -> range:
+        """Return the groups of a batch, the newest first."""
+        newest = min(position, self._groups - 1)
+        return range(newest, max(position - self.visits, -1), -1)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """The epoch's batches from `position` on; at its end, the next epoch is chosen."""
+        for batch in self.batches(self.epoch)[self.position :]:
+            self.position += 1
+            yield batch
+        self.set_epoch(self.epoch + 1)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where the order stands."""
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another sampler of the same arguments stood."""
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])

@@ -1,0 +1,377 @@
+"""Staggered replays: the batches, the passes, and the numbers of a plain loop."""
+
+from __future__ import annotations
+
+import gc
+import io
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import embattle as eb
+import pytest
+import torch
+import toys
+from embattle.errors import InputError
+from embattle.objectives.kept_deltas import KeptDeltas
+from embattle.perturb.perturbation import Perturbation
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+TOKENS, LABELS = toys.text_batch(11, 9, seed=5)
+
+
+def cut(samples: list[int]) -> tuple[Tensor, Tensor]:
+    """A batch, padded to its longest text, so that a sample's padding differs between visits."""
+    tokens = TOKENS[samples]
+    return tokens[:, : int((tokens != 0).sum(1).max())], LABELS[samples]
+
+
+def endless(batches: eb.StaggeredBatches) -> Iterator[list[int]]:
+    while True:
+        yield from batches
+
+
+# --- the batches ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "visits"), [(11, 6, 3), (12, 6, 2), (3, 8, 4), (5, 2, 1)]
+)
+def test_each_sample_comes_in_a_row_of_batches(count: int, size: int, visits: int) -> None:
+    sampler = eb.StaggeredBatches(count, size, visits, seed=2)
+    epochs = [list(sampler), list(sampler)]
+    assert count < 4 or epochs[0] != epochs[1]
+    assert epochs[1] == eb.StaggeredBatches(count, size, visits, seed=2).batches(1)
+    for batches in epochs:
+        assert len(batches) == len(sampler)
+        met: dict[int, list[tuple[int, int]]] = {}
+        for position, batch in enumerate(batches):
+            numbers = sampler.visit_numbers(position)
+            assert len(batch) == len(set(batch)) == len(numbers) <= size
+            if visits - 1 <= position < count // (size // visits):
+                assert Counter(numbers) == dict.fromkeys(range(1, visits + 1), size // visits)
+            for sample, number in zip(batch, numbers, strict=True):
+                met.setdefault(sample, []).append((position, number))
+        assert sorted(met) == list(range(count))
+        for places in met.values():
+            first = places[0][0]
+            assert places == [(first + i, i + 1) for i in range(visits)]
+
+
+def test_the_batches_resume_and_feed_a_loader() -> None:
+    whole = list(islice(endless(eb.StaggeredBatches(11, 6, 3, seed=1)), 14))
+    sampler = eb.StaggeredBatches(11, 6, 3, seed=1)
+    begun = list(islice(sampler, 4))
+    other = eb.StaggeredBatches(11, 6, 3, seed=1)
+    other.load_state_dict(sampler.state_dict())
+    assert begun + list(islice(endless(other), 10)) == whole
+    loader = DataLoader(range(11), batch_sampler=eb.StaggeredBatches(11, 6, 3, seed=1))  # type: ignore[arg-type]
+    assert [batch.tolist() for batch in loader] == whole[: len(loader)]
+    with pytest.raises(InputError, match="batch_size=8 must be a multiple of visits=3"):
+        eb.StaggeredBatches(11, 8, 3)
+
+
+# --- the numbers ---------------------------------------------------------------------------------
+
+
+def plain_loop(
+    model: toys.Encoder, batches: list[list[int]], visits: int, norm: str, eps: float, size: float
+) -> dict[int, Tensor]:
+    """The method as one would write it: deltas in a dict, one `backward()` for each batch."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.2)
+    kept: dict[int, Tensor] = {}
+    seen: Counter[int] = Counter()
+    for samples in batches:
+        tokens, labels = cut(samples)
+        delta = torch.zeros(*tokens.shape, 8, dtype=torch.float64)
+        for row, sample in enumerate(samples):
+            if sample in kept:
+                delta[row, tokens[row] != 0] = kept[sample]
+        delta.requires_grad_()
+        hook = model.embedding.register_forward_hook(lambda m, a, out, d=delta: out + d)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(tokens), labels).backward()
+        hook.remove()
+        optimizer.step()
+        kept, before = {}, kept
+        for row, sample in enumerate(samples):
+            seen[sample] += 1
+            if seen[sample] % visits == 0:
+                continue
+            grad, own = delta.grad[row, tokens[row] != 0], before.get(sample, 0.0)  # type: ignore[index]
+            if norm == "linf":
+                kept[sample] = (own + size * grad.sign()).clamp(-eps, eps)
+            else:
+                moved = own + size * grad / grad.norm()
+                kept[sample] = moved * (eps / moved.norm()).clamp(max=1)
+    return kept
+
+
+def train(
+    model: nn.Module, objective: eb.AdversarialObjective, batches: list[list[int]]
+) -> list[dict[str, Tensor]]:
+    optimizer = torch.optim.SGD(model.parameters(), 0.2)
+    found = []
+    for samples in batches:
+        tokens, labels = cut(samples)
+        optimizer.zero_grad()
+        loss, metrics = objective(
+            toys.classify(model, tokens, labels),
+            samples=samples,
+            mask=tokens != 0,
+            criterion=eb.Misclassify(labels),
+        )
+        loss.backward()
+        optimizer.step()
+        found.append(metrics)
+    return found
+
+
+def staggered(model: toys.Encoder, norm: str, visits: int, **more: Any) -> eb.AdversarialObjective:
+    attack = eb.PGD(norm=norm, eps=0.4, step_size=0.3)  # type: ignore[arg-type]
+    form = eb.StaggeredReplays(visits)
+    return eb.AdversarialObjective(attack, eb.Site(model.embedding), form=form, **more)
+
+
+def deltas(objective: eb.AdversarialObjective) -> dict[int, Tensor]:
+    state = objective.state_dict()["form"]
+    parts = state["0.rows"].split(state["0.lengths"].tolist()) if "0.rows" in state else ()
+    return dict(zip(state["samples"].tolist(), parts, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize(("visits", "steps"), [(2, 4), (3, 6), (3, 13)])
+def test_the_numbers_are_those_of_a_plain_loop(norm: str, visits: int, steps: int) -> None:
+    batches = list(islice(endless(eb.StaggeredBatches(11, 6, visits, seed=1)), steps))
+    plain, model = toys.encoder(), toys.encoder()
+    expected = plain_loop(plain, batches, visits, norm, 0.4, 0.3)
+    objective = staggered(model, norm, visits)
+    metrics = train(model, objective, batches)
+    got = deltas(objective)
+    assert got.keys() == expected.keys()
+    assert expected
+    for sample, delta in expected.items():
+        assert len(delta) == (TOKENS[sample] != 0).sum()
+        torch.testing.assert_close(got[sample], delta, rtol=0, atol=1e-12)
+    for one, two in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+    untouched = toys.encoder()
+    assert not torch.allclose(model.head.weight, untouched.head.weight, atol=1e-3)
+    assert "adversarial_loss" not in metrics[0]
+    assert {"clean_loss", "adversarial_loss", "robust_accuracy"} <= metrics[1].keys()
+    assert [int(m["replayed"]) for m in metrics[:2]] == [0, 6 // visits]
+    assert int(metrics[1]["nonfinite"]) == int(metrics[1]["zero_gradient"]) == 0
+
+
+def test_a_step_makes_one_pass_forward_and_one_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toys.encoder()
+    objective = staggered(model, "l2", 2)
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *a, **k: (calls.update([name]), function(*a, **k))[1]
+
+    model.layer.register_forward_pre_hook(lambda *_: calls.update(["forward"]))
+    model.embedding.register_forward_pre_hook(lambda *_: calls.update(["look-up"]))
+    for name in ("backward", "grad"):
+        monkeypatch.setattr(torch.autograd, name, counted(name, getattr(torch.autograd, name)))
+    batches = list(eb.StaggeredBatches(11, 4, 2, seed=1))
+    train(model, objective, batches)
+    steps = len(batches)
+    assert calls == {"forward": steps, "look-up": steps, "backward": steps}
+
+
+def test_a_step_leaves_nothing_to_the_garbage_collector() -> None:
+    model = toys.encoder()
+    outputs: list[weakref.ref[Tensor]] = []
+    # Before the site's own hook: the look-up's output, which the batch holds.
+    model.embedding.register_forward_hook(lambda m, a, out: outputs.append(weakref.ref(out)))
+    objective = staggered(model, "l2", 2)
+    gc.collect()
+    gc.disable()
+    try:
+        train(model, objective, [[0, 1], [1, 0]])
+        assert len(outputs) == 2
+        assert not any(one() is not None for one in outputs)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_a_resumed_run_gives_the_same_bits(norm: str) -> None:
+    def schedule(step: int) -> float:
+        return 1 / (1 + step)
+
+    batches = list(islice(endless(eb.StaggeredBatches(11, 6, 3, seed=1)), 9))
+    whole = toys.encoder()
+    train(whole, staggered(whole, norm, 3, eps_schedule=schedule), batches)
+    begun = toys.encoder()
+    objective = staggered(begun, norm, 3, eps_schedule=schedule)
+    train(begun, objective, batches[:4])
+    file = io.BytesIO()
+    torch.save({"model": begun.state_dict(), "objective": objective.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    resumed = toys.encoder(seed=1)
+    resumed.load_state_dict(state["model"])
+    objective = staggered(resumed, norm, 3, eps_schedule=schedule)
+    objective.load_state_dict(state["objective"])
+    train(resumed, objective, batches[4:])
+    for one, two in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_smaller_radius_projects_the_deltas_that_are_kept() -> None:
+    model = toys.encoder()
+    objective = staggered(model, "linf", 2, eps_schedule=lambda step: [1.0, 0.1][step])
+    train(model, objective, [[0, 1]])
+    assert deltas(objective)[0].abs().max() > 0.29
+    seen: list[Tensor] = []
+    tokens, labels = cut([1, 0])
+    clean = model.embedding(tokens).detach()
+    model.embedding.register_forward_hook(lambda m, a, out: seen.append(out.detach()))
+    objective(toys.classify(model, tokens, labels), samples=torch.tensor([1, 0]))
+    assert 0.039 < (seen[0] - clean).abs().max() <= 0.04 + 1e-12
+
+
+def test_deltas_of_packed_rows_find_their_samples() -> None:
+    rows = torch.arange(14.0).reshape(7, 2)
+    mask = torch.tensor([True, True, False, True, True, True, True])
+    one = Perturbation(rows, [(0, 0)], offsets=torch.tensor([0, 3, 4, 7]), mask=mask)
+    one.set(rows)
+    kept = KeptDeltas.take(one, torch.tensor([0, 2]))
+    assert torch.equal(kept.rows, rows[[0, 1, 4, 5, 6]])
+    assert kept.lengths.tolist() == [2, 3]
+    two = Perturbation(torch.zeros(6, 2), [(0, 0)], offsets=torch.tensor([0, 3, 4, 6]))
+    delta = kept.put(two, torch.tensor([0, 2]), torch.tensor([1, 0]), [8, 9])
+    assert torch.equal(delta, torch.cat([rows[4:7], torch.zeros(1, 2), rows[:2]]))
+    with pytest.raises(InputError, match="sample 9 has 2 vectors that may move, and had 3"):
+        kept.put(two, torch.tensor([2]), torch.tensor([1]), [9])
+
+
+def test_several_sites_keep_a_delta_each() -> None:
+    model = toys.factors()
+    sites = [eb.Site(model.user), eb.Site(model.item)]
+    objective = eb.AdversarialObjective(eb.FGM(eps=0.5), sites, form="staggered")
+    users, positive, negative = toys.triplets()
+    for samples in eb.StaggeredBatches(9, 4, seed=0):
+        batch = (users[samples], positive[samples], negative[samples])
+        loss, _ = objective(toys.rank(model, batch), samples=samples)
+        loss.backward()
+        kept = objective.state_dict()["form"]
+        assert sum(key.endswith(".rows") for key in kept) in (0, 3)
+        for key in kept:
+            if key.endswith(".rows"):
+                norms = kept[key].norm(dim=1)
+                torch.testing.assert_close(norms, torch.full_like(norms, 0.5))
+    assert not kept["samples"].numel()
+
+
+# --- robustness ----------------------------------------------------------------------------------
+
+
+def test_it_trains_robustly_where_plain_training_does_not() -> None:
+    """One feature is right in nine of ten cases; a hundred weak ones are better, and fragile."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (3000,), generator=g)
+    sign = 2.0 * labels - 1
+    right = torch.rand(3000, generator=g) < 0.9
+    weak = 0.3 * sign[:, None] + torch.randn(3000, 100, generator=g)
+    features = torch.cat([torch.where(right, sign, -sign)[:, None], weak], 1)
+
+    def accuracies(visits: int) -> tuple[float, float]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Identity(), nn.Linear(101, 2))
+        site = eb.Site(model[0])
+        form = eb.StaggeredReplays(visits)
+        objective = eb.AdversarialObjective(eb.FGSM(eps=0.6), site, form=form)
+        optimizer = torch.optim.Adam(model.parameters(), 0.003)
+        for samples in islice(endless(eb.StaggeredBatches(2000, 60, visits)), 400):
+            optimizer.zero_grad()
+            loss_fn = toys.classify(model, features[samples], labels[samples])
+            objective(loss_fn, samples=samples)[0].backward()
+            optimizer.step()
+        held = toys.classify(model, features[2000:], labels[2000:])
+        result = eb.PGD(norm="linf", eps=0.6, steps=10).run(
+            held, site, criterion=eb.Misclassify(labels[2000:])
+        )
+        return float(result.clean_accuracy), float(result.robust_accuracy)  # type: ignore[arg-type]
+
+    plain, robust = accuracies(1), accuracies(2)
+    assert plain[0] > 0.9
+    assert plain[1] < 0.1
+    assert robust[0] > 0.8
+    assert robust[1] > 0.75
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def call(objective: eb.AdversarialObjective, model: nn.Module, **options: Any) -> Tensor:
+    tokens, labels = cut([0, 1, 2])
+    return objective(toys.classify(model, tokens, labels), **{"samples": [0, 1, 2]} | options)[0]
+
+
+def test_wrong_samples_are_refused() -> None:
+    model = toys.encoder()
+    objective = staggered(model, "l2", 2)
+    for samples, said in (
+        (None, "needs the indices"),
+        ([0, 1, 1], "twice"),
+        ([0, 1], "2 indices in samples for 3"),
+    ):
+        with pytest.raises(InputError, match=said):
+            call(objective, model, samples=samples)
+    with pytest.raises(TypeError, match=r"each of samples must be an integer, got 0\.5"):
+        call(objective, model, samples=[0, 0.5, 2])
+    loss = call(objective, model)
+    with pytest.raises(RuntimeError, match=r"gave no gradient.*backward\(\) once"):
+        call(objective, model)
+    with pytest.raises(RuntimeError, match="gave no gradient"):
+        objective.state_dict()
+    loss.backward()
+    with pytest.raises(InputError, match="sample 0 awaits another visit"):
+        call(objective, model, samples=[3, 4, 5])
+    objective.form.reset()  # type: ignore[attr-defined]
+    call(objective, model, samples=[3, 4, 5])
+
+
+@pytest.mark.parametrize(
+    ("attack", "options", "said"),
+    [
+        (eb.MIFGSM(eps=0.1, steps=2), {}, "more than a direction"),
+        (eb.FGM(eps=0.1), {"masking": lambda outcome: outcome.losses > 0}, "masking"),
+        (eb.FGM(eps=0.1), {"scope": "row"}, "scope 'row'"),
+        (eb.FGM(eps=0.1), {"joint": True}, "joint=True"),
+    ],
+)
+def test_what_the_form_cannot_have_is_refused(
+    attack: eb.Attack, options: dict[str, Any], said: str
+) -> None:
+    model = toys.encoder()
+    site = eb.Site(model.embedding, scope=options.get("scope", "output"))
+    objective = eb.AdversarialObjective(
+        attack, site, form="staggered", masking=options.get("masking")
+    )
+    with pytest.raises(InputError, match=said):
+        call(objective, model, joint=options.get("joint", False))
+
+
+def test_options_of_passes_that_are_not_made_are_refused() -> None:
+    model = toys.encoder()
+    site = eb.Site(model.embedding, model=model)
+    for form in ("staggered", eb.StaggeredReplays(3)):
+        with pytest.raises(ValueError, match=r"'staggered'.*mode='eval'"):
+            eb.AdversarialObjective(eb.FGM(eps=1.0, mode="eval"), site, form=form)
+        objective = eb.AdversarialObjective(eb.FGM(eps=1.0), site, form=form)
+        with pytest.raises(ValueError, match="'staggered' moves its deltas"):
+            eb.AWP(objective, model)
+        with pytest.raises(ValueError, match="'staggered', whose samples have no losses"):
+            objective.parts(lambda: torch.zeros(1))
+        with torch.no_grad(), pytest.raises(RuntimeError, match="no_grad"):
+            call(objective, model)
+    with pytest.raises(ValueError, match="visits must be at least 1"):
+        eb.StaggeredReplays(0)
