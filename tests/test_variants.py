@@ -84,7 +84,8 @@ def load(folder: Path, **changes: object) -> recipes.Recipe:
 
 
 def test_every_objective_and_attack_has_a_section() -> None:
-    assert set(OBJECTIVES) == {"plain", *objectives.FORMS}
+    # Staggered replays need batches of their own, which the job does not make.
+    assert set(OBJECTIVES) == {"plain", *objectives.FORMS} - {"staggered"}
     known = {made for made in vars(attacks).values() if isinstance(made, type)}
     batchwise = {made for made in known if issubclass(made, attacks.Attack)} - {attacks.Attack}
     # These are for examining a model, not for training it.
