@@ -132,6 +132,7 @@ NOT_ON_PRETEND = {
     "test_reference.py::test_projection_is_the_nearest_point": _SLOW,
     "test_reference.py::test_steepest_ascent": _SLOW,
     "test_small_print.py": _SLOW,
+    "test_staggered.py::test_a_resumed_run_gives_the_same_bits": _NO_STORAGE,
     "test_tasks.py::test_texts_of_a_file_are_encoded_like_those_of_a_part": _NO_STORAGE,
     "test_tasks.py::test_the_fingerprint_is_of_the_data": _NO_STORAGE,
     "test_tasks.py::test_what_is_saved_is_read_back": _NO_STORAGE,
