@@ -36,6 +36,11 @@ def closest(word: str, known: Iterable[str]) -> str:
     return f"{guess}(known: {', '.join(words[:30])}{more})"
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or what kind it is."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def need(module: str, extra: str = "jobs") -> ModuleType:
     """Imports an optional dependency, or says how to install it.
 

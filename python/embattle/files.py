@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from embattle.errors import InputError, need
+from embattle.errors import InputError, first_line, need
 
 # Unfinished files begin with this, so that what a killed process left can be told from all else.
 UNFINISHED = ".embattle-part-"
@@ -150,3 +151,18 @@ def sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def require_finite(model: Any) -> None:
+    """Raises ValueError if a weight of an `nn.Module` is no finite number."""
+    wrong = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if wrong:
+        raise ValueError(f"{wrong[0]} holds values that are no finite numbers")
+
+
+def broken(folder: Path, error: Exception) -> InputError:
+    """The error about a folder that does not hold a trained model."""
+    return InputError(
+        f"{folder} does not hold a trained model: {first_line(error)}; train it with "
+        "`embattle train`"
+    )

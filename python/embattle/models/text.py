@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from embattle.data.batch import Batch
-from embattle.errors import InputError, need
-from embattle.files import save_tensors, write_text
+from embattle.errors import need
+from embattle.files import broken, require_finite, save_tensors, write_text
 from embattle.models.encoder import TextEncoder
 from embattle.models.pretrained import load_encoder, saved_encoder
 
@@ -113,14 +113,9 @@ def load(folder: Path) -> TextClassifier:
             max_tokens=head["max_tokens"],
         )
         safetensors.load_model(model, str(folder / "model.safetensors"))
-        broken = [name for name, x in model.named_parameters() if not x.isfinite().all()]
-        if broken:
-            raise ValueError(f"{broken[0]} holds values that are no finite numbers")
+        require_finite(model)
     except Exception as error:
         # The files of a model may be changed in any way, and transformers, tokenizers and
         # safetensors each raise errors of their own kinds.
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{folder} does not hold a trained model: {first}; train it with `embattle train`"
-        ) from error
+        raise broken(folder, error) from error
     return model.eval()

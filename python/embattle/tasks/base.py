@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from embattle.data.account import Account
 from embattle.data.batch import Batch
-from embattle.errors import InputError, need
-from embattle.files import save_tensors, write_text
+from embattle.errors import need
+from embattle.files import broken, require_finite, save_tensors, write_text
 from embattle.perturb.site import Group, Site
 from embattle.sections import Section
 from embattle.tasks.evaluator import Evaluator
@@ -220,21 +220,6 @@ class Task(Evaluator, ABC):
             # The files may have been changed in any way.
             raise broken(folder, error) from error
         return model.eval()
-
-
-def require_finite(model: nn.Module) -> None:
-    """Raise ValueError if a weight is no finite number."""
-    wrong = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-    if wrong:
-        raise ValueError(f"{wrong[0]} holds values that are no finite numbers")
-
-
-def broken(folder: Path, error: Exception) -> InputError:
-    """Give the error about a folder that does not hold a trained model."""
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return InputError(
-        f"{folder} does not hold a trained model: {first}; train it with `embattle train`"
-    )
 
 
 def _feed(digest: Any, value: Any) -> None:

@@ -15,12 +15,13 @@ from embattle.data.labels import is_blank
 from embattle.data.recipe import DataRecipe
 from embattle.data.splits import Splits
 from embattle.errors import InputError
+from embattle.files import broken
 from embattle.models.pretrained import count_longer, load_tokenizer
 from embattle.models.recipe import ModelRecipe
 from embattle.models.text import TextClassifier, build, load
 from embattle.perturb.site import Group, Site
 from embattle.sections import Section
-from embattle.tasks.base import Task, broken
+from embattle.tasks.base import Task
 from embattle.tasks.kinds import Classification
 
 
