@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +190,16 @@ def rows_of(name: str, count: int) -> list[Cells]:
         else:
             rows.append({"id": f"r{i}", "who": f"u{draw.randrange(12)}"})
     return rows
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a model by the name of its recipe, made once."""
+    folder = tmp_path_factory.mktemp("deployed")
+    write_data(folder)
+
+    def model(name: str) -> Path:
+        made = folder / "models" / name
+        return made if made.exists() else model_of(recipe_of(name, folder), made)
+
+    return model

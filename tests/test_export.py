@@ -19,7 +19,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("yaml")
 
-from deployed import NAMES, model_of, recipe_of, rows_of, write_csv, write_data
+import deployed
+from deployed import NAMES, rows_of, write_csv
 from embattle.errors import InputError
 from embattle.files import UNFINISHED, sha256
 from embattle.jobs import export as exporting
@@ -29,20 +30,9 @@ from embattle.jobs.trained import load_trained
 from tiny_job import invoke
 from torch import Tensor
 
+models = deployed.models
+
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a model by the name of its recipe, made once."""
-    folder = tmp_path_factory.mktemp("deployed")
-    write_data(folder)
-
-    def model(name: str) -> Path:
-        made = folder / "models" / name
-        return made if made.exists() else model_of(recipe_of(name, folder), made)
-
-    return model
 
 
 def samples(model: Path, name: str, count: int) -> tuple[dict[str, Tensor], Tensor]:

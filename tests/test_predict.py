@@ -19,9 +19,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("yaml")
 
+import deployed
 import pyarrow
 import pyarrow.parquet
-from deployed import NAMES, model_of, recipe_of, rows_of, write_csv, write_data
+from deployed import NAMES, model_of, rows_of, write_csv
 from embattle.data import tables
 from embattle.errors import InputError
 from embattle.files import UNFINISHED
@@ -32,20 +33,9 @@ from embattle.jobs.trained import load_trained
 from embattle.tasks import Task
 from tiny_job import invoke
 
+models = deployed.models
+
 Cells = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a model by the name of its recipe, made once."""
-    folder = tmp_path_factory.mktemp("deployed")
-    write_data(folder)
-
-    def model(name: str) -> Path:
-        made = folder / "models" / name
-        return made if made.exists() else model_of(recipe_of(name, folder), made)
-
-    return model
 
 
 def wanted(model: Path, rows: list[Cells]) -> list[Cells]:

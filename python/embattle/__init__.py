@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from embattle.criteria import MultiLabel as MultiLabel
     from embattle.criteria import Promote as Promote
     from embattle.criteria import Target as Target
+    from embattle.data.staggered_batches import StaggeredBatches as StaggeredBatches
     from embattle.objectives import AWP as AWP
     from embattle.objectives import R3F as R3F
     from embattle.objectives import AdversarialObjective as AdversarialObjective
@@ -92,7 +93,6 @@ if TYPE_CHECKING:
     from embattle.objectives import FreeAT as FreeAT
     from embattle.objectives import Mart as Mart
     from embattle.objectives import Smart as Smart
-    from embattle.objectives import StaggeredBatches as StaggeredBatches
     from embattle.objectives import StaggeredReplays as StaggeredReplays
     from embattle.objectives import Trades as Trades
     from embattle.objectives import Vat as Vat
@@ -150,7 +150,7 @@ _EXPORTS: dict[str, str] = {
     "Site": "perturb.site",
     "Smart": "objectives",
     "Square": "attacks",
-    "StaggeredBatches": "objectives",
+    "StaggeredBatches": "data.staggered_batches",
     "StaggeredReplays": "objectives",
     "Target": "criteria",
     "TokenSwap": "attacks",

@@ -33,6 +33,19 @@ Encoding = Annotated[str | None, typer.Option("--encoding", help="Of a text file
 Delimiter = Annotated[
     str | None, typer.Option("--delimiter", help="Of a CSV file: one character, or 'tab'.")
 ]
+Full = Annotated[
+    bool, typer.Option("--full", help="Apply the recipe's 'full' section: the whole data set.")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue an interrupted run; start where none is.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from embattle.cli.common import Debug, Trust, app, plain_errors
+from embattle.cli.common import Changes, Debug, Full, Overwrite, Resume, Trust, app, plain_errors
 
 
 @app.command()
@@ -33,19 +33,10 @@ def train(
     out: Annotated[
         Path | None, typer.Option("--out", help="The run's folder [default: runs/NAME].")
     ] = None,
-    full: Annotated[
-        bool, typer.Option("--full", help="Apply the recipe's 'full' section: the whole data set.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run; start where none is.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")
-    ] = False,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
-    ] = None,
+    full: Full = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    changes: Changes = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -82,19 +73,14 @@ def tune(
     out: Annotated[
         Path | None, typer.Option("--out", help="The study's folder [default: runs/NAME-tune].")
     ] = None,
-    full: Annotated[
-        bool, typer.Option("--full", help="Apply the recipe's 'full' section: the whole data set.")
-    ] = False,
+    full: Full = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the study; start one where none is.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what is in the folder.")
     ] = False,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
-    ] = None,
+    changes: Changes = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -128,16 +114,9 @@ def audit_recbole(
     as_is: Annotated[
         bool, typer.Option("--as-is", help="Attack the checkpoint alone; train nothing.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted run; start where none is.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run that is in the folder.")
-    ] = False,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
-    ] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    changes: Changes = None,
     debug: Debug = False,
 ) -> None:
     """Harden and audit a model of RecBole's, in an environment that has it (make recbole)."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from embattle.cli.common import Debug, Delimiter, Encoding, Trust, app, plain_errors
+from embattle.cli.common import Changes, Debug, Delimiter, Encoding, Trust, app, plain_errors
 from embattle.errors import InputError
 
 data_app = typer.Typer(
@@ -47,10 +47,7 @@ def inspect_data(
     full: Annotated[
         bool, typer.Option("--full", help="Apply the recipe's 'full' section.")
     ] = False,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; may be repeated."),
-    ] = None,
+    changes: Changes = None,
     encoding: Encoding = None,
     delimiter: Delimiter = None,
     trust: Trust = False,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from torch.utils.data import Sampler
 
+from embattle.data.epochs import EpochBatches
 from embattle.errors import InputError
 
 
-class LengthBuckets(Sampler[list[int]]):
+class LengthBuckets(EpochBatches):
     """Batches of similar length in random order, each example once in an epoch.
 
     The examples are shuffled and taken in windows of many batches; a window is sorted by length and
@@ -23,10 +22,6 @@ class LengthBuckets(Sampler[list[int]]):
         batch_size: examples in a batch; the last one of an epoch may have fewer.
         seed: with the epoch, decides the order.
         window: batches in a window. More of them have less padding, fewer mix more.
-
-    Attributes:
-        epoch: that the next iteration gives, from 0; set by `set_epoch`.
-        position: batches of it that have been given already.
 
     Raises:
         InputError: about an argument.
@@ -45,15 +40,11 @@ class LengthBuckets(Sampler[list[int]]):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"LengthBuckets: {name} must be a whole number > 0, got {value!r}")
         self.batch_size, self.seed, self.window = batch_size, seed, window
-        self.epoch = self.position = 0
+        super().__init__()
 
     def __len__(self) -> int:
         """Batches in an epoch."""
         return -(-len(self.lengths) // self.batch_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, and starts at its beginning."""
-        self.epoch, self.position = epoch, 0
 
     def batches(self, epoch: int) -> list[list[int]]:
         """All batches of an epoch, in its order."""
@@ -65,21 +56,6 @@ class LengthBuckets(Sampler[list[int]]):
         cut = range(0, count, self.batch_size)
         found = [order[i : i + self.batch_size].tolist() for i in cut]
         return [found[i] for i in rng.permutation(len(found))]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """The epoch's batches from `position` on; at its end, the next epoch is chosen."""
-        for batch in self.batches(self.epoch)[self.position :]:
-            self.position += 1
-            yield batch
-        self.set_epoch(self.epoch + 1)
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the order stands."""
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where another sampler of the same arguments stood."""
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])
 
 
 def padding(lengths: ArrayLike, batches: Sequence[Sequence[int]]) -> float:

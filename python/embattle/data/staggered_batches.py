@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
-from torch.utils.data import Sampler
 
 from embattle import checks
+from embattle.data.epochs import EpochBatches
 from embattle.errors import InputError
 
 
-class StaggeredBatches(Sampler[list[int]]):
+class StaggeredBatches(EpochBatches):
     """Batches in which each sample comes `visits` times in a row, for `StaggeredReplays`.
 
     The samples are shuffled and cut into groups of `batch_size / visits`. Batch t holds group t at
@@ -24,10 +21,6 @@ class StaggeredBatches(Sampler[list[int]]):
         batch_size: samples in a full batch; a multiple of `visits`.
         visits: how often each sample comes in an epoch.
         seed: with the epoch, decides the order.
-
-    Attributes:
-        epoch: that the next iteration gives, from 0; set by `set_epoch`.
-        position: batches of it that have been given already.
 
     Raises:
         TypeError: a number that is not whole.
@@ -45,7 +38,7 @@ class StaggeredBatches(Sampler[list[int]]):
                 f"{name}: batch_size={batch_size} must be a multiple of visits={visits}: a batch "
                 "holds as many samples of each visit"
             )
-        self.epoch = self.position = 0
+        super().__init__()
 
     @property
     def _group(self) -> int:
@@ -58,10 +51,6 @@ class StaggeredBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         """Batches in an epoch."""
         return self._groups + self.visits - 1
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, and start at its beginning."""
-        self.epoch, self.position = epoch, 0
 
     def batches(self, epoch: int) -> list[list[int]]:
         """Return all batches of an epoch, in its order; the newest samples come first in each."""
@@ -87,18 +76,3 @@ class StaggeredBatches(Sampler[list[int]]):
         """Return the groups of a batch, the newest first."""
         newest = min(position, self._groups - 1)
         return range(newest, max(position - self.visits, -1), -1)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """The epoch's batches from `position` on; at its end, the next epoch is chosen."""
-        for batch in self.batches(self.epoch)[self.position :]:
-            self.position += 1
-            yield batch
-        self.set_epoch(self.epoch + 1)
-
-    def state_dict(self) -> dict[str, int]:
-        """Return where the order stands."""
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another sampler of the same arguments stood."""
-        self.epoch, self.position = int(state["epoch"]), int(state["position"])

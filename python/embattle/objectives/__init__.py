@@ -8,7 +8,6 @@ from embattle.objectives.consistency import R3F, Alp, Mart, Smart, Trades, Vat
 from embattle.objectives.free import FreeAT, free
 from embattle.objectives.mixed import adversarial, apr, mixed
 from embattle.objectives.staggered import StaggeredReplays
-from embattle.objectives.staggered_batches import StaggeredBatches
 
 __all__ = [
     "AWP",
@@ -23,7 +22,6 @@ __all__ = [
     "Mart",
     "Parts",
     "Smart",
-    "StaggeredBatches",
     "StaggeredReplays",
     "Trades",
     "Vat",
