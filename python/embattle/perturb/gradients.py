@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,10 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from embattle.perturb.perturbed_sites import PerturbedSites
+
+# What `torch.autograd.grad` calls when it has checked its arguments, which takes a small model as
+# long as half of its forward pass; None where this torch has no such function.
+run_backward: Callable[..., Any] | None = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
 # Factors on losses whose gradients pass through float16: most gradients, then the smallest ones,
 # then those that overflow.
@@ -64,7 +68,20 @@ def _differentiate(
     values: Tensor, leaves: Sequence[Tensor], keep: bool = False
 ) -> list[Tensor | None]:
     ones = torch.ones_like(values)  # a sum's gradient is an expanded one: dearer in what follows
+    plain = type(values) is Tensor and all(type(leaf) is Tensor for leaf in leaves)
     try:
+        if plain and run_backward is not None:
+            return list(
+                run_backward(
+                    (values,),
+                    (ones,),
+                    keep,
+                    False,  # no graph of the gradient
+                    tuple(leaves),
+                    allow_unreachable=True,
+                    accumulate_grad=False,
+                )
+            )
         return list(torch.autograd.grad(values, leaves, ones, keep, allow_unused=True))
     except RuntimeError as error:
         if "heckpoint" not in str(error):
