@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 # long as half of its forward pass; None where this torch has no such function.
 run_backward: Callable[..., Any] | None = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
 # Factors on losses whose gradients pass through float16: most gradients, then the smallest ones,
 # then those that overflow.
 _SCALES = (2.0**10, 2.0**15, 1.0)
@@ -39,7 +41,7 @@ def differentiate(
         RuntimeError: a reentrant gradient checkpoint lies between.
     """
     if not through_half:
-        return _differentiate(values, leaves)
+        return _differentiate(values, leaves, keep=False)
     found: list[Tensor | None] = []
     for scale in _SCALES:
         keep = scale != _SCALES[-1]
@@ -65,21 +67,15 @@ def _better(one: Tensor | None, two: Tensor | None) -> Tensor | None:
 
 
 def _differentiate(
-    values: Tensor, leaves: Sequence[Tensor], keep: bool = False
+    values: Tensor, leaves: Sequence[Tensor], *, keep: bool
 ) -> list[Tensor | None]:
     ones = torch.ones_like(values)  # a sum's gradient is an expanded one: dearer in what follows
-    plain = type(values) is Tensor and all(type(leaf) is Tensor for leaf in leaves)
     try:
-        if plain and run_backward is not None:
+        if run_backward is not None and _PLAIN.issuperset(map(type, (values, *leaves))):
+            # Neither a graph of the gradient nor an error for what is unused; nothing in `.grad`.
             return list(
                 run_backward(
-                    (values,),
-                    (ones,),
-                    keep,
-                    False,  # no graph of the gradient
-                    tuple(leaves),
-                    allow_unreachable=True,
-                    accumulate_grad=False,
+                    (values,), (ones,), keep, False, tuple(leaves), True, accumulate_grad=False
                 )
             )
         return list(torch.autograd.grad(values, leaves, ones, keep, allow_unused=True))
