@@ -43,8 +43,8 @@ STABLE_TORCH_LIBRARY(embattle, m) {
         ") -> Tensor");
   m.def("pgd_step_(Tensor(a!) delta, Tensor grad, float step_size, float eps, "  //
         EMBATTLE_STEP_OPTIONS ") -> ()");
-  // The same where there is nothing but a ball of one radius. A small call's time is that of turning
-  // arguments into what the stable ABI takes.
+  // The same where there is nothing but a ball of one radius. A small call's time is that of
+  // turning arguments into what the stable ABI takes.
   m.def("pgd_step_plain(Tensor delta, Tensor grad, " EMBATTLE_PLAIN_STEP ") -> Tensor");
   m.def("pgd_step_plain_(Tensor(a!) delta, Tensor grad, " EMBATTLE_PLAIN_STEP ") -> ()");
   m.def("project(Tensor delta, float eps, " EMBATTLE_BALL_OPTIONS ") -> Tensor");

@@ -445,21 +445,20 @@ struct GroupOps {
 };
 
 // Registers the group ops of one device; within STABLE_TORCH_LIBRARY_IMPL(embattle, <key>, m).
-#define EMBATTLE_REGISTER_GROUP_OPS(m, Launch)                                      \
-  m.impl("group_norm", TORCH_BOX(&embattle::GroupOps<Launch>::group_norm));         \
-  m.impl("project", TORCH_BOX(&embattle::GroupOps<Launch>::project));               \
-  m.impl("project_constant", TORCH_BOX(&embattle::GroupOps<Launch>::project));      \
-  m.impl("project_plain", TORCH_BOX(&embattle::GroupOps<Launch>::project_plain));   \
-  m.impl("project_", TORCH_BOX(&embattle::GroupOps<Launch>::project_));             \
-  m.impl("pgd_step", TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step));             \
-  m.impl("pgd_step_", TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step_));           \
-  m.impl("pgd_step_plain", TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step_plain)); \
-  m.impl("pgd_step_plain_",                                                         \
-         TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step_plain_));                  \
-  m.impl("momentum_step", TORCH_BOX(&embattle::GroupOps<Launch>::momentum_step));   \
-  m.impl("momentum_step_", TORCH_BOX(&embattle::GroupOps<Launch>::momentum_step_)); \
-  m.impl("random_start", TORCH_BOX(&embattle::GroupOps<Launch>::random_start));     \
-  m.impl("gaussian_noise", TORCH_BOX(&embattle::GroupOps<Launch>::gaussian_noise)); \
+#define EMBATTLE_REGISTER_GROUP_OPS(m, Launch)                                        \
+  m.impl("group_norm", TORCH_BOX(&embattle::GroupOps<Launch>::group_norm));           \
+  m.impl("project", TORCH_BOX(&embattle::GroupOps<Launch>::project));                 \
+  m.impl("project_constant", TORCH_BOX(&embattle::GroupOps<Launch>::project));        \
+  m.impl("project_plain", TORCH_BOX(&embattle::GroupOps<Launch>::project_plain));     \
+  m.impl("project_", TORCH_BOX(&embattle::GroupOps<Launch>::project_));               \
+  m.impl("pgd_step", TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step));               \
+  m.impl("pgd_step_", TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step_));             \
+  m.impl("pgd_step_plain", TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step_plain));   \
+  m.impl("pgd_step_plain_", TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step_plain_)); \
+  m.impl("momentum_step", TORCH_BOX(&embattle::GroupOps<Launch>::momentum_step));     \
+  m.impl("momentum_step_", TORCH_BOX(&embattle::GroupOps<Launch>::momentum_step_));   \
+  m.impl("random_start", TORCH_BOX(&embattle::GroupOps<Launch>::random_start));       \
+  m.impl("gaussian_noise", TORCH_BOX(&embattle::GroupOps<Launch>::gaussian_noise));   \
   m.impl("gaussian_noise_", TORCH_BOX(&embattle::GroupOps<Launch>::gaussian_noise_))
 
 }  // namespace embattle

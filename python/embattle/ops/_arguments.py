@@ -9,6 +9,8 @@ from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
 Norm: TypeAlias = str | float
 Group: TypeAlias = Literal["sample", "token"]
@@ -129,8 +131,8 @@ def _function(op: str) -> str:
 
 def written(*tensors: Tensor) -> None:
     """Tells autograd that an op wrote these tensors, so that it refuses stale saved values."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return  # the compiled graph writes them by copy_, which tells
     for tensor in tensors:
         if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+            increment_version(tensor)

@@ -177,9 +177,7 @@ class AttackedBatch:
                 kept_state(self.models) as state,
                 frozen_weights(state.modules.values()),
                 _requiring_grad(self.sites) if self._tables else _NOTHING,
-                eval_mode(self.models, state.modules.values())
-                if self.mode == "eval"
-                else _NOTHING,
+                eval_mode(self.models, state.modules.values()) if self.mode == "eval" else _NOTHING,
             ):
                 self._state = state
                 yield generator

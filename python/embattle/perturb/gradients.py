@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 # What `torch.autograd.grad` calls when it has checked its arguments, which takes a small model as
 # long as half of its forward pass; None where this torch has no such function.
-run_backward: Callable[..., Any] | None = getattr(torch.autograd.graph, "_engine_run_backward", None)
+run_backward: Callable[..., Any] | None
+run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
@@ -66,9 +67,7 @@ def _better(one: Tensor | None, two: Tensor | None) -> Tensor | None:
     return torch.where(lost, two, one)
 
 
-def _differentiate(
-    values: Tensor, leaves: Sequence[Tensor], *, keep: bool
-) -> list[Tensor | None]:
+def _differentiate(values: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
     ones = torch.ones_like(values)  # a sum's gradient is an expanded one: dearer in what follows
     try:
         if run_backward is not None and _PLAIN.issuperset(map(type, (values, *leaves))):

@@ -29,7 +29,7 @@ def eval_mode(models: Sequence[nn.Module], modules: Iterable[nn.Module]) -> Iter
             module.training = training
 
 
-class frozen_weights:  # noqa: N801 (a context manager, used as the functions are)
+class frozen_weights:
     """Turn the weights' `requires_grad` off: passes for the delta alone then save less.
 
     Done only where nothing else depends on the flags: not with sharded or otherwise special
@@ -54,7 +54,7 @@ class frozen_weights:  # noqa: N801 (a context manager, used as the functions ar
             weight.requires_grad = True
 
 
-class fresh_autocast_cache:  # noqa: N801 (a context manager, used as the functions are)
+class fresh_autocast_cache:
     """Forget the low-precision copies of weights that autocast keeps, before and after the block.
 
     In a user's own autocast block they live until its end: a pass would see weights as they were

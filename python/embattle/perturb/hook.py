@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.compiler import is_compiling
 
 from embattle.perturb.calls import Call, Layout, is_lookup, is_plain
 from embattle.perturb.outputs import Key, Part, parts_of, replace_parts
@@ -128,7 +129,7 @@ class Recorder(_SiteCalls):
     ) -> Any:
         if self.graph_break is not None:
             return self.graph_break(module, args, kwargs, output)
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             return self._record_output(module, args, kwargs, output)
         for part in parts_of(output, self.key):
             value = part.value
@@ -211,11 +212,15 @@ class Perturb(_SiteCalls):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._traced(output)
-        if self.from_other_thread(module):
+        # Looked at here first: every step comes this way, and calls take longer than comparisons.
+        if (module is not self.first or get_ident() != self.thread) and self.from_other_thread(
+            module
+        ):
             return None
-        refuse_checkpoints(module)
+        if not torch.is_grad_enabled() or _saved_tensors_hooks(False) is not None:
+            refuse_checkpoints(module)
         if _is_plain(output):
             return self._perturb(module, args, kwargs, output)
         values = {
@@ -351,8 +356,6 @@ def refuse_checkpoints(module: nn.Module) -> None:
         RuntimeError: the call is inside one.
     """
     hooks = _saved_tensors_hooks(False)
-    if hooks is None and torch.is_grad_enabled():
-        return
     inside = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
     # A reentrant checkpoint runs its segment without a graph, and has no hooks.
     if inside or (not torch.is_grad_enabled() and _called_by_checkpoint()):

@@ -147,7 +147,7 @@ def _listed(given: Any) -> bool:
 def _per_site(name: str, sites: Sequence[Site], given: Any, dtype: torch.dtype) -> list[PerCall]:
     """Return what is given of each site's calls; an empty list where nothing is given at all."""
     own: Callable[[Site], Any] = lambda site: site.mask if name == "mask" else site.offsets  # noqa: E731
-    if given is None and all([own(site) is None for site in sites]):
+    if given is None and all(own(site) is None for site in sites):
         return []
     if len(sites) == 1:
         each = [given]

@@ -289,7 +289,7 @@ class KeptState:
             )
 
 
-class kept_state:  # noqa: N801 (a context manager, used as the functions are)
+class kept_state:
     """Keep all state of the models other than weights from changing, also when the block raises.
 
     That is every buffer (statistics of norms, vectors of `spectral_norm`, averages and counters of
