@@ -292,7 +292,7 @@ def test_norms_may_be_numbers() -> None:
 def test_gradients_do_not_depend_on_the_way_into_the_engine(
     text: Text, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine is called without the front's checks; a torch that lacks that way takes the front."""
+    """The engine is called without the front; a torch that lacks that way takes the front."""
     attack = eb.PGD(eps=0.5, step_size=0.2, steps=3)
     assert gradients.run_backward is not None
     direct = attack.run(text.loss_fn, text.site, mask=text.mask).delta
