@@ -3,7 +3,7 @@
     pip install --no-deps torchattacks==3.5.1 foolbox==3.3.4 eagerpy gitpython gitdb smmap requests
     python benchmarks/small_attacks.py [--rounds 200] [--out FOLDER]
 
-All give the same perturbations, which is checked. They run in turn, on one thread, timed by the
+All give the same perturbations; one that does not is left out, with a word. They run in turn, on one thread, timed by the
 process's own CPU time; the figures are ratios of medians. The loop in plain torch knows the model:
 it computes the embeddings once and runs the layers behind them, and so do torchattacks and foolbox,
 whose images are the embeddings. All have 10 forward and 10 backward passes, the attack too
@@ -268,14 +268,15 @@ def ratios(rounds: int) -> list[dict[str, Any]]:
                 if find_spec(peer) is not None:
                     runs[peer] = of_peer(case, norm)
             ours = runs["ours"]()
-            for who, run in runs.items():
+            for who, run in list(runs.items()):
                 same = torch.isclose(ours, run(), rtol=1e-3, atol=1e-5).float().mean()
                 # A gradient that is zero but for rounding has a sign of its own in each loop.
                 if same < 0.999:
-                    raise RuntimeError(f"{name}, {norm}: {who} gives other perturbations")
+                    print(f"{name}, {norm}: {who} gives other perturbations ({same:.4f} agree)")
+                    del runs[who]
             took = in_turn(runs, max(10, int(rounds * case.share)))
-            ratios = {who: took["ours"] / seconds for who, seconds in took.items()}
-            found.append({"case": name, "norm": norm, "seconds": took, "ratios": ratios})
+            shares = {who: took["ours"] / seconds for who, seconds in took.items()}
+            found.append({"case": name, "norm": norm, "seconds": took, "ratios": shares})
     return found
 
 
@@ -332,7 +333,7 @@ def table(rows: list[dict[str, Any]], own: dict[str, dict[str, float]]) -> list[
         plain_bar, peer_bar = BARS[r["case"]]
         ratio = {who: f"{value:.2f}" for who, value in r["ratios"].items()}
         lines += [
-            f"| {r['case']} | {r['norm']} | {1e3 * r['seconds']['ours']:.2f} | {ratio['plain']} | "
+            f"| {r['case']} | {r['norm']} | {1e3 * r['seconds']['ours']:.2f} | {ratio.get('plain', '-')} | "
             f"{plain_bar} | {ratio.get('torchattacks', '-')} | {peer_bar} | "
             f"{ratio.get('foolbox', '-')} |"
         ]
