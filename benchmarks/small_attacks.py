@@ -3,11 +3,11 @@
     pip install --no-deps torchattacks==3.5.1 foolbox==3.3.4 eagerpy gitpython gitdb smmap requests
     python benchmarks/small_attacks.py [--rounds 200] [--out FOLDER]
 
-All give the same perturbations; one that does not is left out, with a word. They run in turn, on one thread, timed by the
-process's own CPU time; the figures are ratios of medians. The loop in plain torch knows the model:
-it computes the embeddings once and runs the layers behind them, and so do torchattacks and foolbox,
-whose images are the embeddings. All have 10 forward and 10 backward passes, the attack too
-(`evaluate=False`). A library that is not installed is left out.
+All give the same perturbations; one that does not is left out, with a word. They run in turn, on
+one thread, timed by the process's own CPU time; the figures are ratios of medians. The loop in
+plain torch knows the model: it computes the embeddings once and runs the layers behind them, and so
+do torchattacks and foolbox, whose images are the embeddings. All have 10 forward and 10 backward
+passes, the attack too (`evaluate=False`). A library that is not installed is left out.
 
 Then what an attack costs beside its passes, in calls of `torch.add` on [32, 8, 16]: once, and at
 every step, the fused op included. The model there is as small as can be, and the same passes
@@ -333,7 +333,8 @@ def table(rows: list[dict[str, Any]], own: dict[str, dict[str, float]]) -> list[
         plain_bar, peer_bar = BARS[r["case"]]
         ratio = {who: f"{value:.2f}" for who, value in r["ratios"].items()}
         lines += [
-            f"| {r['case']} | {r['norm']} | {1e3 * r['seconds']['ours']:.2f} | {ratio.get('plain', '-')} | "
+            f"| {r['case']} | {r['norm']} | {1e3 * r['seconds']['ours']:.2f} | "
+            f"{ratio.get('plain', '-')} | "
             f"{plain_bar} | {ratio.get('torchattacks', '-')} | {peer_bar} | "
             f"{ratio.get('foolbox', '-')} |"
         ]
