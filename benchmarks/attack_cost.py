@@ -26,6 +26,7 @@ from typing import Any
 import embattle as eb
 import torch
 import torch.nn.functional as F
+from embattle.perturb import gradients
 from embattle.perturb.guard import Mode
 from embattle.perturb.hook import Hook
 from origin import in_words, origin
@@ -77,6 +78,8 @@ class Passes:
 
 PASSES = Passes()
 torch.autograd.grad = PASSES.timed(torch.autograd.grad)
+if gradients.run_backward is not None:
+    gradients.run_backward = PASSES.timed(gradients.run_backward)
 Tensor.backward = PASSES.timed(Tensor.backward)  # type: ignore[method-assign]
 Hook.__call__ = PASSES.timed(Hook.__call__, inside=False)  # type: ignore[method-assign]
 

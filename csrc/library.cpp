@@ -24,6 +24,8 @@
   "float norm=2., bool token=False, Tensor? offsets=None, Tensor? mask=None, " \
   "Tensor? step_per_group=None, Tensor? eps_per_group=None, float top=1., "    \
   "int max_groups=-1, " EMBATTLE_BOX ", Tensor(n!)? nonfinite=None"
+#define EMBATTLE_PLAIN_STEP \
+  "float step_size, float eps, float norm=2., bool token=False, Tensor(n!)? nonfinite=None"
 #define EMBATTLE_MOMENTUM_OPTIONS                                                \
   "float norm=2., bool apgd=False, bool token=False, Tensor? offsets=None, "     \
   "Tensor? mask=None, Tensor? step_per_group=None, Tensor? eps_per_group=None, " \
@@ -41,9 +43,14 @@ STABLE_TORCH_LIBRARY(embattle, m) {
         ") -> Tensor");
   m.def("pgd_step_(Tensor(a!) delta, Tensor grad, float step_size, float eps, "  //
         EMBATTLE_STEP_OPTIONS ") -> ()");
+  // The same where there is nothing but a ball of one radius. A small call's time is that of
+  // turning arguments into what the stable ABI takes.
+  m.def("pgd_step_plain(Tensor delta, Tensor grad, " EMBATTLE_PLAIN_STEP ") -> Tensor");
+  m.def("pgd_step_plain_(Tensor(a!) delta, Tensor grad, " EMBATTLE_PLAIN_STEP ") -> ()");
   m.def("project(Tensor delta, float eps, " EMBATTLE_BALL_OPTIONS ") -> Tensor");
   // The same, but a constant to autograd: project's gradient rule takes longer than a small call.
   m.def("project_constant(Tensor delta, float eps, " EMBATTLE_BALL_OPTIONS ") -> Tensor");
+  m.def("project_plain(Tensor delta, float eps, float norm=2., bool token=False) -> Tensor");
   m.def("project_(Tensor(a!) delta, float eps, " EMBATTLE_BALL_OPTIONS ") -> ()");
   m.def("random_start(Tensor like, Tensor key, float eps, " EMBATTLE_BALL_OPTIONS ") -> Tensor");
   m.def("gaussian_noise(Tensor x, Tensor key, float std, float eps, " EMBATTLE_NOISE_OPTIONS

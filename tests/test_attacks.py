@@ -12,6 +12,7 @@ import pytest
 import torch
 import toys
 from embattle.attacks import AttackWarning
+from embattle.perturb import gradients
 from torch import Tensor
 
 
@@ -286,3 +287,16 @@ def test_norms_may_be_numbers() -> None:
     assert eb.PGD(eps=1.0, norm=2).norm == "l2"
     assert eb.PGD(eps=1.0, norm=math.inf).norm == "linf"
     assert eb.PGD(eps=1.0, norm="LINF").norm == "linf"
+
+
+def test_gradients_do_not_depend_on_the_way_into_the_engine(
+    text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is called without the front; a torch that lacks that way takes the front."""
+    attack = eb.PGD(eps=0.5, step_size=0.2, steps=3)
+    assert gradients.run_backward is not None
+    direct = attack.run(text.loss_fn, text.site, mask=text.mask).delta
+    monkeypatch.setattr(gradients, "run_backward", None)
+    front = attack.run(text.loss_fn, text.site, mask=text.mask).delta
+    assert torch.equal(direct, front)
+    assert direct.abs().max() > 0

@@ -55,6 +55,7 @@ def _checked(op: str) -> list[samples.Sample]:
 def _function(op: str) -> str:
     """The function of embattle.ops that calls a registered op."""
     forward = op.removesuffix("_backward").removesuffix("_constant")
+    forward = forward.removesuffix("_plain").replace("_plain_", "_")
     return forward if hasattr(ops, forward) else forward + "_"
 
 
@@ -66,7 +67,7 @@ def test_opcheck(op: str) -> None:
     checked = 0
     for sample in _checked(function):
         call = sample.call(torch.float32)
-        if op.endswith("_backward") or op == "project":  # else it is project_constant
+        if op.endswith("_backward") or op == "project":  # else it is another one
             call = _requiring_grad(call)
 
             def use(call: Call = call) -> None:

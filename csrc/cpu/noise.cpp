@@ -6,6 +6,7 @@
 #include "inside.h"
 #include "project_group.h"
 #include "scratch.h"
+#include "short_rows.h"
 
 namespace embattle {
 namespace {
@@ -153,13 +154,14 @@ inline void for_floats(const Cut& cut, const Keys& keys, const Fn& f, const S& s
   });
 }
 
-// Draws the group into a buffer, and returns the sum of squares (l1: of sizes).
-template <Norm kNorm>
+// Draws the group into a buffer (kDrawn: that was done), and returns the sum of squares (l1: of
+// sizes).
+template <Norm kNorm, bool kDrawn = false>
 inline double fill(const Cut& cut, const Keys& keys, float* buffer) {
   double sum = 0;
   cut.runs(cut.begin(), cut.end(), [&](int64_t begin, int64_t end) {
     stretches(begin, end, [&](int64_t at, int64_t stop) {
-      draw<start_of(kNorm)>(keys, at, stop, buffer + at);
+      if (!kDrawn) draw<start_of(kNorm)>(keys, at, stop, buffer + at);
       Terms<1> terms;
       terms.add(at, stop, [=](int64_t i, auto n, F* to) EMBATTLE_INLINE {
         const F z = fetch(buffer + i, n);
@@ -169,6 +171,28 @@ inline double fill(const Cut& cut, const Keys& keys, float* buffer) {
     });
   });
   return sum;
+}
+
+// Scales a group's numbers, whose sum of squares (l1: of sizes) is known, to a share of the radius
+// that is drawn for it. `false`: nothing was written.
+template <Norm kNorm, class T>
+inline bool scale_to_radius(const Cut& cut, double eps, double share, double sum,
+                            const float* numbers, const Sink<T>& out) {
+  const double size = kNorm == Norm::l2 ? __builtin_sqrt(sum) : sum;
+  const double most = float_aim<T>(cut, eps);
+  const double radius = eps * share < most ? eps * share : most;
+  if (!(size > 0) || !fits_float(radius / size)) return false;
+  const F scale = all(static_cast<float>(radius / size));
+  const double stored = float_sums<1, true>(
+                            cut,
+                            [=](int64_t i, auto n, F* acc) EMBATTLE_INLINE {
+                              const F z = out.store(i, n, fetch(numbers + i, n) * scale);
+                              acc[0] = kNorm == Norm::l2 ? z * z : abs(z);
+                            },
+                            [&] { out.settle(); })
+                            .v[0];
+  keep_inside<kNorm>(cut, eps, out.p, stored);
+  return true;
 }
 
 // As in plain.h, `false` means that nothing was written.
@@ -188,24 +212,8 @@ inline bool start_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& k
     return true;
   }
   if (extent < kFewest || extent > kBuffer || cut.parallel_for) return false;
-  const float* const numbers = buffer.at(cut);
   const double sum = fill<kNorm>(cut, keys, buffer.at(cut));
-  const double size = kNorm == Norm::l2 ? __builtin_sqrt(sum) : sum;
-  double radius = eps * radius_of(cut, args.key);
-  const double most = float_aim<T>(cut, eps);
-  radius = radius < most ? radius : most;
-  if (!(size > 0) || !fits_float(radius / size)) return false;
-  const F scale = all(static_cast<float>(radius / size));
-  const double stored = float_sums<1, true>(
-                            cut,
-                            [=](int64_t i, auto n, F* acc) EMBATTLE_INLINE {
-                              const F z = out.store(i, n, fetch(numbers + i, n) * scale);
-                              acc[0] = kNorm == Norm::l2 ? z * z : abs(z);
-                            },
-                            [&] { out.settle(); })
-                            .v[0];
-  keep_inside<kNorm>(cut, eps, out.p, stored);
-  return true;
+  return scale_to_radius<kNorm>(cut, eps, radius_of(cut, args.key), sum, buffer.at(cut), out);
 }
 
 template <class T>
@@ -223,6 +231,82 @@ inline bool add_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& key
       [&] { out.settle(); });
   if (eps < kInfinity)
     project_group(cut, args.norm, {args.out.data, args.out.dtype}, args.out, eps, {});
+  return true;
+}
+
+// ---- Many short groups: their numbers are drawn together ----
+
+// Numbers of so many elements, and radii of so many groups, at a time.
+constexpr int64_t kTogether = 4 * kStretch, kRadii = kTogether / kFewest;
+
+// The radii of groups [first, last) of n elements each, as radius_of gives them. last - first <=
+// kRadii.
+inline void radii_of(const Keys& keys, int64_t first, int64_t last, int64_t n, double* to) {
+  const double power = 1 / static_cast<double>(n);
+  for (int64_t g = first & ~int64_t{kLanes - 1}; g < last; g += kLanes) {
+    U words[1][2];
+    philox_sets<1>(keys, static_cast<uint64_t>(g), words);
+    for (int k = 0; k < kLanes; ++k) {
+      const int64_t group = g + static_cast<int64_t>(kOrder[k]);
+      if (group < first || group >= last) continue;
+      const uint64_t bits = bits53(words[0][0][2 * k], words[0][1][2 * k]);
+      to[group - first] = ::pow(static_cast<double>(bits + 1) * 0x1p-53, power);
+    }
+  }
+}
+
+// Starts groups [begin, end) if there is a way for short ones. `alone(cut)` takes one group.
+template <Norm kNorm, class T, class A>
+inline bool start_rows(const NoiseArgs& args, const Keys& keys, int64_t begin, int64_t end,
+                       Buffer& buffer, const A& alone) {
+  const Groups& groups = args.groups;
+  const Sink<T> out(args.out, nullptr, groups);
+  if (kNorm == Norm::linf) {
+    const double eps = is_one_number(args.eps) ? of_group(args.eps, 0) : 0;
+    if (!(eps > 0) || !fits_float(eps) || mean_extent(groups) > kShort) return false;
+    stretches_of_groups(groups, begin, end, [&](const Cut& cut, int64_t, int64_t) {
+      start_in_floats<kNorm, T>(cut, args, keys, eps, buffer);
+      clear_masked(cut, out.p);
+    });
+    return true;
+  }
+  if (!are_short(groups)) return false;
+  const int64_t key[] = {args.key[0], args.key[1] ^ INT64_MIN};  // of stream 1
+  const Keys of_groups(key);
+  const int64_t extent = groups.rows_per_group * groups.dim, many = kTogether / extent;
+  float numbers[kTogether];
+  double radii[kRadii];
+  for (int64_t g = begin; g < end; g += many) {
+    const int64_t last = g + many < end ? g + many : end, low = g * extent;
+    stretches(low, last * extent, [&](int64_t at, int64_t stop) {
+      draw<start_of(kNorm)>(keys, at, stop, numbers + (at - low));
+    });
+    radii_of(of_groups, g, last, extent, radii);
+    for (int64_t i = g; i < last; ++i) {
+      const Cut cut = cut_of(groups, i, nullptr);
+      const double eps = of_group(args.eps, i);
+      float* const at = numbers - low;
+      if (!(eps > 0) || !fits_float(eps) ||
+          !scale_to_radius<kNorm>(cut, eps, radii[i - g], fill<kNorm, true>(cut, keys, at), at,
+                                  out))
+        alone(cut);
+    }
+  }
+  return true;
+}
+
+// Adds noise to groups [begin, end) likewise, where there is no ball.
+template <class T>
+inline bool add_to_rows(const NoiseArgs& args, const Keys& keys, int64_t begin, int64_t end) {
+  const Groups& groups = args.groups;
+  const bool alike = is_one_number(args.std) && is_one_number(args.eps) && !groups.offsets;
+  if (!alike || !(of_group(args.eps, 0) == kInfinity) || !fits_float(of_group(args.std, 0)) ||
+      groups.rows_per_group * groups.dim < kFewest || mean_extent(groups) > kShort)
+    return false;
+  stretches_of_groups(groups, begin, end, [&](const Cut& cut, int64_t, int64_t) {
+    add_in_floats<T>(cut, args, keys);
+    clear_masked(cut, static_cast<T*>(args.out.data));
+  });
   return true;
 }
 
@@ -259,13 +343,9 @@ void start(const NoiseArgs& args, ParallelFor parallel_for) {
     constexpr Norm norm = decltype(of)::norm;
     const auto share = [&](int64_t begin, int64_t end, ParallelFor team) {
       Buffer buffer(args.groups, place.plain ? begin : end, end);
-      for (int64_t g = begin; g < end; ++g) {
-        const Cut cut = cut_of(args.groups, g, team);
-        const double eps = of_group(args.eps, g);
-        if (!(eps > 0)) {
-          clear(cut, place);
-          continue;
-        }
+      const auto alone = [&](const Cut& cut) {
+        const double eps = of_group(args.eps, cut.index);
+        if (!(eps > 0)) return clear(cut, place);
         const bool done = place.plain && with_short_type<T>(args.out.dtype, [&](auto* type) {
                             typedef std::remove_pointer_t<decltype(type)> Short;
                             if (!start_in_floats<norm, Short>(cut, args, keys, eps, buffer))
@@ -274,7 +354,13 @@ void start(const NoiseArgs& args, ParallelFor parallel_for) {
                             return true;
                           });
         if (!done) start_in_double<norm>(cut, args, keys, eps, place);
-      }
+      };
+      const bool done = place.plain && !team && with_short_type<T>(args.out.dtype, [&](auto* type) {
+                          typedef std::remove_pointer_t<decltype(type)> Short;
+                          return start_rows<norm, Short>(args, keys, begin, end, buffer, alone);
+                        });
+      if (!done)
+        for (int64_t g = begin; g < end; ++g) alone(cut_of(args.groups, g, team));
     };
     for_shares(args.groups, 0, args.groups.groups, parallel_for, share);
   });
@@ -284,7 +370,7 @@ template <class T>
 void add_noise(const NoiseArgs& args, ParallelFor parallel_for) {
   const Place<T> place(args.out, args.box);
   const Keys keys(args.key);
-  for_groups(args.groups, 0, args.groups.groups, parallel_for, [&](const Cut& cut) {
+  const auto alone = [&](const Cut& cut) {
     const bool done = place.plain && with_short_type<T>(args.out.dtype, [&](auto* type) {
                         typedef std::remove_pointer_t<decltype(type)> Short;
                         if (!add_in_floats<Short>(cut, args, keys)) return false;
@@ -294,7 +380,16 @@ void add_noise(const NoiseArgs& args, ParallelFor parallel_for) {
     if (done) return;
     with_norm(args.norm,
               [&](auto of) { add_in_double<decltype(of)::norm>(cut, args, keys, place); });
-  });
+  };
+  const auto share = [&](int64_t begin, int64_t end, ParallelFor team) {
+    const bool done = place.plain && !team && with_short_type<T>(args.out.dtype, [&](auto* type) {
+                        typedef std::remove_pointer_t<decltype(type)> Short;
+                        return add_to_rows<Short>(args, keys, begin, end);
+                      });
+    if (!done)
+      for (int64_t g = begin; g < end; ++g) alone(cut_of(args.groups, g, team));
+  };
+  for_shares(args.groups, 0, args.groups.groups, parallel_for, share);
 }
 
 }  // namespace

@@ -244,6 +244,12 @@ struct GroupOps {
     return out.memory;
   }
 
+  static Tensor project_plain(const Tensor& delta, double eps, double norm, bool token) {
+    const OptionalTensor none;
+    const std::optional<double> no_bound;
+    return project(delta, eps, norm, token, none, none, none, none, no_bound, no_bound, none, none);
+  }
+
   static void project_(const Tensor& delta, double eps, double norm, bool token,
                        const OptionalTensor& offsets, const OptionalTensor& mask,
                        const OptionalTensor& eps_per_group, const OptionalTensor& x0,
@@ -284,6 +290,32 @@ struct GroupOps {
     Step step(Placed(op, "delta", delta, eps, norm, token, offsets, mask, eps_per_group,
                      {x0, lower, upper, lower_per_element, upper_per_element}),
               grad, token, {step_size, step_per_group, top, max_groups, nonfinite});
+    run_step(step, Written(op, "delta", delta, step.placed.x));
+  }
+
+  // With a ball of one radius, and nothing else.
+  static Step plain_step(const char* op, const Tensor& delta, const Tensor& grad, double step_size,
+                         double eps, double norm, bool token, const OptionalTensor& nonfinite) {
+    const OptionalTensor none;
+    const std::optional<double> no_bound;
+    return Step(Placed(op, "delta", delta, eps, norm, token, none, none, none,
+                       {none, no_bound, no_bound, none, none}),
+                grad, token, {step_size, none, 1, -1, nonfinite});
+  }
+
+  static Tensor pgd_step_plain(const Tensor& delta, const Tensor& grad, double step_size,
+                               double eps, double norm, bool token,
+                               const OptionalTensor& nonfinite) {
+    Step step = plain_step("pgd_step", delta, grad, step_size, eps, norm, token, nonfinite);
+    const Written out(step.placed.x);
+    run_step(step, out);
+    return out.memory;
+  }
+
+  static void pgd_step_plain_(const Tensor& delta, const Tensor& grad, double step_size, double eps,
+                              double norm, bool token, const OptionalTensor& nonfinite) {
+    const char* op = "pgd_step_";
+    Step step = plain_step(op, delta, grad, step_size, eps, norm, token, nonfinite);
     run_step(step, Written(op, "delta", delta, step.placed.x));
   }
 
@@ -413,17 +445,20 @@ struct GroupOps {
 };
 
 // Registers the group ops of one device; within STABLE_TORCH_LIBRARY_IMPL(embattle, <key>, m).
-#define EMBATTLE_REGISTER_GROUP_OPS(m, Launch)                                      \
-  m.impl("group_norm", TORCH_BOX(&embattle::GroupOps<Launch>::group_norm));         \
-  m.impl("project", TORCH_BOX(&embattle::GroupOps<Launch>::project));               \
-  m.impl("project_constant", TORCH_BOX(&embattle::GroupOps<Launch>::project));      \
-  m.impl("project_", TORCH_BOX(&embattle::GroupOps<Launch>::project_));             \
-  m.impl("pgd_step", TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step));             \
-  m.impl("pgd_step_", TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step_));           \
-  m.impl("momentum_step", TORCH_BOX(&embattle::GroupOps<Launch>::momentum_step));   \
-  m.impl("momentum_step_", TORCH_BOX(&embattle::GroupOps<Launch>::momentum_step_)); \
-  m.impl("random_start", TORCH_BOX(&embattle::GroupOps<Launch>::random_start));     \
-  m.impl("gaussian_noise", TORCH_BOX(&embattle::GroupOps<Launch>::gaussian_noise)); \
+#define EMBATTLE_REGISTER_GROUP_OPS(m, Launch)                                        \
+  m.impl("group_norm", TORCH_BOX(&embattle::GroupOps<Launch>::group_norm));           \
+  m.impl("project", TORCH_BOX(&embattle::GroupOps<Launch>::project));                 \
+  m.impl("project_constant", TORCH_BOX(&embattle::GroupOps<Launch>::project));        \
+  m.impl("project_plain", TORCH_BOX(&embattle::GroupOps<Launch>::project_plain));     \
+  m.impl("project_", TORCH_BOX(&embattle::GroupOps<Launch>::project_));               \
+  m.impl("pgd_step", TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step));               \
+  m.impl("pgd_step_", TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step_));             \
+  m.impl("pgd_step_plain", TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step_plain));   \
+  m.impl("pgd_step_plain_", TORCH_BOX(&embattle::GroupOps<Launch>::pgd_step_plain_)); \
+  m.impl("momentum_step", TORCH_BOX(&embattle::GroupOps<Launch>::momentum_step));     \
+  m.impl("momentum_step_", TORCH_BOX(&embattle::GroupOps<Launch>::momentum_step_));   \
+  m.impl("random_start", TORCH_BOX(&embattle::GroupOps<Launch>::random_start));       \
+  m.impl("gaussian_noise", TORCH_BOX(&embattle::GroupOps<Launch>::gaussian_noise));   \
   m.impl("gaussian_noise_", TORCH_BOX(&embattle::GroupOps<Launch>::gaussian_noise_))
 
 }  // namespace embattle

@@ -288,13 +288,13 @@ class Attack:
             needed = evaluate or self.compares or self.stop_when_fooled or goal.needs_clean
             first_pass = run_first_pass(self, batch, goal, generator, scale, clean=needed)
             now: Evaluation | None
+            steps: Tensor | int
             if self.stop_when_fooled:
                 now, steps = search_early_stopping(self, batch, goal, first_pass, generator, scale)
             else:
                 found = self.search(batch, goal, first_pass, generator, scale, evaluate=evaluate)
                 now = found if evaluate else None
-                made, device = self.steps * self.restarts, batch.perturbations[0].base.device
-                steps = torch.full((batch.size,), made, device=device)
+                made = steps = self.steps * self.restarts
                 if not made:  # not attacked: none was lacking
                     for perturbation in batch.perturbations:
                         perturbation.had_gradient.fill_(True)
@@ -302,7 +302,7 @@ class Attack:
             clean = first_pass.clean if evaluate else None
             if clean is not None:
                 _ignore_unlabelled(batch, goal.counted(clean))
-            result = AttackResult(batch.perturbed, goal, self.norm, steps, clean, now)
+            result = AttackResult(batch.perturbed, goal, self.norm, steps, clean, now, batch.size)
         return result.warn() if evaluate else result
 
     def search(
@@ -417,8 +417,11 @@ def _ignore_unlabelled(batch: AttackedBatch, counted: Tensor | None) -> None:
                 perturbation.had_gradient |= perturbation.per_group(~counted)
 
 
+_NO_BOX: dict[str, Any] = {}
+
+
 def box(state: dict[str, Any]) -> dict[str, Any]:
     """Return an attack's bounds of the delta, as the ops take them."""
     if "lower" not in state and "upper" not in state:
-        return {}
+        return _NO_BOX
     return {"lower": state.get("lower"), "upper": state.get("upper")}

@@ -69,7 +69,11 @@ class FirstPass:
         if graph is None:
             graph = batch.evaluate(grad=True, lookups="detached", detach=True)
         values = ascended(goal, graph, self.clean)
-        return Iterate(graph.detach(), values.detach(), batch.gradients(values, mark=mark))
+        at = graph.detach()
+        # Mostly the losses themselves are ascended.
+        detached = at.losses if values is graph.losses else values.detach()
+        assert detached is not None
+        return Iterate(at, detached, batch.gradients(values, mark=mark))
 
     def after(self) -> FirstPass:
         """Return what holds after the first step, too: the clean evaluation."""

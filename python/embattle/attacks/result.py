@@ -40,12 +40,13 @@ class AttackResult:
         perturbed: PerturbedSites,
         goal: Criterion,
         norm: Any,
-        steps: Tensor,
+        steps: Tensor | int,
         clean: Evaluation | None,
         now: Evaluation | None,
+        batch: int = 0,
     ) -> None:
         perturbed.release()
-        self.steps = steps
+        self._steps, self._batch = steps, batch
         self._norm, self._perturbed = norm, perturbed
         self._deltas: list[Tensor] = []
         self._clean, self._now = clean, now
@@ -63,6 +64,13 @@ class AttackResult:
             self._numbers[name] = None if one.outputs is None else goal.predict(one.outputs)
 
     # --- what was found --------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> Tensor:
+        """Gradient steps made for each sample, int64 `[B]`."""
+        if isinstance(self._steps, int):  # as many for each
+            self._steps = torch.full((self._batch,), self._steps, device=self.deltas[0].device)
+        return self._steps
 
     @property
     def deltas(self) -> list[Tensor]:

@@ -9,6 +9,8 @@ from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
 Norm: TypeAlias = str | float
 Group: TypeAlias = Literal["sample", "token"]
@@ -113,18 +115,24 @@ def argument_error(error: RuntimeError) -> Exception:
     if "There were no tensor arguments" in text:
         op = text.split("schema embattle::", 1)[1].split(".", 1)[0]
         names = [a.name for a in getattr(torch.ops.embattle, op).default._schema.arguments]
-        name = op.removesuffix("_constant")
-        return TypeError(f"embattle.{name}: {names[0]} must be a tensor, got None")
+        return TypeError(f"embattle.{_function(op)}: {names[0]} must be a tensor, got None")
     if "Expected a value of type" in text:
         line = text.split("\n", 1)[0]
-        return TypeError(re.sub(r"^embattle::(\w+?)(?:_constant)?\(\)", r"embattle.\1:", line))
+        return TypeError(
+            re.sub(r"^embattle::(\w+)\(\)", lambda found: f"embattle.{_function(found[1])}:", line)
+        )
     return error
+
+
+def _function(op: str) -> str:
+    """The function here that calls an op of torch.ops.embattle."""
+    return op.removesuffix("_constant").removesuffix("_plain").replace("_plain_", "_")
 
 
 def written(*tensors: Tensor) -> None:
     """Tells autograd that an op wrote these tensors, so that it refuses stale saved values."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return  # the compiled graph writes them by copy_, which tells
     for tensor in tensors:
         if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+            increment_version(tensor)

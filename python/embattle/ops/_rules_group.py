@@ -19,14 +19,28 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-for _name in ("pgd_step", "project", "project_constant", "random_start", "gaussian_noise"):
+for _name in (
+    "pgd_step",
+    "pgd_step_plain",
+    "project",
+    "project_constant",
+    "project_plain",
+    "random_start",
+    "gaussian_noise",
+):
 
     @register_fake(f"embattle::{_name}")
     def _(x: Tensor, *args: object, **options: object) -> Tensor:
         return _like(x)
 
 
-for _name in ("pgd_step_", "project_", "gaussian_noise_", "momentum_step_"):
+for _name in (
+    "pgd_step_",
+    "pgd_step_plain_",
+    "project_",
+    "gaussian_noise_",
+    "momentum_step_",
+):
 
     @register_fake(f"embattle::{_name}")
     def _(x: Tensor, *args: object, **options: object) -> None:
@@ -168,7 +182,7 @@ class _Merge:
         self.size = size
         self.shape = x.shape if dim is None else x.movedim(dim, 0).shape[1:]
         self.rows = self.shape[:-1].numel() if self.shape else 1
-        offsets = options["offsets"]
+        offsets = options.get("offsets")
         if offsets is not None:
             self.groups = offsets.shape[-1] - 1
         elif options["token"]:
@@ -212,7 +226,7 @@ def _merged(name: str, tensors: int, written: int) -> Callable[..., Out]:
     """The rule of an op whose first `tensors` arguments have one shape, and of which the first
     `written` are written in place (0: it returns new ones)."""
     # What is constant at this level of torch.func may not be so at the one below.
-    op = getattr(_ops, name.removesuffix("_constant"))
+    op = getattr(_ops, "project" if name.startswith("project_") and not written else name)
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Out:
         options, dims = _named(name, args), dict.fromkeys(_named(name, args))
@@ -276,9 +290,12 @@ def _(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Out:
 
 for _name, _tensors, _written in (
     ("pgd_step", 2, 0),
+    ("pgd_step_plain", 2, 0),
     ("pgd_step_", 2, 1),
+    ("pgd_step_plain_", 2, 1),
     ("project", 1, 0),
     ("project_constant", 1, 0),
+    ("project_plain", 1, 0),
     ("project_", 1, 1),
     ("momentum_step", 3, 0),
     ("momentum_step_", 3, 2),
@@ -289,8 +306,11 @@ for _name in ("random_start", "gaussian_noise", "gaussian_noise_"):
 
 outside_autograd(
     "pgd_step",
+    "pgd_step_plain",
     "pgd_step_",
+    "pgd_step_plain_",
     "project_constant",
+    "project_plain",
     "project_",
     "random_start",
     "gaussian_noise",

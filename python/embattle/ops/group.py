@@ -84,11 +84,26 @@ def pgd_step(
     (arXiv 1706.06083), eq. in section 2.1; l1 with several coordinates: Tramer and Boneh
     (arXiv 1904.13000), section 3.2.
     """
-    step, step_per_group = strength(step_size)
-    radius, eps_per_group = strength(eps)
-    low, lower_per_element = bound(lower)
-    high, upper_per_element = bound(upper)
     try:
+        if (
+            offsets is mask is x0 is lower is upper is max_groups is None
+            and top == 1
+            and not (isinstance(step_size, Tensor) or isinstance(eps, Tensor))
+        ):
+            plain: Tensor = _ops.pgd_step_plain.default(
+                delta,
+                grad,
+                step_size,
+                eps,
+                NORMS.get(norm) or norm_order("pgd_step", norm),
+                group != "sample" and is_token("pgd_step", group),
+                nonfinite,
+            )
+            return plain
+        step, step_per_group = strength(step_size)
+        radius, eps_per_group = strength(eps)
+        low, lower_per_element = bound(lower)
+        high, upper_per_element = bound(upper)
         out: Tensor = _ops.pgd_step.default(
             delta,
             grad,
@@ -132,31 +147,46 @@ def pgd_step_(
     nonfinite: Tensor | None = None,
 ) -> Tensor:
     """As :func:`pgd_step`, written into `delta`, which is returned."""
-    step, step_per_group = strength(step_size)
-    radius, eps_per_group = strength(eps)
-    low, lower_per_element = (None, None) if lower is None else bound(lower)
-    high, upper_per_element = (None, None) if upper is None else bound(upper)
     try:
-        _ops.pgd_step_.default(
-            delta,
-            grad,
-            step,
-            radius,
-            NORMS.get(norm) or norm_order("pgd_step_", norm),
-            group != "sample" and is_token("pgd_step_", group),
-            offsets,
-            mask,
-            step_per_group,
-            eps_per_group,
-            top,
-            -1 if max_groups is None else budget("pgd_step_", max_groups),
-            x0,
-            low,
-            high,
-            lower_per_element,
-            upper_per_element,
-            nonfinite,
-        )
+        if (
+            offsets is mask is x0 is lower is upper is max_groups is None
+            and top == 1
+            and not (isinstance(step_size, Tensor) or isinstance(eps, Tensor))
+        ):
+            _ops.pgd_step_plain_.default(
+                delta,
+                grad,
+                step_size,
+                eps,
+                NORMS.get(norm) or norm_order("pgd_step_", norm),
+                group != "sample" and is_token("pgd_step_", group),
+                nonfinite,
+            )
+        else:
+            step, step_per_group = strength(step_size)
+            radius, eps_per_group = strength(eps)
+            low, lower_per_element = bound(lower)
+            high, upper_per_element = bound(upper)
+            _ops.pgd_step_.default(
+                delta,
+                grad,
+                step,
+                radius,
+                NORMS.get(norm) or norm_order("pgd_step_", norm),
+                is_token("pgd_step_", group),
+                offsets,
+                mask,
+                step_per_group,
+                eps_per_group,
+                top,
+                budget("pgd_step_", max_groups),
+                x0,
+                low,
+                high,
+                lower_per_element,
+                upper_per_element,
+                nonfinite,
+            )
     except RuntimeError as error:
         raise argument_error(error) from None
     written(delta)
@@ -195,11 +225,23 @@ def project(
 
     Source: l1 threshold: Duchi et al., "Efficient Projections onto the l1-Ball" (ICML 2008).
     """
-    radius, eps_per_group = strength(eps)
-    low, lower_per_element = bound(lower)
-    high, upper_per_element = bound(upper)
     differentiable = getattr(delta, "requires_grad", False)
     try:
+        if (
+            offsets is mask is x0 is lower is upper is None
+            and not differentiable
+            and not isinstance(eps, Tensor)
+        ):
+            plain: Tensor = _ops.project_plain.default(
+                delta,
+                eps,
+                NORMS.get(norm) or norm_order("project", norm),
+                group != "sample" and is_token("project", group),
+            )
+            return plain
+        radius, eps_per_group = strength(eps)
+        low, lower_per_element = bound(lower)
+        high, upper_per_element = bound(upper)
         out: Tensor = (_ops.project if differentiable else _ops.project_constant).default(
             delta,
             radius,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -40,6 +40,9 @@ from embattle.perturb.site import PerCallTensor, Site, as_sites
 Masks: TypeAlias = "PerCallTensor | Sequence[PerCallTensor]"
 # From the rows that are left (int64 [n]) to the loss function of these samples.
 Subset: TypeAlias = Callable[[Tensor], LossFn]
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class RecordedPass(NamedTuple):
@@ -162,28 +165,31 @@ class AttackedBatch:
             raise RuntimeError(f"{busy[0]!r} is already in use by an attack")
         before = RandomState.capture()
         generator = seed()
-        self._first = before if generator is None else RandomState.capture()
+        first = self._first = before if generator is None else RandomState.capture()
         if self.same_random and self._replay is None:
-            self._replay_from(self._first)
-        first = self._first
-        with ExitStack() as stack:
-            stack.push(lambda kind, *_: (before if kind is not None else first).restore())
-            stack.callback(self._end)
-            if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-                stack.enter_context(autograd_enabled())
-            stack.enter_context(fresh_autocast_cache())
-            self._state = stack.enter_context(kept_state(self.models))
-            modules = self._state.modules.values()
-            stack.enter_context(frozen_weights(modules))
-            if any(site.table is not None for site in self.sites):
-                stack.enter_context(_requiring_grad(self.sites))
-            if self.mode == "eval":
-                stack.enter_context(eval_mode(self.models, modules))
-            yield generator
+            self._replay_from(first)
+        after = before  # if it raises
+        off = torch.is_inference_mode_enabled() or not torch.is_grad_enabled()
+        try:
+            with (
+                autograd_enabled() if off else _NOTHING,
+                fresh_autocast_cache(),
+                kept_state(self.models) as state,
+                frozen_weights(state.modules.values()),
+                _requiring_grad(self.sites) if self._tables else _NOTHING,
+                eval_mode(self.models, state.modules.values()) if self.mode == "eval" else _NOTHING,
+            ):
+                self._state = state
+                yield generator
+            after = first
+        finally:
+            self._state = None
+            self.clear()
+            after.restore()
 
-    def _end(self) -> None:
-        self._state = None
-        self.clear()
+    @property
+    def _tables(self) -> bool:
+        return any(site.table is not None for site in self.sites)
 
     def clear(self) -> None:
         """Leave the model unperturbed."""
@@ -278,7 +284,8 @@ class AttackedBatch:
                     attach=attach, begin=begin, graph_break=self.compile, nodes=nodes, found=calls
                 )
                 calls.append(recorded)
-            with torch.set_grad_enabled(attach or inside):
+            graph = attach or inside
+            with _NOTHING if graph is torch.is_grad_enabled() else torch.set_grad_enabled(graph):
                 evaluation = self.run()
         finally:
             self.clear()
@@ -365,7 +372,8 @@ class AttackedBatch:
             mark: record which groups have a gradient other than zero.
         """
         leaves = [p.delta for p in self.perturbed.perturbations]
-        self.check_graph(values, leaves)
+        if not self._checked or not values.requires_grad:
+            self.check_graph(values, leaves)
         grads = self._completed(differentiate(values, leaves, self._through_half))
         return self.mark_gradients(grads) if mark else grads
 

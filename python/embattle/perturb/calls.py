@@ -133,7 +133,9 @@ class Call:
 
     def release(self) -> None:
         """Free the graph, and the inputs of the module other than integers."""
-        self.source, self.value = None, self.value.detach()
+        self.source = None
+        if self.value.requires_grad:
+            self.value = self.value.detach()
         if not self.compiled:
             given = _tensors(self.args, self.kwargs)
             kept = [one for one in given if _is_integer(one)]
@@ -152,9 +154,12 @@ def is_plain(module: nn.Module) -> bool:
     return type(module) is nn.Embedding and module.max_norm is None
 
 
+_ONLY_TENSORS = frozenset({Tensor})
+
+
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     given = (*args, *kwargs.values())
-    if not all(type(value) is Tensor for value in given):
+    if not _ONLY_TENSORS.issuperset(map(type, given)):
         # Those in lists, dicts and registered containers (a batch of TorchRec's) count too.
         given = tuple(tree_leaves(given))
     return [value for value in given if isinstance(value, Tensor)]

@@ -98,6 +98,8 @@ def call(loss_fn: LossFn) -> Evaluation:
     got = loss_fn()
     if isinstance(got, Evaluation):
         return got
+    if type(got) is Tensor and got.dim() == 1 and got.is_floating_point():
+        return _made(got, None)
     if isinstance(got, Tensor):
         return Evaluation(got)
     hint = ""
@@ -112,7 +114,8 @@ def call(loss_fn: LossFn) -> Evaluation:
 def _made(losses: Tensor | None, outputs: Tensor | None) -> Evaluation:
     # Nothing is checked again: the attack's loop makes many of these.
     made = object.__new__(Evaluation)
-    vars(made).update(losses=losses, outputs=outputs)
+    held = made.__dict__
+    held["losses"], held["outputs"] = losses, outputs
     return made
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,13 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from embattle.perturb.perturbed_sites import PerturbedSites
+
+# What `torch.autograd.grad` calls when it has checked its arguments, which takes a small model as
+# long as half of its forward pass; None where this torch has no such function.
+run_backward: Callable[..., Any] | None
+run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 # Factors on losses whose gradients pass through float16: most gradients, then the smallest ones,
 # then those that overflow.
@@ -35,7 +42,7 @@ def differentiate(
         RuntimeError: a reentrant gradient checkpoint lies between.
     """
     if not through_half:
-        return _differentiate(values, leaves)
+        return _differentiate(values, leaves, keep=False)
     found: list[Tensor | None] = []
     for scale in _SCALES:
         keep = scale != _SCALES[-1]
@@ -60,11 +67,16 @@ def _better(one: Tensor | None, two: Tensor | None) -> Tensor | None:
     return torch.where(lost, two, one)
 
 
-def _differentiate(
-    values: Tensor, leaves: Sequence[Tensor], keep: bool = False
-) -> list[Tensor | None]:
+def _differentiate(values: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> list[Tensor | None]:
     ones = torch.ones_like(values)  # a sum's gradient is an expanded one: dearer in what follows
     try:
+        if run_backward is not None and _PLAIN.issuperset(map(type, (values, *leaves))):
+            # Neither a graph of the gradient nor an error for what is unused; nothing in `.grad`.
+            return list(
+                run_backward(
+                    (values,), (ones,), keep, False, tuple(leaves), True, accumulate_grad=False
+                )
+            )
         return list(torch.autograd.grad(values, leaves, ones, keep, allow_unused=True))
     except RuntimeError as error:
         if "heckpoint" not in str(error):

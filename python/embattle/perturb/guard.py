@@ -29,40 +29,43 @@ def eval_mode(models: Sequence[nn.Module], modules: Iterable[nn.Module]) -> Iter
             module.training = training
 
 
-@contextmanager
-def frozen_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+class frozen_weights:
     """Turn the weights' `requires_grad` off: passes for the delta alone then save less.
 
     Done only where nothing else depends on the flags: not with sharded or otherwise special
     parameters, not in distributed runs, not while parametrised weights are cached.
     """
-    held = [p for module in modules for p in module._parameters.values()]
-    weights = [p for p in held if p is not None and p.requires_grad]
-    cached = getattr(torch.nn.utils.parametrize, "_cache_enabled", 0)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if cached or distributed or any(type(p) is not nn.Parameter for p in weights):
-        weights = []
-    try:
-        for weight in weights:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in weights:
-            weight.requires_grad_(True)
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        held = [p for module in modules for p in module._parameters.values()]
+        weights = [p for p in held if p is not None and p.requires_grad]
+        cached = getattr(torch.nn.utils.parametrize, "_cache_enabled", 0)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if cached or distributed or any(type(p) is not nn.Parameter for p in weights):
+            weights = []
+        self._weights = weights
+
+    def __enter__(self) -> None:
+        for weight in self._weights:
+            weight.requires_grad = False
+
+    def __exit__(self, *exc: object) -> None:
+        for weight in self._weights:
+            weight.requires_grad = True
 
 
-@contextmanager
-def fresh_autocast_cache() -> Iterator[None]:
+class fresh_autocast_cache:
     """Forget the low-precision copies of weights that autocast keeps, before and after the block.
 
     In a user's own autocast block they live until its end: a pass would see weights as they were
     before a swap or a step, and copies from a pass without gradients would cut the next one off
     (https://github.com/pytorch/pytorch/issues/65766).
     """
-    torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        torch.clear_autocast_cache()
+
+    def __exit__(self, *exc: object) -> None:
         torch.clear_autocast_cache()
 
 

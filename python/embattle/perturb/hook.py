@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.compiler import is_compiling
 
 from embattle.perturb.calls import Call, Layout, is_lookup, is_plain
 from embattle.perturb.outputs import Key, Part, parts_of, replace_parts
@@ -61,14 +62,14 @@ class _SiteCalls:
 
     def __init__(self, modules: Sequence[nn.Module], key: Key, nodes: set[Node] | None) -> None:
         self.modules, self.key, self.nodes = list(modules), key, nodes
-        self.thread = threading.get_ident()
+        self.first, self.thread = self.modules[0], get_ident()
 
     def perturbed(self, value: Tensor, addition: Tensor) -> Tensor:
         """Add to an output, and collect the autograd node of the sum if `nodes` are given."""
-        if self.nodes is None:
-            return value + addition.to(value.dtype)
-        value = value + addition.to(value.dtype)
-        if value.grad_fn is not None:
+        if addition.dtype != value.dtype:
+            addition = addition.to(value.dtype)
+        value = value + addition
+        if self.nodes is not None and value.grad_fn is not None:
             self.nodes.add(value.grad_fn)
         return value
 
@@ -78,12 +79,12 @@ class _SiteCalls:
         Raises:
             RuntimeError: the module is a replica (`nn.DataParallel`).
         """
-        if module is not self.modules[0] and not any(module is one for one in self.modules):
+        if module is not self.first and not any(module is one for one in self.modules):
             raise RuntimeError(
                 f"Site: a replica of {type(module).__name__} was called during an attack: "
                 "nn.DataParallel is not supported; use DistributedDataParallel"
             )
-        return threading.get_ident() != self.thread
+        return get_ident() != self.thread
 
 
 class Recorder(_SiteCalls):
@@ -128,7 +129,7 @@ class Recorder(_SiteCalls):
     ) -> Any:
         if self.graph_break is not None:
             return self.graph_break(module, args, kwargs, output)
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             return self._record_output(module, args, kwargs, output)
         for part in parts_of(output, self.key):
             value = part.value
@@ -211,11 +212,15 @@ class Perturb(_SiteCalls):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._traced(output)
-        if self.from_other_thread(module):
+        # Looked at here first: every step comes this way, and calls take longer than comparisons.
+        if (module is not self.first or get_ident() != self.thread) and self.from_other_thread(
+            module
+        ):
             return None
-        refuse_checkpoints(module)
+        if not torch.is_grad_enabled() or _saved_tensors_hooks(False) is not None:
+            refuse_checkpoints(module)
         if _is_plain(output):
             return self._perturb(module, args, kwargs, output)
         values = {
@@ -265,7 +270,7 @@ class Perturb(_SiteCalls):
         """Return the rows of the first pass where inputs are the same; None: look them up."""
         index = self.index % len(self.calls)
         call = self.calls[index]
-        if call.module is not module or threading.get_ident() != self.thread:
+        if call.module is not module or get_ident() != self.thread:
             return None
         if self.known is None or not call.repeats((indices,), {}):
             return None
@@ -287,9 +292,10 @@ class Perturb(_SiteCalls):
         """
         for index in (self.index % len(self.calls), 0):  # 0: the pass before was broken off
             call = self.calls[index]
-            repeats = call.module is module and call.repeats(args, kwargs)
-            if repeats or call.same_batch(module, args, kwargs):
-                return index, repeats
+            if call.module is module and call.repeats(args, kwargs):
+                return index, True
+            if call.same_batch(module, args, kwargs):
+                return index, False
         raise RuntimeError(
             f"Site: {type(module).__name__} was called with other inputs than those of the "
             "attacked batch. The perturbation belongs to that batch alone: leave `applied()` to "
@@ -376,7 +382,7 @@ def finds_unused_parameters(module: nn.Module) -> bool:
         RuntimeError: it runs in DDP with a static graph, which an attack's passes break without a
             word.
     """
-    wrapper = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
     if wrapper is None:
         return False
     if getattr(wrapper, "static_graph", False):

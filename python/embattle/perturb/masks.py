@@ -93,8 +93,9 @@ class Geometry:
         """Return the mask of a call, with the samples in dim 0: what was given, less padding."""
         given = self.masks[index](call, number) if self.masks else None
         rows = self.sites[index].scope == "row"
-        shape = call.indices.shape if rows and call.indices is not None else call.value.shape[:-1]
         if given is not None:
+            by_index = rows and call.indices is not None
+            shape = call.indices.shape if by_index else call.value.shape[:-1]  # type: ignore[union-attr]
             given = given.to(call.value.device)
             if given.shape != shape:
                 where = "; with scope='row' it needs the indices' shape"
@@ -127,9 +128,9 @@ class Geometry:
 def padding_mask(call: Call) -> Tensor | None:
     """Return bool, False where an `nn.Embedding` (or its table) has its padding row."""
     module = call.module
-    padding = getattr(module, "padding_idx", None)
-    if padding is None or not isinstance(module, nn.Embedding):
+    if not isinstance(module, nn.Embedding) or module.padding_idx is None:
         return None
+    padding = module.padding_idx
     if call.layout.samples is None and call.value is not None and not call.args:
         rows = torch.arange(call.value.shape[0], device=call.value.device)
         return torch.ne(rows, padding)

@@ -143,17 +143,12 @@ class PerturbedSites:
         """Turn gradients at all places, in order, into the gradients of the deltas."""
         found, position = [], 0
         for perturbation in self.perturbations:
-            part = grads[position : position + len(perturbation.places)]
+            part = list(grads[position : position + len(perturbation.places)])
             position += len(perturbation.places)
-            likes = perturbation.additions() if any(grad is None for grad in part) else part
-            found.append(
-                perturbation.gather(
-                    [
-                        torch.zeros_like(like) if grad is None else grad  # type: ignore[arg-type]
-                        for grad, like in zip(part, likes, strict=True)
-                    ]
-                )
-            )
+            for number, grad in enumerate(part):
+                if grad is None:
+                    part[number] = torch.zeros_like(perturbation.additions()[number])
+            found.append(perturbation.gather(part))  # type: ignore[arg-type]
         return found
 
     def select(self, rows: Tensor, perturbations: list[Perturbation]) -> PerturbedSites:

@@ -18,9 +18,38 @@ from torch import Tensor
 _HEAD = object.__basicsize__  # a count of references and a type
 
 
-def _memory_of(one: object) -> bytes:
-    """Copy the memory of an object of a C class, without its reference count and type."""
-    return ctypes.string_at(id(one) + _HEAD, type(one).__basicsize__ - _HEAD)
+def _memory_of(one: object) -> Any:
+    """Return the memory of an object of a C class, without its reference count and type."""
+    size = type(one).__basicsize__ - _HEAD
+    return (ctypes.c_char * size).from_address(id(one) + _HEAD)
+
+
+class _Generators(NamedTuple):
+    """Python's and numpy's global generators (which are kept alive), and where their states lie."""
+
+    python: Any
+    numpy: Any
+    bits: Any  # what numpy's draws from
+    of_python: Any
+    of_numpy: Any
+    of_bits: Any  # None: not one of numpy's own
+
+    @classmethod
+    def now(cls) -> _Generators:
+        """Return those of now: another one may have been put in their place."""
+        global _generators
+        python: Any = random._inst
+        numpy: Any = np.random.mtrand._rand
+        bits = numpy._bit_generator
+        known = _generators
+        if known is None or not (python is known[0] and numpy is known[1] and bits is known[2]):
+            own = type(bits).__module__.startswith("numpy.")
+            memories = _memory_of(python), _memory_of(numpy), _memory_of(bits) if own else None
+            known = _generators = cls(python, numpy, bits, *memories)
+        return known
+
+
+_generators: _Generators | None = None
 
 
 class _HostState(NamedTuple):
@@ -37,12 +66,9 @@ class _HostState(NamedTuple):
     @staticmethod
     def read_memory() -> tuple[Any, ...]:
         """Copy the generators' memory: any draw changes it."""
-        python: Any = random._inst
-        numpy: Any = np.random.mtrand._rand
-        source = numpy._bit_generator
-        known = type(source).__module__.startswith("numpy.")
-        bits = _memory_of(source) if known else str(source.state)
-        return _memory_of(python), python.gauss_next, (_memory_of(numpy), bits)
+        now = _Generators.now()
+        bits = str(now.bits.state) if now.of_bits is None else now.of_bits.raw
+        return now.of_python.raw, now.python.gauss_next, (now.of_numpy.raw, bits)
 
     @classmethod
     def capture(cls) -> _HostState:
@@ -56,7 +82,10 @@ class _HostState(NamedTuple):
 
     def restore(self) -> None:
         """Put the states back, where they have changed."""
-        *python, numpy = self.read_memory()
+        memory = self.read_memory()
+        if memory == self.memory:
+            return
+        *python, numpy = memory
         *python_before, numpy_before = self.memory
         if python != python_before:
             random.setstate(self.python)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from embattle import checks
-from embattle.perturb.calls import Call, Layout, is_lookup
+from embattle.perturb.calls import PLAIN, Call, Layout, is_lookup
 from embattle.perturb.hook import (
     Addition,
     Hook,
@@ -245,6 +245,8 @@ class Site:
     def layout(self, call: Call) -> Layout:
         """Return where the samples are in a call's output."""
         samples, each = self.samples, self.per_sample
+        if samples == 0 and each == 1 and call.value.dim() > 0:
+            return PLAIN
         if callable(samples):
             found = samples(call)
             samples = None if found is None else checks.integer("Site", "samples", found, 0)
@@ -340,6 +342,8 @@ def as_sites(sites: Site | Sequence[Site]) -> list[Site]:
         TypeError: anything else, or none at all.
         ValueError: a site that is given twice.
     """
+    if isinstance(sites, Site):
+        return [sites]
     given: list[Any] = list(sites) if isinstance(sites, (list, tuple)) else [sites]
     found = [one for one in given if isinstance(one, Site)]
     wrong = [one for one in given if not isinstance(one, Site)]
