@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +20,34 @@ from embattle.perturb.attacked_batch import AttackedBatch
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.perturbed_sites import Lookups
 
+# Indices of a batch's samples in the data, `[B]`; or how many they are.
+Samples: TypeAlias = "Sequence[int] | Tensor | int | None"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What each sample adds to an objective, with its graph.
+
+    Attributes:
+        clean: clean losses `[B]`; None for the form "adversarial".
+        adversarial: losses under the perturbations, `[B]`.
+        kept: `[B]` factors of the adversarial losses, 0 for a masked sample; None without masking.
+        lam: weight of the adversarial part.
+    """
+
+    clean: Tensor | None
+    adversarial: Tensor
+    kept: Tensor | None
+    lam: float
+
+    @property
+    def summed(self) -> Tensor:
+        """Each sample's share of the objective, `[B]`: a call returns the mean of it."""
+        part = self.adversarial
+        if self.kept is not None:
+            part = torch.where(self.kept > 0, part, torch.zeros_like(part))
+        return part if self.clean is None else self.clean + self.lam * part
+
 
 @dataclass
 class Batch:
@@ -33,9 +62,11 @@ class Batch:
         early: whether clean gradients are computed early (see `AdversarialObjective`).
         masking: the policy, if any.
         samples: the indices of the batch's samples in the data, for forms that keep something of a
-            sample.
+            sample; or how many there are.
+        step: the number of the step, from 0.
         reuse: the first pass was a training pass, whose look-ups the later ones can reuse.
         frozen: the deltas are found: `ascend` leaves them as they are.
+        part: the chosen samples, int64 `[n]`, and their batch, for forms that attack a part.
         metrics: what the forms report, detached.
     """
 
@@ -46,9 +77,11 @@ class Batch:
     lam: float
     early: bool
     masking: Masking | None = None
-    samples: Sequence[int] | Tensor | None = None
+    samples: Samples = None
+    step: int = 0
     reuse: bool = False
     frozen: bool = False
+    part: tuple[Tensor, Batch] | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -165,7 +198,7 @@ class Batch:
         *,
         toward: Criterion | None = None,
         clean: Evaluation | None = None,
-    ) -> None:
+    ) -> Evaluation | None:
         """Find the deltas; the perturbations of `attacked` hold them afterwards.
 
         Args:
@@ -173,11 +206,14 @@ class Batch:
             toward: what the attack is for, if not the criterion.
             clean: the clean evaluation, for what is measured from there.
 
+        Returns:
+            The clean evaluation, if a pass has shown it.
+
         Raises:
             ValueError: a divergence from the clean outputs cannot be ascended from zero.
         """
         if self.frozen:
-            return
+            return None
         attacked, attack = self.attacked, self.attack
         goal = attack.checked_goal(self.criterion if toward is None else toward)
         before = attacked.same_random
@@ -196,6 +232,7 @@ class Batch:
         if not before:
             attacked.same_random = False
             attacked.clear_random_state()
+        return first_pass.clean
 
     def _clean_of_attack(self, clean: Evaluation | None) -> Evaluation:
         """Return the clean evaluation in the mode of the attack's passes, detached."""
@@ -206,6 +243,47 @@ class Batch:
         attacked.clear()
         with torch.no_grad():
             return attacked.run(first=True).detach()
+
+    def choose(self, rows: Tensor) -> Batch:
+        """Return the batch of some of the samples, int64 `[n]` ascending, to be attacked alone."""
+        size = self.size
+        attack = self.attack
+        given = {
+            name: _of_samples(getattr(attack, name, None), size, rows)
+            for name in ("eps", "step_size")
+        }
+        changed: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
+        return Batch(
+            self.attacked.part(rows),
+            replace(attack, **changed) if changed else attack,
+            None if self.criterion is None else self.criterion.select(rows),
+            self.scale,
+            self.lam,
+            self.early,
+            self.masking,
+            step=self.step,
+        )
+
+    @property
+    def size(self) -> int:
+        """How many samples the batch has, before a pass shows it.
+
+        Raises:
+            ValueError: nothing that was given says so.
+        """
+        if isinstance(self.samples, int):
+            return self.samples
+        if self.samples is not None:
+            return len(self.samples)
+        names = () if self.criterion is None else self.criterion.per_sample
+        for name in names:
+            value = getattr(self.criterion, name)
+            if isinstance(value, Tensor) and value.dim():
+                return len(value)
+        raise ValueError(
+            "how many samples the batch has is not known: objective(loss_fn, samples=...), their "
+            "indices in the data or their number"
+        )
 
     def perturbed(self) -> Evaluation:
         """Run the training pass under the deltas, with its graph."""
@@ -276,3 +354,12 @@ def sample_norms(attacked: AttackedBatch) -> Tensor:
         total = squared if total is None else total + squared
     assert total is not None
     return total.sqrt()
+
+
+def _of_samples(value: Any, size: int, rows: Tensor) -> Tensor | None:
+    """Return the chosen samples' entries of a strength per group; None where it is a number."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return None
+    if len(value) == size or not size:
+        return value[rows.to(value.device)]
+    return value.reshape(size, -1)[rows.to(value.device)].reshape(-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from embattle import checks, ops
 from embattle.attacks.base import Attack, box
 from embattle.errors import InputError
-from embattle.objectives.batch import Batch
+from embattle.objectives.batch import Batch, Samples
 from embattle.objectives.free import ascended_losses
 from embattle.objectives.kept_deltas import KeptDeltas
 from embattle.perturb.evaluation import Evaluation
@@ -264,9 +264,9 @@ def _refuse_perturbation(perturbation: Perturbation, samples: Sequence[int]) -> 
         )
 
 
-def _checked(samples: Sequence[int] | Tensor | None) -> list[int]:
+def _checked(samples: Samples) -> list[int]:
     """Return the indices of a batch's samples."""
-    if samples is None:
+    if samples is None or isinstance(samples, int):
         raise InputError(
             "StaggeredReplays: needs the indices of the batch's samples: "
             "objective(loss_fn, samples=indices), as StaggeredBatches gives them"
