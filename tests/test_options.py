@@ -589,8 +589,11 @@ _SITE = {
         (eb.AWP.__call__, _OBJECTIVE),
         (eb.Partial, {"share": 0.5, "choose": "random", "delay": 0, "schedule": None}),
         (eb.AWP, {"gamma": 0.01, "delay": 0}),
-        (eb.StaggeredReplays, {"visits": 2}),
-        (eb.StaggeredBatches, {"visits": 2, "seed": 0}),
+        (eb.StaggeredReplays, {"visits": 2, "share": 1.0}),
+        (
+            eb.StaggeredBatches,
+            {"visits": 2, "seed": 0, "share": 1.0, "lengths": None, "rank": 0, "ranks": 1},
+        ),
         (eb.Bregman, {"weight": 1.0, "momentum": 0.99}),
         (
             eb.AdversarialObjective,

@@ -259,7 +259,7 @@ def test_masking_awp_and_parts() -> None:
     rest = [row for row in range(6) if row not in rows]
     clean = toys.classify(model, tokens, labels)().losses
     assert clean is not None
-    assert float(loss) == pytest.approx(float(clean[rest].sum() / 6))
+    assert loss.item() == pytest.approx(clean[rest].sum().item() / 6)
     # Of every sample, for clipping: as a call, not averaged.
     torch.manual_seed(1)
     loss, _, _ = step(partial(model, lam=2.0), model, samples)
@@ -272,7 +272,7 @@ def test_masking_awp_and_parts() -> None:
         subset=lambda rows: toys.classify(model, *cut([samples[row] for row in rows])),
     )
     assert parts.summed.shape == (6,)
-    assert float(parts.summed.mean()) == pytest.approx(float(loss))
+    assert parts.summed.mean().item() == pytest.approx(loss.item())
     # The weights' perturbation is of the same samples under the same deltas.
     awp = eb.AWP(partial(model), model, gamma=0.01)
     loss, _, chosen = step(awp, model, samples)

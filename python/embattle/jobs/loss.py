@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,20 +18,29 @@ from embattle.jobs.threat import make_attack
 from embattle.jobs.variant_recipe import (
     AttackedVariant,
     DivergingVariant,
-    MaskedVariant,
+    PartialVariant,
     PlainVariant,
     SmartVariant,
-    WeightedVariant,
+    StaggeredVariant,
 )
-from embattle.objectives import AWP, AdversarialObjective, Bregman, Form, Smart, Trades, Vat
+from embattle.objectives import (
+    AWP,
+    AdversarialObjective,
+    Bregman,
+    Form,
+    Partial,
+    Smart,
+    StaggeredReplays,
+    Trades,
+    Vat,
+)
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.site import Site
 from embattle.tasks.base import Task
 from embattle.tasks.kinds import Classification
 
-# Forms that compare outputs, and those that need classes to do so.
+# Forms that compare outputs.
 _COMPARES = ("mart", "alp", "trades", "vat", "smart", "r3f")
-_OF_CLASSES = ("mart", "r3f")
 
 
 class Loss:
@@ -84,7 +94,7 @@ class Loss:
         return nullcontext() if self.clipper is None else self.clipper
 
     def __call__(
-        self, model: nn.Module, batch: Batch, step: int
+        self, model: nn.Module, batch: Batch, step: int, places: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
         """Computes the loss of a batch.
 
@@ -92,13 +102,14 @@ class Loss:
             model: the model as it is called: wrapped, with several processes.
             batch: the batch.
             step: number of the step, from 0; schedules depend on it.
+            places: of the samples in their part, int64 [B], for what is kept of them.
 
         Returns:
             The loss, 0-d, or with clipping one for each sample, [B]; and the figures to show.
         """
 
-        def evaluate() -> Evaluation:
-            found = self.task.evaluate(model, batch)
+        def evaluate(some: Batch = batch) -> Evaluation:
+            found = self.task.evaluate(model, some)
             if found.losses is None:
                 raise InputError(
                     f"task {self.task_name}: the training part has no labels, so no losses"
@@ -119,6 +130,10 @@ class Loss:
         inner.step = step
         assert isinstance(self.variant, AttackedVariant)
         options: dict[str, Any] = {"mask": self.task.mask(batch)}
+        if isinstance(self.variant, (PartialVariant, StaggeredVariant)):
+            options["samples"] = places
+        if isinstance(self.variant, PartialVariant):
+            options["subset"] = lambda rows: partial(evaluate, batch.take(rows))
         if self.variant.needs_accuracy:
             options["criterion"] = self.task.criterion(batch)
         if self.clipper is not None:
@@ -190,7 +205,11 @@ class Loss:
                 f"{key}.divergence: {divergence} compares classes, and this task predicts none; "
                 "write squared_distance"
             )
-        if not classes and variant.objective in _OF_CLASSES:
+        if not classes and isinstance(variant, AttackedVariant) and variant.of_classes:
+            if isinstance(variant, PartialVariant):
+                raise InputError(
+                    f"{key}.choose: margin is for tasks that predict classes; use loss"
+                )
             raise InputError(
                 f"{key}.objective: {variant.objective} is for tasks that predict classes; use "
                 "mixed, or trades with divergence: squared_distance"
@@ -224,25 +243,34 @@ def _objective(
     """The library's objective for a variant."""
     steps = recipe.train.steps
     options: dict[str, Any] = {}
-    if isinstance(variant, WeightedVariant):
+    if hasattr(variant, "lam"):
         options["lam"] = variant.lam
         options["lam_schedule"] = variant.lam_schedule.make(steps)
-    masking = variant.masking if isinstance(variant, MaskedVariant) else None
+    masking = getattr(variant, "masking", None)
     objective = AdversarialObjective(
         make_attack(variant.attack, recipe.threat, generator, scale=variant.scale),
         sites,
-        form=_form(variant, model),
+        form=_form(variant, model, steps),
         masking=None if masking is None else masking.make(),
         eps_schedule=variant.eps_schedule.make(steps),
         steps_schedule=variant.steps_schedule.make(steps),
         early_backward=early,
         **options,
     )
-    awp = variant.awp if isinstance(variant, MaskedVariant) else None
+    awp = getattr(variant, "awp", None)
     return objective if awp is None else AWP(objective, model, **awp.model_dump())
 
 
-def _form(variant: AttackedVariant, model: nn.Module) -> str | Form:
+def _form(variant: AttackedVariant, model: nn.Module, steps: int) -> str | Form:
+    if isinstance(variant, StaggeredVariant):
+        return StaggeredReplays(variant.visits, share=variant.share)
+    if isinstance(variant, PartialVariant):
+        return Partial(
+            variant.share,
+            choose=variant.choose,
+            delay=round(variant.delay * steps),
+            schedule=variant.share_schedule.make(steps),
+        )
     if isinstance(variant, SmartVariant):
         given = variant.bregman
         bregman = None if given is None else Bregman(model, **given.model_dump())
@@ -275,11 +303,12 @@ def rehearse(recipe: Recipe, task: Task, model: nn.Module, *, processes: int = 1
                 generator = torch.Generator()
                 loss = Loss(recipe, name, task, model, sites, generator, processes=processes)
                 with loss.open():
-                    found, _ = loss(model, batch, recipe.train.steps - 1)
+                    found, _ = loss(model, batch, recipe.train.steps - 1, rows)
                     if loss.clipper is not None:
                         loss.clipper.backward(found)
-            except InputError:
-                raise
             except (ValueError, RuntimeError) as error:
+                of_form = str(error).startswith(("Partial:", "StaggeredReplays:"))
+                if isinstance(error, InputError) and not of_form:
+                    raise
                 raise InputError(f"variants.{name}: {error}") from error
     model.zero_grad()

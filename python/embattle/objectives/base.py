@@ -48,7 +48,7 @@ FORMS: dict[str, Callable[[], Form]] = {
 SHARED_PASSES = ("free", "freeat", "staggered")
 
 # The forms that add a clean and an adversarial loss of each sample, or take the latter alone.
-_ADDITIVE = ("mixed", "adversarial", "apr", "partial")
+_ADDITIVE = ("mixed", "adversarial", "apr", "staggered", "partial")
 
 _SCHEDULES = ("eps_schedule", "lam_schedule", "steps_schedule")
 
@@ -179,7 +179,8 @@ class AdversarialObjective:
             The parts, and metrics as for a call.
 
         Raises:
-            ValueError: the form is none of "mixed", "adversarial", "apr" and "partial".
+            ValueError: the form is none of "mixed", "adversarial", "apr", "partial" and
+                "staggered".
         """
         if self.name not in _ADDITIVE:
             raise ValueError(
@@ -190,7 +191,7 @@ class AdversarialObjective:
             loss_fn, criterion=criterion, mask=mask, offsets=offsets, joint=joint,
             samples=samples, subset=subset,
         )  # fmt: skip
-        if isinstance(self.form, Partial):
+        if isinstance(self.form, (Partial, StaggeredReplays)):
             parts = self.form.parts(batch)
         else:
             clean = None if self.name == "adversarial" else batch.clean()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +15,7 @@ from embattle.attacks.first_pass import FirstPass, Iterate, run_first_pass
 from embattle.criteria import Criterion, Misclassify
 from embattle.criteria.base import ascended
 from embattle.objectives.agreement import nearest_agreement
-from embattle.objectives.masking import Masking, Outcome
+from embattle.objectives.masking import Agreement, Masking, Outcome
 from embattle.objectives.precomputed import attach_gradients, leaves
 from embattle.perturb.attacked_batch import AttackedBatch
 from embattle.perturb.evaluation import Evaluation
@@ -47,6 +48,30 @@ class Parts:
         if self.kept is not None:
             part = torch.where(self.kept > 0, part, torch.zeros_like(part))
         return part if self.clean is None else self.clean + self.lam * part
+
+    @classmethod
+    def of_rows(cls, losses: Tensor, rows: Tensor, kept: Tensor | None, lam: float) -> Parts:
+        """Return the parts of a batch in which some samples are perturbed and the rest is clean.
+
+        Their sum is `sum L_rest + lam * sum L_rows`, over `(B - n + lam * n) / B`.
+
+        Args:
+            losses: `[B]`, of the training pass.
+            rows: int64 `[n]`, the perturbed samples.
+            kept: `[n]`, their masking; None without.
+            lam: weight of a perturbed sample beside a clean one.
+        """
+        size, total = len(losses), len(losses) - len(rows) + lam * len(rows)
+        if lam != 1 and total > 0:
+            losses = losses * (size / total)
+        nothing = torch.zeros_like(losses)
+        chosen = torch.zeros_like(losses, dtype=torch.bool)
+        chosen[rows] = True
+        if kept is not None:
+            kept = nothing.detach().index_copy(0, rows, kept)
+        return cls(
+            torch.where(chosen, nothing, losses), torch.where(chosen, losses, nothing), kept, lam
+        )
 
 
 @dataclass
@@ -297,21 +322,33 @@ class Batch:
         if self.criterion is not None:
             self.criterion.check(evaluation)
 
-    def weights(self, adversarial: Evaluation, clean: Evaluation | None) -> Tensor | None:
-        """Return the masking policy's weights, `[B]`; None where all samples take part."""
+    def weights(
+        self, adversarial: Evaluation, clean: Evaluation | None, rows: Tensor | None = None
+    ) -> Tensor | None:
+        """Return the masking policy's weights, `[B]`; None where all samples take part.
+
+        Args:
+            adversarial: the samples under attack.
+            clean: without; None if that is not known.
+            rows: int64 `[n]`, which samples of the batch these evaluations are of; None: all.
+        """
         if self.masking is None:
             return None
         attacked = self.attacked
         norms = None
         if not attacked.perturbed.coupled:
             norms = sample_norms(attacked)
+        agreement = nearest_agreement(attacked)
+        if rows is not None:
+            norms = None if norms is None else norms[rows]
+            agreement = None if agreement is None else partial(_rows_of, agreement, rows)
         kept = self.masking(
             Outcome(
                 losses=self.losses(adversarial).detach(),
                 clean_losses=None if clean is None else self.losses(clean).detach(),
                 outputs=None if adversarial.outputs is None else adversarial.outputs.detach(),
                 norms=norms,
-                agreement=nearest_agreement(attacked),
+                agreement=agreement,
             )
         )
         self.metrics["masked"] = (~kept).sum()
@@ -354,6 +391,10 @@ def sample_norms(attacked: AttackedBatch) -> Tensor:
         total = squared if total is None else total + squared
     assert total is not None
     return total.sqrt()
+
+
+def _rows_of(agreement: Agreement, rows: Tensor) -> Tensor:
+    return agreement()[rows]
 
 
 def _of_samples(value: Any, size: int, rows: Tensor) -> Tensor | None:

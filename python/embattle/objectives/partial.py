@@ -115,24 +115,12 @@ class Partial:
         if len(losses) <= int(rows[-1]):
             raise InputError(f"Partial: {len(losses)} losses for samples of row {int(rows[-1])}")
         self._report(batch, evaluation, rows)
-        chosen = torch.zeros_like(losses, dtype=torch.bool)
-        chosen[rows] = True
-        nothing = torch.zeros_like(losses)
-        if batch.lam != 1:
-            losses = losses * (len(losses) / (len(losses) - len(rows) + batch.lam * len(rows)))
         kept = part.weights(evaluation.select(rows), clean)
         if "masked" in part.metrics:
             batch.metrics["masked"] = part.metrics["masked"]
-        if kept is not None:
-            kept = nothing.detach().index_copy(0, rows, kept)
         if not batch.frozen:
             self._note(batch, evaluation, rows, clean)
-        return Parts(
-            torch.where(chosen, nothing, losses),
-            torch.where(chosen, losses, nothing),
-            kept,
-            batch.lam,
-        )
+        return Parts.of_rows(losses, rows, kept, batch.lam)
 
     # --- which samples ---------------------------------------------------------------------------
 

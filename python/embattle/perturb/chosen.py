@@ -11,6 +11,7 @@ from torch import Tensor
 
 from embattle.perturb.calls import Call, Layout
 from embattle.perturb.evaluation import Evaluation
+from embattle.perturb.hook import Addition
 from embattle.perturb.masks import Geometry, PerCall
 
 if TYPE_CHECKING:
@@ -94,23 +95,16 @@ def run_with_chosen(batch: AttackedBatch, part: AttackedBatch, rows: Tensor) -> 
             "(Site.weight, samples=None): use form='mixed'"
         )
     additions = part.perturbed.additions()
-    seen = [0] * len(batch.sites)
 
-    def begin(index: int, call: Call) -> Tensor:
-        place = (index, seen[index])
-        seen[index] += 1
+    def begin(index: int, number: int, call: Call) -> Tensor:
+        place = (index, number)
         if place not in additions:
             return torch.zeros_like(call.value)
         offsets = batch.geometry.bounds(*place, call)
-        return into_whole(additions[place], calls[index][place[1]], call, rows, offsets)
+        return into_whole(additions[place], calls[index][number], call, rows, offsets)
 
-    try:
-        for index, site in enumerate(batch.sites):
-            site.record(attach=False, begin=partial(begin, index))
-        evaluation = batch.run()
-    finally:
-        batch.clear()
-    expected = [len(recorded) for recorded in calls]
+    evaluation, found = run_moved(batch, begin)
+    seen, expected = ([len(recorded) for recorded in one] for one in (found, calls))
     if seen != expected:
         raise RuntimeError(
             f"the sites' modules were called {seen} times in the training pass, and {expected} "
@@ -118,6 +112,34 @@ def run_with_chosen(batch: AttackedBatch, part: AttackedBatch, rows: Tensor) -> 
             "in the same way"
         )
     return evaluation
+
+
+def run_moved(
+    batch: AttackedBatch, begin: Callable[[int, int, Call], Addition]
+) -> tuple[Evaluation, list[list[Call]]]:
+    """Run a training pass in which each output is moved at once.
+
+    Args:
+        batch: the batch.
+        begin: from the number of a site, that of its call, and the call to what is added there.
+
+    Returns:
+        The evaluation, and each site's calls that `begin` was asked about: none where a compiled
+        model does not show them.
+    """
+    calls: list[list[Call]] = [[] for _ in batch.sites]
+
+    def ask(index: int, call: Call) -> Addition:
+        calls[index].append(call)
+        return begin(index, len(calls[index]) - 1, call)
+
+    try:
+        for index, site in enumerate(batch.sites):
+            site.record(attach=False, begin=partial(ask, index))
+        evaluation = batch.run()
+    finally:
+        batch.clear()
+    return evaluation, calls
 
 
 def packed(offsets: Tensor, rows: Tensor) -> Tensor:
