@@ -518,9 +518,10 @@ def test_forms_that_know_samples_resume_in_the_middle_of_an_epoch(
     form, attack = FORMS[name]
     options: dict[str, Any] = {
         "attack": attack,
-        "max_steps": 6,
+        "max_steps": 8,
         "save_strategy": "steps",
-        "save_steps": 4,
+        "save_steps": 7,
+        "data_seed": 3,  # without it the Trainer's own order is not resumed
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
     }
@@ -531,17 +532,16 @@ def test_forms_that_know_samples_resume_in_the_middle_of_an_epoch(
     )
     whole = training(tmp_path, model, objective={"form": form()}, **options)
     whole.train()
-    assert (tmp_path / "checkpoint-4").is_dir()
     if name == "staggered":  # eight groups of two: nine batches in an epoch, so five steps
-        assert sizes == [2, *[4] * 7, 2, 2, 4]
+        assert sizes == [2, *[4] * 7, 2, 2, *[4] * 5]
         logged = whole.state.log_history[0]
         assert logged["adversarial_loss"] > 0
         assert logged["replayed"] == pytest.approx(6 / 4)
     if name == "random":
-        assert sizes == [1, 4] * 12
+        assert sizes == [1, 4] * 16
     again = training(tmp_path, toys.tiny_bert(**DRY), objective={"form": form()}, **options)
     torch.manual_seed(99)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     assert again.objective.step == whole.objective.step
     for one, two in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, two)
