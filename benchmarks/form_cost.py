@@ -143,7 +143,7 @@ def encoder() -> dict[str, Step]:
         attention_probs_dropout_prob=0.0,
     )
     model = transformers.BertForSequenceClassification(config).train()
-    tokens, labels = torch.randint(0, 30522, (16, 64)), torch.randint(0, 2, (16,))
+    tokens, labels = torch.randint(1, 30522, (16, 64)), torch.randint(0, 2, (16,))
     mask = torch.ones_like(tokens)
 
     def loss_of(rows: Tensor | None) -> Callable[[], Tensor]:
