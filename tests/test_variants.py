@@ -283,7 +283,7 @@ def test_freeat_stays_on_a_batch(tmp_path: Path) -> None:
     task = recipe.make_task()
     task.read(Account())
     one = fit.Fit(recipe, "a", task, tmp_path, make_accelerator(recipe, task, tmp_path))
-    batches = [one._batches_of(step, one._places_of(step))[0].inputs for step in range(4)]
+    batches = [one._batches_of(step, one.order.places(step))[0].inputs for step in range(4)]
     same = [all((x[key] == batches[0][key]).all() for key in x) for x in batches]
     assert same == [True, True, True, False]
 

@@ -97,7 +97,7 @@ def numbered_loader(trainer: Any, form: StaggeredReplays | Partial) -> Any:
             "drop_last": args.dataloader_drop_last,
         }
     loader = trainer.accelerator.prepare(DataLoader(_Numbered(dataset), **options))
-    wrapper = getattr(loader, "batch_sampler", None)
+    wrapper: Any = getattr(loader, "batch_sampler", None)
     if staggered is not None and getattr(wrapper, "batch_sampler", None) is staggered:
         # The batches are this process's own: Accelerate must not divide them again.
         wrapper.num_processes, wrapper.process_index = 1, 0

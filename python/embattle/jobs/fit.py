@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from embattle.audit.evaluation import predict
 from embattle.data.batch import Batch
-from embattle.data.buckets import LengthBuckets
-from embattle.data.staggered_batches import StaggeredBatches
 from embattle.errors import InputError, Interrupted
 from embattle.files import write_text
 from embattle.jobs.checkpoint import (
@@ -32,10 +30,10 @@ from embattle.jobs.checkpoint import (
     restore_random,
 )
 from embattle.jobs.loss import Loss
+from embattle.jobs.order import Order
 from embattle.jobs.recipe import Recipe
 from embattle.jobs.run_folder import Trained
 from embattle.jobs.validation import Validation
-from embattle.jobs.variant_recipe import StaggeredVariant
 from embattle.progress import bar
 from embattle.tasks.base import Task
 
@@ -102,10 +100,14 @@ class Fit:
         )
         self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
         self.history: list[dict[str, float]] = []
-        # The epoch that is under way, with its batches.
-        self._order: tuple[int, Sequence[Tensor]] | None = None
-        self._buckets: LengthBuckets | None = None
-        self._staggered = self._replays()
+        self.order = Order(
+            recipe,
+            variant,
+            task,
+            self.bare,
+            rank=rank,
+            ranks=accelerator.num_processes,
+        )
         self.seconds = 0.0
         # What the last look at the validation part found, for the progress.
         self._seen: dict[str, float] = {}
@@ -173,7 +175,7 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         figures: dict[str, float] = {}
-        places = self._places_of(step)
+        places = self.order.places(step)
         parts = self._batches_of(step, places)
         for number, (batch, mine) in enumerate(zip(parts, places, strict=True), 1):
             with self.accelerator.accumulate(self.model), self.loss.open():
@@ -195,87 +197,16 @@ class Fit:
         self.optimizer.zero_grad(set_to_none=True)
         return figures
 
-    def _places_of(self, step: int) -> list[Tensor]:
-        """The places in the training part of this process's samples of a step, by pass."""
-        step //= self.loss.replays
-        passes = self.recipe.train.accumulate
-        if self._staggered is not None:
-            return [self._staggered_places(step * passes + i) for i in range(passes)]
-        size = min(self.recipe.train.batch_size, len(self.task.parts["train"]))
-        epoch, position = divmod(step, len(self.task.parts["train"]) // size)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, self._batches(epoch, size)
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        rows = self._order[1][position][rank::ranks]
-        if len(rows) % passes:
-            raise InputError(
-                f"train.accumulate: the {len(rows)} samples of a step (the training part has no "
-                f"more) cannot be divided among {passes} passes"
-            )
-        return list(rows.split(len(rows) // passes))
-
-    def _staggered_places(self, number: int) -> Tensor:
-        """The same of a pass of staggered replays, counted from 0 over all steps."""
-        assert self._staggered is not None
-        epoch, position = divmod(number, len(self._staggered))
-        if self._order is None or self._order[0] != epoch:
-            batches = [torch.tensor(rows) for rows in self._staggered.batches(epoch)]
-            self._order = epoch, batches
-        return self._order[1][position]
-
     def _batches_of(self, step: int, places: Sequence[Tensor]) -> list[Batch]:
         """These samples as batches on the device."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        drawn = self.recipe.seed * 1_000_003 + step // self.loss.replays * ranks + rank
+        drawn = self.recipe.seed * 1_000_003 + step // self.order.replays * ranks + rank
         batch = self.task.batch(self.bare, "train", torch.cat(list(places)), seed=drawn)
         batch = batch.to(self.accelerator.device)
         if len(places) == 1:
             return [batch]
         ends = [0, *accumulate([len(rows) for rows in places])]
         return [batch.take(torch.arange(a, b)) for a, b in pairwise(ends)]
-
-    def _batches(self, epoch: int, size: int) -> Sequence[Tensor]:
-        """The places of an epoch's samples, batch by batch; what fills no batch is left out."""
-        count = len(self.task.parts["train"])
-        if self.recipe.train.batches == "random":
-            shuffle = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
-            order = torch.randperm(count, generator=shuffle)[: count // size * size]
-            return torch.split(order, size)
-        if self._buckets is None:
-            self._buckets = LengthBuckets(self._lengths(), size, seed=self.recipe.seed)
-        return [torch.tensor(b) for b in self._buckets.batches(epoch) if len(b) == size]
-
-    def _lengths(self) -> Sequence[int]:
-        """The lengths of the training part's samples."""
-        lengths = self.task.lengths(self.bare, "train")
-        if lengths is None:
-            raise InputError(
-                f"train.batches: the samples of task {self.recipe.task} have no lengths; use random"
-            )
-        return lengths
-
-    def _replays(self) -> StaggeredBatches | None:
-        """The order of a variant of staggered replays, whose batches hold what the others' do."""
-        variant, train = self.recipe.variants[self.variant], self.recipe.train
-        if not isinstance(variant, StaggeredVariant):
-            return None
-        ranks = self.accelerator.num_processes
-        passes = ranks * train.accumulate
-        if train.batch_size % (passes * variant.visits) and variant.share == 1:
-            raise InputError(
-                f"train.batch_size: {train.batch_size} cannot be divided among {passes} passes of "
-                f"{variant.visits} visits (variants.{self.variant}.visits)"
-            )
-        return StaggeredBatches(
-            len(self.task.parts["train"]),
-            train.batch_size // passes,
-            variant.visits,
-            seed=self.recipe.seed,
-            share=variant.share,
-            lengths=self._lengths() if train.batches == "by_length" else None,
-            rank=self.accelerator.process_index,
-            ranks=ranks,
-        )
 
     def _track(self, figures: Mapping[str, float], done: int) -> None:
         """Hands figures to the recipe's trackers."""

@@ -22,6 +22,7 @@ from embattle.jobs.variant_recipe import (
     PlainVariant,
     SmartVariant,
     StaggeredVariant,
+    WeightedVariant,
 )
 from embattle.objectives import (
     AWP,
@@ -83,11 +84,6 @@ class Loss:
         self.clipper: PerSampleClipper | None = None
         if clipping is not None:
             self.clipper = PerSampleClipper(model, **clipping.model_dump())
-
-    @property
-    def replays(self) -> int:
-        """Optimiser steps on each batch."""
-        return getattr(self.variant, "replays", 1)
 
     def open(self) -> AbstractContextManager[object]:
         """The block in which a batch is computed and differentiated."""
@@ -243,7 +239,7 @@ def _objective(
     """The library's objective for a variant."""
     steps = recipe.train.steps
     options: dict[str, Any] = {}
-    if hasattr(variant, "lam"):
+    if isinstance(variant, (WeightedVariant, StaggeredVariant)):
         options["lam"] = variant.lam
         options["lam_schedule"] = variant.lam_schedule.make(steps)
     masking = getattr(variant, "masking", None)

@@ -2,12 +2,13 @@
 
 from embattle.objectives.awp import AWP
 from embattle.objectives.base import FORMS, AdversarialObjective, Form
-from embattle.objectives.batch import Batch, Parts
+from embattle.objectives.batch import Batch
 from embattle.objectives.bregman import Bregman
 from embattle.objectives.consistency import R3F, Alp, Mart, Smart, Trades, Vat
 from embattle.objectives.free import FreeAT, free
 from embattle.objectives.mixed import adversarial, apr, mixed
 from embattle.objectives.partial import Partial
+from embattle.objectives.parts import Parts
 from embattle.objectives.staggered import StaggeredReplays
 
 __all__ = [

@@ -12,12 +12,13 @@ from embattle import checks
 from embattle.attacks.base import Attack
 from embattle.attacks.result import warn_of_rounding
 from embattle.criteria import Criterion
-from embattle.objectives.batch import Batch, Parts, Samples
+from embattle.objectives.batch import Batch, Samples
 from embattle.objectives.consistency import R3F, Alp, Mart, Smart, Trades, Vat
 from embattle.objectives.free import FreeAT, free
 from embattle.objectives.masking import Masking
 from embattle.objectives.mixed import adversarial, apr, mixed
 from embattle.objectives.partial import Partial
+from embattle.objectives.parts import Parts
 from embattle.objectives.schedules import Constant, Schedule
 from embattle.objectives.staggered import StaggeredReplays
 from embattle.perturb.attacked_batch import AttackedBatch, Masks, Subset

@@ -11,7 +11,8 @@ from torch import Tensor
 from embattle import checks
 from embattle.errors import InputError
 from embattle.losses import margin
-from embattle.objectives.batch import Batch, Parts
+from embattle.objectives.batch import Batch
+from embattle.objectives.parts import Parts
 from embattle.objectives.schedules import Constant, Schedule
 from embattle.perturb.chosen import run_with_chosen
 from embattle.perturb.evaluation import Evaluation

@@ -4,43 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
-from embattle import checks, ops
-from embattle.attacks.base import Attack, box
+from embattle import checks
+from embattle.attacks.base import Attack
 from embattle.criteria.base import ascended
 from embattle.errors import InputError
-from embattle.objectives.batch import Batch, Parts, Samples
+from embattle.objectives.batch import Batch, Samples
 from embattle.objectives.kept_deltas import KeptDeltas
+from embattle.objectives.moving import Moving, Place, add, carries, put
+from embattle.objectives.parts import Parts
 from embattle.perturb.build_perturbations import perturbation_of_call
 from embattle.perturb.calls import Call
 from embattle.perturb.chosen import run_moved
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.hook import Addition
 from embattle.perturb.perturbation import Perturbation, total
-
-
-class _Place(NamedTuple):
-    """What is kept of the samples that come again at one output: deltas, and what steps carry."""
-
-    deltas: KeptDeltas
-    carried: dict[str, KeptDeltas]
-
-
-class _Moving(NamedTuple):
-    """An output of the batch, which the gradient that arrives there will move.
-
-    Attributes:
-        perturbation: its deltas.
-        state: the attack's.
-    """
-
-    perturbation: Perturbation
-    state: dict[str, Any]
 
 
 class StaggeredReplays:
@@ -86,7 +69,7 @@ class StaggeredReplays:
         self._samples: list[int] = []  # those that come again in the next batch
         self._seen: list[int] = []  # how often they came
         # What is kept of them at each place; None until the gradient there has moved the deltas.
-        self._kept: list[_Place | None] = []
+        self._kept: list[Place | None] = []
         self._nonfinite: list[Tensor] = []
         self._without: list[Tensor] = []
 
@@ -116,7 +99,7 @@ class StaggeredReplays:
         numbers = self._numbers(samples)
         replayed = [row for row, sample in enumerate(samples) if sample in numbers]
         generator = attack.own_generator()
-        moving: list[_Moving] = []
+        moving: list[Moving] = []
         outputs: list[Tensor] = []
         edges: list[GradientEdge] = []
 
@@ -128,12 +111,12 @@ class StaggeredReplays:
             state = attack.begin(perturbation, batch.scale)
             attack.start(perturbation, state, generator)
             place = len(moving)
-            moving.append(_Moving(perturbation, state))
+            moving.append(Moving(perturbation, state))
             if replayed and place < len(kept):
                 again = [samples[row] for row in replayed]
-                _put(attack, moving[-1], kept[place], replayed, [numbers[s] for s in again], again)
+                put(attack, moving[-1], kept[place], replayed, [numbers[s] for s in again], again)
             perturbation.delta = perturbation.delta.detach()
-            return partial(_add, outputs, edges, perturbation)
+            return partial(add, outputs, edges, perturbation)
 
         evaluation, calls = run_moved(attacked, begin)
         attacked.geometry.finish(calls)
@@ -181,7 +164,7 @@ class StaggeredReplays:
             )
         return {s: number for number, s in enumerate(self._samples) if s not in missing}
 
-    def _moved(self) -> list[_Place]:
+    def _moved(self) -> list[Place]:
         """Return the deltas, which the call before has moved.
 
         Raises:
@@ -200,7 +183,7 @@ class StaggeredReplays:
         batch: Batch,
         samples: list[int],
         numbers: dict[int, int],
-        moving: list[_Moving],
+        moving: list[Moving],
         edges: list[GradientEdge],
         losses: Tensor,
         ascent: Tensor,
@@ -232,10 +215,10 @@ class StaggeredReplays:
     @torch.no_grad()
     def _move(
         self,
-        kept: list[_Place | None],
+        kept: list[Place | None],
         place: int,
         attack: Attack,
-        moving: _Moving,
+        moving: Moving,
         values: Tensor,
         rows: Tensor,
         arrived: Sequence[Tensor | None],
@@ -252,8 +235,8 @@ class StaggeredReplays:
         perturbation.mark_gradients(grad)
         attack.step(perturbation, grad, state, 0, values)
         perturbation.delta = perturbation.delta.detach()
-        carried = {key: KeptDeltas.take(perturbation, rows, state[key]) for key in _carries(attack)}
-        kept[place] = _Place(KeptDeltas.take(perturbation, rows), carried)
+        carried = {key: KeptDeltas.take(perturbation, rows, state[key]) for key in carries(attack)}
+        kept[place] = Place(KeptDeltas.take(perturbation, rows), carried)
         self._nonfinite.append(perturbation.nonfinite.count_nonzero())
         self._without.append(perturbation.count_without_gradient())
 
@@ -300,51 +283,7 @@ class StaggeredReplays:
                     state[name].clone(), lengths.clone()
                 )
         for _, parts in sorted(found.items()):
-            self._kept.append(_Place(parts.pop(""), parts))
-
-
-def _carries(attack: Attack) -> tuple[str, ...]:
-    assert attack.carries is not None  # `_refuse` saw to it
-    return attack.carries
-
-
-def _add(
-    outputs: list[Tensor], edges: list[GradientEdge], perturbation: Perturbation, value: Tensor
-) -> Tensor:
-    """Make the perturbed output; the edge at which its gradient arrives is noted."""
-    addition = perturbation.additions()[0]
-    if not value.requires_grad:  # the modules are not trained
-        addition = addition.requires_grad_()
-    output = value + addition.to(value.dtype)
-    outputs.append(output)
-    edges.append(get_gradient_edge(output))  # the model may change the output in place
-    return output
-
-
-def _put(
-    attack: Attack,
-    moving: _Moving,
-    kept: _Place,
-    rows: list[int],
-    numbers: list[int],
-    samples: list[int],
-) -> None:
-    """Give samples that come again what was kept of them."""
-    perturbation, state = moving
-    places = (
-        torch.tensor(rows, device=perturbation.base.device),
-        torch.tensor(numbers, device=perturbation.base.device),
-        samples,
-    )
-    delta = kept.deltas.put(perturbation, *places)
-    for key, values in kept.carried.items():
-        if key in _carries(attack):
-            state[key] = values.put(perturbation, *places, state[key])
-    # The radius may be another one than at the visit before.
-    geometry = perturbation.geometry
-    perturbation.set(
-        ops.project(delta, eps=state["eps"], norm=attack.norm, **geometry, **box(state))
-    )
+            self._kept.append(Place(parts.pop(""), parts))
 
 
 def _refuse(batch: Batch) -> None:
