@@ -32,6 +32,7 @@ from embattle.jobs.threat import make_attack
 from embattle.jobs.train import make_accelerator
 from embattle.jobs.validation import Validation
 from embattle.jobs.variant_recipe import OBJECTIVES
+from embattle.objectives.monitor import Monitor
 from safetensors.torch import load_file
 from test_tabular import write
 from tiny_job import invoke
@@ -324,6 +325,17 @@ def test_staggered_replays_make_the_passes_of_plain_training(
     assert len(calls["staggered"]) == len(calls["standard"]) == 2 * 60
     assert forward["partial"] == [2, 8] * 60
     assert calls["partial"].count(0) == 60
+
+
+def test_what_the_monitor_finds_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Monitor, "update", lambda self, metrics: [f"label leakage: {len(metrics)}"])
+    train = {"steps": 3, "batch_size": 16}
+    recipe = recipe_of(tmp_path, train=train, variants={"a": {}})
+    status, text = invoke("train", recipe, "--out", tmp_path / "run")
+    assert status == 0, text
+    assert text.count("label leakage") == text.count("a, step 1: label leakage: ") == 1
 
 
 # --- choice of the weights, early stopping --------------------------------------------------------

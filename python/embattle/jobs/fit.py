@@ -34,7 +34,7 @@ from embattle.jobs.order import Order
 from embattle.jobs.recipe import Recipe
 from embattle.jobs.run_folder import Trained
 from embattle.jobs.validation import Validation
-from embattle.progress import bar
+from embattle.progress import bar, say
 from embattle.tasks.base import Task
 
 
@@ -145,6 +145,8 @@ class Fit:
                 ended = self._look(step + 1)
                 self.seconds = time.monotonic() - began
                 show(step + 1, {**figures, **self._seen})
+                for text in self.loss.findings() if first else ():
+                    say(f"{self.variant}, step {step + 1}: {text}")
                 self._track(figures, step + 1)
                 if step + 1 == steps or ended:
                     break

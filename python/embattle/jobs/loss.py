@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -35,6 +36,7 @@ from embattle.objectives import (
     Trades,
     Vat,
 )
+from embattle.objectives.monitor import Monitor, RobustTrainingWarning
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.site import Site
 from embattle.tasks.base import Task
@@ -80,6 +82,9 @@ class Loss:
             alone = processes == 1 and recipe.train.precision != "fp16"
             self.objective = _objective(recipe, variant, model, sites, generator, early=alone)
             self.eps = recipe.threat.eps * variant.scale
+        self._monitor = Monitor(sites=sites)
+        self._findings: dict[str, str] = {}
+        self._told: set[str] = set()
         clipping = getattr(variant, "clipping", None)
         self.clipper: PerSampleClipper | None = None
         if clipping is not None:
@@ -134,9 +139,24 @@ class Loss:
             options["criterion"] = self.task.criterion(batch)
         if self.clipper is not None:
             parts, metrics = inner.parts(evaluate, **options)
-            return parts.summed, self._figures(metrics)
-        loss, metrics = self.objective(evaluate, **options)
+            loss = parts.summed
+        else:
+            loss, metrics = self.objective(evaluate, **options)
+        self._watch(metrics)
         return loss, self._figures(metrics)
+
+    def _watch(self, metrics: dict[str, Tensor]) -> None:
+        """Lets the monitor look at a step's metrics."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RobustTrainingWarning)
+            for text in self._monitor.update(metrics):
+                self._findings[text.split(":")[0]] = text
+
+    def findings(self) -> list[str]:
+        """What the monitor has found, and was not given yet."""
+        new = [text for kind, text in self._findings.items() if kind not in self._told]
+        self._told.update(self._findings)
+        return new
 
     def backward(self, loss: Tensor, accelerator: Any, *, share: float, last: bool) -> None:
         """Adds the gradients of a batch.

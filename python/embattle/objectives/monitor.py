@@ -88,7 +88,9 @@ class Monitor:
     def update(self, metrics: dict[str, Tensor]) -> list[str]:
         """Collect a step's metrics; every `window` steps compare perturbed losses with clean ones.
 
-        Perturbed and clean losses may be of other samples, where a form perturbs a part of a batch.
+        Where a form perturbs a part of a batch they are of other samples, and a small gain says
+        nothing; staggered replays have trained on the perturbed samples a step before, too, so that
+        `check_training` alone tells of label leakage there.
 
         Returns:
             The findings, as text.
@@ -106,11 +108,16 @@ class Monitor:
         self._gains.append((metrics["adversarial_loss"] - clean) / clean.abs().clamp(min=1e-12))
         if len(self._gains) < self.window:
             return []
-        gain = float(torch.stack(list(self._gains)).mean())
+        gains = torch.stack(list(self._gains)).double()
+        gain = float(gains.mean())
+        # Four standard errors: where clean and perturbed samples are others, chance is large.
+        sure = gain < -4 * float(gains.std(correction=0)) / math.sqrt(len(gains))
+        leaks = gain < -self.leak and sure and "replayed" not in metrics
+        same = "replayed" not in metrics and "perturbed" not in metrics
         self._gains.clear()
         return self._warn_once(
             "leak",
-            gain < -self.leak,
+            leaks,
             f"label leakage: the perturbed losses are {-gain:.1%} below the clean ones, over "
             f"{self.window} steps: the perturbations give the labels away instead of hiding them, "
             "or the model has learned to see that there is one. Find them afresh (carry none from "
@@ -118,7 +125,7 @@ class Monitor:
             "attack of several steps",
         ) + self._warn_once(
             "vanishing",
-            -self.leak <= gain < self.vanishing,
+            gain < self.vanishing and same and not leaks,
             f"the attack gains {gain:.2g} of the clean loss: its gradients vanish (a saturated or "
             "obfuscated model), or eps is too small to matter",
         )
