@@ -379,6 +379,9 @@ OBJECTIVES: dict[str, type[VariantRecipe]] = {
     "partial": PartialVariant,
 }
 
+#: What `hardened` is trained on where a recipe names no variants.
+HARDENED: VariantRecipe = MixedVariant()
+
 if TYPE_CHECKING:
     VariantChoice = VariantRecipe
 else:
