@@ -29,7 +29,7 @@ class Monitor:
 
     Call `update` with each step's metrics; it costs nothing. Call the other checks every few
     hundred steps, as `due` says: `check_held` and `check_training` each make one attack of the
-    training's and one by PGD, about `steps + 5` forward and `steps + 2` backward passes of the
+    training's and one by PGD, about `steps + 4` forward and `steps + 1` backward passes of the
     batch that you give. A small one is enough: a quarter of a training batch every 200 steps costs
     about 2 % with 10 steps. Nothing is drawn at random, and the model is left as it was. Each
     finding is a `RobustTrainingWarning`, given once until it goes away, and is returned.
