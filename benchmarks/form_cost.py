@@ -2,6 +2,8 @@
 
     python benchmarks/form_cost.py [--model NAME] [--rounds 11] [--out FILE.json]
 
+With `--out` the models are added to those that FILE holds for the same commit and machine.
+
 Each form's step is compared with the loop of the same passes as one would write it by hand: a
 hook that adds a tensor of deltas, its gradient, one step to the border of an l2 ball. The cases of
 a model are run in turn, round after round. The figures are ratios of medians within one run, and
@@ -239,14 +241,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     found = {}
-    lines = ["# What staggered replays and partial batches cost", ""]
+    facts = origin(torch.get_num_threads())
+    print(in_words(facts), "\n")
     for name in options.model or MODELS:
         found[name] = measure(MODELS[name](), options.rounds * ROUNDS[name])
-        lines += table(name, found[name])
-    facts = origin(torch.get_num_threads())
-    lines[1:1] = ["", in_words(facts)]
-    print("\n".join(lines))
+        print("\n".join(table(name, found[name])), flush=True)
     if options.out is not None:
+        held = json.loads(options.out.read_text()) if options.out.exists() else {}
+        if held.get("origin") == facts:  # other models of the same commit and machine
+            found = {**held["seconds"], **found}
+        lines = ["# What staggered replays and partial batches cost", "", in_words(facts), ""]
+        for name, times in found.items():
+            lines += table(name, times)
         options.out.write_text(json.dumps({"origin": facts, "seconds": found}, indent=1) + "\n")
         options.out.with_suffix(".md").write_text("\n".join(lines))
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import devices
 import embattle as eb
 import pytest
 import torch
@@ -365,8 +366,9 @@ def test_what_the_form_cannot_have_is_refused() -> None:
     with pytest.raises(ValueError, match="1 losses for 2 samples"):
         step(partial(model), model, samples, **wrong, mask=None, samples=4, criterion=None)
     others = lambda rows: toys.classify(model, TOKENS[rows + 6], LABELS[rows + 6])  # noqa: E731
-    with pytest.raises(ValueError, match="these samples"):
-        step(partial(model), model, samples, subset=others, mask=None)
+    if devices.kind == "cpu":  # elsewhere the comparison would wait for the device
+        with pytest.raises(ValueError, match="these samples"):
+            step(partial(model), model, samples, subset=others, mask=None)
     site = eb.Site.weight(model.embedding, model=model)
     with pytest.raises(ValueError, match="all samples share"):
         step(partial(model, site=site), model, samples, mask=None)

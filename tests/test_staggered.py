@@ -376,7 +376,7 @@ def test_a_model_whose_table_is_not_trained_and_changes_its_embeddings_in_place(
     loss.backward()
     for delta in deltas(objective).values():
         assert delta[0, 1] == 0  # the gradient before the change, not after it
-        assert delta.norm() == pytest.approx(0.5)
+        assert delta.norm().item() == pytest.approx(0.5)
 
 
 def test_a_share_comes_again() -> None:
