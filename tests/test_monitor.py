@@ -173,6 +173,19 @@ def test_healthy_trainings_are_silent(form: object, attack: eb.Attack) -> None:
     assert said == []
 
 
+def test_checks_leave_random_numbers_alone() -> None:
+    model = Hidden(4)
+    values, labels = data(8, 4)
+    generator = torch.Generator(device="cpu").manual_seed(3)
+    attack = eb.FGSM(eps=0.1, random_start=True, generator=generator)
+    before = torch.get_rng_state(), generator.get_state()
+    Monitor(sites=eb.Site(model.features)).check_held(
+        toys.classify(model, values, labels), criterion=eb.Misclassify(labels), attack=attack
+    )
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert torch.equal(before[1], generator.get_state())
+
+
 def test_what_the_monitor_is_told_is_checked() -> None:
     site = eb.Site(nn.Embedding(3, 2))
     for options in ({"gap": -1.0}, {"window": 0}, {"every": 0}, {"leak": -0.1}):

@@ -31,7 +31,7 @@ class Monitor:
     hundred steps, as `due` says: `check_held` and `check_training` each make one attack of the
     training's and one by PGD, about `steps + 4` forward and `steps + 1` backward passes of the
     batch that you give. A small one is enough: a quarter of a training batch every 200 steps costs
-    about 2 % with 10 steps. Nothing is drawn at random, and the model is left as it was. Each
+    about 2 % with 10 steps. Model and random numbers are left as they were. Each
     finding is a `RobustTrainingWarning`, given once until it goes away, and is returned.
 
     Args:
@@ -248,7 +248,8 @@ class Monitor:
         if attack is None:
             assert eps is not None
             attack = FGSM(eps=eps)
-        attack = replace(attack, stop_when_fooled=False)
+        own = torch.Generator(device="cpu").manual_seed(0)  # the training's goes on as it would
+        attack = replace(attack, stop_when_fooled=False, generator=own)
         pgd = PGD(eps=attack.eps, norm=attack.norm, steps=steps, keep="best", mode=attack.mode)
         found = []
         for one in (attack, pgd):

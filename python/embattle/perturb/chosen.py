@@ -56,7 +56,8 @@ def geometry_of_chosen(whole: Geometry, rows: Tensor) -> Geometry:
             if bounds is not None and given is not None:
                 offsets = bounds(call, number)
                 if offsets is not None:
-                    return value.reshape(-1)[packed(offsets, rows)].view(call.value.shape[:-1])
+                    places = packed(offsets, rows).to(value.device)
+                    return value.reshape(-1)[places].view(call.value.shape[:-1])
             shape = call.value.shape[:-1]
             if whole.sites[index].scope == "row" and call.indices is not None:
                 shape = call.indices.shape
@@ -144,6 +145,7 @@ def run_moved(
 
 def packed(offsets: Tensor, rows: Tensor) -> Tensor:
     """Return the places of some samples' rows among the packed rows of a batch, int64."""
+    rows = rows.to(offsets.device)
     starts, lengths = offsets[:-1][rows], offsets.diff()[rows]
     shift = starts - (lengths.cumsum(0) - lengths)
     return torch.arange(int(lengths.sum()), device=offsets.device) + shift.repeat_interleave(
@@ -169,7 +171,7 @@ def into_whole(
     _refuse_other_inputs(part, whole, rows, offsets)
     if offsets is not None:
         found = addition.new_zeros(value.shape)
-        places = packed(offsets, rows)
+        places = packed(offsets, rows).to(value.device)
         if addition.shape[:-1].numel() != len(places):
             raise ValueError(_differs(part, whole))
         found.view(-1, value.shape[-1])[places] = addition.reshape(-1, value.shape[-1])
