@@ -122,6 +122,55 @@ def test_lightning(tmp_path: Path, manual: bool) -> None:
     assert other.objective.step == 4
 
 
+@pytest.mark.parametrize("form", ["staggered", "partial"])
+def test_lightning_resumes_forms_in_the_middle_of_an_epoch(tmp_path: Path, form: str) -> None:
+    lightning = pytest.importorskip("lightning")
+    from embattle.integrations.lightning import AdversarialModule
+
+    tokens, labels = toys.text_batch(batch=12)
+
+    class Chosen(AdversarialModule, lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = toys.encoder(dtype=torch.float32)
+            site = eb.Site(self.model.embedding)
+            self.objective = eb.AdversarialObjective(eb.FGM(eps=0.4), site, form=form)
+            self.sizes: list[int] = []
+
+        def train_dataloader(self) -> Any:
+            data = torch.utils.data.TensorDataset(tokens, labels, torch.arange(12))
+            if form == "partial":
+                return torch.utils.data.DataLoader(data, batch_size=4)
+            self.batches = eb.StaggeredBatches(12, 4, visits=2)
+            return torch.utils.data.DataLoader(data, batch_sampler=self.batches)
+
+        def loss_fn(self, batch: Any) -> eb.Evaluation:
+            self.sizes.append(len(batch[0]))
+            return toys.classify(self.model, batch[0], batch[1])()
+
+        def objective_arguments(self, batch: Any) -> dict[str, Any]:
+            return {"samples": batch[2], "mask": batch[0] != 0}
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def run(module: Any, steps: int, **options: Any) -> Any:
+        trainer = lightning_trainer(lightning, tmp_path, max_steps=steps, limit_val_batches=0)
+        trainer.fit(module, **options)
+        return trainer
+
+    whole, begun, resumed = Chosen(), Chosen(), Chosen()
+    run(whole, 10)
+    run(begun, 9).save_checkpoint(tmp_path / "begun.ckpt")
+    run(resumed, 10, ckpt_path=tmp_path / "begun.ckpt")
+    if form == "staggered":  # six groups of two: seven batches in an epoch
+        assert whole.sizes == [2, 4, 4, 4, 4, 4, 2, 2, 4, 4]
+        for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(one, two)
+    else:
+        assert whole.sizes == [2, 4] * 10
+
+
 @pytest.mark.parametrize("inference", [True, False])
 @pytest.mark.parametrize("verb", ["validate", "test"])
 def test_attacks_run_in_lightnings_evaluation(tmp_path: Path, verb: str, inference: bool) -> None:

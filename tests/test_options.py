@@ -552,6 +552,7 @@ _BALL = {
 _PGD = _BALL | {"steps": 10, "step_size": None, "top": 1, "max_groups": None}
 _NOISE = _BALL | {"steps": 0, "random_start": True}
 _BATCH = {"criterion": None, "mask": None, "offsets": None, "joint": False}
+_OBJECTIVE = _BATCH | {"samples": None, "subset": None}
 _SITE = {
     "group": "sample", "scope": "output", "rows": "batch", "model": None, "samples": 0,
     "per_sample": 1, "mask": None, "offsets": None, "key": None,
@@ -582,13 +583,17 @@ _SITE = {
         (eb.GaussianNoise, _NOISE | {"eps": math.inf}),
         (eb.UniformNoise, _NOISE),
         (attacks.Attack.run, _BATCH | {"scale": 1.0, "subset": None, "evaluate": True}),
-        (eb.AdversarialObjective.__call__, _BATCH | {"samples": None}),
-        (eb.AdversarialObjective.parts, _BATCH),
-        (eb.AdversarialObjective.batch, _BATCH),
-        (eb.AWP.__call__, _BATCH),
+        (eb.AdversarialObjective.__call__, _OBJECTIVE),
+        (eb.AdversarialObjective.parts, _OBJECTIVE),
+        (eb.AdversarialObjective.batch, _OBJECTIVE),
+        (eb.AWP.__call__, _OBJECTIVE),
+        (eb.Partial, {"share": 0.5, "choose": "random", "delay": 0, "schedule": None}),
         (eb.AWP, {"gamma": 0.01, "delay": 0}),
-        (eb.StaggeredReplays, {"visits": 2}),
-        (eb.StaggeredBatches, {"visits": 2, "seed": 0}),
+        (eb.StaggeredReplays, {"visits": 2, "share": 1.0}),
+        (
+            eb.StaggeredBatches,
+            {"visits": 2, "seed": 0, "share": 1.0, "lengths": None, "rank": 0, "ranks": 1},
+        ),
         (eb.Bregman, {"weight": 1.0, "momentum": 0.99}),
         (
             eb.AdversarialObjective,

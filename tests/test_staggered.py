@@ -14,6 +14,7 @@ import embattle as eb
 import pytest
 import torch
 import toys
+from embattle.data.buckets import padding
 from embattle.errors import InputError
 from embattle.objectives.kept_deltas import KeptDeltas
 from embattle.perturb.perturbation import Perturbation
@@ -270,6 +271,147 @@ def test_several_sites_keep_a_delta_each() -> None:
     assert not kept["samples"].numel()
 
 
+def test_momentum_and_another_goal_than_the_loss() -> None:
+    """Three visits by a goal that is not what is trained on: the numbers of a plain loop."""
+    batches = list(islice(endless(eb.StaggeredBatches(11, 6, 3, seed=1)), 6))
+    plain, model = toys.encoder(), toys.encoder()
+    attack = eb.MIFGSM(eps=0.4, steps=2, norm="linf")
+    objective = eb.AdversarialObjective(
+        attack, eb.Site(model.embedding), form=eb.StaggeredReplays(3)
+    )
+    optimizers = [torch.optim.SGD(m.parameters(), 0.2) for m in (plain, model)]
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    seen: Counter[int] = Counter()
+    for samples in batches:
+        tokens, labels = cut(samples)
+        delta = torch.zeros(*tokens.shape, 8, dtype=torch.float64)
+        for row, sample in enumerate(samples):
+            if sample in kept:
+                delta[row, tokens[row] != 0] = kept[sample][0]
+        delta.requires_grad_()
+        hook = plain.embedding.register_forward_hook(lambda m, a, out, d=delta: out + d)
+        logits = plain(tokens)
+        hook.remove()
+        (grad,) = torch.autograd.grad(
+            eb.losses.margin(logits, labels).sum(), delta, retain_graph=True
+        )
+        optimizers[0].zero_grad()
+        nn.functional.cross_entropy(logits, labels).backward()
+        optimizers[0].step()
+        before, kept = kept, {}
+        for row, sample in enumerate(samples):
+            seen[sample] += 1
+            if seen[sample] % 3:
+                own, velocity = before.get(sample, (torch.zeros(()), torch.zeros(())))
+                mine = grad[row, tokens[row] != 0]
+                velocity = velocity + mine / mine.abs().sum()
+                kept[sample] = (own + 0.2 * velocity.sign()).clamp(-0.4, 0.4), velocity
+        optimizers[1].zero_grad()
+        objective(
+            toys.classify(model, tokens, labels),
+            samples=samples,
+            mask=tokens != 0,
+            criterion=eb.Misclassify(labels, ascend="margin"),
+        )[0].backward()
+        optimizers[1].step()
+    got = deltas(objective)
+    assert got.keys() == kept.keys()
+    for sample, (moved, _) in kept.items():
+        torch.testing.assert_close(got[sample], moved, rtol=0, atol=1e-12)
+    other = eb.StaggeredReplays(3)
+    other.load_state_dict(objective.state_dict()["form"])
+    assert str(other.state_dict()) == str(objective.state_dict()["form"])
+
+
+def test_masking_weight_and_clipping() -> None:
+    batches = list(eb.StaggeredBatches(11, 4, 2, seed=1))[:2]
+    model = toys.encoder()
+    objective = staggered(model, "l2", 2, lam=3.0, masking=lambda outcome: outcome.losses < 0)
+    train(model, objective, batches[:1])
+    tokens, labels = cut(batches[1])
+    loss, metrics = objective(
+        toys.classify(model, tokens, labels), samples=batches[1], mask=tokens != 0
+    )
+    clean = toys.classify(model, tokens, labels)().losses
+    assert clean is not None
+    assert int(metrics["masked"]) == 2
+    assert loss.item() == pytest.approx(float(clean[:2].detach().sum() / (2 + 3.0 * 2)))
+    # Clipped, the weights' steps are short, and the deltas are those of unclipped gradients.
+    found = []
+    for bound in (1e-3, 1e9):
+        model = toys.encoder()
+        objective = staggered(model, "l2", 2)
+        clipper = eb.PerSampleClipper(model, max_norm=bound)
+        with clipper:
+            parts, _ = objective.parts(
+                toys.classify(model, tokens, labels), samples=batches[1], mask=tokens != 0
+            )
+            clipper.backward(parts.summed)
+        found.append(deltas(objective))
+        total = sum(float(p.grad.square().sum()) for p in model.parameters())  # type: ignore[union-attr]
+        assert (total**0.5 <= 1e-3 + 1e-9) == (bound == 1e-3)
+    assert len(found[0]) == 4
+    for sample, delta in found[0].items():
+        torch.testing.assert_close(delta, found[1][sample])
+        assert delta.norm() > 0.29
+
+
+def test_a_model_whose_table_is_not_trained_and_changes_its_embeddings_in_place() -> None:
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+            self.table.requires_grad_(False)
+
+        def forward(self, indices: Tensor) -> Tensor:
+            found = self.table(indices)
+            found.mul_(torch.tensor([1.0, 0.0, 1.0, 1.0]))
+            return self.head(found)
+
+    model = Halved()
+    objective = eb.AdversarialObjective(eb.FGM(eps=0.5), eb.Site(model.table), form="staggered")
+    loss, _ = objective(
+        toys.classify(model, torch.tensor([3, 5]), torch.tensor([0, 1])), samples=[0, 1]
+    )
+    loss.backward()
+    for delta in deltas(objective).values():
+        assert delta[0, 1] == 0  # the gradient before the change, not after it
+        assert delta.norm().item() == pytest.approx(0.5)
+
+
+def test_a_share_comes_again() -> None:
+    batches = eb.StaggeredBatches(12, 6, 2, share=0.5, seed=1)
+    assert {len(batch) for batch in list(batches)[1:-1]} == {6}
+    for position, batch in enumerate(batches.batches(0)):
+        numbers = batches.visit_numbers(position)
+        assert len(numbers) == len(batch)
+        assert numbers.count(2) == (2 if position else 0)
+    counts = Counter(sample for batch in batches.batches(0) for sample in batch)
+    assert sorted(counts.values()) == [1] * 6 + [2] * 6
+    model = toys.encoder()
+    attack = eb.FGM(eps=0.4)
+    form = eb.StaggeredReplays(share=0.5)
+    objective = eb.AdversarialObjective(attack, eb.Site(model.embedding), form=form)
+    some = eb.StaggeredBatches(8, 6, 2, share=0.5, seed=1).batches(0)
+    metrics = train(model, objective, some)
+    assert [int(m["replayed"]) for m in metrics] == [0, 2, 2]
+
+
+def test_ranks_and_lengths_divide_the_order() -> None:
+    lengths = [1 + i % 7 for i in range(40)]
+    shares = [
+        eb.StaggeredBatches(41, 8, 2, seed=3, rank=rank, ranks=2).batches(1) for rank in range(2)
+    ]
+    first, second = ({s for batch in share for s in batch} for share in shares)
+    assert len(first) == len(second) == 20
+    assert not first & second
+    assert [len(batch) for batch in shares[0]] == [len(batch) for batch in shares[1]]
+    plain = eb.StaggeredBatches(40, 8, 2, seed=3).batches(0)
+    similar = eb.StaggeredBatches(40, 8, 2, seed=3, lengths=lengths).batches(0)
+    assert padding(lengths, similar) < padding(lengths, plain)
+    assert sorted(s for batch in similar for s in batch) == sorted([*range(40)] * 2)
+
+
 # --- robustness ----------------------------------------------------------------------------------
 
 
@@ -342,8 +484,7 @@ def test_wrong_samples_are_refused() -> None:
 @pytest.mark.parametrize(
     ("attack", "options", "said"),
     [
-        (eb.MIFGSM(eps=0.1, steps=2), {}, "more than a direction"),
-        (eb.FGM(eps=0.1), {"masking": lambda outcome: outcome.losses > 0}, "masking"),
+        (eb.APGD(eps=0.1, steps=2), {}, "more than steps along gradients|keep='best'"),
         (eb.FGM(eps=0.1), {"scope": "row"}, "scope 'row'"),
         (eb.FGM(eps=0.1), {"joint": True}, "joint=True"),
     ],
@@ -353,11 +494,13 @@ def test_what_the_form_cannot_have_is_refused(
 ) -> None:
     model = toys.encoder()
     site = eb.Site(model.embedding, scope=options.get("scope", "output"))
-    objective = eb.AdversarialObjective(
-        attack, site, form="staggered", masking=options.get("masking")
-    )
-    with pytest.raises(InputError, match=said):
+
+    def run() -> None:
+        objective = eb.AdversarialObjective(attack, site, form="staggered")
         call(objective, model, joint=options.get("joint", False))
+
+    with pytest.raises(ValueError, match=said):
+        run()
 
 
 def test_options_of_passes_that_are_not_made_are_refused() -> None:
@@ -369,8 +512,6 @@ def test_options_of_passes_that_are_not_made_are_refused() -> None:
         objective = eb.AdversarialObjective(eb.FGM(eps=1.0), site, form=form)
         with pytest.raises(ValueError, match="'staggered' moves its deltas"):
             eb.AWP(objective, model)
-        with pytest.raises(ValueError, match="'staggered', whose samples have no losses"):
-            objective.parts(lambda: torch.zeros(1))
         with torch.no_grad(), pytest.raises(RuntimeError, match="no_grad"):
             call(objective, model)
     with pytest.raises(ValueError, match="visits must be at least 1"):

@@ -503,6 +503,61 @@ def test_a_resumed_training_goes_on_with_its_schedules(tmp_path: Path) -> None:
     assert logged[-1] == (schedule(2) + schedule(3)) / 2
 
 
+FORMS: dict[str, tuple[Any, eb.Attack]] = {
+    "staggered": (lambda: eb.StaggeredReplays(2), eb.FGM(eps=0.3)),
+    "partial": (lambda: eb.Partial(0.5, choose="loss"), eb.PGD(eps=0.3, steps=2)),
+    "random": (lambda: eb.Partial(0.25), eb.FGM(eps=0.3)),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_that_know_samples_resume_in_the_middle_of_an_epoch(
+    tmp_path: Path, name: str
+) -> None:
+    """In the second epoch, with accumulation: the same weights as without the stop."""
+    form, attack = FORMS[name]
+    options: dict[str, Any] = {
+        "attack": attack,
+        "max_steps": 8,
+        "save_strategy": "steps",
+        "save_steps": 7,
+        "data_seed": 3,  # without it the Trainer's own order is not resumed
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+    }
+    sizes: list[int] = []
+    model = toys.tiny_bert(**DRY)
+    model.bert.embeddings.word_embeddings.register_forward_hook(
+        lambda m, a, out: sizes.append(len(out)) if torch.is_grad_enabled() else None
+    )
+    whole = training(tmp_path, model, objective={"form": form()}, **options)
+    whole.train()
+    if name == "staggered":  # eight groups of two: nine batches in an epoch, so five steps
+        assert sizes == [2, *[4] * 7, 2, 2, *[4] * 5]
+        logged = whole.state.log_history[0]
+        assert logged["adversarial_loss"] > 0
+        assert logged["replayed"] == pytest.approx(6 / 4)
+    if name == "random":
+        assert sizes == [1, 4] * 16
+    again = training(tmp_path, toys.tiny_bert(**DRY), objective={"form": form()}, **options)
+    torch.manual_seed(99)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    assert again.objective.step == whole.objective.step
+    for one, two in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_stream_has_no_samples_to_know_again(tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return iter([Rows()[0]])
+
+    options = {"attack": eb.FGM(eps=0.3), "objective": {"form": "staggered"}}
+    run = training(tmp_path, toys.tiny_bert(**DRY), train_dataset=Stream(), **options)
+    with pytest.raises(ValueError, match="the train_dataset has no length"):
+        run.train()
+
+
 def test_checkpointed_layers(tmp_path: Path) -> None:
     run = training(
         tmp_path,

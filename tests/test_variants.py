@@ -32,18 +32,20 @@ from embattle.jobs.threat import make_attack
 from embattle.jobs.train import make_accelerator
 from embattle.jobs.validation import Validation
 from embattle.jobs.variant_recipe import OBJECTIVES
+from embattle.objectives.monitor import Monitor
 from safetensors.torch import load_file
 from test_tabular import write
 from tiny_job import invoke
 from torch import Tensor
 
+NORMS = {"kind": "norm_bound", "bound": 9}
 RANDOM = {"kind": "pgd", "steps": 2, "random_start": True}
 #: A variant for each objective, and for each option with a state.
 EVERY: dict[str, dict[str, object]] = {
     "clipped": {"objective": "plain", "clipping": {"max_norm": 0.5}},
     "hardened": {
         "attack": {"kind": "pgd", "steps": 2},
-        "masking": {"kind": "norm_bound", "bound": 9},
+        "masking": NORMS,
     },
     "both": {"clipping": {"max_norm": 0.5, "noise_multiplier": 0.1}},
     "only": {"objective": "adversarial", "attack": RANDOM, "awp": {"gamma": 0.01}},
@@ -56,6 +58,8 @@ EVERY: dict[str, dict[str, object]] = {
     "r3f": {"objective": "r3f"},
     "free": {"objective": "free", "attack": RANDOM},
     "freeat": {"objective": "freeat", "replays": 3},
+    "staggered": {"objective": "staggered", "clipping": {"max_norm": 5.0}},
+    "partial": {"objective": "partial", "choose": "loss", "delay": 0.2, "awp": {}},
 }
 
 
@@ -84,8 +88,7 @@ def load(folder: Path, **changes: object) -> recipes.Recipe:
 
 
 def test_every_objective_and_attack_has_a_section() -> None:
-    # Staggered replays need batches of their own, which the job does not make.
-    assert set(OBJECTIVES) == {"plain", *objectives.FORMS} - {"staggered"}
+    assert set(OBJECTIVES) == {"plain", *objectives.FORMS}
     known = {made for made in vars(attacks).values() if isinstance(made, type)}
     batchwise = {made for made in known if issubclass(made, attacks.Attack)} - {attacks.Attack}
     # These are for examining a model, not for training it.
@@ -129,6 +132,14 @@ def test_an_attack_gets_the_threats_ball_and_its_own_options(kind: str) -> None:
             {"objective": "adversarial", "masking": {"kind": "loss_ratio", "ratio": 2}},
             "loss_ratio compares with clean losses",
         ),
+        (
+            {"objective": "staggered", "masking": {"kind": "loss_ratio", "ratio": 2}},
+            "loss_ratio compares with clean losses",
+        ),
+        ({"objective": "staggered", "attack": {"kind": "apgd"}}, "not of apgd: use pgd"),
+        ({"objective": "staggered", "awp": {}}, "unknown key variants.a.awp in staggered"),
+        ({"objective": "partial", "share": 0}, "variants.a.share"),
+        ({"objective": "partial", "choose": "hardest"}, "variants.a.choose"),
         ({"masking": {"kind": "loss_quantile", "quantile": 2}}, "quantile must lie in"),
         ({"masking": {"kind": "loss_quantil", "quantile": 1}}, "did you mean 'loss_quantile'"),
         ({"masking": {"quantile": 1}}, "variants.a.masking.kind is missing"),
@@ -273,9 +284,58 @@ def test_freeat_stays_on_a_batch(tmp_path: Path) -> None:
     task = recipe.make_task()
     task.read(Account())
     one = fit.Fit(recipe, "a", task, tmp_path, make_accelerator(recipe, task, tmp_path))
-    batches = [one._batches_of(step)[0].inputs for step in range(4)]
+    batches = [one._batches_of(step, one.order.places(step))[0].inputs for step in range(4)]
     same = [all((x[key] == batches[0][key]).all() for key in x) for x in batches]
     assert same == [True, True, True, False]
+
+
+def test_staggered_replays_make_the_passes_of_plain_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each step as many passes as samples allow, over as many samples; in every epoch."""
+    variants = {
+        "staggered": {"objective": "staggered", "visits": 4, "masking": NORMS},
+        "partial": {"objective": "partial", "share": 0.25, "eps_schedule": {"kind": "constant"}},
+    }
+    train = {"steps": 30, "batch_size": 16, "learning_rate": 0.02, "accumulate": 2}
+    recipe = load(tmp_path, variants=variants, train=train)
+    task = recipe.make_task()
+    task.read(Account())
+    calls: dict[str, list[int]] = {}
+    for name in recipe.variants:
+        passes = calls[name] = []
+        one = fit.Fit(recipe, name, task, tmp_path, make_accelerator(recipe, task, tmp_path))
+        one.bare.register_forward_pre_hook(
+            lambda m, a, k, p=passes: p.append(len(next(iter(k.values())))) if m.training else None,
+            with_kwargs=True,
+        )
+        backward = torch.autograd.backward
+        monkeypatch.setattr(
+            torch.autograd,
+            "backward",
+            lambda *a, b=backward, p=passes, **k: (p.append(0), b(*a, **k))[1],
+        )
+        one.fit()
+        monkeypatch.setattr(torch.autograd, "backward", backward)
+    forward = {name: [size for size in sizes if size] for name, sizes in calls.items()}
+    assert set(forward["standard"]) == {8}
+    # Groups of two: the first three batches of an epoch lack earlier ones.
+    assert forward["staggered"][:4] == [2, 4, 6, 8]
+    assert set(forward["staggered"][3:]) == {8}
+    assert len(calls["staggered"]) == len(calls["standard"]) == 2 * 60
+    assert forward["partial"] == [2, 8] * 60
+    assert calls["partial"].count(0) == 60
+
+
+def test_what_the_monitor_finds_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Monitor, "update", lambda self, metrics: [f"label leakage: {len(metrics)}"])
+    train = {"steps": 3, "batch_size": 16}
+    recipe = recipe_of(tmp_path, train=train, variants={"a": {}})
+    status, text = invoke("train", recipe, "--out", tmp_path / "run")
+    assert status == 0, text
+    assert text.count("label leakage") == text.count("a, step 1: label leakage: ") == 1
 
 
 # --- choice of the weights, early stopping --------------------------------------------------------

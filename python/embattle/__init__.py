@@ -92,6 +92,7 @@ if TYPE_CHECKING:
     from embattle.objectives import Bregman as Bregman
     from embattle.objectives import FreeAT as FreeAT
     from embattle.objectives import Mart as Mart
+    from embattle.objectives import Partial as Partial
     from embattle.objectives import Smart as Smart
     from embattle.objectives import StaggeredReplays as StaggeredReplays
     from embattle.objectives import Trades as Trades
@@ -139,6 +140,7 @@ _EXPORTS: dict[str, str] = {
     "MultiLabel": "criteria",
     "NEFTune": "attacks",
     "PGD": "attacks",
+    "Partial": "objectives",
     "PerDim": "perturb.strength",
     "PerSampleClipper": "clipping",
     "Promote": "criteria",

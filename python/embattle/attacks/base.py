@@ -150,6 +150,10 @@ class Attack:
     # Whether the steps need a gradient; otherwise they are given none.
     uses_gradient: ClassVar[bool] = True
 
+    # What a step keeps in its state for the next one beside the delta, each of the delta's shape;
+    # None where single steps, far apart, are not what the attack is.
+    carries: ClassVar[tuple[str, ...] | None] = None
+
     @property
     def uses_direction_alone(self) -> bool:
         """Whether a step is the same for any positive multiple of its gradient."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -34,6 +34,8 @@ class PGD(Attack):
     step_size: Strength | None = None
     top: float = 1
     max_groups: int | None = None
+
+    carries: ClassVar[tuple[str, ...] | None] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class MIFGSM(PGD):
     Args:
         decay: the paper's mu.
     """
+
+    carries: ClassVar[tuple[str, ...] | None] = ("velocity",)
 
     norm: Norm = "linf"
     decay: float = 1.0

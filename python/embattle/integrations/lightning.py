@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from embattle.objectives import AWP, AdversarialObjective
+from embattle.data.staggered_batches import StaggeredBatches
+from embattle.integrations.trainer_batches import count, take
+from embattle.objectives import AWP, AdversarialObjective, Partial
 from embattle.perturb.evaluation import Evaluation
 
 
@@ -27,6 +30,20 @@ class AdversarialModule:
             def objective_arguments(self, batch):
                 return {"criterion": Misclassify(batch.y)}
 
+    Staggered replays need batches of their own, and the indices of their samples; set `batches`, so
+    that a resumed training goes on in the middle of an epoch:
+
+            def train_dataloader(self):  # a data set that returns the index beside the sample
+                self.batches = StaggeredBatches(len(self.data), 64, visits=2)
+                return DataLoader(self.data, batch_sampler=self.batches)
+
+            def objective_arguments(self, batch):
+                return {"samples": batch.index}
+
+    With several processes give it `rank` and `ranks`, and the Trainer
+    `use_distributed_sampler=False`. For the form `Partial` the rows of a batch's tensors are taken
+    (`take`), or what you return as `subset`.
+
     The objective's loss is an ordinary one to Lightning: automatic optimisation works, and with
     manual optimisation call `self.manual_backward(self.robust_loss(batch))`. A float16 scaler or
     sharded parameters turn the objective's `early_backward` off. The objective's step and schedules
@@ -35,6 +52,7 @@ class AdversarialModule:
     """
 
     objective: AdversarialObjective | AWP
+    batches: StaggeredBatches | None = None
 
     def loss_fn(self, batch: Any) -> Tensor | Evaluation:
         """Give losses `[B]`, or an `Evaluation` of losses and outputs."""
@@ -44,15 +62,24 @@ class AdversarialModule:
         """Give what else the objective is called with: `criterion`, `mask`, ..."""
         return {}
 
+    def take(self, batch: Any, rows: Tensor) -> Any:
+        """Give some samples of a batch, int64 `rows`, for `Partial`: rows of all its tensors."""
+        return take(batch, rows)
+
     def robust_loss(self, batch: Any) -> Tensor:
         """Compute the loss to backpropagate, and log the metrics."""
+        objective = self.objective
+        inner = objective.objective if isinstance(objective, AWP) else objective
         if _scales_or_shards(getattr(self, "_trainer", None)):
-            objective = self.objective
-            inner = objective.objective if isinstance(objective, AWP) else objective
             inner.early_backward = False
-        loss, metrics = self.objective(
-            lambda: self.loss_fn(batch), **self.objective_arguments(batch)
-        )
+        arguments = self.objective_arguments(batch)
+        if isinstance(inner.form, Partial) and "subset" not in arguments:
+            arguments = {
+                "samples": count(batch),
+                "subset": lambda rows: partial(self.loss_fn, self.take(batch, rows)),
+                **arguments,
+            }
+        loss, metrics = self.objective(lambda: self.loss_fn(batch), **arguments)
         scalars = {f"train_{name}": value.float().mean() for name, value in metrics.items()}
         self.log_dict(scalars)  # type: ignore[attr-defined]
         return loss
@@ -60,6 +87,12 @@ class AdversarialModule:
     def training_step(self, batch: Any, *args: Any) -> Tensor | None:
         """One step of automatic optimisation."""
         return self.robust_loss(batch)
+
+    def on_train_epoch_start(self) -> None:
+        """Take the place in the order of staggered replays from the number of steps made."""
+        if self.batches is not None:
+            epoch, position = divmod(self.objective.step, len(self.batches))
+            self.batches.load_state_dict({"epoch": epoch, "position": position})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the objective's state."""

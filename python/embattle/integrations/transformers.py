@@ -14,7 +14,14 @@ from torch import Tensor
 from embattle.attacks import Attack
 from embattle.criteria import Criterion
 from embattle.integrations.head_losses import Given, HeadLoss, Inputs, LossPerSample, head_loss_of
-from embattle.objectives import AdversarialObjective
+from embattle.integrations.trainer_batches import (
+    SAMPLES,
+    count,
+    needs_numbers,
+    numbered_loader,
+    take,
+)
+from embattle.objectives import AdversarialObjective, Partial
 from embattle.perturb.calls import Call
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.model_state import kept_state
@@ -55,6 +62,10 @@ class AdversarialTrainerMixin:
     token; with label smoothing if the Trainer has it. Its mean is compared with the Trainer's own
     loss on the 1st, 10th, 100th, ... batch: what differs is refused. Metrics of the objective are
     logged as their means since the last log.
+
+    For the form `StaggeredReplays` the training batches are those of `StaggeredBatches`, each
+    process's own: an epoch has `visits` visits of each sample, so take 1/visits as many epochs. For
+    `Partial` the chosen rows of a batch's tensors are run alone.
 
     Gradients may be accumulated, in mixed precision too; a float16 scaler or sharded parameters
     turn `early_backward` off. Checkpoints hold the objective's state.
@@ -144,6 +155,13 @@ class AdversarialTrainerMixin:
             sites = site(model) if callable(site) else site
         self.objective = AdversarialObjective(self._attack, sites, **self._options)
 
+    def get_train_dataloader(self) -> Any:
+        """Give the Trainer's batches; with the samples' numbers for forms that need them."""
+        form = self.objective.form
+        if needs_numbers(form):
+            return numbered_loader(self, form)  # type: ignore[arg-type]
+        return super().get_train_dataloader()  # type: ignore[misc]
+
     # --- the loss --------------------------------------------------------------------------------
 
     def compute_loss(
@@ -164,27 +182,37 @@ class AdversarialTrainerMixin:
                 kwargs["num_items_in_batch"] = items
             return super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
         inputs = dict(inputs)
+        samples = inputs.pop(SAMPLES, None)
         known = self._understood(model, inputs, items)
         head, scale = known.head, self._scale(known, inputs, items)
         # A mean over this batch is divided by the number of batches that are accumulated.
         self.loss_is_scaled_for_ga = bool(known.by_items)
-        given = self._given(inputs, items)
         last: list[Any] = [None]
 
-        def loss_fn() -> Evaluation:
-            outputs = last[0] = model(**given)
-            evaluation = head.evaluate(outputs, inputs)
-            if scale is None or evaluation.losses is None:
-                return evaluation
-            return Evaluation(evaluation.losses * scale, evaluation.outputs)
+        def loss_of(mine: Inputs) -> Callable[[], Evaluation]:
+            given = self._given(mine, items)
 
-        self._inputs = inputs
+            def loss_fn() -> Evaluation:
+                self._inputs = mine  # which the masks of this pass are made of
+                outputs = last[0] = model(**given)
+                evaluation = head.evaluate(outputs, mine)
+                if scale is None or evaluation.losses is None:
+                    return evaluation
+                return Evaluation(evaluation.losses * scale, evaluation.outputs)
+
+            return loss_fn
+
+        more: dict[str, Any] = {"samples": samples}
+        if isinstance(self.objective.form, Partial):
+            more["samples"] = count(inputs) if samples is None else samples
+            more["subset"] = lambda rows: loss_of(take(inputs, rows))
         try:
             masks = [self._mask if site.mask is None else None for site in self.objective.sites]
             loss, metrics = self.objective(
-                loss_fn,
+                loss_of(inputs),
                 criterion=(self._criterion or head.criterion)(inputs),
                 mask=masks if len(masks) > 1 else masks[0],
+                **more,
             )
         finally:
             self._inputs = {}
@@ -340,14 +368,22 @@ class AdversarialTrainerMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        if self.args.should_save:
-            torch.save(self.objective.state_dict(), Path(output_dir) / _STATE)
+        if self.args.should_save or self.args.process_index:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            torch.save(self.objective.state_dict(), Path(output_dir) / self._state_file())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is not None and (Path(checkpoint) / _STATE).exists():
-            state = torch.load(Path(checkpoint) / _STATE, weights_only=True)
-            self.objective.load_state_dict(state)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / self._state_file()
+        if path.exists():
+            self.objective.load_state_dict(torch.load(path, weights_only=True))
+
+    def _state_file(self) -> str:
+        """Name the file of this process: what is kept of samples is of its own share."""
+        rank = self.args.process_index
+        return _STATE if rank == 0 else _STATE.replace(".", f"_{rank}.")
 
 
 _MASKS = (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))

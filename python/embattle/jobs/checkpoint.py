@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ class Checkpoint:
     """A training run at a step boundary.
 
     Attributes:
-        tensors: `model.*`, `optimizer.<index>.<name>` and `random.*`, on the CPU.
+        tensors: `model.*`, `optimizer.<index>.<name>`, `random.*`, and `process<rank>.*`, what each
+            process keeps by itself; on the CPU.
         facts: whatever else is needed to go on, as JSON.
     """
 
@@ -122,3 +124,26 @@ def restore_random(generator: torch.Generator, tensors: dict[str, Tensor]) -> No
     generator.set_state(tensors["random.attack"])
     if torch.cuda.is_available() and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"])
+
+
+def of_all_processes(accelerator: Any, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """What every process holds under the same names, of whatever sizes; in the order of ranks.
+
+    Args:
+        accelerator: Accelerate's object.
+        tensors: this process's, of as many dims in all processes.
+    """
+    ranks = accelerator.num_processes
+    if ranks == 1:
+        return [tensors]
+    found: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+    for name in sorted(tensors):
+        mine = tensors[name].to(accelerator.device)
+        shapes = accelerator.gather(torch.tensor([mine.shape], device=mine.device)).tolist()
+        counts = [math.prod(shape) for shape in shapes]
+        flat = mine.new_zeros(1, max(counts))
+        flat[0, : mine.numel()] = mine.flatten()
+        rows = accelerator.gather(flat) if max(counts) else flat.expand(ranks, 0)
+        for own, row, count, shape in zip(found, rows, counts, shapes, strict=True):
+            own[name] = row[:count].reshape(shape)
+    return found

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 
 from embattle.audit.evaluation import predict
 from embattle.data.batch import Batch
-from embattle.data.buckets import LengthBuckets
 from embattle.errors import InputError, Interrupted
 from embattle.files import write_text
 from embattle.jobs.checkpoint import (
     Checkpoint,
     model_tensors,
+    of_all_processes,
     optimizer_tensors,
     random_tensors,
     restore_model,
@@ -29,10 +30,11 @@ from embattle.jobs.checkpoint import (
     restore_random,
 )
 from embattle.jobs.loss import Loss
+from embattle.jobs.order import Order
 from embattle.jobs.recipe import Recipe
 from embattle.jobs.run_folder import Trained
 from embattle.jobs.validation import Validation
-from embattle.progress import bar
+from embattle.progress import bar, say
 from embattle.tasks.base import Task
 
 
@@ -98,9 +100,14 @@ class Fit:
         )
         self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
         self.history: list[dict[str, float]] = []
-        # The epoch that is under way, with its batches.
-        self._order: tuple[int, Sequence[Tensor]] | None = None
-        self._buckets: LengthBuckets | None = None
+        self.order = Order(
+            recipe,
+            variant,
+            task,
+            self.bare,
+            rank=rank,
+            ranks=accelerator.num_processes,
+        )
         self.seconds = 0.0
         # What the last look at the validation part found, for the progress.
         self._seen: dict[str, float] = {}
@@ -138,6 +145,8 @@ class Fit:
                 ended = self._look(step + 1)
                 self.seconds = time.monotonic() - began
                 show(step + 1, {**figures, **self._seen})
+                for text in self.loss.findings() if first else ():
+                    say(f"{self.variant}, step {step + 1}: {text}")
                 self._track(figures, step + 1)
                 if step + 1 == steps or ended:
                     break
@@ -168,10 +177,11 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         figures: dict[str, float] = {}
-        parts = self._batches_of(step)
-        for number, batch in enumerate(parts, 1):
+        places = self.order.places(step)
+        parts = self._batches_of(step, places)
+        for number, (batch, mine) in enumerate(zip(parts, places, strict=True), 1):
             with self.accelerator.accumulate(self.model), self.loss.open():
-                loss, found = self.loss(self.model, batch, step)
+                loss, found = self.loss(self.model, batch, step, mine)
                 if not math.isfinite(float(loss.detach().sum())):
                     raise Diverged(
                         f"the {self.variant} loss is no longer a number at step {step + 1}: lower "
@@ -189,41 +199,16 @@ class Fit:
         self.optimizer.zero_grad(set_to_none=True)
         return figures
 
-    def _batches_of(self, step: int) -> list[Batch]:
-        """This process's share of the step's batch, on the device, a part for each pass."""
-        step //= self.loss.replays
-        size = min(self.recipe.train.batch_size, len(self.task.parts["train"]))
-        epoch, position = divmod(step, len(self.task.parts["train"]) // size)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, self._batches(epoch, size)
-        rows = self._order[1][position]
+    def _batches_of(self, step: int, places: Sequence[Tensor]) -> list[Batch]:
+        """These samples as batches on the device."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        drawn = self.recipe.seed * 1_000_003 + step * ranks + rank
-        batch = self.task.batch(self.bare, "train", rows[rank::ranks], seed=drawn)
-        batch, passes = batch.to(self.accelerator.device), self.recipe.train.accumulate
-        if len(batch) % passes:
-            raise InputError(
-                f"train.accumulate: the {len(batch)} samples of a step (the training part has no "
-                f"more) cannot be divided among {passes} passes"
-            )
-        return [batch] if passes == 1 else batch.split(len(batch) // passes)
-
-    def _batches(self, epoch: int, size: int) -> Sequence[Tensor]:
-        """The places of an epoch's samples, batch by batch; what fills no batch is left out."""
-        count = len(self.task.parts["train"])
-        if self.recipe.train.batches == "random":
-            shuffle = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
-            order = torch.randperm(count, generator=shuffle)[: count // size * size]
-            return torch.split(order, size)
-        if self._buckets is None:
-            lengths = self.task.lengths(self.bare, "train")
-            if lengths is None:
-                raise InputError(
-                    f"train.batches: the samples of task {self.recipe.task} have no lengths; use "
-                    "random"
-                )
-            self._buckets = LengthBuckets(lengths, size, seed=self.recipe.seed)
-        return [torch.tensor(b) for b in self._buckets.batches(epoch) if len(b) == size]
+        drawn = self.recipe.seed * 1_000_003 + step // self.order.replays * ranks + rank
+        batch = self.task.batch(self.bare, "train", torch.cat(list(places)), seed=drawn)
+        batch = batch.to(self.accelerator.device)
+        if len(places) == 1:
+            return [batch]
+        ends = [0, *accumulate([len(rows) for rows in places])]
+        return [batch.take(torch.arange(a, b)) for a, b in pairwise(ends)]
 
     def _track(self, figures: Mapping[str, float], done: int) -> None:
         """Hands figures to the recipe's trackers."""
@@ -277,7 +262,8 @@ class Fit:
             "seconds": self.seconds,
         }
         objective, facts["objective"] = self.loss.state()
-        tensors.update(objective)
+        for rank, found in enumerate(of_all_processes(self.accelerator, objective)):
+            tensors.update({f"process{rank}.{name}": value for name, value in found.items()})
         if self.validation is not None:
             chosen, facts["validation"] = self.validation.state()
             tensors.update(chosen)
@@ -314,7 +300,9 @@ class Fit:
             raise ValueError(f"it was written after step {len(history)}")
         restore_model(self.bare, saved.tensors)
         restore_optimizer(self.optimizer.optimizer, saved.tensors)
-        self.loss.restore(saved.tensors, saved.facts["objective"])
+        mine = f"process{self.accelerator.process_index}."
+        own = {k.removeprefix(mine): x for k, x in saved.tensors.items() if k.startswith(mine)}
+        self.loss.restore(own, saved.facts["objective"])
         if self.validation is not None:
             self.validation.restore(saved.tensors, saved.facts["validation"])
         rank = self.accelerator.process_index

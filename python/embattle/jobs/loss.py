@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,20 +19,31 @@ from embattle.jobs.threat import make_attack
 from embattle.jobs.variant_recipe import (
     AttackedVariant,
     DivergingVariant,
-    MaskedVariant,
+    PartialVariant,
     PlainVariant,
     SmartVariant,
+    StaggeredVariant,
     WeightedVariant,
 )
-from embattle.objectives import AWP, AdversarialObjective, Bregman, Form, Smart, Trades, Vat
+from embattle.objectives import (
+    AWP,
+    AdversarialObjective,
+    Bregman,
+    Form,
+    Partial,
+    Smart,
+    StaggeredReplays,
+    Trades,
+    Vat,
+)
+from embattle.objectives.monitor import Monitor, RobustTrainingWarning
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.site import Site
 from embattle.tasks.base import Task
 from embattle.tasks.kinds import Classification
 
-# Forms that compare outputs, and those that need classes to do so.
+# Forms that compare outputs.
 _COMPARES = ("mart", "alp", "trades", "vat", "smart", "r3f")
-_OF_CLASSES = ("mart", "r3f")
 
 
 class Loss:
@@ -69,22 +82,20 @@ class Loss:
             alone = processes == 1 and recipe.train.precision != "fp16"
             self.objective = _objective(recipe, variant, model, sites, generator, early=alone)
             self.eps = recipe.threat.eps * variant.scale
+        self._monitor = Monitor(sites=sites)
+        self._findings: dict[str, str] = {}
+        self._told: set[str] = set()
         clipping = getattr(variant, "clipping", None)
         self.clipper: PerSampleClipper | None = None
         if clipping is not None:
             self.clipper = PerSampleClipper(model, **clipping.model_dump())
-
-    @property
-    def replays(self) -> int:
-        """Optimiser steps on each batch."""
-        return getattr(self.variant, "replays", 1)
 
     def open(self) -> AbstractContextManager[object]:
         """The block in which a batch is computed and differentiated."""
         return nullcontext() if self.clipper is None else self.clipper
 
     def __call__(
-        self, model: nn.Module, batch: Batch, step: int
+        self, model: nn.Module, batch: Batch, step: int, places: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
         """Computes the loss of a batch.
 
@@ -92,13 +103,14 @@ class Loss:
             model: the model as it is called: wrapped, with several processes.
             batch: the batch.
             step: number of the step, from 0; schedules depend on it.
+            places: of the samples in their part, int64 [B], for what is kept of them.
 
         Returns:
             The loss, 0-d, or with clipping one for each sample, [B]; and the figures to show.
         """
 
-        def evaluate() -> Evaluation:
-            found = self.task.evaluate(model, batch)
+        def evaluate(some: Batch = batch) -> Evaluation:
+            found = self.task.evaluate(model, some)
             if found.losses is None:
                 raise InputError(
                     f"task {self.task_name}: the training part has no labels, so no losses"
@@ -119,13 +131,32 @@ class Loss:
         inner.step = step
         assert isinstance(self.variant, AttackedVariant)
         options: dict[str, Any] = {"mask": self.task.mask(batch)}
+        if isinstance(self.variant, (PartialVariant, StaggeredVariant)):
+            options["samples"] = places
+        if isinstance(self.variant, PartialVariant):
+            options["subset"] = lambda rows: partial(evaluate, batch.take(rows))
         if self.variant.needs_accuracy:
             options["criterion"] = self.task.criterion(batch)
         if self.clipper is not None:
             parts, metrics = inner.parts(evaluate, **options)
-            return parts.summed, self._figures(metrics)
-        loss, metrics = self.objective(evaluate, **options)
+            loss = parts.summed
+        else:
+            loss, metrics = self.objective(evaluate, **options)
+        self._watch(metrics)
         return loss, self._figures(metrics)
+
+    def _watch(self, metrics: dict[str, Tensor]) -> None:
+        """Lets the monitor look at a step's metrics."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RobustTrainingWarning)
+            for text in self._monitor.update(metrics):
+                self._findings[text.split(":")[0]] = text
+
+    def findings(self) -> list[str]:
+        """What the monitor has found, and was not given yet."""
+        new = [text for kind, text in self._findings.items() if kind not in self._told]
+        self._told.update(self._findings)
+        return new
 
     def backward(self, loss: Tensor, accelerator: Any, *, share: float, last: bool) -> None:
         """Adds the gradients of a batch.
@@ -190,7 +221,11 @@ class Loss:
                 f"{key}.divergence: {divergence} compares classes, and this task predicts none; "
                 "write squared_distance"
             )
-        if not classes and variant.objective in _OF_CLASSES:
+        if not classes and isinstance(variant, AttackedVariant) and variant.of_classes:
+            if isinstance(variant, PartialVariant):
+                raise InputError(
+                    f"{key}.choose: margin is for tasks that predict classes; use loss"
+                )
             raise InputError(
                 f"{key}.objective: {variant.objective} is for tasks that predict classes; use "
                 "mixed, or trades with divergence: squared_distance"
@@ -224,25 +259,34 @@ def _objective(
     """The library's objective for a variant."""
     steps = recipe.train.steps
     options: dict[str, Any] = {}
-    if isinstance(variant, WeightedVariant):
+    if isinstance(variant, (WeightedVariant, StaggeredVariant)):
         options["lam"] = variant.lam
         options["lam_schedule"] = variant.lam_schedule.make(steps)
-    masking = variant.masking if isinstance(variant, MaskedVariant) else None
+    masking = getattr(variant, "masking", None)
     objective = AdversarialObjective(
         make_attack(variant.attack, recipe.threat, generator, scale=variant.scale),
         sites,
-        form=_form(variant, model),
+        form=_form(variant, model, steps),
         masking=None if masking is None else masking.make(),
         eps_schedule=variant.eps_schedule.make(steps),
         steps_schedule=variant.steps_schedule.make(steps),
         early_backward=early,
         **options,
     )
-    awp = variant.awp if isinstance(variant, MaskedVariant) else None
+    awp = getattr(variant, "awp", None)
     return objective if awp is None else AWP(objective, model, **awp.model_dump())
 
 
-def _form(variant: AttackedVariant, model: nn.Module) -> str | Form:
+def _form(variant: AttackedVariant, model: nn.Module, steps: int) -> str | Form:
+    if isinstance(variant, StaggeredVariant):
+        return StaggeredReplays(variant.visits, share=variant.share)
+    if isinstance(variant, PartialVariant):
+        return Partial(
+            variant.share,
+            choose=variant.choose,
+            delay=round(variant.delay * steps),
+            schedule=variant.share_schedule.make(steps),
+        )
     if isinstance(variant, SmartVariant):
         given = variant.bregman
         bregman = None if given is None else Bregman(model, **given.model_dump())
@@ -275,11 +319,12 @@ def rehearse(recipe: Recipe, task: Task, model: nn.Module, *, processes: int = 1
                 generator = torch.Generator()
                 loss = Loss(recipe, name, task, model, sites, generator, processes=processes)
                 with loss.open():
-                    found, _ = loss(model, batch, recipe.train.steps - 1)
+                    found, _ = loss(model, batch, recipe.train.steps - 1, rows)
                     if loss.clipper is not None:
                         loss.clipper.backward(found)
-            except InputError:
-                raise
             except (ValueError, RuntimeError) as error:
+                of_form = str(error).startswith(("Partial:", "StaggeredReplays:"))
+                if isinstance(error, InputError) and not of_form:
+                    raise
                 raise InputError(f"variants.{name}: {error}") from error
     model.zero_grad()

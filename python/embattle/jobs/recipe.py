@@ -44,8 +44,8 @@ from embattle.jobs.threat import check_attack
 from embattle.jobs.train_recipe import TrainRecipe
 from embattle.jobs.tune_recipe import TuneRecipe
 from embattle.jobs.variant_recipe import (
+    HARDENED,
     AttackedVariant,
-    MixedVariant,
     PlainVariant,
     VariantChoice,
     check_training,
@@ -126,7 +126,7 @@ class Recipe(Section):
     threat: ThreatRecipe = ThreatRecipe()
     train: TrainRecipe = TrainRecipe()
     variants: dict[str, VariantChoice] = Field(
-        default={"hardened": MixedVariant()}, validate_default=True
+        default={"hardened": HARDENED}, validate_default=True
     )
     audit: AuditRecipe = AuditRecipe()
     tune: TuneRecipe | None = None

@@ -5,7 +5,7 @@ Objectives, masking and schedules are those of `embattle.objectives`, with their
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -14,12 +14,16 @@ from embattle.jobs.choices import PlainOption, choice, section_of
 from embattle.jobs.schedule_recipe import (
     EpsScheduleChoice,
     ScheduleChoice,
+    Share,
     WarmUpRecipe,
     constant,
 )
 from embattle.objectives import masking
 from embattle.objectives.consistency import Divergence
+from embattle.objectives.partial import Choose
 from embattle.sections import Section
+
+ShareOfBatch = Annotated[float, Field(gt=0, le=1)]
 
 # --- masking --------------------------------------------------------------------------------------
 
@@ -105,7 +109,12 @@ class AttackedVariant(VariantRecipe):
     @property
     def needs_accuracy(self) -> bool:
         """Whether its steps are told how many samples stand, or which class is right."""
-        return self.eps_schedule.kind == "adaptive" or self.objective == "mart"
+        return self.eps_schedule.kind == "adaptive" or self.of_classes
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether it compares what it is told with classes."""
+        return self.objective in ("mart", "r3f")
 
 
 class AWPRecipe(Section):
@@ -178,11 +187,7 @@ class AdversarialVariant(_Clipped):
 
     @model_validator(mode="after")
     def _no_clean_pass(self) -> AdversarialVariant:
-        if getattr(self.masking, "kind", None) == "loss_ratio":
-            raise ValueError(
-                "masking loss_ratio compares with clean losses, which objective adversarial does "
-                "not compute; use loss_quantile, or objective mixed"
-            )
+        _refuse_loss_ratio(self)
         return self
 
 
@@ -280,6 +285,68 @@ class FreeATVariant(AttackedVariant):
         return self
 
 
+class StaggeredVariant(AttackedVariant):
+    """Staggered replays: training's own gradients move the deltas, and no pass is added.
+
+    Attributes:
+        attack: its steps; one that reaches the border of the ball for two visits.
+        visits: how often a sample comes in a row; the steps stay as many, and so the cost.
+        share: of the new samples of a batch, how many come again.
+        lam: weight of a replayed sample beside a new one.
+        lam_schedule: factor on it over the steps.
+        masking: leaves replayed samples out of the update.
+        clipping: per-sample clipping.
+    """
+
+    objective: Literal["staggered"] = "staggered"
+    attack: AttackChoice = attack_recipe(kind="fgm")
+    visits: PositiveInt = 2
+    share: ShareOfBatch = 1.0
+    lam: NonNegativeFloat = 1.0
+    lam_schedule: ScheduleChoice = constant()
+    masking: MaskingChoice | None = None
+    clipping: ClippingRecipe | None = None
+
+    @model_validator(mode="after")
+    def _plain_attack(self) -> StaggeredVariant:
+        _check_shared_passes(self)
+        _refuse_loss_ratio(self)
+        return self
+
+
+class PartialVariant(WeightedVariant, _Clipped):
+    """Partial batches: a share of each batch is attacked and perturbed, within one training pass.
+
+    Attributes:
+        attack: of the chosen samples.
+        share: of the samples of a batch.
+        choose: which: at random, those of the largest loss, or those nearest to the border between
+            right and wrong, as of their last batch.
+        delay: share of the steps that are plain training, at first.
+        share_schedule: factor on `share` over the steps.
+    """
+
+    objective: Literal["partial"] = "partial"
+    attack: AttackChoice = attack_recipe(kind="fgm")
+    share: ShareOfBatch = 0.5
+    choose: Choose = "random"
+    delay: Share = 0.0
+    share_schedule: ScheduleChoice = constant()
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether it compares what it is told with classes."""
+        return self.choose == "margin"
+
+
+def _refuse_loss_ratio(variant: AttackedVariant) -> None:
+    if getattr(getattr(variant, "masking", None), "kind", None) == "loss_ratio":
+        raise ValueError(
+            f"masking loss_ratio compares with clean losses, which objective {variant.objective} "
+            "does not compute; use loss_quantile, or objective mixed"
+        )
+
+
 def _check_shared_passes(variant: AttackedVariant) -> None:
     attack = variant.attack
     if attack.kind not in ("fgsm", "fgm", "pgd", "msap", "mifgsm"):
@@ -308,7 +375,12 @@ OBJECTIVES: dict[str, type[VariantRecipe]] = {
     "r3f": NoiseVariant,
     "free": FreeVariant,
     "freeat": FreeATVariant,
+    "staggered": StaggeredVariant,
+    "partial": PartialVariant,
 }
+
+#: What `hardened` is trained on where a recipe names no variants.
+HARDENED: VariantRecipe = MixedVariant()
 
 if TYPE_CHECKING:
     VariantChoice = VariantRecipe

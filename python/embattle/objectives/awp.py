@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from embattle import checks
 from embattle.criteria import Criterion
 from embattle.objectives.base import SHARED_PASSES, AdversarialObjective
+from embattle.objectives.batch import Samples
 from embattle.objectives.precomputed import attach_gradients, leaves
-from embattle.perturb.attacked_batch import Masks
+from embattle.perturb.attacked_batch import Masks, Subset
 from embattle.perturb.evaluation import LossFn
 from embattle.perturb.guard import fresh_autocast_cache
 from embattle.perturb.model_state import kept_state
@@ -63,12 +64,15 @@ class AWP:
         mask: Masks = None,
         offsets: Masks = None,
         joint: bool = False,
+        samples: Samples = None,
+        subset: Subset | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of one batch, as the objective does."""
         objective = self.objective
         batch = objective.batch(
-            loss_fn, criterion=criterion, mask=mask, offsets=offsets, joint=joint
-        )
+            loss_fn, criterion=criterion, mask=mask, offsets=offsets, joint=joint,
+            samples=samples, subset=subset,
+        )  # fmt: skip
         batch.early = False
         if objective.step < self.delay or self.gamma == 0 or not torch.is_grad_enabled():
             return objective.finish(batch, objective.form(batch))

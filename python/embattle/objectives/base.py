@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -13,14 +12,16 @@ from embattle import checks
 from embattle.attacks.base import Attack
 from embattle.attacks.result import warn_of_rounding
 from embattle.criteria import Criterion
-from embattle.objectives.batch import Batch
+from embattle.objectives.batch import Batch, Samples
 from embattle.objectives.consistency import R3F, Alp, Mart, Smart, Trades, Vat
 from embattle.objectives.free import FreeAT, free
 from embattle.objectives.masking import Masking
 from embattle.objectives.mixed import adversarial, apr, mixed
+from embattle.objectives.partial import Partial
+from embattle.objectives.parts import Parts
 from embattle.objectives.schedules import Constant, Schedule
 from embattle.objectives.staggered import StaggeredReplays
-from embattle.perturb.attacked_batch import AttackedBatch, Masks
+from embattle.perturb.attacked_batch import AttackedBatch, Masks, Subset
 from embattle.perturb.evaluation import LossFn
 from embattle.perturb.perturbation import total
 from embattle.perturb.site import Site, as_sites
@@ -41,40 +42,16 @@ FORMS: dict[str, Callable[[], Form]] = {
     "free": lambda: free,
     "freeat": FreeAT,
     "staggered": StaggeredReplays,
+    "partial": Partial,
 }
 
 # The forms that train in the attack's own passes.
 SHARED_PASSES = ("free", "freeat", "staggered")
 
 # The forms that add a clean and an adversarial loss of each sample, or take the latter alone.
-_ADDITIVE = ("mixed", "adversarial", "apr")
+_ADDITIVE = ("mixed", "adversarial", "apr", "staggered", "partial")
 
 _SCHEDULES = ("eps_schedule", "lam_schedule", "steps_schedule")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What each sample adds to an objective, with its graph.
-
-    Attributes:
-        clean: clean losses `[B]`; None for the form "adversarial".
-        adversarial: losses under the perturbations, `[B]`.
-        kept: `[B]` factors of the adversarial losses, 0 for a masked sample; None without masking.
-        lam: weight of the adversarial part.
-    """
-
-    clean: Tensor | None
-    adversarial: Tensor
-    kept: Tensor | None
-    lam: float
-
-    @property
-    def summed(self) -> Tensor:
-        """Each sample's share of the objective, `[B]`: a call returns the mean of it."""
-        part = self.adversarial
-        if self.kept is not None:
-            part = torch.where(self.kept > 0, part, torch.zeros_like(part))
-        return part if self.clean is None else self.clean + self.lam * part
 
 
 class AdversarialObjective:
@@ -154,15 +131,19 @@ class AdversarialObjective:
         mask: Masks = None,
         offsets: Masks = None,
         joint: bool = False,
-        samples: Sequence[int] | Tensor | None = None,
+        samples: Samples = None,
+        subset: Subset | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of one batch.
 
         Args:
             loss_fn: as for `Attack.run`: returns losses `[B]`, or an `Evaluation`.
             criterion, mask, offsets, joint: as for `Attack.run`.
-            samples: the indices of the batch's samples in the data, `[B]`, for `StaggeredReplays`;
-                the other forms keep nothing of a sample.
+            samples: the indices of the batch's samples in the data, `[B]`, for `StaggeredReplays`,
+                and for `Partial`, which may also be told their number alone; the other forms keep
+                nothing of a sample.
+            subset: gives the loss function of some of the samples, from their rows (int64 `[n]`,
+                ascending), for `Partial`.
 
         Returns:
             The loss (0-d), and metrics, detached: `loss`, `clean_loss`, `adversarial_loss`,
@@ -170,8 +151,10 @@ class AdversarialObjective:
             `lam`, `steps`, `masked` (samples left out, with masking), and of groups `nonfinite` and
             `zero_gradient` (never had a gradient).
         """
-        batch = self.batch(loss_fn, criterion=criterion, mask=mask, offsets=offsets, joint=joint)
-        batch.samples = samples
+        batch = self.batch(
+            loss_fn, criterion=criterion, mask=mask, offsets=offsets, joint=joint,
+            samples=samples, subset=subset,
+        )  # fmt: skip
         return self.finish(batch, self.form(batch))
 
     def parts(
@@ -182,6 +165,8 @@ class AdversarialObjective:
         mask: Masks = None,
         offsets: Masks = None,
         joint: bool = False,
+        samples: Samples = None,
+        subset: Subset | None = None,
     ) -> tuple[Parts, dict[str, Tensor]]:
         """Compute the losses of one batch sample by sample, for `PerSampleClipper.backward`.
 
@@ -189,30 +174,37 @@ class AdversarialObjective:
         early (`early_backward` does not apply).
 
         Args:
-            loss_fn, criterion, mask, offsets, joint: as for a call.
+            loss_fn, criterion, mask, offsets, joint, samples, subset: as for a call.
 
         Returns:
             The parts, and metrics as for a call.
 
         Raises:
-            ValueError: the form is none of "mixed", "adversarial" and "apr".
+            ValueError: the form is none of "mixed", "adversarial", "apr", "partial" and
+                "staggered".
         """
         if self.name not in _ADDITIVE:
             raise ValueError(
                 f"AdversarialObjective.parts: form must be one of {', '.join(_ADDITIVE)}; got "
                 f"{self.name!r}, whose samples have no losses to add"
             )
-        batch = self.batch(loss_fn, criterion=criterion, mask=mask, offsets=offsets, joint=joint)
-        clean = None if self.name == "adversarial" else batch.clean()
-        batch.ascend()
-        adversarial = batch.perturbed()
-        kept = batch.weights(adversarial, clean)
-        parts = Parts(
-            None if clean is None else batch.losses(clean),
-            batch.losses(adversarial),
-            kept,
-            batch.lam,
-        )
+        batch = self.batch(
+            loss_fn, criterion=criterion, mask=mask, offsets=offsets, joint=joint,
+            samples=samples, subset=subset,
+        )  # fmt: skip
+        if isinstance(self.form, (Partial, StaggeredReplays)):
+            parts = self.form.parts(batch)
+        else:
+            clean = None if self.name == "adversarial" else batch.clean()
+            batch.ascend()
+            adversarial = batch.perturbed()
+            kept = batch.weights(adversarial, clean)
+            parts = Parts(
+                None if clean is None else batch.losses(clean),
+                batch.losses(adversarial),
+                kept,
+                batch.lam,
+            )
         _, metrics = self.finish(batch, parts.summed.mean())
         return parts, metrics
 
@@ -224,6 +216,8 @@ class AdversarialObjective:
         mask: Masks = None,
         offsets: Masks = None,
         joint: bool = False,
+        samples: Samples = None,
+        subset: Subset | None = None,
     ) -> Batch:
         """Prepare a batch for `form` (a call of the objective does this, and `finish`)."""
         # In an autocast block around several steps its copies of weights are of the step before.
@@ -237,6 +231,7 @@ class AdversarialObjective:
             joint=joint,
             mode=attack.mode,
             compile=self.compile or attack.compile,
+            subset=subset,
         )
         return Batch(
             attacked,
@@ -246,11 +241,13 @@ class AdversarialObjective:
             self.lam * self.lam_schedule(self.step),
             self.early_backward,
             self.masking,
+            samples,
+            self.step,
         )
 
     def finish(self, batch: Batch, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Complete the metrics, and advance by one step."""
-        attacked = batch.attacked
+        attacked = batch.attacked if batch.part is None else batch.part[1].attacked
         metrics = batch.metrics
         metrics["loss"] = loss.detach()
         metrics["eps_scale"] = torch.tensor(batch.scale)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,11 +15,14 @@ from embattle.attacks.first_pass import FirstPass, Iterate, run_first_pass
 from embattle.criteria import Criterion, Misclassify
 from embattle.criteria.base import ascended
 from embattle.objectives.agreement import nearest_agreement
-from embattle.objectives.masking import Masking, Outcome
+from embattle.objectives.masking import Agreement, Masking, Outcome
 from embattle.objectives.precomputed import attach_gradients, leaves
 from embattle.perturb.attacked_batch import AttackedBatch
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.perturbed_sites import Lookups
+
+# Indices of a batch's samples in the data, `[B]`; or how many they are.
+Samples: TypeAlias = "Sequence[int] | Tensor | int | None"
 
 
 @dataclass
@@ -33,9 +38,11 @@ class Batch:
         early: whether clean gradients are computed early (see `AdversarialObjective`).
         masking: the policy, if any.
         samples: the indices of the batch's samples in the data, for forms that keep something of a
-            sample.
+            sample; or how many there are.
+        step: the number of the step, from 0.
         reuse: the first pass was a training pass, whose look-ups the later ones can reuse.
         frozen: the deltas are found: `ascend` leaves them as they are.
+        part: the chosen samples, int64 `[n]`, and their batch, for forms that attack a part.
         metrics: what the forms report, detached.
     """
 
@@ -46,9 +53,11 @@ class Batch:
     lam: float
     early: bool
     masking: Masking | None = None
-    samples: Sequence[int] | Tensor | None = None
+    samples: Samples = None
+    step: int = 0
     reuse: bool = False
     frozen: bool = False
+    part: tuple[Tensor, Batch] | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -165,7 +174,7 @@ class Batch:
         *,
         toward: Criterion | None = None,
         clean: Evaluation | None = None,
-    ) -> None:
+    ) -> Evaluation | None:
         """Find the deltas; the perturbations of `attacked` hold them afterwards.
 
         Args:
@@ -173,11 +182,14 @@ class Batch:
             toward: what the attack is for, if not the criterion.
             clean: the clean evaluation, for what is measured from there.
 
+        Returns:
+            The clean evaluation, if a pass has shown it.
+
         Raises:
             ValueError: a divergence from the clean outputs cannot be ascended from zero.
         """
         if self.frozen:
-            return
+            return None
         attacked, attack = self.attacked, self.attack
         goal = attack.checked_goal(self.criterion if toward is None else toward)
         before = attacked.same_random
@@ -196,6 +208,7 @@ class Batch:
         if not before:
             attacked.same_random = False
             attacked.clear_random_state()
+        return first_pass.clean
 
     def _clean_of_attack(self, clean: Evaluation | None) -> Evaluation:
         """Return the clean evaluation in the mode of the attack's passes, detached."""
@@ -206,6 +219,47 @@ class Batch:
         attacked.clear()
         with torch.no_grad():
             return attacked.run(first=True).detach()
+
+    def choose(self, rows: Tensor) -> Batch:
+        """Return the batch of some of the samples, int64 `[n]` ascending, to be attacked alone."""
+        size = self.size
+        attack = self.attack
+        given = {
+            name: _of_samples(getattr(attack, name, None), size, rows)
+            for name in ("eps", "step_size")
+        }
+        changed: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
+        return Batch(
+            self.attacked.part(rows),
+            replace(attack, **changed) if changed else attack,
+            None if self.criterion is None else self.criterion.select(rows),
+            self.scale,
+            self.lam,
+            self.early,
+            self.masking,
+            step=self.step,
+        )
+
+    @property
+    def size(self) -> int:
+        """How many samples the batch has, before a pass shows it.
+
+        Raises:
+            ValueError: nothing that was given says so.
+        """
+        if isinstance(self.samples, int):
+            return self.samples
+        if self.samples is not None:
+            return len(self.samples)
+        names = () if self.criterion is None else self.criterion.per_sample
+        for name in names:
+            value = getattr(self.criterion, name)
+            if isinstance(value, Tensor) and value.dim():
+                return len(value)
+        raise ValueError(
+            "how many samples the batch has is not known: objective(loss_fn, samples=...), their "
+            "indices in the data or their number"
+        )
 
     def perturbed(self) -> Evaluation:
         """Run the training pass under the deltas, with its graph."""
@@ -219,21 +273,33 @@ class Batch:
         if self.criterion is not None:
             self.criterion.check(evaluation)
 
-    def weights(self, adversarial: Evaluation, clean: Evaluation | None) -> Tensor | None:
-        """Return the masking policy's weights, `[B]`; None where all samples take part."""
+    def weights(
+        self, adversarial: Evaluation, clean: Evaluation | None, rows: Tensor | None = None
+    ) -> Tensor | None:
+        """Return the masking policy's weights, `[B]`; None where all samples take part.
+
+        Args:
+            adversarial: the samples under attack.
+            clean: without; None if that is not known.
+            rows: int64 `[n]`, which samples of the batch these evaluations are of; None: all.
+        """
         if self.masking is None:
             return None
         attacked = self.attacked
         norms = None
         if not attacked.perturbed.coupled:
             norms = sample_norms(attacked)
+        agreement = nearest_agreement(attacked)
+        if rows is not None:
+            norms = None if norms is None else norms[rows]
+            agreement = None if agreement is None else partial(_rows_of, agreement, rows)
         kept = self.masking(
             Outcome(
                 losses=self.losses(adversarial).detach(),
                 clean_losses=None if clean is None else self.losses(clean).detach(),
                 outputs=None if adversarial.outputs is None else adversarial.outputs.detach(),
                 norms=norms,
-                agreement=nearest_agreement(attacked),
+                agreement=agreement,
             )
         )
         self.metrics["masked"] = (~kept).sum()
@@ -276,3 +342,16 @@ def sample_norms(attacked: AttackedBatch) -> Tensor:
         total = squared if total is None else total + squared
     assert total is not None
     return total.sqrt()
+
+
+def _rows_of(agreement: Agreement, rows: Tensor) -> Tensor:
+    return agreement()[rows]
+
+
+def _of_samples(value: Any, size: int, rows: Tensor) -> Tensor | None:
+    """Return the chosen samples' entries of a strength per group; None where it is a number."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return None
+    if len(value) == size or not size:
+        return value[rows.to(value.device)]
+    return value.reshape(size, -1)[rows.to(value.device)].reshape(-1)

@@ -24,18 +24,26 @@ class KeptDeltas(NamedTuple):
     lengths: Tensor
 
     @classmethod
-    def take(cls, perturbation: Perturbation, chosen: Tensor) -> KeptDeltas:
+    def take(
+        cls, perturbation: Perturbation, chosen: Tensor, values: Tensor | None = None
+    ) -> KeptDeltas:
         """Copy the deltas of some samples of a batch.
 
         Args:
             perturbation: of an output, whose samples have deltas of their own.
             chosen: int64 `[n]`, their rows in the batch, ascending.
+            values: taken instead of the deltas, of their shape.
         """
         positions, lengths = _vectors(perturbation, chosen)
-        return cls(_flat(perturbation)[positions], lengths)
+        return cls(_flat(perturbation.delta if values is None else values)[positions], lengths)
 
     def put(
-        self, perturbation: Perturbation, rows: Tensor, numbers: Tensor, samples: Sequence[int]
+        self,
+        perturbation: Perturbation,
+        rows: Tensor,
+        numbers: Tensor,
+        samples: Sequence[int],
+        values: Tensor | None = None,
     ) -> Tensor:
         """Return a batch's deltas, of which those of some samples are kept ones.
 
@@ -44,13 +52,14 @@ class KeptDeltas(NamedTuple):
             rows: int64 `[n]`, the rows of these samples in the batch, ascending.
             numbers: int64 `[n]`, which of the kept samples each of them is.
             samples: their indices in the data, for errors.
+            values: of the other samples instead of the deltas, of their shape.
 
         Raises:
             InputError: a sample has another number or width of vectors than it had.
         """
         positions, lengths = _vectors(perturbation, rows)
         known = self.lengths.to(rows.device)
-        delta = _flat(perturbation).clone()
+        delta = _flat(perturbation.delta if values is None else values).clone()
         if self.rows.shape[1] != delta.shape[1]:
             raise InputError(
                 f"StaggeredReplays: embeddings of width {delta.shape[1]}, which had "
@@ -73,8 +82,8 @@ class KeptDeltas(NamedTuple):
         return delta.view(perturbation.delta.shape)
 
 
-def _flat(perturbation: Perturbation) -> Tensor:
-    delta = perturbation.delta.detach()
+def _flat(delta: Tensor) -> Tensor:
+    delta = delta.detach()
     return delta.reshape(-1, delta.shape[-1])
 
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from embattle import checks, ops
-from embattle.attacks.base import Attack, box
+from embattle import checks
+from embattle.attacks.base import Attack
+from embattle.criteria.base import ascended
 from embattle.errors import InputError
-from embattle.objectives.batch import Batch
-from embattle.objectives.free import ascended_losses
+from embattle.objectives.batch import Batch, Samples
 from embattle.objectives.kept_deltas import KeptDeltas
+from embattle.objectives.moving import Moving, Place, add, carries, put
+from embattle.objectives.parts import Parts
+from embattle.perturb.build_perturbations import perturbation_of_call
+from embattle.perturb.calls import Call
+from embattle.perturb.chosen import run_moved
 from embattle.perturb.evaluation import Evaluation
+from embattle.perturb.hook import Addition
 from embattle.perturb.perturbation import Perturbation, total
 
 
@@ -30,21 +37,28 @@ class StaggeredReplays:
     adversarial training (Shafahi et al., NeurIPS 2019), which repeats whole batches instead.
 
     `StaggeredBatches` makes the batches; the objective needs `samples=`, their indices. Of the
-    attack, norm, eps, start, step size and box count (`steps` for the default step size alone);
-    with `visits=2` the step should reach the border of the ball, as that of `FGM` and `FGSM`.
-    `lam` is not used.
+    attack, norm, eps, start, step size, momentum and box count (`steps` for the default step size
+    alone); with `visits=2` the step should reach the border of the ball, as that of `FGM` and
+    `FGSM`. The loss is that of `Partial`: `lam` weighs a replayed sample against a new one. A
+    masked sample's delta stays where it is.
+
+    A criterion that ascends something else than the losses takes a backward pass to the embeddings
+    more in each step; one that measures from clean outputs cannot be had.
 
     Args:
         visits: how often each sample comes in a row; 1 is plain training.
+        share: of the new samples, how many come again, as `StaggeredBatches` has it. Below 1 a
+            sample that stays away is forgotten instead of missed.
 
     Raises:
-        TypeError, ValueError: about `visits`.
+        TypeError, ValueError: about an argument.
     """
 
     name: ClassVar[str] = "staggered"
 
-    def __init__(self, visits: int = 2) -> None:
+    def __init__(self, visits: int = 2, *, share: float = 1.0) -> None:
         self.visits = checks.integer("StaggeredReplays", "visits", visits, 1)
+        self.share = checks.real("StaggeredReplays", "share", share, 0, 1)
         self.reset()
 
     def __repr__(self) -> str:
@@ -54,8 +68,8 @@ class StaggeredReplays:
         """Forget the samples that await another visit, where an epoch is left early."""
         self._samples: list[int] = []  # those that come again in the next batch
         self._seen: list[int] = []  # how often they came
-        # Their deltas at each place; None until `backward()` has moved them.
-        self._kept: list[KeptDeltas | None] = []
+        # What is kept of them at each place; None until the gradient there has moved the deltas.
+        self._kept: list[Place | None] = []
         self._nonfinite: list[Tensor] = []
         self._without: list[Tensor] = []
 
@@ -66,9 +80,17 @@ class StaggeredReplays:
             The mean loss of all rows, to be backpropagated once before the next call.
 
         Raises:
-            InputError: samples that do not fit those of the batch before; or attack, sites or
-                masking that this form cannot have.
+            InputError: samples that do not fit those of the batch before; or attack or sites that
+                this form cannot have.
             RuntimeError: the loss of the call before was not backpropagated.
+        """
+        return self.parts(batch).summed.mean()
+
+    def parts(self, batch: Batch) -> Parts:
+        """Do the same; nothing is averaged.
+
+        The gradient must reach the perturbed outputs, also in `PerSampleClipper.backward`: with
+        clipping, their modules must be trained.
         """
         attacked, attack = batch.attacked, batch.attack
         _refuse(batch)
@@ -77,61 +99,72 @@ class StaggeredReplays:
         numbers = self._numbers(samples)
         replayed = [row for row, sample in enumerate(samples) if sample in numbers]
         generator = attack.own_generator()
-        states: list[dict[str, Any]] = []
+        moving: list[Moving] = []
+        outputs: list[Tensor] = []
+        edges: list[GradientEdge] = []
 
-        def start(perturbation: Perturbation) -> None:
-            place = len(states)
+        def begin(index: int, number: int, call: Call) -> Addition:
+            perturbation = perturbation_of_call(
+                attacked.sites[index], call, (index, number), attacked.geometry
+            )
             _refuse_perturbation(perturbation, samples)
-            states.append(attack.begin(perturbation, batch.scale))
-            attack.start(perturbation, states[-1], generator)
-            if not replayed or place >= len(kept):
-                return
-            device = perturbation.base.device
-            again = [samples[row] for row in replayed]
-            delta = kept[place].put(
-                perturbation,
-                torch.tensor(replayed, device=device),
-                torch.tensor([numbers[sample] for sample in again], device=device),
-                again,
-            )
-            # The radius may be another one than at the visit before.
-            eps = states[-1]["eps"]
-            perturbation.set(
-                ops.project(
-                    delta, eps=eps, norm=attack.norm, **perturbation.geometry, **box(states[-1])
-                )
-            )
+            state = attack.begin(perturbation, batch.scale)
+            attack.start(perturbation, state, generator)
+            place = len(moving)
+            moving.append(Moving(perturbation, state))
+            if replayed and place < len(kept):
+                again = [samples[row] for row in replayed]
+                put(attack, moving[-1], kept[place], replayed, [numbers[s] for s in again], again)
+            perturbation.delta = perturbation.delta.detach()
+            return partial(add, outputs, edges, perturbation)
 
-        recorded = attacked.record(start=start)
-        if not recorded.perturbed:
+        evaluation, calls = run_moved(attacked, begin)
+        attacked.geometry.finish(calls)
+        if not all(calls):
             raise RuntimeError(
                 "StaggeredReplays: the embeddings are not seen in the training pass: give the "
-                "model uncompiled"
+                "model uncompiled, and sites that it calls"
             )
-        if kept and len(kept) != len(states):
+        if kept and len(kept) != len(moving):
             raise RuntimeError(
-                f"StaggeredReplays: {len(states)} outputs are perturbed, and {len(kept)} were in "
+                f"StaggeredReplays: {len(moving)} outputs are perturbed, and {len(kept)} were in "
                 "the call before"
             )
-        losses = ascended_losses(attack.goal(batch.criterion), batch, recorded.evaluation)
-        attacked.check_graph(losses, [p.delta for p in attacked.perturbations])
-        self._report(batch, recorded.evaluation, replayed)
-        self._await(batch, samples, numbers, states, losses.detach())
+        attacked.perturbed.calls = calls
+        attacked.perturbed.perturbations = [one.perturbation for one in moving]
+        attacked.size = evaluation.batch
+        if evaluation.batch != len(samples):
+            raise InputError(
+                f"StaggeredReplays: {len(samples)} indices in samples for {evaluation.batch} losses"
+            )
+        losses = batch.losses(evaluation)
+        attacked.check_graph(losses, outputs)
+        self._report(batch, evaluation, replayed)
+        goal = attack.goal(batch.criterion)
+        ascent = ascended(goal, evaluation, None)
+        self._await(batch, samples, numbers, moving, edges, losses, ascent)
         batch.frozen = True  # what `backward()` finds is reported by the next call
-        return losses.mean()
+        rows = torch.tensor(replayed, dtype=torch.int64, device=losses.device)
+        masked = None
+        if replayed:
+            masked = batch.weights(evaluation.select(rows), None, rows)
+        for recorded in calls:
+            for call in recorded:
+                call.release()
+        return Parts.of_rows(losses, rows, masked, batch.lam)
 
     def _numbers(self, samples: Sequence[int]) -> dict[int, int]:
         """Return the places, among those kept, of the samples that are visited again."""
         missing = set(self._samples).difference(samples)
-        if missing:
+        if missing and self.share == 1:
             raise InputError(
                 f"StaggeredReplays: sample {min(missing)} awaits another visit and is not in this "
                 "batch: take the batches of StaggeredBatches with the same visits in their order; "
                 "or call reset() on the form where an epoch is left early"
             )
-        return {sample: number for number, sample in enumerate(self._samples)}
+        return {s: number for number, s in enumerate(self._samples) if s not in missing}
 
-    def _moved(self) -> list[KeptDeltas]:
+    def _moved(self) -> list[Place]:
         """Return the deltas, which the call before has moved.
 
         Raises:
@@ -150,8 +183,10 @@ class StaggeredReplays:
         batch: Batch,
         samples: list[int],
         numbers: dict[int, int],
-        states: list[dict[str, Any]],
+        moving: list[Moving],
+        edges: list[GradientEdge],
         losses: Tensor,
+        ascent: Tensor,
     ) -> None:
         """Let the coming `backward()` move the deltas of the samples that come again."""
         seen = [self._seen[numbers[s]] + 1 if s in numbers else 1 for s in samples]
@@ -160,36 +195,48 @@ class StaggeredReplays:
         if not again:
             return
         self._samples, self._seen = [samples[r] for r in again], [seen[r] for r in again]
-        self._kept = [None] * len(states)
+        self._kept = [None] * len(moving)
         rows = torch.tensor(again, device=losses.device)
+        values = ascent.detach()
         # A hook that held the batch would keep its graph until the garbage collector comes.
-        found, attack = zip(batch.attacked.perturbations, states, strict=True), batch.attack
-        for place, (perturbation, state) in enumerate(found):
-            move = partial(self._move, self._kept, place, attack, perturbation, state, losses, rows)
-            perturbation.delta.register_post_accumulate_grad_hook(move)  # type: ignore[no-untyped-call]
+        moves = [
+            partial(self._move, self._kept, place, batch.attack, one, values, rows)
+            for place, one in enumerate(moving)
+        ]
+        if ascent is losses:
+            for move, edge in zip(moves, edges, strict=True):
+                edge.node.register_prehook(move)
+            return
+        # What trains is not what is ascended: its gradient is computed by itself, right away.
+        grads = torch.autograd.grad(ascent.mean(), edges, retain_graph=True, allow_unused=True)
+        for move, grad in zip(moves, grads, strict=True):
+            move((grad,))
 
     @torch.no_grad()
     def _move(
         self,
-        kept: list[KeptDeltas | None],
+        kept: list[Place | None],
         place: int,
         attack: Attack,
-        perturbation: Perturbation,
-        state: dict[str, Any],
-        losses: Tensor,
+        moving: Moving,
+        values: Tensor,
         rows: Tensor,
-        delta: Tensor,
+        arrived: Sequence[Tensor | None],
     ) -> None:
-        """Make the attack's step with the gradient that `backward()` has left at a delta."""
-        grad, delta.grad = delta.grad, None
-        if grad is None or kept is not self._kept or kept[place] is not None:
+        """Make the attack's step with the gradient that has arrived at an output."""
+        if kept is not self._kept or kept[place] is not None:
             return  # backpropagated again, or after `reset`
+        perturbation, state = moving
         # The loss is a mean. Another factor (of a gradient scaler) does not matter to the step.
-        grad = grad * len(losses)
+        (grad,) = arrived
+        if grad is None:
+            grad = torch.zeros_like(perturbation.additions()[0])
+        grad = perturbation.gather([grad]).to(perturbation.delta.dtype) * len(values)
         perturbation.mark_gradients(grad)
-        attack.step(perturbation, grad, state, 0, losses)
-        perturbation.delta = delta.detach()  # the leaf, whose hook this is, goes with its graph
-        kept[place] = KeptDeltas.take(perturbation, rows)
+        attack.step(perturbation, grad, state, 0, values)
+        perturbation.delta = perturbation.delta.detach()
+        carried = {key: KeptDeltas.take(perturbation, rows, state[key]) for key in carries(attack)}
+        kept[place] = Place(KeptDeltas.take(perturbation, rows), carried)
         self._nonfinite.append(perturbation.nonfinite.count_nonzero())
         self._without.append(perturbation.count_without_gradient())
 
@@ -217,20 +264,26 @@ class StaggeredReplays:
             "samples": torch.tensor(self._samples, dtype=torch.int64),
             "seen": torch.tensor(self._seen, dtype=torch.int64),
         }
-        for place, kept in enumerate(self._moved()):
-            state[f"{place}.rows"] = kept.rows.clone()
-            state[f"{place}.lengths"] = kept.lengths.clone()
+        for place, (deltas, carried) in enumerate(self._moved()):
+            for key, kept in {"": deltas, **carried}.items():
+                state[f"{place}.{key}{'.' if key else ''}rows"] = kept.rows.clone()
+                state[f"{place}.{key}{'.' if key else ''}lengths"] = kept.lengths.clone()
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a state."""
         self.reset()
         self._samples, self._seen = state["samples"].tolist(), state["seen"].tolist()
-        places = range(sum(key.endswith(".rows") for key in state))
-        self._kept = [
-            KeptDeltas(state[f"{place}.rows"].clone(), state[f"{place}.lengths"].clone())
-            for place in places
-        ]
+        found: dict[int, dict[str, KeptDeltas]] = {}
+        for name in state:
+            if name.endswith(".rows"):
+                place, *key = name.removesuffix(".rows").split(".")
+                lengths = state[name.removesuffix("rows") + "lengths"]
+                found.setdefault(int(place), {})[".".join(key)] = KeptDeltas(
+                    state[name].clone(), lengths.clone()
+                )
+        for _, parts in sorted(found.items()):
+            self._kept.append(Place(parts.pop(""), parts))
 
 
 def _refuse(batch: Batch) -> None:
@@ -239,8 +292,11 @@ def _refuse(batch: Batch) -> None:
     if not torch.is_grad_enabled():
         raise RuntimeError("StaggeredReplays: computes gradients: not under torch.no_grad()")
     for wrong, words in (
-        (not attack.uses_direction_alone, f"{attack!r}: its steps need more than a direction"),
-        (batch.masking is not None, "masking"),
+        (attack.carries is None, f"{attack!r}, which is more than steps along gradients"),
+        (
+            attack.goal(batch.criterion).needs_clean,
+            f"{batch.criterion!r}, which measures from clean outputs",
+        ),
         (attacked.joint, "joint=True"),
         (attacked.compile, "compile=True"),
         (
@@ -264,9 +320,9 @@ def _refuse_perturbation(perturbation: Perturbation, samples: Sequence[int]) -> 
         )
 
 
-def _checked(samples: Sequence[int] | Tensor | None) -> list[int]:
+def _checked(samples: Samples) -> list[int]:
     """Return the indices of a batch's samples."""
-    if samples is None:
+    if samples is None or isinstance(samples, int):
         raise InputError(
             "StaggeredReplays: needs the indices of the batch's samples: "
             "objective(loss_fn, samples=indices), as StaggeredBatches gives them"

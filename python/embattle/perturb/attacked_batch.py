@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from embattle.perturb.build_perturbations import build_perturbations, perturbation_of_call
 from embattle.perturb.calls import Call, is_lookup
+from embattle.perturb.chosen import geometry_of_chosen
 from embattle.perturb.evaluation import Evaluation, LossFn, call
 from embattle.perturb.gradients import (
     NoGradient,
@@ -143,6 +144,26 @@ class AttackedBatch:
         other = copy(self)
         other.perturbed = self.perturbed.select(rows, perturbations)
         other.loss_fn, other.size = self.subset(rows), len(rows)
+        return other
+
+    def part(self, rows: Tensor) -> AttackedBatch:
+        """Return the batch of some of the samples, of which no pass was made yet.
+
+        Args:
+            rows: int64, ascending.
+
+        Raises:
+            ValueError: there is no `subset`.
+        """
+        if self.subset is None:
+            raise ValueError(
+                "only some of the samples are attacked, and their loss function is not known: "
+                "give subset=lambda rows: loss_fn_of_those_rows"
+            )
+        other = copy(self)
+        other.perturbed = PerturbedSites(self.sites)
+        other.geometry = geometry_of_chosen(self.geometry, rows)
+        other.loss_fn, other.subset = self.subset(rows), None
         return other
 
     # --- around the passes -----------------------------------------------------------------------

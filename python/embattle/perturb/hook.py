@@ -96,8 +96,8 @@ class Recorder(_SiteCalls):
         layout_of: where the samples are in a call's output.
         attach: give the model leaves instead of the outputs, so that the gradient at zero can be
             computed there. The weights' gradients then go through `Call.source`.
-        begin: returns for each call what is added to its output at once. A compiled model does not
-            call it, and stays unperturbed in this pass.
+        begin: returns for each call what is added to its output at once, or makes the perturbed
+            output of it. A compiled model does not call it, and stays unperturbed in this pass.
         graph_break: where the pass is compiled, break the graph at the module, so that its output
             and the gradient there are seen: the code before and after is compiled apart.
         nodes: collects the autograd nodes of the perturbed outputs.
@@ -111,7 +111,7 @@ class Recorder(_SiteCalls):
         layout_of: LayoutOf,
         *,
         attach: bool,
-        begin: Callable[[Call], Tensor] | None = None,
+        begin: Callable[[Call], Addition] | None = None,
         graph_break: bool = False,
         nodes: set[Node] | None = None,
         found: Sequence[Sequence[Call]] = (),
@@ -172,7 +172,10 @@ class Recorder(_SiteCalls):
         call.through_half = computes_in_half(value)
         self.calls.append(call)
         if self.begin is not None:
-            return self.perturbed(leaf if self.attach else value, self.begin(call))
+            addition = self.begin(call)
+            if not isinstance(addition, Tensor):
+                return addition(value)
+            return self.perturbed(leaf if self.attach else value, addition)
         return leaf.clone() if self.attach else value.clone()
 
 

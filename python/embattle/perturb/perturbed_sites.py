@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from embattle.perturb.calls import Call, is_lookup, is_plain
 from embattle.perturb.guard import fresh_autocast_cache
 from embattle.perturb.hook import Addition
-from embattle.perturb.perturbation import Perturbation
+from embattle.perturb.perturbation import Perturbation, Place
 from embattle.perturb.site import Site
 
 # Where a pass takes the unperturbed embeddings from: from the modules, or from the first pass
@@ -118,6 +118,14 @@ class PerturbedSites:
             known = lookups != "fresh" and all(fits(module) for module in site.modules)
             known = known and not compile and not any(call.compiled for call in calls)
             yield site, calls, [each[i] for i in range(len(each))], lookups if known else None
+
+    def additions(self) -> dict[Place, Tensor]:
+        """Return what is added at each place, detached, in the layout of the module's output."""
+        return {
+            place: addition.detach()
+            for perturbation in self.perturbations
+            for place, addition in zip(perturbation.places, perturbation.additions(), strict=True)
+        }
 
     def set(self, deltas: Sequence[Tensor]) -> None:
         """Set the values of the deltas, one tensor for each perturbation."""
