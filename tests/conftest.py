@@ -22,6 +22,7 @@ _EMULATOR = "the emulator runs on the CPU"
 _PACKAGE = "the package makes its tensors, on the CPU"
 _RANKS = "two processes that meet through gloo, on the CPU"
 ON_THE_CPU_ALONE = {
+    "test_audit_command.py": _PACKAGE,
     "test_build.py": "reads object files",
     "test_clipping_benchmarks.py": "runs benchmarks, which choose their device",
     "test_clipping_ddp.py": _RANKS,

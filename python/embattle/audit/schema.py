@@ -115,6 +115,7 @@ class Fingerprints(_Open):
 
     data: str | None = Field(default=None, description="of all parts")
     part: str = Field(description="of the samples that were attacked")
+    outcomes: str | None = Field(default=None, description="of `outcomes.safetensors`")
     weights: dict[str, str] = Field(default={}, description="of each model's weights")
 
 

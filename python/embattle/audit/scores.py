@@ -29,6 +29,8 @@ from embattle.tasks.kinds.weighted import Mean
 
 #: What the rows beside the attacks are called.
 CLEAN, WORST = "no attack", "worst"
+#: The file of a run in which `write_outcomes` keeps what is right.
+OUTCOMES = "outcomes.safetensors"
 #: The chance of a difference by accident below which it is called significant.
 LEVEL = 0.05
 
@@ -117,6 +119,58 @@ def score_models(
                 **kind.details(outcome.outputs, labels),
             }
     return scored, _compare(kind, labels, outcomes, drawn, seed)
+
+
+def add_scores(
+    facts: dict[str, Any],
+    kind: Kind,
+    labels: Tensor,
+    outcomes: Mapping[str, Mapping[str, Outcome]],
+    *,
+    seed: int = 0,
+) -> None:
+    """Puts what `score_models` gives into an audit's facts.
+
+    Args:
+        facts: with `models`, whose `clean` and `attacks` are extended; `worst` and `comparisons`
+            are set.
+        kind, labels, outcomes, seed: see `score_models`; `WORST` is among the outcomes.
+    """
+    scored, facts["comparisons"] = score_models(kind, labels, outcomes, seed=seed)
+    facts["smaller_is_better"] = sorted(kind.smaller_is_better)
+    for name, rows in scored.items():
+        model = facts["models"][name]
+        model.setdefault("clean", {}).update(rows[CLEAN])
+        for label, entry in rows.items():
+            if label not in (CLEAN, WORST):
+                model.setdefault("attacks", {}).setdefault(label, {}).update(entry)
+        spent = [entry.get("seconds") for entry in model["attacks"].values()]
+        known = [seconds for seconds in spent if seconds is not None]
+        model["worst"] = {**rows[WORST], "seconds": round(sum(known), 2)}
+
+
+def sizes_of_eps(threat: Mapping[str, Any], vector_norm: float) -> dict[str, float | None]:
+    """The radius in absolute terms and in mean norms of the embeddings, None where not known.
+
+    Args:
+        threat: `norm`, `eps` and `unit`.
+        vector_norm: the mean l2 norm of the embeddings: it tells one from the other in the l2 norm.
+    """
+    eps, unit = threat["eps"], threat["unit"]
+    comparable = threat["norm"] == "l2" and vector_norm > 0
+    if unit == "absolute":
+        return {"absolute": eps, "relative": eps / vector_norm if comparable else None}
+    known = comparable and unit == "token_norm"
+    return {"absolute": eps * vector_norm if known else None, "relative": eps}
+
+
+def plain(value: Any) -> Any:
+    """The same value with NaN and infinities as None: JSON has none."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _compare(

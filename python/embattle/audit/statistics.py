@@ -1,4 +1,4 @@
-"""How sure a figure is, and whether two models differ: intervals, paired tests, their correction."""
+"""How sure a figure is, and whether two models differ: intervals, paired and corrected tests."""
 
 from __future__ import annotations
 

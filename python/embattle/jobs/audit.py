@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,28 @@ from torch import Tensor
 
 from embattle.audit import figures
 from embattle.audit.html import Fallen
-from embattle.audit.report import document, summary_rows, threat_words, unit_words
+from embattle.audit.report import document, unit_words
+from embattle.audit.schema import SCHEMA
+from embattle.audit.scores import (
+    CLEAN,
+    OUTCOMES,
+    WORST,
+    Outcome,
+    Samples,
+    add_scores,
+    plain,
+    sizes_of_eps,
+    worst_of,
+    write_outcomes,
+)
+from embattle.audit.summary import summary_lines
 from embattle.data.account import Account
 from embattle.data.batch import Batch
-from embattle.errors import InputError
-from embattle.files import remove_unfinished, replacing, write_text
+from embattle.errors import InputError, closest
+from embattle.files import remove_unfinished, replacing, sha256, write_text
+from embattle.jobs import provenance
 from embattle.jobs import recipe as recipes
-from embattle.jobs.doctor import version_of
+from embattle.jobs.bounds import Bound, check_names, unmet
 from embattle.jobs.examine import CHECKED, Victim, check_attacks, examine, labels_of
 from embattle.jobs.recipe import STANDARD, Recipe
 from embattle.jobs.run_folder import Run, locked
@@ -30,43 +44,118 @@ from embattle.progress import say
 from embattle.tasks.base import Task
 
 
-def audit(folder: Path, *, trust: bool = False) -> None:
-    """Audits a run and writes `metrics.json`, `curves.png` and `report.html` into its folder.
+def audit_all(
+    folders: Sequence[Path], *, bounds: Sequence[Bound] = (), trust: bool = False
+) -> list[str]:
+    """Audits several runs, one after the other, each into its own folder.
+
+    All runs are looked at before the first attack.
+
+    Args:
+        folders: of runs that `embattle train` finished, or of some of their models: then a run's
+            audit is of these and of its standard one.
+        bounds: what the models must reach.
+        trust: whether a task that is code of one's own may be run.
+
+    Returns:
+        A line for each bound that is not met.
+
+    Raises:
+        InputError: see `audit`; a bound is on something that is not measured.
+    """
+    chosen: dict[Path, list[str]] = {}
+    whole: list[Path] = []
+    for folder in folders:
+        run, model = _run_and_model(folder)
+        chosen.setdefault(run, [])
+        if model is None:
+            whole.append(run)
+        else:
+            chosen[run].append(model)
+    chosen |= {run: [] for run in whole}
+    found = [(run, *_look_at(run, models, trust)) for run, models in chosen.items()]
+    check_names(bounds, found)
+    failed = []
+    for run, models in chosen.items():
+        facts = audit(run, models=models, trust=trust)
+        lines = unmet(bounds, facts)
+        failed += [f"{run}: {line}" for line in lines] if len(chosen) > 1 else lines
+    return failed
+
+
+def _run_and_model(folder: Path) -> tuple[Path, str | None]:
+    """A run's folder and None; or, of one of its models, the run's folder and the model's name."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a run folder; give one that `embattle train` wrote")
+    if (folder / "run.json").is_file():
+        return folder, None
+    place = folder if folder.name not in ("", "..") else folder.resolve()
+    return (place.parent, place.name) if (place.parent / "run.json").is_file() else (folder, None)
+
+
+def audit(folder: Path, *, models: Sequence[str] = (), trust: bool = False) -> dict[str, Any]:
+    """Audits a run and writes `metrics.json`, `outcomes.safetensors`, `curves.png`, `report.html`.
 
     The files are written when everything is known, each of them whole or not at all.
 
     Args:
         folder: a run that `embattle train` finished.
+        models: those of its models that are audited beside the standard one; all if none is named.
         trust: whether a task that is code of one's own may be run.
+
+    Returns:
+        What `metrics.json` holds.
 
     Raises:
         InputError: if the folder is no finished run, or the data is no longer the same.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a run folder; give one that `embattle train` wrote")
     with locked(folder, "audit"):
-        _audit(folder, trust)
+        return _audit(folder, models, trust)
 
 
-def _audit(folder: Path, trust: bool) -> None:
-    """The same, in a folder that no other process works in."""
-    began = time.monotonic()
+def _look_at(folder: Path, models: Sequence[str], trust: bool) -> tuple[Recipe, Run]:
+    """A run's recipe and what it says of itself, if the models are there."""
     run = Run.read(folder)
-    remove_unfinished(folder)
     recipe = recipes.load(folder / "recipe.yaml", trust=trust)
-    unfinished = [name for name in recipe.variants if name not in run.variants]
+    wanted = _wanted(recipe, models)
+    unknown = [name for name in models if name not in recipe.variants]
+    if unknown:
+        raise InputError(
+            f"{folder} has no model {unknown[0]!r}; {closest(unknown[0], recipe.variants)}"
+        )
+    unfinished = [name for name in wanted if name not in run.variants]
     if unfinished:
         raise InputError(
             f"{folder} is not finished ({', '.join(unfinished)} missing); "
             "go on with `embattle train --resume`"
         )
+    return recipe, run
+
+
+def _wanted(recipe: Recipe, models: Sequence[str]) -> list[str]:
+    return [name for name in recipe.variants if name in {STANDARD, *models} or not models]
+
+
+def _audit(folder: Path, chosen: Sequence[str], trust: bool) -> dict[str, Any]:
+    """The same, in a folder that no other process works in."""
+    began = time.monotonic()
+    Run.read(folder)
+    remove_unfinished(folder)
+    recipe, run = _look_at(folder, chosen, trust)
+    names = _wanted(recipe, chosen)
     task, account = recipe.make_task(), Account()
     part = recipe.audit.part
     read(task, account, part)
     run.require(Run.of(task, account), folder)
     # Everything that is needed is looked at before the first attack, which may take minutes.
-    models = {name: task.load(folder / name).to(_device()) for name in recipe.variants}
+    models = {name: task.load(folder / name).to(_device()) for name in names}
+    found = provenance.fingerprints(folder, run, task, part, names)
     facts: dict[str, Any] = {
+        "schema": SCHEMA,
+        "command": provenance.command(),
+        "fingerprint": provenance.together(found),
+        "fingerprints": found,
+        "reading": run.reading,
         "name": recipe.name,
         "seed": recipe.seed,
         "part": part,
@@ -79,7 +168,7 @@ def _audit(folder: Path, trust: bool) -> None:
         "facts": run.facts,
         "counts": run.counts,
         "threat": recipe.threat.model_dump(),
-        "variants": {name: variant.words for name, variant in recipe.variants.items()},
+        "variants": {name: recipe.variants[name].words for name in names},
         "models": {},
         "checks": [],
     }
@@ -88,16 +177,20 @@ def _audit(folder: Path, trust: bool) -> None:
     for name, model in models.items():
         batches = task.batches(model, part, recipe.audit.batch_size)
         victims[name], facts["models"][name] = examine(recipe, name, model, task, batches)
+    labels = labels_of(batches)
+    outcomes = {name: _outcomes(victim) for name, victim in victims.items()}
+    add_scores(facts, task.kind, labels, outcomes, seed=recipe.seed)
+    for model in facts["models"].values():
+        model["eps"] = sizes_of_eps(facts["threat"], model["vector_norm"])
     few = batches[: math.ceil(CHECKED / len(batches[0]))]
     facts["checks"] = check_attacks(recipe, task, victims, few, facts)
     facts |= {
-        "train_seconds": {name: run.variants[name].seconds for name in recipe.variants},
+        "train_seconds": {name: run.variants[name].seconds for name in names},
         "audit_seconds": round(time.monotonic() - began, 1),
-        "environment": _environment(),
+        "environment": provenance.environment(_device()),
     }
-    labels = labels_of(batches)
     curves = _curves(recipe, facts, task.kind.chance(labels))
-    histories = {name: run.variants[name].history for name in recipe.variants}
+    histories = {name: run.variants[name].history for name in names}
     losses = figures.losses_over_steps(histories)
     html = document(
         facts,
@@ -106,11 +199,25 @@ def _audit(folder: Path, trust: bool) -> None:
         losses=losses,
         samples=_samples(task, part, labels, victims),
     )
-    write_text(folder / "metrics.json", json.dumps(_plain(facts), indent=2) + "\n")
+    write_outcomes(folder / OUTCOMES, outcomes, part=found["part"])
+    found["outcomes"] = sha256(folder / OUTCOMES)
+    facts = plain(facts)
+    write_text(folder / "metrics.json", json.dumps(facts, indent=2) + "\n")
     with replacing(folder / "curves.png") as unfinished_file:
         unfinished_file.write_bytes(curves)
     write_text(folder / "report.html", html)
-    _print(facts, folder)
+    for line in summary_lines(facts):
+        say(line)
+    spent = sum(facts["train_seconds"].values())
+    say(f"training {spent:.0f} s, audit {facts['audit_seconds']:.0f} s")
+    say(f"report: {folder / 'report.html'}")
+    return facts
+
+
+def _outcomes(victim: Victim) -> dict[str, Outcome]:
+    """A model's samples without attack, under each, and under the worst."""
+    clean = Samples(victim.clean, victim.right)
+    return {CLEAN: clean, **victim.attacked, WORST: worst_of(victim.attacked)}
 
 
 def _samples(task: Task, part: str, labels: Tensor, victims: dict[str, Victim]) -> list[list[str]]:
@@ -146,55 +253,5 @@ def _curves(recipe: Recipe, facts: dict[str, Any], chance: float | None) -> byte
     )
 
 
-def _environment() -> dict[str, Any]:
-    packages = ("embattle", "torch", "transformers", "accelerate", "numpy")
-    device = _device()
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return {
-        "python": platform.python_version(),
-        **{name: version_of(name) for name in packages if version_of(name)},
-        "device": gpu or f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores",
-        "machine": platform.machine(),
-    }
-
-
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _plain(value: Any) -> Any:
-    """The same value with NaN as None: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _print(facts: dict[str, Any], folder: Path) -> None:
-    """The table, the checks and the path, as text."""
-    say(f"{facts['name']}, seed {facts['seed']}, {facts['examples']} {facts['part']} examples")
-    say(f"attacks: {threat_words(facts)}")
-    titles = [*(title for _, title in facts["measures"]), "flipped"]
-    widths = [max(7, len(title) + 2) for title in titles]
-    columns = "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))
-    names = list(facts["models"])
-    # Two models stand side by side.
-    for pair in (names[i : i + 2] for i in range(0, len(names), 2)):
-        rows = summary_rows(facts, pair)
-        first = max(len(row[0]) for row in rows)
-        say("")
-        say(" " * first + "".join(f"{name:^{len(columns)}}" for name in pair).rstrip())
-        say(" " * first + columns * len(pair))
-        for row in rows:
-            every = zip(row[1:], widths * len(pair), strict=True)
-            say(f"{row[0]:<{first}}{''.join(f'{cell:>{width}}' for cell, width in every)}".rstrip())
-    say("")
-    for check in facts["checks"]:
-        if not check["passed"]:
-            say(f"check fails: {check['name']} ({check['detail']})")
-    held = sum(check["passed"] for check in facts["checks"])
-    spent = sum(facts["train_seconds"].values())
-    say(f"checks on the attacks: {held} of {len(facts['checks'])} hold")
-    say(f"training {spent:.0f} s, audit {facts['audit_seconds']:.0f} s")
-    say(f"report: {folder / 'report.html'}")
