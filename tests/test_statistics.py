@@ -193,15 +193,25 @@ def test_holm_by_hand() -> None:
 
 
 def test_the_worst_of_several_attacks() -> None:
-    right = [[True, False, True, False], [True, True, False, False]]
+    kind, labels = BinaryClassification(), torch.ones(5, dtype=torch.int64)
+    logits = {"a": [2.0, -1.0, 1.0, -1.0, 3.0], "b": [1.0, 1.0, -1.0, -2.0, math.nan]}
     attacked = {
-        str(i): Samples(torch.full((4, 2), float(i)), torch.tensor(row))
-        for i, row in enumerate(right)
+        name: Samples(torch.tensor(row), torch.tensor(row) > 0) for name, row in logits.items()
     }
-    worst = worst_of(attacked)
-    assert worst.right.tolist() == [True, False, False, False]
-    assert worst.outputs[:, 0].tolist() == [1, 0, 1, 0]
-    assert attacked["1"].right.tolist() == right[1]
+    worst = worst_of(kind, labels, attacked)
+    assert worst.right.tolist() == [True, False, False, False, False]
+    assert worst.outputs[:4].tolist() == [1, -1, -1, -2]
+    assert math.isnan(worst.outputs[4])
+    assert attacked["a"].outputs.tolist() == logits["a"]
+    # A ranking is turned by a rank, which a smaller loss may have.
+    scores = torch.tensor([[[1.0, 2.0, 0.0]], [[1.0, 0.9, 0.8]]])
+    first, second = (
+        Samples(row, torch.tensor([ok])) for row, ok in zip(scores, (False, True), strict=True)
+    )
+    for order in ({"x": first, "y": second}, {"y": second, "x": first}):
+        found = worst_of(Ranking(1), torch.tensor([0]), order)
+        assert found.outputs.tolist() == scores[0].tolist()
+        assert not found.right.any()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: type(kind).__name__)
@@ -215,7 +225,7 @@ def test_models_are_scored_and_compared(kind: Kind) -> None:
     for name, rows in models.items():
         moved = others if name == "a" else outputs
         rows["PGD"] = Samples(moved, kind.right(moved, labels))
-        rows[WORST] = worst_of({"PGD": rows["PGD"]})
+        rows[WORST] = worst_of(kind, labels, {"PGD": rows["PGD"]})
     scored, comparisons = score_models(kind, labels, models)
     headline = kind.measures[0][0]
     for rows in scored.values():

@@ -53,15 +53,30 @@ class Samples:
     right: Tensor
 
 
-def worst_of(attacked: Mapping[str, Outcome]) -> Samples:
-    """Each sample under the first attack that turns it; under the last where none does."""
-    *others, last = attacked.values()
-    outputs, right = last.outputs.clone(), last.right.clone()
-    for outcome in reversed(others):
-        turned = ~outcome.right
-        outputs[turned] = outcome.outputs[turned]
-        right &= ~turned
-    return Samples(outputs, right)
+def worst_of(kind: Kind, labels: Tensor, attacked: Mapping[str, Outcome]) -> Samples:
+    """Each sample under the attack that is worst for it.
+
+    Of the attacks that turn it that is the one with the largest loss; of all, if none does. A loss
+    that is no number counts as the largest.
+
+    Args:
+        kind: what is predicted.
+        labels: [N, ...].
+        attacked: by attack.
+    """
+    worst: Samples | None = None
+    least = torch.empty(0)
+    for outcome in attacked.values():
+        losses = kind.losses(outcome.outputs.float(), labels).nan_to_num(torch.inf, torch.inf)
+        if worst is None:
+            worst, least = Samples(outcome.outputs.clone(), outcome.right.clone()), losses.clone()
+            continue
+        worse = (worst.right & ~outcome.right) | ((worst.right == outcome.right) & (losses > least))
+        worst.outputs[worse], worst.right[worse] = outcome.outputs[worse], outcome.right[worse]
+        least[worse] = losses[worse]
+    if worst is None:
+        raise ValueError("worst_of: no attack is given; give at least one")
+    return worst
 
 
 def score_models(
@@ -144,9 +159,8 @@ def add_scores(
         for label, entry in rows.items():
             if label not in (CLEAN, WORST):
                 model.setdefault("attacks", {}).setdefault(label, {}).update(entry)
-        spent = [entry.get("seconds") for entry in model["attacks"].values()]
-        known = [seconds for seconds in spent if seconds is not None]
-        model["worst"] = {**rows[WORST], "seconds": round(sum(known), 2)}
+        spent = [entry.get("seconds", 0.0) for entry in model["attacks"].values()]
+        model.setdefault("worst", {"seconds": round(sum(spent), 2)}).update(rows[WORST])
 
 
 def sizes_of_eps(threat: Mapping[str, Any], vector_norm: float) -> dict[str, float | None]:

@@ -42,6 +42,7 @@ from embattle.jobs.run_folder import Run, locked
 from embattle.jobs.train import read
 from embattle.progress import say
 from embattle.tasks.base import Task
+from embattle.tasks.kinds import Kind
 
 
 def audit_all(
@@ -73,7 +74,10 @@ def audit_all(
         else:
             chosen[run].append(model)
     chosen |= {run: [] for run in whole}
-    found = [(run, *_look_at(run, models, trust)) for run, models in chosen.items()]
+    found = []
+    for run, models in chosen.items():
+        with locked(run, "audit"):
+            found.append((run, *_look_at(run, models, trust)))
     check_names(bounds, found)
     failed = []
     for run, models in chosen.items():
@@ -178,7 +182,7 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool) -> dict[str, Any]:
         batches = task.batches(model, part, recipe.audit.batch_size)
         victims[name], facts["models"][name] = examine(recipe, name, model, task, batches)
     labels = labels_of(batches)
-    outcomes = {name: _outcomes(victim) for name, victim in victims.items()}
+    outcomes = {name: _outcomes(task.kind, labels, victim) for name, victim in victims.items()}
     add_scores(facts, task.kind, labels, outcomes, seed=recipe.seed)
     for model in facts["models"].values():
         model["eps"] = sizes_of_eps(facts["threat"], model["vector_norm"])
@@ -214,10 +218,11 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool) -> dict[str, Any]:
     return facts
 
 
-def _outcomes(victim: Victim) -> dict[str, Outcome]:
+def _outcomes(kind: Kind, labels: Tensor, victim: Victim) -> dict[str, Outcome]:
     """A model's samples without attack, under each, and under the worst."""
     clean = Samples(victim.clean, victim.right)
-    return {CLEAN: clean, **victim.attacked, WORST: worst_of(victim.attacked)}
+    worst = worst_of(kind, labels, victim.attacked)
+    return {CLEAN: clean, **victim.attacked, WORST: worst}
 
 
 def _samples(task: Task, part: str, labels: Tensor, victims: dict[str, Victim]) -> list[list[str]]:
