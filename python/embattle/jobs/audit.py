@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embattle.audit import figures
 from embattle.audit.evaluation import (
     Attacked,
     evaluate,
@@ -26,11 +25,13 @@ from embattle.audit.evaluation import (
 )
 from embattle.audit.honesty import order_checks, transfer_check, unbounded_check
 from embattle.audit.html import Fallen
-from embattle.audit.report import document, summary_rows, threat_words, unit_words
+from embattle.audit.report import document, summary_rows
+from embattle.audit.sections import curve
+from embattle.audit.words import threat_words
 from embattle.data.account import Account
 from embattle.data.batch import Batch
 from embattle.errors import InputError
-from embattle.files import remove_unfinished, replacing, write_text
+from embattle.files import remove_unfinished, write_text
 from embattle.jobs import recipe as recipes
 from embattle.jobs.attack_recipe import attack_recipe
 from embattle.jobs.doctor import version_of
@@ -44,6 +45,8 @@ from embattle.tasks.base import Task
 
 # Examples on which the checks that need further attacks are made.
 CHECKED = 100
+# Of an example so many characters are in the report.
+SHOWN = 4000
 
 
 @dataclass
@@ -66,7 +69,7 @@ class Victim:
 
 
 def audit(folder: Path, *, trust: bool = False) -> None:
-    """Audits a run and writes `metrics.json`, `curves.png` and `report.html` into its folder.
+    """Audits a run and writes `metrics.json`, `curves.svg` and `report.html` into its folder.
 
     The files are written when everything is known, each of them whole or not at all.
 
@@ -124,26 +127,24 @@ def _audit(folder: Path, trust: bool) -> None:
         batches = task.batches(model, part, recipe.audit.batch_size)
         victims[name], facts["models"][name] = _examine(recipe, name, model, task, batches)
     few = batches[: math.ceil(CHECKED / len(batches[0]))]
+    labels = _labels(batches)
     facts["checks"] = _check(recipe, task, victims, few, facts)
     facts |= {
         "train_seconds": {name: run.variants[name].seconds for name in recipe.variants},
         "audit_seconds": round(time.monotonic() - began, 1),
         "environment": _environment(),
+        "chance": task.kind.chance(labels),
+        "reading": run.reading,
+        "label": _label_column(task),
     }
-    labels = _labels(batches)
-    curves = _curves(recipe, facts, task.kind.chance(labels))
-    histories = {name: run.variants[name].history for name in recipe.variants}
-    losses = figures.losses_over_steps(histories)
     html = document(
         facts,
         settings=recipe.to_yaml(),
-        curves=curves,
-        losses=losses,
+        histories={name: run.variants[name].history for name in recipe.variants},
         samples=_samples(task, part, labels, victims),
     )
     write_text(folder / "metrics.json", json.dumps(_plain(facts), indent=2) + "\n")
-    with replacing(folder / "curves.png") as unfinished_file:
-        unfinished_file.write_bytes(curves)
+    write_text(folder / "curves.svg", curve(facts).file())
     write_text(folder / "report.html", html)
     _print(facts, folder)
 
@@ -262,7 +263,7 @@ def _samples(task: Task, part: str, labels: Tensor, victims: dict[str, Victim]) 
     rows = []
     for i in torch.nonzero(turned).flatten()[:8].tolist():
         shown = task.show(part, i)
-        shown = shown if len(shown) <= 160 else shown[:157] + "..."
+        shown = shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + "…"
         cells = [shown, task.kind.show_label(labels[i])]
         for victim in victims.values():
             under = victim.attacked[last]
@@ -277,17 +278,10 @@ def _labels(batches: Sequence[Batch]) -> Tensor:
     return torch.cat([batch.known_labels() for batch in batches])
 
 
-def _curves(recipe: Recipe, facts: dict[str, Any], chance: float | None) -> bytes:
-    models, (key, title) = facts["models"], facts["measures"][0]
-    return figures.accuracy_over_eps(
-        {name: model["sweep"][key] for name, model in models.items()},
-        models[STANDARD]["sweep"]["eps"],
-        trained=recipe.threat.eps,
-        chance=chance,
-        unit=unit_words(facts),
-        attack=models[STANDARD]["sweep"]["attack"],
-        measure=title,
-    )
+def _label_column(task: Task) -> str | None:
+    """The name of the column that is predicted, where the task's data has one."""
+    name = getattr(task.data_options, "label", None)
+    return name if isinstance(name, str) else None
 
 
 def _environment() -> dict[str, Any]:
