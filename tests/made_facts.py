@@ -23,7 +23,7 @@ EPS = [0.0, 0.075, 0.15, 0.3, 0.6, 1.2]
 #: What no page may run, load or be broken by.
 EVIL = (
     '<script>document.title="owned"</script>',
-    "\"><img src=x onerror=\"document.title='owned'\">",
+    '"><img src=x onerror="document.title=\'owned\'">',
     "'; </style></script><svg onload=alert(1)>",
     "\u202egnp.exe \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
     "W" * 300,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from embattle.audit import html, verdict
 from embattle.audit.figures import Chart, Line, colour
 from embattle.audit.html import Cell
 from embattle.audit.pictures import bars, heat_map
-from embattle.audit.words import NONE, brief, duration, finite, percent, plural
+from embattle.audit.words import NONE, brief, duration, escape, finite, percent, plural
 
 Facts = Mapping[str, Any]
 
@@ -124,35 +123,38 @@ def _true(facts: Facts, label: str) -> str:
 
 def explanations(facts: Facts) -> str:
     """What carried the perturbations, where they lie in samples, swaps, and the loss around one."""
-    parts = []
-    word = facts["words"]["vector"]
-    for place, (model, found) in enumerate(facts["models"].items()):
-        told = found.get("explanations") or {}
+    found, word = [], facts["words"]["vector"]
+    for place, (model, entry) in enumerate(facts["models"].items()):
+        told = entry.get("explanations") or {}
+        charts = [_carried(told.get("carried") or (), word, place)]
+        charts.append(_landscape(told.get("landscape") or {}))
         shown = [
-            _carried(told.get("carried") or (), word, place),
+            f'<div class="charts">{"".join(charts)}</div>' if any(charts) else "",
             _heats(told.get("samples") or ()),
             _swaps(told.get("swaps") or (), word),
-            _landscape(told.get("landscape") or {}),
         ]
         if any(shown):
-            name = f'<h3 class="m{colour(place)}" dir="auto">{escape(model)}</h3>'
-            parts.append("\n".join([name, *(part for part in shown if part)]))
-    if not parts:
+            found.append((model, place, "\n".join(part for part in shown if part)))
+    if not found:
         return ""
+    parts = [
+        html.box(model, shown)
+        if len(found) > 2
+        else f'<h3 class="m{colour(place)}" dir="auto">{escape(model)}</h3>\n{shown}'
+        for model, place, shown in found
+    ]
     return html.section(
         "How the attack works",
         *parts,
-        note=f"Which {plural(word)} carry the perturbation: their share of its squared norm, or "
-        "what the explanation counts. The stronger the colour, the larger the share.",
+        note=f"Which {plural(word)} carry the perturbation, and where: the stronger the colour, "
+        "the larger the share.",
     )
 
 
 def _carried(entries: Sequence[Mapping[str, Any]], word: str, place: int) -> str:
     known = [(str(entry["name"]), finite(entry.get("share"))) for entry in entries]
     rows = [(name, share) for name, share in known if share is not None][:MOST]
-    if not rows:
-        return ""
-    return html.paragraph(f"The {plural(word)} that carry most:") + bars(rows, place)
+    return bars(rows, f"{plural(word)} that carry most", place) if rows else ""
 
 
 def _heats(samples: Sequence[Mapping[str, Any]]) -> str:
@@ -213,7 +215,7 @@ def _landscape(found: Mapping[str, Any]) -> str:
         found["x"],
         found["y"],
         found["z"],
-        title="loss around one example",
+        title="Loss around one example",
         x_title="along the attack's direction",
-        y_title="loss, along a random direction (up)",
+        y_title="a random direction",
     )

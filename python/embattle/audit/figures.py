@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 
-from embattle.audit.words import finite, percent
+from embattle.audit.words import escape, finite, percent
 
 #: So many colours there are for models; they begin again where there are more models.
 COLOURS = 8

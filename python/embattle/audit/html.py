@@ -12,7 +12,6 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,10 @@ from embattle.audit.tables import Fallen as Fallen
 from embattle.audit.tables import small
 from embattle.audit.tables import table as table
 from embattle.audit.terms import glossary, prose
+from embattle.audit.words import escape
+
+# Keeps the place of small print, so that tiles stay in step.
+NOTHING = "\N{NO-BREAK SPACE}"
 
 
 def page(title: str, sections: Sequence[str], *, contents: bool = False) -> str:
@@ -131,14 +134,14 @@ def tiles(
         legends: what each tile shows, in a sentence.
         notes: for each tile, model to what is said below its figure, such as an interval.
     """
-    made = []
+    made, noted = [], any(any(below.values()) for below in notes)
     for number, (name, figures) in enumerate(entries):
         legend = legends[number] if number < len(legends) else ""
         below = notes[number] if number < len(notes) else {}
         said = f"<small>{prose(legend)}</small>" if legend else ""
         rows = "".join(
             f'<div><dt class="m{colour(i)}" dir="auto">{escape(model)}</dt>'
-            f"<dd><b>{escape(figure)}</b>{small(below.get(model, ''))}"
+            f"<dd><b>{escape(figure)}</b>{small(below.get(model) or NOTHING * noted)}"
             f"{_meter(figure, i)}</dd></div>"
             for i, (model, figure) in enumerate(figures.items())
         )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from embattle.audit.figures import colour
-from embattle.audit.words import finite, percent
+from embattle.audit.words import escape, finite, percent
 
 
 def meter(share: float, model: int | None = None) -> str:
@@ -19,8 +18,8 @@ def meter(share: float, model: int | None = None) -> str:
     )
 
 
-def bars(entries: Sequence[tuple[str, float]], model: int = 0) -> str:
-    """Names with a bar each, the longest of full length; the figures are shares."""
+def bars(entries: Sequence[tuple[str, float]], title: str, model: int = 0) -> str:
+    """A figure of names with a bar each, the longest of full length; the values are shares."""
     top = max((abs(share) for _, share in entries), default=0.0) or 1.0
     rows = "".join(
         f'<div><dt dir="auto">{escape(name)}</dt><dd><svg class="meter" aria-hidden="true">'
@@ -28,7 +27,10 @@ def bars(entries: Sequence[tuple[str, float]], model: int = 0) -> str:
         f'height="100%"/></svg><span>{percent(share)}</span></dd></div>'
         for name, share in entries
     )
-    return f'<dl class="bars">{rows}</dl>'
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f'<dl class="bars">{rows}</dl></figure>'
+    )
 
 
 def heat_map(
@@ -60,7 +62,7 @@ def heat_map(
             share = (value - low) / (high - low) if high > low else 0.0
             cells.append(
                 f'<rect class="heat" x="{wide * j:.2f}%" y="{100 - tall * (i + 1):.2f}%" '
-                f'width="{wide + 0.2:.2f}%" height="{tall + 0.2:.2f}%" '
+                f'width="{wide:.2f}%" height="{tall:.2f}%" '
                 f'fill-opacity="{0.04 + 0.96 * share:.3f}"><title>{value:.4g}</title></rect>'
             )
     centre = _centre(x, wide), 100 - _centre(y, tall)
@@ -74,8 +76,9 @@ def heat_map(
         f'<text class="tick" x="-8" y="0" dy="10" text-anchor="end">{y[-1]:.3g}</text>',
     ]
     return (
-        f'<figure class="chart map"><figcaption>{escape(y_title)}</figcaption>'
-        f'<p class="soft">{low:.3g} (faint) to {high:.3g} (strong)</p><div class="plot">'
+        f'<figure class="chart map"><figcaption>{escape(title)}</figcaption>'
+        f'<p class="soft">Up: {escape(y_title)}. {low:.3g} (faint) to {high:.3g} (strong)</p>'
+        '<div class="plot">'
         f'<svg role="img" aria-label="{escape(title)}" width="100%" height="100%">'
         f"<title>{escape(title)}</title>{''.join([*cells, *marks])}</svg></div></figure>"
     )

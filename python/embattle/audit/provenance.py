@@ -25,7 +25,6 @@ def trust(facts: Facts) -> str:
     holding = [check for check in facts["checks"] if check["passed"]]
     name = verdict.headline(facts)[1]
     attacks = ", ".join(verdict.attacks(facts))
-    trained = "; ".join(f"{m}: {words}" for m, words in (facts.get("variants") or {}).items())
     count = facts["examples"]
     least = verdict.margin(0.8, 0.8, count)
     limits = (
@@ -49,7 +48,6 @@ def trust(facts: Facts) -> str:
         html.box(f"The {total - wrong} checks that hold", html.checks(holding)) if many else "",
         html.checks(holding) if holding and not many else "",
         html.paragraph(limits),
-        html.paragraph(f"What the models were trained on: {trained}.") if trained else "",
         note=said,
     )
 
@@ -73,7 +71,7 @@ def training(facts: Facts, losses: Chart | None) -> str:
     head = ["model", "trained on", "time", "time, relative", "passes, relative"]
     if not any(cost["passes"] is not None for cost in spent.values()):
         head, rows = head[:-1], [row[:-1] for row in rows]
-    known = any(cost["seconds"] is not None for cost in spent.values())
+    known = any(cost["seconds"] is not None for cost in spent.values()) or facts.get("variants")
     table = html.table(head, rows, sort=True, caption="cost of training", text=[1])
     chart = "" if losses is None else losses.html()
     if not known and not chart:

@@ -22,6 +22,9 @@ from embattle.audit.words import (
 Facts = Mapping[str, Any]
 CLEAN = "no attack"
 
+# Longer tables of details are folded away.
+MOST = 16
+
 
 def conditions(facts: Facts, model: str) -> dict[str, Mapping[str, Any]]:
     """What a model was judged under, with its figures: no attack, each attack, the worst."""
@@ -123,7 +126,7 @@ def _comparisons(facts: Facts) -> str:
         rows.append(
             [
                 f"{one} against {other}",
-                entry["attack"],
+                verdict.WORST if entry["attack"] == "worst" else entry["attack"],
                 titles.get(entry["measure"], entry["measure"]),
                 Cell(
                     f"{entry['difference']:+.3f}",
@@ -251,9 +254,10 @@ def every_figure(facts: Facts) -> str:
         if norms
         else ""
     )
+    table = html.table(head, rows, sort=True, caption="all measures of all models", text=[1])
     return html.section(
         "Every attack, every measure",
-        html.table(head, rows, sort=True, caption="all measures of all models", text=[1]),
+        table if len(rows) <= MOST else html.box(f"All {len(rows)} rows", table),
         note=f"{facts['note']} Flipped: share of the examples that are right and that the attack "
         f"turns. Mean norm: of the perturbations found, absolute.{beside}".strip(),
     )
@@ -294,7 +298,7 @@ def class_name(facts: Facts, name: str) -> str:
     """A class with its column before it where its name alone says nothing, such as `1`."""
     column = facts.get("label")
     bare = name.strip().lower() in ("true", "false", "yes", "no", "y", "n") or _numeric(name)
-    return f"{column}: {name}" if column and bare else name
+    return f"{column}:\N{NO-BREAK SPACE}{name}" if column and bare else name
 
 
 def _numeric(text: str) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from embattle.audit.figures import colour
 from embattle.audit.terms import term
-from embattle.audit.words import NONE, finite
+from embattle.audit.words import NONE, escape, finite
 
 
 class Cell(str):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from html import escape
+
+from embattle.audit.words import escape
 
 #: Terms that a reader outside the field need not know.
 TERMS: dict[str, str] = {
@@ -27,14 +28,15 @@ TERMS: dict[str, str] = {
     "weights.",
     "flipped": "The share of the examples that are right without an attack and wrong under it.",
     "hit rate": "The share of the users for whom the right item is among those recommended.",
-    "interval": "Where the figure would lie in 95 of 100 samples of as many examples.",
+    "interval": "A range that would hold the true figure in 95 of 100 such audits, each on "
+    "examples drawn anew.",
     "log loss": "How surprised the model is by what is true. 0 is best.",
     "loss": "What training makes small: how wrong the model is. 0 is best.",
     "MAE": "Mean absolute error: how far a prediction is off, on average.",
     "mean norm": "How far the attack moved the embeddings, on average.",
     "MRR": "Mean reciprocal rank: 1 if the right item is always first, 1/2 if second.",
     "NDCG": "How near the top the right item is. 1 is best.",
-    "p": "How likely a difference as large as this is by chance alone.",
+    "p": "How likely a difference at least as large would be by chance if there were none.",
     "precision": "Of the examples that the model puts in the class, the share that belong there.",
     "R2": "The share of the variation that the predictions explain. 1 is best; 0 is a constant.",
     "recall": "Of the examples that belong to the class, the share that the model finds.",
