@@ -60,6 +60,8 @@ ON_THE_CPU_ALONE = {
     "test_recipe.py": "has no tensors",
     "test_recipes.py": _PACKAGE,
     "test_rows.py": "has no tensors",
+    "test_report.py": "has no tensors",
+    "test_report_browser.py": "has no tensors",
     "test_replay.py::test_masks_are_drawn_once_and_freed": "masks are kept on a CPU alone",
     "test_simd_levels.py": "SIMD levels are the CPU's",
     "test_tasks.py::test_a_ranking_task_goes_through_the_jobs": "its task draws on the CPU",

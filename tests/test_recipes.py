@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("accelerate")
-pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 pytest.importorskip("pyarrow")
 pytest.importorskip("pydantic")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from embattle.audit.report import summary_rows, threat_words
+from embattle.audit.report import summary_rows
 from embattle.audit.scores import CLEAN, WORST
+from embattle.audit.words import threat_words
 
 
 def summary_lines(facts: dict[str, Any]) -> list[str]:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embattle.audit import figures
 from embattle.audit.html import Fallen
-from embattle.audit.report import document, unit_words
+from embattle.audit.report import document
 from embattle.audit.schema import SCHEMA
 from embattle.audit.scores import (
     CLEAN,
@@ -28,11 +27,12 @@ from embattle.audit.scores import (
     worst_of,
     write_outcomes,
 )
+from embattle.audit.sections import curve
 from embattle.audit.summary import summary_lines
 from embattle.data.account import Account
 from embattle.data.batch import Batch
 from embattle.errors import InputError, closest
-from embattle.files import remove_unfinished, replacing, sha256, write_text
+from embattle.files import remove_unfinished, sha256, write_text
 from embattle.jobs import provenance
 from embattle.jobs import recipe as recipes
 from embattle.jobs.bounds import Bound, check_names, unmet
@@ -43,6 +43,9 @@ from embattle.jobs.train import read
 from embattle.progress import say
 from embattle.tasks.base import Task
 from embattle.tasks.kinds import Kind
+
+# Of an example so many characters are in the report.
+SHOWN = 4000
 
 
 def audit_all(
@@ -98,7 +101,7 @@ def _run_and_model(folder: Path) -> tuple[Path, str | None]:
 
 
 def audit(folder: Path, *, models: Sequence[str] = (), trust: bool = False) -> dict[str, Any]:
-    """Audits a run and writes `metrics.json`, `outcomes.safetensors`, `curves.png`, `report.html`.
+    """Audits a run and writes `metrics.json`, `outcomes.safetensors`, `curves.svg`, `report.html`.
 
     The files are written when everything is known, each of them whole or not at all.
 
@@ -191,24 +194,21 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool) -> dict[str, Any]:
     facts |= {
         "train_seconds": {name: run.variants[name].seconds for name in names},
         "audit_seconds": round(time.monotonic() - began, 1),
+        "chance": task.kind.chance(labels),
+        "label": _label_column(task),
         "environment": provenance.environment(_device()),
     }
-    curves = _curves(recipe, facts, task.kind.chance(labels))
-    histories = {name: run.variants[name].history for name in names}
-    losses = figures.losses_over_steps(histories)
     html = document(
         facts,
         settings=recipe.to_yaml(),
-        curves=curves,
-        losses=losses,
+        histories={name: run.variants[name].history for name in names},
         samples=_samples(task, part, labels, victims),
     )
     write_outcomes(folder / OUTCOMES, outcomes, part=found["part"])
     found["outcomes"] = sha256(folder / OUTCOMES)
     facts = plain(facts)
     write_text(folder / "metrics.json", json.dumps(facts, indent=2) + "\n")
-    with replacing(folder / "curves.png") as unfinished_file:
-        unfinished_file.write_bytes(curves)
+    write_text(folder / "curves.svg", curve(facts).file())
     write_text(folder / "report.html", html)
     for line in summary_lines(facts):
         say(line)
@@ -234,7 +234,7 @@ def _samples(task: Task, part: str, labels: Tensor, victims: dict[str, Victim]) 
     rows = []
     for i in torch.nonzero(turned).flatten()[:8].tolist():
         shown = task.show(part, i)
-        shown = shown if len(shown) <= 160 else shown[:157] + "..."
+        shown = shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + "…"
         cells = [shown, task.kind.show_label(labels[i])]
         for victim in victims.values():
             under = victim.attacked[last]
@@ -245,17 +245,10 @@ def _samples(task: Task, part: str, labels: Tensor, victims: dict[str, Victim]) 
     return rows
 
 
-def _curves(recipe: Recipe, facts: dict[str, Any], chance: float | None) -> bytes:
-    models, (key, title) = facts["models"], facts["measures"][0]
-    return figures.accuracy_over_eps(
-        {name: model["sweep"][key] for name, model in models.items()},
-        models[STANDARD]["sweep"]["eps"],
-        trained=recipe.threat.eps,
-        chance=chance,
-        unit=unit_words(facts),
-        attack=models[STANDARD]["sweep"]["attack"],
-        measure=title,
-    )
+def _label_column(task: Task) -> str | None:
+    """The name of the column that is predicted, where the task's data has one."""
+    name = getattr(task.data_options, "label", None)
+    return name if isinstance(name, str) else None
 
 
 def _device() -> torch.device:

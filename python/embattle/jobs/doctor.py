@@ -19,7 +19,6 @@ OPTIONAL = (
     "pyyaml",
     "pyarrow",
     "torchmetrics",
-    "matplotlib",
     "rich",
     "typer",
 )

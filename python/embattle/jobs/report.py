@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from embattle.audit import html
-from embattle.audit.report import threat_words
 from embattle.audit.schema import SCHEMA, Metrics
 from embattle.audit.scores import CLEAN, OUTCOMES, WORST, corrected, plain, read_outcomes
 from embattle.audit.statistics import bootstrap, mcnemar, percentile_interval
 from embattle.audit.summary import difference_words, figure
+from embattle.audit.words import threat_words
 from embattle.errors import InputError, first_line
 from embattle.files import sha256, write_text
 from embattle.progress import say
