@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,23 @@ from torch import Tensor
 from embattle.audit import figures
 from embattle.audit.html import Fallen
 from embattle.audit.report import document, summary_rows, threat_words, unit_words
+from embattle.audit.trust import check_victims
+from embattle.audit.victim import Victim
 from embattle.data.account import Account
-from embattle.data.batch import Batch
+from embattle.data.batch import Batch, first_samples
 from embattle.errors import InputError
 from embattle.files import remove_unfinished, replacing, write_text
 from embattle.jobs import recipe as recipes
 from embattle.jobs.doctor import version_of
-from embattle.jobs.examine import CHECKED, Victim, check_attacks, examine, labels_of
+from embattle.jobs.examine import examine, labels_of
 from embattle.jobs.recipe import STANDARD, Recipe
 from embattle.jobs.run_folder import Run, locked
 from embattle.jobs.train import read
 from embattle.progress import say
 from embattle.tasks.base import Task
+
+# Examples on which the checks that need further attacks are made.
+CHECKED = 100
 
 
 def audit(folder: Path, *, trust: bool = False) -> None:
@@ -88,8 +94,14 @@ def _audit(folder: Path, trust: bool) -> None:
     for name, model in models.items():
         batches = task.batches(model, part, recipe.audit.batch_size)
         victims[name], facts["models"][name] = examine(recipe, name, model, task, batches)
-    few = batches[: math.ceil(CHECKED / len(batches[0]))]
-    facts["checks"] = check_attacks(recipe, task, victims, few, facts)
+    checks = check_victims(
+        victims,
+        first_samples(batches, CHECKED),
+        evaluator=task,
+        measure=task.kind.measures[0][1],
+        seed=recipe.seed,
+    )
+    facts["checks"] = [asdict(check) for check in checks]
     facts |= {
         "train_seconds": {name: run.variants[name].seconds for name in recipe.variants},
         "audit_seconds": round(time.monotonic() - began, 1),

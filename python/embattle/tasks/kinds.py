@@ -30,11 +30,14 @@ class Kind(ABC):
             share of samples that are right.
         note: a sentence about them.
         shown: what `show` tells, in words.
+        graded: whether a measure depends on how wrong a sample is, not only on whether it is, so
+            that an attack has to go on with samples that have fallen.
     """
 
     measures: ClassVar[tuple[tuple[str, str], ...]]
     note: ClassVar[str] = ""
     shown: ClassVar[str]
+    graded: ClassVar[bool] = True
 
     @abstractmethod
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -105,8 +108,12 @@ class Classification(Kind):
         ("f1", "F1"),
         ("auc", "AUC"),
     )
-    note: ClassVar[str] = "F1 is the mean over the classes."
+    note: ClassVar[str] = (
+        "F1 is the mean over the classes. Samples leave an attack as they fall: AUC under attack "
+        "is that of each one's first success."
+    )
     shown: ClassVar[str] = "confidence in the true label"
+    graded: ClassVar[bool] = False
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Give the cross-entropy."""
@@ -170,6 +177,7 @@ class BinaryClassification(Classification):
         ("loss", "log loss"),
     )
     note: ClassVar[str] = "Log loss is the mean cross-entropy."
+    graded: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -313,6 +321,7 @@ class Ranking(Kind):
     )
     note: ClassVar[str] = "Hit rate, NDCG and MRR are of the items that are recommended."
     shown: ClassVar[str] = "rank of the right item"
+    graded: ClassVar[bool] = False  # below the k-th place all ranks count for nothing
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Give the cross-entropy of the right item among all."""
