@@ -11,8 +11,9 @@ from torch import Tensor, nn
 pytest.importorskip("torchmetrics")
 
 from embattle.attacks import PGD, UniformNoise
-from embattle.audit.evaluation import evaluate, predict, success_rate, sweep
+from embattle.audit.evaluation import evaluate, predict, sweep
 from embattle.audit.honesty import order_checks, transfer_check, unbounded_check
+from embattle.audit.outcomes import success_rate
 from embattle.data.batch import Batch
 from embattle.perturb.site import Site
 from embattle.perturb.strength import Relative

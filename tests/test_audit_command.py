@@ -99,11 +99,6 @@ def test_what_metrics_say(runs: Path) -> None:
         fell = torch.stack([~right[name][label] for label in ATTACKS]).any(0)
         assert (right[name][WORST] == ~fell).all()
         assert model["worst"]["accuracy"] <= min(e["accuracy"] for e in model["attacks"].values())
-        # Nothing looks better under the worst than under one of them.
-        for key, better in (("auc", min), ("loss", max)):
-            found = [entry[key] for entry in model["attacks"].values()]
-            assert better(*found, model["worst"][key]) == model["worst"][key]
-        assert model["eps"]["absolute"] == pytest.approx(1.5 * model["vector_norm"])
     compared = {
         (one["attack"], one["measure"]): one
         for one in facts["comparisons"]

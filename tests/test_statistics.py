@@ -13,14 +13,13 @@ from torch import Tensor
 pytest.importorskip("scipy")
 pytest.importorskip("torchmetrics")
 
+from embattle.audit.outcomes import Attacked
 from embattle.audit.scores import (
     CLEAN,
     WORST,
-    Samples,
     corrected,
     read_outcomes,
     score_models,
-    worst_of,
     write_outcomes,
 )
 from embattle.audit.statistics import (
@@ -192,40 +191,18 @@ def test_holm_by_hand() -> None:
     assert [one["correction"] for one in found] == ["Holm, of 2", "Holm, of 1", "Holm, of 2"]
 
 
-def test_the_worst_of_several_attacks() -> None:
-    kind, labels = BinaryClassification(), torch.ones(5, dtype=torch.int64)
-    logits = {"a": [2.0, -1.0, 1.0, -1.0, 3.0], "b": [1.0, 1.0, -1.0, -2.0, math.nan]}
-    attacked = {
-        name: Samples(torch.tensor(row), torch.tensor(row) > 0) for name, row in logits.items()
-    }
-    worst = worst_of(kind, labels, attacked)
-    assert worst.right.tolist() == [True, False, False, False, False]
-    assert worst.outputs[:4].tolist() == [1, -1, -1, -2]
-    assert math.isnan(worst.outputs[4])
-    assert attacked["a"].outputs.tolist() == logits["a"]
-    # A ranking is turned by a rank, which a smaller loss may have.
-    scores = torch.tensor([[[1.0, 2.0, 0.0]], [[1.0, 0.9, 0.8]]])
-    first, second = (
-        Samples(row, torch.tensor([ok])) for row, ok in zip(scores, (False, True), strict=True)
-    )
-    for order in ({"x": first, "y": second}, {"y": second, "x": first}):
-        found = worst_of(Ranking(1), torch.tensor([0]), order)
-        assert found.outputs.tolist() == scores[0].tolist()
-        assert not found.right.any()
-
-
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: type(kind).__name__)
 def test_models_are_scored_and_compared(kind: Kind) -> None:
     outputs, labels = made(kind, 60)
     others = made(kind, 60, seed=3)[0]
     models = {
-        "a": {CLEAN: Samples(outputs, kind.right(outputs, labels))},
-        "b": {CLEAN: Samples(others, kind.right(others, labels))},
+        "a": {CLEAN: Attacked.clean(outputs, kind.right(outputs, labels))},
+        "b": {CLEAN: Attacked.clean(others, kind.right(others, labels))},
     }
     for name, rows in models.items():
         moved = others if name == "a" else outputs
-        rows["PGD"] = Samples(moved, kind.right(moved, labels))
-        rows[WORST] = worst_of(kind, labels, {"PGD": rows["PGD"]})
+        rows["PGD"] = Attacked.clean(moved, kind.right(moved, labels))
+        rows[WORST] = rows["PGD"]
     scored, comparisons = score_models(kind, labels, models)
     headline = kind.measures[0][0]
     for rows in scored.values():
@@ -267,7 +244,9 @@ def test_reports_of_classes_by_hand() -> None:
 
 def test_outcomes_are_read_back(tmp_path: Path) -> None:
     right = torch.tensor([True, False, True])
-    wanted = {"m": {CLEAN: Samples(right, right), "PGD-3, step 0.5": Samples(right, ~right)}}
+    wanted = {
+        "m": {CLEAN: Attacked.clean(right, right), "PGD-3, step 0.5": Attacked.clean(right, ~right)}
+    }
     write_outcomes(tmp_path / "o.safetensors", wanted, part="abc")
     part, found = read_outcomes(tmp_path / "o.safetensors")
     assert part == "abc"

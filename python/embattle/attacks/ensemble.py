@@ -79,7 +79,7 @@ class Ensemble:
             return False
         with self.batch.with_seed(self._seed()), torch.no_grad():
             other = self.batch.run().detach()
-        return not _same(self.clean, other)
+        return not same_evaluation(self.clean, other)
 
     def _can_leave(self) -> bool:
         """Return whether samples can leave: half of them must evaluate as they do in the batch."""
@@ -92,7 +92,7 @@ class Ensemble:
         part = batch.select(rows, [p.select(rows) for p in perturbations])
         some = part.evaluate(grad=False).detach()
         batch.clear()
-        return _same(self.clean.select(rows), some)
+        return same_evaluation(self.clean.select(rows), some)
 
     def _seed(self) -> int:
         return int(torch.randint(2**62, (), generator=self.generator))
@@ -327,7 +327,7 @@ def without_gradient(perturbations: list[Perturbation], grads: list[Tensor]) -> 
     return ~found
 
 
-def _same(one: Evaluation, two: Evaluation) -> bool:
+def same_evaluation(one: Evaluation, two: Evaluation) -> bool:
     """Return whether two evaluations agree, up to rounding."""
     for a, b in ((one.losses, two.losses), (one.outputs, two.outputs)):
         if a is None or b is None:

@@ -8,7 +8,21 @@
 
 from __future__ import annotations
 
-from embattle.audit.evaluation import Attacked, evaluate, predict, success_rate, sweep
+from embattle.audit.evaluation import evaluate, predict, sweep
 from embattle.audit.honesty import Check
+from embattle.audit.measure import Measurement, measure
+from embattle.audit.outcomes import Attacked, success_rate, worst_of
+from embattle.audit.smallest import smallest
 
-__all__ = ["Attacked", "Check", "evaluate", "predict", "success_rate", "sweep"]
+__all__ = [
+    "Attacked",
+    "Check",
+    "Measurement",
+    "evaluate",
+    "measure",
+    "predict",
+    "smallest",
+    "success_rate",
+    "sweep",
+    "worst_of",
+]

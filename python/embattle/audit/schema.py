@@ -60,6 +60,10 @@ class Attacked(Scores):
     perturbation_norm: float | None = Field(
         default=None, description="mean norm of the perturbations, absolute, in the threat's norm"
     )
+    eps: float | None = Field(default=None, description="the radius, in the threat's unit")
+    eps_absolute: float | list[float] | None = Field(
+        default=None, description="the same as a number; several where sites differ"
+    )
     seconds: float | None = Field(default=None, description="that it took")
 
 
@@ -99,6 +103,7 @@ class Check(_Open):
     name: str
     passed: bool
     detail: str = Field(description="the figures that it was decided by")
+    reason: str | None = Field(default=None, description="what a failure means")
 
 
 class Threat(_Open):

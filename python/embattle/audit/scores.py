@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from embattle.audit.outcomes import Attacked, success_rate
 from embattle.audit.statistics import (
     DRAWS,
     bootstrap,
@@ -22,6 +22,7 @@ from embattle.audit.statistics import (
     permutation_tests,
     wilson,
 )
+from embattle.audit.victim import Victim
 from embattle.errors import need
 from embattle.files import save_tensors
 from embattle.tasks.kinds import Kind
@@ -35,54 +36,16 @@ OUTCOMES = "outcomes.safetensors"
 LEVEL = 0.05
 
 
-class Outcome(Protocol):
-    """Samples without attack, or under one: outputs [N, ...], and what is right, bool [N]."""
-
-    @property
-    def outputs(self) -> Tensor: ...
-
-    @property
-    def right(self) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Samples:
-    """An `Outcome`, plainly."""
-
-    outputs: Tensor
-    right: Tensor
-
-
-def worst_of(kind: Kind, labels: Tensor, attacked: Mapping[str, Outcome]) -> Samples:
-    """Each sample under the attack that is worst for it.
-
-    Of the attacks that turn it that is the one with the largest loss; of all, if none does. A loss
-    that is no number counts as the largest.
-
-    Args:
-        kind: what is predicted.
-        labels: [N, ...].
-        attacked: by attack.
-    """
-    worst: Samples | None = None
-    least = torch.empty(0)
-    for outcome in attacked.values():
-        losses = kind.losses(outcome.outputs.float(), labels).nan_to_num(torch.inf, torch.inf)
-        if worst is None:
-            worst, least = Samples(outcome.outputs.clone(), outcome.right.clone()), losses.clone()
-            continue
-        worse = (worst.right & ~outcome.right) | ((worst.right == outcome.right) & (losses > least))
-        worst.outputs[worse], worst.right[worse] = outcome.outputs[worse], outcome.right[worse]
-        least[worse] = losses[worse]
-    if worst is None:
-        raise ValueError("worst_of: no attack is given; give at least one")
-    return worst
+def outcomes_of(victim: Victim) -> dict[str, Attacked]:
+    """A model's samples without attack, under each, and under the worst at the threat's eps."""
+    found = {CLEAN: victim.unattacked, **victim.attacked}
+    return found if victim.worst is None else {**found, WORST: victim.worst}
 
 
 def score_models(
     kind: Kind,
     labels: Tensor,
-    outcomes: Mapping[str, Mapping[str, Outcome]],
+    outcomes: Mapping[str, Mapping[str, Attacked]],
     *,
     seed: int = 0,
 ) -> tuple[dict[str, dict[str, dict[str, Any]]], list[dict[str, Any]]]:
@@ -125,7 +88,7 @@ def score_models(
             if row != CLEAN:
                 before = rows[CLEAN].right
                 fell, count = int((before & ~outcome.right).sum()), int(before.sum())
-                entry["success_rate"] = fell / max(1, count)
+                entry["success_rate"] = success_rate(before, outcome.right)
                 intervals["success_rate"] = wilson(fell, count) if count else None
             known = {key: list(value) for key, value in intervals.items() if value is not None}
             scored[model][row] = {
@@ -140,7 +103,7 @@ def add_scores(
     facts: dict[str, Any],
     kind: Kind,
     labels: Tensor,
-    outcomes: Mapping[str, Mapping[str, Outcome]],
+    outcomes: Mapping[str, Mapping[str, Attacked]],
     *,
     seed: int = 0,
 ) -> None:
@@ -159,23 +122,8 @@ def add_scores(
         for label, entry in rows.items():
             if label not in (CLEAN, WORST):
                 model.setdefault("attacks", {}).setdefault(label, {}).update(entry)
-        spent = [entry.get("seconds", 0.0) for entry in model["attacks"].values()]
-        model.setdefault("worst", {"seconds": round(sum(spent), 2)}).update(rows[WORST])
-
-
-def sizes_of_eps(threat: Mapping[str, Any], vector_norm: float) -> dict[str, float | None]:
-    """The radius in absolute terms and in mean norms of the embeddings, None where not known.
-
-    Args:
-        threat: `norm`, `eps` and `unit`.
-        vector_norm: the mean l2 norm of the embeddings: it tells one from the other in the l2 norm.
-    """
-    eps, unit = threat["eps"], threat["unit"]
-    comparable = threat["norm"] == "l2" and vector_norm > 0
-    if unit == "absolute":
-        return {"absolute": eps, "relative": eps / vector_norm if comparable else None}
-    known = comparable and unit == "token_norm"
-    return {"absolute": eps * vector_norm if known else None, "relative": eps}
+        if WORST in rows:
+            model.setdefault("worst", {}).update(rows[WORST])
 
 
 def plain(value: Any) -> Any:
@@ -190,7 +138,7 @@ def plain(value: Any) -> Any:
 def _compare(
     kind: Kind,
     labels: Tensor,
-    outcomes: Mapping[str, Mapping[str, Outcome]],
+    outcomes: Mapping[str, Mapping[str, Attacked]],
     drawn: Mapping[tuple[str, str, str], Tensor],
     seed: int,
 ) -> list[dict[str, Any]]:
@@ -251,7 +199,9 @@ def corrected(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def write_outcomes(path: Path, outcomes: Mapping[str, Mapping[str, Outcome]], *, part: str) -> None:
+def write_outcomes(
+    path: Path, outcomes: Mapping[str, Mapping[str, Attacked]], *, part: str
+) -> None:
     """Writes which samples are right, by model and attack, for later comparisons of runs.
 
     Args:

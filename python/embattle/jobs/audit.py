@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +15,30 @@ from torch import Tensor
 from embattle.audit.html import Fallen
 from embattle.audit.report import document
 from embattle.audit.schema import SCHEMA
-from embattle.audit.scores import (
-    CLEAN,
-    OUTCOMES,
-    WORST,
-    Outcome,
-    Samples,
-    add_scores,
-    plain,
-    sizes_of_eps,
-    worst_of,
-    write_outcomes,
-)
+from embattle.audit.scores import OUTCOMES, add_scores, outcomes_of, plain, write_outcomes
 from embattle.audit.sections import curve
 from embattle.audit.summary import summary_lines
+from embattle.audit.trust import check_victims
+from embattle.audit.victim import Victim
 from embattle.data.account import Account
-from embattle.data.batch import Batch
+from embattle.data.batch import Batch, first_samples
 from embattle.errors import InputError, closest
 from embattle.files import remove_unfinished, sha256, write_text
 from embattle.jobs import provenance
 from embattle.jobs import recipe as recipes
 from embattle.jobs.bounds import Bound, check_names, unmet
-from embattle.jobs.examine import CHECKED, Victim, check_attacks, examine, labels_of
+from embattle.jobs.examine import examine, labels_of
 from embattle.jobs.recipe import STANDARD, Recipe
 from embattle.jobs.run_folder import Run, locked
 from embattle.jobs.train import read
 from embattle.progress import say
 from embattle.tasks.base import Task
-from embattle.tasks.kinds import Kind
 
 # Of an example so many characters are in the report.
 SHOWN = 4000
+
+# Examples on which the checks that need further attacks are made.
+CHECKED = 100
 
 
 def audit_all(
@@ -185,12 +178,16 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool) -> dict[str, Any]:
         batches = task.batches(model, part, recipe.audit.batch_size)
         victims[name], facts["models"][name] = examine(recipe, name, model, task, batches)
     labels = labels_of(batches)
-    outcomes = {name: _outcomes(task.kind, labels, victim) for name, victim in victims.items()}
+    outcomes = {name: outcomes_of(victim) for name, victim in victims.items()}
     add_scores(facts, task.kind, labels, outcomes, seed=recipe.seed)
-    for model in facts["models"].values():
-        model["eps"] = sizes_of_eps(facts["threat"], model["vector_norm"])
-    few = batches[: math.ceil(CHECKED / len(batches[0]))]
-    facts["checks"] = check_attacks(recipe, task, victims, few, facts)
+    checks = check_victims(
+        victims,
+        first_samples(batches, CHECKED),
+        evaluator=task,
+        measure=task.kind.measures[0][1],
+        seed=recipe.seed,
+    )
+    facts["checks"] = [asdict(check) for check in checks]
     facts |= {
         "train_seconds": {name: run.variants[name].seconds for name in names},
         "audit_seconds": round(time.monotonic() - began, 1),
@@ -216,13 +213,6 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool) -> dict[str, Any]:
     say(f"training {spent:.0f} s, audit {facts['audit_seconds']:.0f} s")
     say(f"report: {folder / 'report.html'}")
     return facts
-
-
-def _outcomes(kind: Kind, labels: Tensor, victim: Victim) -> dict[str, Outcome]:
-    """A model's samples without attack, under each, and under the worst."""
-    clean = Samples(victim.clean, victim.right)
-    worst = worst_of(kind, labels, victim.attacked)
-    return {CLEAN: clean, **victim.attacked, WORST: worst}
 
 
 def _samples(task: Task, part: str, labels: Tensor, victims: dict[str, Victim]) -> list[list[str]]:

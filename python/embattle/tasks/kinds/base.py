@@ -24,12 +24,15 @@ class Kind(ABC):
         smaller_is_better: the keys of `scores` that are errors.
         note: a sentence about them.
         shown: what `show` tells, in words.
+        graded: whether a measure depends on how wrong a sample is, not only on whether it is, so
+            that an attack has to go on with samples that have fallen.
     """
 
     measures: ClassVar[tuple[tuple[str, str], ...]]
     smaller_is_better: ClassVar[frozenset[str]] = frozenset(("loss",))
     note: ClassVar[str] = ""
     shown: ClassVar[str]
+    graded: ClassVar[bool] = True
 
     @abstractmethod
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:

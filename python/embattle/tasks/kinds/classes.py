@@ -36,8 +36,12 @@ class Classification(Kind):
         ("f1", "F1"),
         ("auc", "AUC"),
     )
-    note: ClassVar[str] = "F1 is the mean over the classes."
+    note: ClassVar[str] = (
+        "F1 is the mean over the classes. Samples leave an attack as they fall: AUC under attack "
+        "is that of each one's first success."
+    )
     shown: ClassVar[str] = "confidence in the true label"
+    graded: ClassVar[bool] = False
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Give the cross-entropy."""
@@ -137,6 +141,7 @@ class BinaryClassification(Classification):
         ("loss", "log loss"),
     )
     note: ClassVar[str] = "Log loss is the mean cross-entropy."
+    graded: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

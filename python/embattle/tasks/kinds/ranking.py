@@ -34,6 +34,7 @@ class Ranking(Kind):
     )
     note: ClassVar[str] = "Hit rate, NDCG and MRR are of the items that are recommended."
     shown: ClassVar[str] = "rank of the right item"
+    graded: ClassVar[bool] = False  # below the k-th place all ranks count for nothing
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Give the cross-entropy of the right item among all."""
