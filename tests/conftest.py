@@ -53,6 +53,7 @@ ON_THE_CPU_ALONE = {
     "test_ops_grad_rows.py": "the rows that occur are found on the CPU alone",
     "test_ops_numerics.py::"
     "test_op_is_what_the_reference_says": "test_cuda_device.py has all its samples",
+    "test_own_audit.py": _PACKAGE,
     "test_pretrained.py": _PACKAGE,
     "test_predict.py": "the job chooses its device",
     "test_pretend.py": "makes the pretend device in a process of its own",

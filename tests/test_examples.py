@@ -28,6 +28,20 @@ def test_attack_a_classifier() -> None:
     assert accuracy["TokenSwap"] < accuracy["no attack"]
 
 
+def test_audit_own_model(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    facts = load("audit_own_model").main(tmp_path / "run", steps=100).facts
+    worst = {name: model["worst"]["accuracy"] for name, model in facts["models"].items()}
+    assert worst["plain"] < worst["hardened"] < facts["models"]["hardened"]["clean"]["accuracy"]
+    (one,) = (
+        one
+        for one in facts["comparisons"]
+        if (one["attack"], one["measure"]) == ("worst", "accuracy")
+    )
+    assert one["significant"]
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_train_objectives() -> None:
     module = load("train_objectives")
     found = module.main(steps=60)

@@ -43,13 +43,13 @@ def document(
         HTML.
     """
     title, models = str(facts["name"]), facts["models"]
-    several = (
-        f"{len(models)} models, trained under the same budget," if len(models) > 1 else "A model"
-    )
-    lead = (
-        f"{several} on {facts['examples']:,} {facts['part']} {plural(facts['words']['sample'])} "
-        "that training has not seen."
-    )
+    # Of what was trained elsewhere nothing is known.
+    own = facts["part"] is None
+    budget = " models," if own else " models, trained under the same budget,"
+    several = f"{len(models)}{budget}" if len(models) > 1 else "A model"
+    part, unseen = ("", "") if own else (f"{facts['part']} ", " that training has not seen")
+    word = plural(facts["words"]["sample"])
+    lead = f"{several} on {facts['examples']:,} {part}{word}{unseen}."
     losses = losses_over_steps(histories) if histories else None
     parts = [
         html.heading(title, lead, above="Robustness report"),

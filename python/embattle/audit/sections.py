@@ -46,7 +46,8 @@ def first(facts: Facts) -> str:
     """The verdict, what it rests on, and the tiles."""
     said = verdict.verdict(facts)
     wrong, total = verdict.failed(facts), len(facts["checks"])
-    badges = [("", f"{facts['examples']:,} {facts['part']} {plural(facts['words']['sample'])}")]
+    part = f"{facts['part']} " if facts["part"] else ""
+    badges = [("", f"{facts['examples']:,} {part}{plural(facts['words']['sample'])}")]
     if total:
         told = f"{wrong} of {total} checks fail" if wrong else f"all {total} checks hold"
         badges.append(("bad" if wrong else "good", told))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embattle.audit.environment import command, environment
 from embattle.audit.html import Fallen
 from embattle.audit.report import document
 from embattle.audit.schema import SCHEMA
@@ -152,7 +153,7 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool) -> dict[str, Any]:
     found = provenance.fingerprints(folder, run, task, part, names)
     facts: dict[str, Any] = {
         "schema": SCHEMA,
-        "command": provenance.command(),
+        "command": command(),
         "fingerprint": provenance.together(found),
         "fingerprints": found,
         "reading": run.reading,
@@ -193,7 +194,7 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool) -> dict[str, Any]:
         "audit_seconds": round(time.monotonic() - began, 1),
         "chance": task.kind.chance(labels),
         "label": _label_column(task),
-        "environment": provenance.environment(_device()),
+        "environment": environment(_device()),
     }
     html = document(
         facts,
