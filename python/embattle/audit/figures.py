@@ -218,14 +218,14 @@ def _band(line: Line, across: _Place, down: _Place) -> str:
     upper = [f"{10 * across(x):.1f} {10 * down(high):.1f}" for x, _, high in ends]
     lower = [f"{10 * across(x):.1f} {10 * down(low):.1f}" for x, low, _ in reversed(ends)]
     shape = f'<path class="band m{colour(line.model)}" d="M{" L".join([*upper, *lower])} Z"/>'
-    return _stretched(shape)
+    return stretched(shape)
 
 
 def _path(line: Line, across: _Place, down: _Place) -> str:
     points = " L".join(f"{10 * across(x):.1f} {10 * down(y):.1f}" for x, y in line.known())
     if not points:
         return ""
-    return _stretched(
+    return stretched(
         f'<path class="{_class(line)}" d="M{points}" vector-effect="non-scaling-stroke"/>'
     )
 
@@ -236,7 +236,7 @@ def _class(line: Line) -> str:
     return f"line m{colour(line.model)}{' dashed' if line.dashed else ''}{again}"
 
 
-def _stretched(shape: str) -> str:
+def stretched(shape: str) -> str:
     """Shapes on a square of 1000, drawn over the whole plot; their strokes keep their width."""
     return (
         '<svg width="100%" height="100%" viewBox="0 0 1000 1000" preserveAspectRatio="none" '
