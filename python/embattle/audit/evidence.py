@@ -102,13 +102,14 @@ def examples(facts: Facts, samples: Sequence[Sequence[str]]) -> str:
             f'<dl class="outcomes">{rows}</dl></article>'
         )
     read = [line for line in facts.get("reading") or () if line.startswith("read by the model")]
+    shown = str(facts.get("shown") or "output")
     cut = f" Read by the model: {' '.join(read[0].split()[4:])}." if read else ""
     return html.section(
         "Examples",
         f'<div class="cards">{"".join(made)}</div>',
-        note=f"{facts['shown'].capitalize()}, before and under {verdict.attacks(facts)[-1]}; what "
-        "is wrong is marked ✗. The first examples that all models get right and that the attack "
-        f"turns on {verdict.baseline(facts)}.{cut}",
+        note=f"{shown.capitalize()}, before and under {verdict.attacks(facts)[-1]}; what is wrong "
+        "is marked ✗. The first examples that all models get right and that the attack turns on "
+        f"{verdict.baseline(facts)}.{cut}",
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from embattle.audit import evidence, html, provenance, sections, verdict
 from embattle.audit.figures import losses_over_steps
-from embattle.audit.words import number, percent, plural
+from embattle.audit.words import number, percent
 
 
 def summary_rows(facts: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
@@ -43,12 +43,10 @@ def document(
         HTML.
     """
     title, models = str(facts["name"]), facts["models"]
-    several = (
-        f"{len(models)} models, trained under the same budget," if len(models) > 1 else "A model"
-    )
+    several = len(models) > 1
     lead = (
-        f"{several} on {facts['examples']:,} {facts['part']} {plural(facts['words']['sample'])} "
-        "that training has not seen."
+        f"{f'{len(models)} models, trained under the same budget,' if several else 'A model'} on "
+        f"{sections.counted(facts)} that training has not seen."
     )
     losses = losses_over_steps(histories) if histories else None
     parts = [

@@ -44,16 +44,23 @@ def interval(entry: Mapping[str, Any], key: str, *, share: bool = True) -> str:
     return digits.replace("%", "", 1)
 
 
+def counted(facts: Facts) -> str:
+    """How many samples of which part there are, in words."""
+    part = f"{facts['part']} " if facts.get("part") else ""
+    return f"{facts['examples']:,} {part}{plural(facts['words']['sample'])}"
+
+
 def first(facts: Facts) -> str:
     """The verdict, what it rests on, and the tiles."""
     said = verdict.verdict(facts)
     wrong, total = verdict.failed(facts), len(facts["checks"])
-    badges = [("", f"{facts['examples']:,} {facts['part']} {plural(facts['words']['sample'])}")]
+    badges = [("", counted(facts))]
     if total:
         told = f"{wrong} of {total} checks fail" if wrong else f"all {total} checks hold"
         badges.append(("bad" if wrong else "good", told))
-    badges.append(("", f"seed {facts['seed']}"))
-    if "audit_seconds" in facts:
+    if facts.get("seed") is not None:
+        badges.append(("", f"seed {facts['seed']}"))
+    if finite(facts.get("audit_seconds")) is not None:
         badges.append(("", f"audit {duration(facts['audit_seconds'])}"))
     return html.headline(
         said.figure, said.caption, said.sentence, tone=said.tone, more=html.badges(badges)
@@ -285,8 +292,8 @@ def every_figure(facts: Facts) -> str:
     return html.section(
         "Every attack, every measure",
         table if len(rows) <= MOST else html.box(f"All {len(rows)} rows", table),
-        note=f"{facts['note']} Flipped: share of the examples that are right and that the attack "
-        f"turns. Mean norm: of the perturbations found, absolute.{beside}".strip(),
+        note=f"{facts.get('note') or ''} Flipped: share of the examples that are right and that "
+        f"the attack turns. Mean norm: of the perturbations found, absolute.{beside}".strip(),
     )
 
 
