@@ -53,11 +53,13 @@ def _proofs(facts: Facts, title: str, entries: Mapping[str, Mapping[str, Any]]) 
         if entry.get("attacked"):
             lines.append(Line(f"{model}, attacked", eps, entry["attacked"], place, dashed=True))
     some = next(iter(entries.values()))
+    key, title_of_first = verdict.headline(facts)
+    measure = str(some.get("measure") or key)
     return Chart(
         title=title,
         lines=lines,
         x_title=f"eps ({some['unit']})" if some.get("unit") else "eps",
-        y_title=str(some.get("measure") or verdict.headline(facts)[1]),
+        y_title=title_of_first if measure == key else measure,
         said="The share that is certified for each model, and dashed the share that attacks left.",
     )
 

@@ -40,6 +40,8 @@ TERMS: dict[str, str] = {
     "precision": "Of the examples that the model puts in the class, the share that belong there.",
     "R2": "The share of the variation that the predictions explain. 1 is best; 0 is a constant.",
     "recall": "Of the examples that belong to the class, the share that the model finds.",
+    "perturbation": "How the attack moved the embeddings of one example.",
+    "T-HR": "Target hit rate: the share of the users to whom the promoted item is recommended.",
     "worst of all attacks": "Each example counts as wrong as soon as any of the attacks turns it.",
 }
 
