@@ -126,7 +126,7 @@ def full(shares: Mapping[str, tuple[float, float]] | None = None, *, failing: in
         },
         "comparisons": [
             {
-                "models": [name, names[0]],
+                "models": [names[0], name],
                 "attack": under,
                 "measure": "accuracy",
                 "difference": difference,
@@ -160,6 +160,7 @@ def full(shares: Mapping[str, tuple[float, float]] | None = None, *, failing: in
             }
         ends = [[max(0, y - 0.03), min(1, y + 0.03)] for y in found["sweep"]["accuracy"]]
         found["sweep"] |= {"intervals": {"accuracy": ends}, "kind": "minimum_norm"}
+        found["sweep"] |= {"attack": "Minimum norm-14", "median_eps": 0.1 + 0.2 * place}
         found["certificates"] = [_certificate(kind, place) for kind in ("smoothing", "margin")]
         found["explanations"] = _explanations()
     return made
@@ -184,14 +185,32 @@ def _explanations() -> Facts:
     words = ["I", "love", "the", "soft", "fabric", "but", "it", "runs", "small", "."]
     shares = [0.01, 0.31, 0.02, 0.24, 0.08, 0.12, 0.03, 0.06, 0.12, 0.01]
     parts = [{"name": w, "share": s} for w, s in zip(words, shares, strict=True)]
-    axis = [-1.0 + 0.25 * i for i in range(9)]
+    parts[5]["share"] = -0.08
+    edge = [[1.4 * math.cos(a / 8), 1.4 * math.sin(a / 8)] for a in range(50)]
+    axis = [-2.0 + 0.25 * i for i in range(17)]
     return {
         "carried": sorted(parts, key=lambda part: -part["share"]),
         "samples": [{"parts": parts, "before": "97%", "after": "12%", "label": "1"}],
         "swaps": [
-            {"before": "I love it", "after": "I like it", "label": "1", "predictions": [0.97, 0.31]}
+            {
+                "before": "I love the soft fabric",
+                "after": "I like the soft fabric",
+                "before_marks": [[2, 6]],
+                "after_marks": [[2, 6]],
+                "label": "1",
+                "predictions": ["1", "0"],
+                "shown": ["97%", "31%"],
+                "right": [True, False],
+            }
         ],
-        "landscape": {"x": axis, "y": axis, "z": [[x * x + y + 1 for x in axis] for y in axis]},
+        "attack": "PGD-10",
+        "averaged": 32,
+        "landscape": {
+            "x": axis,
+            "y": axis,
+            "z": [[math.tanh(x) + 0.1 * y * y + 1 for x in axis] for y in axis],
+            "edge": edge,
+        },
     }
 
 

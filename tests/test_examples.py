@@ -108,6 +108,5 @@ def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     attacked = [model["attacks"]["PGD-10 x2"]["within"] for model in (standard, hardened)]
     assert attacked[0] < attacked[1] < hardened["clean"]["within"]
     page = (out / "report.html").read_text()
-    assert "flats" not in page  # predictions are counted
-    assert " predictions close enough under the strongest attack" in page
+    assert " of 100 predictions close enough under the strongest attack" in page
     assert "around each flat as a whole" in page

@@ -235,6 +235,20 @@ def test_a_report_can_be_made_again_from_metrics_json() -> None:
     assert summary_rows(again, ["hardened"])[2][1] == words.NONE
 
 
+def test_an_audit_without_a_recipe_has_a_report_too() -> None:
+    facts = made_facts.facts({"mine": (0.9, 0.2)})
+    facts |= {"seed": None, "part": None, "task": None, "audit_seconds": None, "chance": None}
+    for key in ("facts", "counts", "reading", "label", "variants", "train_seconds", "environment"):
+        del facts[key]
+    del facts["models"]["mine"]["sweep"], facts["models"]["mine"]["vector_norm"]
+    facts["threat"]["unit"] = "absolute"
+    page = text_of(document(facts))
+    assert "A model on 1,000 reviews that training has not seen." in page
+    assert "The strongest attack leaves 20 of 100 reviews right" in page
+    assert "None" not in page
+    assert "How it was made" not in page
+
+
 def test_everything_from_outside_is_escaped() -> None:
     facts, samples = made_facts.hostile()
     page = document(facts, settings=made_facts.EVIL[2], samples=samples)

@@ -53,11 +53,13 @@ def _proofs(facts: Facts, title: str, entries: Mapping[str, Mapping[str, Any]]) 
         if entry.get("attacked"):
             lines.append(Line(f"{model}, attacked", eps, entry["attacked"], place, dashed=True))
     some = next(iter(entries.values()))
+    key, title_of_first = verdict.headline(facts)
+    measure = str(some.get("measure") or key)
     return Chart(
         title=title,
         lines=lines,
         x_title=f"eps ({some['unit']})" if some.get("unit") else "eps",
-        y_title=str(some.get("measure") or verdict.headline(facts)[1]),
+        y_title=title_of_first if measure == key else measure,
         said="The share that is certified for each model, and dashed the share that attacks left.",
     )
 
@@ -102,13 +104,14 @@ def examples(facts: Facts, samples: Sequence[Sequence[str]]) -> str:
             f'<dl class="outcomes">{rows}</dl></article>'
         )
     read = [line for line in facts.get("reading") or () if line.startswith("read by the model")]
+    shown = str(facts.get("shown") or "output")
     cut = f" Read by the model: {' '.join(read[0].split()[4:])}." if read else ""
     return html.section(
         "Examples",
         f'<div class="cards">{"".join(made)}</div>',
-        note=f"{facts['shown'].capitalize()}, before and under {verdict.attacks(facts)[-1]}; what "
-        "is wrong is marked ✗. The first examples that all models get right and that the attack "
-        f"turns on {verdict.baseline(facts)}.{cut}",
+        note=f"{shown.capitalize()}, before and under {verdict.attacks(facts)[-1]}; what is wrong "
+        "is marked ✗. The first examples that all models get right and that the attack turns on "
+        f"{verdict.baseline(facts)}.{cut}",
     )
 
 
@@ -122,16 +125,15 @@ def _true(facts: Facts, label: str) -> str:
 
 
 def explanations(facts: Facts) -> str:
-    """What carried the perturbations, where they lie in samples, swaps, and the loss around one."""
+    """What carried the perturbations, where it lies in samples, swaps, and the loss around."""
     found, word = [], facts["words"]["vector"]
     for place, (model, entry) in enumerate(facts["models"].items()):
         told = entry.get("explanations") or {}
-        charts = [_carried(told.get("carried") or (), word, place)]
-        charts.append(_landscape(told.get("landscape") or {}))
+        charts = [_carried(told, word, place), _landscape(told.get("landscape") or {})]
         shown = [
             f'<div class="charts">{"".join(charts)}</div>' if any(charts) else "",
             _heats(told.get("samples") or ()),
-            _swaps(told.get("swaps") or (), word),
+            _swaps(told.get("swaps") or ()),
         ]
         if any(shown):
             found.append((model, place, "\n".join(part for part in shown if part)))
@@ -146,15 +148,18 @@ def explanations(facts: Facts) -> str:
     return html.section(
         "How the attack works",
         *parts,
-        note=f"Which {plural(word)} carry the perturbation, and where: the stronger the colour, "
-        "the larger the share.",
+        note=f"Which {plural(word)} carry the rise of the loss that an attack makes, and where: "
+        "the stronger the colour, the larger the share. What held the loss down has a share below "
+        "0, and is underlined.",
     )
 
 
-def _carried(entries: Sequence[Mapping[str, Any]], word: str, place: int) -> str:
-    known = [(str(entry["name"]), finite(entry.get("share"))) for entry in entries]
+def _carried(told: Mapping[str, Any], word: str, place: int) -> str:
+    known = [(str(e["name"]), finite(e.get("share"))) for e in told.get("carried") or ()]
     rows = [(name, share) for name, share in known if share is not None][:MOST]
-    return bars(rows, f"{plural(word)} that carry most", place) if rows else ""
+    by = f", under {told['attack']}" if told.get("attack") else ""
+    over = f", mean of {told['averaged']}" if told.get("averaged") else ""
+    return bars(rows, f"{plural(word)} that carry most{by}{over}", place) if rows else ""
 
 
 def _heats(samples: Sequence[Mapping[str, Any]]) -> str:
@@ -177,45 +182,75 @@ def _heats(samples: Sequence[Mapping[str, Any]]) -> str:
 
 def _heat(pieces: Sequence[Mapping[str, Any]]) -> str:
     """Parts of a sample, coloured in five steps by their share beside the largest."""
-    shares = [abs(finite(piece.get("share")) or 0.0) for piece in pieces]
-    top = max(shares) or 1.0
+    shares = [finite(piece.get("share")) or 0.0 for piece in pieces]
+    top = max(map(abs, shares), default=0.0) or 1.0
     said = "".join(
-        f'<span class="h{min(4, int(5 * share / top))}" title="{percent(share)}">'
-        f"{escape(str(piece['name']))}</span> "
+        f'<span class="{"held" if share < 0 else f"h{min(4, int(5 * share / top))}"}" '
+        f'title="{percent(share)}">{escape(str(piece["name"]))}</span> '
         for piece, share in zip(pieces, shares, strict=True)
     )
     return f'<p class="heats" dir="auto">{said}</p>'
 
 
-def _swaps(swaps: Sequence[Mapping[str, Any]], word: str) -> str:
-    rows = []
+def _swaps(swaps: Sequence[Mapping[str, Any]]) -> str:
+    """Texts before and after real words were exchanged, with what is predicted of each."""
+    cards = []
     for swap in swaps:
-        first, second = swap["predictions"]
-        rows.append(
-            [
-                str(swap["before"]),
-                str(swap["after"]),
-                str(swap["label"]),
-                brief(first),
-                brief(second),
-            ]
+        outcomes = [
+            f"{brief(prediction)} ({shown})" if shown else brief(prediction)
+            for prediction, shown in zip(
+                swap["predictions"], swap.get("shown") or ("", ""), strict=False
+            )
+        ]
+        label = escape(f"true label: {swap['label']}")
+        right = swap.get("right") or (True, True)
+        told = [
+            f'<span class="fell">✗ {escape(text)}</span>' if not good else escape(text)
+            for text, good in zip(outcomes, right, strict=False)
+        ]
+        cards.append(
+            f'<article class="card"><p class="label">{label}</p>'
+            f'<p class="words" dir="auto">{_marked(swap, "before")}</p>'
+            f'<p class="words after" dir="auto">{_marked(swap, "after")}</p>'
+            f'<dl class="outcomes"><div><dt>prediction</dt><dd>{" → ".join(told)}</dd></div></dl>'
+            "</article>"
         )
-    if not rows:
+    if not cards:
         return ""
-    head = ["before", "after", "label", "predicted before", "predicted after"]
-    return html.paragraph(f"Real {plural(word)} near the attack's perturbed ones:") + html.table(
-        head, rows, text=[0, 1], caption="swaps"
+    return (
+        html.subheading("Exchanged words")
+        + html.paragraph(
+            "Real words in place of perturbed ones. Read them: a word may change what a text says, "
+            "and its label with it."
+        )
+        + f'<div class="cards">{"".join(cards)}</div>'
     )
+
+
+def _marked(swap: Mapping[str, Any], which: str) -> str:
+    """One of a swap's texts, with the exchanged words marked where it is known which."""
+    text, made, end = str(swap[which]), [], 0
+    for start, stop in sorted(map(tuple, swap.get(f"{which}_marks") or ())):
+        if end <= start < stop <= len(text):
+            made += [escape(text[end:start]), f"<mark>{escape(text[start:stop])}</mark>"]
+            end = stop
+    return "".join([*made, escape(text[end:])])
 
 
 def _landscape(found: Mapping[str, Any]) -> str:
     if not found:
         return ""
+    marks = {"clean": (0.0, 0.0)}
+    if found.get("edge"):
+        marks["attack"] = (1.0, 0.0)
+    inside = " Inside the broken line is what the attacker may do." if found.get("edge") else ""
     return heat_map(
         found["x"],
         found["y"],
         found["z"],
-        title="Loss around one example",
-        x_title="along the attack's direction",
-        y_title="a random direction",
+        title="The loss around",
+        note=f"Up: a {found.get('second', 'random')} direction.{inside}",
+        x_title="along the attack",
+        edge=found.get("edge") or (),
+        marks=marks,
     )

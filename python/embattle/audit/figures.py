@@ -118,18 +118,20 @@ class Chart:
         )
         shown = [line for line in self.lines if line.known()]
         rows = "".join(
-            f'<svg x="{64 + 230 * (i % 3)}" y="{48 + 22 * (i // 3)}" width="28" height="16">'
+            f'<svg x="{64 + 230 * (i % 3)}" y="{64 + 22 * (i // 3)}" width="28" height="16">'
             f"{_stroke(line)}</svg>"
-            f'<text x="{98 + 230 * (i % 3)}" y="{60 + 22 * (i // 3)}">{escape(line.name)}</text>'
+            f'<text x="{98 + 230 * (i % 3)}" y="{76 + 22 * (i // 3)}">'
+            f"{escape(_short(line.name, 26))}</text>"
             for i, line in enumerate(shown)
         )
-        top = 74 + 22 * math.ceil(len(shown) / 3)
+        top = 90 + 22 * math.ceil(len(shown) / 3)
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{top + 330}" '
-            f'viewBox="0 0 760 {top + 330}" role="img"><title>{escape(self.title)}</title>'
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{top + 320}" '
+            f'viewBox="0 0 760 {top + 320}" role="img"><title>{escape(self.title)}</title>'
             f"<desc>{escape(self.said)}</desc><style>{style}</style>"
             '<rect class="paper" width="100%" height="100%"/>'
-            f'<text x="64" y="28" font-size="15">{escape(self.title)}</text>{rows}'
+            f'<text x="64" y="28" font-size="15">{escape(_short(self.title))}</text>'
+            f'<text class="tick" x="64" y="48">{escape(_short(self.y_title))}</text>{rows}'
             f'<svg x="64" y="{top}" width="664" height="270" overflow="visible">'
             f"{'' if self.empty else self._inside()}</svg></svg>\n"
         )
@@ -175,7 +177,7 @@ class Chart:
             )
         yield (
             '<text class="tick" x="50%" y="100%" dy="42" '
-            f'text-anchor="middle">{escape(self.x_title)}</text>'
+            f'text-anchor="middle">{escape(_short(self.x_title))}</text>'
         )
 
     def _guides(self, across: _Place, down: _Place, ends: tuple[float, float]) -> Iterator[str]:
@@ -185,14 +187,14 @@ class Chart:
             yield f'<line class="guide" x1="{at:.2f}%" x2="{at:.2f}%" y1="0" y2="100%"/>'
             yield (
                 f'<text class="said" x="{at:.2f}%" y="-8" text-anchor="{side}">'
-                f"{escape(self.x_mark[1])}</text>"
+                f"{escape(_short(self.x_mark[1], 40))}</text>"
             )
         if self.y_mark:
             height = f"{down(self.y_mark[0]):.2f}%"
             yield f'<line class="guide" x1="0" x2="100%" y1="{height}" y2="{height}"/>'
             yield (
                 f'<text class="said" x="100%" y="{height}" dy="-5" text-anchor="end">'
-                f"{escape(self.y_mark[1])}</text>"
+                f"{escape(_short(self.y_mark[1], 40))}</text>"
             )
 
     def _points(self, line: Line, across: _Place, down: _Place) -> Iterator[str]:
@@ -218,14 +220,14 @@ def _band(line: Line, across: _Place, down: _Place) -> str:
     upper = [f"{10 * across(x):.1f} {10 * down(high):.1f}" for x, _, high in ends]
     lower = [f"{10 * across(x):.1f} {10 * down(low):.1f}" for x, low, _ in reversed(ends)]
     shape = f'<path class="band m{colour(line.model)}" d="M{" L".join([*upper, *lower])} Z"/>'
-    return _stretched(shape)
+    return stretched(shape)
 
 
 def _path(line: Line, across: _Place, down: _Place) -> str:
     points = " L".join(f"{10 * across(x):.1f} {10 * down(y):.1f}" for x, y in line.known())
     if not points:
         return ""
-    return _stretched(
+    return stretched(
         f'<path class="{_class(line)}" d="M{points}" vector-effect="non-scaling-stroke"/>'
     )
 
@@ -236,7 +238,7 @@ def _class(line: Line) -> str:
     return f"line m{colour(line.model)}{' dashed' if line.dashed else ''}{again}"
 
 
-def _stretched(shape: str) -> str:
+def stretched(shape: str) -> str:
     """Shapes on a square of 1000, drawn over the whole plot; their strokes keep their width."""
     return (
         '<svg width="100%" height="100%" viewBox="0 0 1000 1000" preserveAspectRatio="none" '
@@ -250,6 +252,11 @@ def _key(line: Line) -> str:
 
 def _stroke(line: Line) -> str:
     return f'<path class="{_class(line)}" d="M2 8 H26"/>'
+
+
+def _short(text: str, most: int = 60) -> str:
+    """Words in a drawing do not wrap."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def ticks(low: float, high: float, *, inside: bool = False) -> list[float]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
-from embattle.audit.figures import colour
+from embattle.audit.figures import colour, stretched
 from embattle.audit.words import escape, finite, percent
 
 
@@ -19,12 +20,19 @@ def meter(share: float, model: int | None = None) -> str:
 
 
 def bars(entries: Sequence[tuple[str, float]], title: str, model: int = 0) -> str:
-    """A figure of names with a bar each, the longest of full length; the values are shares."""
+    """A figure of names with a bar each, the longest of full length.
+
+    Args:
+        entries: names and shares; those below 0 have a pale bar.
+        title: what it shows.
+        model: the place of the model whose colour it has.
+    """
     top = max((abs(share) for _, share in entries), default=0.0) or 1.0
     rows = "".join(
         f'<div><dt dir="auto">{escape(name)}</dt><dd><svg class="meter" aria-hidden="true">'
-        f'<rect class="m{colour(model)} full" width="{100 * abs(share) / top:.1f}%" '
-        f'height="100%"/></svg><span>{percent(share)}</span></dd></div>'
+        f'<rect class="{"plain" if share < 0 else f"m{colour(model)}"} full" '
+        f'width="{100 * abs(share) / top:.1f}%" height="100%"/></svg>'
+        f"<span>{percent(share)}</span></dd></div>"
         for name, share in entries
     )
     return (
@@ -39,55 +47,64 @@ def heat_map(
     z: Sequence[Sequence[float | None]],
     *,
     title: str,
+    note: str,
     x_title: str,
-    y_title: str,
+    edge: Sequence[Sequence[float]] = (),
+    marks: Mapping[str, tuple[float, float]] = MappingProxyType({}),
 ) -> str:
-    """Values over a plane, the stronger the colour the higher; the place (0, 0) is marked.
+    """Values over a plane, the stronger the colour the higher.
 
     Args:
-        x, y: the columns' and the rows' places, growing, W and H of them.
+        x, y: the columns' and the rows' places, growing and evenly spaced, W and H of them.
         z: the values, [H][W].
-        title, x_title, y_title: what is said.
+        title, note, x_title: what is said over and under it.
+        edge: corners (x, y) of a shape that is drawn as a broken line.
+        marks: places that are marked, by name.
     """
     known = [value for row in z for value in map(finite, row) if value is not None]
     if not known or len(x) < 2 or len(y) < 2:
         return ""
     low, high = min(known), max(known)
     wide, tall = 100 / len(x), 100 / len(y)
-    cells = []
+
+    def across(place: float) -> float:
+        return wide / 2 + (place - x[0]) / (x[-1] - x[0]) * (100 - wide)
+
+    def down(place: float) -> float:
+        return 100 - tall / 2 - (place - y[0]) / (y[-1] - y[0]) * (100 - tall)
+
+    parts = []
     for i, row in enumerate(z):
         for j, value in enumerate(map(finite, row)):
             if value is None:
                 continue
             share = (value - low) / (high - low) if high > low else 0.0
-            cells.append(
+            parts.append(
                 f'<rect class="heat" x="{wide * j:.2f}%" y="{100 - tall * (i + 1):.2f}%" '
                 f'width="{wide:.2f}%" height="{tall:.2f}%" '
                 f'fill-opacity="{0.04 + 0.96 * share:.3f}"><title>{value:.4g}</title></rect>'
             )
-    centre = _centre(x, wide), 100 - _centre(y, tall)
-    marks = [
-        f'<circle class="here" cx="{centre[0]:.2f}%" cy="{centre[1]:.2f}%" r="5"/>',
-        f'<text class="tick" x="0" y="100%" dy="20">{x[0]:.3g}</text>',
-        f'<text class="tick" x="100%" y="100%" dy="20" text-anchor="end">{x[-1]:.3g}</text>',
-        '<text class="tick" x="50%" y="100%" dy="20" '
-        f'text-anchor="middle">{escape(x_title)}</text>',
-        f'<text class="tick" x="-8" y="100%" text-anchor="end">{y[0]:.3g}</text>',
-        f'<text class="tick" x="-8" y="0" dy="10" text-anchor="end">{y[-1]:.3g}</text>',
-    ]
+    if edge:
+        corners = " L".join(f"{10 * across(a):.1f} {10 * down(b):.1f}" for a, b in edge)
+        shape = f'<path class="edge" d="M{corners} Z" vector-effect="non-scaling-stroke"/>'
+        parts.append(stretched(shape))
+    for name, (a, b) in marks.items():
+        at = f'{across(a):.2f}%" {{}}y="{down(b):.2f}%"'
+        parts.append(f'<circle class="here" cx="{at.format("c")} r="4"/>')
+        parts.append(f'<text class="named" x="{at.format("")} dx="8" dy="-6">{escape(name)}</text>')
+    for place, side in ((x[0], "start"), (x[-1], "end")):
+        at = "0" if side == "start" else "100%"
+        parts.append(
+            f'<text class="tick" x="{at}" y="100%" dy="20" text-anchor="{side}">{place:.3g}</text>'
+        )
+    parts.append(
+        f'<text class="tick" x="50%" y="100%" dy="20" text-anchor="middle">{escape(x_title)}</text>'
+    )
+    for place, at in ((y[0], "100%"), (y[-1], "12")):
+        parts.append(f'<text class="tick" x="-8" y="{at}" text-anchor="end">{place:.3g}</text>')
     return (
         f'<figure class="chart map"><figcaption>{escape(title)}</figcaption>'
-        f'<p class="soft">Up: {escape(y_title)}. {low:.3g} (faint) to {high:.3g} (strong)</p>'
-        '<div class="plot">'
-        f'<svg role="img" aria-label="{escape(title)}" width="100%" height="100%">'
-        f"<title>{escape(title)}</title>{''.join([*cells, *marks])}</svg></div></figure>"
+        f'<p class="soft">{escape(note)} From {low:.3g} (faint) to {high:.3g} (strong).</p>'
+        f'<div class="plot"><svg role="img" aria-label="{escape(title)}" width="100%" '
+        f'height="100%"><title>{escape(title)}</title>{"".join(parts)}</svg></div></figure>'
     )
-
-
-def _centre(places: Sequence[float], width: float) -> float:
-    """Where 0 lies on an axis of cells, in percent."""
-    for i in range(len(places) - 1):
-        if places[i] <= 0 <= places[i + 1]:
-            share = -places[i] / ((places[i + 1] - places[i]) or 1.0)
-            return width * (i + 0.5 + share)
-    return width / 2

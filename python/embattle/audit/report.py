@@ -7,7 +7,7 @@ from typing import Any
 
 from embattle.audit import evidence, html, provenance, sections, verdict
 from embattle.audit.figures import losses_over_steps
-from embattle.audit.words import number, percent, plural
+from embattle.audit.words import number, percent
 
 
 def summary_rows(facts: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
@@ -43,13 +43,11 @@ def document(
         HTML.
     """
     title, models = str(facts["name"]), facts["models"]
-    # Of what was trained elsewhere nothing is known.
-    own = facts["part"] is None
-    budget = " models," if own else " models, trained under the same budget,"
-    several = f"{len(models)}{budget}" if len(models) > 1 else "A model"
-    part, unseen = ("", "") if own else (f"{facts['part']} ", " that training has not seen")
-    word = plural(facts["words"]["sample"])
-    lead = f"{several} on {facts['examples']:,} {part}{word}{unseen}."
+    several = f"{len(models)} models" if len(models) > 1 else "A model"
+    lead = f"{several} on {sections.counted(facts)}."
+    if facts.get("part"):  # of what was trained elsewhere nothing is known
+        budget = ", trained under the same budget," if len(models) > 1 else ""
+        lead = f"{several}{budget} on {sections.counted(facts)} that training has not seen."
     losses = losses_over_steps(histories) if histories else None
     parts = [
         html.heading(title, lead, above="Robustness report"),

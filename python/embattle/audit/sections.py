@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embattle.audit import html, verdict
@@ -24,6 +24,8 @@ CLEAN = "no attack"
 
 # Longer tables of details are folded away.
 MOST = 16
+# So many comparisons are shown, folded away.
+ALL = 300
 
 
 def conditions(facts: Facts, model: str) -> dict[str, Mapping[str, Any]]:
@@ -42,17 +44,23 @@ def interval(entry: Mapping[str, Any], key: str, *, share: bool = True) -> str:
     return digits.replace("%", "", 1)
 
 
+def counted(facts: Facts) -> str:
+    """How many samples of which part there are, in words."""
+    part = f"{facts['part']} " if facts.get("part") else ""
+    return f"{facts['examples']:,} {part}{plural(facts['words']['sample'])}"
+
+
 def first(facts: Facts) -> str:
     """The verdict, what it rests on, and the tiles."""
     said = verdict.verdict(facts)
     wrong, total = verdict.failed(facts), len(facts["checks"])
-    part = f"{facts['part']} " if facts["part"] else ""
-    badges = [("", f"{facts['examples']:,} {part}{plural(facts['words']['sample'])}")]
+    badges = [("", counted(facts))]
     if total:
         told = f"{wrong} of {total} checks fail" if wrong else f"all {total} checks hold"
         badges.append(("bad" if wrong else "good", told))
-    badges.append(("", f"seed {facts['seed']}"))
-    if "audit_seconds" in facts:
+    if facts.get("seed") is not None:
+        badges.append(("", f"seed {facts['seed']}"))
+    if finite(facts.get("audit_seconds")) is not None:
         badges.append(("", f"audit {duration(facts['audit_seconds'])}"))
     return html.headline(
         said.figure, said.caption, said.sentence, tone=said.tone, more=html.badges(badges)
@@ -118,40 +126,53 @@ def matrix(facts: Facts) -> str:
 
 
 def _comparisons(facts: Facts) -> str:
+    """Which models differ: the headline without attack and under the worst; folded, all."""
+    every = list(facts.get("comparisons") or ())
+    if not every:
+        return ""
+    key = verdict.headline(facts)[0]
+    first = [e for e in every if e["measure"] == key and e["attack"] in (CLEAN, "worst")]
+    with_base = [e for e in every if verdict.baseline(facts) in e["models"]]
+    rest, cut = (every, "") if len(every) <= ALL else (with_base[:ALL], " (the rest: metrics.json)")
+    tests = dict.fromkeys(
+        f"{entry['test']}, corrected by {entry['correction']}"
+        for entry in every
+        if entry.get("test") and entry.get("correction")
+    )
+    parts = [html.subheading("Are the differences more than chance?")]
+    parts.append(
+        html.paragraph(f"Second model less the first. Tests: {'; '.join(tests) or 'not said'}.")
+    )
+    parts.append(_compared(facts, first[:MOST]) if first else "")
+    if len(first) < len(every) or len(first) > MOST:
+        parts.append(html.box(f"{len(rest):,} comparisons{cut}", _compared(facts, rest)))
+    return "".join(parts)
+
+
+def _compared(facts: Facts, entries: Sequence[Mapping[str, Any]]) -> str:
     titles = dict(facts["measures"])
     rows = []
-    for entry in facts.get("comparisons") or ():
+    for entry in entries:
         one, other = entry["models"]
-        said = "clear" if entry["significant"] else "may be chance"
+        gain, sure = finite(entry.get("difference")), bool(entry["significant"])
         ends = {"intervals": {"difference": entry.get("interval")}}
         rows.append(
             [
-                f"{one} against {other}",
+                f"{one}, {other}",
                 verdict.WORST if entry["attack"] == "worst" else entry["attack"],
                 titles.get(entry["measure"], entry["measure"]),
                 Cell(
-                    f"{entry['difference']:+.3f}",
-                    value=finite(entry["difference"]),
+                    NONE if gain is None else f"{gain:+.3f}",
+                    value=gain,
                     note=interval(ends, "difference", share=False),
                 ),
                 Cell(number(entry.get("p"), 4), value=finite(entry.get("p"))),
                 Cell(number(entry.get("p_corrected"), 4), value=finite(entry.get("p_corrected"))),
-                Cell(said, kind="good" if entry["significant"] else ""),
+                Cell("clear" if sure else "may be chance", kind="sure" if sure else ""),
             ]
         )
-    if not rows:
-        return ""
-    tests = dict.fromkeys(
-        f"{entry['test']}, corrected by {entry['correction']}"
-        for entry in facts["comparisons"]
-        if entry.get("test") and entry.get("correction")
-    )
-    head = ["models", "under", "measure", "difference", "p", "p, corrected", "difference is"]
-    return (
-        html.subheading("Are the differences more than chance?")
-        + html.paragraph(f"First model minus second. Test: {'; '.join(tests) or 'not said'}.")
-        + html.table(head, rows, sort=True, caption="comparisons of models", text=[1, 2])
-    )
+    head = ["models", "under", "measure", "difference", "p", "p, corrected", "which is"]
+    return html.table(head, rows, sort=True, caption="comparisons of models", text=[1, 2])
 
 
 def curve(facts: Facts) -> Chart:
@@ -199,7 +220,19 @@ def over_eps(facts: Facts) -> str:
         else "An example that falls to a smaller eps counts as fallen at every larger one; so "
         "does, from the threat's eps on, what an attack of the table turned."
     )
-    return html.section(chart.title, chart.html(), _numbers(chart, "eps"), note=how)
+    return html.section(
+        chart.title, chart.html(), _numbers(chart, "eps"), note=f"{how} {_medians(facts)}".strip()
+    )
+
+
+def _medians(facts: Facts) -> str:
+    """Half of the samples that are right fall below which eps, where that was looked for."""
+    found = {
+        model: finite((entry.get("sweep") or {}).get("median_eps"))
+        for model, entry in facts["models"].items()
+    }
+    known = ", ".join(f"{value:.3g} ({name})" for name, value in found.items() if value is not None)
+    return f"Half of those that were turned needed less than eps {known}." if known else ""
 
 
 def _numbers(chart: Chart, x: str) -> str:
@@ -259,8 +292,8 @@ def every_figure(facts: Facts) -> str:
     return html.section(
         "Every attack, every measure",
         table if len(rows) <= MOST else html.box(f"All {len(rows)} rows", table),
-        note=f"{facts['note']} Flipped: share of the examples that are right and that the attack "
-        f"turns. Mean norm: of the perturbations found, absolute.{beside}".strip(),
+        note=f"{facts.get('note') or ''} Flipped: share of the examples that are right and that "
+        f"the attack turns. Mean norm: of the perturbations found, absolute.{beside}".strip(),
     )
 
 

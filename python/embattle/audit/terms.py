@@ -40,6 +40,8 @@ TERMS: dict[str, str] = {
     "precision": "Of the examples that the model puts in the class, the share that belong there.",
     "R2": "The share of the variation that the predictions explain. 1 is best; 0 is a constant.",
     "recall": "Of the examples that belong to the class, the share that the model finds.",
+    "perturbation": "How the attack moved the embeddings of one example.",
+    "T-HR": "Target hit rate: the share of the users to whom the promoted item is recommended.",
     "worst of all attacks": "Each example counts as wrong as soon as any of the attacks turns it.",
 }
 
@@ -54,10 +56,11 @@ _ATTACKS: tuple[tuple[str, str], ...] = (
     (r"MI-FGSM", "Gradient steps with momentum"),
     (r"MSAP", "Many normalised gradient steps"),
     (r"APGD", "Auto-PGD: gradient steps whose length adapts to the progress"),
+    (r"Ensemble", "Several strong attacks in a row, each on what all others left standing"),
     (r"AutoAttack", "Several strong attacks in a row, each on what the others left standing"),
     (r"FAB", "Fast adaptive boundary attack: looks for the smallest move that changes the "
      "prediction"),
-    (r"DDN|DeepFool|minimum.norm", "Looks for the smallest move that changes the prediction"),
+    (r"FMN|DDN|DeepFool|Minimum norm", "Looks for the smallest move that changes the prediction"),
     (r"Square", "Random search that sees only the outputs, not the weights"),
     (r"VAT", "Virtual adversarial step: towards the largest change of the prediction"),
     (r"SMART", "Gradient steps towards the largest change of the prediction"),
@@ -100,7 +103,8 @@ _LONG = sorted((word for word in TERMS if len(word) > 1), key=len, reverse=True)
 _WORDS = [f"[{word[0].upper()}{word[0].lower()}]{re.escape(word[1:])}" for word in _LONG]
 _IN_PROSE = re.compile(
     rf"\b(?:{'|'.join(_WORDS)}"
-    r"|(?:PGD|APGD|FGM|FGSM|MI-FGSM|MSAP|FAB|AutoAttack|Noise)(?:-\d+)?(?: x\d+)?)(?![\w-])"
+    r"|(?:PGD|APGD|FGM|FGSM|MI-FGSM|MSAP|FAB|AutoAttack|Ensemble|Minimum norm|Noise)"
+    r"(?:-\d+)?(?: x\d+)?)(?![\w-])"
 )
 
 

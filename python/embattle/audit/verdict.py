@@ -22,6 +22,10 @@ _KEPT = {
 }
 
 
+# What a point of the first measure is a point of.
+_POINTS = {"all_right": "wholly right answers", "within": "close predictions"}
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The page's first words.
@@ -257,7 +261,8 @@ def _lost(facts: Mapping[str, Any], model: str) -> str:
     before, after = clean(facts, base), clean(facts, model)
     if before is None or after is None:
         return ""
-    points, title = 100 * (before - after), headline(facts)[1]
+    key, title = headline(facts)
+    points, title = 100 * (before - after), _POINTS.get(key, title)
     chance = "" if clear(facts, model, base, "no attack") else " (which may be chance)"
     if abs(points) < 0.05:
         return f"no {title} without an attack"

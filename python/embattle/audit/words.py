@@ -14,12 +14,15 @@ NONE = "\N{EN DASH}"
 
 # Control characters but for line ends and tabs, and marks that turn the direction of all that
 # follows; those that join emoji are not among them.
-_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+_HIDDEN = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"
+)
 
 
 def escape(text: str) -> str:
     """Plain text as HTML, for an attribute as well; hidden characters are shown by their codes."""
-    shown = _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    lines = str(text).replace("\r\n", "\n").replace("\r", "\n")
+    shown = _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), lines)
     return html.escape(shown)
 
 
@@ -98,11 +101,12 @@ def _counted(share: float, base: int) -> str:
 def unit_words(facts: Mapping[str, Any]) -> str:
     """What eps counts in."""
     vector = facts["words"]["vector"]
-    return {
+    unit = str(facts["threat"]["unit"])
+    said = {
         "token_norm": f"in mean norms of a {vector} embedding",
         "mean_norm": "in mean norms of a group",
-        "absolute": "absolute",
-    }[facts["threat"]["unit"]]
+    }
+    return said.get(unit, unit)
 
 
 def threat_words(facts: Mapping[str, Any]) -> str:
