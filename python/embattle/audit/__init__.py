@@ -12,12 +12,13 @@ from embattle.audit.evaluation import evaluate, predict, sweep
 from embattle.audit.honesty import Check
 from embattle.audit.measure import Measurement, measure
 from embattle.audit.outcomes import Attacked, success_rate, worst_of
-from embattle.audit.smallest import smallest
+from embattle.audit.smallest import Smallest, smallest
 
 __all__ = [
     "Attacked",
     "Check",
     "Measurement",
+    "Smallest",
     "evaluate",
     "measure",
     "predict",
