@@ -199,8 +199,9 @@ class _Run:
     def all(self, batch: Batch) -> Attacked:
         """The outcome for a whole batch, on the CPU."""
         one = self.worst(batch)
-        parts = (part.cpu() for part in (one.outputs, one.right, one.norms, one.steps))
-        return Attacked(*parts, by=one.by)
+        return Attacked(
+            one.outputs.cpu(), one.right.cpu(), one.norms.cpu(), one.steps.cpu(), by=one.by
+        )
 
     def rest(self, batch: Batch, known: Attacked, these: slice) -> Attacked:
         """The outcome where the samples that are known to be wrong are left alone."""
