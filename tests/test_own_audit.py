@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,28 @@ def test_other_kinds_and_attacks() -> None:
     assert model["worst"]["within"] == 0
     found = audited(kind=Ranking(1), attacks=attack)
     assert found.facts["models"]["model"]["attacks"]["PGD"]["hit_rate"] == 1
+
+
+def test_a_task_of_ones_own() -> None:
+    from embattle.tasks import Account, Section
+
+    path = Path(__file__).parents[1] / "examples" / "own_task.py"
+    spec = importlib.util.spec_from_file_location("own_task", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    task = module.Rents(module.Flats(count=60), Section())
+    task.read(Account())
+    torch.manual_seed(0)
+    model = task.build()
+    batches, sites = task.batches(model, "test", 50), task.sites(model, "sample")
+    attack = {"FGM": PGD(norm="l2", eps=0.1, step_size=0.1, steps=1)}
+    facts = audit_model(model, batches, sites, evaluator=task, attacks=attack, eps=0.1).facts
+    assert facts["examples"] == 10
+    assert facts["words"] == {"sample": "flat", "vector": "field"}
+    assert [key for key, _ in facts["measures"]] == ["within", "mae", "r2"]
+    assert facts["models"]["model"]["worst"]["intervals"]["mae"][0] > 0
 
 
 def test_fingerprints_are_of_samples_and_weights() -> None:

@@ -15,13 +15,14 @@ from embattle.audit.honesty import Check
 from embattle.audit.measure import Measurement, measure
 from embattle.audit.outcomes import Attacked, success_rate, worst_of
 from embattle.audit.own import Audit, audit_model, audit_models
-from embattle.audit.smallest import smallest
+from embattle.audit.smallest import Smallest, smallest
 
 __all__ = [
     "Attacked",
     "Audit",
     "Check",
     "Measurement",
+    "Smallest",
     "audit_model",
     "audit_models",
     "evaluate",

@@ -188,16 +188,20 @@ class _Run:
         self, evaluator: Evaluator, model: nn.Module, sites: Sites, attack: Attack, leave: bool
     ) -> None:
         self.evaluator, self.model, self.sites = evaluator, model, sites
-        # An ensemble's own restarts go on with the samples that stand.
-        self.restarts = 1 if isinstance(attack, AutoAttack) else attack.restarts
+        several = isinstance(attack, (AutoAttack, FMN))
+        self.leave = leave and attack.steps != 1 and not several
+        # An ensemble's own restarts go on with the samples that stand; draws of noise need no more
+        # than a pass each, and no clean one.
+        own = isinstance(attack, AutoAttack) or (self.leave and not attack.steps)
+        self.restarts = 1 if own else attack.restarts
         self.once = attack if self.restarts == 1 else replace(attack, restarts=1)
-        self.leave = leave and attack.steps > 1 and not isinstance(attack, (AutoAttack, FMN))
 
     def all(self, batch: Batch) -> Attacked:
         """The outcome for a whole batch, on the CPU."""
         one = self.worst(batch)
-        parts = (part.cpu() for part in (one.outputs, one.right, one.norms, one.steps))
-        return Attacked(*parts, by=one.by)
+        return Attacked(
+            one.outputs.cpu(), one.right.cpu(), one.norms.cpu(), one.steps.cpu(), by=one.by
+        )
 
     def rest(self, batch: Batch, known: Attacked, these: slice) -> Attacked:
         """The outcome where the samples that are known to be wrong are left alone."""

@@ -12,14 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from embattle import ops
 from embattle.attacks import Attack
-from embattle.attacks.base import box
 from embattle.audit.evaluation import (
     Sites,
     device_of,
@@ -28,14 +24,15 @@ from embattle.audit.evaluation import (
     run_attack,
     sweep,
 )
+from embattle.audit.given import Given
 from embattle.audit.outcomes import Attacked
 from embattle.audit.probes import GradientProbe
 from embattle.data.batch import Batch
-from embattle.perturb.perturbation import Perturbation
 from embattle.tasks.evaluator import Evaluator
 
-# Samples without a usable gradient, or with a wrong one, that are no sign yet.
-_FEW = 0.1
+# Samples without a gradient, or with a wrong one, that are no sign yet; and those with a loss of 0,
+# which a model that is sure has too.
+_FEW, _MANY = 0.1, 0.5
 # Samples that a late step, or an attack without gradients, may still turn.
 _LATE = 0.02
 
@@ -186,13 +183,14 @@ def gradient_checks(title: str, probe: GradientProbe, clean: Tensor) -> list[Che
         clean: which samples are right without attack, bool [N].
     """
     count = len(probe.slope)
-    gone, told, wrong = (int(x.sum()) for x in (probe.vanishing, probe.told, probe.wrong))
+    seen = (probe.vanishing, probe.rounded, probe.told, probe.wrong)
+    gone, zero, told, wrong = (int(x.sum()) for x in seen)
     before, after = int(clean.sum()), int(probe.right.sum())
     return [
         Check(
             f"{title}: gradients do not vanish",
-            gone <= _FEW * count,
-            f"{gone} of {count} without a gradient, or with a loss of 0 up to rounding",
+            gone <= _FEW * count and zero <= _MANY * count,
+            f"of {count}, {gone} have none, and the loss of {zero} is 0 up to rounding",
             "An attack that climbs a flat loss goes nowhere: the model looks robust untested.",
         ),
         Check(
@@ -286,7 +284,7 @@ def transfer_check(
             batch = batch.to(device_of(model))
             these = slice(total, total + len(batch))
             total += len(batch)
-            given = _Given(norm=attack.norm, eps=attack.eps, steps=0, deltas=found)
+            given = Given(norm=attack.norm, eps=attack.eps, steps=0, deltas=found)
             tries = {"moved": given} if right is not None else {"moved": given, "own": attack}
             done = evaluate(model, [batch], sites, tries, evaluator=evaluator)
             moved += int((~done["moved"].right).sum())
@@ -315,28 +313,3 @@ def perturbations(
             result = run_attack(model, here, sites, attack, evaluator=evaluator, evaluate=False)
             found.append([delta.detach() for delta in result.deltas])
     return found
-
-
-@dataclass(kw_only=True, repr=False)
-class _Given(Attack):
-    """Perturbations that are known already, in the order of the perturbed outputs."""
-
-    deltas: Sequence[Tensor]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._next = iter(self.deltas)
-
-    def start(
-        self, perturbation: Perturbation, state: dict[str, Any], generator: torch.Generator | None
-    ) -> None:
-        """Take the next one, as far as it lies in the ball."""
-        perturbation.set(
-            ops.project(
-                next(self._next),
-                eps=state["eps"],
-                norm=self.norm,
-                **perturbation.geometry,
-                **box(state),
-            )
-        )

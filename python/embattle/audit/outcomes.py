@@ -41,8 +41,13 @@ class Attacked:
 
     def first(self, count: int) -> Attacked:
         """The outcome of the first samples."""
-        parts = (self.outputs, self.right, self.norms, self.steps)
-        return Attacked(*(part[:count] for part in parts), by=self.by[:count])
+        return Attacked(
+            self.outputs[:count],
+            self.right[:count],
+            self.norms[:count],
+            self.steps[:count],
+            by=self.by[:count],
+        )
 
     @staticmethod
     def clean(outputs: Tensor, right: Tensor) -> Attacked:

@@ -21,7 +21,7 @@ from embattle.audit.measure import measure
 from embattle.audit.outcomes import Attacked, worst_of
 from embattle.audit.report import document
 from embattle.audit.scores import OUTCOMES, add_scores, outcomes_of, plain, write_outcomes
-from embattle.audit.smallest import smallest, standing, within
+from embattle.audit.smallest import smallest, standing
 from embattle.audit.summary import summary_lines
 from embattle.audit.trust import check_victims
 from embattle.audit.victim import Victim
@@ -257,67 +257,82 @@ class _Examination:
 
     def run(self, attacks: Mapping[str, Attack] | None) -> dict[str, Any]:
         """Attack, and give the model's facts but for its scores."""
-        victim, kind = self.victim, self.evaluator.kind
-        victim.attacks = dict(attacks or usual_attacks(self.norm, victim.eps, self.generator))
+        victim = self.victim
+        given = dict(attacks or usual_attacks(self.norm, victim.eps, self.generator))
+        # Ensembles go on with what all others left standing.
+        last = [label for label, attack in given.items() if isinstance(attack, AutoAttack)]
+        victim.attacks = {label: given[label] for label in sorted(given, key=last.__contains__)}
         victim.worst = victim.unattacked
-        rows = {}
-        for label, attack in victim.attacks.items():
-            # An ensemble goes on with what stands; others have figures of their own.
-            whole = isinstance(attack, AutoAttack)
-            known = victim.worst if whole else None if kind.graded else victim.unattacked
-            under = evaluate(
-                victim.model,
-                self.batches,
-                victim.sites,
-                {label: attack},
-                evaluator=self.evaluator,
-                known=known,
-                leave=not kind.graded,
-            )[label]
-            victim.worst = worst_of(kind, self.labels, [victim.worst, under])
-            if whole:
-                own = {"steps": under.steps, "seconds": under.seconds, "by": under.by}
-                under = replace(victim.worst, **own)
-            victim.attacked[label] = under
-            rows[label] = _deed(under)
-        curve = self._curve()
+        for label in victim.attacks:
+            if label not in last:
+                self._attack(label)
+        self._search()
+        for label in last:
+            self._attack(label)
         return {
-            "attacks": rows,
+            "attacks": {label: _deed(under) for label, under in victim.attacked.items()},
             "worst": _deed(victim.worst),
             "vector_norm": self.size.vector_norm,
-            **({} if curve is None else {"sweep": curve}),
+            **({} if victim.radii is None else {"sweep": self._curve(victim.radii)}),
         }
 
-    def _curve(self) -> dict[str, Any] | None:
-        """What stands at every eps; None where samples have no smallest perturbation of their own.
-
-        What it finds in the ball counts among the worst.
-        """
+    def _attack(self, label: str) -> None:
         victim, kind = self.victim, self.evaluator.kind
+        whole = isinstance(victim.attacks[label], AutoAttack)
+        known = victim.worst if whole else None if kind.graded else victim.unattacked
+        under = evaluate(
+            victim.model,
+            self.batches,
+            victim.sites,
+            {label: victim.attacks[label]},
+            evaluator=self.evaluator,
+            known=known,
+            leave=not kind.graded,
+        )[label]
+        worst = self._join(under)
+        if whole:
+            under = replace(worst, steps=under.steps, seconds=under.seconds, by=under.by)
+        victim.attacked[label] = under
+
+    def _join(self, under: Attacked) -> Attacked:
+        """Each sample's worst so far, this outcome included."""
+        victim = self.victim
         assert victim.worst is not None
+        victim.worst = worst_of(self.evaluator.kind, self.labels, [victim.worst, under])
+        return victim.worst
+
+    def _search(self) -> None:
+        """Find each sample's smallest perturbation, where it has one of its own."""
+        victim = self.victim
         attack = FMN(norm=self.norm, unit=self.unit, steps=20, generator=self.generator)
         try:
-            radii, found = smallest(
+            found = smallest(
                 victim.model,
                 self.batches,
                 victim.sites,
                 attack,
                 known=victim.unattacked,
+                radius=self.radius,
                 evaluator=self.evaluator,
             )
         except NoSmallestError:
-            return None
-        inside = within(found, radii, self.radius, victim.unattacked)
-        victim.worst = worst_of(kind, self.labels, [victim.worst, inside])
-        fallen = radii.clamp(max=self.radius)
-        radii = torch.where(victim.worst.right, radii, fallen)
+            return
+        victim.radii = found.radii
+        for under in (found.within(self.radius), found.edge):
+            self._join(under)
+
+    def _curve(self, radii: Tensor) -> dict[str, Any]:
+        """What stands at every eps; what any attack turned has fallen at the threat's."""
+        victim = self.victim
+        assert victim.worst is not None
+        radii = torch.where(victim.worst.right, radii, radii.clamp(max=self.radius))
         victim.radii = radii / self.radius if self.radius else radii
         eps = [_FARTHEST * self.radius * k / _POINTS for k in range(_POINTS + 1)]
         return {
             "attack": "Minimum norm-20",
             "kind": "minimum_norm",
             "eps": eps,
-            kind.measures[0][0]: standing(radii, eps),
+            self.evaluator.kind.measures[0][0]: standing(radii, eps),
         }
 
 
@@ -340,7 +355,7 @@ def _origin(
         digest = hashlib.sha256()
         _feed(digest, {key: x for key, x in model.state_dict().items() if isinstance(x, Tensor)})
         weights[name] = digest.hexdigest()
-    prints = {"part": part.hexdigest(), "weights": weights}
+    prints: dict[str, Any] = {"part": part.hexdigest(), "weights": weights}
     lines = [prints["part"], *(f"{name} {value}" for name, value in weights.items())]
     return {
         "schema": SCHEMA,

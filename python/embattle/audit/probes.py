@@ -45,9 +45,13 @@ class GradientProbe:
 
     @property
     def vanishing(self) -> Tensor:
-        """Samples without a usable gradient, bool [N]: it is 0, or the loss is 0 up to rounding."""
-        tiny = torch.finfo(self.loss.dtype).eps
-        return ~(self.slope > 0) | ~self.slope.isfinite() | (self.loss.abs() < tiny)
+        """Samples without a gradient that float32 can hold, bool [N]."""
+        return ~(self.slope > torch.finfo(torch.float32).tiny) | ~self.slope.isfinite()
+
+    @property
+    def rounded(self) -> Tensor:
+        """Samples whose loss is 0 up to rounding, bool [N]: its gradient is hardly one."""
+        return self.loss.abs() < torch.finfo(self.loss.dtype).eps
 
     @property
     def expected(self) -> Tensor:

@@ -211,9 +211,7 @@ def write_outcomes(
     """
     torch_file = need("safetensors.torch")
     names = [[model, row] for model, rows in outcomes.items() for row in rows]
-    tensors = {
-        str(i): outcomes[model][row].right.contiguous() for i, (model, row) in enumerate(names)
-    }
+    tensors = {str(i): outcomes[model][row].right.clone() for i, (model, row) in enumerate(names)}
     about = {"part": part, "names": json.dumps(names)}
     save_tensors(path, lambda file: torch_file.save_file(tensors, file, metadata=about))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def check_victims(
     moved: dict[str, list[list[Tensor]]] = {}
     if len(victims) > 1:
         for name, victim in victims.items():
-            attack = _steps(victim.norm, victim.eps, 5, generator)
+            attack = _steps(victim.norm, victim.eps, 3, generator, keep="last")
             found = perturbations(victim.model, victim.sites, batches, attack, evaluator=evaluator)
             moved[name] = found
     for name, victim in victims.items():
@@ -141,7 +142,13 @@ def _of_one(
     return checks
 
 
-def _steps(norm: str, eps: Strength, steps: int, generator: torch.Generator) -> Attack:
+def _steps(
+    norm: str,
+    eps: Strength,
+    steps: int,
+    generator: torch.Generator,
+    keep: Literal["last", "best"] = "best",
+) -> Attack:
     """Plain steps of half the radius at most."""
     step = scaled(eps, max(0.1, min(0.5, 2.5 / steps)))
     made: Attack = PGD(
@@ -149,7 +156,7 @@ def _steps(norm: str, eps: Strength, steps: int, generator: torch.Generator) -> 
         eps=eps,
         step_size=step,
         steps=steps,
-        keep="best",
+        keep=keep,
         generator=generator,
     )
     return made

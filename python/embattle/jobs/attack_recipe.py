@@ -212,7 +212,9 @@ ATTACKS = _sections(_KINDS)
 EXAMINING = _sections(_EXAMINING)
 
 if TYPE_CHECKING:
-    AttackChoice = TableChoice = CurveChoice = AttackRecipe
+    AttackChoice = AttackRecipe
+    TableChoice = AttackRecipe
+    CurveChoice = AttackRecipe
 else:
     AttackChoice = choice(ATTACKS, "kind", "pgd")
     # Of the audit's table, and of its curve over eps.

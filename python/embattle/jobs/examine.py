@@ -13,7 +13,7 @@ from embattle.attacks.minimum import NoSmallestError
 from embattle.audit.evaluation import evaluate, sweep
 from embattle.audit.measure import Measurement, measure
 from embattle.audit.outcomes import Attacked, success_rate, worst_of
-from embattle.audit.smallest import smallest, standing, within
+from embattle.audit.smallest import smallest, standing
 from embattle.audit.victim import Victim
 from embattle.data.batch import Batch
 from embattle.jobs.attack_recipe import AttackRecipe, attack_recipe
@@ -149,21 +149,22 @@ class _Examination:
             self.recipe.audit.sweep_attack, threat, self.generator, unit=self.size.unit
         )
         try:
-            radii, found = smallest(
+            found = smallest(
                 victim.model,
                 self.batches,
                 victim.sites,
                 attack,
                 known=victim.unattacked,
+                radius=threat.eps,
                 evaluator=self.task,
                 tick=tick,
             )
         except NoSmallestError:
             return False
-        victim.radii = radii / threat.eps if threat.eps else radii
+        victim.radii = found.radii / threat.eps if threat.eps else found.radii
         for scale in sorted({*self.recipe.audit.strengths, 1.0}):
-            inside = within(found, victim.radii, scale, victim.unattacked)
-            self.found.append((scale, inside))
+            self.found.append((scale, found.within(scale * threat.eps)))
+        self.found.append((1.0, found.edge))
         return True
 
     def _joined(self) -> dict[str, Any]:
