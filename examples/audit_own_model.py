@@ -31,7 +31,8 @@ def train(pairs: Tensor, liked: Tensor, steps: int, eps: float) -> Liked:
     """Train on PGD's perturbations of so many mean norms; without any if eps is 0."""
     torch.manual_seed(1)
     model = Liked()
-    site, optimizer = eb.Site(model.embedding), torch.optim.Adam(model.parameters(), lr=0.01)
+    site = eb.Site(model.embedding)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.3)
     attack = eb.PGD(eps=eb.Relative(eps, to="token_norm"), steps=2)
 
     def losses() -> Tensor:
@@ -53,7 +54,7 @@ def main(folder: str | Path = "runs/liked", steps: int = 100) -> Audit:
     liked = (pairs.sum(1) % 2 == 0).long()  # tastes and items of two kinds
     models = {
         "plain": train(pairs[:400], liked[:400], steps, 0.0),
-        "hardened": train(pairs[:400], liked[:400], steps, 0.2),
+        "hardened": train(pairs[:400], liked[:400], steps, 0.1),
     }
 
     test = Batch({"pair": pairs[400:]}, liked[400:])

@@ -95,7 +95,7 @@ def check_names(bounds: Sequence[Bound], runs: Sequence[tuple[Path, Recipe, Run]
             kind = _kind(recipe, run)
             if kind is None:
                 continue
-            known = names_of(kind.measures, kind.smaller_is_better, recipe.audit.labelled())
+            known = names_of(kind.measures, kind.smaller_is_better, recipe.audit.table())
             _known(bound, known, f" of {folder}")
             if known[bound.name][1] == kind.measures[0][0] and bound.least > 1:
                 raise InputError(
