@@ -160,7 +160,8 @@ def test_checks_that_need_no_model() -> None:
         check = converged_check("m", "PGD", under)
         assert check is not None
         assert check.passed == passed
-    assert converged_check("m", "PGD", outcome([False], [3])) is None
+    for unknown in (outcome([False], [3]), outcome([True, False], [8, 8])):
+        assert converged_check("m", "PGD", unknown) is None
     free = outcome([False] * 4, [1] * 4, ("square", "square", "apgd-ce", ""))
     assert not gradient_free_check("m", "Ensemble", free).passed
     free = outcome([False] * 4, [1] * 4, ("square", "apgd-ce", "apgd-ce", ""))

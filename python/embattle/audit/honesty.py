@@ -229,10 +229,11 @@ def converged_check(title: str, label: str, under: Attacked) -> Check | None:
         under: what it achieved, each sample's `steps` being those after which it fell.
 
     Returns:
-        The check; None where no sample stood to the end.
+        The check; None where no sample stood to the end, where samples did not leave as they fell
+        (all have as many steps), or for fewer than four steps.
     """
-    stood = under.steps[under.right]
-    if not len(stood) or int(stood.max()) == 0:
+    made, stood = under.steps[under.steps > 0], under.steps[under.right]
+    if not len(stood) or int(stood.max()) < 4 or bool((made == made[0]).all()):
         return None
     total = int(stood.max())
     late = int((~under.right & (under.steps > 0.75 * total)).sum())

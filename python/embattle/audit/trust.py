@@ -98,8 +98,8 @@ def _of_one(
     gradient = [label for label in own if label not in noise]
     shares = {label: float(under.right.double().mean()) for label, under in attacked.items()}
     checks = order_checks(name, shares, noise=noise, gradient=gradient, measure=measure)
-    if gradient:
-        label = gradient[-1]
+    # A single step may well go too far in a larger ball.
+    for label in [label for label in gradient if victim.attacks[label].steps > 1][-1:]:
         attack = victim.attacks[label]
         larger = evaluate(
             victim.model,

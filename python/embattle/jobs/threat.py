@@ -54,7 +54,8 @@ def make_attack(
             options[name] = strength(options[name])
     if recipe.start is not None:
         start = {"gaussian": GaussianStart, "box": BoxStart}[recipe.start.kind]
-        options["random_start"] = start(strength(recipe.start.size))
+        size = threat.eps * scale * recipe.start.size
+        options["random_start"] = start(strength_of(threat, size))
     if best and recipe.kind in _ITERATED:
         options["keep"] = "best"
     if recipe.kind == "minimum_norm":
