@@ -190,7 +190,7 @@ def test_a_broken_model_is_noticed_before_the_first_attack(
     out = copy(finished)
     damage(out / "hardened" / file)
     attacked: list[str] = []
-    monkeypatch.setattr(auditing, "_examine", lambda *a: attacked.append(a[1]))
+    monkeypatch.setattr(auditing, "examine", lambda *a: attacked.append(a[1]))
     refused("hardened does not hold a trained model", "audit", out)
     assert not attacked
 

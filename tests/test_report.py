@@ -243,7 +243,7 @@ def test_an_audit_without_a_recipe_has_a_report_too() -> None:
     del facts["models"]["mine"]["sweep"], facts["models"]["mine"]["vector_norm"]
     facts["threat"]["unit"] = "absolute"
     page = text_of(document(facts))
-    assert "A model on 1,000 reviews that training has not seen." in page
+    assert "A model on 1,000 reviews. " in page
     assert "The strongest attack leaves 20 of 100 reviews right" in page
     assert "None" not in page
     assert "How it was made" not in page
