@@ -134,15 +134,13 @@ def _comparisons(facts: Facts) -> str:
     first = [e for e in every if e["measure"] == key and e["attack"] in (CLEAN, "worst")]
     with_base = [e for e in every if verdict.baseline(facts) in e["models"]]
     rest, cut = (every, "") if len(every) <= ALL else (with_base[:ALL], " (the rest: metrics.json)")
-    tests = dict.fromkeys(
-        f"{entry['test']}, corrected by {entry['correction']}"
-        for entry in every
-        if entry.get("test") and entry.get("correction")
+    tests, corrections = (
+        ", ".join(dict.fromkeys(str(entry[name]) for entry in every if entry.get(name)))
+        for name in ("test", "correction")
     )
+    how = f" Tests: {tests}; corrected for their number by {corrections}." if tests else ""
     parts = [html.subheading("Are the differences more than chance?")]
-    parts.append(
-        html.paragraph(f"Second model less the first. Tests: {'; '.join(tests) or 'not said'}.")
-    )
+    parts.append(html.paragraph(f"Second model less the first.{how}"))
     parts.append(_compared(facts, first[:MOST]) if first else "")
     if len(first) < len(every) or len(first) > MOST:
         parts.append(html.box(f"{len(rest):,} comparisons{cut}", _compared(facts, rest)))
@@ -166,13 +164,20 @@ def _compared(facts: Facts, entries: Sequence[Mapping[str, Any]]) -> str:
                     value=gain,
                     note=interval(ends, "difference", share=False),
                 ),
-                Cell(number(entry.get("p"), 4), value=finite(entry.get("p"))),
-                Cell(number(entry.get("p_corrected"), 4), value=finite(entry.get("p_corrected"))),
+                _chance(entry.get("p")),
+                _chance(entry.get("p_corrected")),
                 Cell("clear" if sure else "may be chance", kind="sure" if sure else ""),
             ]
         )
     head = ["models", "under", "measure", "difference", "p", "p, corrected", "which is"]
     return html.table(head, rows, sort=True, caption="comparisons of models", text=[1, 2])
+
+
+def _chance(value: Any) -> Cell:
+    """A p-value, never written as none."""
+    found = finite(value)
+    small = found is not None and found < 0.0001
+    return Cell("below 0.0001" if small else number(found, 4), value=found)
 
 
 def curve(facts: Facts) -> Chart:
@@ -269,7 +274,7 @@ def every_figure(facts: Facts) -> str:
                 note = interval(entry, key, share=False)
                 row.append(Cell(number(entry.get(key)), value=finite(entry.get(key)), note=note))
             rate = finite(entry.get("success_rate"))
-            row.append(Cell(percent(rate), value=rate))
+            row.append(Cell(percent(rate), value=rate, note=interval(entry, "success_rate")))
             for key in ("ece", "brier") if calibrated else ():
                 value = finite((entry.get("calibration") or {}).get(key))
                 row.append(Cell(number(value), value=value))
