@@ -77,6 +77,7 @@ _SUBCLASS = "its tensors are a subclass, whose look-ups are never taken to be re
 NOT_ON_PRETEND = {
     "test_attack_properties.py": _SLOW,
     "test_autoattack.py": _SLOW,
+    "test_certified_ranks.py": _SLOW,
     "test_minimum_norm.py": _SLOW,
     "test_options.py::test_attacks_run_where_gradients_are_off": "it has no inference tensors",
     "test_results.py::test_results_are_pickled_and_copied_without_model_and_graph": _NO_STORAGE,
