@@ -23,6 +23,7 @@ _PACKAGE = "the package makes its tensors, on the CPU"
 _RANKS = "two processes that meet through gloo, on the CPU"
 ON_THE_CPU_ALONE = {
     "test_build.py": "reads object files",
+    "test_certified_fakes.py": _PACKAGE,
     "test_certified_smoothing.py": _PACKAGE,
     "test_certified_swaps.py": _PACKAGE,
     "test_clipping_benchmarks.py": "runs benchmarks, which choose their device",

@@ -24,6 +24,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -207,23 +208,23 @@ def smoothed_predictions(
     return torch.where(torch.tensor(sure), best.indices[:, 0], ABSTAIN)
 
 
-def lower_confidence(hits: Tensor, n: int, alpha: float) -> Tensor:
+def lower_confidence(hits: Tensor, n: int | Tensor, alpha: float) -> Tensor:
     """Give the one-sided Clopper-Pearson lower bounds of probabilities, float64.
 
     Each is above its probability with a chance of at most `alpha`.
 
     Args:
         hits: int64, of n independent draws.
-        n: draws.
+        n: draws, of all or of each.
         alpha: that chance.
     """
     beta = need("scipy.stats", "certify").beta
-    k = hits.double().numpy()
-    found = beta.ppf(alpha, k, n - k + 1)
-    return torch.where(hits > 0, torch.from_numpy(found).reshape(hits.shape), 0.0)
+    k, draws = hits.double().numpy(), torch.as_tensor(n).double().numpy()
+    found = torch.from_numpy(np.asarray(beta.ppf(alpha, k, draws - k + 1)))
+    return torch.where(hits > 0, found.reshape(hits.shape), 0.0)
 
 
-def upper_confidence(hits: Tensor, n: int, alpha: float) -> Tensor:
+def upper_confidence(hits: Tensor, n: int | Tensor, alpha: float) -> Tensor:
     """Give the upper bounds, as `lower_confidence` does the lower ones."""
     return 1 - lower_confidence(n - hits, n, alpha)
 
