@@ -54,6 +54,9 @@ def train(
 @app.command()
 def audit(
     run_dir: Annotated[Path, typer.Argument(help="A folder that `embattle train` wrote.")],
+    certify: Annotated[
+        bool, typer.Option("--certify", help="Prove, too, what no attack can do to the models.")
+    ] = False,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -61,7 +64,7 @@ def audit(
     with plain_errors(debug):
         from embattle.jobs.audit import audit as run
 
-        run(run_dir, trust=trust)
+        run(run_dir, trust=trust, certify=certify)
 
 
 @app.command()

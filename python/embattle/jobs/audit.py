@@ -33,6 +33,7 @@ from embattle.errors import InputError
 from embattle.files import remove_unfinished, replacing, write_text
 from embattle.jobs import recipe as recipes
 from embattle.jobs.attack_recipe import attack_recipe
+from embattle.jobs.certificates import certificate_lines, certificates
 from embattle.jobs.doctor import version_of
 from embattle.jobs.recipe import STANDARD, AuditRecipe, Recipe
 from embattle.jobs.run_folder import Run, locked
@@ -65,7 +66,7 @@ class Victim:
     attacked: dict[str, Attacked]
 
 
-def audit(folder: Path, *, trust: bool = False) -> None:
+def audit(folder: Path, *, trust: bool = False, certify: bool = False) -> None:
     """Audits a run and writes `metrics.json`, `curves.png` and `report.html` into its folder.
 
     The files are written when everything is known, each of them whole or not at all.
@@ -73,6 +74,7 @@ def audit(folder: Path, *, trust: bool = False) -> None:
     Args:
         folder: a run that `embattle train` finished.
         trust: whether a task that is code of one's own may be run.
+        certify: prove what can be proven of the models, too.
 
     Raises:
         InputError: if the folder is no finished run, or the data is no longer the same.
@@ -80,10 +82,10 @@ def audit(folder: Path, *, trust: bool = False) -> None:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a run folder; give one that `embattle train` wrote")
     with locked(folder, "audit"):
-        _audit(folder, trust)
+        _audit(folder, trust, certify)
 
 
-def _audit(folder: Path, trust: bool) -> None:
+def _audit(folder: Path, trust: bool, certify: bool) -> None:
     """The same, in a folder that no other process works in."""
     began = time.monotonic()
     run = Run.read(folder)
@@ -123,6 +125,9 @@ def _audit(folder: Path, trust: bool) -> None:
     for name, model in models.items():
         batches = task.batches(model, part, recipe.audit.batch_size)
         victims[name], facts["models"][name] = _examine(recipe, name, model, task, batches)
+        if certify:
+            found = facts["models"][name]
+            found["certificates"] = certificates(recipe, task, model, batches, found["vector_norm"])
     few = batches[: math.ceil(CHECKED / len(batches[0]))]
     facts["checks"] = _check(recipe, task, victims, few, facts)
     facts |= {
@@ -333,6 +338,8 @@ def _print(facts: dict[str, Any], folder: Path) -> None:
         for row in rows:
             every = zip(row[1:], widths * len(pair), strict=True)
             say(f"{row[0]:<{first}}{''.join(f'{cell:>{width}}' for cell, width in every)}".rstrip())
+    for line in certificate_lines(facts["models"]):
+        say(line)
     say("")
     for check in facts["checks"]:
         if not check["passed"]:
