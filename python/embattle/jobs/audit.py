@@ -29,7 +29,7 @@ from embattle.audit.html import Fallen
 from embattle.audit.report import document, summary_rows, threat_words, unit_words
 from embattle.data.account import Account
 from embattle.data.batch import Batch
-from embattle.errors import InputError
+from embattle.errors import InputError, need
 from embattle.files import remove_unfinished, replacing, write_text
 from embattle.jobs import recipe as recipes
 from embattle.jobs.attack_recipe import attack_recipe
@@ -88,6 +88,8 @@ def audit(folder: Path, *, trust: bool = False, certify: bool = False) -> None:
 def _audit(folder: Path, trust: bool, certify: bool) -> None:
     """The same, in a folder that no other process works in."""
     began = time.monotonic()
+    if certify:
+        need("scipy.stats", "certify")
     run = Run.read(folder)
     remove_unfinished(folder)
     recipe = recipes.load(folder / "recipe.yaml", trust=trust)
