@@ -95,3 +95,5 @@ def test_what_is_wrong_is_said() -> None:
         swap_bounds(model, row, torch.tensor([2]), 1)
     with pytest.raises(ValueError, match=r"different numbers in \[0, 2\), got \[0, 2\]"):
         swap_bounds(model, row, label, 1, fields=[0, 2])
+    with pytest.raises(ValueError, match="one or more different numbers"):
+        swap_bounds(model, row, label, 1, fields=[])

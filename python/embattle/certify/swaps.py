@@ -82,9 +82,10 @@ class _Model:
     def __init__(self, model: FM, fields: list[int]) -> None:
         sizes = model.first.sizes
         wrong = [f for f in fields if not 0 <= f < len(sizes)]
-        if wrong or len(set(fields)) < len(fields):
+        if wrong or not fields or len(set(fields)) < len(fields):
             raise ValueError(
-                f"swaps: fields must be different numbers in [0, {len(sizes)}), got {fields}"
+                f"swaps: fields must be one or more different numbers in [0, {len(sizes)}), got "
+                f"{fields}"
             )
         self.start = np.cumsum([0, *sizes[:-1]])
         self.sizes = np.array(sizes)
