@@ -24,6 +24,9 @@ _RANKS = "two processes that meet through gloo, on the CPU"
 ON_THE_CPU_ALONE = {
     "test_audit_command.py": _PACKAGE,
     "test_build.py": "reads object files",
+    "test_certified_fakes.py": _PACKAGE,
+    "test_certified_smoothing.py": _PACKAGE,
+    "test_certified_swaps.py": _PACKAGE,
     "test_clipping_benchmarks.py": "runs benchmarks, which choose their device",
     "test_clipping_ddp.py": _RANKS,
     "test_cpu_features.py": "runs a compiler",
@@ -82,6 +85,7 @@ _SUBCLASS = "its tensors are a subclass, whose look-ups are never taken to be re
 NOT_ON_PRETEND = {
     "test_attack_properties.py": _SLOW,
     "test_autoattack.py": _SLOW,
+    "test_certified_ranks.py": _SLOW,
     "test_minimum_norm.py": _SLOW,
     "test_options.py::test_attacks_run_where_gradients_are_off": "it has no inference tensors",
     "test_results.py::test_results_are_pickled_and_copied_without_model_and_graph": _NO_STORAGE,

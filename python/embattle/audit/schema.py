@@ -80,6 +80,9 @@ class Model(_Open):
     vector_norm: float | None = Field(
         default=None, description="mean l2 norm of the embeddings that are attacked"
     )
+    certificates: list[dict[str, Any]] | None = Field(
+        default=None, description="what is proven (`--certify`): docs/certificates.md"
+    )
 
 
 class Comparison(_Open):

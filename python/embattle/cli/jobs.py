@@ -70,6 +70,9 @@ def audit(
             "robust_accuracy=0.6; may be repeated.",
         ),
     ] = None,
+    certify: Annotated[
+        bool, typer.Option("--certify", help="Prove, too, what no attack can do to the models.")
+    ] = False,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -78,7 +81,8 @@ def audit(
         from embattle.jobs import audit as job
         from embattle.jobs import bounds
 
-        failed = job.audit_all(runs, bounds=bounds.parse(fail_under or ()), trust=trust)
+        wanted = bounds.parse(fail_under or ())
+        failed = job.audit_all(runs, bounds=wanted, trust=trust, certify=certify)
         if failed:
             for line in failed:
                 print(f"failed: {line}")

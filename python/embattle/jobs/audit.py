@@ -23,11 +23,12 @@ from embattle.audit.trust import check_victims
 from embattle.audit.victim import Victim
 from embattle.data.account import Account
 from embattle.data.batch import Batch, first_samples
-from embattle.errors import InputError, closest
+from embattle.errors import InputError, closest, need
 from embattle.files import remove_unfinished, sha256, write_text
 from embattle.jobs import provenance
 from embattle.jobs import recipe as recipes
 from embattle.jobs.bounds import Bound, check_names, unmet
+from embattle.jobs.certificates import certificate_lines, certificates
 from embattle.jobs.examine import examine, labels_of
 from embattle.jobs.recipe import STANDARD, Recipe
 from embattle.jobs.run_folder import Run, locked
@@ -43,7 +44,11 @@ CHECKED = 100
 
 
 def audit_all(
-    folders: Sequence[Path], *, bounds: Sequence[Bound] = (), trust: bool = False
+    folders: Sequence[Path],
+    *,
+    bounds: Sequence[Bound] = (),
+    trust: bool = False,
+    certify: bool = False,
 ) -> list[str]:
     """Audits several runs, one after the other, each into its own folder.
 
@@ -54,6 +59,7 @@ def audit_all(
             audit is of these and of its standard one.
         bounds: what the models must reach.
         trust: whether a task that is code of one's own may be run.
+        certify: prove what can be proven of the models, too.
 
     Returns:
         A line for each bound that is not met.
@@ -78,7 +84,7 @@ def audit_all(
     check_names(bounds, found)
     failed = []
     for run, models in chosen.items():
-        facts = audit(run, models=models, trust=trust)
+        facts = audit(run, models=models, trust=trust, certify=certify)
         lines = unmet(bounds, facts)
         failed += [f"{run}: {line}" for line in lines] if len(chosen) > 1 else lines
     return failed
@@ -94,7 +100,9 @@ def _run_and_model(folder: Path) -> tuple[Path, str | None]:
     return (place.parent, place.name) if (place.parent / "run.json").is_file() else (folder, None)
 
 
-def audit(folder: Path, *, models: Sequence[str] = (), trust: bool = False) -> dict[str, Any]:
+def audit(
+    folder: Path, *, models: Sequence[str] = (), trust: bool = False, certify: bool = False
+) -> dict[str, Any]:
     """Audits a run and writes `metrics.json`, `outcomes.safetensors`, `curves.svg`, `report.html`.
 
     The files are written when everything is known, each of them whole or not at all.
@@ -103,6 +111,7 @@ def audit(folder: Path, *, models: Sequence[str] = (), trust: bool = False) -> d
         folder: a run that `embattle train` finished.
         models: those of its models that are audited beside the standard one; all if none is named.
         trust: whether a task that is code of one's own may be run.
+        certify: prove what can be proven of the models, too.
 
     Returns:
         What `metrics.json` holds.
@@ -111,7 +120,7 @@ def audit(folder: Path, *, models: Sequence[str] = (), trust: bool = False) -> d
         InputError: if the folder is no finished run, or the data is no longer the same.
     """
     with locked(folder, "audit"):
-        return _audit(folder, models, trust)
+        return _audit(folder, models, trust, certify)
 
 
 def _look_at(folder: Path, models: Sequence[str], trust: bool) -> tuple[Recipe, Run]:
@@ -137,9 +146,10 @@ def _wanted(recipe: Recipe, models: Sequence[str]) -> list[str]:
     return [name for name in recipe.variants if name in {STANDARD, *models} or not models]
 
 
-def _audit(folder: Path, chosen: Sequence[str], trust: bool) -> dict[str, Any]:
+def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> dict[str, Any]:
     """The same, in a folder that no other process works in."""
     began = time.monotonic()
+    need("scipy.stats")
     Run.read(folder)
     remove_unfinished(folder)
     recipe, run = _look_at(folder, chosen, trust)
@@ -178,6 +188,10 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool) -> dict[str, Any]:
     for name, model in models.items():
         batches = task.batches(model, part, recipe.audit.batch_size)
         victims[name], facts["models"][name] = examine(recipe, name, model, task, batches)
+        if certify:
+            size = facts["models"][name]["vector_norm"]
+            proven = certificates(recipe, task, model, batches, size)
+            facts["models"][name]["certificates"] = proven
     labels = labels_of(batches)
     outcomes = {name: outcomes_of(victim) for name, victim in victims.items()}
     add_scores(facts, task.kind, labels, outcomes, seed=recipe.seed)
@@ -209,6 +223,8 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool) -> dict[str, Any]:
     write_text(folder / "curves.svg", curve(facts).file())
     write_text(folder / "report.html", html)
     for line in summary_lines(facts):
+        say(line)
+    for line in certificate_lines(facts["models"]):
         say(line)
     spent = sum(facts["train_seconds"].values())
     say(f"training {spent:.0f} s, audit {facts['audit_seconds']:.0f} s")
