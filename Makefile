@@ -17,12 +17,13 @@ export PYTHONDONTWRITEBYTECODE :=
 
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help setup setup-build setup-jobs dev demo test clipping-nightly mutation device-test torch-min recbole lint format sanitize bench cuda-check gpu-check emulator-asan clean
+.PHONY: help setup setup-build setup-jobs dev demo test browser clipping-nightly mutation device-test torch-min recbole lint format sanitize bench cuda-check gpu-check emulator-asan clean
 
 help:
 	@echo "make demo      train and audit a real recommender (about five minutes on two free cores)"
 	@echo "make test      build and run the tests"
 	@echo "make torch-min the tests of ops and attacks under the oldest torch ($(TORCH_MIN))"
+	@echo "make browser   the report in a headless Chromium, which is installed where that is allowed"
 	@echo "make recbole   the tests of RecBole's models, in an environment of its own (.venv-recbole)"
 	@echo "make clipping-nightly [CASES=100000]  random models under per-sample clipping"
 	@echo "make lint      ruff, mypy --strict, clang-format"
@@ -74,6 +75,10 @@ demo: setup-build
 # A process for each core, each with one thread; tests of threads ask for more by themselves.
 test: dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(TESTS)
+
+# They are part of make test as well, where there is a Chromium.
+browser: dev
+	@if bash tools/browser.sh; then $(RUN) -m pytest tests/test_report_browser.py; else [ $$? = 3 ]; fi
 
 # Other cases each time, unlike those of make test.
 CASES ?= 100000

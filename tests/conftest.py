@@ -22,7 +22,11 @@ _EMULATOR = "the emulator runs on the CPU"
 _PACKAGE = "the package makes its tensors, on the CPU"
 _RANKS = "two processes that meet through gloo, on the CPU"
 ON_THE_CPU_ALONE = {
+    "test_audit_command.py": _PACKAGE,
     "test_build.py": "reads object files",
+    "test_certified_fakes.py": _PACKAGE,
+    "test_certified_smoothing.py": _PACKAGE,
+    "test_certified_swaps.py": _PACKAGE,
     "test_clipping_benchmarks.py": "runs benchmarks, which choose their device",
     "test_clipping_ddp.py": _RANKS,
     "test_cpu_features.py": "runs a compiler",
@@ -53,6 +57,7 @@ ON_THE_CPU_ALONE = {
     "test_ops_grad_rows.py": "the rows that occur are found on the CPU alone",
     "test_ops_numerics.py::"
     "test_op_is_what_the_reference_says": "test_cuda_device.py has all its samples",
+    "test_own_audit.py": _PACKAGE,
     "test_pretrained.py": _PACKAGE,
     "test_predict.py": "the job chooses its device",
     "test_pretend.py": "makes the pretend device in a process of its own",
@@ -60,9 +65,12 @@ ON_THE_CPU_ALONE = {
     "test_recipe.py": "has no tensors",
     "test_recipes.py": _PACKAGE,
     "test_rows.py": "has no tensors",
+    "test_report.py": "has no tensors",
+    "test_report_browser.py": "has no tensors",
     "test_replay.py::test_masks_are_drawn_once_and_freed": "masks are kept on a CPU alone",
     "test_simd_levels.py": "SIMD levels are the CPU's",
     "test_tasks.py::test_a_ranking_task_goes_through_the_jobs": "its task draws on the CPU",
+    "test_statistics.py": _PACKAGE,
     "test_tune.py": _PACKAGE,
     "test_variants.py": _PACKAGE,
 }
@@ -78,6 +86,7 @@ _SUBCLASS = "its tensors are a subclass, whose look-ups are never taken to be re
 NOT_ON_PRETEND = {
     "test_attack_properties.py": _SLOW,
     "test_autoattack.py": _SLOW,
+    "test_certified_ranks.py": _SLOW,
     "test_minimum_norm.py": _SLOW,
     "test_options.py::test_attacks_run_where_gradients_are_off": "it has no inference tensors",
     "test_results.py::test_results_are_pickled_and_copied_without_model_and_graph": _NO_STORAGE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,14 +11,19 @@ from torch import Tensor, nn
 
 pytest.importorskip("torchmetrics")
 
-from embattle.attacks import PGD, UniformNoise
-from embattle.audit import html
-from embattle.audit.evaluation import evaluate, predict, success_rate, sweep
+from embattle.attacks import FMN, PGD, UniformNoise
+from embattle.attacks.minimum import NoSmallestError
+from embattle.audit.evaluation import evaluate, predict, sweep
 from embattle.audit.honesty import order_checks, transfer_check, unbounded_check
+from embattle.audit.measure import measure
+from embattle.audit.outcomes import Attacked, success_rate
+from embattle.audit.smallest import smallest, standing
 from embattle.data.batch import Batch
+from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.site import Site
-from embattle.perturb.strength import Relative
+from embattle.perturb.strength import Measured, Relative
 from embattle.tasks import Classification
+from embattle.tasks.evaluator import Evaluator
 
 
 class Linear(nn.Module):
@@ -109,6 +115,120 @@ def test_restarts_keep_the_worst_try() -> None:
     assert accuracy(40) == 0.75
 
 
+def test_samples_leave_and_known_ones_are_left_alone() -> None:
+    model, seen = Linear(), []
+    site = Site(model.embedding)
+    labels = torch.tensor([1, 0, 1, 1], device="cpu")
+
+    class Counting(Evaluator):
+        def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
+            seen.append(len(batch))
+            return super().evaluate(model, batch)
+
+    evaluator = Counting()
+    clean = predict(model, batches())
+    known = Attacked.clean(clean, torch.tensor([True, False, True, True]))
+    attack = PGD(norm="l2", eps=0.9, step_size=0.1, steps=9)
+    options: dict[str, Any] = {"evaluator": evaluator, "known": known}
+    whole = evaluate(model, batches(size=4), site, {"a": attack}, **options)["a"]
+    passes, made = sum(seen), len(seen)
+    seen.clear()
+    left = evaluate(model, batches(size=4), site, {"a": attack}, leave=True, **options)["a"]
+    # The second is known to be wrong, the third lies within 0.28 of the border, the fourth at 0.85.
+    assert whole.right.tolist() == left.right.tolist() == [True, False, False, False]
+    assert (left.outputs.argmax(1) == labels).tolist()[2:] == [False, False]
+    assert torch.equal(left.outputs[1], clean[1])
+    assert left.steps.tolist() == [9, 0, 3, 9]
+    assert whole.steps.tolist() == [9, 0, 9, 9]
+    assert left.norms[1] == 0
+    assert float(left.norms[2]) == pytest.approx(0.3, rel=1e-5)
+    assert sum(seen) < passes
+    assert len(seen) <= made + 2
+    # Without `known` all are attacked, and a model that draws random numbers keeps them all.
+    assert evaluate(model, batches(), site, {"a": attack})["a"].steps.tolist() == [9] * 4
+    noisy = _Noisy()
+    assert (
+        evaluate(noisy, batches(), Site(noisy.embedding), {"a": attack}, leave=True)[
+            "a"
+        ].steps.tolist()
+        == [9] * 4
+    )
+
+
+class _Noisy(Linear):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) + 0.01 * torch.randn(len(tokens), 2)
+
+
+def test_further_restarts_are_one_pass() -> None:
+    model, seen = Linear(), []
+    site = Site(model.embedding)
+
+    class Counting(Evaluator):
+        def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
+            seen.append(len(batch))
+            return super().evaluate(model, batch)
+
+    attack = PGD(norm="l2", eps=0.9, step_size=0.5, steps=8, random_start=True, restarts=3)
+    found = evaluate(model, batches(size=4), site, {"a": attack}, evaluator=Counting())["a"]
+    assert found.right.tolist() == [True, True, False, False]
+    assert found.steps.tolist() == [24, 24, 8, 8]
+    assert set(seen) == {4}  # two that stand, twice
+
+
+def test_the_smallest_radii_give_the_whole_curve() -> None:
+    model = Linear()
+    site = Site(model.embedding)
+    labels = torch.tensor([1, 0, 1, 1], device="cpu")
+    clean = predict(model, batches())
+    known = Attacked.clean(clean, torch.tensor([True, True, True, False]))
+    fmn = FMN(norm="l2", steps=30)
+    found = smallest(model, batches(), site, fmn, known=known, radius=0.5)
+    radii = found.radii
+    # Sums of 2, -2 and 0.4 over sqrt(2).
+    assert radii.tolist() == pytest.approx([2**0.5, 2**0.5, 0.08**0.5, 0], rel=0.01)
+    assert (found.found.outputs.argmax(1) == labels).tolist() == [False, False, False, True]
+    assert standing(radii, [0.0, 0.27, 0.3, 1.0, 2.0]) == [0.75, 0.75, 0.5, 0.5, 0.0]
+    inside = found.within(0.5)
+    assert inside.right.tolist() == [True, True, False, False]
+    assert torch.equal(inside.outputs[:2], clean[:2])
+    assert inside.norm == pytest.approx(float(radii[2]), rel=1e-5)
+    # At the edge of the ball the sum moves by 0.5 * sqrt(2), to 0.4 - 0.707.
+    assert found.edge.right.tolist() == [True, True, False, False]
+    assert found.edge.outputs[2].tolist() == pytest.approx([0.3071, -0.3071], abs=1e-3)
+    assert found.edge.norm == pytest.approx(0.5, rel=1e-5)
+    assert torch.equal(found.edge.outputs[:2], clean[:2])
+    # At the same radii, the sweep finds no more.
+    attacks = [PGD(norm="l2", eps=e, step_size=e / 2, steps=20) for e in (0.27, 0.3, 1.0, 2.0)]
+    swept = sweep(model, batches(), site, attacks, fallen=[~known.right])
+    assert all(a <= b for a, b in zip(standing(radii, [0.27, 0.3, 1, 2]), swept, strict=True))
+    shared = Site(model.embedding, scope="row")
+    with pytest.raises(NoSmallestError, match="share deltas"):
+        smallest(model, batches(), shared, FMN(norm="l2", steps=3), known=known)
+
+
+def test_balls_are_the_same_in_every_batch() -> None:
+    model = Linear()
+    site = Site(model.embedding)
+    for norm, to, expected in (("l2", "token_norm", 0.7), ("l1", "mean_norm", 1.4)):
+        size = measure(model, batches(size=3), site, to=to, norm=norm)  # type: ignore[arg-type]
+        # Tokens of norm 1 (five), 1 (none) and 0.2 (three).
+        assert size.unit.values == pytest.approx({(0, 0): expected})
+        assert size.vector_norm == pytest.approx(0.7)
+        assert torch.equal(size.outputs, predict(model, batches()))
+    assert measure(model, batches(), site, to=None).unit.values == {(0, 0): 1.0}
+    unit = measure(model, batches(), site, to="token_norm").unit
+    attack = PGD(norm="l2", eps=unit.times(0.5), steps=1, step_size=unit.times(0.5))
+    for size in (1, 2, 4):
+        found = evaluate(model, batches(size=size), site, {"a": attack})["a"]
+        assert found.norms.tolist() == pytest.approx([0.35] * 4)
+    assert str(unit.times(2)) == "1.4"
+    with pytest.raises(ValueError, match="call 0 of site 1 was not measured"):
+        unit.at((1, 0))
+    with pytest.raises(ValueError, match="several places"):
+        Measured({(0, 0): 1.0, (1, 0): 2.0}).resolve(torch.ones(2, 2), norm="l2", geometry={})
+
+
 def test_checks_hold_for_a_real_attack_and_fail_for_one_that_is_too_weak() -> None:
     far = PGD(norm="l2", eps=1000.0, step_size=100.0, steps=10)
     weak = PGD(norm="l2", eps=1.2, step_size=0.3, steps=5)
@@ -142,25 +262,6 @@ def test_checks_hold_for_a_real_attack_and_fail_for_one_that_is_too_weak() -> No
     accuracies = {"Noise": 0.8, "FGM": 0.5, "PGD": 0.5}
     held = order_checks("m", accuracies, noise=["Noise"], gradient=["FGM", "PGD"])
     assert [check.passed for check in held] == [True, True]
-
-
-def test_a_report_escapes_what_comes_from_outside() -> None:
-    evil = "<script>alert('x')</script>"
-    page = html.page(
-        evil,
-        [
-            html.heading(evil, evil),
-            html.table([evil], [["!" + evil]], groups=[(evil, 1)], text=[0]),
-            html.checks([{"passed": False, "name": evil, "detail": evil}]),
-            html.source(evil),
-            html.tiles([(evil, {evil: evil})]),
-            html.paragraph(evil),
-            html.picture(b"png", evil),
-            html.section(evil, note=evil),
-        ],
-    )
-    assert "<script" not in page
-    assert page.count("&lt;script&gt;") >= 12
 
 
 def test_the_public_names_are_what_they_say() -> None:

@@ -28,6 +28,20 @@ def test_attack_a_classifier() -> None:
     assert accuracy["TokenSwap"] < accuracy["no attack"]
 
 
+def test_audit_own_model(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    facts = load("audit_own_model").main(tmp_path / "run", steps=100).facts
+    worst = {name: model["worst"]["accuracy"] for name, model in facts["models"].items()}
+    assert worst["plain"] < worst["hardened"] < facts["models"]["hardened"]["clean"]["accuracy"]
+    (one,) = (
+        one
+        for one in facts["comparisons"]
+        if (one["attack"], one["measure"]) == ("worst", "accuracy")
+    )
+    assert one["significant"]
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_train_objectives() -> None:
     module = load("train_objectives")
     found = module.main(steps=60)
@@ -70,7 +84,6 @@ def test_guarded_training() -> None:
 
 def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("accelerate")
-    pytest.importorskip("matplotlib")
     from tiny_job import invoke
 
     monkeypatch.chdir(EXAMPLES.parent)
@@ -95,5 +108,5 @@ def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     attacked = [model["attacks"]["PGD-10 x2"]["within"] for model in (standard, hardened)]
     assert attacked[0] < attacked[1] < hardened["clean"]["within"]
     page = (out / "report.html").read_text()
-    assert "Close enough under PGD-10 x2" in page
+    assert " of 100 predictions close enough under the strongest attack" in page
     assert "around each flat as a whole" in page

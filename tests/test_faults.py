@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,7 +17,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("accelerate")
-pytest.importorskip("matplotlib")
 pytest.importorskip("pyarrow")
 pytest.importorskip("pydantic")
 pytest.importorskip("torchmetrics")
@@ -190,7 +190,7 @@ def test_a_broken_model_is_noticed_before_the_first_attack(
     out = copy(finished)
     damage(out / "hardened" / file)
     attacked: list[str] = []
-    monkeypatch.setattr(auditing, "_examine", lambda *a: attacked.append(a[1]))
+    monkeypatch.setattr(auditing, "examine", lambda *a: attacked.append(a[1]))
     refused("hardened does not hold a trained model", "audit", out)
     assert not attacked
 
@@ -472,8 +472,8 @@ def test_an_exclamation_mark_is_kept() -> None:
     from embattle.audit import html
 
     cells = html.table(["text", "share"], [["!wow", html.Fallen("3%")]])
-    assert "<td>!wow</td>" in cells
-    assert '<td class="fell">3%</td>' in cells
+    assert ">!wow</th>" in cells
+    assert re.search('<td [^>]*class="fell"[^>]*>3%</td>', cells)
 
 
 def test_what_was_read_is_said_first_and_kept(tmp_path: Path, encoder: Path) -> None:

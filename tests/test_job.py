@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 pytest.importorskip("accelerate")
-pytest.importorskip("matplotlib")
 pytest.importorskip("pyarrow")
 pytest.importorskip("pydantic")
 pytest.importorskip("torchmetrics")
@@ -18,8 +19,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("yaml")
 
+from embattle.attacks.minimum import NoSmallestError
 from embattle.cli import app
 from embattle.data.batch import Batch
+from embattle.jobs import examine as examining
 from embattle.jobs import train as training
 from embattle.jobs.run_folder import Run
 from embattle.tasks.text import TextClassification as TextTask
@@ -47,16 +50,68 @@ def test_the_whole_job(tmp_path: Path, encoder: Path) -> None:
 
     metrics = json.loads((out / "metrics.json").read_text())
     assert list(metrics["models"]) == list(VARIANTS)
-    assert (out / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert ElementTree.parse(out / "curves.svg").getroot().tag.endswith("}svg")
     html = (out / "report.html").read_text()
-    assert "<script" not in html
-    assert "http://" not in html.replace("http://www.w3.org", "")
-    assert "data:image/png;base64," in html or "<svg" in html
+    assert "http" not in html.replace("http-equiv", "")
+    assert re.search(r"under the strongest attack|texts right", html)
+    assert "read by the model" in html
     for variant in VARIANTS:
         assert (out / variant / "recipe.yaml").is_file()
         assert list((out / variant).glob("*.safetensors"))
         assert not (out / variant / "checkpoint.safetensors").exists()
     assert not [p for p in out.rglob("*") if p.suffix in {".pt", ".bin", ".pkl", ".tmp"}]
+
+
+def test_the_headline_is_the_worst_of_all_attacks(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit = {
+        "attacks": [
+            {"kind": "noise"},
+            {"kind": "ensemble", "steps": 3, "queries": 4},
+            {"kind": "pgd", "steps": 3},
+        ],
+        "strengths": [2.0, 1.0],
+        "sweep": [0.5, 1.0, 2.0],
+        "sweep_attack": {"kind": "minimum_norm", "steps": 6},
+    }
+    out = tmp_path / "run"
+    assert invoke("train", recipe_of(tmp_path, encoder, audit=audit), "--out", out)[0] == 0
+    status, text = invoke("audit", out)
+    assert status == 0, text
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert all(check["reason"] for check in metrics["checks"])
+    for model in metrics["models"].values():
+        rows = model["attacks"]
+        assert list(rows) == [
+            *("Noise at 2 eps", "PGD-3 at 2 eps", "Noise", "PGD-3"),
+            *("Ensemble-3 at 2 eps", "Ensemble-3"),
+        ]
+        right = {label: row["accuracy"] for label, row in rows.items()}
+        assert right["Ensemble-3"] <= min(right["Noise"], right["PGD-3"])
+        assert right["Ensemble-3 at 2 eps"] <= min(right.values())
+        assert model["worst"]["accuracy"] == right["Ensemble-3"]
+        assert rows["Noise"]["eps"] == 0.3
+        ratio = rows["Noise at 2 eps"]["eps_absolute"] / rows["Noise"]["eps_absolute"]
+        assert ratio == pytest.approx(2)
+        curve = model["sweep"]
+        assert curve["kind"] == "minimum_norm"
+        share = dict(zip(curve["eps"], curve["accuracy"], strict=True))
+        assert share[0.3] == pytest.approx(right["Ensemble-3"])
+        assert share[0.6] == pytest.approx(right["Ensemble-3 at 2 eps"])
+        assert share[0.0] == pytest.approx(model["clean"]["accuracy"])
+        assert curve["accuracy"] == sorted(curve["accuracy"], reverse=True)
+
+    def none(*args: object, **options: object) -> None:
+        raise NoSmallestError("samples share deltas")
+
+    monkeypatch.setattr(examining, "smallest", none)
+    status, text = invoke("audit", out)
+    assert status == 0, text
+    curve = json.loads((out / "metrics.json").read_text())["models"]["standard"]["sweep"]
+    assert (curve["kind"], curve["attack"]) == ("sweep", "PGD-6")
+    assert curve["eps"] == [0.0, 0.15, 0.3, 0.6]
+    assert curve["accuracy"] == sorted(curve["accuracy"], reverse=True)
 
 
 def test_batches_of_similar_length(

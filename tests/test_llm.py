@@ -13,7 +13,6 @@ import torch
 import yaml
 
 pytest.importorskip("accelerate")
-pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 pytest.importorskip("pydantic")
 pytest.importorskip("transformers")

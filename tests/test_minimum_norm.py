@@ -75,6 +75,30 @@ def test_linear_model_has_the_distance_of_the_nearest_boundary(norm: str) -> Non
     assert torch.equal(result.clean_reached, torch.arange(12) == 0)
 
 
+def test_a_dozen_steps_come_near_to_many() -> None:
+    model = toys.encoder(dtype=torch.float32)
+    tokens, _ = toys.text_batch(batch=24)
+    with torch.no_grad():
+        labels = model(tokens).argmax(1)
+
+    def found(steps: int) -> Tensor:
+        with eb.Site(model.embedding, model=model) as site:
+            return (
+                eb.FMN(steps=steps)
+                .run(
+                    lambda: eb.Evaluation(None, model(tokens)),
+                    site,
+                    criterion=eb.Misclassify(labels),
+                    mask=tokens != 0,
+                )
+                .eps
+            )
+
+    ratio = found(12) / found(150)
+    assert ratio.median() < 1.1
+    assert ratio.quantile(0.9) < 1.35
+
+
 @pytest.mark.filterwarnings("ignore:.*groups had no gradient")  # the one without a label
 def test_one_attack_gives_robust_accuracy_at_every_eps() -> None:
     model, x, labels, _ = linear()

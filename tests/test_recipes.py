@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("accelerate")
-pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 pytest.importorskip("pyarrow")
 pytest.importorskip("pydantic")
@@ -21,6 +20,7 @@ import made_tables
 import tiny_models
 from embattle.data import recipe as data_sections
 from embattle.data.sources import SOURCES
+from embattle.jobs import certificates
 from embattle.jobs import recipe as recipes
 from embattle.tasks import Account
 from tiny_job import invoke, make_encoder
@@ -82,6 +82,56 @@ def test_a_recipe_trains_and_audits(path: Path, slices: Path, tmp_path: Path) ->
     assert set(models) == {"standard", "hardened"}
     for model in models.values():
         assert model["attacks"]["PGD-2"]["loss"] > model["clean"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "kind"),
+    [
+        ("films_ranking", "model={kind: lightgcn, layers: 1}", "balls"),
+        ("films_hybrid", "model.dim=8", "balls"),
+        ("adult_income", "model.kind=fm", "swaps"),
+        ("womens_reviews", "audit.batch_size=40", "smoothing"),
+        ("films_sequential", "model.dim=16", None),
+    ],
+)
+def test_what_is_certified_is_no_more_than_attacks_leave(
+    name: str,
+    change: str,
+    kind: str | None,
+    slices: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("scipy")
+    path = next(path for path in RECIPES if path.stem == name)
+    for constant, value in (("SMOOTHED", 6), ("CHOOSING", 20), ("COPIES", 60)):
+        monkeypatch.setattr(certificates, constant, value)
+    words = [word for one in [*changes_of(path, slices), change] for word in ("--set", one)]
+    status, said = invoke("train", path, "--out", tmp_path / "run", *words)
+    assert status == 0, said
+    status, said = invoke("audit", tmp_path / "run", "--certify")
+    assert status == 0, said
+    models = json.loads((tmp_path / "run" / "metrics.json").read_text())["models"]
+    for model in models.values():
+        if kind is None:
+            assert model["certificates"] == []
+            assert "nothing can be certified" in said
+            continue
+        for found in model["certificates"]:
+            assert found["kind"] == kind
+            certified = found["certified"]
+            assert len(certified) == len(found["eps"])
+            assert certified == sorted(certified, reverse=True)
+            assert f"{found['title']} {certified[0]:.3f} at 0" in said
+            if found["attacked"] is not None:
+                pairs = zip(certified, found["attacked"], strict=True)
+                assert all(proven <= left + 1e-12 for proven, left in pairs)
+            if kind == "balls":
+                assert certified[0] == pytest.approx(model["clean"][found["measure"]], abs=1e-6)
+                place = found["eps"].index(
+                    recipes.load(tmp_path / "run" / "recipe.yaml").threat.eps
+                )
+                assert certified[place] <= model["attacks"]["PGD-2"][found["measure"]] + 1e-6
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

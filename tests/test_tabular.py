@@ -12,7 +12,6 @@ import pytest
 import torch
 
 pytest.importorskip("accelerate")
-pytest.importorskip("matplotlib")
 pytest.importorskip("pyarrow")
 pytest.importorskip("pydantic")
 pytest.importorskip("torchmetrics")

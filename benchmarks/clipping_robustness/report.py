@@ -61,7 +61,8 @@ def figure(record: dict[str, Any]) -> bytes:
         (task, attack) for task in record["tasks"] for attack in task["attacks"] if attack != "none"
     ]
     rows = -(-len(panels) // 3)
-    canvas = need("matplotlib.figure").Figure(figsize=(10.8, 3.6 * rows), layout="constrained")
+    size = (10.8, 3.6 * rows)
+    canvas = need("matplotlib.figure", "test").Figure(figsize=size, layout="constrained")
     for place, (task, attack) in enumerate(panels, 1):
         axes = canvas.add_subplot(rows, 3, place)
         quality = task["quality"]

@@ -49,6 +49,7 @@ except ImportError as error:
         ) from error
 
 if TYPE_CHECKING:
+    from embattle import certify as certify
     from embattle import clipping as clipping
     from embattle import losses as losses
     from embattle import ops as ops
@@ -163,6 +164,7 @@ _EXPORTS: dict[str, str] = {
 }
 # Public name of a module -> the module.
 _MODULES: dict[str, str] = {
+    "certify": "certify",
     "clipping": "clipping",
     "losses": "losses",
     "masking": "objectives.masking",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Iterable
 from difflib import get_close_matches
 from types import ModuleType
@@ -61,3 +62,11 @@ def need(module: str, extra: str = "jobs") -> ModuleType:
             f"{error.name or module} is not installed and this needs it: "
             f"pip install 'embattle[{extra}]'"
         ) from error
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

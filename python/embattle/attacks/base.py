@@ -23,7 +23,7 @@ from embattle.perturb.evaluation import Evaluation, LossFn
 from embattle.perturb.guard import MODES, Mode
 from embattle.perturb.perturbation import Perturbation
 from embattle.perturb.site import Site
-from embattle.perturb.strength import Strength, check_strength, resolve, words
+from embattle.perturb.strength import Measured, Strength, check_strength, resolve, words
 
 Norm: TypeAlias = Literal["l2", "linf", "l1"] | float
 Bound: TypeAlias = float | Tensor | None
@@ -408,6 +408,8 @@ class Attack:
         return torch.Generator().manual_seed(int(seed))
 
     def _resolve(self, value: Strength, perturbation: Perturbation, scale: float) -> float | Tensor:
+        if isinstance(value, Measured):
+            value = value.at(perturbation.places[0])
         return resolve(
             value, perturbation.base, norm=self.norm, geometry=perturbation.geometry, scale=scale
         )

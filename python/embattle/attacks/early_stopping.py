@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from embattle.attacks.base import Attack
 
 
+class CannotLeaveError(ValueError):
+    """Samples of this batch, or of this model, cannot leave it one by one."""
+
+
 class _Worst:
     """The worst deltas of the whole batch so far, written row by row; zero at first."""
 
@@ -130,18 +134,18 @@ def _samples_to_attack(batch: AttackedBatch, goal: Criterion, clean: Evaluation)
             "subset=lambda rows: loss_fn_of_those_rows)"
         )
     if batch.packed or batch.perturbed.coupled:
-        raise ValueError(
+        raise CannotLeaveError(
             "stop_when_fooled: samples of packed rows, or that share deltas (scope 'row', "
             "parameters), cannot leave the batch"
         )
     fooled = reached(goal, clean, clean)
     if fooled is None:
-        raise ValueError(
+        raise CannotLeaveError(
             f"stop_when_fooled: {goal!r} has no goal that a sample can reach; give a criterion "
             "that has, such as Misclassify(labels)"
         )
     if batch.drew_random_numbers:
-        raise ValueError(
+        raise CannotLeaveError(
             "stop_when_fooled: the model draws random numbers (dropout), so that a sample's loss "
             "depends on which others are left; use mode='eval', or stop_when_fooled=False"
         )
@@ -158,7 +162,7 @@ def _check_independent(goal: Criterion, clean: Evaluation, now: Evaluation, wors
     same = torch.isclose(losses, worst.losses, rtol=tolerance, atol=tolerance, equal_nan=True)
     assert fooled is not None
     if not bool(same.all()) or bool((worst.reached & ~fooled).any()):
-        raise ValueError(
+        raise CannotLeaveError(
             "stop_when_fooled: samples depend on each other (batch norm in train mode, negatives "
             "from the batch): their losses changed when others left it; use mode='eval', or "
             "stop_when_fooled=False"

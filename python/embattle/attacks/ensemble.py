@@ -79,7 +79,7 @@ class Ensemble:
             return False
         with self.batch.with_seed(self._seed()), torch.no_grad():
             other = self.batch.run().detach()
-        return not _same(self.clean, other)
+        return not same_evaluation(self.clean, other)
 
     def _can_leave(self) -> bool:
         """Return whether samples can leave: half of them must evaluate as they do in the batch."""
@@ -92,7 +92,7 @@ class Ensemble:
         part = batch.select(rows, [p.select(rows) for p in perturbations])
         some = part.evaluate(grad=False).detach()
         batch.clear()
-        return _same(self.clean.select(rows), some)
+        return same_evaluation(self.clean.select(rows), some)
 
     def _seed(self) -> int:
         return int(torch.randint(2**62, (), generator=self.generator))
@@ -112,7 +112,10 @@ class Ensemble:
         lacking = False  # whether any sample had no gradient at the start
         for step in range(member.attack.steps + 1):
             try:
-                at, values, rank, grads = self._evaluate(member, now)
+                over = step == member.attack.steps
+                at, values, rank, grads = self._evaluate(
+                    member, now, gradient=not over or step == 0
+                )
                 if step == 0 and member.attack.uses_gradient:
                     empty = without_gradient(now.perturbations, grads)
                     lacking = bool(empty.any())
@@ -137,9 +140,7 @@ class Ensemble:
                     rows = self.rows = rows[stay]
                     now = now.select(self.batch, now.perturbations, stay, rows)
                     values, grads = values[stay], [grad[stay] for grad in grads]
-            if step == member.attack.steps or (
-                (rows is not None or step % _EVERY == 0) and self._done()
-            ):
+            if over or ((rows is not None or step % _EVERY == 0) and self._done()):
                 break
             self._step(member.attack, step, now, grads, values, lacking)
             self.steps[slice(None) if rows is None else rows] += 1
@@ -164,7 +165,7 @@ class Ensemble:
             _keep(perturbation, before, self.fooled)
 
     def _evaluate(
-        self, member: Member, now: _Remaining
+        self, member: Member, now: _Remaining, gradient: bool = True
     ) -> tuple[Evaluation, Tensor, Tensor | None, list[Tensor]]:
         """Evaluate the current deltas.
 
@@ -172,7 +173,7 @@ class Ensemble:
             The evaluation from the random numbers of the clean one; and means over the draws: of
             what is ascended, of the goal's objective (None for one draw), and of the gradients.
         """
-        uses_gradient, total = member.attack.uses_gradient, None
+        uses_gradient, total = member.attack.uses_gradient and gradient, None
         at: Evaluation | None = None
         for draw in range(self.draws):
             with now.batch.with_seed(self._seed()) if draw else nullcontext():
@@ -327,7 +328,7 @@ def without_gradient(perturbations: list[Perturbation], grads: list[Tensor]) -> 
     return ~found
 
 
-def _same(one: Evaluation, two: Evaluation) -> bool:
+def same_evaluation(one: Evaluation, two: Evaluation) -> bool:
     """Return whether two evaluations agree, up to rounding."""
     for a, b in ((one.losses, two.losses), (one.outputs, two.outputs)):
         if a is None or b is None:

@@ -33,6 +33,7 @@ class AttackResult:
         deltas: one tensor for each perturbed output, samples first (scope "row": `[distinct rows,
             dim]`; a parameter: its shape).
         steps: gradient steps made for each sample, int64 `[B]`.
+        shared: whether samples share deltas.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class AttackResult:
     ) -> None:
         perturbed.release()
         self._steps, self._batch = steps, batch
+        self.shared = perturbed.coupled
         self._norm, self._perturbed = norm, perturbed
         self._deltas: list[Tensor] = []
         self._clean, self._now = clean, now

@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from embattle.attacks import Attack, AttackResult
+from embattle.attacks import FMN, Attack, AttackResult, AutoAttack
+from embattle.attacks.auto import EnsembleResult
+from embattle.attacks.early_stopping import CannotLeaveError
+from embattle.audit.outcomes import Attacked
 from embattle.criteria import Criterion
 from embattle.criteria.base import ascended, reached
 from embattle.data.batch import Batch
-from embattle.perturb.evaluation import Evaluation
-from embattle.perturb.outputs import parts_of
-from embattle.perturb.site import Site, as_sites
+from embattle.perturb.evaluation import Evaluation, LossFn
+from embattle.perturb.site import Site
 from embattle.tasks.evaluator import Evaluator
 
 Sites: TypeAlias = "Site | Sequence[Site]"
 Tick: TypeAlias = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Attacked:
-    """What an attack achieved.
-
-    Attributes:
-        outputs: each sample's worst, [N, ...], on the CPU.
-        right: whether a sample is still right under the attack, bool [N], on the CPU.
-        norm: mean norm of the perturbations that gave them (the attack's norm; of the groups that
-            may be moved).
-        seconds: time it took.
-    """
-
-    outputs: Tensor
-    right: Tensor
-    norm: float
-    seconds: float
 
 
 @contextmanager
@@ -69,10 +54,10 @@ def predict(
         evaluator: runs the model; by default it is called as `model(**batch.inputs)`.
     """
     evaluator = evaluator or Evaluator()
-    device = _device(model)
+    device = device_of(model)
     with examined(model), torch.no_grad():
         found = [evaluator.evaluate(model, batch.to(device)).outputs for batch in batches]
-    return torch.cat([_needed(outputs).cpu() for outputs in found])
+    return torch.cat([needed(outputs).cpu() for outputs in found])
 
 
 def evaluate(
@@ -82,12 +67,15 @@ def evaluate(
     attacks: Mapping[str, Attack],
     *,
     evaluator: Evaluator | None = None,
+    known: Attacked | None = None,
+    leave: bool = False,
     tick: Tick = lambda: None,
 ) -> dict[str, Attacked]:
     """Attacks a model.
 
     An attack with restarts tries again only the samples that still stand, which gives the same
-    count of fooled samples as trying all of them.
+    count of fooled samples as trying all of them; all further restarts are one pass, as far as
+    they fit into a batch.
 
     Args:
         model: the model.
@@ -96,6 +84,11 @@ def evaluate(
         attacks: name to attack.
         evaluator: runs the model, and says what is right; by default a classifier that gives
             logits [B, C] when called as `model(**batch.inputs)`.
+        known: what is known of the samples before: those that are wrong there are not attacked,
+            and stay as they are.
+        leave: samples leave the batch as soon as they are wrong, where the model allows it: the
+            same share of them falls, for less, but their outputs are then those of the first
+            success, not the worst.
         tick: called after each batch of each attack.
 
     Returns:
@@ -106,15 +99,16 @@ def evaluate(
     with examined(model):
         for name, attack in attacks.items():
             began = time.monotonic()
-            found = []
+            run = _Run(evaluator, model, sites, attack, leave)
+            found: list[Attacked] = []
+            total = 0
             for batch in batches:
-                batch = batch.to(_device(model))
-                one = _attack_batch(evaluator, model, batch, sites, attack)
-                found.append([tensor.cpu() for tensor in one])
+                these = slice(total, total + len(batch))
+                total += len(batch)
+                batch = batch.to(device_of(model))
+                found.append(run.all(batch) if known is None else run.rest(batch, known, these))
                 tick()
-            seconds = time.monotonic() - began
-            outputs, right, norms = (torch.cat(parts) for parts in zip(*found, strict=True))
-            results[name] = Attacked(outputs, right, float(norms.mean()), seconds)
+            results[name] = Attacked.joined(found, time.monotonic() - began)
     return results
 
 
@@ -151,7 +145,7 @@ def sweep(
         for batch in batches:
             these = slice(total, total + len(batch))
             total += len(batch)
-            batch = batch.to(_device(model))
+            batch = batch.to(device_of(model))
             with torch.no_grad():
                 clean = evaluator.evaluate(model, batch)
             rows = torch.nonzero(_right(evaluator.criterion(batch), clean, clean)).flatten()
@@ -159,63 +153,131 @@ def sweep(
                 if turned is not None:
                     rows = rows[~turned[these].to(rows.device)[rows]]
                 if attack is not None and len(rows):
-                    part = batch.take(rows)
-                    rows = rows[_attack_batch(evaluator, model, part, sites, attack)[1]]
+                    run = _Run(evaluator, model, sites, attack, leave=True)
+                    rows = rows[run.worst(batch.take(rows)).right]
                 standing[k] += len(rows)
                 tick()
     return [count / max(1, total) for count in standing]
 
 
 class _Found(NamedTuple):
-    """The worst of a batch.
+    """The worst of a batch of B samples.
 
     Attributes:
-        at: losses and outputs.
-        clean: the same without perturbation.
-        norms: mean norm of each sample's perturbation, [B].
+        outputs: [B, ...].
+        right: bool [B].
+        values: what was ascended, [B].
+        norms, steps: see `Attacked`.
+        by: see `Attacked`.
+        shared: whether samples share deltas.
     """
 
-    at: Evaluation
-    clean: Evaluation
+    outputs: Tensor
+    right: Tensor
+    values: Tensor
     norms: Tensor
+    steps: Tensor
+    by: tuple[str, ...]
+    shared: bool
 
 
-def _attack_batch(
-    evaluator: Evaluator, model: nn.Module, batch: Batch, sites: Sites, attack: Attack
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs of each sample's worst try, whether it is right there, and the mean norm."""
-    once = replace(attack, restarts=1)
-    goal = evaluator.criterion(batch)
-    at, clean, norms = _try(evaluator, model, batch, sites, once)
-    for _ in range(attack.restarts - 1):
-        rows = torch.nonzero(_right(goal, at, clean)).flatten()
-        if not len(rows):
-            break
-        some, old, before = goal.select(rows), at.select(rows), clean.select(rows)
-        new = _try(evaluator, model, batch.take(rows), sites, once)
-        worse = ascended(some, new.at, before) > ascended(some, old, before)
-        worse |= ~_right(some, new.at, before)
-        losses = None if at.losses is None else _put(at.losses, rows, new.at.losses, worse)
-        at = Evaluation(losses, _put(at.outputs, rows, new.at.outputs, worse))
-        norms = _put(norms, rows, new.norms, worse)
-    return _needed(at.outputs), _right(goal, at, clean), norms
+class _Run:
+    """One attack on all batches."""
+
+    def __init__(
+        self, evaluator: Evaluator, model: nn.Module, sites: Sites, attack: Attack, leave: bool
+    ) -> None:
+        self.evaluator, self.model, self.sites = evaluator, model, sites
+        several = isinstance(attack, (AutoAttack, FMN))
+        self.leave = leave and attack.steps != 1 and not several
+        # An ensemble's own restarts go on with the samples that stand; draws of noise need no more
+        # than a pass each, and no clean one.
+        own = isinstance(attack, AutoAttack) or (self.leave and not attack.steps)
+        self.restarts = 1 if own else attack.restarts
+        self.once = attack if self.restarts == 1 else replace(attack, restarts=1)
+
+    def all(self, batch: Batch) -> Attacked:
+        """The outcome for a whole batch, on the CPU."""
+        one = self.worst(batch)
+        return Attacked(
+            one.outputs.cpu(), one.right.cpu(), one.norms.cpu(), one.steps.cpu(), by=one.by
+        )
+
+    def rest(self, batch: Batch, known: Attacked, these: slice) -> Attacked:
+        """The outcome where the samples that are known to be wrong are left alone."""
+        right = known.right[these]
+        rows = torch.nonzero(right).flatten()
+        outputs, norms = known.outputs[these].clone(), known.norms[these].clone()
+        right, steps = right.clone(), torch.zeros(len(batch), dtype=torch.int64)
+        by = [""] * len(batch)
+        if len(rows):
+            one = self.all(batch if len(rows) == len(batch) else batch.take(rows.to(_on(batch))))
+            outputs[rows], right[rows] = one.outputs.to(outputs.dtype), one.right
+            norms[rows], steps[rows] = one.norms.to(norms.dtype), one.steps
+            for row, name in zip(rows.tolist(), one.by, strict=bool(one.by)):
+                by[row] = name
+        return Attacked(outputs, right, norms, steps, by=tuple(by))
+
+    def worst(self, batch: Batch) -> _Found:
+        """Each sample's worst try."""
+        best, left = self._try(batch), self.restarts - 1
+        while left:
+            rows = torch.nonzero(best.right).flatten()
+            if not len(rows):
+                break
+            # Samples that share deltas are attacked together, once each.
+            copies = 1 if best.shared else min(left, max(1, len(batch) // len(rows)))
+            new = self._try(batch.take(rows.repeat(copies)))
+            for k in range(copies):
+                best = _merge(best, rows, new, slice(k * len(rows), (k + 1) * len(rows)))
+            left -= copies
+        return best
+
+    def _try(self, batch: Batch) -> _Found:
+        attack = replace(self.once, stop_when_fooled=True) if self.leave else self.once
+        run = partial(run_attack, self.model, batch, self.sites, evaluator=self.evaluator)
+        try:
+            result = run(attack)
+        except CannotLeaveError:
+            if not self.leave:
+                raise
+            self.leave = False
+            result = run(self.once)
+        goal = self.evaluator.criterion(batch)
+        at = Evaluation(result.losses, needed(result.outputs))
+        clean = Evaluation(result.clean_losses, result.clean_outputs)
+        by: tuple[str, ...] = ()
+        if isinstance(result, EnsembleResult):
+            by = tuple(name or "" for name in result.fooled_by)
+        return _Found(
+            needed(at.outputs),
+            _right(goal, at, clean),
+            ascended(goal, at, clean).detach(),
+            mean_norms(result.norms, batch),
+            result.steps,
+            by,
+            result.shared,
+        )
 
 
-def _put(base: Tensor | None, rows: Tensor, other: Tensor | None, chosen: Tensor) -> Tensor:
-    """`base` with the chosen entries of `other`, which are at `rows`."""
-    made = _needed(base).clone()
-    made[rows[chosen]] = _needed(other)[chosen]
-    return made
+def _merge(best: _Found, rows: Tensor, new: _Found, part: slice) -> _Found:
+    """The worst so far, of which the samples at `rows` were tried again: `part` of `new`."""
+    right, values = best.right[rows], best.values[rows]
+    wins = (right & ~new.right[part]) | ((right == new.right[part]) & (new.values[part] > values))
 
+    def put(base: Tensor, other: Tensor) -> Tensor:
+        made = base.clone()
+        made[rows[wins]] = other[part][wins]
+        return made
 
-def _try(
-    evaluator: Evaluator, model: nn.Module, batch: Batch, sites: Sites, attack: Attack
-) -> _Found:
-    result = run_attack(model, batch, sites, attack, evaluator=evaluator)
-    return _Found(
-        Evaluation(result.losses, _needed(result.outputs)),
-        Evaluation(result.clean_losses, result.clean_outputs),
-        _mean_norms(result.norms, batch),
+    steps = best.steps.clone()
+    steps[rows[right]] += new.steps[part][right]
+    return best._replace(
+        outputs=put(best.outputs, new.outputs),
+        right=put(best.right, new.right),
+        values=put(best.values, new.values),
+        norms=put(best.norms, new.norms),
+        steps=steps,
     )
 
 
@@ -230,55 +292,19 @@ def run_attack(
 ) -> AttackResult:
     """Attack a batch so that the model errs; `options` are those of `Attack.run`."""
     evaluator = evaluator or Evaluator()
+
+    def of(rows: Tensor) -> LossFn:
+        part = batch.take(rows, cut=False)
+        return lambda: evaluator.evaluate(model, part)
+
     return attack.run(
         lambda: evaluator.evaluate(model, batch),
         sites,
+        subset=of,
         criterion=evaluator.criterion(batch),
         mask=evaluator.mask(batch),
         **options,
     )
-
-
-def success_rate(clean: Tensor, attacked: Tensor) -> float:
-    """Share of the samples that are right, bool [N], which an attack turns; 0 if none was right."""
-    return int((clean & ~attacked).sum()) / max(1, int(clean.sum()))
-
-
-def vector_norm(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    sites: Sites,
-    evaluator: Evaluator | None = None,
-) -> float:
-    """Mean l2 norm of the embeddings at the sites; of those that may move, where that is known."""
-    evaluator = evaluator or Evaluator()
-    norms: list[Tensor] = []
-    movable: Tensor | None = None
-
-    def note(value: Tensor) -> None:
-        norm = value.detach().float().norm(dim=-1)
-        fits = movable is not None and movable.shape == norm.shape
-        norms.append((norm[movable] if fits else norm).flatten().cpu())
-
-    with ExitStack() as stack:
-        for site in as_sites(sites):
-            if site.scope == "weight":
-                assert site.table is not None
-                note(site.table)
-                continue
-            for module in site.modules:
-
-                def hook(m: nn.Module, args: object, output: Any, key: Any = site.key) -> None:
-                    for part in parts_of(output, key):
-                        note(part.value)
-
-                stack.callback(module.register_forward_hook(hook).remove)
-        with examined(model), torch.no_grad():
-            for batch in batches:
-                batch = batch.to(_device(model))
-                movable = batch.movable
-                evaluator.evaluate(model, batch)
-    return float(torch.cat(norms).mean())
 
 
 def _right(goal: Criterion, at: Evaluation, clean: Evaluation) -> Tensor:
@@ -289,7 +315,7 @@ def _right(goal: Criterion, at: Evaluation, clean: Evaluation) -> Tensor:
     return ~there
 
 
-def _mean_norms(norms: Sequence[Tensor], batch: Batch) -> Tensor:
+def mean_norms(norms: Sequence[Tensor], batch: Batch) -> Tensor:
     """Per sample [B], the mean norm of its movable groups; of groups that are shared, of all."""
     means = []
     for found in norms:
@@ -305,7 +331,12 @@ def _mean_norms(norms: Sequence[Tensor], batch: Batch) -> Tensor:
     return torch.stack(means).mean(0)
 
 
-def _needed(outputs: Tensor | None) -> Tensor:
+def needed(outputs: Tensor | None) -> Tensor:
+    """Outputs that are there.
+
+    Raises:
+        ValueError: the evaluator gave none.
+    """
     if outputs is None:
         raise ValueError(
             "an audit needs outputs: let the evaluator give Evaluation(losses, outputs)"
@@ -313,5 +344,10 @@ def _needed(outputs: Tensor | None) -> Tensor:
     return outputs
 
 
-def _device(model: nn.Module) -> torch.device:
+def _on(batch: Batch) -> torch.device:
+    return next(iter(batch.inputs.values())).device
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are."""
     return next(model.parameters()).device

@@ -18,7 +18,7 @@ __all__ = ["app", "jobs", "models", "tables"]
 
 def _version(asked: bool) -> None:
     if asked:
-        from embattle.jobs.doctor import version_of
+        from embattle.errors import version_of
 
         print(f"embattle {version_of('embattle') or '(not installed as a package)'}")
         raise typer.Exit

@@ -1,4 +1,4 @@
-"""Commands that train and audit: `init`, `train`, `audit`, `tune`, `recbole`, `doctor`."""
+"""Commands of jobs: `init`, `train`, `audit`, `report`, `tune`, `recbole`, `doctor`."""
 
 from __future__ import annotations
 
@@ -53,15 +53,60 @@ def train(
 
 @app.command()
 def audit(
-    run_dir: Annotated[Path, typer.Argument(help="A folder that `embattle train` wrote.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="Folders that `embattle train` wrote, or models in them, such as "
+            "runs/NAME/hardened.",
+        ),
+    ],
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-under",
+            metavar="MEASURE=VALUE",
+            help="Leave with status 1 if a hardened model (or MODEL: in front) has less, such as "
+            "robust_accuracy=0.6; may be repeated.",
+        ),
+    ] = None,
+    certify: Annotated[
+        bool, typer.Option("--certify", help="Prove, too, what no attack can do to the models.")
+    ] = False,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Attack all models of a run and write the report."""
+    """Attack all models of runs and write each run's report."""
     with plain_errors(debug):
-        from embattle.jobs.audit import audit as run
+        from embattle.jobs import audit as job
+        from embattle.jobs import bounds
 
-        run(run_dir, trust=trust)
+        wanted = bounds.parse(fail_under or ())
+        failed = job.audit_all(runs, bounds=wanted, trust=trust, certify=certify)
+        if failed:
+            for line in failed:
+                print(f"failed: {line}")
+            raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Runs that `embattle audit` has examined."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Also write the comparison: NAME.html or NAME.json."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare audited runs: what each model reaches, what it cost, and which differ."""
+    with plain_errors(debug):
+        from embattle.jobs.report import report as run
+
+        run(runs, out, overwrite=overwrite)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,17 +38,17 @@ class Batch:
             raise ValueError("this batch has no labels: it can be predicted, and nothing else")
         return self.labels
 
-    def take(self, rows: Tensor) -> Batch:
+    def take(self, rows: Tensor, *, cut: bool = True) -> Batch:
         """The samples at `rows` ([n] int64).
 
         Inputs with an `attention_mask` ([B, T], padded on the right) are cut to the longest of the
-        samples taken.
+        samples taken, unless `cut` is False.
         """
         inputs = {name: x[rows] for name, x in self.inputs.items()}
         labels = None if self.labels is None else self.labels[rows]
         movable = None if self.movable is None else self.movable[rows]
         attention = inputs.get("attention_mask")
-        if attention is not None and len(rows):
+        if cut and attention is not None and len(rows):
             width = max(1, int(attention.sum(1).amax()))
             inputs = {name: x[:, :width] for name, x in inputs.items()}
             movable = None if movable is None else movable[:, :width]
@@ -64,3 +65,14 @@ class Batch:
         labels = None if self.labels is None else self.labels.to(device)
         movable = None if self.movable is None else self.movable.to(device)
         return Batch(inputs, labels, movable)
+
+
+def first_samples(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """The first samples of batches, `count` at most."""
+    found: list[Batch] = []
+    for batch in batches:
+        if count <= 0:
+            break
+        found.append(batch if len(batch) <= count else batch.take(torch.arange(count)))
+        count -= len(batch)
+    return found

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from embattle import attacks
 from embattle.jobs.choices import Option, choice, section_of
@@ -53,7 +59,9 @@ class AttackRecipe(Option):
     Attributes:
         kind: one of `ATTACKS`: `noise` (uniform), `gaussian_noise` and `neftune` use no gradient;
             `fgsm` and `fgm` make one step of sign, or of the norm's steepest ascent, to the edge of
-            the ball; the others make many steps.
+            the ball; the others make many steps. In the audit alone: `ensemble`, several strong
+            attacks on the samples that all others left standing, and `minimum_norm`, which
+            searches each sample's smallest perturbation.
         steps: gradient steps.
         random_start: whether it starts at a random point of the ball.
         start: another random start.
@@ -117,7 +125,7 @@ _SAID = ("kind", "steps", "restarts", "step_size", "random_start")
 
 # The ball is the threat's; what remains is the job's to decide.
 _NOT_GIVEN = (
-    *("norm", "eps", "lower", "upper"),
+    *("norm", "eps", "unit", "lower", "upper"),
     *("keep", "stop_when_fooled", "generator", "compile"),
     *("steps", "random_start", "restarts"),
 )
@@ -156,15 +164,40 @@ _KINDS: dict[str, tuple[str, type[attacks.Attack], dict[str, tuple[Any, Any]]]] 
         {"steps": (PositiveInt, 1), "random_start": (_Always, True)},
     ),
 }
+# What examines a model and trains none.
+_EXAMINING: dict[str, tuple[str, type[attacks.Attack], dict[str, tuple[Any, Any]]]] = {
+    "ensemble": (
+        "Ensemble",
+        attacks.AutoAttack,
+        {
+            "steps": (PositiveInt, 20),
+            "queries": (NonNegativeInt, 100),
+            "random_start": (_Always, True),
+            "start": (None, None),
+        },
+    ),
+    "minimum_norm": (
+        "Minimum norm",
+        attacks.FMN,
+        {
+            "steps": (PositiveInt, 20),
+            "random_start": (Literal[False], False),
+            "start": (None, None),
+            "restarts": (Literal[1], 1),
+        },
+    ),
+}
 
 
 #: The attacks without a gradient.
 NOISES = frozenset(("noise", "gaussian_noise", "neftune"))
 
 
-def _sections() -> dict[str, type[AttackRecipe]]:
+def _sections(
+    kinds: dict[str, tuple[str, type[attacks.Attack], dict[str, tuple[Any, Any]]]],
+) -> dict[str, type[AttackRecipe]]:
     found: dict[str, type[AttackRecipe]] = {}
-    for kind, (title, made, own) in _KINDS.items():
+    for kind, (title, made, own) in kinds.items():
         without = (*_NOT_GIVEN, *(("mode",) if kind in NOISES else ()))
         section = section_of(AttackRecipe, kind, made, without=without, own=own)
         section.title = title
@@ -173,18 +206,25 @@ def _sections() -> dict[str, type[AttackRecipe]]:
     return found
 
 
-#: The sections of all attacks by `kind`.
-ATTACKS = _sections()
+#: The sections of the attacks that training knows too, by `kind`.
+ATTACKS = _sections(_KINDS)
+#: Those of the audit alone.
+EXAMINING = _sections(_EXAMINING)
 
 if TYPE_CHECKING:
     AttackChoice = AttackRecipe
+    TableChoice = AttackRecipe
+    CurveChoice = AttackRecipe
 else:
     AttackChoice = choice(ATTACKS, "kind", "pgd")
+    # Of the audit's table, and of its curve over eps.
+    TableChoice = choice({**ATTACKS, "ensemble": EXAMINING["ensemble"]}, "kind", "pgd")
+    CurveChoice = choice({**ATTACKS, "minimum_norm": EXAMINING["minimum_norm"]}, "kind", "pgd")
 
 
 def attack_recipe(**options: Any) -> AttackRecipe:
     """The section of an attack, `kind: pgd` unless another is named."""
-    return ATTACKS[options.get("kind", "pgd")](**options)
+    return {**ATTACKS, **EXAMINING}[options.get("kind", "pgd")](**options)
 
 
 def _words(value: Any) -> str:

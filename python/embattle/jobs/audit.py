@@ -3,105 +3,170 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from embattle.audit import figures
-from embattle.audit.evaluation import (
-    Attacked,
-    evaluate,
-    predict,
-    success_rate,
-    sweep,
-    vector_norm,
-)
-from embattle.audit.honesty import order_checks, transfer_check, unbounded_check
+from embattle.audit.environment import command, environment
 from embattle.audit.html import Fallen
-from embattle.audit.report import document, summary_rows, threat_words, unit_words
+from embattle.audit.report import document
+from embattle.audit.schema import SCHEMA
+from embattle.audit.scores import OUTCOMES, add_scores, outcomes_of, plain, write_outcomes
+from embattle.audit.sections import curve
+from embattle.audit.summary import summary_lines
+from embattle.audit.trust import check_victims
+from embattle.audit.victim import Victim
 from embattle.data.account import Account
-from embattle.data.batch import Batch
-from embattle.errors import InputError
-from embattle.files import remove_unfinished, replacing, write_text
+from embattle.data.batch import Batch, first_samples
+from embattle.errors import InputError, closest, need
+from embattle.files import remove_unfinished, sha256, write_text
+from embattle.jobs import provenance
 from embattle.jobs import recipe as recipes
-from embattle.jobs.attack_recipe import attack_recipe
-from embattle.jobs.doctor import version_of
-from embattle.jobs.recipe import STANDARD, AuditRecipe, Recipe
+from embattle.jobs.bounds import Bound, check_names, unmet
+from embattle.jobs.certificates import certificate_lines, certificates
+from embattle.jobs.examine import examine, labels_of
+from embattle.jobs.recipe import STANDARD, Recipe
 from embattle.jobs.run_folder import Run, locked
-from embattle.jobs.threat import make_attack
 from embattle.jobs.train import read
-from embattle.perturb.site import Site
-from embattle.progress import bar, say
+from embattle.progress import say
 from embattle.tasks.base import Task
+
+# Of an example so many characters are in the report.
+SHOWN = 4000
 
 # Examples on which the checks that need further attacks are made.
 CHECKED = 100
 
 
-@dataclass
-class Victim:
-    """A model under audit.
+def audit_all(
+    folders: Sequence[Path],
+    *,
+    bounds: Sequence[Bound] = (),
+    trust: bool = False,
+    certify: bool = False,
+) -> list[str]:
+    """Audits several runs, one after the other, each into its own folder.
 
-    Attributes:
-        model: the model.
-        sites: where it is attacked.
-        clean: outputs without attack, [N, ...].
-        right: where those are right, bool [N].
-        attacked: what each attack achieved, by the attack's label.
+    All runs are looked at before the first attack.
+
+    Args:
+        folders: of runs that `embattle train` finished, or of some of their models: then a run's
+            audit is of these and of its standard one.
+        bounds: what the models must reach.
+        trust: whether a task that is code of one's own may be run.
+        certify: prove what can be proven of the models, too.
+
+    Returns:
+        A line for each bound that is not met.
+
+    Raises:
+        InputError: see `audit`; a bound is on something that is not measured.
     """
+    chosen: dict[Path, list[str]] = {}
+    whole: list[Path] = []
+    for folder in folders:
+        run, model = _run_and_model(folder)
+        chosen.setdefault(run, [])
+        if model is None:
+            whole.append(run)
+        else:
+            chosen[run].append(model)
+    chosen |= {run: [] for run in whole}
+    found = []
+    for run, models in chosen.items():
+        with locked(run, "audit"):
+            found.append((run, *_look_at(run, models, trust)))
+    check_names(bounds, found)
+    failed = []
+    for run, models in chosen.items():
+        facts = audit(run, models=models, trust=trust, certify=certify)
+        lines = unmet(bounds, facts)
+        failed += [f"{run}: {line}" for line in lines] if len(chosen) > 1 else lines
+    return failed
 
-    model: nn.Module
-    sites: list[Site]
-    clean: Tensor
-    right: Tensor
-    attacked: dict[str, Attacked]
+
+def _run_and_model(folder: Path) -> tuple[Path, str | None]:
+    """A run's folder and None; or, of one of its models, the run's folder and the model's name."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a run folder; give one that `embattle train` wrote")
+    if (folder / "run.json").is_file():
+        return folder, None
+    place = folder if folder.name not in ("", "..") else folder.resolve()
+    return (place.parent, place.name) if (place.parent / "run.json").is_file() else (folder, None)
 
 
-def audit(folder: Path, *, trust: bool = False) -> None:
-    """Audits a run and writes `metrics.json`, `curves.png` and `report.html` into its folder.
+def audit(
+    folder: Path, *, models: Sequence[str] = (), trust: bool = False, certify: bool = False
+) -> dict[str, Any]:
+    """Audits a run and writes `metrics.json`, `outcomes.safetensors`, `curves.svg`, `report.html`.
 
     The files are written when everything is known, each of them whole or not at all.
 
     Args:
         folder: a run that `embattle train` finished.
+        models: those of its models that are audited beside the standard one; all if none is named.
         trust: whether a task that is code of one's own may be run.
+        certify: prove what can be proven of the models, too.
+
+    Returns:
+        What `metrics.json` holds.
 
     Raises:
         InputError: if the folder is no finished run, or the data is no longer the same.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a run folder; give one that `embattle train` wrote")
     with locked(folder, "audit"):
-        _audit(folder, trust)
+        return _audit(folder, models, trust, certify)
 
 
-def _audit(folder: Path, trust: bool) -> None:
-    """The same, in a folder that no other process works in."""
-    began = time.monotonic()
+def _look_at(folder: Path, models: Sequence[str], trust: bool) -> tuple[Recipe, Run]:
+    """A run's recipe and what it says of itself, if the models are there."""
     run = Run.read(folder)
-    remove_unfinished(folder)
     recipe = recipes.load(folder / "recipe.yaml", trust=trust)
-    unfinished = [name for name in recipe.variants if name not in run.variants]
+    wanted = _wanted(recipe, models)
+    unknown = [name for name in models if name not in recipe.variants]
+    if unknown:
+        raise InputError(
+            f"{folder} has no model {unknown[0]!r}; {closest(unknown[0], recipe.variants)}"
+        )
+    unfinished = [name for name in wanted if name not in run.variants]
     if unfinished:
         raise InputError(
             f"{folder} is not finished ({', '.join(unfinished)} missing); "
             "go on with `embattle train --resume`"
         )
+    return recipe, run
+
+
+def _wanted(recipe: Recipe, models: Sequence[str]) -> list[str]:
+    return [name for name in recipe.variants if name in {STANDARD, *models} or not models]
+
+
+def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> dict[str, Any]:
+    """The same, in a folder that no other process works in."""
+    began = time.monotonic()
+    need("scipy.stats")
+    Run.read(folder)
+    remove_unfinished(folder)
+    recipe, run = _look_at(folder, chosen, trust)
+    names = _wanted(recipe, chosen)
     task, account = recipe.make_task(), Account()
     part = recipe.audit.part
     read(task, account, part)
     run.require(Run.of(task, account), folder)
     # Everything that is needed is looked at before the first attack, which may take minutes.
-    models = {name: task.load(folder / name).to(_device()) for name in recipe.variants}
+    models = {name: task.load(folder / name).to(_device()) for name in names}
+    found = provenance.fingerprints(folder, run, task, part, names)
     facts: dict[str, Any] = {
+        "schema": SCHEMA,
+        "command": command(),
+        "fingerprint": provenance.together(found),
+        "fingerprints": found,
+        "reading": run.reading,
         "name": recipe.name,
         "seed": recipe.seed,
         "part": part,
@@ -114,7 +179,7 @@ def _audit(folder: Path, trust: bool) -> None:
         "facts": run.facts,
         "counts": run.counts,
         "threat": recipe.threat.model_dump(),
-        "variants": {name: variant.words for name, variant in recipe.variants.items()},
+        "variants": {name: recipe.variants[name].words for name in names},
         "models": {},
         "checks": [],
     }
@@ -122,135 +187,49 @@ def _audit(folder: Path, trust: bool) -> None:
     batches: list[Batch] = []
     for name, model in models.items():
         batches = task.batches(model, part, recipe.audit.batch_size)
-        victims[name], facts["models"][name] = _examine(recipe, name, model, task, batches)
-    few = batches[: math.ceil(CHECKED / len(batches[0]))]
-    facts["checks"] = _check(recipe, task, victims, few, facts)
+        victims[name], facts["models"][name] = examine(recipe, name, model, task, batches)
+        if certify:
+            size = facts["models"][name]["vector_norm"]
+            proven = certificates(recipe, task, model, batches, size)
+            facts["models"][name]["certificates"] = proven
+    labels = labels_of(batches)
+    outcomes = {name: outcomes_of(victim) for name, victim in victims.items()}
+    add_scores(facts, task.kind, labels, outcomes, seed=recipe.seed)
+    checks = check_victims(
+        victims,
+        first_samples(batches, CHECKED),
+        evaluator=task,
+        measure=task.kind.measures[0][1],
+        seed=recipe.seed,
+    )
+    facts["checks"] = [asdict(check) for check in checks]
     facts |= {
-        "train_seconds": {name: run.variants[name].seconds for name in recipe.variants},
+        "train_seconds": {name: run.variants[name].seconds for name in names},
         "audit_seconds": round(time.monotonic() - began, 1),
-        "environment": _environment(),
+        "chance": task.kind.chance(labels),
+        "label": _label_column(task),
+        "environment": environment(_device()),
     }
-    labels = _labels(batches)
-    curves = _curves(recipe, facts, task.kind.chance(labels))
-    histories = {name: run.variants[name].history for name in recipe.variants}
-    losses = figures.losses_over_steps(histories)
     html = document(
         facts,
         settings=recipe.to_yaml(),
-        curves=curves,
-        losses=losses,
+        histories={name: run.variants[name].history for name in names},
         samples=_samples(task, part, labels, victims),
     )
-    write_text(folder / "metrics.json", json.dumps(_plain(facts), indent=2) + "\n")
-    with replacing(folder / "curves.png") as unfinished_file:
-        unfinished_file.write_bytes(curves)
+    write_outcomes(folder / OUTCOMES, outcomes, part=found["part"])
+    found["outcomes"] = sha256(folder / OUTCOMES)
+    facts = plain(facts)
+    write_text(folder / "metrics.json", json.dumps(facts, indent=2) + "\n")
+    write_text(folder / "curves.svg", curve(facts).file())
     write_text(folder / "report.html", html)
-    _print(facts, folder)
-
-
-def _examine(
-    recipe: Recipe, name: str, model: nn.Module, task: Task, batches: list[Batch]
-) -> tuple[Victim, dict[str, Any]]:
-    """Scores one model without attack, under each attack, and over eps."""
-    sites = task.sites(model, recipe.threat.group)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    attacks = {
-        label: make_attack(attack, recipe.threat, generator, best=True)
-        for label, attack in recipe.audit.labelled().items()
-    }
-    scales = sorted(scale for scale in recipe.audit.sweep if scale > 0)
-    # At the threat's own eps the attacks of the table have been.
-    swept = [
-        None
-        if scale == 1 and _as_strong(recipe.audit)
-        else make_attack(recipe.audit.sweep_attack, recipe.threat, generator, scale=scale)
-        for scale in scales
-    ]
-    clean, labels = predict(model, batches, task), _labels(batches)
-    scores = task.kind.scores(clean, labels)
-    facts: dict[str, Any] = {"clean": scores, "attacks": {}}
-    victim = Victim(model, sites, clean, task.kind.right(clean, labels), {})
-    total = len(batches) * (len(attacks) + len(swept))
-    with bar(f"attacking {name}", total) as show:
-        done = 0
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            show(done, {})
-
-        for label, attack in attacks.items():
-            found = evaluate(model, batches, sites, {label: attack}, evaluator=task, tick=tick)
-            result = found[label]
-            victim.attacked[label] = result
-            facts["attacks"][label] = {
-                **task.kind.scores(result.outputs, labels),
-                "success_rate": success_rate(victim.right, result.right),
-                "perturbation_norm": result.norm,
-                "seconds": round(result.seconds, 2),
-            }
-        turned = torch.stack([~under.right for under in victim.attacked.values()]).any(0)
-        fallen = [turned if scale >= 1 else None for scale in scales]
-        shares = sweep(model, batches, sites, swept, fallen=fallen, evaluator=task, tick=tick)
-    facts["sweep"] = {
-        "attack": recipe.audit.sweep_attack.label,
-        "eps": [0.0, *(scale * recipe.threat.eps for scale in scales)],
-        task.kind.measures[0][0]: [scores[task.kind.measures[0][0]], *shares],
-    }
-    facts["vector_norm"] = vector_norm(model, batches, sites, task)
-    return victim, facts
-
-
-def _as_strong(audit: AuditRecipe) -> list[str]:
-    """The labels of the table's attacks that are no weaker than that of the curve."""
-    curve = audit.sweep_attack
-    return [
-        label
-        for label, attack in audit.labelled().items()
-        if attack.kind == curve.kind
-        and attack.steps >= curve.steps
-        and attack.restarts >= curve.restarts
-    ]
-
-
-def _check(
-    recipe: Recipe,
-    task: Task,
-    victims: dict[str, Victim],
-    batches: list[Batch],
-    facts: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """The honesty checks of all models."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    labelled = recipe.audit.labelled()
-    noise = [label for label, attack in labelled.items() if attack.kind == "noise"]
-    gradient = [label for label, attack in labelled.items() if attack.kind != "noise"]
-    strong = recipe.audit.sweep_attack
-    key, title = task.kind.measures[0]
-    checks = []
-    far = attack_recipe(kind="pgd", steps=20, step_size=0.1)
-    for name, victim in victims.items():
-        shares = {label: entry[key] for label, entry in facts["models"][name]["attacks"].items()}
-        checks += order_checks(name, shares, noise=noise, gradient=gradient, measure=title)
-        huge = [
-            make_attack(far, recipe.threat, generator, scale=scale, best=True)
-            for scale in (10.0, 100.0, 1000.0)
-        ]
-        checks.append(
-            unbounded_check(name, victim.model, batches, victim.sites, huge, evaluator=task)
-        )
-        attack = make_attack(strong, recipe.threat, generator)
-        best = [victim.attacked[label].right for label in _as_strong(recipe.audit)]
-        right = best[-1] if best else None
-        for origin, other in victims.items():
-            if other is not victim:
-                pair = (victim.model, victim.sites), (other.model, other.sites)
-                checks.append(
-                    transfer_check(
-                        name, *pair, batches, attack, origin=origin, right=right, evaluator=task
-                    )
-                )
-    return [asdict(check) for check in checks]
+    for line in summary_lines(facts):
+        say(line)
+    for line in certificate_lines(facts["models"]):
+        say(line)
+    spent = sum(facts["train_seconds"].values())
+    say(f"training {spent:.0f} s, audit {facts['audit_seconds']:.0f} s")
+    say(f"report: {folder / 'report.html'}")
+    return facts
 
 
 def _samples(task: Task, part: str, labels: Tensor, victims: dict[str, Victim]) -> list[list[str]]:
@@ -262,7 +241,7 @@ def _samples(task: Task, part: str, labels: Tensor, victims: dict[str, Victim]) 
     rows = []
     for i in torch.nonzero(turned).flatten()[:8].tolist():
         shown = task.show(part, i)
-        shown = shown if len(shown) <= 160 else shown[:157] + "..."
+        shown = shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + "…"
         cells = [shown, task.kind.show_label(labels[i])]
         for victim in victims.values():
             under = victim.attacked[last]
@@ -273,72 +252,11 @@ def _samples(task: Task, part: str, labels: Tensor, victims: dict[str, Victim]) 
     return rows
 
 
-def _labels(batches: Sequence[Batch]) -> Tensor:
-    return torch.cat([batch.known_labels() for batch in batches])
-
-
-def _curves(recipe: Recipe, facts: dict[str, Any], chance: float | None) -> bytes:
-    models, (key, title) = facts["models"], facts["measures"][0]
-    return figures.accuracy_over_eps(
-        {name: model["sweep"][key] for name, model in models.items()},
-        models[STANDARD]["sweep"]["eps"],
-        trained=recipe.threat.eps,
-        chance=chance,
-        unit=unit_words(facts),
-        attack=models[STANDARD]["sweep"]["attack"],
-        measure=title,
-    )
-
-
-def _environment() -> dict[str, Any]:
-    packages = ("embattle", "torch", "transformers", "accelerate", "numpy")
-    device = _device()
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return {
-        "python": platform.python_version(),
-        **{name: version_of(name) for name in packages if version_of(name)},
-        "device": gpu or f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores",
-        "machine": platform.machine(),
-    }
+def _label_column(task: Task) -> str | None:
+    """The name of the column that is predicted, where the task's data has one."""
+    name = getattr(task.data_options, "label", None)
+    return name if isinstance(name, str) else None
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _plain(value: Any) -> Any:
-    """The same value with NaN as None: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _print(facts: dict[str, Any], folder: Path) -> None:
-    """The table, the checks and the path, as text."""
-    say(f"{facts['name']}, seed {facts['seed']}, {facts['examples']} {facts['part']} examples")
-    say(f"attacks: {threat_words(facts)}")
-    titles = [*(title for _, title in facts["measures"]), "flipped"]
-    widths = [max(7, len(title) + 2) for title in titles]
-    columns = "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))
-    names = list(facts["models"])
-    # Two models stand side by side.
-    for pair in (names[i : i + 2] for i in range(0, len(names), 2)):
-        rows = summary_rows(facts, pair)
-        first = max(len(row[0]) for row in rows)
-        say("")
-        say(" " * first + "".join(f"{name:^{len(columns)}}" for name in pair).rstrip())
-        say(" " * first + columns * len(pair))
-        for row in rows:
-            every = zip(row[1:], widths * len(pair), strict=True)
-            say(f"{row[0]:<{first}}{''.join(f'{cell:>{width}}' for cell, width in every)}".rstrip())
-    say("")
-    for check in facts["checks"]:
-        if not check["passed"]:
-            say(f"check fails: {check['name']} ({check['detail']})")
-    held = sum(check["passed"] for check in facts["checks"])
-    spent = sum(facts["train_seconds"].values())
-    say(f"checks on the attacks: {held} of {len(facts['checks'])} hold")
-    say(f"training {spent:.0f} s, audit {facts['audit_seconds']:.0f} s")
-    say(f"report: {folder / 'report.html'}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from embattle.errors import version_of
 
 OPTIONAL = (
     "transformers",
@@ -19,7 +20,6 @@ OPTIONAL = (
     "pyyaml",
     "pyarrow",
     "torchmetrics",
-    "matplotlib",
     "rich",
     "typer",
 )
@@ -65,14 +65,6 @@ def examine() -> Report:
             "need them: pip install 'embattle[jobs]'"
         )
     return report
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a distribution; None if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _torch(report: Report) -> Any:

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from embattle.data.account import Account, printable
 from embattle.data.batch import Batch
 from embattle.data.rows import Rows
-from embattle.errors import InputError, need
+from embattle.errors import InputError, need, version_of
 from embattle.files import replacing_folder, sha256, write_text
-from embattle.jobs.doctor import version_of
 from embattle.jobs.run_folder import contents
 from embattle.jobs.train import read
 from embattle.jobs.trained import TrainedModel, load_trained, model_files

@@ -45,9 +45,10 @@ audit:
   attacks:                         # from the weakest to the strongest
     - {{kind: noise, restarts: 3}}
     - {{kind: fgm}}
-    - {{kind: pgd, steps: 20, random_start: true, restarts: 2}}
+    - {{kind: pgd, steps: 10}}
+    - {{kind: ensemble, steps: 10, queries: 50}}   # on what all others left standing
   sweep: [0.25, 0.5, 1.0, 2.0]     # multiples of eps, for the curve
-  sweep_attack: {{kind: pgd, steps: 10}}
+  sweep_attack: {{kind: minimum_norm, steps: 15}}   # all of the curve at once
 """
 
 _WHOLE = "one budget for everything of a sample; token: one each"

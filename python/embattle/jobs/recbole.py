@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import yaml
 
-from embattle.audit.evaluation import evaluate, predict, success_rate
+from embattle.audit.evaluation import evaluate, predict
+from embattle.audit.outcomes import success_rate
 from embattle.data.account import Account
 from embattle.errors import InputError
 from embattle.files import write_text

@@ -34,8 +34,9 @@ from pydantic import (
 )
 
 from embattle.jobs.attack_recipe import (
-    AttackChoice,
     AttackRecipe,
+    CurveChoice,
+    TableChoice,
     ThreatRecipe,
     attack_recipe,
 )
@@ -64,23 +65,50 @@ class AuditRecipe(Section):
     Attributes:
         part: the part of the data that is attacked.
         batch_size: examples attacked at once.
-        attacks: the attacks at the threat model's eps; the strongest comes last.
+        attacks: the attacks, from the weakest to the strongest. `kind: ensemble` attacks what all
+            others left standing; it comes last.
+        strengths: multiples of the threat model's eps at which each of them is run; 1 is among
+            them.
         sweep: multiples of the threat model's eps for the accuracy curve.
-        sweep_attack: the attack of the curve.
+        sweep_attack: the attack of the curve: `minimum_norm` gives all of it at once; another is
+            run at each eps, as is `pgd` where samples have no smallest perturbation of their own.
     """
 
     part: Part = "test"
     batch_size: PositiveInt = 50
-    attacks: list[AttackChoice] = Field(
+    attacks: list[TableChoice] = Field(
         default=[
             attack_recipe(kind="noise", restarts=5),
             attack_recipe(kind="fgm"),
-            attack_recipe(kind="pgd", steps=20, random_start=True, restarts=2),
+            attack_recipe(kind="pgd", steps=20, random_start=True),
+            attack_recipe(kind="ensemble"),
         ],
         min_length=1,
     )
+    strengths: list[PositiveFloat] = Field(default=[1.0], min_length=1)
     sweep: list[PositiveFloat] = Field(default=[0.25, 0.5, 1.0, 1.5, 2.0, 4.0], min_length=1)
-    sweep_attack: AttackChoice = attack_recipe(kind="pgd", steps=10)
+    sweep_attack: CurveChoice = attack_recipe(kind="minimum_norm")
+
+    @field_validator("strengths")
+    @classmethod
+    def _with_the_threat(cls, strengths: list[float]) -> list[float]:
+        if 1.0 not in strengths or len(set(strengths)) < len(strengths):
+            raise ValueError("multiples of the threat's eps, 1 among them, and none twice")
+        return strengths
+
+    def table(self) -> dict[str, tuple[AttackRecipe, float]]:
+        """Each attack at each strength, by labels of which no two are alike.
+
+        Those at the threat's eps come last, and the ensembles after the others.
+        """
+        scales = [*sorted(scale for scale in self.strengths if scale != 1.0), 1.0]
+        found = {
+            label if scale == 1.0 else f"{label} at {scale:g} eps": (attack, scale)
+            for scale in scales
+            for label, attack in self.labelled().items()
+        }
+        last = {label: one for label, one in found.items() if one[0].kind == "ensemble"}
+        return {**{label: one for label, one in found.items() if label not in last}, **last}
 
     def labelled(self) -> dict[str, AttackRecipe]:
         """The attacks by labels of which no two are alike.

@@ -8,7 +8,7 @@ import torch
 
 from embattle.attacks import Attack, BoxStart, GaussianStart
 from embattle.jobs.attack_recipe import AttackRecipe, ThreatRecipe
-from embattle.perturb.strength import Relative
+from embattle.perturb.strength import Measured, Relative, Strength
 
 # The attacks whose best iterate may be kept: the others keep it anyway, or have no other.
 _ITERATED = ("pgd", "msap", "mifgsm", "smart")
@@ -22,6 +22,7 @@ def make_attack(
     *,
     scale: float = 1.0,
     best: bool = False,
+    unit: Measured | None = None,
 ) -> Attack:
     """Builds the attack of a recipe within its threat.
 
@@ -31,6 +32,7 @@ def make_attack(
         generator: source of random starts.
         scale: factor on the radius.
         best: whether an attack of many steps keeps its best iterate instead of the last.
+        unit: the threat's unit, where it was measured; otherwise it is that of each batch.
 
     Returns:
         The attack.
@@ -39,9 +41,8 @@ def make_attack(
         ValueError: the attack is not one of the threat's norm.
     """
 
-    def strength(share: float) -> float | Relative:
-        value = threat.eps * scale * share
-        return value if threat.unit == "absolute" else Relative(value, to=threat.unit)
+    def strength(share: float) -> Strength:
+        return strength_of(threat, share * scale * threat.eps, unit)
 
     options: dict[str, Any] = {
         name: getattr(recipe, name) for name in type(recipe).model_fields if name not in _OWN
@@ -53,13 +54,33 @@ def make_attack(
             options[name] = strength(options[name])
     if recipe.start is not None:
         start = {"gaussian": GaussianStart, "box": BoxStart}[recipe.start.kind]
-        options["random_start"] = start(strength(recipe.start.size))
+        size = threat.eps * scale * recipe.start.size
+        options["random_start"] = start(strength_of(threat, size))
     if best and recipe.kind in _ITERATED:
         options["keep"] = "best"
-    if recipe.kind != "neftune":  # its alpha is its radius
+    if recipe.kind == "minimum_norm":
+        options |= {"norm": threat.norm, "unit": strength_of(threat, 1.0, unit)}
+        options = {k: v for k, v in options.items() if k not in ("random_start", "restarts")}
+    elif recipe.kind == "ensemble":
+        options |= {"norm": threat.norm, "eps": strength(1.0)}
+        del options["random_start"]
+    elif recipe.kind != "neftune":  # its alpha is its radius
         options |= {"norm": threat.norm, "eps": strength(1.0)}
     made: Attack = recipe.made(**options, generator=generator)
     return made
+
+
+def strength_of(threat: ThreatRecipe, value: float, unit: Measured | None = None) -> Strength:
+    """A number of the threat's units.
+
+    Args:
+        threat: the threat.
+        value: how many.
+        unit: the unit, where it was measured.
+    """
+    if threat.unit == "absolute":
+        return value
+    return Relative(value, to=threat.unit) if unit is None else unit.times(value)
 
 
 def check_attack(key: str, recipe: AttackRecipe, threat: ThreatRecipe) -> None:

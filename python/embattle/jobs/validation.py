@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embattle.audit.evaluation import evaluate, predict
-from embattle.data.batch import Batch
+from embattle.data.batch import Batch, first_samples
 from embattle.jobs.checkpoint import model_tensors, restore_model
 from embattle.jobs.recipe import Recipe
 from embattle.jobs.threat import make_attack
@@ -69,7 +69,8 @@ class Validation:
         """
         if self._batches is None:
             batches = self.task.batches(self.model, "validation", 100)
-            self._batches = _first(batches, self.options.samples)
+            count = self.options.samples
+            self._batches = batches if count is None else first_samples(batches, count)
         generator = torch.Generator().manual_seed(self.recipe.seed)
         attack = make_attack(self.options.attack, self.recipe.threat, generator, best=True)
         device = next(self.model.parameters()).device
@@ -127,16 +128,3 @@ class Validation:
         self._weights = {
             name.removeprefix(_CHOSEN): x for name, x in tensors.items() if name.startswith(_CHOSEN)
         }
-
-
-def _first(batches: list[Batch], count: int | None) -> list[Batch]:
-    """The first samples of batches; None: all."""
-    if count is None:
-        return batches
-    found: list[Batch] = []
-    for batch in batches:
-        if count <= 0:
-            break
-        found.append(batch if len(batch) <= count else batch.take(torch.arange(count)))
-        count -= len(batch)
-    return found

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from embattle.models.deepfm import DeepFM as DeepFM
     from embattle.models.dlrm import DLRM as DLRM
+    from embattle.models.fm import FM as FM
     from embattle.models.hybrid import HybridMF as HybridMF
     from embattle.models.interactions import Interactions as Interactions
     from embattle.models.lightgcn import LightGCN as LightGCN
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # Public name -> the module that defines it.
 _EXPORTS = {
     "DLRM": "dlrm",
+    "FM": "fm",
     "MF": "mf",
     "DeepFM": "deepfm",
     "HybridMF": "hybrid",

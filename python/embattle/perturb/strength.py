@@ -118,6 +118,69 @@ class PerDim:
         return f"{self.value:g} / sqrt(elements in the group)"
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Absolute strengths that were measured before: one for each place, whatever the batch.
+
+    So balls that are relative to a model's embeddings stay what they are where samples are
+    attacked in other batches than those they were measured in.
+
+    Args:
+        values: by place, (number of the site, number of its call).
+        factor: times it.
+    """
+
+    values: dict[tuple[int, int], float]
+    factor: float = 1.0
+
+    def at(self, place: tuple[int, int]) -> float:
+        """Return the strength at a place.
+
+        Raises:
+            ValueError: none was measured there.
+        """
+        if place not in self.values:
+            raise ValueError(
+                f"Measured: call {place[1]} of site {place[0]} was not measured; measure a batch "
+                "that runs the model in the same way"
+            )
+        return self.factor * self.values[place]
+
+    def times(self, factor: float) -> Measured:
+        """Return the strengths times a factor."""
+        return Measured(self.values, self.factor * factor)
+
+    def resolve(self, base: Tensor, *, norm: Any, geometry: dict[str, Any]) -> float:
+        """Return the one strength there is.
+
+        Raises:
+            ValueError: there are several, and it is not known which place is asked for.
+        """
+        if len(self.values) != 1:
+            raise ValueError("Measured: several places have strengths of their own")
+        return self.at(next(iter(self.values)))
+
+    def __str__(self) -> str:
+        return " or ".join(f"{self.factor * value:g}" for value in self.values.values())
+
+
+def scaled(value: Strength, factor: float) -> Strength:
+    """Return a strength times a factor.
+
+    Raises:
+        TypeError: it is a convention of one's own.
+    """
+    if isinstance(value, Measured):
+        return value.times(factor)
+    if isinstance(value, Relative):
+        return Relative(value.value * factor, to=value.to)
+    if isinstance(value, PerDim):
+        return PerDim(value.value * factor)
+    if isinstance(value, (int, float, Tensor)):
+        return value * factor
+    raise TypeError(f"{value!r} cannot be scaled: give a number, a tensor, Relative or PerDim")
+
+
 def group_sizes(base: Tensor, geometry: dict[str, Any]) -> Tensor:
     """Count the unmasked elements of each group, `[groups]` int64."""
     group, offsets, mask = (geometry.get(key) for key in ("group", "offsets", "mask"))

@@ -130,6 +130,18 @@ class Task(Evaluator, ABC):
         _feed(digest, dict(self.parts))
         return digest.hexdigest()
 
+    def part_fingerprint(self, part: str) -> str:
+        """Give a hash of one part: outcomes of two models on the same samples can be paired.
+
+        Of a part that only `fingerprint` of the task itself understands it is that of all data.
+        """
+        digest = hashlib.sha256()
+        try:
+            _feed(digest, self.parts[part])
+        except TypeError:
+            digest = hashlib.sha256(f"{part} {self.fingerprint()}".encode())
+        return digest.hexdigest()
+
     def note_encoding(self, account: Account, model: nn.Module | None = None) -> None:
         """Tell the account what a model reads of the data, such as how many texts are cut.
 

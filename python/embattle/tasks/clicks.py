@@ -21,6 +21,7 @@ from embattle.data.tables import read_columns
 from embattle.errors import InputError
 from embattle.models.deepfm import DeepFM
 from embattle.models.dlrm import DLRM
+from embattle.models.fm import FM
 from embattle.sections import Section
 from embattle.tasks.base import Task
 from embattle.tasks.kinds import BinaryClassification
@@ -92,13 +93,14 @@ class ClicksModel(Section):
     """A model of click-through rates.
 
     Attributes:
-        kind: `deepfm` (columns of categories alone) or `dlrm` (with columns of numbers).
+        kind: `deepfm`, `fm` or `linear` (columns of categories alone; see `TabularModel`), or
+            `dlrm` (with columns of numbers).
         dim: width of a value's vector.
         hidden: widths of the hidden layers (of DLRM those after the products).
         dropout: in the perceptrons.
     """
 
-    kind: Literal["deepfm", "dlrm"] = "deepfm"
+    kind: Literal["deepfm", "fm", "linear", "dlrm"] = "deepfm"
     dim: PositiveInt = 16
     hidden: tuple[PositiveInt, ...] = (64, 64)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -126,9 +128,10 @@ class ClickThrough(Task):
         dense = self.data_options.numbers()
         if self.model_options.kind == "dlrm" and not dense:
             raise InputError("model.kind: dlrm needs columns of numbers; name some in data.dense")
-        if self.model_options.kind == "deepfm" and dense:
+        kind = self.model_options.kind
+        if kind != "dlrm" and dense:
             raise InputError(
-                f"data.dense: deepfm reads no columns of numbers ({dense[0]}); choose kind: dlrm"
+                f"data.dense: {kind} reads no columns of numbers ({dense[0]}); choose kind: dlrm"
             )
 
     def read(self, account: Account) -> None:
@@ -169,6 +172,8 @@ class ClickThrough(Task):
         options, sizes = self.model_options, [len(known) + 1 for known in self.known.values()]
         if options.kind == "deepfm":
             return DeepFM(sizes, dim=options.dim, hidden=options.hidden, dropout=options.dropout)
+        if options.kind != "dlrm":
+            return FM(sizes, dim=options.dim if options.kind == "fm" else 0)
         return DLRM(
             sizes, len(self.scales), dim=options.dim, top=options.hidden, dropout=options.dropout
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from embattle.data.splits import PARTS, number_labels
 from embattle.data.tables import Table
 from embattle.errors import InputError, closest
 from embattle.models.deepfm import DeepFM
+from embattle.models.fm import FM
 from embattle.sections import Section
 from embattle.tasks.base import Task
 from embattle.tasks.kinds import BinaryClassification
@@ -70,14 +71,17 @@ class TabularData(Place):
 
 
 class TabularModel(Section):
-    """A DeepFM over the fields.
+    """A model of the fields.
 
     Attributes:
-        dim: width of a field's vectors.
-        hidden: widths of the perceptron's hidden layers.
+        kind: `deepfm`; `fm`, a factorisation machine, which is a DeepFM without its perceptron; or
+            `linear`, logistic regression. Of the latter two the worst swaps of values are known.
+        dim: width of a field's vectors; a linear model has none.
+        hidden: widths of the hidden layers of a DeepFM's perceptron.
         dropout: in the perceptron.
     """
 
+    kind: Literal["deepfm", "fm", "linear"] = "deepfm"
     dim: PositiveInt = 16
     hidden: list[PositiveInt] = Field(default=[64, 64])
     dropout: NonNegativeFloat = Field(default=0.0, lt=1)
@@ -299,10 +303,12 @@ class Tabular(Task):
             for name, part in self.parts.items()
         }
 
-    def build(self) -> DeepFM:
-        """A DeepFM with new weights."""
+    def build(self) -> DeepFM | FM:
+        """A model with new weights."""
         options = self.model_options
         sizes = [column.size for column in self.columns]
+        if options.kind != "deepfm":
+            return FM(sizes, dim=options.dim if options.kind == "fm" else 0)
         return DeepFM(sizes, dim=options.dim, hidden=options.hidden, dropout=options.dropout)
 
     def facts(self) -> dict[str, Any]:

@@ -1,0 +1,373 @@
+"""The audit of a model of one's own: attacks, figures, checks and the report, without a job."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from embattle.attacks import FGM, FMN, PGD, Attack, AutoAttack, UniformNoise
+from embattle.attacks.minimum import NoSmallestError
+from embattle.audit.environment import command, environment
+from embattle.audit.evaluation import Sites, device_of, evaluate
+from embattle.audit.measure import measure
+from embattle.audit.outcomes import Attacked, worst_of
+from embattle.audit.report import document
+from embattle.audit.scores import OUTCOMES, add_scores, outcomes_of, plain, write_outcomes
+from embattle.audit.smallest import smallest, standing
+from embattle.audit.summary import summary_lines
+from embattle.audit.trust import check_victims
+from embattle.audit.victim import Victim
+from embattle.data.batch import Batch, first_samples
+from embattle.files import sha256, write_text
+from embattle.perturb.site import as_sites
+from embattle.perturb.strength import Strength, scaled
+from embattle.tasks.evaluator import Evaluator
+from embattle.tasks.kinds import Kind
+
+Unit = Literal["token_norm", "mean_norm", "absolute"]
+
+# Samples that are attacked at once where they come in one batch.
+_AT_ONCE = 50
+# Samples on which the checks that need further attacks are made.
+_CHECKED = 100
+# The curve goes up to so many times eps, in so many points.
+_FARTHEST, _POINTS = 4.0, 24
+
+
+@dataclass(frozen=True)
+class Audit:
+    """An audit that is done.
+
+    Attributes:
+        facts: what `metrics.json` holds (docs/metrics.md).
+        outcomes: of each model, the samples without attack, under each, and under the worst.
+    """
+
+    facts: dict[str, Any]
+    outcomes: dict[str, dict[str, Attacked]]
+
+    def summary(self) -> str:
+        """Tables of figures, how models compare, and checks that fail, as text."""
+        return "\n".join(summary_lines(self.facts))
+
+    def to_html(self) -> str:
+        """The report, a page that needs no other file."""
+        return document(self.facts)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `metrics.json`, `outcomes.safetensors` and `report.html`, for `embattle report`.
+
+        Args:
+            folder: is made where it is missing; an audit that is there is replaced.
+
+        Raises:
+            InputError: it cannot be written to.
+        """
+        folder = Path(folder)
+        prints = self.facts["fingerprints"]
+        write_outcomes(folder / OUTCOMES, self.outcomes, part=prints["part"])
+        written = {**prints, "outcomes": sha256(folder / OUTCOMES)}
+        facts = {**self.facts, "fingerprints": written}
+        write_text(folder / "metrics.json", json.dumps(facts, indent=2) + "\n")
+        write_text(folder / "report.html", self.to_html())
+
+
+def audit_model(
+    model: nn.Module,
+    batches: Batch | Sequence[Batch],
+    sites: Sites,
+    *,
+    eps: float = 0.3,
+    norm: Literal["l2", "linf", "l1"] = "l2",
+    unit: Unit = "token_norm",
+    kind: Kind | None = None,
+    evaluator: Evaluator | None = None,
+    attacks: Mapping[str, Attack] | None = None,
+    name: str = "model",
+    seed: int = 0,
+) -> Audit:
+    """Attacks one model, and says how far it holds and how far the attacks can be trusted.
+
+    Args:
+        model: any module.
+        batches: samples with labels, best ones that training has not seen. One batch is divided.
+        sites: where the model is attacked.
+        eps: the radius of the attacker's balls; each is a group of the sites.
+        norm: their norm.
+        unit: what eps counts in: `token_norm`, mean norms (in `norm`) of the embeddings at the
+            sites over all samples; `mean_norm`, the same of whole groups; `absolute`, 1.
+        kind: what the model predicts; classes by default. The model is called as
+            `model(**batch.inputs)` and returns outputs, or something that has them as `logits`.
+        evaluator: runs a model that is called otherwise, and says what is right: an `Evaluator`, or
+            a task. It brings the kind.
+        attacks: name to attack, from the weakest to the strongest, in place of the usual ones:
+            noise, FGM, PGD-20, and an ensemble on the samples that still stand. Their balls should
+            not be larger than eps.
+        name: the model's.
+        seed: decides all random numbers.
+
+    Raises:
+        ValueError: there are no samples or no labels, or an argument is not as it should be.
+        InputError: a package is missing that the figures need: `pip install 'embattle[jobs]'`.
+    """
+    models = {name: (model, sites)}
+    return audit_models(
+        models,
+        batches,
+        eps=eps,
+        norm=norm,
+        unit=unit,
+        kind=kind,
+        evaluator=evaluator,
+        attacks=attacks,
+        seed=seed,
+    )
+
+
+def audit_models(
+    models: Mapping[str, tuple[nn.Module, Sites]],
+    batches: Batch | Sequence[Batch],
+    *,
+    eps: float = 0.3,
+    norm: Literal["l2", "linf", "l1"] = "l2",
+    unit: Unit = "token_norm",
+    kind: Kind | None = None,
+    evaluator: Evaluator | None = None,
+    attacks: Mapping[str, Attack] | None = None,
+    seed: int = 0,
+) -> Audit:
+    """Attacks several models on the same samples, and tests whether they differ.
+
+    Args:
+        models: by name, each with its sites.
+        batches, eps, norm, unit, kind, evaluator, attacks, seed: see `audit_model`.
+
+    Raises:
+        ValueError, InputError: see `audit_model`.
+    """
+    began = time.monotonic()
+    if not models:
+        raise ValueError("audit_models: no model is given; give at least one")
+    if kind is not None and evaluator is not None:
+        raise ValueError("audit_models: kind is the evaluator's where there is one; give one")
+    if unit not in ("token_norm", "mean_norm", "absolute"):
+        raise ValueError(
+            f"audit_models: unit must be token_norm, mean_norm or absolute; got {unit!r}"
+        )
+    evaluator = evaluator or Evaluator(kind)
+    parts = batches.split(_AT_ONCE) if isinstance(batches, Batch) else list(batches)
+    if not sum(map(len, parts)):
+        raise ValueError("audit_models: batches hold no samples; give at least one")
+    labels = torch.cat([batch.known_labels().cpu() for batch in parts])
+    examinations = {
+        title: _Examination(evaluator, model, sites, parts, labels, norm, eps, unit, seed)
+        for title, (model, sites) in models.items()
+    }
+    found = {title: one.run(attacks) for title, one in examinations.items()}
+    victims = {title: one.victim for title, one in examinations.items()}
+    first, sites = next(iter(models.values()))
+    balls = as_sites(sites)[0]
+    facts: dict[str, Any] = {
+        **_origin(models, parts),
+        "name": ", ".join(models),
+        "seed": seed,
+        "part": None,
+        "examples": len(labels),
+        "task": None,
+        "words": {
+            "sample": getattr(evaluator, "sample", "sample"),
+            "vector": getattr(evaluator, "vector", "vector"),
+        },
+        "measures": [list(measure) for measure in evaluator.kind.measures],
+        "note": evaluator.kind.note,
+        "shown": evaluator.kind.shown,
+        "threat": {"norm": norm, "group": balls.group, "eps": eps, "unit": unit},
+        "models": found,
+    }
+    outcomes = {title: outcomes_of(victim) for title, victim in victims.items()}
+    add_scores(facts, evaluator.kind, labels, outcomes, seed=seed)
+    checks = check_victims(
+        victims,
+        first_samples(parts, _CHECKED),
+        evaluator=evaluator,
+        measure=evaluator.kind.measures[0][1],
+        seed=seed,
+    )
+    facts |= {
+        "checks": [asdict(check) for check in checks],
+        "chance": evaluator.kind.chance(labels),
+        "audit_seconds": round(time.monotonic() - began, 1),
+        "environment": environment(device_of(first)),
+    }
+    return Audit(plain(facts), outcomes)
+
+
+def usual_attacks(
+    norm: Literal["l2", "linf", "l1"], eps: Strength, generator: torch.Generator
+) -> dict[str, Attack]:
+    """The attacks that an audit makes if nothing else is said, from the weakest to the strongest.
+
+    Args:
+        norm, eps: the ball.
+        generator: of random starts.
+    """
+    ball: dict[str, Any] = {"norm": norm, "eps": eps, "generator": generator}
+    start: dict[str, Any] = {"random_start": True, "keep": "best"}
+    return {
+        "Noise x5": UniformNoise(restarts=5, **ball),
+        "FGM": FGM(**ball),
+        "PGD-20": PGD(steps=20, step_size=scaled(eps, 0.125), **start, **ball),
+        "Ensemble-20": AutoAttack(steps=20, queries=100, **ball),
+    }
+
+
+class _Examination:
+    """One model under all attacks."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        model: nn.Module,
+        sites: Sites,
+        batches: Sequence[Batch],
+        labels: Tensor,
+        norm: Literal["l2", "linf", "l1"],
+        eps: float,
+        unit: Unit,
+        seed: int,
+    ) -> None:
+        self.evaluator, self.batches, self.labels = evaluator, batches, labels
+        self.norm, self.radius = norm, eps
+        to = None if unit == "absolute" else unit
+        self.size = measure(model, batches, sites, to=to, norm=norm, evaluator=evaluator)
+        self.unit: Strength = 1.0 if to is None else self.size.unit
+        right = evaluator.kind.right(self.size.outputs, labels)
+        every = list(as_sites(sites))
+        whole = scaled(self.unit, eps)
+        self.victim = Victim(model, every, self.size.outputs, right, norm, whole)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def run(self, attacks: Mapping[str, Attack] | None) -> dict[str, Any]:
+        """Attack, and give the model's facts but for its scores."""
+        victim = self.victim
+        given = dict(attacks or usual_attacks(self.norm, victim.eps, self.generator))
+        # Ensembles go on with what all others left standing.
+        last = [label for label, attack in given.items() if isinstance(attack, AutoAttack)]
+        victim.attacks = {label: given[label] for label in sorted(given, key=last.__contains__)}
+        victim.worst = victim.unattacked
+        for label in victim.attacks:
+            if label not in last:
+                self._attack(label)
+        self._search()
+        for label in last:
+            self._attack(label)
+        return {
+            "attacks": {label: _deed(under) for label, under in victim.attacked.items()},
+            "worst": _deed(victim.worst),
+            "vector_norm": self.size.vector_norm,
+            **({} if victim.radii is None else {"sweep": self._curve(victim.radii)}),
+        }
+
+    def _attack(self, label: str) -> None:
+        victim, kind = self.victim, self.evaluator.kind
+        whole = isinstance(victim.attacks[label], AutoAttack)
+        known = victim.worst if whole else None if kind.graded else victim.unattacked
+        under = evaluate(
+            victim.model,
+            self.batches,
+            victim.sites,
+            {label: victim.attacks[label]},
+            evaluator=self.evaluator,
+            known=known,
+            leave=not kind.graded,
+        )[label]
+        worst = self._join(under)
+        if whole:
+            under = replace(worst, steps=under.steps, seconds=under.seconds, by=under.by)
+        victim.attacked[label] = under
+
+    def _join(self, under: Attacked) -> Attacked:
+        """Each sample's worst so far, this outcome included."""
+        victim = self.victim
+        assert victim.worst is not None
+        victim.worst = worst_of(self.evaluator.kind, self.labels, [victim.worst, under])
+        return victim.worst
+
+    def _search(self) -> None:
+        """Find each sample's smallest perturbation, where it has one of its own."""
+        victim = self.victim
+        attack = FMN(norm=self.norm, unit=self.unit, steps=20, generator=self.generator)
+        try:
+            found = smallest(
+                victim.model,
+                self.batches,
+                victim.sites,
+                attack,
+                known=victim.unattacked,
+                radius=self.radius,
+                evaluator=self.evaluator,
+            )
+        except NoSmallestError:
+            return
+        victim.radii = found.radii
+        for under in (found.within(self.radius), found.edge):
+            self._join(under)
+
+    def _curve(self, radii: Tensor) -> dict[str, Any]:
+        """What stands at every eps; what any attack turned has fallen at the threat's."""
+        victim = self.victim
+        assert victim.worst is not None
+        radii = torch.where(victim.worst.right, radii, radii.clamp(max=self.radius))
+        victim.radii = radii / self.radius if self.radius else radii
+        eps = [_FARTHEST * self.radius * k / _POINTS for k in range(_POINTS + 1)]
+        return {
+            "attack": "Minimum norm-20",
+            "kind": "minimum_norm",
+            "eps": eps,
+            self.evaluator.kind.measures[0][0]: standing(radii, eps),
+        }
+
+
+def _deed(under: Attacked) -> dict[str, Any]:
+    """What an attack did, beside the scores."""
+    return {"perturbation_norm": under.norm, "seconds": round(under.seconds, 2)}
+
+
+def _origin(
+    models: Mapping[str, tuple[nn.Module, Sites]], batches: Sequence[Batch]
+) -> dict[str, Any]:
+    """The schema, the command, and fingerprints of samples and weights."""
+    from embattle.audit.schema import SCHEMA  # needs pydantic
+
+    part = hashlib.sha256()
+    for batch in batches:
+        _feed(part, {**batch.inputs, "labels": batch.known_labels()})
+    weights = {}
+    for name, (model, _) in models.items():
+        digest = hashlib.sha256()
+        _feed(digest, {key: x for key, x in model.state_dict().items() if isinstance(x, Tensor)})
+        weights[name] = digest.hexdigest()
+    prints: dict[str, Any] = {"part": part.hexdigest(), "weights": weights}
+    lines = [prints["part"], *(f"{name} {value}" for name, value in weights.items())]
+    return {
+        "schema": SCHEMA,
+        "command": command(),
+        "fingerprint": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+        "fingerprints": prints,
+    }
+
+
+def _feed(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Feed tensors with their names to a hash."""
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().tobytes())
