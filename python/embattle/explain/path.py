@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from embattle import checks
@@ -153,7 +154,7 @@ def _along_the_line(points: Points, deltas: list[Tensor], steps: int) -> list[Te
     return parts
 
 
-def _scaled(delta: Tensor, factors: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+def _scaled(delta: Tensor, factors: NDArray[np.float64]) -> Tensor:
     """`[K, *shape]`: a delta times each of K factors."""
     scale = torch.from_numpy(factors).to(delta)
     return scale.reshape(-1, *[1] * delta.dim()) * delta

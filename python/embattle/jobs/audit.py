@@ -31,6 +31,7 @@ from embattle.data.account import Account
 from embattle.data.batch import Batch
 from embattle.errors import InputError
 from embattle.files import remove_unfinished, replacing, write_text
+from embattle.jobs import explain
 from embattle.jobs import recipe as recipes
 from embattle.jobs.attack_recipe import attack_recipe
 from embattle.jobs.doctor import version_of
@@ -125,6 +126,12 @@ def _audit(folder: Path, trust: bool) -> None:
         victims[name], facts["models"][name] = _examine(recipe, name, model, task, batches)
     few = batches[: math.ceil(CHECKED / len(batches[0]))]
     facts["checks"] = _check(recipe, task, victims, few, facts)
+    if recipe.audit.explain is not None:
+        for name, victim in victims.items():
+            last = list(victim.attacked.values())[-1]
+            facts["models"][name]["explanations"] = explain.of_audit(
+                recipe, task, victim.model, victim.sites, batches, (victim.clean, last.outputs)
+            )
     facts |= {
         "train_seconds": {name: run.variants[name].seconds for name in recipe.variants},
         "audit_seconds": round(time.monotonic() - began, 1),
@@ -145,6 +152,9 @@ def _audit(folder: Path, trust: bool) -> None:
     with replacing(folder / "curves.png") as unfinished_file:
         unfinished_file.write_bytes(curves)
     write_text(folder / "report.html", html)
+    explained = {name: facts["models"][name].get("explanations") for name in victims}
+    if recipe.audit.explain is not None:
+        explain.write(folder, recipe, explained)
     _print(facts, folder)
 
 

@@ -305,6 +305,10 @@ class Tabular(Task):
         sizes = [column.size for column in self.columns]
         return DeepFM(sizes, dim=options.dim, hidden=options.hidden, dropout=options.dropout)
 
+    def parts_of(self, model: nn.Module, batch: Batch) -> list[list[list[str]]]:
+        """Name the columns."""
+        return [[self.columns_read()]]
+
     def facts(self) -> dict[str, Any]:
         """Give the classes, and how cells become numbers."""
         return {**super().facts(), "columns": [asdict(column) for column in self.columns]}
