@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,14 +18,13 @@ from embattle.explain.path import Carried, carried
 from embattle.explain.swaps import Swapped, content_words, swapped, take
 from embattle.perturb.evaluation import LossFn
 from embattle.perturb.site import Site
+from embattle.perturb.strength import resolve
 from embattle.tasks.base import Task
 
-# Points on the line from the clean embeddings to the perturbed ones.
-STEPS = 8
 # Lines of the landscape's grid, and the samples that it is the mean of.
-LINES, AVERAGED = 11, 4
+LINES, AVERAGED = 9, 4
 # Samples whose words are exchanged: each exchange is tried exactly.
-SWAPPED = 4
+SWAPPED = 3
 
 
 class Examined:
@@ -103,22 +103,21 @@ class Examined:
 
     def landscape(self, rows: Sequence[int]) -> dict[str, Any]:
         """Evaluate the loss on a plane, averaged over some of the samples."""
-        batch, attack = self._some(rows), self.attack
-        deltas = self.result.deltas
+        batch, deltas = self._some(rows), self.result.deltas
         if not self._coupled:
             deltas = [delta[self._places(rows)] for delta in deltas]
         found = landscape(
             self._of(batch),
             self.sites,
             deltas,
-            norm=attack.norm,
-            eps=attack.eps,
+            norm=self.attack.norm,
             mask=self.task.mask(batch),
             subset=self._subset(batch),
             lines=LINES,
             seed=self.seed,
         )
-        return asdict(found)
+        room = self._room()
+        return {**asdict(found), "edge": [[room * x, room * y] for x, y in found.edge]}
 
     def swaps(self, rows: Sequence[int], texts: Sequence[Batch]) -> list[dict[str, Any]]:
         """Exchange words of some of the samples; words come from `texts`, batches of the part.
@@ -157,6 +156,25 @@ class Examined:
         """Whether samples share deltas: those of rows of tables."""
         return any(site.scope != "output" for site in self.sites)
 
+    def _room(self) -> float:
+        """How many times what was found goes into eps, on average over the groups that moved.
+
+        A relative eps is of the batch that was attacked, so it is known here alone.
+        """
+        ratios = []
+        for perturbation, norms in zip(self.result.perturbations, self.result.norms, strict=True):
+            given = resolve(
+                self.attack.eps,
+                perturbation.base,
+                norm=self.attack.norm,
+                geometry=perturbation.geometry,
+            )
+            eps = torch.as_tensor(given).to(norms).expand_as(norms)
+            ratios.append((eps / norms)[norms > 0])
+        every = torch.cat(ratios)
+        room = float(every.mean()) if every.numel() else 1.0
+        return room if math.isfinite(room) else 1.0
+
     def _explained(self, batch: Batch, deltas: Sequence[Tensor]) -> tuple[Carried, list[Any]]:
         found = carried(
             self._of(batch),
@@ -164,7 +182,6 @@ class Examined:
             deltas,
             mask=self.task.mask(batch),
             subset=self._subset(batch),
-            steps=STEPS,
         )
         given = self.task.parts_of(self.model, batch)
         return found, parts.names_of(found, given, self.task.vector)

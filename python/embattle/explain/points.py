@@ -42,8 +42,8 @@ class Points:
         subset: Subset | None = None,
     ) -> None:
         self._batch = AttackedBatch(loss_fn, sites, mask=mask, same_random=True, subset=subset)
-        self._copies: dict[int, AttackedBatch] = {}
-        self._each = 1
+        self._copies: dict[tuple[int, ...], AttackedBatch] = {}
+        self._apart = True
         self.clean = torch.empty(0)
 
     @contextmanager
@@ -57,8 +57,8 @@ class Points:
             self.clean = losses_of(self._batch.record().evaluation).detach()
             if self._batch.packed:
                 raise ValueError("explanations need batches that are padded, not packed rows")
-            apart = self._batch.subset is None or self.coupled or self._batch.drew_random_numbers
-            self._each = 1 if apart else max(1, AT_ONCE // max(1, self._batch.size))
+            apart = self._batch.subset is None or self.coupled
+            self._apart = apart or self._batch.drew_random_numbers
             yield self
         self._copies.clear()
 
@@ -96,18 +96,30 @@ class Points:
         ]
         return torch.cat(found)
 
-    def gradients(self, deltas: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    @property
+    def divisible(self) -> bool:
+        """Whether some of the samples can be evaluated alone."""
+        return not self._apart
+
+    def gradients(
+        self, deltas: Sequence[Tensor], rows: Tensor | None = None
+    ) -> Iterator[tuple[int, list[Tensor]]]:
         """Give the gradients of each sample's loss at K points, some points at a time.
+
+        Args:
+            deltas: `[K, *its shape]` each.
+            rows: int64 `[n]`, the samples that they belong to, where the batch is divisible; None:
+                all.
 
         Yields:
             The place of the first point, and `[k, *its shape]` for each delta. Where samples share
             deltas it is the gradient of the sum of their losses.
         """
-        for batch, count, place in self._chunks(deltas):
+        for batch, count, place in self._chunks(deltas, rows):
             values = losses_of(batch.evaluate(grad=True))
             grads = batch.gradients(values, mark=False)
-            pairs = zip(grads, self.perturbations, strict=True)
-            yield place, [grad.reshape(count, *p.delta.shape) for grad, p in pairs]
+            pairs = zip(grads, deltas, strict=True)
+            yield place, [grad.reshape(count, *delta.shape[1:]) for grad, delta in pairs]
 
     def at(self, deltas: Sequence[Tensor]) -> Tensor:
         """Give the losses `[B]` at one point, with a graph to the deltas where there is one."""
@@ -115,27 +127,29 @@ class Points:
             perturbation.delta = delta
         return losses_of(self._batch.evaluate(grad=torch.is_grad_enabled()))
 
-    def _chunks(self, deltas: Sequence[Tensor]) -> Iterator[tuple[AttackedBatch, int, int]]:
+    def _chunks(
+        self, deltas: Sequence[Tensor], rows: Tensor | None = None
+    ) -> Iterator[tuple[AttackedBatch, int, int]]:
         """The batches to evaluate, with the points of each set."""
-        total = len(deltas[0])
-        for place in range(0, total, self._each):
-            some = [delta[place : place + self._each] for delta in deltas]
+        if rows is None:
+            rows = torch.arange(self._batch.size, device=deltas[0].device)
+        each = 1 if self._apart else max(1, AT_ONCE // max(1, len(rows)))
+        for place in range(0, len(deltas[0]), each):
+            some = [delta[place : place + each] for delta in deltas]
             count = len(some[0])
-            batch = self._repeated(count)
+            batch = self._batch if self._apart else self._repeated(rows, count)
             for perturbation, delta in zip(batch.perturbations, some, strict=True):
-                perturbation.set(delta.flatten(0, 1) if count > 1 else delta[0])
+                perturbation.set(delta[0] if self._apart else delta.flatten(0, 1))
             yield batch, count, place
 
-    def _repeated(self, count: int) -> AttackedBatch:
-        """The batch, so many times over."""
-        if count == 1:
-            return self._batch
-        if count not in self._copies:
-            device = self.perturbations[0].base.device
-            rows = torch.arange(self._batch.size, device=device).repeat(count)
-            some = [p.select(rows) for p in self.perturbations]
-            self._copies[count] = self._batch.select(rows, some)
-        return self._copies[count]
+    def _repeated(self, rows: Tensor, count: int) -> AttackedBatch:
+        """Some samples, so many times over."""
+        many = rows.repeat(count)
+        key = (count, *rows.tolist())
+        if key not in self._copies:
+            some = [p.select(many) for p in self.perturbations]
+            self._copies[key] = self._batch.select(many, some)
+        return self._copies[key]
 
 
 def losses_of(at: Evaluation) -> Tensor:
