@@ -47,6 +47,13 @@ def test_huggingface_trainer() -> None:
     assert any("adversarial_loss" in entry for entry in history)
 
 
+def test_explain_an_attack(tmp_path: Path) -> None:
+    shares = load("explain_an_attack").main(tmp_path, steps=60)
+    # One of the two words tells the class: they carry most of any attack.
+    assert shares["good"] + shares["bad"] > 0.5
+    assert {path.name for path in tmp_path.iterdir()} == {"carried.svg", "landscape.svg"}
+
+
 def test_clipping() -> None:
     found = load("clipping").main(steps=60)
     assert found["per sample"] > 0.8

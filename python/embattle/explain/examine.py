@@ -22,7 +22,7 @@ from embattle.perturb.strength import resolve
 from embattle.tasks.base import Task
 
 # Lines of the landscape's grid, and the samples that it is the mean of.
-LINES, AVERAGED = 9, 4
+LINES, AVERAGED = 9, 3
 # Samples whose words are exchanged: each exchange is tried exactly.
 SWAPPED = 3
 
@@ -228,8 +228,8 @@ def explain(
 
     Returns:
         `carried` and `positions` (averages by name and by place), `samples`, `swaps`, `landscape`
-        (None without), `averaged` and `gap`: how many samples averages are over, and what the parts
-        miss of the rise of their losses, as a share of it.
+        (None without, or where losses are not finite), `averaged` and `gap`: how many samples
+        averages are over, and what the parts miss of the rise of their losses, as a share of it.
     """
     average = Examined(model, task, part, spread, sites, attack, seed)
     each, names = average.together()
@@ -246,7 +246,7 @@ def explain(
     }
     if task.varying and all(site.scope == "output" for site in sites):
         found["positions"] = parts.averages(each, names, positions=True)
-    if plane:
+    if plane and bool(each.increase.isfinite().all()):
         found["landscape"] = average.landscape(range(min(AVERAGED, len(spread))))
     if worst:
         single = Examined(model, task, part, worst, sites, attack, seed)

@@ -104,11 +104,16 @@ def averages(
 
 
 def _shortened(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries with the largest shares in their order, and one for the others together."""
+    """The entries with the largest shares in their order, and one for the others together.
+
+    Where there are many, those that did nothing are among the others: rows of a table that a sample
+    does not read.
+    """
     if len(entries) <= SHOWN:
         return entries
     order = sorted(range(len(entries)), key=lambda i: -abs(entries[i]["share"]))
-    kept, rest = sorted(order[: SHOWN - 1]), order[SHOWN - 1 :]
+    kept = [i for i in sorted(order[: SHOWN - 1]) if entries[i]["share"]]
+    rest = [i for i in range(len(entries)) if i not in set(kept)]
     others: dict[str, Any] = {"name": f"({len(rest):,} others)"}
     for key in entries[0]:
         if key != "name":

@@ -128,10 +128,10 @@ def _audit(folder: Path, trust: bool) -> None:
     facts["checks"] = _check(recipe, task, victims, few, facts)
     if recipe.audit.explain is not None:
         for name, victim in victims.items():
-            last = list(victim.attacked.values())[-1]
-            facts["models"][name]["explanations"] = explain.of_audit(
-                recipe, task, victim.model, victim.sites, batches, (victim.clean, last.outputs)
-            )
+            outputs = victim.clean, list(victim.attacked.values())[-1].outputs
+            found = explain.of_audit(recipe, task, victim.model, victim.sites, batches, outputs)
+            if found is not None:
+                facts["models"][name]["explanations"] = found
     facts |= {
         "train_seconds": {name: run.variants[name].seconds for name in recipe.variants},
         "audit_seconds": round(time.monotonic() - began, 1),
@@ -152,9 +152,7 @@ def _audit(folder: Path, trust: bool) -> None:
     with replacing(folder / "curves.png") as unfinished_file:
         unfinished_file.write_bytes(curves)
     write_text(folder / "report.html", html)
-    explained = {name: facts["models"][name].get("explanations") for name in victims}
-    if recipe.audit.explain is not None:
-        explain.write(folder, recipe, explained)
+    explain.write(folder, recipe, facts["models"])
     _print(facts, folder)
 
 

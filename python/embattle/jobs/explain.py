@@ -15,7 +15,7 @@ from embattle.audit import html
 from embattle.audit.evaluation import evaluate, examined, predict
 from embattle.data.account import Account
 from embattle.data.batch import Batch
-from embattle.errors import InputError, closest
+from embattle.errors import InputError, closest, first_line
 from embattle.explain import pictures
 from embattle.explain.examine import explain as explain_model
 from embattle.files import remove_unfinished, write_text
@@ -69,7 +69,7 @@ def explain(
             made = task.load(folder / name).to(_device())
             found[name] = _of_model(recipe, options, task, made)
             say(f"explained {name}")
-        write(folder, recipe, found)
+        write(folder, recipe, {name: {"explanations": one} for name, one in found.items()})
         write_text(folder / "explanations.html", page(recipe, task, found))
         say(f"explanations: {folder / 'explanations.html'}")
 
@@ -81,7 +81,7 @@ def of_audit(
     sites: Sequence[Site],
     batches: Sequence[Batch],
     outputs: tuple[Tensor, Tensor],
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Explain a model whose part was attacked already.
 
     Args:
@@ -91,12 +91,20 @@ def of_audit(
         sites: where it is attacked.
         batches: the part.
         outputs: without attack and under the strongest one, `[N, ...]` each, on the CPU.
+
+    Returns:
+        The explanations; None where the model cannot be explained, which is said: an audit of
+        minutes does not fail at its last, least part.
     """
     options = recipe.audit.explain
     assert options is not None
     labels = torch.cat([batch.known_labels() for batch in batches]).cpu()
     worst = worst_of(task, outputs, labels, options.samples)
-    return _explained(recipe, options, task, model, sites, batches, worst)
+    try:
+        return _explained(recipe, options, task, model, sites, batches, worst)
+    except (ValueError, RuntimeError) as error:
+        say(f"not explained: {first_line(error)}")
+        return None
 
 
 def worst_of(task: Task, outputs: tuple[Tensor, Tensor], labels: Tensor, count: int) -> list[int]:
@@ -112,10 +120,9 @@ def worst_of(task: Task, outputs: tuple[Tensor, Tensor], labels: Tensor, count: 
     rise = (after - before).double()
     turned = task.kind.right(outputs[0], labels) & ~task.kind.right(outputs[1], labels)
     usable = rise.isfinite()
-    # Losses rise by less than this, or the samples are left out as not finite.
-    score = torch.where(turned, rise + 1e30, rise).where(usable, -math.inf)
-    order = score.argsort(descending=True, stable=True)
-    return [int(i) for i in order[:count] if bool(usable[i])]
+    order = rise.where(usable, -math.inf).argsort(descending=True, stable=True)
+    order = order[turned[order].int().argsort(descending=True, stable=True)]
+    return [int(i) for i in order if bool(usable[i])][:count]
 
 
 def _of_model(
@@ -166,9 +173,19 @@ def _explained(
     return {"attack": recipe.audit.sweep_attack.label, **found}
 
 
-def write(folder: Path, recipe: Recipe, found: Mapping[str, dict[str, Any]]) -> None:
-    """Writes `explanations.json`, and of each model its pictures, each file whole or not at all."""
-    facts = {"name": recipe.name, "part": recipe.audit.part, "models": dict(found)}
+def write(folder: Path, recipe: Recipe, models: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes `explanations.json`, and of each model its pictures, each file whole or not at all.
+
+    Args:
+        folder: the run's.
+        recipe: of the run.
+        models: their facts by name; those without `explanations` are left out. Nothing is written
+            if that is all of them.
+    """
+    found = {name: one["explanations"] for name, one in models.items() if "explanations" in one}
+    if not found:
+        return
+    facts = {"name": recipe.name, "part": recipe.audit.part, "models": found}
     write_text(folder / "explanations.json", json.dumps(finite(facts), indent=2) + "\n")
     for name, one in found.items():
         for what, svg in drawn(name, one).items():
