@@ -18,15 +18,16 @@ WORDS = [*(f"word{i}" for i in range(48)), "good", "bad"]
 
 
 class Classifier(nn.Module):
-    """Mean of embeddings, one hidden layer."""
+    """Attention picks among the words of a text; a linear head."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(len(WORDS), 16)
-        self.layers = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 2))
+        self.attention, self.head = nn.Linear(16, 1), nn.Linear(16, 2)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.layers(self.embedding(tokens).mean(1))
+        vectors = self.embedding(tokens)
+        return self.head((self.attention(vectors).softmax(1) * vectors).sum(1))
 
 
 def main(folder: Path | None = None, steps: int = 150) -> dict[str, float]:
@@ -36,7 +37,7 @@ def main(folder: Path | None = None, steps: int = 150) -> dict[str, float]:
     tokens = torch.randint(0, 48, (256, 8))
     tokens[:, 3] = torch.where(labels == 1, 48, 49)
     model = Classifier()
-    site = eb.Site(model.embedding)
+    site = eb.Site(model.embedding, group="token")  # each word may move as far
 
     def loss_of(rows: Tensor) -> Callable[[], eb.Evaluation]:
         def loss_fn() -> eb.Evaluation:
@@ -52,7 +53,7 @@ def main(folder: Path | None = None, steps: int = 150) -> dict[str, float]:
         loss_of(every)().losses.mean().backward()
         optimizer.step()
 
-    attack = eb.PGD(eps=eb.Relative(0.5), steps=10)
+    attack = eb.PGD(eps=eb.Relative(0.3), steps=10)
     some = every[:32]
     result = attack.run(loss_of(some), site, criterion=eb.Misclassify(labels[some]))
     found = carried(loss_of(some), site, result.deltas)

@@ -49,8 +49,9 @@ def test_huggingface_trainer() -> None:
 
 def test_explain_an_attack(tmp_path: Path) -> None:
     shares = load("explain_an_attack").main(tmp_path, steps=60)
-    # One of the two words tells the class: they carry most of any attack.
-    assert shares["good"] + shares["bad"] > 0.5
+    # Words that tell the class carry the attack, although each word may move as far.
+    assert max(shares, key=lambda name: shares[name]) in ("good", "bad")
+    assert shares["good"] + shares["bad"] > 0.3
     assert {path.name for path in tmp_path.iterdir()} == {"carried.svg", "landscape.svg"}
 
 

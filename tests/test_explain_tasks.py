@@ -75,7 +75,8 @@ def test_each_task_names_what_is_attacked(name: str, slices: Path) -> None:
         PGD(eps=0.5, steps=2, keep="best"),
         worst=[1, 0],
         spread=[0, 1, 2],
-        swaps=task.batches(model, "test", 50),
+        unsure=[0, 2],
+        texts=task.batches(model, "test", 50),
     )
     json.dumps(found, allow_nan=False)
     known = {"film", "Good", "Bad"} | WORDS if texts else ONE_OF_EACH[name]
@@ -90,7 +91,7 @@ def test_each_task_names_what_is_attacked(name: str, slices: Path) -> None:
         assert sample["rise"] >= 0
         rose = float(sample["rise"] > 0)
         assert sum(entry["share"] for entry in sample["parts"]) == pytest.approx(rose)
-        assert sum(entry["size"] for entry in sample["parts"]) == pytest.approx(1.0)
+        assert sum(entry["size"] for entry in sample["parts"]) == pytest.approx(rose)
         for entry in sample["parts"]:
             assert entry["name"] in known or "others" in entry["name"]
     middle = found["landscape"]["z"][4][4]
@@ -109,7 +110,7 @@ def test_a_row_of_a_table_is_that_of_the_sample(slices: Path) -> None:
     torch.manual_seed(0)
     model = task.build().eval().requires_grad_(False)
     attack, sites = PGD(eps=0.5, steps=2), task.sites(model, "token")
-    options: dict[str, Any] = {"worst": [3], "spread": [0, 3], "swaps": [], "plane": False}
+    options: dict[str, Any] = {"worst": [3], "spread": [0, 3], "unsure": [3], "plane": False}
     found = explain(model, task, "test", sites, attack, **options)
     (sample,) = found["samples"]
     user, item = task.show("test", 3).removeprefix("user ").split(": ")
@@ -140,6 +141,9 @@ def test_the_worst_are_those_that_turned_then_those_whose_loss_rose_most() -> No
     task = Kinds(None, None)
     assert job.worst_of(task, (clean, under), labels, 5) == [3, 0, 2, 1]
     assert job.worst_of(task, (clean, under), labels, 2) == [3, 0]
+    sure = torch.tensor([[2.0, 0.0], [0.1, 0.0], [0.0, 9.0], [1.0, 0.0], [0.2, 0.0]])
+    assert job.unsure_of(task, sure, labels, 3) == [1, 4, 3]
+    assert job.unsure_of(task, sure, labels, 9) == [1, 4, 3, 0]
 
 
 def test_the_audit_explains_and_so_does_the_command(
@@ -159,6 +163,7 @@ def test_the_audit_explains_and_so_does_the_command(
         assert len(found["samples"]) == found["averaged"] == 8
         assert {entry["name"] for entry in found["carried"]} <= WORDS
         assert [entry["name"] for entry in found["positions"]] == ["2", "3", "4", "5", "6"]
+        assert all(swap["right"][0] for swap in found["swaps"])
         for swap in found["swaps"]:
             assert set(swap["predictions"]) <= {"0", "1"}
             assert (swap["predictions"][0] == swap["label"]) == swap["right"][0]

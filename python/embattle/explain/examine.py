@@ -23,8 +23,6 @@ from embattle.tasks.base import Task
 
 # Lines of the landscape's grid, and the samples that it is the mean of.
 LINES, AVERAGED = 9, 3
-# Samples whose words are exchanged: each exchange is tried exactly.
-SWAPPED = 3
 
 
 class Examined:
@@ -119,38 +117,6 @@ class Examined:
         room = self._room()
         return {**asdict(found), "edge": [[room * x, room * y] for x, y in found.edge]}
 
-    def swaps(self, rows: Sequence[int], texts: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Exchange words of some of the samples; words come from `texts`, batches of the part.
-
-        Returns:
-            Nothing where the model reads no texts that may be moved.
-        """
-        words = self.task.words(self.model)
-        if words is None or not isinstance(words.embedding, nn.Embedding):
-            return []
-        known = [batch.inputs[words.ids] for batch in texts]
-        allowed = content_words(words, known, words.embedding.num_embeddings)
-        batch = self._some(rows)
-        found = swapped(self.model, batch, words, self.task, allowed=allowed)
-        return [self._told(one, rows[one.row], batch.known_labels()[one.row]) for one in found]
-
-    def _told(self, swap: Swapped, row: int, label: Tensor) -> dict[str, Any]:
-        task, label = self.task, label.cpu()
-        outputs = (swap.before_output, swap.after_output)
-        said = [task.describe(output[None])[0] for output in outputs]
-        right = [bool(task.kind.right(o[None], label[None])[0]) for o in outputs]
-        return {
-            "row": self.rows[row],
-            "label": task.kind.show_label(label),
-            "before": swap.before,
-            "after": swap.after,
-            "before_marks": [list(span) for span in swap.before_marks],
-            "after_marks": [list(span) for span in swap.after_marks],
-            "predictions": [one["prediction"] for one in said],
-            "shown": [task.kind.show(output, label) for output in outputs],
-            "right": right,
-        }
-
     @property
     def _coupled(self) -> bool:
         """Whether samples share deltas: those of rows of tables."""
@@ -199,6 +165,53 @@ class Examined:
         return take(self.batch, self._places(rows))
 
 
+def exchanged(
+    model: nn.Module,
+    task: Task,
+    part: str,
+    rows: Sequence[int],
+    texts: Sequence[Batch],
+    *,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Exchange words of some samples; words come from `texts`, batches of the part.
+
+    Args:
+        model, task, part, seed: see `explain`.
+        rows: the samples' places in the part.
+        texts: have the words that may come in.
+
+    Returns:
+        Nothing where the model reads no texts that may be moved.
+    """
+    words = task.words(model)
+    if words is None or not isinstance(words.embedding, nn.Embedding) or not rows:
+        return []
+    known = [batch.inputs[words.ids] for batch in texts]
+    allowed = content_words(words, known, words.embedding.num_embeddings)
+    device = next(model.parameters()).device
+    batch = task.batch(model, part, torch.tensor(list(rows)), seed=seed).to(device)
+    labels = batch.known_labels().cpu()
+    return [
+        {"row": rows[one.row], **_told(task, one, labels[one.row])}
+        for one in swapped(model, batch, words, task, allowed=allowed)
+    ]
+
+
+def _told(task: Task, swap: Swapped, label: Tensor) -> dict[str, Any]:
+    outputs = (swap.before_output, swap.after_output)
+    return {
+        "label": task.kind.show_label(label),
+        "before": swap.before,
+        "after": swap.after,
+        "before_marks": [list(span) for span in swap.before_marks],
+        "after_marks": [list(span) for span in swap.after_marks],
+        "predictions": [task.describe(output[None])[0]["prediction"] for output in outputs],
+        "shown": [task.kind.show(output, label) for output in outputs],
+        "right": [bool(task.kind.right(o[None], label[None])[0]) for o in outputs],
+    }
+
+
 def explain(
     model: nn.Module,
     task: Task,
@@ -208,7 +221,8 @@ def explain(
     *,
     worst: Sequence[int],
     spread: Sequence[int],
-    swaps: Sequence[Batch] | None = None,
+    unsure: Sequence[int] = (),
+    texts: Sequence[Batch] = (),
     plane: bool = True,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -222,7 +236,8 @@ def explain(
         attack: finds the perturbations.
         worst: places in the part of the samples that are explained one by one.
         spread: places of the samples that averages are over.
-        swaps: exchange words of `worst`, for words of these batches; None: not.
+        unsure: places of the samples whose words are exchanged.
+        texts: batches whose words may come in.
         plane: evaluate the landscape.
         seed: of what is drawn.
 
@@ -251,6 +266,5 @@ def explain(
     if worst:
         single = Examined(model, task, part, worst, sites, attack, seed)
         found["samples"] = single.samples(range(len(worst)))
-        if swaps is not None:
-            found["swaps"] = single.swaps(range(min(SWAPPED, len(worst))), swaps)
+    found["swaps"] = exchanged(model, task, part, unsure, texts, seed=seed)
     return found

@@ -220,11 +220,11 @@ def _marks(
     """Where two texts differ, in places of each."""
     if not old_spans or not new_spans:
         return [], []
-    before: list[Span] = []
-    after: list[Span] = []
-    matcher = SequenceMatcher(a=old, b=new, autojunk=False)
-    for tag, a1, a2, b1, b2 in matcher.get_opcodes():
-        if tag != "equal":
-            before += [span for span in old_spans[a1:a2] if span[1] > span[0]]
-            after += [span for span in new_spans[b1:b2] if span[1] > span[0]]
+    if len(old) == len(new):  # as it is, unless the new text is divided otherwise
+        places = [(i, i + 1, i, i + 1) for i in range(len(old)) if old[i] != new[i]]
+    else:
+        codes = SequenceMatcher(a=old, b=new, autojunk=False).get_opcodes()
+        places = [place for tag, *place in codes if tag != "equal"]  # type: ignore[misc]
+    before = [span for a1, a2, _, _ in places for span in old_spans[a1:a2]]
+    after = [span for _, _, b1, b2 in places for span in new_spans[b1:b2]]
     return before, after

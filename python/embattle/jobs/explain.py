@@ -31,6 +31,8 @@ from embattle.tasks.base import Task
 
 # Samples that the command attacks, to find the worst.
 SEARCHED = 200
+# Texts whose words are exchanged: each exchange is tried exactly.
+EXCHANGED = 3
 
 
 def explain(
@@ -99,9 +101,8 @@ def of_audit(
     options = recipe.audit.explain
     assert options is not None
     labels = torch.cat([batch.known_labels() for batch in batches]).cpu()
-    worst = worst_of(task, outputs, labels, options.samples)
     try:
-        return _explained(recipe, options, task, model, sites, batches, worst)
+        return _explained(recipe, options, task, model, sites, batches, (*outputs, labels))
     except (ValueError, RuntimeError) as error:
         say(f"not explained: {first_line(error)}")
         return None
@@ -125,6 +126,21 @@ def worst_of(task: Task, outputs: tuple[Tensor, Tensor], labels: Tensor, count: 
     return [int(i) for i in order if bool(usable[i])][:count]
 
 
+def unsure_of(task: Task, outputs: Tensor, labels: Tensor, count: int) -> list[int]:
+    """Find the samples that are right, but with the largest losses.
+
+    Args:
+        task: knows losses and what is right.
+        outputs: without attack.
+        labels: of the samples.
+        count: how many are wanted, at most.
+    """
+    losses = task.kind.losses(outputs.float(), labels).double()
+    usable = losses.isfinite() & task.kind.right(outputs, labels)
+    order = losses.where(usable, -math.inf).argsort(descending=True, stable=True)
+    return [int(i) for i in order[:count] if bool(usable[i])]
+
+
 def _of_model(
     recipe: Recipe, options: ExplainRecipe, task: Task, model: nn.Module
 ) -> dict[str, Any]:
@@ -138,8 +154,7 @@ def _of_model(
     attacked = evaluate(model, some, sites, {"": attack}, evaluator=task)[""]
     outputs = predict(model, some, task), attacked.outputs
     labels = torch.cat([batch.known_labels() for batch in some]).cpu()
-    worst = worst_of(task, outputs, labels, options.samples)
-    return _explained(recipe, options, task, model, sites, batches, worst)
+    return _explained(recipe, options, task, model, sites, batches, (*outputs, labels))
 
 
 def _explained(
@@ -149,9 +164,10 @@ def _explained(
     model: nn.Module,
     sites: Sequence[Site],
     batches: Sequence[Batch],
-    worst: Sequence[int],
+    known: tuple[Tensor, Tensor, Tensor],
 ) -> dict[str, Any]:
-    part = recipe.audit.part
+    """Explain a model; `known` are outputs without and under attack, and labels, from the first."""
+    part, (clean, attacked, labels) = recipe.audit.part, known
     generator = torch.Generator().manual_seed(recipe.seed)
     attack = make_attack(recipe.audit.sweep_attack, recipe.threat, generator, best=True)
     total = len(task.parts[part])
@@ -164,9 +180,10 @@ def _explained(
             part,
             sites,
             attack,
-            worst=worst,
+            worst=worst_of(task, (clean, attacked), labels, options.samples),
             spread=spread,
-            swaps=batches if options.swaps else None,
+            unsure=unsure_of(task, clean, labels, EXCHANGED) if options.swaps else (),
+            texts=batches,
             plane=options.landscape,
             seed=recipe.seed,
         )
@@ -237,8 +254,9 @@ def page(recipe: Recipe, task: Task, found: Mapping[str, dict[str, Any]]) -> str
             titles = ("text, before and after", "label", "before", "after")
             head = "".join(f"<th>{title}</th>" for title in titles)
             note = (
-                f"Words exchanged until the model errs; {task.kind.shown} for the printed texts. "
-                "Read them: a word may change what a text says, and then the label with it."
+                f"Words exchanged until the model errs, in the texts that it is right about but "
+                f"least sure of; {task.kind.shown} for the printed texts. Read them: a word may "
+                "change what a text says, and then the label with it."
             )
             sections.append(
                 html.section(
