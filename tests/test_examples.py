@@ -61,6 +61,14 @@ def test_huggingface_trainer() -> None:
     assert any("adversarial_loss" in entry for entry in history)
 
 
+def test_explain_an_attack(tmp_path: Path) -> None:
+    shares = load("explain_an_attack").main(tmp_path, steps=60)
+    # Words that tell the class carry the attack, although each word may move as far.
+    assert max(shares, key=lambda name: shares[name]) in ("good", "bad")
+    assert shares["good"] + shares["bad"] > 0.3
+    assert {path.name for path in tmp_path.iterdir()} == {"carried.svg", "landscape.svg"}
+
+
 def test_clipping() -> None:
     found = load("clipping").main(steps=60)
     assert found["per sample"] > 0.8

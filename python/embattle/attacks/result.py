@@ -14,7 +14,7 @@ from torch import Tensor
 from embattle.criteria import Criterion
 from embattle.criteria.base import reached
 from embattle.perturb.evaluation import Evaluation, LossFn, call
-from embattle.perturb.perturbation import total
+from embattle.perturb.perturbation import Perturbation, total
 from embattle.perturb.perturbed_sites import PerturbedSites
 
 
@@ -80,6 +80,14 @@ class AttackResult:
         if self._perturbed is None:
             return self._deltas
         return [p.delta for p in self._perturbed.perturbations]
+
+    @property
+    def perturbations(self) -> list[Perturbation]:
+        """The deltas with the embeddings they are added to, their groups and masks.
+
+        None of a result that was pickled.
+        """
+        return [] if self._perturbed is None else self._perturbed.perturbations
 
     @property
     def delta(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Commands about trained models: `predict` and `export`."""
+"""Commands about trained models: `predict`, `export` and `explain`."""
 
 from __future__ import annotations
 
@@ -90,3 +90,23 @@ def export(
 
         names = [name.strip() for name in require.split(",") if name.strip()]
         run(model, out, rows=rows, require=names, overwrite=overwrite, trust=trust)
+
+
+@app.command()
+def explain(
+    run_dir: Annotated[Path, typer.Argument(help="A folder that `embattle train` wrote.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="The name of one model [default: all].")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", min=1, help="Samples to explain [default: the recipe's]."),
+    ] = None,
+    trust: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Show which tokens, fields or items an attack used, and words that turn the model."""
+    with plain_errors(debug):
+        from embattle.jobs.explain import explain as run
+
+        run(run_dir, model=model, samples=samples, trust=trust)

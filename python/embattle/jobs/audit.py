@@ -25,7 +25,7 @@ from embattle.data.account import Account
 from embattle.data.batch import Batch, first_samples
 from embattle.errors import InputError, closest, need
 from embattle.files import remove_unfinished, sha256, write_text
-from embattle.jobs import provenance
+from embattle.jobs import explain, provenance
 from embattle.jobs import recipe as recipes
 from embattle.jobs.bounds import Bound, check_names, unmet
 from embattle.jobs.certificates import certificate_lines, certificates
@@ -203,6 +203,13 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> d
         seed=recipe.seed,
     )
     facts["checks"] = [asdict(check) for check in checks]
+    if recipe.audit.explain is not None:
+        for name, victim in victims.items():
+            assert victim.worst is not None
+            outputs = victim.clean, victim.worst.outputs
+            told = explain.of_audit(recipe, task, victim.model, victim.sites, batches, outputs)
+            if told is not None:
+                facts["models"][name]["explanations"] = told
     facts |= {
         "train_seconds": {name: run.variants[name].seconds for name in names},
         "audit_seconds": round(time.monotonic() - began, 1),
@@ -222,6 +229,7 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> d
     write_text(folder / "metrics.json", json.dumps(facts, indent=2) + "\n")
     write_text(folder / "curves.svg", curve(facts).file())
     write_text(folder / "report.html", html)
+    explain.write(folder, recipe, facts["models"])
     for line in summary_lines(facts):
         say(line)
     for line in certificate_lines(facts["models"]):

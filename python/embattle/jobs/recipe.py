@@ -41,6 +41,7 @@ from embattle.jobs.attack_recipe import (
     attack_recipe,
 )
 from embattle.jobs.choices import locate
+from embattle.jobs.explain_recipe import ExplainRecipe
 from embattle.jobs.threat import check_attack
 from embattle.jobs.train_recipe import TrainRecipe
 from embattle.jobs.tune_recipe import TuneRecipe
@@ -72,6 +73,7 @@ class AuditRecipe(Section):
         sweep: multiples of the threat model's eps for the accuracy curve.
         sweep_attack: the attack of the curve: `minimum_norm` gives all of it at once; another is
             run at each eps, as is `pgd` where samples have no smallest perturbation of their own.
+        explain: what is explained (see `ExplainRecipe`); null: nothing.
     """
 
     part: Part = "test"
@@ -88,6 +90,7 @@ class AuditRecipe(Section):
     strengths: list[PositiveFloat] = Field(default=[1.0], min_length=1)
     sweep: list[PositiveFloat] = Field(default=[0.25, 0.5, 1.0, 1.5, 2.0, 4.0], min_length=1)
     sweep_attack: CurveChoice = attack_recipe(kind="minimum_norm")
+    explain: ExplainRecipe | None = ExplainRecipe()
 
     @field_validator("strengths")
     @classmethod

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from embattle.data.batch import Batch
 from embattle.models.pretrained import count_longer, is_causal, padded_right, quiet
+from embattle.models.words import Words
 
 
 class TextEncoder(nn.Module):
@@ -78,6 +79,10 @@ class TextEncoder(nn.Module):
         return Batch(
             {"input_ids": tokens["input_ids"], "attention_mask": attention}, movable=movable
         )
+
+    def words(self, ids: str, mask: str) -> Words:
+        """Give where batches have texts: under the names of their inputs `ids` and `mask`."""
+        return Words(self._tokenizer, self.embedding, ids, mask, self.max_tokens)
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """How many tokens the model reads of each text, special ones included."""

@@ -19,6 +19,7 @@ from embattle.data.account import Account
 from embattle.data.batch import Batch
 from embattle.errors import need
 from embattle.files import broken, require_finite, save_tensors, write_text
+from embattle.models.words import Words
 from embattle.perturb.site import Group, Site
 from embattle.sections import Section
 from embattle.tasks.evaluator import Evaluator
@@ -182,6 +183,20 @@ class Task(Evaluator, ABC):
             group: what has a ball of its own, of the recipe's `threat`.
         """
         return [Site.embeddings(model, group=group)]
+
+    def parts_of(self, model: nn.Module, batch: Batch) -> list[list[list[str]]]:
+        """Name the vectors that are attacked, for explanations: tokens, fields, items.
+
+        Returns:
+            For each perturbed output a list for each sample with a name for each of its vectors; or
+            a single list that all samples share, such as the rows of a table. Outputs that are left
+            out have numbers for names, as all have by default.
+        """
+        return []
+
+    def words(self, model: nn.Module) -> Words | None:
+        """Give where the model reads texts that an attacker may move; None: it reads none."""
+        return None
 
     def facts(self) -> dict[str, Any]:
         """Give what `read` found that the model depends on, as JSON, for `restore`."""

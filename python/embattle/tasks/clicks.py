@@ -210,6 +210,10 @@ class ClickThrough(Task):
         shown = zip(self.known.items(), numbers, strict=True)
         return ", ".join(f"{name} {known[n - 1] if n else '?'}" for (name, known), n in shown)
 
+    def parts_of(self, model: nn.Module, batch: Batch) -> list[list[list[str]]]:
+        """Name the columns of categories, whose vectors are attacked."""
+        return [[list(self.known)]]
+
     def facts(self) -> dict[str, Any]:
         """Give the values that are known, and the scales of numbers."""
         return {**super().facts(), "known": self.known, "scales": self.scales}

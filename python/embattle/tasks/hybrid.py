@@ -11,6 +11,7 @@ from embattle.data.batch import Batch
 from embattle.data.item_texts import ItemTexts
 from embattle.models.hybrid import HybridMF
 from embattle.models.recipe import EncoderRecipe
+from embattle.models.words import Words
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.site import Group, Site
 from embattle.sections import Section
@@ -108,6 +109,17 @@ class HybridRanking(EncodedTexts, ItemRanking):
     def for_scoring(self, model: nn.Module) -> nn.Module:
         """The items' texts are read once, all of them."""
         return cast(HybridMF, model).for_scoring()
+
+    def parts_of(self, model: nn.Module, batch: Batch) -> list[list[list[str]]]:
+        """Name the rows of both tables, or the tokens."""
+        words = self.words(model)
+        return super().parts_of(model, batch) if words is None else [words.names(batch)]
+
+    def words(self, model: nn.Module) -> Words | None:
+        """Give the items' texts, if these are attacked."""
+        if self.model_options.attacked == "rows":
+            return None
+        return cast(HybridMF, model).texts.encoder.words("text_ids", "text_mask")
 
     def sites(self, model: nn.Module, group: Group) -> list[Site]:
         """Rows of both tables, or the words.

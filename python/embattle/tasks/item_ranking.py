@@ -138,6 +138,11 @@ class ItemRanking(RatingsTask):
         ranker = cast("MF | LightGCN", model)
         return [Site.weight(ranker.user), Site.weight(ranker.item)]
 
+    def parts_of(self, model: nn.Module, batch: Batch) -> list[list[list[str]]]:
+        """Name the rows of both tables, which all samples share."""
+        tables = (("user", self.users), ("item", self.items))
+        return [[[f"{what} {name}" for name in names]] for what, names in tables]
+
     def facts(self) -> dict[str, Any]:
         """Give names, and the pairs that were trained on: a graph is made of them."""
         pairs = [self.graph.users.tolist(), self.graph.items.tolist()]

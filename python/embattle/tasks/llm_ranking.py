@@ -20,6 +20,7 @@ from embattle.data.tables import read_columns
 from embattle.errors import InputError, need
 from embattle.files import save_tensors
 from embattle.models.llm import LanguageRecommender, build
+from embattle.models.words import Words
 from embattle.perturb.site import Group, Site
 from embattle.sections import Section
 from embattle.tasks.base import Task
@@ -191,6 +192,21 @@ class LLMRanking(Task):
     def sites(self, model: nn.Module, group: Group) -> list[Site]:
         """The token embeddings; `mask` lets those of titles move alone."""
         return [Site(cast(LanguageRecommender, model).embedding, group=group)]
+
+    def parts_of(self, model: nn.Module, batch: Batch) -> list[list[list[str]]]:
+        """Name the prompts' tokens."""
+        return [self.words(model).names(batch)]
+
+    def words(self, model: nn.Module) -> Words:
+        """Give the prompts, in which titles alone may change."""
+        prompts = cast(LanguageRecommender, model).prompts
+        return Words(
+            prompts.tokenizer,
+            cast(LanguageRecommender, model).embedding,
+            "input_ids",
+            "attention_mask",
+            prompts.max_tokens,
+        )
 
     def save_weights(self, model: nn.Module, path: Path) -> None:
         """Write what was trained, and a hash of what was not."""

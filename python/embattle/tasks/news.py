@@ -21,6 +21,7 @@ from embattle.data.splits import PARTS
 from embattle.errors import InputError
 from embattle.models.news import NewsClicks
 from embattle.models.recipe import EncoderRecipe
+from embattle.models.words import Words
 from embattle.perturb.site import Group, Site
 from embattle.sections import Section
 from embattle.tasks.encoded import EncodedTexts
@@ -207,6 +208,14 @@ class ClicksOnNews(EncodedTexts):
     def sites(self, model: nn.Module, group: Group) -> list[Site]:
         """The words of the candidates."""
         return [Site(cast(NewsClicks, model).texts.words, group=group)]
+
+    def parts_of(self, model: nn.Module, batch: Batch) -> list[list[list[str]]]:
+        """Name the candidates' tokens."""
+        return [self.words(model).names(batch)]
+
+    def words(self, model: nn.Module) -> Words:
+        """Give the candidates' texts."""
+        return cast(NewsClicks, model).texts.encoder.words("text_ids", "text_mask")
 
     def show(self, part: str, row: int) -> str:
         """Show the candidate."""

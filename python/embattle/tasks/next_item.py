@@ -128,6 +128,11 @@ class NextItem(RatingsTask):
             "" if part == "train" else f"; {self.items[found[1]]}"
         )
 
+    def parts_of(self, model: nn.Module, batch: Batch) -> list[list[list[str]]]:
+        """Name the items met."""
+        names = [*self.items, "(padding)"]
+        return [[[names[i] for i in met] for met in batch.inputs["sequences"].tolist()]]
+
     def facts(self) -> dict[str, Any]:
         """Give the names of the items."""
         return {**super().facts(), "items": self.items}

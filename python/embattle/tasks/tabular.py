@@ -311,6 +311,10 @@ class Tabular(Task):
             return FM(sizes, dim=options.dim if options.kind == "fm" else 0)
         return DeepFM(sizes, dim=options.dim, hidden=options.hidden, dropout=options.dropout)
 
+    def parts_of(self, model: nn.Module, batch: Batch) -> list[list[list[str]]]:
+        """Name the columns."""
+        return [[self.columns_read()]]
+
     def facts(self) -> dict[str, Any]:
         """Give the classes, and how cells become numbers."""
         return {**super().facts(), "columns": [asdict(column) for column in self.columns]}

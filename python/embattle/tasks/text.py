@@ -19,6 +19,7 @@ from embattle.files import broken
 from embattle.models.pretrained import count_longer, load_tokenizer
 from embattle.models.recipe import ModelRecipe
 from embattle.models.text import TextClassifier, build, load
+from embattle.models.words import Words
 from embattle.perturb.site import Group, Site
 from embattle.sections import Section
 from embattle.tasks.base import Task
@@ -118,6 +119,14 @@ class TextClassification(Task):
     def sites(self, model: nn.Module, group: Group) -> list[Site]:
         """The token embeddings."""
         return [Site(cast(TextClassifier, model).embedding, group=group)]
+
+    def parts_of(self, model: nn.Module, batch: Batch) -> list[list[list[str]]]:
+        """Name the tokens."""
+        return [self.words(model).names(batch)]
+
+    def words(self, model: nn.Module) -> Words:
+        """Give the texts."""
+        return cast(TextClassifier, model).words("input_ids", "attention_mask")
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write weights, configuration, tokenizer and the names of the classes."""
