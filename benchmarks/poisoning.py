@@ -175,7 +175,7 @@ def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None])
         targets = np.random.default_rng(seed).choice(rare, TARGETS, replace=False)
         made: dict[str, Ratings] = {"none": train}
         for share in options.shares:
-            for kind in (*ATTACKS, *FOUND_ONLY):
+            for kind in options.attacks:
                 name, began = f"{kind}, {share:.0%}", time.perf_counter()
                 fakes = fakes_of(kind, train, targets, share, seed)
                 note("seconds", (name,), {"making": time.perf_counter() - began})
@@ -189,7 +189,7 @@ def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None])
             for name, ratings in made.items():
                 if name != "none" and not any(name.endswith(f", {s:.0%}") for s in shares):
                     continue
-                for defence in DEFENCES[model]:
+                for defence in (d for d in DEFENCES[model] if d in options.defences):
                     began = time.perf_counter()
                     victim = trained(model, defence, ratings, seed)
                     figures = measured(victim, torch.from_numpy(targets), train, test)
@@ -256,6 +256,8 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(DEFENCES), default=list(DEFENCES))
+    parser.add_argument("--attacks", nargs="+", default=[*ATTACKS, *FOUND_ONLY])
+    parser.add_argument("--defences", nargs="+", default=list(DEFENCES["MF"]))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

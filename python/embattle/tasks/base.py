@@ -21,6 +21,7 @@ from embattle.errors import need
 from embattle.files import broken, require_finite, save_tensors, write_text
 from embattle.perturb.site import Group, Site
 from embattle.sections import Section
+from embattle.tasks.columns import Columns
 from embattle.tasks.evaluator import Evaluator
 from embattle.tasks.kinds import Kind, from_json
 
@@ -170,6 +171,10 @@ class Task(Evaluator, ABC):
             group: what has a ball of its own, of the recipe's `threat`.
         """
         return [Site.embeddings(model, group=group)]
+
+    def swappable(self, model: nn.Module) -> Columns | None:
+        """Give the columns of categories and numbers that `ColumnAttack` may change, if any."""
+        return None
 
     def facts(self) -> dict[str, Any]:
         """Give what `read` found that the model depends on, as JSON, for `restore`."""

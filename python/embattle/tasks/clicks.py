@@ -23,6 +23,7 @@ from embattle.models.deepfm import DeepFM
 from embattle.models.dlrm import DLRM
 from embattle.sections import Section
 from embattle.tasks.base import Task
+from embattle.tasks.columns import Columns
 from embattle.tasks.kinds import BinaryClassification
 
 # isort: split
@@ -204,6 +205,23 @@ class ClickThrough(Task):
         numbers = self.parts[part].values[row].tolist()
         shown = zip(self.known.items(), numbers, strict=True)
         return ", ".join(f"{name} {known[n - 1] if n else '?'}" for (name, known), n in shown)
+
+    def swappable(self, model: nn.Module) -> Columns:
+        """The columns of categories, and of DLRM those of numbers."""
+        known = list(self.known.items())
+        made: Any = model
+        tables = [made.embedding, *([made.first] if isinstance(model, DeepFM) else [])]
+        dense = isinstance(model, DLRM)
+        return Columns(
+            "values",
+            list(self.known),
+            [len(values) + 1 for values in self.known.values()],
+            tables,
+            numbers="dense" if dense else "",
+            number_names=list(self.scales),
+            number_place=made.numbers if dense else None,
+            show=lambda column, value: known[column][1][value - 1] if value else "?",
+        )
 
     def facts(self) -> dict[str, Any]:
         """Give the values that are known, and the scales of numbers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from embattle.errors import InputError, closest
 from embattle.models.deepfm import DeepFM
 from embattle.sections import Section
 from embattle.tasks.base import Task
+from embattle.tasks.columns import Columns
 from embattle.tasks.kinds import BinaryClassification
 
 # isort: split
@@ -114,6 +115,16 @@ class Column:
     def size(self) -> int:
         """How many numbers there are."""
         return len(self.edges) + 2 if self.values is None else len(self.values) + 1
+
+    def show(self, number: int) -> str:
+        """A value, or the bounds of a range, by number."""
+        if number == 0:
+            return "?"
+        if self.values is not None:
+            return list(self.values)[number - 1]
+        low = f"above {self.edges[number - 2]:g}" if number > 1 else ""
+        high = f"up to {self.edges[number - 1]:g}" if number <= len(self.edges) else ""
+        return ", ".join(part for part in (low, high) if part) or "any"
 
     def encode(self, cells: Sequence[str | None]) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The numbers [N] of cells."""
@@ -304,6 +315,17 @@ class Tabular(Task):
         options = self.model_options
         sizes = [column.size for column in self.columns]
         return DeepFM(sizes, dim=options.dim, hidden=options.hidden, dropout=options.dropout)
+
+    def swappable(self, model: nn.Module) -> Columns:
+        """All columns; those of numbers by their ranges."""
+        made = cast(DeepFM, model)
+        return Columns(
+            "values",
+            [column.name for column in self.columns],
+            [column.size for column in self.columns],
+            [made.embedding, made.first],
+            show=lambda column, value: self.columns[column].show(value),
+        )
 
     def facts(self) -> dict[str, Any]:
         """Give the classes, and how cells become numbers."""
