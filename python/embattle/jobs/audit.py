@@ -33,6 +33,7 @@ from embattle.errors import InputError
 from embattle.files import remove_unfinished, replacing, write_text
 from embattle.jobs import recipe as recipes
 from embattle.jobs.attack_recipe import attack_recipe
+from embattle.jobs.column_recipe import check_columns, column_lines, examine_columns
 from embattle.jobs.doctor import version_of
 from embattle.jobs.recipe import STANDARD, AuditRecipe, Recipe
 from embattle.jobs.run_folder import Run, locked
@@ -101,6 +102,8 @@ def _audit(folder: Path, trust: bool) -> None:
     run.require(Run.of(task, account), folder)
     # Everything that is needed is looked at before the first attack, which may take minutes.
     models = {name: task.load(folder / name).to(_device()) for name in recipe.variants}
+    for model in models.values():
+        check_columns(recipe.audit.columns, task, model)
     facts: dict[str, Any] = {
         "name": recipe.name,
         "seed": recipe.seed,
@@ -123,6 +126,7 @@ def _audit(folder: Path, trust: bool) -> None:
     for name, model in models.items():
         batches = task.batches(model, part, recipe.audit.batch_size)
         victims[name], facts["models"][name] = _examine(recipe, name, model, task, batches)
+        facts["models"][name] |= examine_columns(recipe.audit.columns, task, model, batches)
     few = batches[: math.ceil(CHECKED / len(batches[0]))]
     facts["checks"] = _check(recipe, task, victims, few, facts)
     facts |= {
@@ -145,6 +149,8 @@ def _audit(folder: Path, trust: bool) -> None:
     with replacing(folder / "curves.png") as unfinished_file:
         unfinished_file.write_bytes(curves)
     write_text(folder / "report.html", html)
+    for line in column_lines(task, facts["models"]):
+        say(line)
     _print(facts, folder)
 
 

@@ -40,6 +40,7 @@ from embattle.jobs.attack_recipe import (
     attack_recipe,
 )
 from embattle.jobs.choices import locate
+from embattle.jobs.column_recipe import ColumnRecipe
 from embattle.jobs.threat import check_attack
 from embattle.jobs.train_recipe import TrainRecipe
 from embattle.jobs.tune_recipe import TuneRecipe
@@ -67,6 +68,8 @@ class AuditRecipe(Section):
         attacks: the attacks at the threat model's eps; the strongest comes last.
         sweep: multiples of the threat model's eps for the accuracy curve.
         sweep_attack: the attack of the curve.
+        columns: attacks on what rows of a table say: categories that are exchanged, noise on
+            numbers. They have a section of their own: they are in no ball of the threat.
     """
 
     part: Part = "test"
@@ -81,6 +84,8 @@ class AuditRecipe(Section):
     )
     sweep: list[PositiveFloat] = Field(default=[0.25, 0.5, 1.0, 1.5, 2.0, 4.0], min_length=1)
     sweep_attack: AttackChoice = attack_recipe(kind="pgd", steps=10)
+
+    columns: list[ColumnRecipe] = Field(default=[])
 
     def labelled(self) -> dict[str, AttackRecipe]:
         """The attacks by labels of which no two are alike.
