@@ -18,21 +18,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from embattle.attacks.tokens import TokenSwap
-from embattle.criteria import Promote
 from embattle.data.account import Account
 from embattle.data.divide import TRAIN, leave_one_out
 from embattle.data.negatives import NegativeSampler
 from embattle.jobs import recipe as recipes
 from embattle.models import MF, Interactions
 from embattle.models.llm import LanguageRecommender
-from embattle.perturb.evaluation import Evaluation
-from embattle.perturb.site import Site
+from embattle.poisoning.rewriting import PromptReader, rewrite_text, whole_words
 from embattle.tasks import LLMRanking
 from origin import in_words, origin
 from torch import Tensor
@@ -138,56 +134,17 @@ def promote(
         swaps: most words exchanged.
     """
     histories = [task.parts["test"][2 * user]["history"] for user in range(len(scores))]
-    title = task.titles[target]
-    made = model.prompts.encode(histories, [title] * len(scores))
-
-    def loss_of(tokens: Tensor) -> Callable[[], Evaluation]:
-        def loss_fn() -> Evaluation:
-            lead = leads(model, tokens, made.attention)[:, None]
-            return Evaluation(outputs=torch.cat([lead, scores], dim=1))
-
-        return loss_fn
-
-    attack = TokenSwap(swaps=swaps, tries=6, allowed=words(model))
-    found = attack.run(
-        loss_of, Site(model.embedding), made.tokens, mask=made.of_title, criterion=Promote(0, k=K)
-    )
-    assert found.clean.outputs is not None
-    assert found.now.outputs is not None
-    before, after = (within(e.outputs[:, 0], scores) for e in (found.clean, found.now))
-    titles = [
-        model.prompts.tokenizer.decode(row[mask]).strip()
-        for row, mask in zip(found.tokens, made.of_title, strict=True)
-    ]
-    # One title for all: chosen on the first half of the users, counted on the second.
-    half = len(scores) // 2
-
-    def shown(text: str, users: slice) -> float:
-        made = model.prompts.encode(histories[users], [text] * len(histories[users]))
-        with torch.no_grad():
-            lead = leads(model, made.tokens, made.attention)
-        return float(within(lead, scores[users]).double().mean())
-
-    best = max(sorted(set(titles[:half])), key=lambda text: shown(text, slice(half)))
+    reader = PromptReader(model, histories, task.titles[target])
+    allowed = whole_words(model.prompts.tokenizer, len(model.embedding.weight))
+    found = rewrite_text(reader, scores, k=K, swaps=swaps, allowed=allowed)
     return {
-        "title": title,
-        "clean": float(before.double().mean()),
-        "own titles": float(after.double().mean()),
-        "clean, second half": float(before[half:].double().mean()),
-        "one title": best,
-        "one title, second half": shown(best, slice(half, None)),
+        "title": found.before,
+        "clean": found.clean,
+        "own titles": found.with_own,
+        "clean, second half": found.clean_second,
+        "one title": found.one,
+        "one title, second half": found.with_one,
     }
-
-
-def within(lead: Tensor, scores: Tensor) -> Tensor:
-    """Whether leads [U] are among the best K beside candidates [U, C]."""
-    return (scores >= lead[:, None]).sum(1) < K
-
-
-def words(model: LanguageRecommender) -> Tensor:
-    """The tokens that are words of letters, bool [V]."""
-    texts = model.prompts.tokenizer.batch_decode([[i] for i in range(len(model.embedding.weight))])
-    return torch.tensor([t.startswith(" ") and t[1:].isalpha() and len(t) > 3 for t in texts])
 
 
 def table(found: dict[str, Any]) -> str:

@@ -338,7 +338,7 @@ def test_the_command_writes_a_copy_and_says_what_is_fake(tmp_path: Path) -> None
     assert facts["source"] == {"file": "in.csv", "sha256": sha256(path)}
     assert facts["poisoned"] == {"file": "out.csv", "sha256": sha256(out)}
     assert facts["targets"] == ['f"3, x', 'f"4, x']
-    assert (facts["template"], facts["goal"], facts["seed"]) == ("bandwagon", "push", 0)
+    assert (facts["kind"], facts["goal"], facts["seed"]) == ("bandwagon", "push", 0)
     assert (facts["genuine_rows"], facts["fake_rows"]) == (60, 24)
     ratings, users, _ = read_named_ratings(out, ("who", "film", "stars", "when"))
     assert len(ratings) == 84

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from embattle.attacks import AttackWarning as AttackWarning
     from embattle.attacks import AutoAttack as AutoAttack
     from embattle.attacks import BoxStart as BoxStart
+    from embattle.attacks import CategorySwap as CategorySwap
     from embattle.attacks import GaussianNoise as GaussianNoise
     from embattle.attacks import GaussianStart as GaussianStart
     from embattle.attacks import NEFTune as NEFTune
@@ -156,6 +157,7 @@ _EXPORTS: dict[str, str] = {
     "StaggeredBatches": "data.staggered_batches",
     "StaggeredReplays": "objectives",
     "Target": "criteria",
+    "CategorySwap": "attacks",
     "TokenSwap": "attacks",
     "Trades": "objectives",
     "UniformNoise": "attacks",

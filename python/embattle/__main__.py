@@ -7,7 +7,7 @@ import sys
 
 _WITHOUT_TYPER = """\
 usage: embattle [init FILE | train RECIPE | audit RUN_DIR | tune RECIPE | predict MODEL FILE |
-                 export MODEL | poison RATINGS | recbole CONFIG | data list|fetch|inspect |
+                 export MODEL | poison TABLE | recbole CONFIG | data list|fetch|inspect |
                  doctor]
 
 All but doctor, and the full help, need typer: pip install 'embattle[jobs]'

@@ -2,6 +2,7 @@
 
 from embattle.attacks.auto import AutoAttack, EnsembleResult
 from embattle.attacks.base import Attack
+from embattle.attacks.categories import CategorySwap
 from embattle.attacks.direction import VAT, SMARTStep
 from embattle.attacks.gradient import FGM, FGSM, MSAP, PGD
 from embattle.attacks.minimum import FMN, MinimumNormResult
@@ -10,7 +11,8 @@ from embattle.attacks.noise import GaussianNoise, NEFTune, UniformNoise
 from embattle.attacks.result import AttackResult, AttackWarning
 from embattle.attacks.square import Square
 from embattle.attacks.starts import BoxStart, GaussianStart
-from embattle.attacks.tokens import SwapResult, TokenSwap
+from embattle.attacks.swap_search import SwapResult
+from embattle.attacks.tokens import TokenSwap
 
 __all__ = [
     "APGD",
@@ -26,6 +28,7 @@ __all__ = [
     "AttackWarning",
     "AutoAttack",
     "BoxStart",
+    "CategorySwap",
     "EnsembleResult",
     "GaussianNoise",
     "GaussianStart",

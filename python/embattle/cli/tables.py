@@ -76,17 +76,25 @@ def inspect_data(
 
 @app.command()
 def poison(
-    ratings: Annotated[Path, typer.Argument(metavar="RATINGS", help="A table of ratings.")],
+    table: Annotated[Path, typer.Argument(metavar="TABLE", help="Ratings, or texts with labels.")],
     out: Annotated[Path, typer.Option("--out", help="The poisoned copy, a new CSV file.")],
     targets: Annotated[
         str, typer.Option("--targets", metavar="ITEMS", help="What is pushed, with commas.")
-    ],
+    ] = "",
     kind: Annotated[
-        str, typer.Option("--kind", help="random, average, bandwagon, segment or love_hate.")
+        str,
+        typer.Option(
+            "--kind",
+            help="Fake users: random, average, bandwagon, segment, love_hate, or optimised: "
+            "gradient, unrolled, deep, learned. Labels and texts: flip, flip_near, reviews.",
+        ),
     ] = "bandwagon",
-    count: Annotated[int | None, typer.Option("--count", min=1, help="Fake users.")] = None,
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, help="Fake users, or rows of texts.")
+    ] = None,
     share: Annotated[
-        float | None, typer.Option("--share", help="The same, per genuine user; 0.01 if not given.")
+        float | None,
+        typer.Option("--share", help="The same, per genuine user or row; 0.01 if not given."),
     ] = None,
     filler: Annotated[
         int | None,
@@ -99,6 +107,16 @@ def poison(
     segment: Annotated[
         str, typer.Option("--segment", metavar="ITEMS", help="What the segment likes, with commas.")
     ] = "",
+    feedback: Annotated[
+        str | None,
+        typer.Option(
+            "--feedback", help="What optimised fakes aim at: explicit or implicit; else guessed."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", min=1, help="Steps of their optimisation; 30 if not given."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Decides all draws.")] = 0,
     user: Annotated[
         str | None, typer.Option("--user", metavar="COLUMN", help="Guessed if no column is named.")
@@ -106,15 +124,61 @@ def poison(
     item: Annotated[str | None, typer.Option("--item", metavar="COLUMN")] = None,
     rating: Annotated[str | None, typer.Option("--rating", metavar="COLUMN")] = None,
     time: Annotated[str | None, typer.Option("--time", metavar="COLUMN")] = None,
+    text: Annotated[
+        str, typer.Option("--text", metavar="COLUMNS", help="Columns of text, with commas.")
+    ] = "",
+    label: Annotated[
+        str | None, typer.Option("--label", metavar="COLUMN", help="The column of labels.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="LABEL", help="Flip labels of this class alone.")
+    ] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option("--to", metavar="LABEL", help="What they become; what fake reviews say."),
+    ] = None,
     encoding: Encoding = None,
     delimiter: Delimiter = None,
     debug: Debug = False,
 ) -> None:
-    """Write a copy of a table of ratings with fake users in it, to train and audit on."""
+    """Write a copy of a table with fake users, flipped labels or fake reviews in it."""
     with plain_errors(debug):
         from embattle.jobs.poison import Plan, names_in
         from embattle.jobs.poison import poison as run
+        from embattle.jobs.poison_reviews import KINDS, ReviewPlan, poison_reviews
 
+        of_users = {
+            "--filler": filler,
+            "--nuke": nuke or None,
+            "--popular": popular,
+            "--segment": segment or None,
+            "--feedback": feedback,
+            "--steps": steps,
+            "--user": user,
+            "--rating": rating,
+            "--time": time,
+        }
+        of_texts = {"--text": text or None, "--label": label, "--from": source, "--to": goal}
+        for option, given in (of_users if kind in KINDS else of_texts).items():
+            if given is not None:
+                raise InputError(f"{option} is not for --kind {kind}; see embattle poison --help")
+        if kind in KINDS:
+            if label is None:
+                raise InputError(f"--kind {kind} needs --label, the column of labels")
+            reviews = ReviewPlan(
+                kind,
+                label,
+                text=names_in(text),
+                item=item,
+                targets=names_in(targets),
+                source=source,
+                goal=goal,
+                count=count,
+                share=share,
+                seed=seed,
+            )
+            poison_reviews(table, out, reviews, encoding=encoding, delimiter=delimiter)
+            return
         plan = Plan(
             kind,
             names_in(targets),
@@ -124,7 +188,9 @@ def poison(
             nuke=nuke,
             popular=popular,
             segment=names_in(segment),
+            feedback=feedback,
+            steps=steps,
             seed=seed,
         )
         columns = (user, item, rating, time)
-        run(ratings, out, plan, columns=columns, encoding=encoding, delimiter=delimiter)
+        run(table, out, plan, columns=columns, encoding=encoding, delimiter=delimiter)

@@ -24,14 +24,14 @@ of them, defined by this text.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from embattle.data.account import listed
-from embattle.data.ratings import Floats, Ints, Ratings, together
+from embattle.data.profile_request import Fakes as Fakes
+from embattle.data.profile_request import items_of, request, target_items, whole
+from embattle.data.ratings import Ints, Ratings, together
 from embattle.errors import InputError, closest
 
 TEMPLATES = ("random", "average", "bandwagon", "segment", "love_hate")
@@ -39,26 +39,7 @@ TEMPLATES = ("random", "average", "bandwagon", "segment", "love_hate")
 # Items that a bandwagon jumps on, where nobody says how many.
 POPULAR = 10
 
-
-@dataclass(frozen=True)
-class Fakes:
-    """The events of F fake accounts.
-
-    Attributes:
-        ratings: the E fake events alone, account by account; `user_count` counts genuine users too.
-        users: [F] int64 the accounts' numbers, which follow those of the genuine users.
-        targets: [T] int64 items that are pushed or nuked; every profile has them all.
-        selected: [S] int64 items that every profile has beside them.
-        fillers: how many further items a profile has.
-        times_of: [E] int64 genuine events, by position, whose times the fake ones have.
-    """
-
-    ratings: Ratings
-    users: Ints
-    targets: Ints
-    selected: Ints
-    fillers: int
-    times_of: Ints
+_WHO = "fake_profiles"
 
 
 def fake_profiles(
@@ -105,11 +86,7 @@ def fake_profiles(
         raise InputError(
             f"fake_profiles: no template is called {template!r}; {closest(template, TEMPLATES)}"
         )
-    if not len(ratings):
-        raise InputError("fake_profiles: ratings has no events; give the genuine ones")
-    aims = _items("targets", targets, ratings.item_count)
-    if not len(aims):
-        raise InputError("fake_profiles: targets is empty; name an item at least")
+    aims = target_items(_WHO, ratings, targets)
     scale = np.unique(ratings.values)
     if nuke and len(scale) == 1:
         raise InputError(
@@ -117,38 +94,27 @@ def fake_profiles(
             "is bad; push other items instead"
         )
     selected = _selected(ratings, template, aims, popular, segment)
-    count = _accounts(ratings, accounts, share)
-    repeats = _whole("repeats", repeats, 1)
-    others = np.setdiff1d(np.arange(ratings.item_count), np.append(aims, selected))
-    length = _fillers(ratings, fillers, len(aims) + len(selected), len(others))
-
-    draw = np.random.default_rng(seed)
-    chosen = others[_distinct(draw, count, length, len(others))]
-    least, most = scale[0], scale[-1]
-    aimed = least if nuke else most
-    if template == "segment":
-        values = np.full(chosen.shape, least)
-    elif template == "love_hate":
-        values = np.full(chosen.shape, most if nuke else least)
-    else:
-        mean, deviation = _moments(ratings, by_item=template == "average")
-        values = _nearest(scale, draw.normal(mean[chosen], deviation[chosen]))
-
-    head = np.concatenate([np.repeat(aims, repeats), selected])
-    rated = np.where(np.arange(len(head)) < len(aims) * repeats, aimed, most)
-    items = np.hstack([np.tile(head, (count, 1)), chosen])
-    values = np.hstack([np.tile(rated, (count, 1)), values])
-    users = np.arange(ratings.user_count, ratings.user_count + count)
-    times_of = draw.integers(0, len(ratings), items.size)
-    fakes = Ratings(
-        np.repeat(users, items.shape[1]),
-        items.ravel(),
-        values.ravel(),
-        ratings.times[times_of],
-        ratings.user_count + count,
-        ratings.item_count,
+    wanted = request(
+        _WHO,
+        ratings,
+        aims,
+        selected=selected,
+        accounts=accounts,
+        share=share,
+        fillers=fillers,
+        nuke=nuke,
+        repeats=repeats,
+        seed=seed,
     )
-    return Fakes(fakes, users, aims, selected, length, times_of)
+    places = _distinct(wanted.draw, wanted.accounts, wanted.fillers, len(wanted.others))
+    chosen = wanted.others[places]
+    if template == "segment":
+        values = np.full(chosen.shape, scale[0])
+    elif template == "love_hate":
+        values = np.full(chosen.shape, scale[-1] if nuke else scale[0])
+    else:
+        values = wanted.drawn_values(chosen, by_item=template == "average")
+    return wanted.fakes(chosen, values)
 
 
 def inject(ratings: Ratings, fakes: Ratings) -> Ratings:
@@ -174,7 +140,7 @@ def _selected(
     segment: Sequence[int] | Ints,
 ) -> Ints:
     """The items that every profile has beside the targets."""
-    named = _items("segment", segment, ratings.item_count)
+    named = items_of(_WHO, "segment", segment, ratings.item_count)
     if template != "bandwagon" and popular is not None:
         raise InputError(
             f"fake_profiles: popular={popular} is for template 'bandwagon', not {template!r}"
@@ -194,7 +160,7 @@ def _selected(
             raise InputError("fake_profiles: segment is empty; name items that the segment likes")
         return named
     if template == "bandwagon":
-        most = POPULAR if popular is None else _whole("popular", popular, 1)
+        most = POPULAR if popular is None else whole(_WHO, "popular", popular, 1)
         best = np.argsort(-ratings.popularity(), kind="stable")
         best = best[~np.isin(best, targets)]
         if most > len(best):
@@ -203,33 +169,6 @@ def _selected(
             )
         return best[:most]
     return named
-
-
-def _accounts(ratings: Ratings, accounts: int | None, share: float | None) -> int:
-    """How many accounts are wanted."""
-    if accounts is not None:
-        if share is not None:
-            raise InputError(
-                f"fake_profiles: accounts={accounts} and share={share}; give one of them"
-            )
-        return _whole("accounts", accounts, 0)
-    share = 0.01 if share is None else share
-    if not 0 < share < math.inf:
-        raise InputError(f"fake_profiles: share must be above 0, got {share}")
-    return max(1, round(share * ratings.user_count))
-
-
-def _fillers(ratings: Ratings, fillers: int | None, others: int, most: int) -> int:
-    """How many fillers a profile has beside `others` items, of `most` that there are."""
-    if fillers is None:
-        mean = len(ratings) / len(np.unique(ratings.users))
-        return min(most, max(0, round(mean) - others))
-    if _whole("fillers", fillers, 0) > most:
-        raise InputError(
-            f"fake_profiles: fillers={fillers}, but there are {most} items beside targets and "
-            "selected ones"
-        )
-    return fillers
 
 
 def _distinct(draw: np.random.Generator, rows: int, count: int, below: int) -> Ints:
@@ -243,49 +182,3 @@ def _distinct(draw: np.random.Generator, rows: int, count: int, below: int) -> I
         again = (found[:, :place] == drawn[:, None]).any(1)
         found[:, place] = np.where(again, top, drawn)
     return found
-
-
-def _moments(ratings: Ratings, *, by_item: bool) -> tuple[Floats, Floats]:
-    """[item_count] mean and deviation; those of all ratings where an item has none."""
-    mean = np.full(ratings.item_count, ratings.values.mean())
-    deviation = np.full(ratings.item_count, ratings.values.std())
-    if by_item:
-        count = ratings.popularity()
-        rated = count > 0
-
-        def average(values: Floats) -> Floats:
-            sums = np.bincount(ratings.items, values, len(count)).astype(np.float64)
-            found: Floats = sums[rated] / count[rated]
-            return found
-
-        mean[rated] = average(ratings.values)
-        deviation[rated] = np.sqrt(average((ratings.values - mean[ratings.items]) ** 2))
-    return mean, deviation
-
-
-def _nearest(scale: Floats, values: Floats) -> Floats:
-    """The nearest value of an ascending scale; the lower one half-way between two."""
-    found: Floats = scale[np.searchsorted((scale[1:] + scale[:-1]) / 2, values)]
-    return found
-
-
-def _items(name: str, items: Sequence[int] | Ints, count: int) -> Ints:
-    """Item numbers as an array, each once."""
-    found = np.asarray(items if len(items) else [], dtype=None if len(items) else np.int64)
-    if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise InputError(f"fake_profiles: {name} must be whole numbers of items, got {items!r}")
-    wrong = found[(found < 0) | (found >= count)]
-    if len(wrong):
-        raise InputError(
-            f"fake_profiles: {name} must be in [0, {count}), got {listed([str(i) for i in wrong])}"
-        )
-    distinct = found.astype(np.int64)
-    if len(np.unique(distinct)) < len(distinct):
-        raise InputError(f"fake_profiles: {name} has an item twice: {distinct.tolist()}")
-    return distinct
-
-
-def _whole(name: str, value: int, least: int) -> int:
-    if value != int(value) or value < least:
-        raise InputError(f"fake_profiles: {name} must be a whole number >= {least}, got {value}")
-    return int(value)

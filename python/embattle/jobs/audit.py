@@ -29,6 +29,7 @@ from embattle.jobs import explain, provenance
 from embattle.jobs import recipe as recipes
 from embattle.jobs.bounds import Bound, check_names, unmet
 from embattle.jobs.certificates import certificate_lines, certificates
+from embattle.jobs.column_recipe import check_columns, column_lines, examine_columns
 from embattle.jobs.examine import examine, labels_of
 from embattle.jobs.recipe import STANDARD, Recipe
 from embattle.jobs.run_folder import Run, locked
@@ -160,6 +161,8 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> d
     run.require(Run.of(task, account), folder)
     # Everything that is needed is looked at before the first attack, which may take minutes.
     models = {name: task.load(folder / name).to(_device()) for name in names}
+    for model in models.values():
+        check_columns(recipe.audit.columns, task, model)
     found = provenance.fingerprints(folder, run, task, part, names)
     facts: dict[str, Any] = {
         "schema": SCHEMA,
@@ -188,6 +191,7 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> d
     for name, model in models.items():
         batches = task.batches(model, part, recipe.audit.batch_size)
         victims[name], facts["models"][name] = examine(recipe, name, model, task, batches)
+        facts["models"][name] |= examine_columns(recipe.audit.columns, task, model, batches)
         if certify:
             size = facts["models"][name]["vector_norm"]
             proven = certificates(recipe, task, model, batches, size)
@@ -231,6 +235,8 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> d
     write_text(folder / "report.html", html)
     explain.write(folder, recipe, facts["models"])
     for line in summary_lines(facts):
+        say(line)
+    for line in column_lines(task, facts["models"]):
         say(line)
     for line in certificate_lines(facts["models"]):
         say(line)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -13,21 +12,21 @@ from typing import Any
 import numpy as np
 
 from embattle.data.account import Account, listed
-from embattle.data.formats import parquet_files
 from embattle.data.looks import guess_events, look_all
-from embattle.data.profiles import Fakes, fake_profiles
+from embattle.data.profile_request import Fakes
 from embattle.data.ratings import Ratings, read_named_ratings
 from embattle.data.tables import Table
 from embattle.errors import InputError, closest
-from embattle.files import replacing, sha256, write_text
-from embattle.progress import say
+from embattle.jobs.poisoned_copy import check_out, manifest_path, write_copy
+from embattle.poisoning.profiles import make_fakes, rounds
+from embattle.progress import bar, say
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `embattle.data.profiles.fake_profiles` is asked for; items by name."""
+    """What `embattle.poisoning.profiles.make_fakes` is asked for; items by name."""
 
-    template: str
+    kind: str
     targets: Sequence[str]
     accounts: int | None = None
     share: float | None = None
@@ -35,12 +34,9 @@ class Plan:
     nuke: bool = False
     popular: int | None = None
     segment: Sequence[str] = ()
+    feedback: str | None = None
+    steps: int | None = None
     seed: int = 0
-
-
-def manifest_path(out: Path) -> Path:
-    """Where the record of what is fake lies beside a poisoned table."""
-    return out.with_name(f"{out.name}.manifest.json")
 
 
 def names_in(text: str) -> list[str]:
@@ -62,8 +58,7 @@ def poison(
 
     Args:
         path: the genuine ratings, any table that the jobs read.
-        out: the CSV file to write, with the columns of `path`; `manifest_path` says where the
-            record of the fakes goes.
+        out: the CSV file to write, with the columns of `path`; the record lies beside it.
         plan: the fake users.
         columns: of user, item, rating and time; without the first two they are guessed.
         encoding, delimiter: of a text file.
@@ -72,12 +67,7 @@ def poison(
         InputError: if either file is there already, the ratings cannot be read, an item is not
             among them, or the plan does not go with them.
     """
-    record = manifest_path(out)
-    if out.suffix.lower() != ".csv":
-        raise InputError(f"--out {out}: poisoned ratings are written as CSV; name a .csv file")
-    for file in (out, record):
-        if file.exists():
-            raise InputError(f"{file} is there already; name another --out, or remove it first")
+    check_out(out, "the copy")
     named = columns if columns is not None and any(columns) else None
     if named is not None and not all(named[:2]):
         raise InputError(
@@ -98,49 +88,62 @@ def poison(
     both = [name for name in plan.segment if name in plan.targets]
     if both:
         raise InputError(f"--segment: {listed(both)} is among --targets too; drop it from one")
-    fakes = fake_profiles(
-        ratings,
-        _numbers("--targets", plan.targets, items),
-        template=plan.template,
-        accounts=plan.accounts,
-        share=plan.share,
-        fillers=plan.fillers,
-        nuke=plan.nuke,
-        popular=plan.popular,
-        segment=_numbers("--segment", plan.segment, items),
-        seed=plan.seed,
-    )
+    options: dict[str, Any] = {
+        "accounts": plan.accounts,
+        "share": plan.share,
+        "fillers": plan.fillers,
+        "nuke": plan.nuke,
+        "popular": plan.popular,
+        "feedback": plan.feedback,
+        "steps": plan.steps,
+        "seed": plan.seed,
+    }
+    targets = _numbers("--targets", plan.targets, items)
+    segment = _numbers("--segment", plan.segment, items)
+    total = rounds(plan.kind, plan.steps)
+    with bar(f"making {plan.kind} fakes", total, shown=total > 0) as show:
+        fakes = make_fakes(
+            ratings,
+            targets,
+            kind=plan.kind,
+            segment=segment,
+            tick=lambda done, loss: show(done, {"loss": loss}),
+            **options,
+        )
     new = _new_users(users, len(fakes.users))
-    with replacing(out) as part:
-        with part.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            copy = _Copy(_whole_table(path, encoding, delimiter), ratings, fakes, roles)
-            writer.writerows(copy.rows())
-            writer.writerows(copy.fake_rows(new, items))
-        facts = {
-            "poisoned": {"file": out.name, "sha256": sha256(part)},
-            "source": {"file": path.name, "sha256": _hashes(path)},
-            "columns": roles,
-            "template": plan.template,
-            "goal": "nuke" if plan.nuke else "push",
-            "targets": [items[i] for i in fakes.targets],
-            "selected": [items[i] for i in fakes.selected],
-            "fillers": fakes.fillers,
-            "seed": plan.seed,
-            "genuine_rows": len(ratings),
-            "fake_rows": len(fakes.ratings),
-            "fake_users": new,
-        }
-        write_text(record, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    cells = _Cells(ratings, fakes, roles)
+    optimised = {"feedback": plan.feedback, "steps": plan.steps} if total else {}
+    facts = {
+        "columns": roles,
+        "kind": plan.kind,
+        "goal": "nuke" if plan.nuke else "push",
+        "targets": [items[i] for i in fakes.targets],
+        "selected": [items[i] for i in fakes.selected],
+        "fillers": fakes.fillers,
+        **optimised,
+        "seed": plan.seed,
+        "genuine_rows": len(ratings),
+        "fake_rows": len(fakes.ratings),
+        "fake_users": new,
+    }
+    write_copy(
+        path,
+        out,
+        cells.look,
+        lambda names: cells.fake_rows(new, items),
+        lambda: facts,
+        encoding=encoding,
+        delimiter=delimiter,
+    )
     say(f"{out}: {len(new):,} fake users and {len(fakes.ratings):,} fake rows added")
-    say(f"{record}: who they are")
+    say(f"{manifest_path(out)}: who they are")
 
 
-class _Copy:
-    """The rows of a table, and fake ones whose ratings and times are written as those there are."""
+class _Cells:
+    """The ratings and times of fake rows, written as those of genuine rows are."""
 
-    def __init__(self, table: Table, ratings: Ratings, fakes: Fakes, roles: dict[str, str]) -> None:
-        self._table, self._fakes, self._roles = table, fakes, roles
+    def __init__(self, ratings: Ratings, fakes: Fakes, roles: dict[str, str]) -> None:
+        self._fakes, self._roles = fakes, roles
         scale, first = np.unique(ratings.values, return_index=True)
         self._rating_of = first[np.searchsorted(scale, fakes.ratings.values)]
         # By row of the table, the cells that fake rows repeat.
@@ -148,27 +151,17 @@ class _Copy:
             "rating": dict.fromkeys(self._rating_of.tolist(), ""),
             "time": dict.fromkeys(fakes.times_of.tolist(), ""),
         }
-        self._names: list[str] = []
 
-    def rows(self) -> Iterator[list[str]]:
-        """The header and the rows of the table."""
-        self._names = self._all_names()
-        yield self._names
-        start = 0
-        for block in self._table:
-            length = len(next(iter(block.values())))
-            text = {name: [_text(cell) for cell in block[name]] for name in block}
-            for role, kept in self._cells.items():
-                column = text.get(self._roles.get(role, ""), [])
-                for i in range(len(column)):
-                    if start + i in kept:
-                        kept[start + i] = column[i]
-            blank = [""] * length
-            yield from map(list, zip(*(text.get(name, blank) for name in self._names), strict=True))
-            start += length
+    def look(self, start: int, cells: dict[str, list[str]]) -> None:
+        """Note what is wanted of the genuine rows."""
+        for role, kept in self._cells.items():
+            column = cells.get(self._roles.get(role, ""), [])
+            for i in range(len(column)):
+                if start + i in kept:
+                    kept[start + i] = column[i]
 
-    def fake_rows(self, users: Sequence[str], items: Sequence[str]) -> Iterator[list[str]]:
-        """The fake rows, once `rows` is through; of the fakes by number, and items, the names."""
+    def fake_rows(self, users: Sequence[str], items: Sequence[str]) -> Iterator[dict[str, str]]:
+        """The fake rows; of the fakes by number, and items, the names."""
         events = self._fakes.ratings
         first = events.user_count - len(users)
         for user, item, rating, time in zip(
@@ -184,21 +177,7 @@ class _Copy:
                 "rating": self._cells["rating"][rating],
                 "time": self._cells["time"][time],
             }
-            row = {name: cells[role] for role, name in self._roles.items()}
-            yield [row.get(name, "") for name in self._names]
-
-    def _all_names(self) -> list[str]:
-        """All columns; of JSON lines those of all lines, so that the file is read through."""
-        if not self._table.names:
-            for _ in self._table:
-                pass
-        return list(self._table.names)
-
-
-def _whole_table(path: Path, encoding: str | None, delimiter: str | None) -> Table:
-    """A table of all columns; those of JSON lines are known once they are read."""
-    names = Table(path, encoding=encoding, delimiter=delimiter).names
-    return Table(path, names or None, encoding=encoding, delimiter=delimiter)
+            yield {name: cells[role] for role, name in self._roles.items()}
 
 
 def _numbers(option: str, names: Sequence[str], items: Sequence[str]) -> list[int]:
@@ -220,14 +199,3 @@ def _new_users(known: Sequence[str], wanted: int) -> list[str]:
     taken = set(known)
     fresh = (name for i in count(1) if (name := f"fake_{i}") not in taken)
     return [next(fresh) for _ in range(wanted)]
-
-
-def _text(cell: Any) -> str:
-    return "" if cell is None or cell != cell else str(cell)
-
-
-def _hashes(path: Path) -> str | dict[str, str]:
-    """The SHA-256 of a file, or of each file of a folder."""
-    if path.is_dir():
-        return {file.name: sha256(file) for file in parquet_files(path)}
-    return sha256(path)

@@ -41,6 +41,7 @@ from embattle.jobs.attack_recipe import (
     attack_recipe,
 )
 from embattle.jobs.choices import locate
+from embattle.jobs.column_recipe import ColumnRecipe
 from embattle.jobs.explain_recipe import ExplainRecipe
 from embattle.jobs.threat import check_attack
 from embattle.jobs.train_recipe import TrainRecipe
@@ -74,6 +75,8 @@ class AuditRecipe(Section):
         sweep_attack: the attack of the curve: `minimum_norm` gives all of it at once; another is
             run at each eps, as is `pgd` where samples have no smallest perturbation of their own.
         explain: what is explained (see `ExplainRecipe`); null: nothing.
+        columns: attacks on what rows of a table say: categories that are exchanged, noise on
+            numbers. They have a section of their own: they are in no ball of the threat.
     """
 
     part: Part = "test"
@@ -91,6 +94,7 @@ class AuditRecipe(Section):
     sweep: list[PositiveFloat] = Field(default=[0.25, 0.5, 1.0, 1.5, 2.0, 4.0], min_length=1)
     sweep_attack: CurveChoice = attack_recipe(kind="minimum_norm")
     explain: ExplainRecipe | None = ExplainRecipe()
+    columns: list[ColumnRecipe] = Field(default=[])
 
     @field_validator("strengths")
     @classmethod

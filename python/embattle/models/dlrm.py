@@ -19,7 +19,8 @@ class DLRM(nn.Module):
     A perceptron makes one more vector of the dense features; the inner products of all pairs of
     vectors, joined with that vector, go through a second one, which gives the logit (section 2.2).
 
-    `Site.embeddings(model)` perturbs the fields' vectors.
+    `Site.embeddings(model)` perturbs the fields' vectors, `Site(model.numbers)` the dense features,
+    there `[B, dense, 1]`: a mask `[B, dense]` says which may move.
 
     Args:
         sizes: how many values each categorical field has.
@@ -42,6 +43,7 @@ class DLRM(nn.Module):
         super().__init__()
         dense = checks.integer("DLRM", "dense", dense, 1)
         self.embedding = Fields(sizes, dim)
+        self.numbers = nn.Identity()
         self.bottom = perceptron([dense, *bottom, dim], dropout=dropout)
         count = len(sizes) + 1
         self.top = perceptron([dim + count * (count - 1) // 2, *top, 1], dropout=dropout)
@@ -53,6 +55,7 @@ class DLRM(nn.Module):
 
     def forward(self, values: Tensor, dense: Tensor) -> Tensor:
         """Give the logits `[B]` of values `[B, fields]` int64 and features `[B, dense]`."""
+        dense = self.numbers(dense.unsqueeze(2)).squeeze(2)
         own = F.relu(self.bottom(dense))
         vectors = torch.cat([own.unsqueeze(1), self.embedding(values)], dim=1)
         one, two = self.get_buffer("pairs")

@@ -48,6 +48,11 @@ class TextEncoder(nn.Module):
         module: nn.Module = self.encoder.get_input_embeddings()
         return module
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return self._tokenizer
+
     def pooled(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """Give the vectors [B, width] of texts.
 

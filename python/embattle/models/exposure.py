@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embattle import checks
 from embattle.models.interactions import Interactions
-from embattle.models.ranking import rank, score
+from embattle.models.ranking import evaluate, rank, score
 
 Scores = Callable[[Tensor], Tensor]
 
@@ -111,6 +111,54 @@ def prediction_shift(
     _refuse_seen_by_all(who, targets, count)
     shift: Tensor = moved / count
     return shift
+
+
+@dataclass(frozen=True)
+class NDCGChange:
+    """Recommendations of genuine users without and with an attack.
+
+    Attributes:
+        before, after: mean NDCG@K.
+        difference: delta-NDCG, [U] float64, of each user: after minus before.
+    """
+
+    before: float
+    after: float
+    difference: Tensor
+
+    @property
+    def delta(self) -> float:
+        """Mean delta-NDCG@K, below 0 where recommendations are worse."""
+        return float(self.difference.mean())
+
+
+def ndcg_change(
+    before: Scores,
+    after: Scores,
+    relevant: Interactions,
+    seen: Interactions | None = None,
+    *,
+    k: int = 10,
+    batch_size: int = 1024,
+) -> NDCGChange:
+    """Measure what an attack costs the genuine users: the change of NDCG@K over all items.
+
+    Args:
+        before, after: give the scores `[B, N]` of the model without and with the attack.
+        relevant: the genuine users' held-out items.
+        seen, k, batch_size: see `embattle.models.ranking.evaluate`.
+
+    Returns:
+        The change, for users who have a held-out item.
+
+    Raises:
+        ValueError: see `evaluate`.
+    """
+    old, new = (
+        evaluate(scores, relevant, seen, k=k, batch_size=batch_size).ndcg
+        for scores in (before, after)
+    )
+    return NDCGChange(float(old.mean()), float(new.mean()), new - old)
 
 
 def _batches(

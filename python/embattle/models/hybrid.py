@@ -62,6 +62,10 @@ class HybridMF(MF):
         made.item.weight += self.projection(self.texts.every())
         return made.eval()
 
+    def scored_with(self, users: Tensor, items: Tensor, text: Tensor) -> Tensor:
+        """Give the scores `[B]` of pairs `[B]` where the items' texts have the vectors `text`."""
+        return super().forward(users, items) + self._read(users, text)
+
     def scores_where_rewritten(
         self, users: Tensor, items: Tensor, text_ids: Tensor, text_mask: Tensor
     ) -> Tensor:
@@ -72,8 +76,7 @@ class HybridMF(MF):
             items: `[B]`, the item of each user whose text is rewritten.
             text_ids, text_mask: `[B, T]`, the new texts.
         """
-        text = self.texts.rewritten(text_ids, text_mask)
-        own = super().forward(users, items) + self._read(users, text)
+        own = self.scored_with(users, items, self.texts.rewritten(text_ids, text_mask))
         return self.scores(users).scatter(1, items[:, None], own[:, None])
 
     def losses(
@@ -93,8 +96,7 @@ class HybridMF(MF):
         """
         if text_ids is None or text_mask is None:
             return losses.bpr(self(users, positive), self(users, negative))
-        text = self.texts.rewritten(text_ids, text_mask)
-        own = super().forward(users, positive) + self._read(users, text)
+        own = self.scored_with(users, positive, self.texts.rewritten(text_ids, text_mask))
         return losses.bpr(own, self(users, negative))
 
     def penalty(self, users: Tensor, positive: Tensor, negative: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from embattle.files import broken, require_finite, save_tensors, write_text
 from embattle.models.words import Words
 from embattle.perturb.site import Group, Site
 from embattle.sections import Section
+from embattle.tasks.columns import Columns
 from embattle.tasks.evaluator import Evaluator
 from embattle.tasks.kinds import Kind, from_json
 
@@ -196,6 +197,10 @@ class Task(Evaluator, ABC):
 
     def words(self, model: nn.Module) -> Words | None:
         """Give where the model reads texts that an attacker may move; None: it reads none."""
+        return None
+
+    def swappable(self, model: nn.Module) -> Columns | None:
+        """Give the columns of categories and numbers that `ColumnAttack` may change, if any."""
         return None
 
     def facts(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from embattle.models.dlrm import DLRM
 from embattle.models.fm import FM
 from embattle.sections import Section
 from embattle.tasks.base import Task
+from embattle.tasks.columns import Columns
 from embattle.tasks.kinds import BinaryClassification
 
 # isort: split
@@ -213,6 +214,23 @@ class ClickThrough(Task):
     def parts_of(self, model: nn.Module, batch: Batch) -> list[list[list[str]]]:
         """Name the columns of categories, whose vectors are attacked."""
         return [[list(self.known)]]
+
+    def swappable(self, model: nn.Module) -> Columns:
+        """The columns of categories, and of DLRM those of numbers."""
+        known = list(self.known.items())
+        made: Any = model
+        places = (made.embedding, getattr(made, "first", None))
+        dense = isinstance(model, DLRM)
+        return Columns(
+            "values",
+            list(self.known),
+            [len(values) + 1 for values in self.known.values()],
+            [table for table in places if table is not None],
+            numbers="dense" if dense else "",
+            number_names=list(self.scales),
+            number_place=made.numbers if dense else None,
+            show=lambda column, value: known[column][1][value - 1] if value else "?",
+        )
 
     def facts(self) -> dict[str, Any]:
         """Give the values that are known, and the scales of numbers."""

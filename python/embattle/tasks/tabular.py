@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from embattle.models.deepfm import DeepFM
 from embattle.models.fm import FM
 from embattle.sections import Section
 from embattle.tasks.base import Task
+from embattle.tasks.columns import Columns
 from embattle.tasks.kinds import BinaryClassification
 
 # isort: split
@@ -118,6 +119,16 @@ class Column:
     def size(self) -> int:
         """How many numbers there are."""
         return len(self.edges) + 2 if self.values is None else len(self.values) + 1
+
+    def show(self, number: int) -> str:
+        """A value, or the bounds of a range, by number."""
+        if number == 0:
+            return "?"
+        if self.values is not None:
+            return list(self.values)[number - 1]
+        low = f"above {self.edges[number - 2]:g}" if number > 1 else ""
+        high = f"up to {self.edges[number - 1]:g}" if number <= len(self.edges) else ""
+        return ", ".join(part for part in (low, high) if part) or "any"
 
     def encode(self, cells: Sequence[str | None]) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The numbers [N] of cells."""
@@ -314,6 +325,17 @@ class Tabular(Task):
     def parts_of(self, model: nn.Module, batch: Batch) -> list[list[list[str]]]:
         """Name the columns."""
         return [[self.columns_read()]]
+
+    def swappable(self, model: nn.Module) -> Columns:
+        """All columns; those of numbers by their ranges."""
+        made = cast("DeepFM | FM", model)
+        return Columns(
+            "values",
+            [column.name for column in self.columns],
+            [column.size for column in self.columns],
+            [table for table in (made.embedding, made.first) if table is not None],
+            show=lambda column, value: self.columns[column].show(value),
+        )
 
     def facts(self) -> dict[str, Any]:
         """Give the classes, and how cells become numbers."""
