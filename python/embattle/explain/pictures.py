@@ -163,15 +163,6 @@ def _text(
     )
 
 
-def marked(text: str, spans: Sequence[Sequence[int]]) -> str:
-    """Give a text as HTML in which some places (start, end), in order, are marked."""
-    parts, at = [], 0
-    for start, end in spans:
-        parts += [safe(text[at:start]), f"<mark>{safe(text[start:end])}</mark>"]
-        at = end
-    return "".join([*parts, safe(text[at:])])
-
-
 def safe(text: object) -> str:
     """Escape a text, without the characters that XML does not have."""
     kept = "".join(c for c in str(text) if c.isprintable() or c == " ")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embattle.audit import html
+from embattle.audit import evidence, html
 from embattle.audit.evaluation import evaluate, examined, predict
 from embattle.audit.scores import plain
 from embattle.data.account import Account
@@ -234,71 +234,17 @@ def drawn(name: str, found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def page(recipe: Recipe, task: Task, found: Mapping[str, dict[str, Any]]) -> str:
-    """Make a page of the explanations."""
-    sections = [
-        html.heading(
-            f"{recipe.name}: explanations",
-            f"What an attack on {task.vector} embeddings does to the models, on the "
-            f"{recipe.audit.part} part.",
-        )
-    ]
-    for name, one in found.items():
-        made = drawn(name, one)
-        note = (
-            f"Shares of the rise of the loss under {one['attack']}, averaged over "
-            f"{one['averaged']} samples. A share below 0 held the loss down."
-        )
-        sections.append(html.section(name, _figure(made["carried"]), note=note))
-        worst = [
-            _figure(
-                pictures.word_heat(
-                    f"label {each['label']}: {task.kind.shown} {each['before']} to {each['after']}",
-                    each["parts"],
-                )
-            )
-            for each in one["samples"]
-        ]
-        if worst:
-            sections.append(html.section(f"{name}: the worst samples", *worst))
-        if one["swaps"]:
-            rows = "".join(_swap(each) for each in one["swaps"])
-            titles = ("text, before and after", "label", "before", "after")
-            head = "".join(f"<th>{title}</th>" for title in titles)
-            note = (
-                f"Words exchanged until the model errs, in the texts that it is right about but "
-                f"least sure of; {task.kind.shown} for the printed texts. Read them: a word may "
-                "change what a text says, and then the label with it."
-            )
-            sections.append(
-                html.section(
-                    f"{name}: exchanged words",
-                    f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>',
-                    note=note,
-                )
-            )
-        if "landscape" in made:
-            note = (
-                "One unit is the perturbation that the attack found; inside the broken line is "
-                "what it may do."
-            )
-            sections.append(
-                html.section(f"{name}: the loss around", _figure(made["landscape"]), note=note)
-            )
-    return html.page(f"{recipe.name}: explanations", sections)
-
-
-def _figure(svg: str) -> str:
-    return f'<figure class="scroll">{svg}</figure>'
-
-
-def _swap(swap: Mapping[str, Any]) -> str:
-    before = pictures.marked(swap["before"], swap["before_marks"])
-    after = pictures.marked(swap["after"], swap["after_marks"])
-    cells = [pictures.safe(swap["label"])]
-    cells += [pictures.safe(shown) for shown in swap["shown"]]
-    fell = ["", "", "" if swap["right"][1] else ' class="fell"']
-    told = "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(fell, cells, strict=True))
-    return f'<tr><td class="text">{before}<br>{after}</td>{told}</tr>'
+    """Make a page of the explanations, drawn as in the audit's report."""
+    facts = {
+        "words": {"sample": task.sample, "vector": task.vector},
+        "models": {name: {"explanations": one} for name, one in found.items()},
+    }
+    lead = (
+        f"What an attack on {task.vector} embeddings does to the models, on the "
+        f"{recipe.audit.part} part."
+    )
+    title = f"{recipe.name}: explanations"
+    return html.page(title, [html.heading(title, lead), evidence.explanations(facts)])
 
 
 def _device() -> torch.device:

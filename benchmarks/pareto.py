@@ -1,0 +1,290 @@
+"""What hardening buys, and what it costs: the methods beside each other on the recipes.
+
+    python benchmarks/pareto.py [--kinds reviews clicks income] [--seeds 11 12 13]
+        [--only "staggered, 2 visits"] [--out FILE.json]
+    python benchmarks/pareto.py --time [--kinds ...] --out FILE.json   # wall time of the steps
+
+Every method trains with the steps, batches and rates of the recipe; a seed decides the division of
+the data, the first weights and the order. Nothing is chosen on the test part, which is attacked by
+PGD-20 with two restarts and by the ensemble; each sample's worst counts. The gain is what a method
+adds to plain training under attack, in shares of what mixed PGD-3 adds.
+
+`--time` makes steps of all methods in turn, one round after the other, in one process, and keeps
+the medians of each round's ratio to the plain step. With `--out` figures are added to those that
+FILE holds, and a table and a picture are written beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from embattle.data.account import Account
+from embattle.errors import need
+from embattle.jobs import recipe as recipes
+from embattle.jobs.examine import examine, labels_of
+from embattle.jobs.fit import Fit
+from embattle.jobs.recipe import STANDARD, Recipe
+from embattle.jobs.train import make_accelerator, read
+from embattle.tasks.base import Task
+from origin import in_words, origin
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+#: Kind -> recipe, what is changed in it, and the measure of the figures.
+KINDS: dict[str, tuple[str, list[str], str]] = {
+    "reviews": ("womens_reviews", ["data.limits.test=400"], "accuracy"),
+    "clicks": ("films_ctr", [], "auc"),
+    "income": ("adult_income", [], "auc"),
+    "sequences": ("films_sequential", [], "ndcg"),
+}
+ATTACKS = (
+    "[{kind: fgm}, {kind: pgd, steps: 20, random_start: true, restarts: 2}, "
+    "{kind: ensemble, steps: 20, queries: 50}]"
+)
+#: Samples that are attacked at most.
+ATTACKED = 2000
+GOAL = "mixed PGD-3"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        passes: of a step, to those of a plain one: forward, backward to embeddings and backward to
+            weights count a third each.
+        variant: what the recipe says of it.
+        visits: the batch is cut to a multiple of these.
+    """
+
+    passes: float
+    variant: str
+    visits: int = 1
+
+
+METHODS = {
+    GOAL: Method(4, "{attack: {kind: pgd, steps: 3, random_start: true}}"),
+    "mixed FGM": Method(2, "{attack: {kind: fgm}}"),
+    "FGM alone": Method(5 / 3, "{objective: adversarial, attack: {kind: fgm}}"),
+    "FreeLB-3": Method(3, "{objective: free, attack: {kind: pgd, steps: 3, random_start: true}}"),
+    "TRADES PGD-3": Method(4, "{objective: trades, attack: {kind: pgd, steps: 3}}"),
+    "SMART": Method(8 / 3, "{objective: smart, attack: {kind: smart, steps: 1}}"),
+    "Free-2": Method(1, "{objective: freeat, replays: 2, attack: {kind: fgm}}"),
+    "half by FGM": Method(4 / 3, "{objective: partial, share: 0.5, attack: {kind: fgm}}"),
+    "quarter by FGM": Method(7 / 6, "{objective: partial, share: 0.25, attack: {kind: fgm}}"),
+    "quarter by loss": Method(
+        7 / 6, "{objective: partial, share: 0.25, choose: loss, attack: {kind: fgm}}"
+    ),
+    "staggered, 2 visits": Method(
+        1, "{objective: staggered, visits: 2, attack: {kind: fgm}}", visits=2
+    ),
+    "staggered, 3 visits": Method(
+        1, "{objective: staggered, visits: 3, attack: {kind: pgd, steps: 2}}", visits=3
+    ),
+    "staggered, 4 visits": Method(
+        1, "{objective: staggered, visits: 4, attack: {kind: pgd, steps: 3}}", visits=4
+    ),
+}
+
+
+def recipe_of(kind: str, method: str, seed: int) -> tuple[Recipe, str]:
+    """The recipe of a kind with a method as one of its variants, and the variant's name."""
+    name, changes, _ = KINDS[kind]
+    path = RECIPES / f"{name}.yaml"
+    changes = [
+        *changes,
+        f"seed={seed}",
+        f"audit.attacks={ATTACKS}",
+        "audit.sweep=[1.0]",
+        "audit.sweep_attack={kind: pgd, steps: 1}",
+        "audit.explain=null",
+    ]
+    if method == STANDARD:
+        return recipes.load(path, changes=changes), STANDARD
+    chosen = METHODS[method]
+    size = recipes.load(path).train.batch_size // chosen.visits * chosen.visits
+    hardened = recipes.load(path).variants["hardened"].model_dump(exclude_unset=True)
+    share = hardened.get("eps_schedule", {}).get("share", 0.3)
+    variant = chosen.variant[:-1] + f", eps_schedule: {{share: {share}}}}}"
+    changes += [f"train.batch_size={size}", f"variants={{tried: {variant}}}"]
+    return recipes.load(path, changes=changes), "tried"
+
+
+def begin(recipe: Recipe, variant: str, out: Path) -> tuple[Task, Fit]:
+    """A training of a variant, with its data."""
+    task = recipe.make_task()
+    read(task, Account(), "train", recipe.audit.part)
+    return task, Fit(recipe, variant, task, out, make_accelerator(recipe, task, out))
+
+
+def measure(kind: str, method: str, seed: int) -> dict[str, float]:
+    """Train by a method, and attack what comes of it."""
+    recipe, variant = recipe_of(kind, method, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        task, fit = begin(recipe, variant, Path(folder))
+        fit.fit()
+    model = fit.bare.eval()
+    batches = task.batches(model, recipe.audit.part, recipe.audit.batch_size)
+    batches = batches[: -(-ATTACKED // len(batches[0]))]
+    victim, facts = examine(recipe, variant, model, task, batches)
+    key = KINDS[kind][2]
+    worst = facts["worst"][key]
+    assert len(labels_of(batches)) == len(victim.right)
+    return {"clean": facts["clean"][key], "attacked": worst, "seconds": fit.seconds}
+
+
+def timed(kind: str, methods: list[str], rounds: int) -> dict[str, list[float]]:
+    """Each round's time of three steps of each method, to the plain one's."""
+    found: dict[str, list[float]] = {method: [] for method in methods}
+    with tempfile.TemporaryDirectory() as folder:
+        fits = {}
+        for method in [STANDARD, *methods]:
+            recipe, variant = recipe_of(kind, method, 1)
+            fits[method] = begin(recipe, variant, Path(folder) / str(len(fits)))[1]
+        # Once eps has grown, so that no step is cheaper than those that follow.
+        step = fits[STANDARD].recipe.train.steps // 2
+        for number in range(rounds + 2):
+            spent = {}
+            for method, fit in fits.items():
+                began = time.perf_counter()
+                for k in range(3):
+                    fit._step(step + 3 * number + k)
+                spent[method] = time.perf_counter() - began
+            if number >= 2:
+                for method in methods:
+                    found[method].append(spent[method] / spent[STANDARD])
+    return found
+
+
+def summary(kind: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Means over the seeds that a method shares with plain training and mixed PGD-3."""
+    rows = kind["figures"]
+    found = {}
+    for method, row in rows.items():
+        seeds = [s for s in row if s in rows[STANDARD] and s in rows.get(GOAL, row)]
+        if not seeds:
+            continue
+
+        def of(name: str, what: str, seeds: list[str] = seeds) -> float:
+            return statistics.mean(rows[name][seed][what] for seed in seeds)
+
+        values = [row[seed]["attacked"] for seed in seeds]
+        found[method] = {
+            "seeds": len(seeds),
+            "clean": of(method, "clean"),
+            "lost": of(STANDARD, "clean") - of(method, "clean"),
+            "attacked": statistics.mean(values),
+            "spread": (max(values) - min(values)) / 2,
+        }
+        if GOAL in rows:
+            gain = of(GOAL, "attacked") - of(STANDARD, "attacked")
+            found[method]["gain"] = (of(method, "attacked") - of(STANDARD, "attacked")) / gain
+        ratios = kind.get("times", {}).get(method)
+        if ratios:
+            found[method]["time"] = statistics.median(ratios)
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines = ["# What hardening buys and costs\n"]
+    lines.append(
+        "`benchmarks/pareto.py`: means over the seeds, +- half the range. Gain: of mixed PGD-3's "
+        "in the measure under attack. Passes and time: of a step, to plain training's; time is the "
+        "median of rounds of `--time`. Nothing was chosen on the test part.\n"
+    )
+    for name, kind in results["kinds"].items():
+        if STANDARD not in kind["figures"]:
+            continue
+        recipe, changes, measure = KINDS[name]
+        changed = f", {', '.join(changes)}" if changes else ""
+        lines.append(f"## {name.capitalize()}: `{recipe}`{changed}, {measure}\n")
+        lines.append(in_words(kind["origin"]) + "\n")
+        lines.append("| method | passes | time | seeds | clean | under attack | gain |")
+        lines.append("|---|---|---|---|---|---|---|")
+        for method, row in sorted(summary(kind).items(), key=lambda entry: -entry[1]["attacked"]):
+            passes = 1.0 if method == STANDARD else METHODS[method].passes
+            spent = f"{row['time']:.2f}" if "time" in row else ""
+            gain = f"{row['gain']:.0%}" if "gain" in row else ""
+            lines.append(
+                f"| {method} | {passes:.2f} | {spent} | {row['seeds']:.0f} | {row['clean']:.3f} | "
+                f"{row['attacked']:.3f} +- {row['spread']:.3f} | {gain} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def picture(results: dict[str, Any], path: Path) -> None:
+    """Gain over cost, a panel for each kind."""
+    kinds = {name: summary(kind) for name, kind in results["kinds"].items()}
+    kinds = {name: rows for name, rows in kinds.items() if GOAL in rows}
+    if not kinds:
+        return
+    canvas = need("matplotlib.figure", "test").Figure(
+        figsize=(5.2 * len(kinds), 4.6), layout="constrained"
+    )
+    for place, (name, rows) in enumerate(kinds.items(), 1):
+        axes = canvas.add_subplot(1, len(kinds), place)
+        for method, row in rows.items():
+            passes = 1.0 if method == STANDARD else METHODS[method].passes
+            free = method.startswith(("staggered", "Free-"))
+            axes.plot(passes, row["attacked"], "o", color="#c2410c" if free else "#1d4ed8")
+            axes.annotate(
+                method,
+                (passes, row["attacked"]),
+                xytext=(6, 3),
+                textcoords="offset points",
+                fontsize=8,
+            )
+        axes.set_title(f"{name} ({KINDS[name][2]} under attack)")
+        axes.set_xlabel("passes of a step, to plain training's")
+        axes.margins(x=0.25)
+        axes.grid(alpha=0.3)
+    canvas.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["reviews", "clicks"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    results: dict[str, Any] = {"kinds": {}}
+    if options.out is not None and options.out.exists():
+        results = json.loads(options.out.read_text())
+
+    def keep() -> None:
+        if options.out is not None:
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            options.out.with_suffix(".md").write_text(table(results))
+            picture(results, options.out.with_suffix(".png"))
+
+    for kind in options.kinds:
+        held = results["kinds"].setdefault(kind, {"figures": {}})
+        held["origin"] = origin(torch.get_num_threads())
+        if options.time:
+            held["times"] = held.get("times", {}) | timed(kind, options.only, options.rounds)
+            keep()
+            continue
+        for seed in map(str, options.seeds):
+            for method in [STANDARD, *options.only]:
+                row = held["figures"].setdefault(method, {})
+                if seed not in row:
+                    row[seed] = measure(kind, method, int(seed))
+                    print(kind, seed, method, row[seed], flush=True)
+                    keep()
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
