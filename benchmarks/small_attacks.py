@@ -256,11 +256,11 @@ def in_turn(
     return {name: of(each) for name, each in times.items()}
 
 
-def ratios(rounds: int) -> list[dict[str, Any]]:
+def ratios(rounds: int, names: list[str]) -> list[dict[str, Any]]:
     """Each case and norm: seconds, and the attack's time as a share of each other one's."""
     found = []
-    for name, make in CASES.items():
-        case = make()
+    for name in names:
+        case = CASES[name]()
         case.model.requires_grad_(True)
         for norm in STRENGTHS:
             runs = {"ours": attack(case, norm), "plain": plain(case, norm)}
@@ -368,12 +368,13 @@ def main() -> None:
     """Measure, print and perhaps write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--models", nargs="+", choices=[*CASES], default=[*CASES])
     parser.add_argument("--out", type=Path, help="folder")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     own = costs(options.rounds)
-    rows = ratios(options.rounds)
+    rows = ratios(options.rounds, options.models)
     print("\n".join(table(rows, own)))
     if options.out is not None:
         save(options.out, rows, own)

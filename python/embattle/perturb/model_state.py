@@ -161,7 +161,7 @@ def _collect(module: nn.Module, known: dict[int, nn.Module], new: list[nn.Module
 def _is_stateless(module: nn.Module) -> bool:
     """Return whether no pass changes the module: one of torch's own without buffers and hooks."""
     return (
-        _of_torch(type(module))
+        _of_torch(type(module))  # type: ignore[arg-type]
         and not (module._buffers or module._forward_pre_hooks)
         and all(type(hook) is Hook for hook in module._forward_hooks.values())
     )
@@ -323,7 +323,7 @@ class kept_state:
                 one.keep()
         if much:
             self._on_write = _CopyOnWrite(large)
-            self._on_write.__enter__()
+            self._on_write.__enter__()  # type: ignore[no-untyped-call]
 
     def _on_call(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -337,4 +337,4 @@ class kept_state:
             self._state.restore(last=True)
         finally:
             if self._on_write is not None:
-                self._on_write.__exit__(*exc)
+                self._on_write.__exit__(*exc)  # type: ignore[no-untyped-call]
