@@ -44,6 +44,7 @@ ON_THE_CPU_ALONE = {
     "test_examples.py": "runs examples, which choose the CPU",
     "test_files.py": "has no tensors",
     "test_export.py": "compares files on the CPU",
+    "test_explain.py::test_swaps_are_whole_words_and_judged_as_printed": _PACKAGE,
     "test_explain_tasks.py": _PACKAGE,
     "test_fake_reviews.py": _PACKAGE,
     "test_fakes.py": _PACKAGE,
@@ -82,6 +83,7 @@ ON_THE_CPU_ALONE = {
 
 # What the pretend device cannot do beside that; on CUDA these run.
 _AUTOCAST = "autocast does not know it"
+_CAPTUM = "Captum was not tried on it"
 _COMPILE = "torch.compile does not trace the pretend device"
 _KERNELS = "the kernels and checks behind the pretend device are the CPU's"
 _NO_STORAGE = "it has no storage"
@@ -119,9 +121,8 @@ NOT_ON_PRETEND = {
     "test_integrations.py::test_lightning_resumes_forms_in_the_middle_of_an_epoch": _PLACING,
     "test_integrations.py::test_peft_and_autocast": _AUTOCAST,
     "test_integrations.py::test_scaled_losses_are_not_differentiated_early": _PLACING,
-    "test_explain.py::test_captum_gives_the_same": "Captum copies through storages",
-    "test_explain.py::test_captums_methods_agree_where_parts_do_not_interact": "the same",
-    "test_explain.py::test_swaps_are_whole_words_and_judged_as_printed": _PLACING,
+    "test_explain.py::test_captum_gives_the_same": _CAPTUM,
+    "test_explain.py::test_captums_methods_agree_where_parts_do_not_interact": _CAPTUM,
     "test_job.py": _PLACING,
     "test_objective.py::"
     "test_mixed_looks_up_once_and_makes_no_extra_pass_from_a_random_start": _SUBCLASS,

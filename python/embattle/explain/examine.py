@@ -120,7 +120,7 @@ class Examined:
     @property
     def _coupled(self) -> bool:
         """Whether samples share deltas: those of rows of tables."""
-        return any(site.scope != "output" for site in self.sites)
+        return any(perturbation.coupled for perturbation in self.result.perturbations)
 
     def _room(self) -> float:
         """How many times what was found goes into eps, on average over the groups that moved.
