@@ -232,10 +232,12 @@ def converged_check(title: str, label: str, under: Attacked) -> Check | None:
         The check; None where no sample stood to the end, where samples did not leave as they fell
         (all have as many steps), or for fewer than four steps.
     """
-    made, stood = under.steps[under.steps > 0], under.steps[under.right]
-    if not len(stood) or int(stood.max()) < 4 or bool((made == made[0]).all()):
+    fell, stood = under.steps[~under.right & (under.steps > 0)], under.steps[under.right]
+    if not len(stood) or int(stood.max()) < 4:
         return None
     total = int(stood.max())
+    if len(fell) and bool((fell == total).all()):
+        return None
     late = int((~under.right & (under.steps > 0.75 * total)).sum())
     return Check(
         f"{title}: {label} has converged",
