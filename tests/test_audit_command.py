@@ -153,6 +153,7 @@ def test_a_bound_that_is_not_met_is_status_1(
         ("robust_loss=0.6", "measures no 'robust_loss'"),
         ("nobody:robust_auc=0.6", "no run has a model 'nobody'"),
         (":robust_auc=0.6", "write MEASURE=VALUE"),
+        ("certified_balls@0.1=0.6", "certificates need --certify"),
     ):
         status, text = invoke("audit", runs / "a", "--fail-under", bound)
         assert status == 2, bound
@@ -189,6 +190,16 @@ def test_bounds_by_hand() -> None:
     assert lines("standard:robust_accuracy=0.2") == ["standard: robust_accuracy 0.1 is under 0.2"]
     assert len(lines("PGD-3, step 0.5.auc=0.61")) == 2
     assert lines("other:robust_auc=0") == ["other: robust_auc is not defined, and must be 0"]
+    facts["models"]["other"]["certificates"] = [
+        {"kind": "balls", "eps": [0.0, 0.1, 0.3], "certified": [0.9, 0.5, 0.2]}
+    ]
+    assert lines("other:certified_balls@0.1=0.5") == []
+    # Of what is not listed the next larger radius tells.
+    assert lines("other:certified_balls@0.2=0.3") == ["other: certified_balls@0.2 0.2 is under 0.3"]
+    for name in ("certified_balls@0.4", "certified_swaps@1"):
+        assert "is not defined" in lines(f"other:{name}=0")[0]
+    with pytest.raises(InputError, match="is no number"):
+        lines("certified_balls@far=0")
     facts["models"] = {"standard": facts["models"]["standard"]}
     assert len(lines("robust_accuracy=0.2")) == 1
     with pytest.raises(InputError, match="measures no 'robust_f1'"):

@@ -82,7 +82,7 @@ def audit_all(
     for run, models in chosen.items():
         with locked(run, "audit"):
             found.append((run, *_look_at(run, models, trust)))
-    check_names(bounds, found)
+    check_names(bounds, found, certify=certify)
     failed = []
     for run, models in chosen.items():
         facts = audit(run, models=models, trust=trust, certify=certify)

@@ -78,8 +78,15 @@ def names_of(
     }
 
 
-def check_names(bounds: Sequence[Bound], runs: Sequence[tuple[Path, Recipe, Run]]) -> None:
+def check_names(
+    bounds: Sequence[Bound], runs: Sequence[tuple[Path, Recipe, Run]], *, certify: bool = False
+) -> None:
     """Checks that the runs' audits will have what is bounded, as far as it is known before.
+
+    Args:
+        bounds: the bounds.
+        runs: folder, recipe and what it says of itself, of each run.
+        certify: whether certificates will be made.
 
     Raises:
         InputError: an unknown measure or model, naming those there are; a share above 1.
@@ -91,6 +98,10 @@ def check_names(bounds: Sequence[Bound], runs: Sequence[tuple[Path, Recipe, Run]
                 f"--fail-under {bound.text}: no run has a model {bound.model!r}; "
                 f"{closest(bound.model, set(models))}"
             )
+        if _certificate(bound) is not None:
+            if not certify:
+                raise InputError(f"--fail-under {bound.text}: certificates need --certify; add it")
+            continue
         for folder, recipe, run in runs:
             kind = _kind(recipe, run)
             if kind is None:
@@ -120,16 +131,44 @@ def unmet(bounds: Sequence[Bound], facts: Mapping[str, Any]) -> list[str]:
     others = [name for name in models if name != STANDARD] or list(models)
     lines = []
     for bound in bounds:
-        row, key = _known(bound, known, "")
+        certificate = _certificate(bound)
         for name in others if bound.model is None else {bound.model} & set(models):
             model = models[name]
-            entry = {CLEAN: model["clean"], WORST: model["worst"], **model["attacks"]}[row]
-            value = entry.get(key)
+            if certificate is None:
+                row, key = _known(bound, known, "")
+                entry = {CLEAN: model["clean"], WORST: model["worst"], **model["attacks"]}[row]
+                value = entry.get(key)
+            else:
+                value = _certified(model.get("certificates", []), *certificate)
             if value is None:
                 lines.append(f"{name}: {bound.name} is not defined, and must be {bound.least:g}")
             elif value < bound.least:
                 lines.append(f"{name}: {bound.name} {value:.4g} is under {bound.least:g}")
     return lines
+
+
+def _certificate(bound: Bound) -> tuple[str, float] | None:
+    """Kind and eps of `certified_KIND@EPS`; None if the bound is on another measure."""
+    kind, at, eps = bound.name.removeprefix("certified_").partition("@")
+    if not bound.name.startswith("certified_") or not at:
+        return None
+    try:
+        return kind, float(eps)
+    except ValueError as error:
+        raise InputError(
+            f"--fail-under {bound.text}: {eps!r} is no number; write certified_{kind}@EPS=VALUE"
+        ) from error
+
+
+def _certified(certificates: Sequence[Mapping[str, Any]], kind: str, eps: float) -> float | None:
+    """What is certified at a radius: what is proven at a larger one holds there too."""
+    for one in certificates:
+        if one["kind"] == kind:
+            pairs = zip(one["eps"], one["certified"], strict=True)
+            # A radius of the recipe and the same one on the command line differ by rounding.
+            proven = [share for radius, share in pairs if radius >= eps * (1 - 1e-9)]
+            return max(proven, default=None)
+    return None
 
 
 def _known(bound: Bound, known: Mapping[str, tuple[str, str]], where: str) -> tuple[str, str]:
