@@ -1,6 +1,7 @@
 """What fake users do to MF and LightGCN on MovieLens 100K, by attack and by defence.
 
     python benchmarks/poisoning.py [--shares 0.2] [--seeds 0 1 2] [--only MF] [--out FILE.json]
+    python benchmarks/poisoning.py --join A.json B.json --seeds 0 1 --out FILE.json
 
 Each seed draws five films of at most 20 ratings as targets, the fakes, and the models' first
 weights. Fakes are made from what the models train on: all films but each user's last, which says
@@ -251,6 +252,22 @@ def write(path: Path, options: argparse.Namespace, about: Any, found: dict[str, 
     path.with_suffix(".md").write_text("\n".join([*head, *table(found)]) + "\n")
 
 
+def joined(paths: list[Path]) -> dict[str, Any]:
+    """What several runs of one commit wrote, the seeds one after the other."""
+
+    def add(to: dict[str, Any], more: dict[str, Any]) -> None:
+        for key, value in more.items():
+            if isinstance(value, dict):
+                add(to.setdefault(key, {}), value)
+            else:
+                to.setdefault(key, []).extend(value)
+
+    found: dict[str, Any] = {}
+    for path in paths:
+        add(found, json.loads(path.read_text())["figures"])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.2])
@@ -258,6 +275,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(DEFENCES), default=list(DEFENCES))
     parser.add_argument("--attacks", nargs="+", default=[*ATTACKS, *FOUND_ONLY])
     parser.add_argument("--defences", nargs="+", default=list(DEFENCES["MF"]))
+    parser.add_argument("--join", nargs="+", type=Path, help="files of runs, in place of a run")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -265,7 +283,12 @@ def main() -> None:
     save = (
         (lambda found: None) if options.out is None else partial(write, options.out, options, about)
     )
-    print("\n".join(table(measure(options, save))))
+    if options.join:
+        found = joined(options.join)
+        save(found)
+    else:
+        found = measure(options, save)
+    print("\n".join(table(found)))
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ class _Columns:
         size = max(1, _AT_ONCE // len(self.field))
         parts = [
             self._some([g[rows] for g in gradients], values[rows], movable[rows])
-            for rows in torch.arange(len(values), device=values.device).split(size)
+            for rows in torch.split(torch.arange(len(values), device=values.device), size)
         ]
         where, what = (torch.cat(found) for found in zip(*parts, strict=True))
         return where, what

@@ -183,6 +183,7 @@ def _gradients(
         )
     at = evaluation.detach()
     gradients = batch.gradients_at_zero(ascended(goal, evaluation, at if clean is None else clean))
+    assert gradients is not None
     return at, [
         torch.zeros_like(value) if gradient is None else gradient
         for value, gradient in zip(values, gradients, strict=True)

@@ -162,7 +162,7 @@ def _ascend(
         presence = hard.presence + (worth - worth.detach()) * crowd.free
         loss = crowd.loss(one.answer(Profiles(presence, hard.values)))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         with torch.no_grad():
             values.clamp_(*bounds)

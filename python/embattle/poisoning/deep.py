@@ -141,6 +141,6 @@ def _train(
             aim = crowd.loss(model.every(some), some)
             loss, last = loss + WEIGHT * aim, float(aim.detach())
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return last

@@ -72,5 +72,6 @@ def _solve(weights: Tensor, weighted: Tensor, vectors: Tensor) -> Tensor:
     """[N, dim] vectors of N rows with weights [N, M] and weighted values [N, M], given M others."""
     dim = vectors.shape[1]
     squares = (vectors[:, :, None] * vectors[:, None, :]).flatten(1)
-    left = (weights @ squares).unflatten(1, (dim, dim)) + RIDGE * torch.eye(dim)
-    return torch.linalg.solve(left, weighted @ vectors)
+    left = (weights @ squares).reshape(-1, dim, dim) + RIDGE * torch.eye(dim)
+    found: Tensor = torch.linalg.solve(left, weighted @ vectors)
+    return found

@@ -117,8 +117,8 @@ def make_fakes(
             seed=seed,
         )
     if popular is not None or len(segment):
-        name, given = ("popular", popular) if popular is not None else ("segment", list(segment))
-        raise InputError(f"{_WHO}: {name}={given} is for a template, not for {kind!r}")
+        said = f"popular={popular}" if popular is not None else f"segment={list(segment)}"
+        raise InputError(f"{_WHO}: {said} is for a template, not for {kind!r}")
     if feedback is not None and feedback not in FEEDBACK:
         raise InputError(f"{_WHO}: feedback={feedback!r}; {closest(feedback, FEEDBACK)}")
     aims = target_items(_WHO, ratings, targets)

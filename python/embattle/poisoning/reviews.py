@@ -208,7 +208,7 @@ def _linear(
                 loss = F.cross_entropy(logits(some), torch.from_numpy(known[some]))
                 loss = loss + DECAY * table.square().sum()
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
     with torch.no_grad():
         parts = [logits(asked[i : i + BATCH]) for i in range(0, len(asked), BATCH)]

@@ -224,7 +224,8 @@ def rewrite_text(
     assert found.clean.outputs is not None
     assert found.now.outputs is not None
     before, after = (
-        _within(e.outputs[:, 0], e.outputs[:, 1:], k) for e in (found.clean, found.now)
+        _within(scores[:, 0], scores[:, 1:], k)
+        for scores in (found.clean.outputs, found.now.outputs)
     )
     half = count // 2
     first, second = slice(half), slice(half, None)
