@@ -260,6 +260,10 @@ def test_checks_hold_for_a_real_attack_and_fail_for_one_that_is_too_weak() -> No
     accuracies = {"Noise": 0.4, "FGM": 0.5, "PGD": 0.6}
     failed = order_checks("m", accuracies, noise=["Noise"], gradient=["FGM", "PGD"])
     assert [check.passed for check in failed] == [False, False]
+    close = {"Noise": 0.499, "FGM": 0.499, "PGD": 0.501}
+    for slack, holds in ((0.0, False), (0.005, True)):
+        some = order_checks("m", close, noise=["Noise"], gradient=["FGM", "PGD"], slack=slack)
+        assert [check.passed for check in some] == [holds, holds]
     accuracies = {"Noise": 0.8, "FGM": 0.5, "PGD": 0.5}
     held = order_checks("m", accuracies, noise=["Noise"], gradient=["FGM", "PGD"])
     assert [check.passed for check in held] == [True, True]
