@@ -22,6 +22,8 @@ _EMULATOR = "the emulator runs on the CPU"
 _PACKAGE = "the package makes its tensors, on the CPU"
 _RANKS = "two processes that meet through gloo, on the CPU"
 ON_THE_CPU_ALONE = {
+    "test_audit.py::test_samples_leave_and_known_ones_are_left_alone": _PACKAGE,
+    "test_audit.py::test_the_smallest_radii_give_the_whole_curve": _PACKAGE,
     "test_build.py": "reads object files",
     "test_clipping_benchmarks.py": "runs benchmarks, which choose their device",
     "test_clipping_ddp.py": _RANKS,
@@ -42,6 +44,7 @@ ON_THE_CPU_ALONE = {
     "test_fakes.py": _PACKAGE,
     "test_floors.py": "has no tensors",
     "test_gpu_check.py": "runs what the tools do without a GPU",
+    "test_honesty.py": _PACKAGE,
     "test_hybrid.py": _PACKAGE,
     "test_init.py": _PACKAGE,
     "test_llm.py": _PACKAGE,

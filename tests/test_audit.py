@@ -128,7 +128,7 @@ def test_samples_leave_and_known_ones_are_left_alone() -> None:
 
     evaluator = Counting()
     clean = predict(model, batches())
-    known = Attacked.clean(clean, torch.tensor([True, False, True, True]))
+    known = Attacked.clean(clean, torch.tensor([True, False, True, True], device="cpu"))
     attack = PGD(norm="l2", eps=0.9, step_size=0.1, steps=9)
     options: dict[str, Any] = {"evaluator": evaluator, "known": known}
     whole = evaluate(model, batches(size=4), site, {"a": attack}, **options)["a"]
@@ -182,7 +182,7 @@ def test_the_smallest_radii_give_the_whole_curve() -> None:
     site = Site(model.embedding)
     labels = torch.tensor([1, 0, 1, 1], device="cpu")
     clean = predict(model, batches())
-    known = Attacked.clean(clean, torch.tensor([True, True, True, False]))
+    known = Attacked.clean(clean, torch.tensor([True, True, True, False], device="cpu"))
     fmn = FMN(norm="l2", steps=30)
     found = smallest(model, batches(), site, fmn, known=known, radius=0.5)
     radii = found.radii
