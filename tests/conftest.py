@@ -23,6 +23,8 @@ _PACKAGE = "the package makes its tensors, on the CPU"
 _RANKS = "two processes that meet through gloo, on the CPU"
 ON_THE_CPU_ALONE = {
     "test_audit_command.py": _PACKAGE,
+    "test_audit.py::test_samples_leave_and_known_ones_are_left_alone": _PACKAGE,
+    "test_audit.py::test_the_smallest_radii_give_the_whole_curve": _PACKAGE,
     "test_build.py": "reads object files",
     "test_certified_fakes.py": _PACKAGE,
     "test_certified_smoothing.py": _PACKAGE,
@@ -51,6 +53,7 @@ ON_THE_CPU_ALONE = {
     "test_floors.py": "has no tensors",
     "test_form_ranks.py": _RANKS,
     "test_gpu_check.py": "runs what the tools do without a GPU",
+    "test_honesty.py": _PACKAGE,
     "test_hybrid.py": _PACKAGE,
     "test_init.py": _PACKAGE,
     "test_llm.py": _PACKAGE,

@@ -127,7 +127,7 @@ def test_samples_leave_and_known_ones_are_left_alone() -> None:
 
     evaluator = Counting()
     clean = predict(model, batches())
-    known = Attacked.clean(clean, torch.tensor([True, False, True, True]))
+    known = Attacked.clean(clean, torch.tensor([True, False, True, True], device="cpu"))
     attack = PGD(norm="l2", eps=0.9, step_size=0.1, steps=9)
     options: dict[str, Any] = {"evaluator": evaluator, "known": known}
     whole = evaluate(model, batches(size=4), site, {"a": attack}, **options)["a"]
@@ -181,7 +181,7 @@ def test_the_smallest_radii_give_the_whole_curve() -> None:
     site = Site(model.embedding)
     labels = torch.tensor([1, 0, 1, 1], device="cpu")
     clean = predict(model, batches())
-    known = Attacked.clean(clean, torch.tensor([True, True, True, False]))
+    known = Attacked.clean(clean, torch.tensor([True, True, True, False], device="cpu"))
     fmn = FMN(norm="l2", steps=30)
     found = smallest(model, batches(), site, fmn, known=known, radius=0.5)
     radii = found.radii
@@ -259,6 +259,10 @@ def test_checks_hold_for_a_real_attack_and_fail_for_one_that_is_too_weak() -> No
     accuracies = {"Noise": 0.4, "FGM": 0.5, "PGD": 0.6}
     failed = order_checks("m", accuracies, noise=["Noise"], gradient=["FGM", "PGD"])
     assert [check.passed for check in failed] == [False, False]
+    close = {"Noise": 0.499, "FGM": 0.499, "PGD": 0.501}
+    for slack, holds in ((0.0, False), (0.005, True)):
+        some = order_checks("m", close, noise=["Noise"], gradient=["FGM", "PGD"], slack=slack)
+        assert [check.passed for check in some] == [holds, holds]
     accuracies = {"Noise": 0.8, "FGM": 0.5, "PGD": 0.5}
     held = order_checks("m", accuracies, noise=["Noise"], gradient=["FGM", "PGD"])
     assert [check.passed for check in held] == [True, True]

@@ -208,7 +208,7 @@ class _Run:
         right = known.right[these]
         rows = torch.nonzero(right).flatten()
         outputs, norms = known.outputs[these].clone(), known.norms[these].clone()
-        right, steps = right.clone(), torch.zeros(len(batch), dtype=torch.int64)
+        right, steps = right.clone(), torch.zeros_like(right, dtype=torch.int64)
         by = [""] * len(batch)
         if len(rows):
             one = self.all(batch if len(rows) == len(batch) else batch.take(rows.to(_on(batch))))

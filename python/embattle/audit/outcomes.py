@@ -52,8 +52,8 @@ class Attacked:
     @staticmethod
     def clean(outputs: Tensor, right: Tensor) -> Attacked:
         """No attack: outputs [N, ...], and where they are right, bool [N]."""
-        count = len(right)
-        return Attacked(outputs, right, torch.zeros(count), torch.zeros(count, dtype=torch.int64))
+        norms = torch.zeros_like(right, dtype=torch.float32)
+        return Attacked(outputs, right, norms, torch.zeros_like(right, dtype=torch.int64))
 
     @staticmethod
     def joined(parts: Sequence[Attacked], seconds: float) -> Attacked:

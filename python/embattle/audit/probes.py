@@ -102,7 +102,7 @@ def probe_gradients(
                 places = attacked.perturbations
                 radii = [_radius(p, eps, norm) for p in places]
                 if grads is None:
-                    slope = torch.zeros(clean.batch)
+                    slope = torch.zeros(clean.batch, device=clean.device)
                     small = full = clean
                 else:
                     slope = _slopes(places, grads, radii, norm, clean.batch)
@@ -116,7 +116,8 @@ def probe_gradients(
             slopes.append(slope.cpu().double())
             losses.append(before.cpu())
             rises.append(rise.cpu().double())
-            right.append(torch.ones(len(batch)) > 0 if reached is None else ~reached.cpu())
+            missed = torch.ones(len(batch), dtype=torch.bool) if reached is None else ~reached
+            right.append(missed.cpu())
     return GradientProbe(*(torch.cat(parts) for parts in (slopes, losses, rises, right)))
 
 

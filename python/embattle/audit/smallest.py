@@ -83,7 +83,7 @@ def smallest(
     """
     evaluator = evaluator or Evaluator()
     began = time.monotonic()
-    radii = torch.zeros(len(known.right), dtype=torch.float64)
+    radii = torch.zeros_like(known.right, dtype=torch.float64)
     found, edge = (_Rows(known) for _ in range(2))
     total = 0
     with examined(model):

@@ -13,6 +13,7 @@ from embattle.attacks import PGD, Attack, AutoAttack
 from embattle.audit.evaluation import evaluate
 from embattle.audit.honesty import (
     Check,
+    chance,
     converged_check,
     eps_check,
     gradient_checks,
@@ -97,7 +98,14 @@ def _of_one(
     noise = [label for label in own if victim.attacks[label].steps == 0]
     gradient = [label for label in own if label not in noise]
     shares = {label: float(under.right.double().mean()) for label, under in attacked.items()}
-    checks = order_checks(name, shares, noise=noise, gradient=gradient, measure=measure)
+    checks = order_checks(
+        name,
+        shares,
+        noise=noise,
+        gradient=gradient,
+        measure=measure,
+        slack=chance(len(victim.right)),
+    )
     # A single step may well go too far in a larger ball.
     for label in [label for label in gradient if victim.attacks[label].steps > 1][-1:]:
         attack = victim.attacks[label]
