@@ -41,7 +41,6 @@ ON_THE_CPU_ALONE = {
     "test_export.py": "compares files on the CPU",
     "test_fakes.py": _PACKAGE,
     "test_floors.py": "has no tensors",
-    "test_form_ranks.py": _RANKS,
     "test_gpu_check.py": "runs what the tools do without a GPU",
     "test_hybrid.py": _PACKAGE,
     "test_init.py": _PACKAGE,
@@ -54,6 +53,7 @@ ON_THE_CPU_ALONE = {
     "test_ops_numerics.py::"
     "test_op_is_what_the_reference_says": "test_cuda_device.py has all its samples",
     "test_pretrained.py": _PACKAGE,
+    "test_partial.py::test_two_processes_give_what_one_does": _RANKS,
     "test_predict.py": "the job chooses its device",
     "test_pretend.py": "makes the pretend device in a process of its own",
     "test_rating_tasks.py": _PACKAGE,
