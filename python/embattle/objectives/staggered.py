@@ -327,8 +327,9 @@ def _checked(samples: Samples) -> list[int]:
             "StaggeredReplays: needs the indices of the batch's samples: "
             "objective(loss_fn, samples=indices), as StaggeredBatches gives them"
         )
-    given = samples.tolist() if isinstance(samples, Tensor) else samples
-    found = [checks.integer("StaggeredReplays", "each of samples", one, 0) for one in given]
+    found = samples.tolist() if isinstance(samples, Tensor) else list(samples)
+    if not all(type(one) is int and one >= 0 for one in found):
+        found = [checks.integer("StaggeredReplays", "each of samples", one, 0) for one in found]
     if len(set(found)) < len(found):
         raise InputError("StaggeredReplays: a sample is twice in the batch: samples must differ")
     return found
