@@ -120,10 +120,12 @@ def random_tensors(generator: torch.Generator) -> dict[str, Tensor]:
 
 def restore_random(generator: torch.Generator, tensors: dict[str, Tensor]) -> None:
     """Puts the states of `random_tensors` back; one of another device is left out."""
-    torch.set_rng_state(tensors["random.cpu"])
-    generator.set_state(tensors["random.attack"])
-    if torch.cuda.is_available() and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    # A generator reads the memory of a state from its start, also of a view that begins later.
+    states = {name: state.clone() for name, state in tensors.items()}
+    torch.set_rng_state(states["random.cpu"])
+    generator.set_state(states["random.attack"])
+    if torch.cuda.is_available() and "random.cuda" in states:
+        torch.cuda.set_rng_state(states["random.cuda"])
 
 
 def of_all_processes(accelerator: Any, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
