@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import devices
 import embattle as eb
 import pytest
-import ranks
 import torch
 import toys
 from embattle.errors import InputError
 from embattle.perturb.evaluation import Evaluation
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 TOKENS, LABELS = toys.text_batch(12, 9, seed=5)
 
@@ -352,39 +349,6 @@ def test_share_delay_and_schedule() -> None:
     objective = partial(model, share=0.5, delay=1, schedule=eb.schedules.WarmUp(3))
     counts = [int(step(objective, model, list(range(12)))[1]["perturbed"]) for _ in range(5)]
     assert counts == [0, 2, 4, 6, 6]
-
-
-# --- several processes ---------------------------------------------------------------------------
-
-
-def grads_of(rank: int, folder: Path) -> None:
-    """Half of the batch in each process: the same texts are chosen, since all are known alike."""
-    model = toys.encoder()
-    wrapped = DistributedDataParallel(model)
-    mine = [[0, 5, 7], [2, 9, 1]][rank]
-    objective = partial(model, share=0.5, choose="loss")
-    for _ in range(2):
-        wrapped.zero_grad()
-        loss, _, chosen = step(objective, wrapped, mine)
-        loss.backward()
-    torch.save([p.grad for p in model.parameters()], folder / f"{rank}.pt")
-    torch.save(chosen[0], folder / f"rows-{rank}.pt")
-
-
-def test_two_processes_give_what_one_does(tmp_path: Path) -> None:
-    ranks.run(grads_of, tmp_path)
-    rows = [torch.load(tmp_path / f"rows-{rank}.pt") for rank in range(2)]
-    samples = [0, 5, 7, 2, 9, 1]
-    model = toys.encoder()
-    loss = sum(
-        plain_step(model, samples[3 * rank : 3 * rank + 3], rows[rank], size=0.4)
-        for rank in range(2)
-    )
-    (loss / 2).backward()  # type: ignore[union-attr]
-    for rank in range(2):
-        got = torch.load(tmp_path / f"{rank}.pt")
-        for grad, p in zip(got, model.parameters(), strict=True):
-            torch.testing.assert_close(grad, p.grad, rtol=0, atol=1e-10)
 
 
 # --- what is refused -----------------------------------------------------------------------------
