@@ -195,9 +195,9 @@ def _of_noise(
         "seconds": round(time.monotonic() - began, 2),
         "note": (
             f"Radii are of a whole {task.sample}, all its vectors as one; noise of "
-            f"{NOISE * threat.eps:g} in each coordinate, {COPIES} copies, {count} samples, each certificate wrong with a "
-            f"probability of at most {ALPHA:g}. It is of the classifier under noise, not of the "
-            "model as it is."
+            f"{NOISE * threat.eps:g} in each coordinate, {COPIES} copies, {count} samples, each "
+            f"certificate wrong with a probability of at most {ALPHA:g}. It is of the classifier "
+            "under noise, not of the model as it is."
         ),
     }
 
