@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from embattle.audit.examine import labels_of
 from embattle.data.account import Account
 from embattle.errors import need
 from embattle.jobs import recipe as recipes
-from embattle.jobs.examine import examine, labels_of
+from embattle.jobs.examine import examine
 from embattle.jobs.fit import Fit
 from embattle.jobs.recipe import STANDARD, Recipe
 from embattle.jobs.train import make_accelerator, read

@@ -20,9 +20,9 @@ pytest.importorskip("typer")
 pytest.importorskip("yaml")
 
 from embattle.attacks.minimum import NoSmallestError
+from embattle.audit import examine as examining
 from embattle.cli import app
 from embattle.data.batch import Batch
-from embattle.jobs import examine as examining
 from embattle.jobs import train as training
 from embattle.jobs.run_folder import Run
 from embattle.tasks.text import TextClassification as TextTask

@@ -17,6 +17,7 @@ pytest.importorskip("pydantic")
 
 from embattle.attacks import PGD
 from embattle.audit import Audit, audit_model, audit_models
+from embattle.audit.own import FARTHEST, usual_attacks, usual_search
 from embattle.audit.schema import Metrics
 from embattle.audit.scores import CLEAN, WORST, read_outcomes
 from embattle.data.batch import Batch
@@ -189,3 +190,23 @@ def test_what_is_refused() -> None:
         audit_model(model, batch(), site, kind=Classification(), evaluator=Evaluator())
     with pytest.raises(ValueError, match="no model is given"):
         audit_models({}, batch())
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
+def test_the_usual_attacks_are_those_of_a_recipe(norm: Any) -> None:
+    pytest.importorskip("yaml")
+    from embattle.jobs.attack_recipe import ThreatRecipe
+    from embattle.jobs.recipe import AuditRecipe
+    from embattle.jobs.threat import make_attack
+
+    threat = ThreatRecipe(norm=norm, eps=0.3, unit="absolute")
+    generator = torch.Generator()
+    recipe = AuditRecipe()
+    made = {
+        label: make_attack(attack, threat, generator, best=True)
+        for label, (attack, _) in recipe.table().items()
+    }
+    assert usual_attacks(norm, 0.3, generator) == made
+    search = make_attack(recipe.sweep_attack, threat, generator)
+    assert usual_search(norm, 1.0, generator) == (recipe.sweep_attack.label, search)
+    assert max(recipe.sweep) == FARTHEST

@@ -6,25 +6,22 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from embattle.attacks import FGM, FMN, PGD, Attack, AutoAttack, UniformNoise
-from embattle.attacks.minimum import NoSmallestError
 from embattle.audit.environment import command, environment
-from embattle.audit.evaluation import Sites, device_of, evaluate
-from embattle.audit.measure import measure
-from embattle.audit.outcomes import Attacked, worst_of
+from embattle.audit.evaluation import Sites, device_of
+from embattle.audit.examine import POINTS, Curve, Examination, Norm, Unit, labels_of
+from embattle.audit.outcomes import Attacked
 from embattle.audit.report import document
 from embattle.audit.scores import OUTCOMES, add_scores, outcomes_of, plain, write_outcomes
-from embattle.audit.smallest import smallest, standing
 from embattle.audit.summary import summary_lines
-from embattle.audit.trust import check_victims
-from embattle.audit.victim import Victim
+from embattle.audit.trust import CHECKED, check_victims
 from embattle.data.batch import Batch, first_samples
 from embattle.files import sha256, write_text
 from embattle.perturb.site import as_sites
@@ -32,14 +29,10 @@ from embattle.perturb.strength import Strength, scaled
 from embattle.tasks.evaluator import Evaluator
 from embattle.tasks.kinds import Kind
 
-Unit = Literal["token_norm", "mean_norm", "absolute"]
-
 # Samples that are attacked at once where they come in one batch.
 _AT_ONCE = 50
-# Samples on which the checks that need further attacks are made.
-_CHECKED = 100
-# The curve goes up to so many times eps, in so many points.
-_FARTHEST, _POINTS = 4.0, 24
+#: The curve goes up to so many times eps.
+FARTHEST = 4.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,7 @@ def audit_model(
     sites: Sites,
     *,
     eps: float = 0.3,
-    norm: Literal["l2", "linf", "l1"] = "l2",
+    norm: Norm = "l2",
     unit: Unit = "token_norm",
     kind: Kind | None = None,
     evaluator: Evaluator | None = None,
@@ -137,7 +130,7 @@ def audit_models(
     batches: Batch | Sequence[Batch],
     *,
     eps: float = 0.3,
-    norm: Literal["l2", "linf", "l1"] = "l2",
+    norm: Norm = "l2",
     unit: Unit = "token_norm",
     kind: Kind | None = None,
     evaluator: Evaluator | None = None,
@@ -166,13 +159,13 @@ def audit_models(
     parts = batches.split(_AT_ONCE) if isinstance(batches, Batch) else list(batches)
     if not sum(map(len, parts)):
         raise ValueError("audit_models: batches hold no samples; give at least one")
-    labels = torch.cat([batch.known_labels().cpu() for batch in parts])
-    examinations = {
-        title: _Examination(evaluator, model, sites, parts, labels, norm, eps, unit, seed)
+    labels = labels_of(parts)
+    ones = {
+        title: Examination(model, parts, sites, evaluator=evaluator, norm=norm, eps=eps, unit=unit)
         for title, (model, sites) in models.items()
     }
-    found = {title: one.run(attacks) for title, one in examinations.items()}
-    victims = {title: one.victim for title, one in examinations.items()}
+    found = {title: _run(one, norm, attacks, seed) for title, one in ones.items()}
+    victims = {title: one.victim for title, one in ones.items()}
     first, sites = next(iter(models.values()))
     balls = as_sites(sites)[0]
     facts: dict[str, Any] = {
@@ -196,7 +189,7 @@ def audit_models(
     add_scores(facts, evaluator.kind, labels, outcomes, seed=seed)
     checks = check_victims(
         victims,
-        first_samples(parts, _CHECKED),
+        first_samples(parts, CHECKED),
         evaluator=evaluator,
         measure=evaluator.kind.measures[0][1],
         seed=seed,
@@ -210,10 +203,8 @@ def audit_models(
     return Audit(plain(facts), outcomes)
 
 
-def usual_attacks(
-    norm: Literal["l2", "linf", "l1"], eps: Strength, generator: torch.Generator
-) -> dict[str, Attack]:
-    """The attacks that an audit makes if nothing else is said, from the weakest to the strongest.
+def usual_attacks(norm: Norm, eps: Strength, generator: torch.Generator) -> dict[str, Attack]:
+    """The attacks of an audit if nothing else is said: those of a recipe that names none.
 
     Args:
         norm, eps: the ball.
@@ -229,116 +220,20 @@ def usual_attacks(
     }
 
 
-class _Examination:
-    """One model under all attacks."""
-
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        model: nn.Module,
-        sites: Sites,
-        batches: Sequence[Batch],
-        labels: Tensor,
-        norm: Literal["l2", "linf", "l1"],
-        eps: float,
-        unit: Unit,
-        seed: int,
-    ) -> None:
-        self.evaluator, self.batches, self.labels = evaluator, batches, labels
-        self.norm, self.radius = norm, eps
-        to = None if unit == "absolute" else unit
-        self.size = measure(model, batches, sites, to=to, norm=norm, evaluator=evaluator)
-        self.unit: Strength = 1.0 if to is None else self.size.unit
-        right = evaluator.kind.right(self.size.outputs, labels)
-        every = list(as_sites(sites))
-        whole = scaled(self.unit, eps)
-        self.victim = Victim(model, every, self.size.outputs, right, norm, whole)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def run(self, attacks: Mapping[str, Attack] | None) -> dict[str, Any]:
-        """Attack, and give the model's facts but for its scores."""
-        victim = self.victim
-        given = dict(attacks or usual_attacks(self.norm, victim.eps, self.generator))
-        # Ensembles go on with what all others left standing.
-        last = [label for label, attack in given.items() if isinstance(attack, AutoAttack)]
-        victim.attacks = {label: given[label] for label in sorted(given, key=last.__contains__)}
-        victim.worst = victim.unattacked
-        for label in victim.attacks:
-            if label not in last:
-                self._attack(label)
-        self._search()
-        for label in last:
-            self._attack(label)
-        return {
-            "attacks": {label: _deed(under) for label, under in victim.attacked.items()},
-            "worst": _deed(victim.worst),
-            "vector_norm": self.size.vector_norm,
-            **({} if victim.radii is None else {"sweep": self._curve(victim.radii)}),
-        }
-
-    def _attack(self, label: str) -> None:
-        victim, kind = self.victim, self.evaluator.kind
-        whole = isinstance(victim.attacks[label], AutoAttack)
-        known = victim.worst if whole else None if kind.graded else victim.unattacked
-        under = evaluate(
-            victim.model,
-            self.batches,
-            victim.sites,
-            {label: victim.attacks[label]},
-            evaluator=self.evaluator,
-            known=known,
-            leave=not kind.graded,
-        )[label]
-        worst = self._join(under)
-        if whole:
-            under = replace(worst, steps=under.steps, seconds=under.seconds, by=under.by)
-        victim.attacked[label] = under
-
-    def _join(self, under: Attacked) -> Attacked:
-        """Each sample's worst so far, this outcome included."""
-        victim = self.victim
-        assert victim.worst is not None
-        victim.worst = worst_of(self.evaluator.kind, self.labels, [victim.worst, under])
-        return victim.worst
-
-    def _search(self) -> None:
-        """Find each sample's smallest perturbation, where it has one of its own."""
-        victim = self.victim
-        attack = FMN(norm=self.norm, unit=self.unit, steps=20, generator=self.generator)
-        try:
-            found = smallest(
-                victim.model,
-                self.batches,
-                victim.sites,
-                attack,
-                known=victim.unattacked,
-                radius=self.radius,
-                evaluator=self.evaluator,
-            )
-        except NoSmallestError:
-            return
-        victim.radii = found.radii
-        for under in (found.within(self.radius), found.edge):
-            self._join(under)
-
-    def _curve(self, radii: Tensor) -> dict[str, Any]:
-        """What stands at every eps; what any attack turned has fallen at the threat's."""
-        victim = self.victim
-        assert victim.worst is not None
-        radii = torch.where(victim.worst.right, radii, radii.clamp(max=self.radius))
-        victim.radii = radii / self.radius if self.radius else radii
-        eps = [_FARTHEST * self.radius * k / _POINTS for k in range(_POINTS + 1)]
-        return {
-            "attack": "Minimum norm-20",
-            "kind": "minimum_norm",
-            "eps": eps,
-            self.evaluator.kind.measures[0][0]: standing(radii, eps),
-        }
+def usual_search(norm: Norm, unit: Strength, generator: torch.Generator) -> tuple[str, FMN]:
+    """The search of the curve, in the same way; `unit` is what an eps of 1 is."""
+    return "Minimum norm-20", FMN(norm=norm, unit=unit, steps=20, generator=generator)
 
 
-def _deed(under: Attacked) -> dict[str, Any]:
-    """What an attack did, beside the scores."""
-    return {"perturbation_norm": under.norm, "seconds": round(under.seconds, 2)}
+def _run(
+    one: Examination, norm: Norm, attacks: Mapping[str, Attack] | None, seed: int
+) -> dict[str, Any]:
+    """Attack a model, and give its facts."""
+    generator = torch.Generator().manual_seed(seed)
+    given = attacks or usual_attacks(norm, one.victim.eps, generator)
+    eps = [FARTHEST * one.eps * k / POINTS for k in range(POINTS + 1)]
+    curve = Curve(usual_search(norm, one.unit, generator), eps)
+    return one.run({label: (attack, 1.0) for label, attack in given.items()}, curve)
 
 
 def _origin(

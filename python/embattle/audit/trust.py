@@ -30,6 +30,8 @@ from embattle.data.batch import Batch
 from embattle.perturb.strength import Strength, scaled
 from embattle.tasks.evaluator import Evaluator
 
+#: Samples on which the checks that need further attacks are made.
+CHECKED = 100
 # How much larger the ball is in which an attack must be no weaker.
 _LARGER = 2.0
 # Multiples of eps that bound nothing.

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from embattle.audit.environment import command, environment
+from embattle.audit.examine import labels_of
 from embattle.audit.html import Fallen
 from embattle.audit.report import document
 from embattle.audit.schema import SCHEMA
 from embattle.audit.scores import OUTCOMES, add_scores, outcomes_of, plain, write_outcomes
 from embattle.audit.sections import curve
 from embattle.audit.summary import summary_lines
-from embattle.audit.trust import check_victims
+from embattle.audit.trust import CHECKED, check_victims
 from embattle.audit.victim import Victim
 from embattle.data.account import Account
 from embattle.data.batch import Batch, first_samples
@@ -30,7 +31,7 @@ from embattle.jobs import recipe as recipes
 from embattle.jobs.bounds import Bound, check_names, unmet
 from embattle.jobs.certificates import certificate_lines, certificates
 from embattle.jobs.column_recipe import check_columns, column_lines, examine_columns
-from embattle.jobs.examine import examine, labels_of
+from embattle.jobs.examine import examine
 from embattle.jobs.recipe import STANDARD, Recipe
 from embattle.jobs.run_folder import Run, locked
 from embattle.jobs.train import read
@@ -39,9 +40,6 @@ from embattle.tasks.base import Task
 
 # Of an example so many characters are in the report.
 SHOWN = 4000
-
-# Examples on which the checks that need further attacks are made.
-CHECKED = 100
 
 
 def audit_all(

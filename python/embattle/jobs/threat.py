@@ -8,7 +8,7 @@ import torch
 
 from embattle.attacks import Attack, BoxStart, GaussianStart
 from embattle.jobs.attack_recipe import AttackRecipe, ThreatRecipe
-from embattle.perturb.strength import Measured, Relative, Strength
+from embattle.perturb.strength import Relative, Strength, scaled
 
 # The attacks whose best iterate may be kept: the others keep it anyway, or have no other.
 _ITERATED = ("pgd", "msap", "mifgsm", "smart")
@@ -22,7 +22,7 @@ def make_attack(
     *,
     scale: float = 1.0,
     best: bool = False,
-    unit: Measured | None = None,
+    unit: Strength | None = None,
 ) -> Attack:
     """Builds the attack of a recipe within its threat.
 
@@ -70,7 +70,7 @@ def make_attack(
     return made
 
 
-def strength_of(threat: ThreatRecipe, value: float, unit: Measured | None = None) -> Strength:
+def strength_of(threat: ThreatRecipe, value: float, unit: Strength | None = None) -> Strength:
     """A number of the threat's units.
 
     Args:
@@ -80,7 +80,7 @@ def strength_of(threat: ThreatRecipe, value: float, unit: Measured | None = None
     """
     if threat.unit == "absolute":
         return value
-    return Relative(value, to=threat.unit) if unit is None else unit.times(value)
+    return Relative(value, to=threat.unit) if unit is None else scaled(unit, value)
 
 
 def check_attack(key: str, recipe: AttackRecipe, threat: ThreatRecipe) -> None:
