@@ -113,6 +113,7 @@ class Partial:
         _refuse_other_size(part, rows)
         evaluation = run_with_chosen(batch.attacked, part.attacked, rows)
         losses = batch.losses(evaluation)
+        rows = rows.to(losses.device)
         if len(losses) <= int(rows[-1]):
             raise InputError(f"Partial: {len(losses)} losses for samples of row {int(rows[-1])}")
         self._report(batch, evaluation, rows)

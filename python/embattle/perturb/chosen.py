@@ -182,7 +182,7 @@ def into_whole(
     fits = len(theirs) == len(rows) and theirs.dim() == found.dim()
     if not fits or any(one > two for one, two in zip(theirs.shape, shape, strict=True)):
         raise ValueError(_differs(part, whole))
-    _cut(found, theirs.shape).index_copy_(0, rows, theirs)
+    _cut(found, theirs.shape).index_copy_(0, rows.to(theirs.device), theirs)
     return layout.to_module(found)
 
 
