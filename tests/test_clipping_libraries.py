@@ -206,7 +206,8 @@ def test_parts_add_up_to_the_objective() -> None:
     assert metrics["loss"].item() == pytest.approx(loss.item())
     assert objective.step == 2
     trades = eb.AdversarialObjective(objective.attack, objective.sites, form="trades")
-    with pytest.raises(ValueError, match="form must be one of mixed, adversarial, apr, staggered, partial; got 'trad"):
+    forms = "mixed, adversarial, apr, staggered, partial"
+    with pytest.raises(ValueError, match=f"form must be one of {forms}; got 'trad"):
         trades.parts(lambda: losses(every))
 
 
