@@ -156,6 +156,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     half = (max(values) - min(values)) / 2
     return f"{statistics.mean(values):.3f} +- {half:.3f}"
 

@@ -149,8 +149,7 @@ def timed(kind: str, methods: list[str], rounds: int) -> dict[str, list[float]]:
         for method in [STANDARD, *methods]:
             recipe, variant = recipe_of(kind, method, 1)
             fits[method] = begin(recipe, variant, Path(folder) / str(len(fits)))[1]
-        # Once eps has grown, so that no step is cheaper than those that follow.
-        step = fits[STANDARD].recipe.train.steps // 2
+        step = 0  # staggered replays know only samples that they have met
         for number in range(rounds + 2):
             spent = {}
             for method, fit in fits.items():
@@ -207,16 +206,18 @@ def table(results: dict[str, Any]) -> str:
         recipe, changes, measure = KINDS[name]
         changed = f", {', '.join(changes)}" if changes else ""
         lines.append(f"## {name.capitalize()}: `{recipe}`{changed}, {measure}\n")
-        lines.append(in_words(kind["origin"]) + "\n")
+        timed_at = f"; times: {in_words(kind['timed'])}" if "timed" in kind else ""
+        lines.append(f"{in_words(kind['origin'])}{timed_at}\n")
         lines.append("| method | passes | time | seeds | clean | under attack | gain |")
         lines.append("|---|---|---|---|---|---|---|")
         for method, row in sorted(summary(kind).items(), key=lambda entry: -entry[1]["attacked"]):
             passes = 1.0 if method == STANDARD else METHODS[method].passes
             spent = f"{row['time']:.2f}" if "time" in row else ""
             gain = f"{row['gain']:.0%}" if "gain" in row else ""
+            spread = f" +- {row['spread']:.3f}" if row["seeds"] > 1 else ""
             lines.append(
                 f"| {method} | {passes:.2f} | {spent} | {row['seeds']:.0f} | {row['clean']:.3f} | "
-                f"{row['attacked']:.3f} +- {row['spread']:.3f} | {gain} |"
+                f"{row['attacked']:.3f}{spread} | {gain} |"
             )
         lines.append("")
     return "\n".join(lines)
@@ -275,7 +276,7 @@ def main() -> None:
 
     for kind in options.kinds:
         held = results["kinds"].setdefault(kind, {"figures": {}})
-        held["origin"] = origin(torch.get_num_threads())
+        held["timed" if options.time else "origin"] = origin(torch.get_num_threads())
         if options.time:
             held["times"] = held.get("times", {}) | timed(kind, options.only, options.rounds)
             keep()
