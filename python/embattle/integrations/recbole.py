@@ -181,18 +181,22 @@ class RecBoleTask(Task):
 
     def fingerprint(self) -> str:
         """Hash all columns of all parts, and which samples are used."""
-        digest = hashlib.sha256()
-        for name, part in self.parts.items():
-            digest.update(f"{name}{part.rows.tolist()}".encode())
-            for features in (
-                part.dataset.inter_feat,
-                part.dataset.user_feat,
-                part.dataset.item_feat,
-            ):
-                for field in [] if features is None else sorted(features.columns):
-                    column = features[field].contiguous()
-                    digest.update(f"{field}{column.dtype}{tuple(column.shape)}".encode())
-                    digest.update(column.numpy().tobytes())
+        parts = "".join(self.part_fingerprint(name) for name in self.parts)
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+    def part_fingerprint(self, part: str) -> str:
+        """The same of one part."""
+        chosen = self.parts[part]
+        digest = hashlib.sha256(f"{part}{chosen.rows.tolist()}".encode())
+        for features in (
+            chosen.dataset.inter_feat,
+            chosen.dataset.user_feat,
+            chosen.dataset.item_feat,
+        ):
+            for field in [] if features is None else sorted(features.columns):
+                column = features[field].contiguous()
+                digest.update(f"{field}{column.dtype}{tuple(column.shape)}".encode())
+                digest.update(column.numpy().tobytes())
         return digest.hexdigest()
 
     # --- the model -------------------------------------------------------------------------------
