@@ -50,7 +50,7 @@ def certificates(
         task: has read the data.
         model: in evaluation mode.
         batches: of the audited part.
-        norm: mean norm of the vectors that the threat is about, see `audit.evaluation.vector_norm`.
+        norm: mean norm of the vectors that the threat is about, see `embattle.audit.measure`.
     """
     threat = recipe.threat
     if isinstance(model, FM):

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 from torch import Tensor, nn
 
 from embattle.audit.evaluation import examined, predict
+from embattle.audit.examine import labels_of
 from embattle.data.batch import Batch
 from embattle.errors import InputError
 from embattle.sections import Section
@@ -84,7 +85,7 @@ def examine_columns(
         return {}
     columns = task.swappable(model)
     assert columns is not None
-    labels = torch.cat([batch.known_labels() for batch in batches])
+    labels = labels_of(batches)
     clean = predict(model, batches, task)
     right = task.kind.right(clean, labels)
     found: dict[str, Any] = {}
@@ -140,7 +141,7 @@ def _examples(
     after = torch.cat([result.batch.inputs[columns.values].cpu() for result in results])
     moved = torch.cat([result.moved.cpu() for result in results])
     outputs = torch.cat([_outputs(result) for result in results])
-    labels = torch.cat([batch.known_labels() for batch in batches])
+    labels = labels_of(batches)
     shown = []
     for row in turned.nonzero().flatten()[:SHOWN].tolist():
         changed = (before[row] != after[row]).nonzero().flatten().tolist()

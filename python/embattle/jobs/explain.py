@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from embattle.audit import evidence, html
 from embattle.audit.evaluation import evaluate, examined, predict
+from embattle.audit.examine import labels_of
 from embattle.audit.scores import plain
 from embattle.data.account import Account
 from embattle.data.batch import Batch
@@ -102,7 +103,7 @@ def of_audit(
     """
     options = recipe.audit.explain
     assert options is not None
-    labels = torch.cat([batch.known_labels() for batch in batches]).cpu()
+    labels = labels_of(batches).cpu()
     try:
         return _explained(recipe, options, task, model, sites, batches, (*outputs, labels))
     except (ValueError, RuntimeError) as error:
@@ -163,7 +164,7 @@ def _of_model(
     attack = make_attack(attack_of(recipe), recipe.threat, generator, best=True)
     attacked = evaluate(model, some, sites, {"": attack}, evaluator=task)[""]
     outputs = predict(model, some, task), attacked.outputs
-    labels = torch.cat([batch.known_labels() for batch in some]).cpu()
+    labels = labels_of(some).cpu()
     return _explained(recipe, options, task, model, sites, batches, (*outputs, labels))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from embattle.audit.evaluation import predict
+from embattle.audit.examine import labels_of
 from embattle.data.batch import Batch
 from embattle.errors import InputError, Interrupted
 from embattle.files import write_text
@@ -236,7 +237,7 @@ class Fit:
             return {}
         batches = self.task.batches(self.bare, "validation", 100)
         outputs, kind = predict(self.bare, batches, self.task), self.task.kind
-        labels = torch.cat([batch.known_labels() for batch in batches])
+        labels = labels_of(batches)
         return {
             kind.measures[0][0]: float(kind.right(outputs, labels).float().mean()),
             "loss": float(kind.losses(outputs, labels).mean()),

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from embattle.audit.evaluation import evaluate, predict
+from embattle.audit.examine import labels_of
 from embattle.audit.outcomes import success_rate
 from embattle.data.account import Account
 from embattle.errors import InputError
@@ -119,7 +120,7 @@ def attack_checkpoint(recipe: Recipe, out: Path) -> None:
         say(line)
     model = task.build().to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     batches = task.batches(model, part, recipe.audit.batch_size)
-    labels = torch.cat([batch.known_labels() for batch in batches])
+    labels = labels_of(batches)
     clean = predict(model, batches, task)
     right = task.kind.right(clean, labels)
     rows: dict[str, dict[str, float]] = {"no attack": task.kind.scores(clean, labels)}

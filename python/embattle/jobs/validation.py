@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embattle.audit.evaluation import evaluate, predict
+from embattle.audit.examine import labels_of
 from embattle.data.batch import Batch, first_samples
 from embattle.jobs.checkpoint import model_tensors, restore_model
 from embattle.jobs.recipe import Recipe
@@ -78,7 +79,7 @@ class Validation:
             clean = predict(self.model, self._batches, self.task)
             attacks = {"robust": attack}
             under = evaluate(self.model, self._batches, self.sites, attacks, evaluator=self.task)
-        labels = torch.cat([batch.known_labels() for batch in self._batches])
+        labels = labels_of(self._batches)
         kind = self.task.kind
         robust = kind.scores(under["robust"].outputs, labels)
         return {
