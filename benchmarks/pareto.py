@@ -7,7 +7,8 @@
 Every method trains with the steps, batches and rates of the recipe; a seed decides the division of
 the data, the first weights and the order. Nothing is chosen on the test part, which is attacked by
 PGD-20 with two restarts and by the ensemble; each sample's worst counts. The gain is what a method
-adds to plain training under attack, in shares of what mixed PGD-3 adds.
+adds to plain training under attack, in shares of what mixed PGD-3 adds. Texts are also attacked by
+`TokenSwap`: two of the texts' own content words, for similar ones.
 
 `--time` makes steps of all methods in turn, one round after the other, in one process, and keeps
 the medians of each round's ratio to the plain step. With `--out` figures are added to those that
@@ -21,21 +22,27 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from embattle import Evaluation, Site, TokenSwap
 from embattle.audit.examine import labels_of
 from embattle.data.account import Account
+from embattle.data.batch import Batch
 from embattle.errors import need
+from embattle.explain.swaps import content_words
 from embattle.jobs import recipe as recipes
 from embattle.jobs.examine import examine
 from embattle.jobs.fit import Fit
 from embattle.jobs.recipe import STANDARD, Recipe
 from embattle.jobs.train import make_accelerator, read
+from embattle.models.words import Words
 from embattle.tasks.base import Task
 from origin import in_words, origin
+from torch import nn
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 #: Kind -> recipe, what is changed in it, and the measure of the figures.
@@ -138,7 +145,31 @@ def measure(kind: str, method: str, seed: int) -> dict[str, float]:
     key = KINDS[kind][2]
     worst = facts["worst"][key]
     assert len(labels_of(batches)) == len(victim.right)
-    return {"clean": facts["clean"][key], "attacked": worst, "seconds": fit.seconds}
+    found = {"clean": facts["clean"][key], "attacked": worst, "seconds": fit.seconds}
+    words = task.words(model)
+    return found if words is None else found | {"words": exchanged(model, batches, words, task)}
+
+
+def exchanged(model: nn.Module, batches: list[Batch], words: Words, task: Task) -> float:
+    """Accuracy where two words of each text may be exchanged."""
+    ids, mask = words.ids, words.mask
+    texts = [batch.inputs[ids] for batch in batches]
+    allowed = content_words(words, texts, words.embedding.num_embeddings)
+    attack = TokenSwap(swaps=2, tries=16, allowed=allowed, similarity=0.4)
+    right = count = 0.0
+    for batch, tokens in zip(batches, texts, strict=True):
+
+        def loss_of(tokens: torch.Tensor, batch: Batch = batch) -> Callable[[], Evaluation]:
+            moved = replace(batch, inputs={**batch.inputs, ids: tokens})
+            return lambda: task.evaluate(model, moved)
+
+        movable = batch.inputs[mask].bool() & allowed[tokens]
+        with Site(words.embedding) as site:
+            found = attack.run(loss_of, site, tokens, mask=movable, criterion=task.criterion(batch))
+        assert found.robust_accuracy is not None
+        right += float(found.robust_accuracy) * len(batch)
+        count += len(batch)
+    return right / count
 
 
 def timed(kind: str, methods: list[str], rounds: int) -> dict[str, list[float]]:
@@ -183,6 +214,8 @@ def summary(kind: dict[str, Any]) -> dict[str, dict[str, float]]:
             "attacked": statistics.mean(values),
             "spread": (max(values) - min(values)) / 2,
         }
+        if all("words" in row[seed] for seed in seeds):
+            found[method]["words"] = of(method, "words")
         if GOAL in rows:
             gain = of(GOAL, "attacked") - of(STANDARD, "attacked")
             found[method]["gain"] = (of(method, "attacked") - of(STANDARD, "attacked")) / gain
@@ -208,16 +241,19 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"## {name.capitalize()}: `{recipe}`{changed}, {measure}\n")
         timed_at = f"; times: {in_words(kind['timed'])}" if "timed" in kind else ""
         lines.append(f"{in_words(kind['origin'])}{timed_at}\n")
-        lines.append("| method | passes | time | seeds | clean | under attack | gain |")
-        lines.append("|---|---|---|---|---|---|---|")
+        swapped = any("words" in row for row in summary(kind).values())
+        more = " exchanged words |" if swapped else ""
+        lines.append(f"| method | passes | time | seeds | clean | under attack | gain |{more}")
+        lines.append("|---" * (7 + swapped) + "|")
         for method, row in sorted(summary(kind).items(), key=lambda entry: -entry[1]["attacked"]):
             passes = 1.0 if method == STANDARD else METHODS[method].passes
             spent = f"{row['time']:.2f}" if "time" in row else ""
             gain = f"{row['gain']:.0%}" if "gain" in row else ""
             spread = f" +- {row['spread']:.3f}" if row["seeds"] > 1 else ""
+            words = f" {row['words']:.3f} |" if "words" in row else "  |" if swapped else ""
             lines.append(
                 f"| {method} | {passes:.2f} | {spent} | {row['seeds']:.0f} | {row['clean']:.3f} | "
-                f"{row['attacked']:.3f}{spread} | {gain} |"
+                f"{row['attacked']:.3f}{spread} | {gain} |{words}"
             )
         lines.append("")
     return "\n".join(lines)
