@@ -132,6 +132,7 @@ NOT_ON_PRETEND = {
     "test_ops_big.py": _KERNELS,
     "test_ops_hostile.py": _KERNELS,
     "test_ops_errors.py": _KERNELS,
+    "test_ops_fuzz.py": _KERNELS,
     "test_ops_numerics.py": _KERNELS,
     "test_ops_properties.py": _KERNELS,
     "test_ops_torch.py::test_autocast_changes_nothing": _AUTOCAST,
