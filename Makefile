@@ -17,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help setup setup-build setup-jobs dev demo test browser clipping-nightly mutation device-test torch-min recbole lint format sanitize bench cuda-check gpu-check emulator-asan clean
+.PHONY: help setup setup-build setup-jobs dev demo test browser clipping-nightly fuzz-nightly mutation device-test torch-min recbole lint format sanitize bench cuda-check gpu-check emulator-asan clean
 
 help:
 	@echo "make demo      train and audit a real recommender (about five minutes on two free cores)"
@@ -26,6 +26,7 @@ help:
 	@echo "make browser   the report in a headless Chromium, which is installed where that is allowed"
 	@echo "make recbole   the tests of RecBole's models, in an environment of its own (.venv-recbole)"
 	@echo "make clipping-nightly [CASES=100000]  random models under per-sample clipping"
+	@echo "make fuzz-nightly [CASES=100000]  the ops against the reference on calls as they come"
 	@echo "make lint      ruff, mypy --strict, clang-format"
 	@echo "make bench     the benchmarks, against the memory roofline and eager torch"
 	@echo "make cuda-check [TABLE=file]  spills and 128-bit accesses of the CUDA kernels; needs nvcc, no GPU"
@@ -84,6 +85,10 @@ browser: dev
 CASES ?= 100000
 clipping-nightly: dev
 	OMP_NUM_THREADS=1 EMBATTLE_CLIPPING_CASES=$(CASES) $(RUN) -m pytest -n $(JOBS) tests/test_clipping_properties.py
+
+# One process alone: what it times is not to wait for others.
+fuzz-nightly: dev
+	OMP_NUM_THREADS=1 EMBATTLE_FUZZ_CASES=$(CASES) $(RUN) -m pytest tests/test_ops_fuzz.py
 
 # The tests that run on any device, on one that needs no hardware.
 device-test: dev

@@ -61,6 +61,7 @@ ON_THE_CPU_ALONE = {
     "test_posts.py": _PACKAGE,
     "test_guard.py::test_averages_that_numpy_writes": "numpy writes memory of the CPU",
     "test_libraries.py::test_two_processes_give_what_one_does": _RANKS,
+    "test_ops_fuzz.py": "test_cuda_device.py draws hostile calls for a GPU",
     "test_ops_grad_rows.py": "the rows that occur are found on the CPU alone",
     "test_ops_numerics.py::"
     "test_op_is_what_the_reference_says": "test_cuda_device.py has all its samples",

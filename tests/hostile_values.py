@@ -1,8 +1,10 @@
 """Calls of every op on hostile values: what tests compare with the reference on both devices.
 
-``calls(op, seed)`` draws one call: sizes, dtypes, layouts, options and values, among them zeros,
+``call(op, seed)`` draws one call: sizes, dtypes, layouts, options and values, among them zeros,
 subnormals, huge numbers, infinities and NaNs where an op gives them a meaning, boxes that do not
-hold their origin, bounds that are NaN or upside down, empty groups.
+hold their origin, bounds that are NaN or upside down, empty groups. ``draw(op, Draw(...,
+wide=True))`` draws sizes beside those of vectors, thousands of short groups, long ones, and
+tensors that lie anyhow in memory that is not theirs alone.
 """
 
 from __future__ import annotations
@@ -20,28 +22,73 @@ from torch import Tensor
 
 OPS = tuple(op for op in samples.OPS if not op.endswith("_") or op == "rowwise_adagrad_")
 
+#: Lengths beside those of vectors of 4 to 64 elements, and of a few of them.
+BESIDE = tuple(n for v in (4, 8, 16, 32, 64, 128, 256) for n in (v - 1, v, v + 1, 3 * v + 1))
+#: Very many short groups, and groups beyond a cache's smallest blocks.
+MANY = ((2999, 1), (1501, 3), (700, 2, 5), (13, 61, 7), (401, 16), (300, 33))
+LONG = ((1, 8191), (2, 4099), (1, 3, 5003), (3, 1025))
+
 #: The largest magnitudes, about.
 HUGE = {torch.float32: 3e38, torch.float64: 1e300, torch.float16: 6e4, torch.bfloat16: 3e38}
 
 
 class Draw:
-    """What a call is drawn from."""
+    """What a call is drawn from.
 
-    def __init__(self, seed: int) -> None:
-        self.choose = random.Random(seed)
+    Args:
+        choose: draws what a call is like; hypothesis' own makes failing calls simple.
+        seed: of the numbers in its tensors.
+        wide: sizes and layouts as they come, beside small ones.
+    """
+
+    def __init__(self, choose: random.Random, seed: int, wide: bool = False) -> None:
+        self.choose, self.wide, self.room = choose, wide, 1 << 16  # elements of a tensor
+        self.plain = wide and self.chance(30)  # nothing but a ball: other ops and kernels
         self.numbers = torch.Generator().manual_seed(seed)
+
+    def chance(self, percent: int) -> bool:
+        return self.choose.randrange(100) < percent
 
     def dtype(self) -> torch.dtype:
         return self.choose.choice(DTYPES)
 
+    def size(self, *usual: int) -> int:
+        beside = [n for n in BESIDE if n <= self.room] if self.wide and self.chance(15) else []
+        size = self.choose.choice(beside or usual)
+        self.room //= max(size, 1)
+        return size
+
     def shape(self, dims: int) -> tuple[int, ...]:
-        sizes = (0, 1, 2, 3, 5, 8, 17, 64, 130)
-        return tuple(self.choose.choice(sizes[: 6 if i + 1 < dims else None]) for i in range(dims))
+        outer = [self.choose.choice((0, 1, 2, 3, 5, 8)) for _ in range(dims - 1)]
+        return (*outer, self.size(0, 1, 2, 3, 5, 8, 17, 64, 130)) if dims else ()
 
     def layout(self, t: Tensor) -> Tensor:
-        if t.dim() < 2 or not t.numel() or self.choose.random() < 0.7:
+        if self.wide and self.chance(35):
+            return self.windows(t) if self.chance(15) else self.placed(t)
+        if t.dim() < 2 or not t.numel() or not self.chance(30):
             return t
         return LAYOUTS[self.choose.choice(list(LAYOUTS))](t)
+
+    def placed(self, t: Tensor) -> Tensor:
+        """The same values in a larger buffer: dimensions in any order, with gaps, at any offset.
+
+        What is between and around them must not be read: NaN, or an index that no table has.
+        """
+        order, strides, span = list(range(t.dim())), [1] * t.dim(), 1
+        self.choose.shuffle(order)
+        for dim in order:
+            strides[dim] = span * self.choose.choice((1, 1, 1, 2, 3))
+            span = strides[dim] * max(t.shape[dim], 1)
+        offset = self.choose.randrange(17)
+        other = NAN if t.is_floating_point() else 1 if t.dtype == torch.bool else -(2**30)
+        buffer = torch.full((offset + span + 17,), other, dtype=t.dtype)
+        return buffer.as_strided(t.shape, strides, offset).copy_(t)
+
+    def windows(self, t: Tensor) -> Tensor:
+        """Some of the values, in elements that overlap in memory."""
+        if not t.numel():
+            return t
+        return t.flatten().as_strided(t.shape, [1] * t.dim())
 
     def values(self, shape: Any, dtype: torch.dtype, *, finite: bool = True) -> Tensor:
         """Normal numbers; or one hostile kind; or a mixture of kinds."""
@@ -61,10 +108,10 @@ class Draw:
         ]
         if not finite:
             kinds += [sign * INF, torch.full_like(normal, NAN)]
-        kind = self.choose.random()
-        if kind < 0.4:
+        kind = self.choose.randrange(10)
+        if kind < 4:
             out = normal * self.choose.choice((1.0, 1e-3, 1e3))
-        elif kind < 0.7:
+        elif kind < 7:
             out = self.choose.choice(kinds)
         else:
             out = normal
@@ -76,26 +123,33 @@ class Draw:
     def moderate(self, shape: Any, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=self.numbers).to(dtype)
 
-    def strength(self, groups: int, finite: bool = False) -> float | Tensor:
-        known = [0.0, 1e-30, 1e-3, 0.5, 1.0, 30.0, 1e6] + ([] if finite else [INF])
-        if self.choose.random() < 0.7:
+    def indices(self, shape: Any, rows: int, least: int = 0) -> Tensor:
+        drawn = torch.randint(least, rows, shape, generator=self.numbers)
+        return self.layout(drawn) if self.wide else drawn
+
+    def strength(self, groups: int, known: tuple[float, ...]) -> float | Tensor:
+        """One of the known numbers, or one for each group."""
+        if self.plain or self.chance(70):
             return self.choose.choice(known)
-        return torch.tensor([self.choose.choice(known) for _ in range(groups)])
+        dtype = torch.float64 if self.wide and self.chance(30) else torch.float32
+        of = torch.randint(len(known), (groups,), generator=self.numbers)
+        each = torch.tensor(known, dtype=dtype)[of]
+        return self.placed(each) if self.wide and self.chance(30) else each
 
     def bound(self, shape: Any, dtype: torch.dtype, side: float) -> float | Tensor:
-        kind = self.choose.random()
-        if kind < 0.4:
+        kind = self.choose.randrange(10)
+        if kind < 4:
             return self.choose.choice((side, 0.0, -side * 0.25, side * INF, side * 1e-3))
-        if kind < 0.5:
+        if kind < 5:
             return torch.tensor(self.choose.choice((side, 0.0, NAN)), dtype=dtype)
         out = side * torch.rand(shape, dtype=torch.float64, generator=self.numbers)
         for value in (NAN, side * INF, -2 * side, 0.0):
             share = self.choose.choice((0.0, 0.1))
             out = torch.where(torch.rand(shape, generator=self.numbers) < share, value, out)
-        return out.to(self.choose.choice((dtype, torch.float32)))
+        return self.layout(out.to(self.choose.choice((dtype, torch.float32))))
 
     def weights(self, count: int) -> Tensor | None:
-        if self.choose.random() < 0.5:
+        if self.chance(50):
             return None
         out = torch.rand(count, generator=self.numbers)
         return torch.where(torch.rand(count, generator=self.numbers) < 0.2, 0.0, out)
@@ -106,30 +160,32 @@ def _group_options(d: Draw, shape: tuple[int, ...]) -> tuple[dict[str, Any], int
     options: dict[str, Any] = {"norm": d.choose.choice(samples.NORMS)}
     rows = math.prod(shape[:-1])
     groups = shape[0] if len(shape) > 1 else 1
-    cut = d.choose.random()
-    if cut < 0.3:
+    cut = d.choose.randrange(10)
+    if cut < 3:
         options["group"], groups = "token", rows
-    elif cut < 0.5:
-        groups = d.choose.randint(1, 5)
-        inner = sorted(d.choose.randint(0, rows) for _ in range(groups - 1))
-        options["offsets"] = torch.tensor([0, *inner, rows])
-    if d.choose.random() < 0.3:
+    elif cut < 5 and not d.plain:
+        groups = d.choose.choice((1, 2, 3, 4, 5, rows + 3) if d.wide else (1, 2, 3, 4, 5))
+        inner = torch.randint(rows + 1, (groups - 1,), generator=d.numbers).sort().values
+        options["offsets"] = torch.cat([torch.tensor([0]), inner, torch.tensor([rows])])
+    if not d.plain and d.chance(30):
         share = d.choose.choice((0.3, 1.0))
-        options["mask"] = torch.rand(shape[:-1], generator=d.numbers) >= share
+        mask = torch.rand(shape[:-1], generator=d.numbers) >= share
+        options["mask"] = d.layout(mask) if d.wide else mask
     return options, groups
 
 
 def _ball(d: Draw, options: dict[str, Any], x: Tensor, groups: int, finite: bool) -> Tensor:
     """Adds eps, origin and box; returns the tensor with the origin in it."""
-    options["eps"] = d.strength(groups, finite)
-    if d.choose.random() < 0.5:
+    known = (0.0, 1e-30, 1e-3, 0.5, 1.0, 30.0, 1e6) + (() if finite else (INF, 1e38))
+    options["eps"] = d.strength(groups, known)
+    if d.plain or d.chance(50):
         return x
-    if d.choose.random() < 0.6:
+    if d.chance(60):
         options["x0"] = d.layout(d.moderate(x.shape, x.dtype))
         x = (options["x0"].double() + x.double()).to(x.dtype)
         x = torch.where(x.isfinite(), x, options["x0"])
     for name, side in (("lower", -1.0), ("upper", 1.0)):
-        if d.choose.random() < 0.7:
+        if d.chance(70):
             options[name] = d.bound(x.shape, x.dtype, side)
     numbers = [options.get(name) for name in ("lower", "upper")]
     if all(isinstance(n, float) for n in numbers) and numbers[0] > numbers[1]:
@@ -139,6 +195,8 @@ def _ball(d: Draw, options: dict[str, Any], x: Tensor, groups: int, finite: bool
 
 def _group_call(op: str, d: Draw) -> Call:
     shape, dtype = d.shape(d.choose.randint(1, 3)), d.dtype()
+    if d.wide and d.chance(8):
+        shape = d.choose.choice(MANY if d.chance(70) else LONG)
     x = d.values(shape, dtype, finite=op != "group_norm")
     options, groups = _group_options(d, shape)
     if op == "group_norm":
@@ -147,15 +205,17 @@ def _group_call(op: str, d: Draw) -> Call:
     if op in ("project", "random_start"):
         return Call([x], options)
     if op == "gaussian_noise":
-        return Call([x], {**options, "std": d.choose.choice((0.0, 1e-30, 0.5, 1e3))})
+        if d.wide and d.chance(20):
+            del options["eps"]
+        return Call([x], {**options, "std": d.strength(groups, (0.0, 1e-30, 0.5, 1e3))})
     grad = d.values(shape, d.choose.choice((dtype, dtype, d.dtype())), finite=False)
-    options["step_size"] = d.choose.choice((0.0, 1e-3, 0.7, -0.3))
+    options["step_size"] = d.strength(groups, (0.0, 1e-3, 0.7, -0.3))
     if options["norm"] == "l1":
         options["top"] = d.choose.choice((1, 1, 3, 0.25, 1000))
-    if d.choose.random() < 0.5:
+    if d.chance(50):
         options["nonfinite"] = torch.zeros(groups, dtype=torch.int32)
     if op == "pgd_step":
-        if options.get("group") == "token" and d.choose.random() < 0.5:
+        if options.get("group") == "token" and d.chance(50):
             options["max_groups"] = d.choose.choice((0, 1, 3))
         return Call([x, grad], options)
     options.update(decay=d.choose.choice((0.0, 0.75, 1.0)), style=d.choose.choice(("mi", "apgd")))
@@ -167,11 +227,11 @@ def _group_call(op: str, d: Draw) -> Call:
 
 
 def _list_call(op: str, d: Draw) -> Call:
-    batch = d.choose.choice((0, 1, 2, 5, 9))
+    batch = d.size(0, 1, 2, 5, 9)
     dtypes = [d.dtype() for _ in range(2)]
     grads = [
         d.values((batch, *d.shape(d.choose.randint(0, 2))), d.choose.choice(dtypes), finite=False)
-        for _ in range(d.choose.choice((1, 2, 5)))
+        for _ in range(d.choose.choice((1, 2, 5, 40) if d.wide else (1, 2, 5)))
     ]
     if op == "per_sample_norm":
         return Call([grads], {})
@@ -184,46 +244,49 @@ def _list_call(op: str, d: Draw) -> Call:
 
 
 def _linear_call(d: Draw) -> Call:
-    batch, tokens = d.choose.choice((0, 1, 3)), d.choose.choice((0, 1, 2, 7, 40))
-    rows = () if d.choose.random() < 0.2 else (tokens,)
-    inputs, outputs = (d.choose.choice((0, 1, 3, 16, 33)) for _ in range(2))
+    batch, tokens = d.choose.choice((0, 1, 3)), d.size(0, 1, 2, 7, 40)
+    rows = () if d.chance(20) else (tokens,)
+    inputs, outputs = (d.size(0, 1, 3, 16, 33) for _ in range(2))
     return Call(
         [d.values((batch, *rows, n), d.dtype(), finite=False) for n in (inputs, outputs)],
-        {"bias": d.choose.random() < 0.5, "method": d.choose.choice(("auto", "gram", "direct"))},
+        {"bias": d.chance(50), "method": d.choose.choice(("auto", "gram", "direct"))},
     )
 
 
+def _either_integer(d: Draw, indices: Tensor) -> Tensor:
+    return indices.int() if d.wide and d.chance(30) else indices
+
+
 def _embedding_norm_call(d: Draw) -> Call:
-    batch, dim, vocab = d.choose.choice((0, 1, 4)), d.choose.choice((0, 1, 5, 64)), 6
+    batch, dim, vocab = d.size(0, 1, 4), d.size(0, 1, 5, 64), 6
     options: dict[str, Any] = {"padding_idx": d.choose.choice((None, 0, 5))}
-    if d.choose.random() < 0.5:
+    if d.chance(50):
         shape = (batch, *d.shape(d.choose.randint(0, 2)))
-        indices = torch.randint(0, vocab, shape, generator=d.numbers)
+        indices = _either_integer(d, d.indices(shape, vocab))
         return Call([indices, d.values((*shape, dim), d.dtype(), finite=False)], options)
-    count = d.choose.choice((0, 3, 50)) if batch else 0
-    starts = sorted(d.choose.randint(0, count) for _ in range(batch - 1)) if batch else []
-    options["offsets"] = torch.tensor([*([0] if batch else []), *starts], dtype=torch.int64)
+    count = d.size(0, 3, 50) if batch else 0
+    starts = torch.randint(count + 1, (max(batch - 1, 0),), generator=d.numbers).sort().values
+    options["offsets"] = torch.cat([torch.zeros(min(batch, 1), dtype=torch.int64), starts])
     options["mode"] = d.choose.choice(("sum", "mean"))
-    if options["mode"] == "sum" and d.choose.random() < 0.5:
+    if options["mode"] == "sum" and d.chance(50):
         options["per_sample_weights"] = d.moderate((count,), d.dtype())
-    indices = torch.randint(0, vocab, (count,), generator=d.numbers)
+    indices = _either_integer(d, d.indices((count,), vocab))
     return Call([indices, d.values((batch, dim), d.dtype(), finite=False)], options)
 
 
 def _table_call(op: str, d: Draw) -> Call:
-    rows, dim = d.choose.choice((1, 5, 300)), d.choose.choice((0, 1, 5, 64))
+    rows, dim = d.choose.choice((1, 5, 300)), d.size(0, 1, 5, 64)
     shape = d.shape(d.choose.randint(1, 2))
-    indices = torch.randint(0, rows, shape, generator=d.numbers)
+    indices = d.indices(shape, rows)
     if op == "embedding_perturb":
         found = d.choose.choice((0, 1, 7))
-        inverse = (
-            torch.randint(-1, found, shape, generator=d.numbers) if found else -1 + 0 * indices
-        )
+        inverse = d.indices(shape, found, least=-1)
         weight = d.values((rows, dim), d.dtype(), finite=False)
         return Call([weight, indices, d.values((found, dim), d.dtype(), finite=False), inverse], {})
     grad = d.values((*shape, dim), d.dtype(), finite=False)
     if op == "embedding_grad_sum":
         padding = d.choose.choice((None, 0, rows - 1))
+        indices = _either_integer(d, indices)
         return Call([indices, grad, rows], {"weights": d.weights(shape[0]), "padding_idx": padding})
     state = torch.rand(rows, generator=d.numbers).to(d.dtype())
     state = torch.where(torch.rand(rows, generator=d.numbers) < 0.5, 0, state)
@@ -234,7 +297,12 @@ def _table_call(op: str, d: Draw) -> Call:
 
 def call(op: str, seed: int) -> Call:
     """One call of an op; the same for the same seed."""
-    d = Draw(seed * 1009 + OPS.index(op))
+    number = seed * 1009 + OPS.index(op)
+    return draw(op, Draw(random.Random(number), number))
+
+
+def draw(op: str, d: Draw) -> Call:
+    """One call of an op."""
     if op in samples.GROUP_OPS:
         return _group_call(op, d)
     if op in ("per_sample_norm", "clip_and_sum"):
@@ -246,8 +314,8 @@ def call(op: str, seed: int) -> Call:
     return _table_call(op, d)
 
 
-def assert_matches(op: str, call: Call, results: list[Tensor], seed: int) -> None:
-    """Compares results with the reference's; `seed` is told on failure.
+def assert_matches(op: str, call: Call, results: list[Tensor], what: object) -> None:
+    """Compares results with the reference's; `what` (a seed) is told on failure.
 
     Which numbers that are not finite come out of a norm says nothing: a sum of infinities is one or
     a NaN as it is formed.
@@ -260,4 +328,4 @@ def assert_matches(op: str, call: Call, results: list[Tensor], seed: int) -> Non
             results = [torch.where(known, results[0], wanted[0].to(results[0].dtype))]
         assert_matches_reference(op, call, results)
     except AssertionError as error:
-        raise AssertionError(f"hostile.call({op!r}, {seed}): {error}") from None
+        raise AssertionError(f"hostile.call({op!r}, {what}): {error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_a_spill_on_one_architecture_is_a_fault() -> None:
 
 
 def test_every_kernel_of_the_sources_has_a_rule_and_none_may_spill() -> None:
-    sources = (ROOT / "csrc" / "cuda").glob("*.cu")
+    sources = (ROOT / "csrc" / "cuda").rglob("*.cu*")
     text = "\n".join(path.read_text() for path in sources)
     names = re.findall(r"__global__ void (?:__launch_bounds__\(.*?\)\s+)?(\w+_kernel)\(", text)
     assert len(names) > 15
@@ -99,6 +100,52 @@ def test_narrow_stores_are_a_fault() -> None:
 )
 def test_names_are_readable(demangled: str, name: str) -> None:
     assert check.readable(demangled) == name
+
+
+def test_a_kernel_that_no_report_tells_of_is_named() -> None:
+    listing = SASS.format(arch="sm_90", load="LDG.E.128", store="STG.E.128")
+    codes = check.read_report(REPORT.format(arch="sm_90", spill=0))
+    assert check.read_sass(listing, codes) == []
+    assert check.read_sass(listing.replace("_Z4kern", "_Z5other"), codes) == ["_Z5other (sm_90)"]
+    assert check.read_sass(listing, {}) == ["_Z4kern (sm_90)"]
+
+
+def build_of(folder: Path, monkeypatch: pytest.MonkeyPatch, listing: str, size: int) -> Path:
+    """A build with a report of one kernel and a library of so many bytes."""
+    objects = folder / "CMakeFiles" / "embattle_cuda.dir"
+    objects.mkdir(parents=True)
+    (objects / "x.cu.o.ptxas").write_text(REPORT.format(arch="sm_90", spill=0))
+    with open(folder / "_C.cpython.so", "wb") as library:
+        library.truncate(size)
+    monkeypatch.setattr(check, "cuobjdump", lambda: "cuobjdump")
+    monkeypatch.setattr(check, "disassemble", lambda tool, path: listing)
+    monkeypatch.setattr(check, "RULES", (check.Rule(re.compile("kern"), True, True),))
+    return folder
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt")
+@pytest.mark.parametrize(
+    ("name", "size", "status", "words"),
+    [
+        ("_Z4kern", 12_000_000, 0, ""),
+        ("_Z4kern", 12_000_001, 1, "_C.cpython.so: 12.0 MB, at most 12 MB"),
+        ("_Z5other", 1, 2, "_Z5other (sm_90)"),
+    ],
+)
+def test_a_large_library_and_an_untold_kernel_fail(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    size: int,
+    status: int,
+    words: str,
+) -> None:
+    listing = SASS.format(arch="sm_90", load="LDG.E.128", store="STG.E.128")
+    if name not in listing:
+        listing += listing.replace("_Z4kern", name)
+    assert check.main(["--build", str(build_of(tmp_path, monkeypatch, listing, size))]) == status
+    assert words in capsys.readouterr().err
 
 
 def test_a_build_without_kernels_is_said_to_be_one(

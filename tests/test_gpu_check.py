@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import gpu_cases
 import gpu_check
 import gpu_report
+from samples import Call
 
 WHEN = datetime(2031, 2, 3, 4, 5, 6)
 
@@ -31,7 +32,8 @@ def report(tmp_path: Path) -> gpu_report.Report:
 
 
 def case(**options: Any) -> gpu_cases.Case:
-    return gpu_cases.Case("pgd_step l2", "[2]", "float32", 3_000_000, {}, **options)
+    given = Call([torch.ones(2, 3), torch.ones(2, 3)], {"step_size": 0.3, "eps": 1.0})
+    return gpu_cases.Case("pgd_step l2", "[2, 3]", "float32", 3_000_000, given, {}, **options)
 
 
 def test_the_peers_compute_what_the_ops_do() -> None:
@@ -39,8 +41,10 @@ def test_the_peers_compute_what_the_ops_do() -> None:
     seen = set()
     for one in gpu_cases.cases("cpu", tiny=True):
         seen.add(one.op.split()[0])
-        half = one.dtype == "bfloat16"
+        half = one.dtype in ("bfloat16", "float16")
         want = flat(one.calls["embattle"]())
+        if one.name == "clip_and_sum":
+            want = want[0]
         for name in one.calls:
             got = flat(one.calls[name]())
             if name in one.same:
@@ -56,6 +60,33 @@ def test_the_peers_compute_what_the_ops_do() -> None:
     ops = {"pgd_step", "project", "random_start", "gaussian_noise", "momentum_step", "group_norm"}
     ops |= {"clip_and_sum", "per_sample_norm", "linear_grad_norm", "embedding_grad_norm"}
     assert seen == ops | {"embedding_grad_sum", "embedding_perturb", "rowwise_adagrad_"}
+
+
+def test_every_op_on_tables_has_a_target_in_half_types_too() -> None:
+    asked: dict[str, set[str]] = {}
+    for one in gpu_cases.cases("cpu", tiny=True):
+        if one.over:
+            asked.setdefault(one.name, set()).add(one.dtype)
+    ops = ("embedding_grad_norm", "embedding_grad_sum", "embedding_perturb", "rowwise_adagrad_")
+    for op in (*ops, "linear_grad_norm"):
+        assert asked[op] == {"float32", "bfloat16", "float16"}, op
+
+
+def test_a_result_that_is_not_the_references_is_a_failure(tmp_path: Path) -> None:
+    class Wrong(Clock):
+        def captured(self, call: Any) -> Any:
+            results = call()
+            results[0].view(-1)[-1:].mul_(1.2).add_(0.1)
+            return results
+
+    for device, ok in ((Clock(), True), (Wrong(), False)):
+        for one in gpu_cases.cases("cpu", tiny=True):
+            kept = report(tmp_path)
+            gpu_check.measure(kept, time.monotonic() + 100, device, [one], lambda call: call)
+            drawn = one.name in ("random_start", "gaussian_noise")  # not in a graph
+            stage = kept.stages["benchmark"]
+            assert stage["ok"] is (ok or drawn), stage["text"]
+            assert ("elements are off" in stage["text"]) is not stage["ok"]
 
 
 def test_a_row_says_which_targets_are_missed() -> None:
@@ -190,6 +221,9 @@ class Clock:
         call()
         self.calls += 1
         return float(self.calls)
+
+    def captured(self, call: Any) -> Any:
+        return call()
 
     def in_a_graph(self, call: Any) -> float:
         return self.once(call)

@@ -1,5 +1,8 @@
 """Fails where a CUDA kernel spills registers, or one that has to be fast lacks 128-bit accesses.
 
+It fails too for a kernel that no rule names or no report tells of, and for a library that is larger
+than it may be.
+
     python tools/check_cuda_kernels.py [--build build/dev] [--out TABLE.md]
 
 Reads what the build left: the report of ptxas beside every object (cmake/keep_ptxas_report.sh), and
@@ -20,6 +23,8 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
+#: Bytes of the library with CUDA kernels, all architectures and SIMD levels; what wheels hold.
+MOST_BYTES = 12_000_000
 DTYPE = "(float|double|Half|BFloat16)"
 
 
@@ -110,21 +115,28 @@ def read_report(text: str) -> Codes:
     return codes
 
 
-def read_sass(text: str, codes: Codes) -> None:
-    """Counts the 128-bit accesses in a listing of cuobjdump -sass."""
-    arch = ""
+def read_sass(text: str, codes: Codes) -> list[str]:
+    """Counts the 128-bit accesses in a listing of cuobjdump -sass.
+
+    Returns:
+        The functions that no report tells of, with their architectures.
+    """
+    arch, untold = "", []
     code: Code | None = None
     for line in text.splitlines():
         if found := re.search(r"^\s*code for (sm_\w+)", line):
             arch = found[1]
         elif found := re.search(r"^\s*Function : (\w+)", line):
             code = codes.get((found[1], arch))
-            if code is not None:
+            if code is None:
+                untold.append(f"{found[1]} ({arch})")
+            else:
                 code.loads = code.stores = 0
         elif code is not None and LOAD.search(line):
             code.loads = (code.loads or 0) + 1
         elif code is not None and STORE.search(line):
             code.stores = (code.stores or 0) + 1
+    return untold
 
 
 def readable(demangled: str) -> str:
@@ -190,6 +202,16 @@ def disassemble(tool: str, path: Path) -> str:
     return done.stdout
 
 
+def too_large(build: Path) -> list[str]:
+    """What is said of the build's library where it is above its size."""
+    return [
+        f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, at most {MOST_BYTES / 1e6:g} MB: fewer "
+        "template instances or architectures"
+        for path in sorted(build.glob("_C*.so"))
+        if path.stat().st_size > MOST_BYTES
+    ]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--build", type=Path, default=Path("build/dev"), help="the build's folder")
@@ -213,9 +235,10 @@ def main(arguments: list[str] | None = None) -> int:
             "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
         )
     codes: Codes = {}
+    untold: list[str] = []
     for path in reports:
         found = read_report(path.read_text())
-        read_sass(disassemble(tool, path.with_suffix("")), found)
+        untold += read_sass(disassemble(tool, path.with_suffix("")), found)
         codes |= found
     mangled = sorted({name for name, _ in codes})
     done = subprocess.run(
@@ -230,10 +253,13 @@ def main(arguments: list[str] | None = None) -> int:
     unseen = [f"{names[m]} ({arch})" for (m, arch), code in codes.items() if code.loads is None]
     if unseen:
         return unable(f"cuobjdump did not list {', '.join(unseen[:5])}")
+    if untold:
+        return unable(f"no report of ptxas tells of {', '.join(untold[:5])}: build anew")
     unused = [r.names.pattern for r in RULES if not any(r.names.search(k.name) for k in kernels)]
     if unused:
         return unable(f"no kernel is named like {' or '.join(unused)}")
     faults = [f"{k.name}: {fault}" for k in kernels for fault in k.faults]
+    faults += too_large(options.build)
     for fault in faults:
         print(f"check_cuda_kernels: {fault}", file=sys.stderr)
     hot = sum(bool(k.rule and k.rule.loads) for k in kernels)

@@ -13,6 +13,7 @@ import peers
 import torch
 from embattle import ops
 from peers import wide
+from samples import Call
 from torch import Tensor
 
 EPS, STEP = 1.0, 0.3
@@ -27,12 +28,22 @@ class Case:
     size: str
     dtype: str
     bytes: int  # that have to be read and written at least
-    calls: dict[str, Callable[[], Any]]  # by candidate; "embattle" is one of them
+    given: Call  # what the op is given, and the reference
+    calls: dict[str, Callable[[], Any]]  # by candidate; "embattle" is put among them
     compiled: Callable[[], Any] | None = None  # what torch.compile is given: calls["eager"]
     rate: float | None = None  # of the copy's, at least
     over: dict[str, float] = field(default_factory=dict)  # how many times faster than whom
     microseconds: float | None = None  # of GPU time, at most
     same: tuple[str, ...] = ()  # candidates that compute what embattle does
+
+    def __post_init__(self) -> None:
+        args, options = self.given
+        self.calls = {"embattle": lambda: getattr(ops, self.name)(*args, **options), **self.calls}
+
+    @property
+    def name(self) -> str:
+        """The op's function in embattle.ops."""
+        return self.op.split()[0]
 
 
 # ---- Steps, as their authors write them: on [groups, ...], a group for each sample ----
@@ -120,7 +131,6 @@ def _group_cases(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ite
     large = one >= RATE_FROM
     for norm in ("l2", "linf", "l1"):
         calls: dict[str, Callable[[], Any]] = {
-            "embattle": lambda n=norm: ops.pgd_step(delta, grad, step_size=STEP, eps=EPS, norm=n),
             "eager": lambda n=norm: eager_step(delta, grad, n),
             "foolbox": lambda n=norm: foolbox_step(adv, origin, grad, n),
         }
@@ -131,6 +141,7 @@ def _group_cases(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ite
             size,
             kind,
             3 * one,
+            Call([delta, grad], {"step_size": STEP, "eps": EPS, "norm": norm}),
             calls,
             compiled=(lambda n=norm: eager_step(delta, grad, n)) if norm != "l1" else None,
             rate=(0.6 if norm == "l1" else 0.9) if large else None,
@@ -143,10 +154,8 @@ def _group_cases(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ite
             size,
             kind,
             2 * one,
-            {
-                "embattle": lambda n=norm: ops.project(delta, eps=EPS, norm=n),
-                "eager": lambda n=norm: eager_project(delta, n),
-            },
+            Call([delta], {"eps": EPS, "norm": norm}),
+            {"eager": lambda n=norm: eager_project(delta, n)},
             compiled=(lambda n=norm: eager_project(delta, n)) if norm != "l1" else None,
             rate=(0.6 if norm == "l1" else 0.9) if large else None,
             over={"eager": 20.0} if norm == "l1" else {},
@@ -158,10 +167,8 @@ def _group_cases(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ite
         size,
         kind,
         2 * one,
-        {
-            "embattle": lambda: ops.gaussian_noise(delta, std=0.1, generator=generator),
-            "eager": lambda: delta + 0.1 * torch.randn_like(delta),
-        },
+        Call([delta], {"std": 0.1, "generator": generator}),
+        {"eager": lambda: delta + 0.1 * torch.randn_like(delta)},
         rate=0.9 if large else None,
     )
     yield Case(
@@ -169,10 +176,8 @@ def _group_cases(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ite
         size,
         kind,
         one,
-        {
-            "embattle": lambda: ops.random_start(delta, eps=EPS, generator=generator),
-            "eager": lambda: peers.l2_start(delta),
-        },
+        Call([delta], {"eps": EPS, "generator": generator}),
+        {"eager": lambda: peers.l2_start(delta)},
     )
     velocity = random()
     yield Case(
@@ -180,12 +185,8 @@ def _group_cases(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ite
         size,
         kind,
         5 * one,
-        {
-            "embattle": lambda: ops.momentum_step(
-                delta, velocity, grad, decay=0.9, step_size=STEP, eps=EPS
-            ),
-            "eager": lambda: eager_momentum(delta, velocity, grad),
-        },
+        Call([delta, velocity, grad], {"decay": 0.9, "step_size": STEP, "eps": EPS}),
+        {"eager": lambda: eager_momentum(delta, velocity, grad)},
         compiled=lambda: eager_momentum(delta, velocity, grad),
         same=("eager",),
     )
@@ -194,10 +195,8 @@ def _group_cases(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ite
         size,
         kind,
         one,
-        {
-            "embattle": lambda: ops.group_norm(delta),
-            "eager": lambda: delta.flatten(1).norm(dim=1, dtype=torch.float32),
-        },
+        Call([delta], {}),
+        {"eager": lambda: delta.flatten(1).norm(dim=1, dtype=torch.float32)},
         same=("eager",),
     )
 
@@ -213,8 +212,8 @@ def _list_cases(
         size,
         kind,
         2 * one + one // batch,
+        Call([grads], {"max_norm": bound}),
         {
-            "embattle": lambda: ops.clip_and_sum(grads, max_norm=bound)[0],
             "eager": lambda: eager_clip(grads, bound),
             "opacus": lambda: peers.opacus_clip(grads, bound),
         },
@@ -227,10 +226,8 @@ def _list_cases(
         size,
         kind,
         one,
-        {
-            "embattle": lambda: ops.per_sample_norm(grads),
-            "eager": lambda: peers.list_norms(grads),
-        },
+        Call([grads], {}),
+        {"eager": lambda: peers.list_norms(grads)},
         same=("eager",) if dtype == torch.float32 else (),
     )
 
@@ -246,8 +243,8 @@ def _table_cases(device: str, tiny: bool, dtype: torch.dtype) -> Iterator[Case]:
         f"{size} x {dim}",
         kind,
         _size(grad, input),
+        Call([input, grad], {}),
         {
-            "embattle": lambda: ops.linear_grad_norm(input, grad),
             "eager": lambda: (grad.mT @ input).flatten(1).norm(dim=1),
             "opacus": lambda: opacus_linear(input, grad),
         },
@@ -259,10 +256,8 @@ def _table_cases(device: str, tiny: bool, dtype: torch.dtype) -> Iterator[Case]:
         size,
         kind,
         _size(grad, ids),
-        {
-            "embattle": lambda: ops.embedding_grad_norm(ids, grad),
-            "eager": lambda: peers.embedding_norms(ids, grad),
-        },
+        Call([ids, grad], {}),
+        {"eager": lambda: peers.embedding_norms(ids, grad)},
         rate=0.5 if large else None,
         over={"eager": 3.0},
         same=("eager",) if exact else (),
@@ -273,10 +268,8 @@ def _table_cases(device: str, tiny: bool, dtype: torch.dtype) -> Iterator[Case]:
         f"{size} in {vocab} rows",
         kind,
         _size(grad, ids) + grad.element_size() * vocab * dim,
-        {
-            "embattle": lambda: ops.embedding_grad_sum(ids, grad, vocab, weights=factors),
-            "eager": lambda: peers.row_sums(ids, grad, vocab, factors),
-        },
+        Call([ids, grad, vocab], {"weights": factors}),
+        {"eager": lambda: peers.row_sums(ids, grad, vocab, factors)},
         rate=0.5 if large else None,
         over={"eager": 1.0},
         same=("eager",) if exact else (),
@@ -289,10 +282,8 @@ def _table_cases(device: str, tiny: bool, dtype: torch.dtype) -> Iterator[Case]:
         size,
         kind,
         2 * _size(delta) + _size(grad) + 2 * _size(ids),
-        {
-            "embattle": lambda: ops.embedding_perturb(weight, ids, delta, inverse),
-            "eager": lambda: peers.perturbed_rows(weight, ids, delta, inverse),
-        },
+        Call([weight, ids, delta, inverse], {}),
+        {"eager": lambda: peers.perturbed_rows(weight, ids, delta, inverse)},
         compiled=lambda: peers.perturbed_rows(weight, ids, delta, inverse),
         rate=0.7 if large else None,
         over={"eager": 2.0},
@@ -306,10 +297,8 @@ def _table_cases(device: str, tiny: bool, dtype: torch.dtype) -> Iterator[Case]:
         f"{size} in {vocab} rows",
         kind,
         _size(grad, ids) + 2 * _size(delta) + 8 * len(distinct),
-        {
-            "embattle": lambda: ops.rowwise_adagrad_(*tables[0], flat, flat_grad, lr=1e-6),
-            "eager": lambda: peers.adagrad(*tables[1], flat, flat_grad),
-        },
+        Call([*tables[0], flat, flat_grad], {"lr": 1e-6}),
+        {"eager": lambda: peers.adagrad(*tables[1], flat, flat_grad)},
         rate=0.5 if large else None,
         over={"eager": 1.5},
         same=("eager",) if exact else (),
@@ -322,7 +311,7 @@ def cases(device: str, tiny: bool = False) -> Iterator[Case]:
         for dtype in (torch.float32, torch.bfloat16):
             yield from _group_cases(device, (3, 4, 5), dtype)
         yield from _list_cases(device, 4, [7, 33], torch.float32, "float32")
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
             yield from _table_cases(device, True, dtype)
         return
     f32, bf16 = torch.float32, torch.bfloat16
@@ -334,5 +323,6 @@ def cases(device: str, tiny: bool = False) -> Iterator[Case]:
     yield from _list_cases(device, 256, [524_288], bf16, "bfloat16")
     yield from _table_cases(device, False, f32)
     yield from _table_cases(device, False, bf16)
+    yield from _table_cases(device, False, torch.float16)
     yield from _group_cases(device, (4096, 64), f32)
     yield from _group_cases(device, (64, 128, 768), f32)

@@ -65,6 +65,8 @@ def measure(
 ) -> None:
     """A row for each case, until the time is up; a case that raises is said, and the rest go on.
 
+    What a case computes at its size is compared with the reference as well.
+
     Args:
         report: gets the rows, and at the end a stage.
         end: of the time, in seconds of time.monotonic().
@@ -91,6 +93,7 @@ def measure(
             if case.microseconds is not None:
                 more["gpu_microseconds"] = round(device.in_a_graph(case.calls["embattle"]), 2)
                 more["launches"] = device.launches(case.calls["embattle"])
+            compare_with_reference(case, device)
             report.row(row_of(case, took, **more))
         except Exception as error:
             failed.append(f"{case.op} {case.size} {case.dtype}: {error!r}")
@@ -103,6 +106,17 @@ def measure(
             "text": "; ".join([*failed, text]),
         },
     )
+
+
+def compare_with_reference(case: Any, device: Any) -> None:
+    """Raises AssertionError where the op, out of a graph, is not what the reference says."""
+    from compare import assert_matches_reference, run
+
+    given = case.given.clone()
+    # Noise in a graph is fresh at every replay: it is drawn outside one.
+    drawn = case.name in ("random_start", "gaussian_noise")
+    results = run(case.name, given) if drawn else device.captured(lambda: run(case.name, given))
+    assert_matches_reference(case.name, case.given, results)
 
 
 class Gpu:
@@ -126,6 +140,17 @@ class Gpu:
         done.record()
         done.synchronize()
         return float(begin.elapsed_time(done) * 1000)
+
+    def captured(self, call: Callable[[], Any]) -> Any:
+        """What a call gives that was recorded, and then replayed once."""
+        import torch
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = call()
+        graph.replay()
+        torch.cuda.synchronize()
+        return results
 
     def in_a_graph(self, call: Callable[[], Any], calls: int = 50) -> float:
         """Microseconds of a call among many in a graph, without what launching costs the CPU."""
@@ -164,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--minutes", type=float, default=7.5, help="after which parts are cut short"
     )
     options = parser.parse_args(arguments)
-    sys.path[:0] = [str(ROOT / folder) for folder in ("python", "tools", "benchmarks")]
+    sys.path[:0] = [str(ROOT / folder) for folder in ("python", "tools", "benchmarks", "tests")]
     import torch
 
     if not torch.cuda.is_available():

@@ -231,10 +231,11 @@ class _Ball:
         for a small ball: ``|z| - t`` would cancel.
         """
         size = z.abs()
-        unit = _max(size).detach()
-        unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
+        largest = _max(size).detach()
+        unit = torch.where(largest > 1e280, 2.0**64, 1.0)  # for sums that do not overflow
+        most = torch.where(largest.isfinite(), largest / unit, 1.0)
         eps = self.eps / unit
-        base = (eps < 0.5).to(z.dtype)
+        base = torch.where(eps < most / 2, most, 0.0)
         below = size / unit - base
 
         def moved(by: Tensor) -> Tensor:  # one per group
@@ -247,7 +248,7 @@ class _Ball:
         boxed = self.boxed(z)
         nearest = self.boxed(torch.zeros_like(z))
         fits = ~(_norm(boxed, self.norm) > self.eps)
-        inner = torch.zeros_like(eps) if self.norm == "l2" else 1 - base
+        inner = torch.zeros_like(eps) if self.norm == "l2" else most - base
         outer = torch.ones_like(eps) if self.norm == "l2" else -base
         for _ in range(200):
             middle = torch.where(inner == 0, outer * 2.0**-20, (inner + outer) / 2)
