@@ -15,6 +15,7 @@ from torch import Tensor
 from embattle.audit.environment import command, environment
 from embattle.audit.examine import labels_of
 from embattle.audit.html import Fallen
+from embattle.audit.outcomes import Attacked
 from embattle.audit.report import document
 from embattle.audit.schema import SCHEMA
 from embattle.audit.scores import OUTCOMES, add_scores, outcomes_of, plain, write_outcomes
@@ -185,17 +186,23 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> d
         "checks": [],
     }
     victims: dict[str, Victim] = {}
+    outcomes: dict[str, dict[str, Attacked]] = {}
     batches: list[Batch] = []
     for name, model in models.items():
         batches = task.batches(model, part, recipe.audit.batch_size)
         victims[name], facts["models"][name] = examine(recipe, name, model, task, batches)
-        facts["models"][name] |= examine_columns(recipe.audit.columns, task, model, batches)
+        outcomes[name] = outcomes_of(victims[name])
+        under, columns = examine_columns(
+            recipe.audit.columns, task, model, batches, victims[name].clean
+        )
+        if columns:
+            outcomes[name] |= under
+            facts["models"][name]["columns"] = columns
         if certify:
             size = facts["models"][name]["vector_norm"]
             proven = certificates(recipe, task, model, batches, size)
             facts["models"][name]["certificates"] = proven
     labels = labels_of(batches)
-    outcomes = {name: outcomes_of(victim) for name, victim in victims.items()}
     add_scores(facts, task.kind, labels, outcomes, seed=recipe.seed)
     checks = check_victims(
         victims,
