@@ -164,6 +164,8 @@ def full(shares: Mapping[str, tuple[float, float]] | None = None, *, failing: in
         found["certificates"] = [_certificate(kind, place) for kind in ("smoothing", "margin")]
         found["explanations"] = _explanations()
         found["columns"] = {"Swap-1": _columns(found["clean"])}
+    fakes = {**_certificate("fakes", 0), "title": "Lists of an ensemble", "unit": "fake users"}
+    made["certificates"] = [fakes]
     return made
 
 
@@ -267,6 +269,7 @@ def hostile() -> tuple[Facts, list[list[str]]]:
         made[key] = evil(key)
     made["words"] = {key: evil(key) for key in made["words"]}
     made["measures"] = [[key, evil(key)] for key, _ in made["measures"]]
+    made["certificates"] = _changed(made["certificates"], evil, keep=("kind", "measure"))
     for key in ("reading", "command", "checks", "comparisons", "environment", "facts", "variants"):
         made[key] = _changed(made[key], evil, keep=("models", "measure"))
     renamed = {name: f"{name} {evil(name)}" for name in made["models"]}

@@ -202,6 +202,10 @@ def test_bounds_by_hand() -> None:
         assert "is not defined" in lines(f"other:{name}=0")[0]
     with pytest.raises(InputError, match="is no number"):
         lines("certified_balls@far=0")
+    # An ensemble is none of the models.
+    facts["certificates"] = [{"kind": "fakes", "eps": [0.0, 5.0], "certified": [0.2, 0.1]}]
+    assert lines("certified_fakes@3=0.1") == []
+    assert lines("certified_fakes@1=0.3") == ["ensemble of MF: certified_fakes@1 0.1 is under 0.3"]
     facts["models"] = {"standard": facts["models"]["standard"]}
     assert len(lines("robust_accuracy=0.2")) == 1
     with pytest.raises(InputError, match="measures no 'robust_f1'"):

@@ -13,6 +13,7 @@ from embattle.data.batch import Batch
 from embattle.errors import InputError
 from embattle.models.deepfm import DeepFM
 from embattle.models.dlrm import DLRM
+from embattle.perturb.evaluation import Evaluation
 from embattle.tasks.columns import ColumnAttack, ColumnResult, Columns
 from embattle.tasks.evaluator import Evaluator
 from embattle.tasks.kinds import BinaryClassification
@@ -109,6 +110,34 @@ def test_what_is_frozen_or_not_allowed_stays_out() -> None:
     assert torch.equal(found.tokens[:, 1], values[:, 1])
     assert bool((found.tokens > 0).all())
     assert bool(found.swapped[:, [0, 2]].any())
+
+
+class _Spy(Evaluator):
+    """Keeps each row's largest loss of all that is evaluated."""
+
+    largest = torch.full((12,), -torch.inf)
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
+        at = super().evaluate(model, batch)
+        assert at.losses is not None
+        self.largest = torch.maximum(self.largest, at.losses.detach())
+        return at
+
+
+@pytest.mark.parametrize("kind", ["deepfm", "dlrm"])
+def test_rows_that_are_turned_are_attacked_on(kind: str) -> None:
+    """So that AUC and log loss are of each row at its worst."""
+    model, batch = made(kind), rows(kind)
+    spy = _Spy(BinaryClassification(("no", "yes")))
+    options: dict[str, Any] = {"swaps": 3, "tries": 4, "eps": 0.5 if kind == "dlrm" else 0.0}
+    found = ColumnAttack(**options).run(model, batch, columns(kind, model), spy)
+    assert found.now.losses is not None
+    assert torch.allclose(found.now.losses, spy.largest)
+    wrong = ~spy.kind.right(found.clean.outputs, batch.labels)  # type: ignore[arg-type]
+    assert bool((found.now.losses > found.clean.losses)[wrong].any())  # type: ignore[operator]
+    turned = swap(kind, model, batch, swaps=3)
+    on = swap(kind, model, batch, swaps=3, go_on=True)
+    assert torch.equal(turned.losses, on.losses)  # a criterion without a goal: nobody leaves
 
 
 def attacked(kind: str, model: nn.Module, batch: Batch, **options: Any) -> ColumnResult:

@@ -196,6 +196,8 @@ def test_all_that_the_facts_have_is_shown_and_nothing_else() -> None:
     parts = {
         "Are the differences more than chance?": "comparisons",
         "What is proven": "certificates",
+        "ensemble of MF": "certificates of no model",
+        "eps (fake users)": "certificates of no model",
         "it counts neither in the worst of all attacks": "columns",
         "marital status: Never-married → Widowed; hours -0.25 sd": "columns",
         "0.377 0.347 to 0.407": "columns",

@@ -178,6 +178,11 @@ class Metrics(_Open):
     threat: Threat
     variants: dict[str, str] = Field(default={}, description="what each model was trained on")
     models: dict[str, Model]
+    certificates: list[dict[str, Any]] | None = Field(
+        default=None,
+        description="what is proven of no model of these, but of an ensemble under fake users "
+        "(`--certify` with `audit.certify.fakes`)",
+    )
     comparisons: list[Comparison]
     checks: list[Check]
     train_seconds: dict[str, float] = Field(default={}, description="of each model")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embattle.audit.evidence import ENSEMBLE
 from embattle.audit.scores import CLEAN, WORST
 from embattle.errors import InputError, closest
 from embattle.jobs.column_recipe import labelled
@@ -135,6 +136,10 @@ def unmet(bounds: Sequence[Bound], facts: Mapping[str, Any]) -> list[str]:
     lines = []
     for bound in bounds:
         certificate = _certificate(bound)
+        whole = facts.get("certificates", ())
+        if certificate is not None and certificate[0] in {one["kind"] for one in whole}:
+            lines += _under(bound, ENSEMBLE, _certified(whole, *certificate))
+            continue
         for name in others if bound.model is None else {bound.model} & set(models):
             model = models[name]
             if certificate is None:
@@ -143,11 +148,14 @@ def unmet(bounds: Sequence[Bound], facts: Mapping[str, Any]) -> list[str]:
                 value = {**rows, **model.get("columns", {})}[row].get(key)
             else:
                 value = _certified(model.get("certificates", []), *certificate)
-            if value is None:
-                lines.append(f"{name}: {bound.name} is not defined, and must be {bound.least:g}")
-            elif value < bound.least:
-                lines.append(f"{name}: {bound.name} {value:.4g} is under {bound.least:g}")
+            lines += _under(bound, name, value)
     return lines
+
+
+def _under(bound: Bound, name: str, value: float | None) -> list[str]:
+    if value is None:
+        return [f"{name}: {bound.name} is not defined, and must be {bound.least:g}"]
+    return [f"{name}: {bound.name} {value:.4g} is under {bound.least:g}"] * (value < bound.least)
 
 
 def _certificate(bound: Bound) -> tuple[str, float] | None:
