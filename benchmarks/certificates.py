@@ -1,12 +1,13 @@
 """Certificates on MovieLens 100K: ranks under moved vectors, and bagged MF under fake users.
 
-    python benchmarks/certificates.py ranks RUN [--out FILE.json]
+    python benchmarks/certificates.py ranks RUN [--eps 0.0125 ...] [--models NAME] [--out FILE.json]
     python benchmarks/certificates.py attacks RUN [--attacks 500000] [--out FILE.json]
     python benchmarks/certificates.py fused [--out FILE.json]
     python benchmarks/certificates.py fakes [--submodels 10000] [--each 1] [--out FILE.json]
 
 `ranks` takes a run of `embattle train recipes/films_ranking.yaml --out RUN`: how long certified
-ranks take, and how far they are from what 100 gradient steps reach; `attacks`, whether any of so
+ranks take, and how far they are from what 100 gradient steps reach: of `attacked_ranks`, and of the
+audit's own PGD through the task's sites, each user attacked alone; `attacks`, whether any of so
 many random and first-order moves (on each of its models) gets below them. `fused` compares the
 trainer of many submodels with a loop of single models, in turns. `fakes` trains an ensemble on the
 split of benchmarks/baselines.py and certifies its precision at 10. With `--out` the figures are
@@ -19,15 +20,19 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from baselines import stratified
+from embattle.audit.evaluation import evaluate
+from embattle.audit.measure import measure
 from embattle.certify import (
     Balls,
     Ranker,
+    Ranks,
     SubmodelSettings,
     attacked_ranks,
     certified_overlap,
@@ -40,53 +45,109 @@ from embattle.data import movielens
 from embattle.data.account import Account
 from embattle.data.ratings import together
 from embattle.jobs import recipe as recipes
+from embattle.jobs.attack_recipe import attack_recipe
 from embattle.jobs.certificates import ranker_of, table_norms
+from embattle.jobs.recipe import Recipe
+from embattle.jobs.threat import make_attack
 from embattle.jobs.train import read
 from embattle.models import MF, Interactions
+from embattle.tasks.item_ranking import ItemRanking
 from origin import origin
-from torch import Tensor
+from torch import Tensor, nn
 
 SIZE = 200  # users in a submodel, as in the paper
+EPS = [0.0, 0.01, 0.0125, 0.015, 0.02, 0.025, 0.05]
 FAKES = [0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20]
 
 
-def rankers(run: Path) -> Iterator[tuple[str, Ranker, tuple[float, float]]]:
-    """Each model's name, vectors, and mean norms of both tables."""
+@dataclass(frozen=True)
+class Examined:
+    """A model of a run: its vectors, and the mean norms of both tables."""
+
+    recipe: Recipe
+    task: ItemRanking
+    model: nn.Module
+    ranker: Ranker
+    norms: tuple[float, float]
+
+
+def rankers(run: Path) -> Iterator[tuple[str, Examined]]:
+    """Each model of a run by its name."""
     recipe = recipes.load(run / "recipe.yaml")
     task = recipe.make_task()
+    assert isinstance(task, ItemRanking)
     read(task, Account(), recipe.audit.part)
     for name in recipe.variants:
         model = task.load(run / name)
-        yield name, ranker_of(task, model, recipe.audit.part), table_norms(model)
+        ranker = ranker_of(task, model, recipe.audit.part)
+        yield name, Examined(recipe, task, model, ranker, table_norms(model))
 
 
-def ranks(run: Path) -> dict[str, Any]:
+def pgd_ranks(one: Examined, eps: float, clean: Ranks) -> Ranks:
+    """What the audit's PGD-100 leaves, in the certificate's set: every user is attacked alone.
+
+    Who is not recommended her item anyway keeps her rank.
+    """
+    recipe, task, model, part = one.recipe, one.task, one.model, one.recipe.audit.part
+    rows = (clean.ranks <= task.kind.k).nonzero().flatten()
+    alone = [task.batch(model, part, row) for row in rows.split(1)]
+    sites = task.sites(model, recipe.threat.group)
+    unit = measure(model, alone[:1], sites, to="token_norm", evaluator=task).unit
+    attack = make_attack(
+        attack_recipe(kind="pgd", steps=100, random_start=True),
+        recipe.threat,
+        torch.Generator().manual_seed(recipe.seed),
+        scale=eps / recipe.threat.eps,
+        best=True,
+        unit=unit,
+    )
+    outputs = evaluate(model, alone, sites, {"": attack}, evaluator=task)[""].outputs
+    own = outputs.gather(1, one.ranker.held[rows][:, None])
+    ranks = clean.ranks.clone()
+    ranks[rows] = (outputs > own).sum(1) + 1
+    return Ranks(ranks)
+
+
+def ranks(run: Path, radii: Sequence[float], models: Sequence[str]) -> dict[str, Any]:
     """For each model and eps (times the tables' mean norms): certified, attacked, seconds."""
     found: dict[str, Any] = {}
-    for name, ranker, norms in rankers(run):
-        for eps in (0.0, 0.01, 0.0125, 0.015, 0.02, 0.025, 0.05):
+    for name, one in rankers(run):
+        if models and name not in models:
+            continue
+        ranker, norms = one.ranker, one.norms
+        clean = certified_ranks(ranker, Balls(0.0, 0.0, 0.0))
+        for eps in radii:
             balls = Balls(eps * norms[0], eps * norms[1], eps * norms[1])
             began = time.perf_counter()
             certified = certified_ranks(ranker, balls)
             seconds = time.perf_counter() - began
             attacked = attacked_ranks(ranker, balls)
+            began_pgd = time.perf_counter()
+            pgd = pgd_ranks(one, eps, clean) if eps else clean
             found[f"{name}, eps {eps:g}"] = {
                 "certified_hit_rate": certified.hit_rate(),
                 "attacked_hit_rate": attacked.hit_rate(),
                 "certified_ndcg": certified.ndcg(),
                 "attacked_ndcg": attacked.ndcg(),
-                "below": int((attacked.ranks > certified.ranks).sum()),
+                "pgd_hit_rate": pgd.hit_rate(),
+                "pgd_ndcg": pgd.ndcg(),
+                "below": sum(
+                    int((ranks > certified.ranks).sum()) for ranks in (attacked.ranks, pgd.ranks)
+                ),
                 "seconds": seconds,
+                "pgd_seconds": time.perf_counter() - began_pgd,
             }
+            print(name, eps, found[f"{name}, eps {eps:g}"], flush=True)
     return found
 
 
 def moves(run: Path, attacks: int) -> dict[str, Any]:
     """So many moves on each model, at the eps where attacks cost about a quarter."""
     found = {}
-    for name, ranker, norms in rankers(run):
+    for name, one in rankers(run):
+        norms = one.norms
         balls = Balls(0.0125 * norms[0], 0.0125 * norms[1], 0.0125 * norms[1])
-        found[name] = many(ranker, balls, attacks)
+        found[name] = many(one.ranker, balls, attacks)
         print(name, found[name], flush=True)
     return found
 
@@ -197,6 +258,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["ranks", "attacks", "fused", "fakes"])
     parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("--eps", type=float, nargs="+", default=EPS)
+    parser.add_argument("--models", nargs="+", default=[])
     parser.add_argument("--attacks", type=int, default=500_000)
     parser.add_argument("--submodels", type=int, default=10_000)
     parser.add_argument("--each", type=int, default=1)
@@ -206,8 +269,11 @@ def main() -> None:
     if options.what in ("ranks", "attacks"):
         if options.run is None:
             parser.error(f"{options.what} needs a RUN of recipes/films_ranking.yaml")
-        key = options.what
-        found = ranks(options.run) if key == "ranks" else moves(options.run, options.attacks)
+        key, run = options.what, options.run
+        if key == "ranks":
+            found = ranks(run, options.eps, options.models)
+        else:
+            found = moves(run, options.attacks)
     elif options.what == "fused":
         found, key = fused(), "fused"
     else:

@@ -83,6 +83,7 @@ ON_THE_CPU_ALONE = {
     "test_statistics.py": _PACKAGE,
     "test_tune.py": _PACKAGE,
     "test_variants.py": _PACKAGE,
+    "test_worst_case.py": _PACKAGE,
 }
 
 # What the pretend device cannot do beside that; on CUDA these run.

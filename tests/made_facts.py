@@ -138,7 +138,7 @@ def full(shares: Mapping[str, tuple[float, float]] | None = None, *, failing: in
                 "correction": "Holm",
             }
             for name in names[1:]
-            for under, difference in (("no attack", -0.005), ("worst", 0.45))
+            for under, difference in (("no attack", -0.005), ("worst", 0.45), ("Swap-1", 0.05))
         ],
     }
     for check in made["checks"]:
@@ -163,7 +163,31 @@ def full(shares: Mapping[str, tuple[float, float]] | None = None, *, failing: in
         found["sweep"] |= {"attack": "Minimum norm-14", "median_eps": 0.1 + 0.2 * place}
         found["certificates"] = [_certificate(kind, place) for kind in ("smoothing", "margin")]
         found["explanations"] = _explanations()
+        found["columns"] = {"Swap-1": _columns(found["clean"])}
+    fakes = {**_certificate("fakes", 0), "title": "Lists of an ensemble", "unit": "fake users"}
+    made["certificates"] = [fakes]
     return made
+
+
+def _columns(clean: Facts) -> Facts:
+    return {
+        **clean,
+        "accuracy": 0.377,
+        "success_rate": 0.613,
+        "intervals": {"accuracy": [0.347, 0.407]},
+        "swapped": {"marital status": 0.531, "age": 0.0},
+        "noise": {"hours": 0.241},
+        "seconds": 1.5,
+        "examples": [
+            {
+                "before": {"marital status": "Never-married"},
+                "after": {"marital status": "Widowed"},
+                "noise": {"hours": -0.25},
+                "label": "1",
+                "predictions": ["71%", "32%"],
+            }
+        ],
+    }
 
 
 def _certificate(kind: str, place: int) -> Facts:
@@ -245,6 +269,7 @@ def hostile() -> tuple[Facts, list[list[str]]]:
         made[key] = evil(key)
     made["words"] = {key: evil(key) for key in made["words"]}
     made["measures"] = [[key, evil(key)] for key, _ in made["measures"]]
+    made["certificates"] = _changed(made["certificates"], evil, keep=("kind", "measure"))
     for key in ("reading", "command", "checks", "comparisons", "environment", "facts", "variants"):
         made[key] = _changed(made[key], evil, keep=("models", "measure"))
     renamed = {name: f"{name} {evil(name)}" for name in made["models"]}
@@ -254,6 +279,13 @@ def hostile() -> tuple[Facts, list[list[str]]]:
         found["attacks"] = {f"{k} {EVIL[0]}": v for k, v in found["attacks"].items()}
         for key in ("certificates", "explanations"):
             found[key] = _changed(found[key], evil, keep=("kind", "measure"))
+        under = _changed(found["columns"]["Swap-1"], evil)
+        for key in ("swapped", "noise"):
+            under[key] = {f"{name} {evil(name)}": value for name, value in under[key].items()}
+        (one,) = under["examples"]
+        for key in ("before", "after"):
+            one[key] = {f"{name} {EVIL[0]}": value for name, value in one[key].items()}
+        found["columns"] = {f"Swap-1 {EVIL[0]}": under}
         for entry in (found["clean"], found["worst"]):
             entry["per_class"] = {f"{k} {EVIL[1]}": v for k, v in entry["per_class"].items()}
     for key in ("models", "train_seconds", "cost", "variants"):

@@ -172,6 +172,7 @@ def test_bounds_by_hand() -> None:
                 "clean": entry(0.9, 0.8),
                 "worst": entry(worst, None),
                 "attacks": {"PGD-3, step 0.5": entry(0.7, 0.6)},
+                "columns": {"Swap-1, not age": entry(0.4, 0.6)},
             }
             for name, worst in (("standard", 0.1), ("hardened", 0.5), ("other", 0.6))
         },
@@ -189,6 +190,7 @@ def test_bounds_by_hand() -> None:
     assert lines("robust_hit_rate=0.55") == ["hardened: robust_hit_rate 0.5 is under 0.55"]
     assert lines("standard:robust_accuracy=0.2") == ["standard: robust_accuracy 0.1 is under 0.2"]
     assert len(lines("PGD-3, step 0.5.auc=0.61")) == 2
+    assert len(lines("Swap-1, not age.accuracy=0.41", "Swap-1, not age.auc=0.6")) == 2
     assert lines("other:robust_auc=0") == ["other: robust_auc is not defined, and must be 0"]
     facts["models"]["other"]["certificates"] = [
         {"kind": "balls", "eps": [0.0, 0.1, 0.3], "certified": [0.9, 0.5, 0.2]}
@@ -200,6 +202,10 @@ def test_bounds_by_hand() -> None:
         assert "is not defined" in lines(f"other:{name}=0")[0]
     with pytest.raises(InputError, match="is no number"):
         lines("certified_balls@far=0")
+    # An ensemble is none of the models.
+    facts["certificates"] = [{"kind": "fakes", "eps": [0.0, 5.0], "certified": [0.2, 0.1]}]
+    assert lines("certified_fakes@3=0.1") == []
+    assert lines("certified_fakes@1=0.3") == ["ensemble of MF: certified_fakes@1 0.1 is under 0.3"]
     facts["models"] = {"standard": facts["models"]["standard"]}
     assert len(lines("robust_accuracy=0.2")) == 1
     with pytest.raises(InputError, match="measures no 'robust_f1'"):

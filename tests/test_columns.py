@@ -13,6 +13,7 @@ from embattle.data.batch import Batch
 from embattle.errors import InputError
 from embattle.models.deepfm import DeepFM
 from embattle.models.dlrm import DLRM
+from embattle.perturb.evaluation import Evaluation
 from embattle.tasks.columns import ColumnAttack, ColumnResult, Columns
 from embattle.tasks.evaluator import Evaluator
 from embattle.tasks.kinds import BinaryClassification
@@ -111,6 +112,34 @@ def test_what_is_frozen_or_not_allowed_stays_out() -> None:
     assert bool(found.swapped[:, [0, 2]].any())
 
 
+class _Spy(Evaluator):
+    """Keeps each row's largest loss of all that is evaluated."""
+
+    largest = torch.full((12,), -torch.inf)
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
+        at = super().evaluate(model, batch)
+        assert at.losses is not None
+        self.largest = torch.maximum(self.largest, at.losses.detach())
+        return at
+
+
+@pytest.mark.parametrize("kind", ["deepfm", "dlrm"])
+def test_rows_that_are_turned_are_attacked_on(kind: str) -> None:
+    """So that AUC and log loss are of each row at its worst."""
+    model, batch = made(kind), rows(kind)
+    spy = _Spy(BinaryClassification(("no", "yes")))
+    options: dict[str, Any] = {"swaps": 3, "tries": 4, "eps": 0.5 if kind == "dlrm" else 0.0}
+    found = ColumnAttack(**options).run(model, batch, columns(kind, model), spy)
+    assert found.now.losses is not None
+    assert torch.allclose(found.now.losses, spy.largest)
+    wrong = ~spy.kind.right(found.clean.outputs, batch.labels)  # type: ignore[arg-type]
+    assert bool((found.now.losses > found.clean.losses)[wrong].any())  # type: ignore[operator]
+    turned = swap(kind, model, batch, swaps=3)
+    on = swap(kind, model, batch, swaps=3, go_on=True)
+    assert torch.equal(turned.losses, on.losses)  # a criterion without a goal: nobody leaves
+
+
 def attacked(kind: str, model: nn.Module, batch: Batch, **options: Any) -> ColumnResult:
     return ColumnAttack(**options).run(model, batch, columns(kind, model), EVALUATOR)
 
@@ -181,9 +210,12 @@ def test_wrong_arguments_are_named() -> None:
 
 
 def test_the_audit_attacks_columns(tmp_path: Path) -> None:
-    for name in ("accelerate", "matplotlib", "pyarrow", "pydantic", "typer"):
+    for name in ("accelerate", "matplotlib", "pyarrow", "pydantic", "scipy", "typer"):
         pytest.importorskip(name)
     import yaml
+    from embattle.audit.schema import Metrics
+    from embattle.audit.scores import read_outcomes
+    from embattle.audit.statistics import mcnemar, wilson
     from test_tabular import RECIPE, write
     from tiny_job import invoke
 
@@ -202,17 +234,39 @@ def test_the_audit_attacks_columns(tmp_path: Path) -> None:
     recipe.write_text(yaml.safe_dump(raw))
     status, told = invoke("train", recipe, "--out", run)
     assert status == 0, told
-    status, told = invoke("audit", run)
-    assert status == 0, told
+    status, told = invoke("audit", run, "--fail-under", "Swap-2, not agge.accuracy=0.1")
+    assert status == 2, told
+    assert "did you mean 'Swap-2, not age.accuracy'" in told
+    status, told = invoke("audit", run, "--fail-under", "Swap-2, not age.accuracy=1")
+    assert status == 1, told
+    assert "failed: hardened: Swap-2, not age.accuracy" in told
     assert "standard: accuracy" in told
-    models = json.loads((run / "metrics.json").read_text())["models"]
-    for model in models.values():
+    facts = json.loads((run / "metrics.json").read_text())
+    models = facts["models"]
+    Metrics.model_validate(facts)
+    _, right = read_outcomes(run / "outcomes.safetensors")
+    for name, model in models.items():
         (label, entry), *none = model["columns"].items()
         assert not none
         assert label == "Swap-2, not age"
+        good = int(right[name][label].sum())
+        assert entry["accuracy"] == pytest.approx(good / facts["examples"])
+        assert entry["intervals"]["accuracy"] == pytest.approx(wilson(good, facts["examples"]))
+        assert set(entry["intervals"]) >= {"auc", "success_rate"}
+        assert list(model["attacks"]) == ["PGD-2"]
         assert entry["accuracy"] <= model["clean"]["accuracy"]
         assert entry["swapped"]["age"] == 0
         assert 0 < sum(entry["swapped"].values()) <= 2
+    (one,) = (
+        one
+        for one in facts["comparisons"]
+        if one["attack"] == label and one["measure"] == "accuracy"
+    )
+    pair = (right[name][label] for name in ("standard", "hardened"))
+    assert one["p"] == pytest.approx(mcnemar(*pair))
+    page = (run / "report.html").read_text()
+    assert "Changed columns" in page
+    assert "Rows before and after: standard" in page
     standard = next(iter(models["standard"]["columns"].values()))
     assert standard["success_rate"] > 0
     example = standard["examples"][0]

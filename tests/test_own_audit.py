@@ -196,7 +196,7 @@ def test_what_is_refused() -> None:
 def test_the_usual_attacks_are_those_of_a_recipe(norm: Any) -> None:
     pytest.importorskip("yaml")
     from embattle.jobs.attack_recipe import ThreatRecipe
-    from embattle.jobs.recipe import AuditRecipe
+    from embattle.jobs.audit_recipe import AuditRecipe
     from embattle.jobs.threat import make_attack
 
     threat = ThreatRecipe(norm=norm, eps=0.3, unit="absolute")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +19,9 @@ pytest.importorskip("typer")
 
 import made_tables
 import tiny_models
+from embattle.audit.schema import Metrics
 from embattle.data import recipe as data_sections
 from embattle.data.sources import SOURCES
-from embattle.jobs import certificates
 from embattle.jobs import recipe as recipes
 from embattle.tasks import Account
 from tiny_job import invoke, make_encoder
@@ -100,13 +101,11 @@ def test_what_is_certified_is_no_more_than_attacks_leave(
     kind: str | None,
     slices: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("scipy")
     path = next(path for path in RECIPES if path.stem == name)
-    for constant, value in (("SMOOTHED", 6), ("CHOOSING", 20), ("COPIES", 60)):
-        monkeypatch.setattr(certificates, constant, value)
-    words = [word for one in [*changes_of(path, slices), change] for word in ("--set", one)]
+    change = [change, "audit.certify.smoothing={samples: 6, choosing: 20, copies: 60}"]
+    words = [word for one in [*changes_of(path, slices), *change] for word in ("--set", one)]
     status, said = invoke("train", path, "--out", tmp_path / "run", *words)
     assert status == 0, said
     status, said = invoke("audit", tmp_path / "run", "--certify")
@@ -144,3 +143,38 @@ def test_full_reads_the_same_columns(path: Path, slices: Path) -> None:
 
 def test_made_up_tables_stand_for_data_sets_that_there_are() -> None:
     assert set(made_tables.SOURCES) <= set(SOURCES)
+
+
+@pytest.mark.parametrize("name", ["films_ranking", "films_sequential"])
+def test_an_ensemble_under_fake_users(name: str, slices: Path, tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    path = next(path for path in RECIPES if path.stem == name)
+    fakes = {"submodels": 60, "size": 5, "each": 2, "dim": 4, "steps": 20, "fakes": [3, 1]}
+    changes = [*changes_of(path, slices), f"audit.certify.fakes={json.dumps(fakes)}"]
+    words = [word for one in changes for word in ("--set", one)]
+    status, said = invoke("train", path, "--out", tmp_path / "run", *words)
+    assert status == 0, said
+    bound = "certified_fakes_overlap@1=0.99"
+    status, said = invoke("audit", tmp_path / "run", "--certify", "--fail-under", bound)
+    assert status == 1, said
+    assert "failed: ensemble of MF: certified_fakes_overlap@1" in said
+    assert "training submodels" in said
+    facts = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    Metrics.model_validate(facts)
+    hits, lists = facts["certificates"]
+    for found, kind in ((hits, "fakes"), (lists, "fakes_overlap")):
+        assert found["kind"] == kind
+        assert found["eps"] == [0, 1, 3]
+        assert found["certified"] == sorted(found["certified"], reverse=True)
+        assert f"ensemble of MF: {found['title']} {found['certified'][0]:.3f} at 0" in said
+        assert found["title"] in (tmp_path / "run" / "report.html").read_text()
+    assert lists["certified"][0] > 0
+    with_rate = re.search(r"its hit rate is ([\d.]+)\.$", hits["note"])
+    assert with_rate is not None
+    assert hits["certified"][0] <= float(with_rate[1]) + 1e-4
+
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe.replace("size: 5", "size: 50000"))
+    status, said = invoke("audit", tmp_path / "run", "--certify")
+    assert status == 2, said
+    assert "audit.certify.fakes.size: 50000 users of a submodel are more than" in said

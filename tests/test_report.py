@@ -196,6 +196,12 @@ def test_all_that_the_facts_have_is_shown_and_nothing_else() -> None:
     parts = {
         "Are the differences more than chance?": "comparisons",
         "What is proven": "certificates",
+        "ensemble of MF": "certificates of no model",
+        "eps (fake users)": "certificates of no model",
+        "it counts neither in the worst of all attacks": "columns",
+        "marital status: Never-married → Widowed; hours -0.25 sd": "columns",
+        "0.377 0.347 to 0.407": "columns",
+        "marital status 53.1%": "columns",
         "Class by class": "per_class",
         "How the attack works": "explanations",
         "Brier": "calibration",
@@ -307,6 +313,8 @@ def test_terms_are_explained_where_they_stand() -> None:
     )
     assert meaning("Noise x5") is not None
     assert meaning("FGM") is not None
+    assert "exchanged" in str(meaning("Swap-2, noise l2 0.5"))
+    assert "gradient" in str(meaning("noise linf 0.25"))
     assert meaning("FGSM") != meaning("FGM")
     assert meaning("a column of mine") is None
     assert prose("eps and eps").count("<a") == 1

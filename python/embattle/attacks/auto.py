@@ -84,6 +84,9 @@ class AutoAttack(Attack):
 
     With `subset` samples leave the batch once they are fooled, unless the model is randomised or
     samples depend on each other (which is tested). Otherwise they stay in it, with their deltas.
+    With `go_on` nothing of this: all attacks are run on all samples to the end, and of those that
+    are fooled the perturbation counts that is worst by the criterion's objective. `steps` are then
+    those until each was.
 
     Args:
         steps: of each gradient attack.
@@ -91,6 +94,7 @@ class AutoAttack(Attack):
         targets: how many of the likeliest other classes (or labels) are attacked one by one.
         restarts: how often the gradient attacks are run.
         eot: draws for each evaluation of a randomised model.
+        go_on: attack the samples that are fooled, too, for measures of how wrong they are.
         norm, eps, lower, upper, mode, generator, compile: as for every attack.
     """
 
@@ -98,6 +102,7 @@ class AutoAttack(Attack):
     queries: int = 5000
     targets: int = 9
     eot: int = 20
+    go_on: bool = False
     random_start: bool = field(init=False, default=True)
     keep: Literal["last", "best"] = field(init=False, default="best")
     stop_when_fooled: bool = field(init=False, default=False)
@@ -107,6 +112,7 @@ class AutoAttack(Attack):
         self.queries = checks.integer("AutoAttack", "queries", self.queries, 0)
         self.targets = checks.integer("AutoAttack", "targets", self.targets, 0)
         self.eot = checks.integer("AutoAttack", "eot", self.eot, 1)
+        checks.flag("AutoAttack", "go_on", self.go_on)
         self._apgd()  # checks eps
 
     def _words(self) -> list[str]:
@@ -154,7 +160,7 @@ class AutoAttack(Attack):
             clean = run_first_pass(self, batch, goal, generator, scale, clean=True).clean
             assert clean is not None
             assert generator is not None
-            ensemble = Ensemble(batch, goal, clean, generator, scale, self.eot)
+            ensemble = Ensemble(batch, goal, clean, generator, scale, self.eot, go_on=self.go_on)
             members = self._members(goal, clean, ensemble.draws)
             for number, member in enumerate(members, start=1):
                 ensemble.attack(member, number)

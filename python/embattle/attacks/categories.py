@@ -36,6 +36,8 @@ class CategorySwap:
         allowed: bool `[rows]` of the tables: the values that may come in, such as not the one that
             stands for unknown ones; None: all.
         mode: "as_is" or "eval" (the sites must know their model).
+        go_on: exchange in samples that have reached the goal, too, for measures of how wrong they
+            are.
     """
 
     swaps: int = 1
@@ -43,6 +45,7 @@ class CategorySwap:
     frozen: Sequence[int] = ()
     allowed: Tensor | None = None
     mode: Mode = "as_is"
+    go_on: bool = False
 
     def __post_init__(self) -> None:
         self.swaps = checks.integer("CategorySwap", "swaps", self.swaps, 1)
@@ -55,6 +58,7 @@ class CategorySwap:
             kind = getattr(self.allowed, "dtype", type(self.allowed).__name__)
             raise TypeError(f"CategorySwap: allowed must be a tensor of dtype bool, got {kind}")
         checks.one_of("CategorySwap", "mode", self.mode, MODES)
+        checks.flag("CategorySwap", "go_on", self.go_on)
 
     def run(
         self,
@@ -129,6 +133,7 @@ class CategorySwap:
             swaps=self.swaps,
             mode=self.mode,
             criterion=criterion,
+            go_on=self.go_on,
         )
 
 

@@ -47,9 +47,10 @@ class Ensemble:
         generator: torch.Generator,
         scale: float,
         eot: int,
+        go_on: bool = False,
     ) -> None:
         self.batch, self.goal, self.clean = batch, goal, clean
-        self.generator, self.scale = generator, scale
+        self.generator, self.scale, self.go_on = generator, scale, go_on
         self.steps = torch.zeros(clean.batch, dtype=torch.int64, device=clean.device)
         self.by = torch.zeros_like(self.steps)  # the attack that fooled each sample
         self.no_gradient: NoGradient | None = None
@@ -59,7 +60,11 @@ class Ensemble:
         self.randomised = self._draws_matter()
         self.draws = eot if self.randomised else 1
         self.rows: Tensor | None = None
-        if self._can_leave():
+        # Whether samples have goals of their own that stay reached; else nothing is said of when.
+        each = not batch.perturbed.coupled and self.draws == 1
+        self.turned = self.fooled if each else None  # which were fooled by any evaluation
+        self.move_all = go_on or not each
+        if not go_on and self._can_leave():
             assert self.fooled is not None
             counted = goal.counted(clean)
             remaining = ~self.fooled if counted is None else ~self.fooled & counted
@@ -68,7 +73,7 @@ class Ensemble:
             self.fooled = None
         else:
             self.worst = Best(batch, goal, clean)
-            if batch.perturbed.coupled or self.draws > 1:
+            if self.move_all:
                 self.fooled = None
 
     # --- properties of the batch -----------------------------------------------------------------
@@ -131,7 +136,9 @@ class Ensemble:
             fooled = reached(now.goal, at, now.clean)
             self._update_worst(at, now, number, rank)
             if rows is None:
-                self.fooled = None if self.batch.perturbed.coupled or self.draws > 1 else fooled
+                if self.turned is not None and fooled is not None:
+                    self.turned = self.turned | fooled
+                self.fooled = None if self.move_all else fooled
             else:
                 assert fooled is not None
                 stay = (~fooled).nonzero().squeeze(1)
@@ -143,7 +150,10 @@ class Ensemble:
             if over or ((rows is not None or step % _EVERY == 0) and self._done()):
                 break
             self._step(member.attack, step, now, grads, values, lacking)
-            self.steps[slice(None) if rows is None else rows] += 1
+            if self.go_on and self.turned is not None:
+                self.steps += ~self.turned
+            else:
+                self.steps[slice(None) if rows is None else rows] += 1
         if rows is not None:
             merge_marks(whole, now.perturbations, rows)
         if not member.attack.uses_gradient:
@@ -230,7 +240,7 @@ class Ensemble:
             return
         # A sample that was fooled before keeps the attack that fooled it.
         marks = torch.full_like(self.steps, mark)
-        self.by = marks if self.fooled is None else torch.where(self.fooled, self.by, marks)
+        self.by = marks if self.turned is None else torch.where(self.turned, self.by, marks)
         self.worst.update(at, self.by, rank)
 
     def finish(self, evaluate: bool) -> tuple[Evaluation | None, Tensor]:

@@ -70,12 +70,13 @@ def search(
     swaps: int,
     mode: Mode,
     criterion: Criterion | None,
+    go_on: bool = False,
 ) -> SwapResult:
     """Exchange greedily, in rounds.
 
     In each round the candidates are evaluated, and of each sample the one with the largest value is
     kept if it beats the value so far. A sample that has reached the criterion's goal is left alone,
-    and so is a position where something was exchanged.
+    unless `go_on` is set, and so is a position where something was exchanged.
 
     Args:
         who: asks, for errors.
@@ -87,6 +88,7 @@ def search(
         swaps: most rounds.
         mode: see `TokenSwap`.
         criterion: as for `Attack.run`.
+        go_on: exchange in samples that have reached the goal, too.
     """
     goal = MaximizeLoss() if criterion is None else criterion
     current, movable, passes = tokens.clone(), movable.clone(), 0
@@ -100,7 +102,7 @@ def search(
             passes += 1
             clean = evaluation if clean is None else clean
             now = evaluation if now is None else now
-            open_ = _unreached(goal, now, clean)
+            open_ = _unreached(goal, now, clean, go_on)
             where, what = candidates(gradients, current, movable & open_[:, None])
             choice = torch.full_like(where[:, 0], -1)
             value = ascended(goal, now, clean).detach()
@@ -190,9 +192,9 @@ def _gradients(
     ]
 
 
-def _unreached(goal: Criterion, now: Evaluation, clean: Evaluation) -> Tensor:
+def _unreached(goal: Criterion, now: Evaluation, clean: Evaluation, go_on: bool) -> Tensor:
     """Return bool `[B]`: the samples that are still to be attacked."""
     fooled, counted = reached(goal, now, clean), goal.counted(now)
     remaining = torch.ones(now.batch, dtype=torch.bool, device=now.device)
-    remaining = remaining if fooled is None else ~fooled
+    remaining = remaining if fooled is None or go_on else ~fooled
     return remaining if counted is None else remaining & counted

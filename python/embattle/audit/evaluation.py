@@ -73,9 +73,8 @@ def evaluate(
 ) -> dict[str, Attacked]:
     """Attacks a model.
 
-    An attack with restarts tries again only the samples that still stand, which gives the same
-    count of fooled samples as trying all of them; all further restarts are one pass, as far as
-    they fit into a batch.
+    Of each sample the worst of all that was evaluated counts, if the attacks keep their best
+    iterate: a wrong output before a right one, then the largest value of the criterion.
 
     Args:
         model: the model.
@@ -86,9 +85,10 @@ def evaluate(
             logits [B, C] when called as `model(**batch.inputs)`.
         known: what is known of the samples before: those that are wrong there are not attacked,
             and stay as they are.
-        leave: samples leave the batch as soon as they are wrong, where the model allows it: the
-            same share of them falls, for less, but their outputs are then those of the first
-            success, not the worst.
+        leave: samples are left alone as soon as they are wrong. They leave the batch where the
+            model allows it, and all further restarts, of those that stand, are one pass, as far as
+            they fit into a batch. The same share of them falls, for less, but their outputs are
+            then those of the first success, not the worst.
         tick: called after each batch of each attack.
 
     Returns:
@@ -189,6 +189,9 @@ class _Run:
     ) -> None:
         self.evaluator, self.model, self.sites = evaluator, model, sites
         several = isinstance(attack, (AutoAttack, FMN))
+        if isinstance(attack, AutoAttack):
+            attack = replace(attack, go_on=not leave)
+        self.standing_alone = leave
         self.leave = leave and attack.steps != 1 and not several
         # An ensemble's own restarts go on with the samples that stand; draws of noise need no more
         # than a pass each, and no clean one.
@@ -222,14 +225,17 @@ class _Run:
         """Each sample's worst try."""
         best, left = self._try(batch), self.restarts - 1
         while left:
-            rows = torch.nonzero(best.right).flatten()
+            again = best.right if self.standing_alone else torch.ones_like(best.right)
+            rows = torch.nonzero(again).flatten()
             if not len(rows):
                 break
             # Samples that share deltas are attacked together, once each.
             copies = 1 if best.shared else min(left, max(1, len(batch) // len(rows)))
             new = self._try(batch.take(rows.repeat(copies)))
             for k in range(copies):
-                best = _merge(best, rows, new, slice(k * len(rows), (k + 1) * len(rows)))
+                part = slice(k * len(rows), (k + 1) * len(rows))
+                tried = best.right[rows] | (not self.standing_alone)
+                best = _merge(best, rows, new, part, tried)
             left -= copies
         return best
 
@@ -260,8 +266,11 @@ class _Run:
         )
 
 
-def _merge(best: _Found, rows: Tensor, new: _Found, part: slice) -> _Found:
-    """The worst so far, of which the samples at `rows` were tried again: `part` of `new`."""
+def _merge(best: _Found, rows: Tensor, new: _Found, part: slice, tried: Tensor) -> _Found:
+    """The worst so far, of which the samples at `rows` were tried again: `part` of `new`.
+
+    `tried`, bool [n], says whose steps count.
+    """
     right, values = best.right[rows], best.values[rows]
     wins = (right & ~new.right[part]) | ((right == new.right[part]) & (new.values[part] > values))
 
@@ -271,7 +280,7 @@ def _merge(best: _Found, rows: Tensor, new: _Found, part: slice) -> _Found:
         return made
 
     steps = best.steps.clone()
-    steps[rows[right]] += new.steps[part][right]
+    steps[rows[tried]] += new.steps[part][tried]
     return best._replace(
         outputs=put(best.outputs, new.outputs),
         right=put(best.right, new.right),

@@ -15,12 +15,14 @@ Facts = Mapping[str, Any]
 
 # Of what carried a perturbation, so many are shown.
 MOST = 12
+#: Whose certificates are those of no model of the run; no model can be called so.
+ENSEMBLE = "ensemble of MF"
 
 
 def certificates(facts: Facts) -> str:
     """What is proven beside what attacks reached, over eps; one chart for each kind of proof."""
     kinds: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
-    for model, found in facts["models"].items():
+    for model, found in {**facts["models"], ENSEMBLE: facts}.items():
         for entry in found.get("certificates") or ():
             kinds.setdefault((entry["kind"], entry["title"]), {})[model] = entry
     parts = []
@@ -46,7 +48,7 @@ def certificates(facts: Facts) -> str:
 
 
 def _proofs(facts: Facts, title: str, entries: Mapping[str, Mapping[str, Any]]) -> Chart:
-    lines, models = [], list(facts["models"])
+    lines, models = [], [*facts["models"], ENSEMBLE]
     for model, entry in entries.items():
         place, eps = models.index(model), entry["eps"]
         lines.append(Line(f"{model}, certified", eps, entry["certified"], place))

@@ -20,6 +20,7 @@ from embattle.data.batch import Batch
 from embattle.perturb.site import as_sites
 from embattle.perturb.strength import Strength, scaled
 from embattle.tasks.evaluator import Evaluator
+from embattle.tasks.kinds import Kind
 
 Norm: TypeAlias = Literal["l2", "linf", "l1"]
 Unit: TypeAlias = Literal["token_norm", "mean_norm", "absolute"]
@@ -56,6 +57,7 @@ class Examination:
         evaluator: runs the model, and says what is right.
         norm, eps: the threat's ball.
         unit: what eps counts in, see `embattle.audit.audit_model`.
+        go_on: attack what has fallen, too, where no measure of the kind asks for it.
 
     Attributes:
         unit: what an eps of 1 is, for attacks to be made of.
@@ -72,7 +74,10 @@ class Examination:
         norm: Norm,
         eps: float,
         unit: Unit,
+        go_on: bool = False,
     ) -> None:
+        # Where measures depend on how wrong samples are, those that are wrong are attacked too.
+        self._all = evaluator.kind.graded or go_on
         self.batches, self.evaluator, self.eps = batches, evaluator, eps
         to = None if unit == "absolute" else unit
         size = measure(model, batches, sites, to=to, norm=norm, evaluator=evaluator)
@@ -93,8 +98,8 @@ class Examination:
         """Attack, and give the model's facts.
 
         Attacks with figures of their own come first, each on all samples. Then the search of the
-        curve, and the ensembles, which leave alone what has fallen: their figures are those of all
-        attacks.
+        curve, and the ensembles, which leave alone what has fallen if nothing depends on how wrong
+        samples are: their figures are those of all attacks.
 
         Args:
             table: by label, each attack, and in which multiple of the threat's eps it moves.
@@ -137,17 +142,19 @@ class Examination:
             victim.sites,
             {label: attack},
             evaluator=self.evaluator,
-            # Where measures depend on how wrong samples are, those that are wrong are attacked too.
-            known=known if whole or not kind.graded else None,
-            leave=not kind.graded,
+            known=None if self._all else known,
+            leave=not self._all,
             tick=tick,
         )[label]
         if whole:
             under = replace(
                 worst_of(kind, self.labels, [known, under]),
-                steps=under.steps,
+                # What had fallen before was not turned here.
+                steps=torch.where(known.right, under.steps, 0),
                 seconds=under.seconds,
-                by=under.by,
+                by=tuple(
+                    by if stood else "" for by, stood in zip(under.by, known.right, strict=True)
+                ),
             )
         victim.attacked[label] = under
         self._found.append((scale, under))
@@ -222,6 +229,16 @@ class Examination:
             "perturbation_norm": under.norm,
             "seconds": round(under.seconds, 2),
         }
+
+
+def note_of(kind: Kind, *, go_on: bool = False) -> str:
+    """What is said of a kind's measures under attack."""
+    if kind.graded or go_on:
+        return kind.note
+    return (
+        f"{kind.note} Samples leave an attack as they fall: what depends on how wrong they are "
+        "(AUC, loss, calibration) is that of each one's first success, and flatters the model."
+    )
 
 
 def labels_of(batches: Sequence[Batch]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from embattle.attacks import FGM, FMN, PGD, Attack, AutoAttack, UniformNoise
 from embattle.audit.environment import command, environment
 from embattle.audit.evaluation import Sites, device_of
-from embattle.audit.examine import POINTS, Curve, Examination, Norm, Unit, labels_of
+from embattle.audit.examine import POINTS, Curve, Examination, Norm, Unit, labels_of, note_of
 from embattle.audit.outcomes import Attacked
 from embattle.audit.report import document
 from embattle.audit.scores import OUTCOMES, add_scores, outcomes_of, plain, write_outcomes
@@ -180,7 +180,7 @@ def audit_models(
             "vector": getattr(evaluator, "vector", "vector"),
         },
         "measures": [list(measure) for measure in evaluator.kind.measures],
-        "note": evaluator.kind.note,
+        "note": note_of(evaluator.kind),
         "shown": evaluator.kind.shown,
         "threat": {"norm": norm, "group": balls.group, "eps": eps, "unit": unit},
         "models": found,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from embattle.audit import evidence, html, provenance, sections, verdict
+from embattle.audit import columns, evidence, html, provenance, sections, verdict
 from embattle.audit.figures import losses_over_steps
 from embattle.audit.words import number, percent
 
@@ -54,6 +54,7 @@ def document(
         sections.first(facts),
         sections.matrix(facts),
         sections.over_eps(facts),
+        columns.section(facts),
         evidence.certificates(facts),
         sections.classes(facts),
         evidence.examples(facts, samples),

@@ -67,12 +67,36 @@ class Attacked(Scores):
     seconds: float | None = Field(default=None, description="that it took")
 
 
+class Columns(Scores):
+    """The same where what rows say is changed (`audit.columns`)."""
+
+    success_rate: float = Field(description="share of the right samples that it turns")
+    swapped: dict[str, float] = Field(
+        description="by column of categories, the share of the samples in which it was exchanged"
+    )
+    noise: dict[str, float] = Field(
+        description="by column of numbers, by how much it was moved: the mean, in standard "
+        "deviations"
+    )
+    seconds: float | None = Field(default=None, description="that it took")
+    examples: list[dict[str, Any]] = Field(
+        default=[],
+        description="samples that it turned: what was changed, `before` and `after`, `noise`, "
+        "`label`, and both `predictions`",
+    )
+
+
 class Model(_Open):
     """One model."""
 
     clean: Scores = Field(description="without attack")
     attacks: dict[str, Attacked] = Field(description="under each attack, by its label")
     worst: Attacked = Field(description="each sample under the worst attack on it")
+    columns: dict[str, Columns] | None = Field(
+        default=None,
+        description="under each attack on columns, by its label; in no ball of the threat, and so "
+        "neither in `worst` nor in the curve",
+    )
     sweep: dict[str, Any] | None = Field(
         default=None,
         description="the curve over eps: `attack`, `eps`, and the headline's values under its key",
@@ -154,6 +178,11 @@ class Metrics(_Open):
     threat: Threat
     variants: dict[str, str] = Field(default={}, description="what each model was trained on")
     models: dict[str, Model]
+    certificates: list[dict[str, Any]] | None = Field(
+        default=None,
+        description="what is proven of no model of these, but of an ensemble under fake users "
+        "(`--certify` with `audit.certify.fakes`)",
+    )
     comparisons: list[Comparison]
     checks: list[Check]
     train_seconds: dict[str, float] = Field(default={}, description="of each model")

@@ -110,8 +110,8 @@ def add_scores(
     """Puts what `score_models` gives into an audit's facts.
 
     Args:
-        facts: with `models`, whose `clean` and `attacks` are extended; `worst` and `comparisons`
-            are set.
+        facts: with `models`, whose `clean`, `attacks` and `columns` (those that are there) are
+            extended; `worst` and `comparisons` are set.
         kind, labels, outcomes, seed: see `score_models`; `WORST` is among the outcomes.
     """
     scored, facts["comparisons"] = score_models(kind, labels, outcomes, seed=seed)
@@ -121,7 +121,8 @@ def add_scores(
         model.setdefault("clean", {}).update(rows[CLEAN])
         for label, entry in rows.items():
             if label not in (CLEAN, WORST):
-                model.setdefault("attacks", {}).setdefault(label, {}).update(entry)
+                place = "columns" if label in model.get("columns", {}) else "attacks"
+                model.setdefault(place, {}).setdefault(label, {}).update(entry)
         if WORST in rows:
             model.setdefault("worst", {}).update(rows[WORST])
 

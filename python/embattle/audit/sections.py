@@ -141,13 +141,14 @@ def _comparisons(facts: Facts) -> str:
     how = f" Tests: {tests}; corrected for their number by {corrections}." if tests else ""
     parts = [html.subheading("Are the differences more than chance?")]
     parts.append(html.paragraph(f"Second model less the first.{how}"))
-    parts.append(_compared(facts, first[:MOST]) if first else "")
+    parts.append(compared(facts, first[:MOST]) if first else "")
     if len(first) < len(every) or len(first) > MOST:
-        parts.append(html.box(f"{len(rest):,} comparisons{cut}", _compared(facts, rest)))
+        parts.append(html.box(f"{len(rest):,} comparisons{cut}", compared(facts, rest)))
     return "".join(parts)
 
 
-def _compared(facts: Facts, entries: Sequence[Mapping[str, Any]]) -> str:
+def compared(facts: Facts, entries: Sequence[Mapping[str, Any]]) -> str:
+    """A table of comparisons of two models each."""
     titles = dict(facts["measures"])
     rows = []
     for entry in entries:
@@ -256,32 +257,45 @@ def _numbers(chart: Chart, x: str) -> str:
     return html.box("The curve's figures", html.table(head, rows, sort=True, caption=chart.title))
 
 
+def measured(facts: Facts) -> list[tuple[str, str]]:
+    """Keys and titles of the measures of a long table, the loss among them."""
+    measures = [(key, title) for key, title in facts["measures"]]
+    return measures if "loss" in dict(measures) else [*measures, ("loss", "loss")]
+
+
+def figures(facts: Facts, entry: Mapping[str, Any]) -> list[str]:
+    """The cells of those measures, and of the share that is flipped, with their intervals."""
+    row: list[str] = []
+    for key, _ in measured(facts):
+        note = interval(entry, key, share=False)
+        row.append(Cell(number(entry.get(key)), value=finite(entry.get(key)), note=note))
+    rate = finite(entry.get("success_rate"))
+    return [*row, Cell(percent(rate), value=rate, note=interval(entry, "success_rate"))]
+
+
+def spent(entry: Mapping[str, Any]) -> Cell:
+    """The cell of the seconds that it took."""
+    seconds = finite(entry.get("seconds"))
+    return Cell(NONE if seconds is None else f"{seconds:.1f} s", value=seconds)
+
+
 def every_figure(facts: Facts) -> str:
     """All measures of all models under everything, in one long table."""
-    measures = [(key, title) for key, title in facts["measures"]]
     calibrated = any(
         e.get("calibration") for m in facts["models"] for e in conditions(facts, m).values()
     )
-    keys = {key for key, _ in measures}
-    head = ["attack", "model", *(title for _, title in measures)]
-    head += ["loss"] * ("loss" not in keys) + ["flipped"]
+    head = ["attack", "model", *(title for _, title in measured(facts)), "flipped"]
     head += ["ECE", "Brier"] * calibrated + ["mean norm", "time"]
     rows = []
     for i, model in enumerate(facts["models"]):
         for label, entry in conditions(facts, model).items():
-            row: list[str] = [label, Cell(model, model=i)]
-            for key in [*(k for k, _ in measures), *(["loss"] * ("loss" not in keys))]:
-                note = interval(entry, key, share=False)
-                row.append(Cell(number(entry.get(key)), value=finite(entry.get(key)), note=note))
-            rate = finite(entry.get("success_rate"))
-            row.append(Cell(percent(rate), value=rate, note=interval(entry, "success_rate")))
+            row = [label, Cell(model, model=i), *figures(facts, entry)]
             for key in ("ece", "brier") if calibrated else ():
                 value = finite((entry.get("calibration") or {}).get(key))
                 row.append(Cell(number(value), value=value))
-            norm, seconds = entry.get("perturbation_norm"), finite(entry.get("seconds"))
+            norm = entry.get("perturbation_norm")
             row.append(Cell(number(norm), value=finite(norm)))
-            row.append(Cell(NONE if seconds is None else f"{seconds:.1f} s", value=seconds))
-            rows.append(row)
+            rows.append([*row, spent(entry)])
     models = facts["models"]
     norms = ", ".join(
         f"{number(found['vector_norm'])} ({name})"

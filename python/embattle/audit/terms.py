@@ -46,6 +46,8 @@ TERMS: dict[str, str] = {
 }
 
 _ATTACKS: tuple[tuple[str, str], ...] = (
+    (r"Swap-\d+", "Values of at most so many columns of a row are exchanged, those that hurt most"),
+    (r"noise l(?:inf|2)", "Numbers of a row are moved within a ball, by the model's gradient"),
     (r"(?:gaussian )?noise|NEFTune", "Random noise of the allowed size, without any knowledge of "
      "the model: a yardstick for the other attacks"),
     (r"FGSM", "Fast gradient sign method: one step that changes every coordinate by the same"),

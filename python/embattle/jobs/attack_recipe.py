@@ -126,7 +126,7 @@ _SAID = ("kind", "steps", "restarts", "step_size", "random_start")
 # The ball is the threat's; what remains is the job's to decide.
 _NOT_GIVEN = (
     *("norm", "eps", "unit", "lower", "upper"),
-    *("keep", "stop_when_fooled", "generator", "compile"),
+    *("keep", "stop_when_fooled", "go_on", "generator", "compile"),
     *("steps", "random_start", "restarts"),
 )
 

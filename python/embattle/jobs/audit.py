@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from embattle.audit.environment import command, environment
-from embattle.audit.examine import labels_of
+from embattle.audit.examine import labels_of, note_of
 from embattle.audit.html import Fallen
+from embattle.audit.outcomes import Attacked
 from embattle.audit.report import document
 from embattle.audit.schema import SCHEMA
 from embattle.audit.scores import OUTCOMES, add_scores, outcomes_of, plain, write_outcomes
@@ -29,12 +30,13 @@ from embattle.files import remove_unfinished, sha256, write_text
 from embattle.jobs import explain, provenance
 from embattle.jobs import recipe as recipes
 from embattle.jobs.bounds import Bound, check_names, unmet
-from embattle.jobs.certificates import certificate_lines, certificates
+from embattle.jobs.certificates import certificate_lines, certificates, check_fakes, of_fakes
 from embattle.jobs.column_recipe import check_columns, column_lines, examine_columns
 from embattle.jobs.examine import examine
 from embattle.jobs.recipe import STANDARD, Recipe
 from embattle.jobs.run_folder import Run, locked
 from embattle.jobs.train import read
+from embattle.jobs.trained import chosen_device
 from embattle.progress import say
 from embattle.tasks.base import Task
 
@@ -158,7 +160,9 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> d
     read(task, account, part)
     run.require(Run.of(task, account), folder)
     # Everything that is needed is looked at before the first attack, which may take minutes.
-    models = {name: task.load(folder / name).to(_device()) for name in names}
+    if certify:
+        check_fakes(recipe, task)
+    models = {name: task.load(folder / name).to(chosen_device()) for name in names}
     for model in models.values():
         check_columns(recipe.audit.columns, task, model)
     found = provenance.fingerprints(folder, run, task, part, names)
@@ -175,7 +179,7 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> d
         "task": recipe.task,
         "words": {"sample": task.sample, "vector": task.vector},
         "measures": [list(measure) for measure in task.kind.measures],
-        "note": task.kind.note,
+        "note": note_of(task.kind, go_on=recipe.audit.go_on),
         "shown": task.kind.shown,
         "facts": run.facts,
         "counts": run.counts,
@@ -185,17 +189,25 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> d
         "checks": [],
     }
     victims: dict[str, Victim] = {}
+    outcomes: dict[str, dict[str, Attacked]] = {}
     batches: list[Batch] = []
     for name, model in models.items():
         batches = task.batches(model, part, recipe.audit.batch_size)
         victims[name], facts["models"][name] = examine(recipe, name, model, task, batches)
-        facts["models"][name] |= examine_columns(recipe.audit.columns, task, model, batches)
+        outcomes[name] = outcomes_of(victims[name])
+        under, columns = examine_columns(
+            recipe.audit.columns, task, model, batches, victims[name].clean
+        )
+        if columns:
+            outcomes[name] |= under
+            facts["models"][name]["columns"] = columns
         if certify:
             size = facts["models"][name]["vector_norm"]
             proven = certificates(recipe, task, model, batches, size)
             facts["models"][name]["certificates"] = proven
+    if certify and recipe.audit.certify.fakes is not None:
+        facts["certificates"] = of_fakes(recipe, task)
     labels = labels_of(batches)
-    outcomes = {name: outcomes_of(victim) for name, victim in victims.items()}
     add_scores(facts, task.kind, labels, outcomes, seed=recipe.seed)
     checks = check_victims(
         victims,
@@ -217,7 +229,7 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> d
         "audit_seconds": round(time.monotonic() - began, 1),
         "chance": task.kind.chance(labels),
         "label": _label_column(task),
-        "environment": environment(_device()),
+        "environment": environment(chosen_device()),
     }
     html = document(
         facts,
@@ -236,7 +248,7 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> d
         say(line)
     for line in column_lines(task, facts["models"]):
         say(line)
-    for line in certificate_lines(facts["models"]):
+    for line in certificate_lines(facts):
         say(line)
     spent = sum(facts["train_seconds"].values())
     say(f"training {spent:.0f} s, audit {facts['audit_seconds']:.0f} s")
@@ -268,7 +280,3 @@ def _label_column(task: Task) -> str | None:
     """The name of the column that is predicted, where the task's data has one."""
     name = getattr(task.data_options, "label", None)
     return name if isinstance(name, str) else None
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

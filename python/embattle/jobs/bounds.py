@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embattle.audit.evidence import ENSEMBLE
 from embattle.audit.scores import CLEAN, WORST
 from embattle.errors import InputError, closest
+from embattle.jobs.column_recipe import labelled
 from embattle.jobs.recipe import STANDARD, Recipe
 from embattle.jobs.run_folder import Run
 from embattle.tasks.kinds import Kind, from_json
@@ -67,7 +69,7 @@ def names_of(
     Args:
         measures: keys and titles; the first is the headline, which is called `accuracy` too.
         smaller_is_better: the keys that are errors, which are not bounded from below.
-        attacks: the labels.
+        attacks: the labels, of attacks on columns too.
     """
     errors = set(smaller_is_better)
     keys = {key: key for key, _ in measures if key not in errors}
@@ -106,7 +108,8 @@ def check_names(
             kind = _kind(recipe, run)
             if kind is None:
                 continue
-            known = names_of(kind.measures, kind.smaller_is_better, recipe.audit.table())
+            rows = [*recipe.audit.table(), *labelled(recipe.audit.columns)]
+            known = names_of(kind.measures, kind.smaller_is_better, rows)
             _known(bound, known, f" of {folder}")
             if known[bound.name][1] == kind.measures[0][0] and bound.least > 1:
                 raise InputError(
@@ -126,25 +129,33 @@ def unmet(bounds: Sequence[Bound], facts: Mapping[str, Any]) -> list[str]:
         InputError: the audit has no such measure.
     """
     models: Mapping[str, Any] = facts["models"]
-    attacks = next(iter(models.values()))["attacks"]
-    known = names_of(facts["measures"], facts["smaller_is_better"], attacks)
+    first = next(iter(models.values()))
+    labels = [*first["attacks"], *first.get("columns", {})]
+    known = names_of(facts["measures"], facts["smaller_is_better"], labels)
     others = [name for name in models if name != STANDARD] or list(models)
     lines = []
     for bound in bounds:
         certificate = _certificate(bound)
+        whole = facts.get("certificates", ())
+        if certificate is not None and certificate[0] in {one["kind"] for one in whole}:
+            lines += _under(bound, ENSEMBLE, _certified(whole, *certificate))
+            continue
         for name in others if bound.model is None else {bound.model} & set(models):
             model = models[name]
             if certificate is None:
                 row, key = _known(bound, known, "")
-                entry = {CLEAN: model["clean"], WORST: model["worst"], **model["attacks"]}[row]
-                value = entry.get(key)
+                rows = {CLEAN: model["clean"], WORST: model["worst"], **model["attacks"]}
+                value = {**rows, **model.get("columns", {})}[row].get(key)
             else:
                 value = _certified(model.get("certificates", []), *certificate)
-            if value is None:
-                lines.append(f"{name}: {bound.name} is not defined, and must be {bound.least:g}")
-            elif value < bound.least:
-                lines.append(f"{name}: {bound.name} {value:.4g} is under {bound.least:g}")
+            lines += _under(bound, name, value)
     return lines
+
+
+def _under(bound: Bound, name: str, value: float | None) -> list[str]:
+    if value is None:
+        return [f"{name}: {bound.name} is not defined, and must be {bound.least:g}"]
+    return [f"{name}: {bound.name} {value:.4g} is under {bound.least:g}"] * (value < bound.least)
 
 
 def _certificate(bound: Bound) -> tuple[str, float] | None:

@@ -8,24 +8,32 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from embattle.audit.evidence import ENSEMBLE
 from embattle.certify import (
     Balls,
     Ranker,
     Smoothed,
+    SubmodelSettings,
     attacked_ranks,
+    certified_overlap,
     certified_radii,
     certified_ranks,
+    collect_votes,
     worst_swaps,
 )
-from embattle.data.batch import Batch
+from embattle.data.batch import Batch, first_samples
+from embattle.errors import InputError
 from embattle.jobs.attack_recipe import ThreatRecipe
 from embattle.jobs.recipe import Recipe
-from embattle.models import FM, MF, LightGCN
+from embattle.jobs.trained import chosen_device
+from embattle.models import FM, MF, Interactions, LightGCN
 from embattle.perturb.site import as_sites
+from embattle.progress import bar
 from embattle.tasks.base import Task
 from embattle.tasks.clicks import ClickThrough
 from embattle.tasks.hybrid import HybridRanking
 from embattle.tasks.item_ranking import ItemRanking
+from embattle.tasks.ratings import RatingsTask
 from embattle.tasks.tabular import Tabular
 from embattle.tasks.text import TextClassification
 
@@ -33,11 +41,9 @@ from embattle.tasks.text import TextClassification
 SCALES = (0.125, 0.25, 0.5, 1.0)
 # Fields that may be swapped at once, and rows of which the worst swaps are sought.
 SWAPS, ROWS = (1, 2, 3), 1000
-# Deviation of the noise as a share of eps: models not trained under noise stand little of it.
-NOISE = 0.25
-# Samples that are smoothed, noisy copies by which a class is chosen and certified, and the
-# probability that a sample's certificate is wrong.
-SMOOTHED, CHOOSING, COPIES, ALPHA = 50, 50, 500, 0.001
+# Radii that are told of smoothing, in multiples of the noise.
+RADII = (0.0, 0.5, 1.0, 1.5, 2.0)
+_AT_ONCE = 5
 
 
 def certificates(
@@ -159,23 +165,31 @@ def _of_noise(
     recipe: Recipe, task: Task, model: nn.Module, batches: list[Batch], norm: float
 ) -> dict[str, Any]:
     """Accuracy of the smoothed classifier over radii."""
-    began, threat = time.monotonic(), recipe.threat
-    length = 1.0 if threat.unit == "absolute" else norm
-    sigma = NOISE * threat.eps * length
+    began, threat, options = time.monotonic(), recipe.threat, recipe.audit.certify.smoothing
+    length, noise = 1.0 if threat.unit == "absolute" else norm, options.noise * threat.eps
+    sigma = noise * length
     generator = torch.Generator().manual_seed(recipe.seed)
     sites = task.sites(model, threat.group)
     smoothed = Smoothed(model, sites, sigma, evaluator=task, batch_size=256)
-    parts, labels, left = [], [], SMOOTHED
-    for batch in batches:
-        some = batch.take(torch.arange(min(left, len(batch))))
-        if not len(some):
-            break
-        left -= len(some)
-        labels.append(some.known_labels().cpu())
-        parts.append(
-            certified_radii(smoothed, some, n=COPIES, n0=CHOOSING, alpha=ALPHA, generator=generator)
-        )
-    radii = [0.0, *(threat.eps * scale for scale in (0.125, 0.25, 0.375, 0.5))]
+    parts, labels = [], []
+    chosen = first_samples(batches, options.samples)
+    # A few at a time, so that the bar moves.
+    some_of = [some for batch in chosen for some in batch.split(_AT_ONCE)]
+    with bar("smoothing", len(some_of)) as show:
+        for done, some in enumerate(some_of, start=1):
+            labels.append(some.known_labels().cpu())
+            parts.append(
+                certified_radii(
+                    smoothed,
+                    some,
+                    n=options.copies,
+                    n0=options.choosing,
+                    alpha=options.alpha,
+                    generator=generator,
+                )
+            )
+            show(done, {})
+    radii = [noise * scale for scale in RADII]
     right = [
         sum(
             found.accuracy(of, eps * length) * len(of)
@@ -195,22 +209,98 @@ def _of_noise(
         "seconds": round(time.monotonic() - began, 2),
         "note": (
             f"Radii are of a whole {task.sample}, all its vectors as one; noise of "
-            f"{NOISE * threat.eps:g} in each coordinate, {COPIES} copies, {count} samples, each "
-            f"certificate wrong with a probability of at most {ALPHA:g}. It is of the classifier "
-            "under noise, not of the model as it is."
+            f"{noise:g} in each coordinate, {options.copies} copies, {count} samples, each "
+            f"certificate wrong with a probability of at most {options.alpha:g}. It is of the "
+            "classifier under noise, not of the model as it is."
         ),
     }
 
 
-def certificate_lines(models: dict[str, dict[str, Any]]) -> list[str]:
-    """Show the certificates of an audit's models, a line for each."""
+def check_fakes(recipe: Recipe, task: Task) -> None:
+    """Check that the ensemble that the recipe asks for can be trained on what the task has read.
+
+    Raises:
+        InputError: naming the key.
+    """
+    options = recipe.audit.certify.fakes
+    if options is None:
+        return
+    if not isinstance(task, RatingsTask):
+        raise InputError(
+            "audit.certify.fakes: an ensemble of MF models is trained on ratings, and the task has "
+            "none; leave audit.certify.fakes out"
+        )
+    if options.size > len(task.users):
+        raise InputError(
+            f"audit.certify.fakes.size: {options.size} users of a submodel are more than the "
+            f"{len(task.users)} there are; lower it"
+        )
+
+
+def of_fakes(recipe: Recipe, task: Task) -> list[dict[str, Any]]:
+    """Certify an ensemble of MF models under fake users, if the recipe asks for it."""
+    options = recipe.audit.certify.fakes
+    if options is None or not isinstance(task, RatingsTask):
+        return []
+    began, part, k = time.monotonic(), recipe.audit.part, task.kind.k
+    pairs = Interactions.of(task.met_before(part), device=chosen_device())
+    with bar("training submodels", options.submodels) as show:
+        votes = collect_votes(
+            pairs,
+            submodels=options.submodels,
+            size=options.size,
+            each=options.each,
+            settings=SubmodelSettings(dim=options.dim, steps=options.steps),
+            seed=recipe.seed,
+            tick=lambda done: show(done, {}),
+        )
+    held = Interactions.of(task.held[part]).mask(torch.arange(pairs.user_count))
+    best = votes.best(k).cpu()
+    listed = torch.zeros_like(held).scatter(1, best, True)
+    known = held.any(1)
+    fakes, found = [0, *sorted(set(options.fakes))], {}
+    for name, wanted in (("hit_rate", held), ("overlap", listed)):
+        found[name] = certified_overlap(votes, wanted, fakes, k=k, alpha=options.alpha).double()
+    shares = {
+        "hit_rate": found["hit_rate"][:, known].mean(1).tolist(),
+        "overlap": (found["overlap"] / k).mean(1).tolist(),
+    }
+    rate = float((held & listed).any(1)[known].double().mean())
+    note = (
+        f"Of an ensemble of {options.submodels} MF models of {options.size} users each, trained on "
+        "what the users met before, not of the models above. The fake users are added, with any "
+        f"profiles. All certificates at once are wrong with a probability of at most "
+        f"{options.alpha:g}; at 0 fake users that alone is missing. Without an attacker its hit "
+        f"rate is {rate:.4f}."
+    )
+    return [
+        {
+            "kind": kind,
+            "title": title,
+            "measure": measure,
+            "eps": list(map(float, fakes)),
+            "unit": "fake users",
+            "certified": shares[measure],
+            "attacked": None,
+            "seconds": round(time.monotonic() - began, 2),
+            "note": note,
+        }
+        for kind, measure, title in (
+            ("fakes", "hit_rate", f"certified hit rate@{k} of the ensemble"),
+            ("fakes_overlap", "overlap", f"certified share of the ensemble's lists of {k}"),
+        )
+    ]
+
+
+def certificate_lines(facts: dict[str, Any]) -> list[str]:
+    """Show the certificates of an audit, a line for each."""
     lines: list[str] = []
-    for name, facts in models.items():
-        if "certificates" not in facts:
+    for name, model in {**facts["models"], ENSEMBLE: facts}.items():
+        if "certificates" not in model:
             continue
-        if not facts["certificates"]:
+        if not model["certificates"]:
             lines.append(f"{name}: nothing can be certified of this model and threat")
-        for found in facts["certificates"]:
+        for found in model["certificates"]:
             pairs = zip(found["eps"], found["certified"], strict=True)
             shown = ", ".join(f"{share:.3f} at {eps:g}" for eps, share in pairs)
             lines.append(f"{name}: {found['title']} {shown} ({found['unit']})")

@@ -10,8 +10,10 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from embattle.audit.evaluation import examined, predict
+from embattle.audit.evaluation import examined
 from embattle.audit.examine import labels_of
+from embattle.audit.outcomes import Attacked
+from embattle.audit.summary import figure
 from embattle.data.batch import Batch
 from embattle.errors import InputError
 from embattle.sections import Section
@@ -51,6 +53,15 @@ class ColumnRecipe(Section):
         return ColumnAttack(**{**self.model_dump(), "immutable": tuple(self.immutable)})
 
 
+def labelled(recipes: Sequence[ColumnRecipe]) -> dict[str, ColumnRecipe]:
+    """The attacks by labels of which no two are alike."""
+    found: dict[str, ColumnRecipe] = {}
+    for number, one in enumerate(recipes, start=1):
+        label = one.make().label
+        found[f"{label} #{number}" if label in found else label] = one
+    return found
+
+
 def check_columns(recipes: Sequence[ColumnRecipe], task: Task, model: nn.Module) -> None:
     """Check that a task has the columns that are to be attacked.
 
@@ -72,36 +83,43 @@ def check_columns(recipes: Sequence[ColumnRecipe], task: Task, model: nn.Module)
 
 
 def examine_columns(
-    recipes: Sequence[ColumnRecipe], task: Task, model: nn.Module, batches: Sequence[Batch]
-) -> dict[str, Any]:
-    """Score a model under each attack on columns.
+    recipes: Sequence[ColumnRecipe],
+    task: Task,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    clean: Tensor,
+) -> tuple[dict[str, Attacked], dict[str, Any]]:
+    """Attack the columns of all samples.
+
+    Args:
+        recipes: the attacks.
+        task: runs the model.
+        model: the model.
+        batches: the samples, with labels.
+        clean: the model's outputs on them, [N, ...].
 
     Returns:
-        The key `columns` of a model's facts: for each attack by its label the measures, the share
-        of right rows that it turns, how often each column was exchanged, mean absolute noise of
-        each column of numbers, and some rows before and after. Nothing where there is no attack.
+        By label, what each attack achieved; and what `columns` of a model's facts says of it
+        beside the scores: how often each column was exchanged, the mean absolute noise of each
+        column of numbers, seconds, and some rows before and after.
     """
-    if not recipes:
-        return {}
-    columns = task.swappable(model)
-    assert columns is not None
-    labels = labels_of(batches)
-    clean = predict(model, batches, task)
+    outcomes: dict[str, Attacked] = {}
+    facts: dict[str, Any] = {}
+    columns = task.swappable(model) if recipes else None
+    if columns is None:
+        return outcomes, facts
+    labels, device = labels_of(batches), next(model.parameters()).device
     right = task.kind.right(clean, labels)
-    found: dict[str, Any] = {}
-    for number, one in enumerate(recipes):
+    for label, one in labelled(recipes).items():
         attack, began = one.make(), time.monotonic()
-        device = next(model.parameters()).device
         with examined(model):
             results = [attack.run(model, b.to(device), columns, task) for b in batches]
         outputs = torch.cat([_outputs(result) for result in results])
         stays = task.kind.right(outputs, labels)
-        label = attack.label if attack.label not in found else f"{attack.label} #{number + 1}"
+        outcomes[label] = Attacked.clean(outputs, stays)
         swapped = torch.cat([result.swapped.cpu() for result in results])
         moved = torch.cat([result.moved.cpu() for result in results])
-        found[label] = {
-            **task.kind.scores(outputs, labels),
-            "success_rate": int((right & ~stays).sum()) / max(1, int(right.sum())),
+        facts[label] = {
             "swapped": dict(zip(columns.names, swapped.double().mean(0).tolist(), strict=True)),
             "noise": dict(
                 zip(columns.number_names, moved.abs().double().mean(0).tolist(), strict=True)
@@ -109,14 +127,15 @@ def examine_columns(
             "seconds": round(time.monotonic() - began, 2),
             "examples": _examples(task, columns, batches, results, clean, right & ~stays),
         }
-    return {"columns": found}
+    return outcomes, facts
 
 
 def column_lines(task: Task, models: dict[str, Any]) -> list[str]:
     """What the audit prints of the attacks on columns."""
     key, title = task.kind.measures[0]
     return [
-        f"{name}: {title} {entry[key]:.3f} under {label}, which turns {entry['success_rate']:.1%} "
+        f"{name}: {title} {figure(entry, key)} under {label}, which turns "
+        f"{entry['success_rate']:.1%} "
         "of what was right"
         for name, model in models.items()
         for label, entry in model.get("columns", {}).items()

@@ -14,7 +14,8 @@ from embattle.audit.examine import POINTS, Curve, Examination
 from embattle.audit.victim import Victim
 from embattle.data.batch import Batch
 from embattle.jobs.attack_recipe import AttackRecipe, attack_recipe
-from embattle.jobs.recipe import AuditRecipe, Recipe
+from embattle.jobs.audit_recipe import AuditRecipe
+from embattle.jobs.recipe import Recipe
 from embattle.jobs.threat import make_attack
 from embattle.perturb.strength import Measured, Strength, scaled
 from embattle.progress import bar
@@ -34,6 +35,7 @@ def examine(
         norm=threat.norm,
         eps=threat.eps,
         unit=threat.unit,
+        go_on=audit.go_on,
     )
     generator = torch.Generator().manual_seed(recipe.seed)
     make = partial(make_attack, threat=threat, generator=generator, unit=one.unit)

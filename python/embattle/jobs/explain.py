@@ -28,6 +28,7 @@ from embattle.jobs.recipe import Recipe
 from embattle.jobs.run_folder import Run, locked
 from embattle.jobs.threat import make_attack
 from embattle.jobs.train import read
+from embattle.jobs.trained import chosen_device
 from embattle.perturb.site import Site
 from embattle.progress import say
 from embattle.tasks.base import Task
@@ -71,7 +72,7 @@ def explain(
             options = options.model_copy(update={"samples": samples})
         found = {}
         for name in names if model is None else [model]:
-            made = task.load(folder / name).to(_device())
+            made = task.load(folder / name).to(chosen_device())
             found[name] = _of_model(recipe, options, task, made)
             say(f"explained {name}")
         write(folder, recipe, {name: {"explanations": one} for name, one in found.items()})
@@ -162,7 +163,9 @@ def _of_model(
     some = batches[: math.ceil(SEARCHED / size)]
     generator = torch.Generator().manual_seed(recipe.seed)
     attack = make_attack(attack_of(recipe), recipe.threat, generator, best=True)
-    attacked = evaluate(model, some, sites, {"": attack}, evaluator=task)[""]
+    attacked = evaluate(
+        model, some, sites, {"": attack}, evaluator=task, leave=not task.kind.graded
+    )[""]
     outputs = predict(model, some, task), attacked.outputs
     labels = labels_of(some).cpu()
     return _explained(recipe, options, task, model, sites, batches, (*outputs, labels))
@@ -246,7 +249,3 @@ def page(recipe: Recipe, task: Task, found: Mapping[str, dict[str, Any]]) -> str
     )
     title = f"{recipe.name}: explanations"
     return html.page(title, [html.heading(title, lead), evidence.explanations(facts)])
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -26,7 +26,7 @@ from embattle.data.rows import Row, Rows
 from embattle.errors import InputError, Interrupted
 from embattle.files import sha256
 from embattle.jobs.parts import SUFFIXES, Bad, Parts, bad_rows_file, parts_folder
-from embattle.jobs.trained import TrainedModel, load_trained, model_files
+from embattle.jobs.trained import TrainedModel, chosen_device, load_trained, model_files
 from embattle.progress import bar, say
 from embattle.tasks.base import Task
 from embattle.tasks.kinds import Ranking
@@ -110,7 +110,7 @@ def predict(
             encoding=encoding,
             delimiter="\t" if delimiter in ("tab", "\\t") else delimiter,
         )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = chosen_device()
         job = {
             "model": _hash(model_files(folder), folder),
             "table": _hash(parquet_files(table), table.parent),

@@ -24,6 +24,7 @@ from embattle.jobs.audit import audit
 from embattle.jobs.recipe import Recipe
 from embattle.jobs.threat import make_attack
 from embattle.jobs.train import read, train
+from embattle.jobs.trained import chosen_device
 from embattle.progress import say
 
 # What an attacker may do to a model of each family; eps in mean norms of the model's embeddings.
@@ -118,7 +119,7 @@ def attack_checkpoint(recipe: Recipe, out: Path) -> None:
     read(task, account, part)
     for line in account.lines():
         say(line)
-    model = task.build().to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = task.build().to(chosen_device())
     batches = task.batches(model, part, recipe.audit.batch_size)
     labels = labels_of(batches)
     clean = predict(model, batches, task)
@@ -128,7 +129,9 @@ def attack_checkpoint(recipe: Recipe, out: Path) -> None:
     generator = torch.Generator().manual_seed(recipe.seed)
     for label, attack in recipe.audit.labelled().items():
         made = {label: make_attack(attack, recipe.threat, generator, best=True)}
-        found = evaluate(model, batches, sites, made, evaluator=task)[label]
+        found = evaluate(model, batches, sites, made, evaluator=task, leave=not task.kind.graded)[
+            label
+        ]
         rows[label] = task.kind.scores(found.outputs, labels)
         rows[label]["success_rate"] = success_rate(right, found.right)
     measures = task.kind.measures

@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from embattle.data.recipe import Part
 from embattle.errors import InputError, closest, need
 from embattle.sections import Section
 from embattle.tasks.base import Task
@@ -25,24 +24,15 @@ import yaml
 from pydantic import (
     Field,
     NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
     create_model,
     field_validator,
     model_validator,
 )
 
-from embattle.jobs.attack_recipe import (
-    AttackRecipe,
-    CurveChoice,
-    TableChoice,
-    ThreatRecipe,
-    attack_recipe,
-)
+from embattle.jobs.attack_recipe import ThreatRecipe
+from embattle.jobs.audit_recipe import AuditRecipe
 from embattle.jobs.choices import locate
-from embattle.jobs.column_recipe import ColumnRecipe
-from embattle.jobs.explain_recipe import ExplainRecipe
 from embattle.jobs.threat import check_attack
 from embattle.jobs.train_recipe import TrainRecipe
 from embattle.jobs.tune_recipe import TuneRecipe
@@ -51,7 +41,7 @@ from embattle.jobs.variant_recipe import (
     AttackedVariant,
     PlainVariant,
     VariantChoice,
-    check_training,
+    VariantRecipe,
 )
 
 DEFAULT_TASK = "text_classification"
@@ -59,82 +49,6 @@ DEFAULT_TASK = "text_classification"
 STANDARD = "standard"
 #: The folder of a run in which trackers write; no variant can be called so.
 TRACKED = "trackers"
-
-
-class AuditRecipe(Section):
-    """How the trained models are examined.
-
-    Attributes:
-        part: the part of the data that is attacked.
-        batch_size: examples attacked at once.
-        attacks: the attacks, from the weakest to the strongest. `kind: ensemble` attacks what all
-            others left standing; it comes last.
-        strengths: multiples of the threat model's eps at which each of them is run; 1 is among
-            them.
-        sweep: multiples of the threat model's eps for the accuracy curve.
-        sweep_attack: the attack of the curve: `minimum_norm` gives all of it at once; another is
-            run at each eps, as is `pgd` where samples have no smallest perturbation of their own.
-        explain: what is explained (see `ExplainRecipe`); null: nothing.
-        columns: attacks on what rows of a table say: categories that are exchanged, noise on
-            numbers. They have a section of their own: they are in no ball of the threat.
-    """
-
-    part: Part = "test"
-    batch_size: PositiveInt = 50
-    attacks: list[TableChoice] = Field(
-        default=[
-            attack_recipe(kind="noise", restarts=5),
-            attack_recipe(kind="fgm"),
-            attack_recipe(kind="pgd", steps=20, random_start=True),
-            attack_recipe(kind="ensemble"),
-        ],
-        min_length=1,
-    )
-    strengths: list[PositiveFloat] = Field(default=[1.0], min_length=1)
-    sweep: list[PositiveFloat] = Field(default=[0.25, 0.5, 1.0, 1.5, 2.0, 4.0], min_length=1)
-    sweep_attack: CurveChoice = attack_recipe(kind="minimum_norm")
-    explain: ExplainRecipe | None = ExplainRecipe()
-    columns: list[ColumnRecipe] = Field(default=[])
-
-    @field_validator("strengths")
-    @classmethod
-    def _with_the_threat(cls, strengths: list[float]) -> list[float]:
-        if 1.0 not in strengths or len(set(strengths)) < len(strengths):
-            raise ValueError("multiples of the threat's eps, 1 among them, and none twice")
-        return strengths
-
-    def table(self) -> dict[str, tuple[AttackRecipe, float]]:
-        """Each attack at each strength, by labels of which no two are alike.
-
-        Those at the threat's eps come last, and the ensembles after the others.
-        """
-        scales = [*sorted(scale for scale in self.strengths if scale != 1.0), 1.0]
-        found = {
-            label if scale == 1.0 else f"{label} at {scale:g} eps": (attack, scale)
-            for scale in scales
-            for label, attack in self.labelled().items()
-        }
-        last = {label: one for label, one in found.items() if one[0].kind == "ensemble"}
-        return {**{label: one for label, one in found.items() if label not in last}, **last}
-
-    def labelled(self) -> dict[str, AttackRecipe]:
-        """The attacks by labels of which no two are alike.
-
-        Attacks with the same short name also say what they differ in, or else their number.
-        """
-        names = [attack.label for attack in self.attacks]
-        full = [
-            attack.detailed_label if names.count(attack.label) > 1 else attack.label
-            for attack in self.attacks
-        ]
-        found: dict[str, AttackRecipe] = {}
-        for attack, name in zip(self.attacks, full, strict=True):
-            number, label = 1, name
-            while label in found or (number > 1 and label in full):
-                number += 1
-                label = f"{name} #{number}"
-            found[label] = attack
-        return found
 
 
 class Recipe(Section):
@@ -192,7 +106,7 @@ class Recipe(Section):
         if self.train.validation is not None:
             attacks["train.validation.attack"] = self.train.validation.attack
         for name, variant in self.variants.items():
-            check_training(f"variants.{name}", variant, self.train.precision, self.train.accumulate)
+            _check_training(f"variants.{name}", variant, self.train)
             if isinstance(variant, AttackedVariant):
                 attacks[f"variants.{name}.attack"] = variant.attack
         for key, attack in attacks.items():
@@ -390,3 +304,32 @@ def _check(raw: Mapping[str, Any], origin: str, trust: bool) -> Recipe:
         given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
         where = f"{key}: " if key else ""
         raise InputError(f"{origin}: {where}{what}{given}") from errors
+
+
+def _check_training(key: str, variant: VariantRecipe, train: TrainRecipe) -> None:
+    """Check that a variant can be trained with these options of the section `train`.
+
+    Args:
+        key: the variant's place in the recipe.
+        variant: the variant.
+        train: that section.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if getattr(variant, "clipping", None) is not None and train.precision != "no":
+        raise ValueError(
+            f"{key}.clipping needs norms in full precision: write train.precision: no, or leave "
+            "clipping out"
+        )
+    awp = getattr(variant, "awp", None) is not None
+    if train.precision == "fp16" and (awp or variant.objective in ("free", "freeat")):
+        what = "awp" if awp else f"objective {variant.objective}"
+        raise ValueError(
+            f"{key}: {what} computes gradients before train.precision: fp16 scales them; use bf16"
+        )
+    if variant.objective == "freeat" and train.accumulate > 1:
+        raise ValueError(
+            f"{key}: objective freeat keeps its perturbation from batch to batch, and cannot have "
+            "train.accumulate; use 1"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from embattle.errors import InputError
@@ -29,6 +30,11 @@ class TrainedModel:
     recipe: Recipe
     task: Task
     model: nn.Module
+
+
+def chosen_device() -> torch.device:
+    """Where the jobs run finished models: on a GPU if torch sees one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_trained(folder: Path, *, trust: bool = False) -> TrainedModel:

@@ -386,32 +386,3 @@ if TYPE_CHECKING:
     VariantChoice = VariantRecipe
 else:
     VariantChoice = choice(OBJECTIVES, "objective", "mixed")
-
-
-def check_training(key: str, variant: VariantRecipe, precision: str, accumulate: int) -> None:
-    """Checks that a variant can be trained with these options of the section `train`.
-
-    Args:
-        key: the variant's place in the recipe.
-        variant: the variant.
-        precision, accumulate: the options.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if getattr(variant, "clipping", None) is not None and precision != "no":
-        raise ValueError(
-            f"{key}.clipping needs norms in full precision: write train.precision: no, or leave "
-            "clipping out"
-        )
-    awp = getattr(variant, "awp", None) is not None
-    if precision == "fp16" and (awp or variant.objective in ("free", "freeat")):
-        what = "awp" if awp else f"objective {variant.objective}"
-        raise ValueError(
-            f"{key}: {what} computes gradients before train.precision: fp16 scales them; use bf16"
-        )
-    if variant.objective == "freeat" and accumulate > 1:
-        raise ValueError(
-            f"{key}: objective freeat keeps its perturbation from batch to batch, and cannot have "
-            "train.accumulate; use 1"
-        )

@@ -190,7 +190,11 @@ class ColumnAttack:
     ) -> SwapResult:
         frozen = [i for i, name in enumerate(columns.names) if name in self.immutable]
         attack = CategorySwap(
-            swaps=self.swaps, tries=self.tries, frozen=frozen, allowed=columns.allowed()
+            swaps=self.swaps,
+            tries=self.tries,
+            frozen=frozen,
+            allowed=columns.allowed(),
+            go_on=evaluator.kind.graded,
         )
         return attack.run(
             lambda values: lambda: evaluator.evaluate(model, _with(batch, columns.values, values)),

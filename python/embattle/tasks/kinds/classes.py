@@ -36,10 +36,7 @@ class Classification(Kind):
         ("f1", "F1"),
         ("auc", "AUC"),
     )
-    note: ClassVar[str] = (
-        "F1 is the mean over the classes. Samples leave an attack as they fall: AUC under attack "
-        "is that of each one's first success."
-    )
+    note: ClassVar[str] = "F1 is the mean over the classes."
     shown: ClassVar[str] = "confidence in the true label"
     graded: ClassVar[bool] = False
 
@@ -159,7 +156,10 @@ class MultiLabelClassification(Kind):
         ("f1", "F1"),
         ("auc", "AUC"),
     )
-    note: ClassVar[str] = "All right: no label is wrong. F1 and AUC are means over the labels."
+    note: ClassVar[str] = (
+        "All right: no label is wrong. F1 and AUC are means over the labels; under attack, of the "
+        "point that counts for a sample: a wrong label first, then the largest loss."
+    )
     shown: ClassVar[str] = "labels that are right"
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:

@@ -32,7 +32,10 @@ class Ranking(Kind):
         ("ndcg", "NDCG"),
         ("mrr", "MRR"),
     )
-    note: ClassVar[str] = "Hit rate, NDCG and MRR are of the items that are recommended."
+    note: ClassVar[str] = (
+        "Hit rate, NDCG and MRR are of the items that are recommended. Of a right item that stays "
+        "among them NDCG and MRR under attack are of the point where it comes nearest to leaving."
+    )
     shown: ClassVar[str] = "rank of the right item"
     graded: ClassVar[bool] = False  # below the k-th place all ranks count for nothing
 
