@@ -98,7 +98,7 @@ def build(name: str, sources: Sequence[Path], variant: str, module: bool) -> Pat
         return target
 
     with ThreadPoolExecutor(int(os.environ.get("JOBS", os.cpu_count() or 1))) as pool:
-        parts = list(pool.map(compiled, [HERE / "emulator.cpp", *sources]))
+        parts = list(pool.map(compiled, [HERE / "emulator.cpp", HERE / "trace.cpp", *sources]))
     key = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:20]
     folder = BUILD / f"{variant}-{key}"
     target = folder / (name + (sysconfig.get_config_var("EXT_SUFFIX") if module else ""))
