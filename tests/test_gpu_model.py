@@ -19,7 +19,8 @@ import gpu_model
 import gpu_model_cases
 import sass_loops
 
-pytestmark = IN_EMULATOR
+pytestmark = IN_EMULATOR[0]  # a compiler
+on_device = IN_EMULATOR[1]  # leaves the emulated device as it was
 Counts = dict[str, Any]
 
 
@@ -53,13 +54,13 @@ def toy(
     return dict(counts)
 
 
-def cost(requests: int, bytes: int, units: int, ideal: int) -> dict[str, int]:
-    return {"requests": requests, "bytes": bytes, "units": units, "ideal": ideal}
+def cost(requests: int, bytes: int, units: int, ideal: int, wide: int = 0) -> dict[str, int]:
+    return {"requests": requests, "bytes": bytes, "units": units, "ideal": ideal, "wide": wide}
 
 
 def test_a_copy_is_counted_to_the_byte() -> None:
     counts = toy("copy", 128, 4, n=8192, parameter=1)
-    whole = cost(64, 32768, 1024, 1024)
+    whole = cost(64, 32768, 1024, 1024, 64)
     assert counts["read"] == counts["write"] == whole
     assert counts["first_read"] == counts["first_write"] == 1024
     assert counts["shared_read"]["requests"] == counts["block_barriers"] == 0
@@ -115,8 +116,8 @@ def test_teams_of_a_warp_that_agree_by_themselves_load_together() -> None:
 
 def test_an_asynchronous_copy_is_a_load_and_a_write_to_shared_memory() -> None:
     counts = toy("staged")
-    assert counts["read"] == counts["write"] == cost(2, 1024, 32, 32)
-    assert counts["shared_write"] == counts["shared_read"] == cost(2, 1024, 8, 8)
+    assert counts["read"] == counts["write"] == cost(2, 1024, 32, 32, 2)
+    assert counts["shared_write"] == counts["shared_read"] == cost(2, 1024, 8, 8, 2)
     assert counts["copied"] == 1024
     assert counts["waited"] == 16  # by each thread
 
@@ -140,6 +141,7 @@ def step(groups: int, elements: int) -> Callable[[], Any]:
     return lambda: emulated.pgd_step(delta, grad, norm="l2", step_size=3.0, eps=1.0)
 
 
+@on_device
 @pytest.mark.parametrize("elements", [64, 2048])
 @pytest.mark.parametrize("groups", [64, 128])
 def test_a_part_of_a_grid_tells_what_the_whole_costs(groups: int, elements: int) -> None:
@@ -150,6 +152,7 @@ def test_a_part_of_a_grid_tells_what_the_whole_costs(groups: int, elements: int)
     assert scaled(part) == scaled(whole)
 
 
+@on_device
 def test_a_smaller_device_with_a_smaller_problem_tells_what_the_whole_costs() -> None:
     found = []
     for groups in (2, 4):
@@ -162,6 +165,7 @@ def test_a_smaller_device_with_a_smaller_problem_tells_what_the_whole_costs() ->
     assert large == {name: 2 * value for name, value in small.items()}
 
 
+@on_device
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", [(64, 64), (8, 4096), (2, 40000)])
@@ -247,8 +251,8 @@ def test_occupancy(threads: int, registers: int, shared: int, blocks: int) -> No
 
 def launch(**changes: Any) -> gpu_model.Launch:
     """A copy of 2^30 bytes by 128 threads and two 16-byte loads a thread."""
-    moved = {"requests": 1 << 20, "bytes": 1 << 29, "units": 1 << 24, "ideal": 1 << 24}
-    nothing = {"requests": 0, "bytes": 0, "units": 0, "ideal": 0}
+    moved = cost(1 << 20, 1 << 29, 1 << 24, 1 << 24, 1 << 20)
+    nothing = cost(0, 0, 0, 0)
     counts: Counts = {
         "grid": 132 * 64,
         "threads": 128,
@@ -275,7 +279,7 @@ def launch(**changes: Any) -> gpu_model.Launch:
         "shared_places": {},
     }
     ((_, text),) = sass_loops.functions(LISTING).items()
-    code = gpu_model.Code(32, 0, sass_loops.hot_loops(sass_loops.instructions(text)))
+    code = gpu_model.Code(32, 0, text)
     return gpu_model.Launch("copy_kernel", {**counts, **changes}, code, gpu_model.H100)
 
 
@@ -302,7 +306,7 @@ def test_too_few_bytes_in_flight_limit_it() -> None:
 
 
 def test_what_is_read_twice_counts_but_for_lists() -> None:
-    twice = launch(read=cost(2 << 20, 2 << 29, 2 << 24, 2 << 24))
+    twice = launch(read=cost(2 << 20, 2 << 29, 2 << 24, 2 << 24, 2 << 20))
     result = gpu_model.Result(case(), gpu_model.H100, [twice], [])
     assert (result.traffic, result.again) == (1.5, 0.5)
     assert result.missed() == ["traffic"]

@@ -17,7 +17,8 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,11 @@ class Code:
 
     registers: int
     shared: int = 0  # static, bytes
-    loops: list[sass_loops.Loop] = field(default_factory=list)
+    listing: str = ""  # of its instructions, as cuobjdump has it
+
+    @cached_property
+    def loops(self) -> list[sass_loops.Loop]:
+        return sass_loops.hot_loops(sass_loops.instructions(self.listing))
 
 
 @dataclass
@@ -115,12 +120,24 @@ class Launch:
     def waiting(self) -> float:
         """Bytes that a multiprocessor's threads wait for at once."""
         copied = self.counts["waited"]
-        unrolled = max((loop.accesses.get("load", 0) for loop in self.loops("load")), default=0)
+        unrolled = max((loop.accesses["load"] for loop in self.loops("load")), default=0)
         each = copied or 16 * unrolled or 16
         return self.at_once * self.counts["threads"] * each
 
+    @property
+    def needed(self) -> float:
+        """Bytes that should be in flight on a multiprocessor: no more than are read at all."""
+        read = self.scale * self.counts["first_read"] * SECTOR / self.gpu.multiprocessors
+        return min(self.gpu.in_flight, read)
+
     def loops(self, access: str) -> list[sass_loops.Loop]:
-        return [loop for loop in self.code.loops if loop.access == access] if self.code else []
+        """The hot loops with an access, of the dtype at hand."""
+        loops = [loop for loop in self.code.loops if loop.access == access] if self.code else []
+        if "<" in self.kernel:
+            return loops
+        # Kernels for lists ask for the dtype as they run: it shows in the conversions to double.
+        own = [loop for loop in loops if loop.widened == 4 * loop.accesses[access]]
+        return own or loops
 
     @property
     def instructions(self) -> Counter[str]:
@@ -131,15 +148,15 @@ class Launch:
         """
         scale = self.scale
         left = {
-            "store": scale * self.counts["write"]["requests"],
+            "store": scale * self.counts["write"]["wide"],
             "copy": scale * self.counts["copied"] / 512,
-            "load": scale * self.counts["read"]["requests"],
-            "shared": scale * self.counts["shared_read"]["requests"],
+            "load": scale * self.counts["read"]["wide"],
+            "shared": scale * self.counts["shared_read"]["wide"],
         }
         left["load"] -= left["copy"]
         total: Counter[str] = Counter()
         for access in sass_loops.ACCESSES:
-            loops = usual(self.loops(access))
+            loops = self.loops(access)
             if not loops or left[access] <= 0:
                 continue
             times = left[access] / sum(loop.accesses[access] for loop in loops)
@@ -154,6 +171,16 @@ class Launch:
     def busy(self) -> dict[str, float]:
         """Cycles that a multiprocessor's pipes work on the whole launch."""
         pipes = sass_loops.cycles(self.instructions, self.gpu.fp64)
+        counts = self.counts
+        pipes["load and store"] = self.scale * (
+            counts["shared_read"]["units"]
+            + counts["shared_write"]["units"]
+            + (counts["read"]["bytes"] + counts["write"]["bytes"]) / 128
+        )
+        # Partial sums, read from shared memory one by one.
+        narrow = self.scale * (counts["shared_read"]["requests"] - counts["shared_read"]["wide"])
+        pipes["issue"] += narrow / 2
+        pipes["fp64"] += narrow / self.gpu.fp64
         used = min(self.counts["grid"], self.gpu.multiprocessors)
         return {pipe: cycles / used for pipe, cycles in pipes.items()}
 
@@ -189,21 +216,15 @@ class Launch:
         pipe, busy = max(self.busy.items(), key=lambda item: item[1])
         blocks = rounds * min(self.resident, math.ceil(counts["grid"] / used))
         alone = rounds * (gpu.latency + self.waits) + (memory + busy) / blocks * rounds
-        slow = memory / min(1.0, self.waiting * gpu.multiprocessors / used / gpu.in_flight)
+        slow = memory / min(1.0, self.waiting / self.needed) if self.needed else 0.0
         limits = {
-            "memory": memory,
-            "bytes in flight": slow if slow > memory else 0.0,
-            pipe: busy,
+            "memory": gpu.latency + memory,
+            "bytes in flight": gpu.latency + slow if slow > memory else 0.0,
+            pipe: gpu.latency + busy,
             "waiting, one after another": alone,
         }
         limit = max(limits, key=lambda name: limits[name])
         return limits[limit] / (gpu.clock * 1e9), limit
-
-
-def usual(loops: Sequence[sass_loops.Loop]) -> list[sass_loops.Loop]:
-    """The loops without those that call functions: rare cases, where there are others."""
-    without = [loop for loop in loops if not any(name.startswith("CALL") for name in loop.names)]
-    return without or list(loops)
 
 
 def occupancy(gpu: Gpu, threads: int, registers: int, shared: int) -> int:
@@ -231,8 +252,8 @@ def read_build(build: Path, archs: Iterable[str]) -> dict[tuple[str, str], Code]
         names = check_cuda_kernels.demangled([name for name, _ in codes])
         for (mangled, arch), code in codes.items():
             if arch in archs and (mangled, arch) in listing:
-                loops = sass_loops.hot_loops(sass_loops.instructions(listing[mangled, arch]))
-                found[names[mangled], arch] = Code(code.registers, code.shared, loops)
+                text = listing[mangled, arch]
+                found[names[mangled], arch] = Code(code.registers, code.shared, text)
     return found
 
 
@@ -314,7 +335,8 @@ class Result:
     @property
     def share(self) -> float:
         """Of the rate of a copy that moves the compulsory bytes, launches counted in both."""
-        copy = self.case.compulsory / (self.gpu.bandwidth * 1e9 * COPY)
+        gpu = self.gpu
+        copy = self.case.compulsory / (gpu.bandwidth * 1e9 * COPY) + gpu.latency / gpu.clock * 1e-9
         return (copy + LAUNCH) / (self.seconds + LAUNCH)
 
     def missed(self) -> list[str]:
@@ -326,7 +348,7 @@ class Result:
             found.append("sectors")
         if self.conflicts:
             found.append("conflicts")
-        if case.compulsory * case.reduce >= 1 << 20 and main.waiting < self.gpu.in_flight:
+        if case.compulsory * case.reduce >= 1 << 20 and main.waiting < 0.99 * main.needed:
             found.append("in flight")
         if case.small and len(self.launches) > 1:
             found.append("launches")
@@ -385,7 +407,7 @@ COLUMNS = (
 
 
 def row(result: Result) -> str:
-    main, gpu = result.main, result.gpu
+    main = result.main
     counts = main.counts
     blocks = counts["blocks_ran"] or 1
     pieces = result.case.compulsory / 16 / 32  # of 16 bytes, a warp's together
@@ -404,7 +426,7 @@ def row(result: Result) -> str:
         ", ".join(result.conflicts) or "none",
         ", ".join(f"{n:.0f}" for n in barriers),
         f"{main.code.registers if main.code else '?'}, {main.at_once:.1f} x {counts['threads']}",
-        f"{main.waiting / 1024:.0f} ({gpu.in_flight // 1024})",
+        f"{main.waiting / 1024:.0f} ({main.needed / 1024:.0f})",
         f"{issued / pieces:.0f}",
         main.predicted()[1],
         f"{100 * result.share:.0f} %",

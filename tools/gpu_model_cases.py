@@ -39,7 +39,11 @@ class Case:
     small: bool = False
 
     def device(self, gpu: Any) -> Any:
-        return replace(gpu, multiprocessors=gpu.multiprocessors // self.reduce)
+        """The part of a GPU that a case runs on."""
+        few = gpu.multiprocessors // self.reduce
+        return replace(
+            gpu, multiprocessors=few, bandwidth=gpu.bandwidth * few / gpu.multiprocessors
+        )
 
 
 def library() -> ctypes.CDLL:
@@ -192,10 +196,10 @@ def _groups() -> Iterator[Case]:
 
 def _lists() -> Iterator[Case]:
     """Ops on per-sample gradients."""
-    for batch, widths in ((64, [262144 // 4]), (512, [4096, 256, 16384 // 4, 64])):
-        grads = [_random(batch, width) for width in widths]
+    for batch, widths in ((64, [262144]), (512, [4096, 256, 16384, 64])):
+        grads = [_random(batch, width // 4) for width in widths]
         one = _bytes(*grads)
-        size = f"{batch} x {widths} float32, a quarter of the device"
+        size = f"{batch} x {widths} float32"
         yield Case(
             f"per_sample_norm {size}",
             partial(emulated.per_sample_norm, grads),
@@ -211,12 +215,14 @@ def _lists() -> Iterator[Case]:
             traffic_bar=True,
             list=True,
         )
-    for tokens in (1, 128):
-        input, grad = _random(256, tokens, 768), _random(256, tokens, 768)
+    for batch, tokens, reduce in ((256, 1, 1), (256, 128, 32)):
+        input, grad = (_random(batch // reduce, tokens, 768) for _ in range(2))
         yield Case(
-            f"linear_grad_norm [256, {tokens}, 768] x [256, {tokens}, 768]",
+            f"linear_grad_norm [{batch}, {tokens}, 768] x [{batch}, {tokens}, 768]",
             partial(emulated.linear_grad_norm, input, grad),
             _bytes(input, grad),
+            reduce=reduce,
+            cohorts=0,
         )
 
 

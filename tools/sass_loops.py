@@ -1,12 +1,13 @@
 """What a GPU issues in a kernel's hot loops, read from the machine code that cuobjdump lists.
 
-A hot loop is the smallest one around a 128-bit access. Of the ways through it the shortest that
-makes the access is taken: rare cases (edges, masks, other dtypes) are branches off it.
+A hot loop is the smallest one around a 128-bit access. Of the ways round it that make the access
+the longest is taken that calls no function and has no narrower access to global memory, where
+there is one: those are for edges, masks and other dtypes. The shortest would often do nothing, as
+what a pass is for is asked inside the loop. So it is an upper bound.
 """
 
 from __future__ import annotations
 
-import heapq
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,12 +19,11 @@ INSTRUCTION = re.compile(
 TARGET = re.compile(r"(0x[0-9a-f]+)\s*$")
 #: How 128-bit accesses are told apart, by what an instruction is called.
 ACCESSES = {
-    "store": re.compile(r"^ST(G|\.E)?[\w.]*\.128|^STG[\w.]*\.128"),
+    "store": re.compile(r"^ST(G|\.E)[\w.]*\.128"),
     "copy": re.compile(r"^LDGSTS[\w.]*\.128"),
     "load": re.compile(r"^LDG\.[\w.]*\.128"),
     "shared": re.compile(r"^LDS?\.[\w.]*128"),  # LD: the compiler could not tell where from
 }
-CALL = 10_000  # what a call costs where a way around it is looked for
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """The shortest way once around a loop that makes an access."""
+    """The longest way once round a loop that makes an access."""
 
     access: str  # a key of ACCESSES
     accesses: Mapping[str, int]  # how many of each on the way
@@ -47,6 +47,11 @@ class Loop:
     @property
     def length(self) -> int:
         return sum(self.names.values())
+
+    @property
+    def widened(self) -> int:
+        """Conversions from float to double."""
+        return sum(n for name, n in self.names.items() if name.startswith("F2F.F64"))
 
 
 def functions(listing: str) -> dict[tuple[str, str], str]:
@@ -116,45 +121,63 @@ def _bodies(code: list[Instruction]) -> list[tuple[int, int, set[int]]]:
     return sorted(found, key=lambda loop: len(loop[2]))
 
 
-def _cost(instruction: Instruction) -> int:
-    return CALL if instruction.name.startswith("CALL") else 1
+def _worth(instruction: Instruction) -> int:
+    """How much a way is preferred for an instruction on it."""
+    name = instruction.name
+    if name.startswith("CALL"):
+        return 1 if instruction.predicated else -10_000  # predicated ones are far jumps
+    if name.startswith(("LDG", "STG")) and ".128" not in name:
+        return -500
+    return 100 if _access(name) else 1
 
 
-def _shortest(
+def _longest(
     code: list[Instruction], body: set[int], start: int, end: int, last: int
 ) -> list[int] | None:
-    """The cheapest way inside a loop's body, both ends included; it does not go on from `last`."""
-    best = {start: _cost(code[start])}
-    came: dict[int, int] = {}
-    heap = [(best[start], start)]
-    while heap:
-        cost, i = heapq.heappop(heap)
-        if i == end:
-            way = [i]
-            while way[-1] != start:
-                way.append(came[way[-1]])
-            return way[::-1]
-        if cost > best[i] or i == last:
+    """The longest way inside a loop's body, both ends included; it does not go on from `last`.
+
+    No instruction comes twice: what leads back to one that is on the way is left out.
+    """
+    onward: dict[int, list[int]] = {}
+    on_the_way, done = [start], []
+    entered, left = {start}, set[int]()
+    while on_the_way:
+        i = on_the_way[-1]
+        if i not in onward:
+            goes_on = i not in (end, last)
+            onward[i] = [j for j in _next(code, i) if j in body] if goes_on else []
+        ahead = next((j for j in onward[i] if j not in entered), None)
+        if ahead is not None:
+            entered.add(ahead)
+            on_the_way.append(ahead)
             continue
-        for j in _next(code, i):
-            if j in body and cost + _cost(code[j]) < best.get(j, 1 << 60):
-                best[j] = cost + _cost(code[j])
-                came[j] = i
-                heapq.heappush(heap, (best[j], j))
-    return None
+        onward[i] = [j for j in onward[i] if j in left]
+        left.add(i)
+        done.append(on_the_way.pop())
+    best: dict[int, int] = {end: _worth(code[end])}
+    for i in done:  # those ahead come first
+        ahead_of = [best[j] for j in onward[i] if j in best]
+        if i != end and ahead_of:
+            best[i] = _worth(code[i]) + max(ahead_of)
+    if start not in best:
+        return None
+    way = [start]
+    while way[-1] != end:
+        way.append(max((j for j in onward[way[-1]] if j in best), key=lambda j: best[j]))
+    return way
 
 
 def _through(
     code: list[Instruction], loop: tuple[int, int, set[int]], body: set[int], places: list[int]
 ) -> list[int] | None:
-    """Once around a loop by the first of the places, and those of the others on the way."""
+    """Once round a loop, by the first of the places that a way leads to."""
     first, last, _ = loop
-    way = _shortest(code, body, first, places[0], last)
-    for place in [*places[1:], last]:
-        on = way and _shortest(code, body, way[-1], place, last)
-        if way and on:
-            way = way + on[1:]
-    return way if way and way[-1] == last else None
+    for place in places:
+        there = _longest(code, body, first, place, last)
+        back = _longest(code, body, place, last, last)
+        if there and back:
+            return there + back[1:]
+    return None
 
 
 def _access(name: str) -> str | None:
@@ -162,7 +185,7 @@ def _access(name: str) -> str | None:
 
 
 def hot_loops(code: list[Instruction]) -> list[Loop]:
-    """The ways around the smallest loops with 128-bit accesses, one for each kind of access.
+    """The ways round the smallest loops with 128-bit accesses, one for each kind of access.
 
     A way for one kind avoids the kinds that come before it in ACCESSES where it can: a pass that
     only reads is not counted as the one that also stores.

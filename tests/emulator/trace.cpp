@@ -20,8 +20,10 @@ constexpr uint64_t kSector = 32, kBank = 4, kBanks = 32;
 // would need side by side.
 struct Cost {
   uint64_t requests = 0, bytes = 0, units = 0, ideal = 0;
-  void add(uint64_t b, uint64_t u, uint64_t i) {
+  uint64_t wide = 0;  // requests of 16 bytes a lane
+  void add(bool w, uint64_t b, uint64_t u, uint64_t i) {
     ++requests;
+    wide += w;
     bytes += b;
     units += u;
     ideal += i;
@@ -122,8 +124,9 @@ void global_request(const Logged& what, const Lane* lanes, size_t n) {
   auto& seen = write ? seen_written : seen_read;
   uint64_t& first = write ? now.first_write : now.first_read;
   for (uint64_t u : units) first += seen.insert(u).second;
-  (write ? now.write : now.read).add(bytes, units.size(), ceil_div(bytes, kSector));
-  now.places[0][what.place].add(bytes, units.size(), ceil_div(bytes, kSector));
+  (write ? now.write : now.read)
+      .add(what.size == 16, bytes, units.size(), ceil_div(bytes, kSector));
+  now.places[0][what.place].add(what.size == 16, bytes, units.size(), ceil_div(bytes, kSector));
 }
 
 // Lanes are served so many at a time that their accesses have 128 bytes; those that hit different
@@ -144,8 +147,9 @@ void shared_request(const Logged& what, const Lane* lanes, const unsigned* numbe
   }
   const uint64_t bytes = different_bytes(lanes, n, words);
   const uint64_t ideal = std::max(least, ceil_div(bytes, kBank * kBanks));
-  (what.kind == Kind::read ? now.shared_read : now.shared_write).add(bytes, waves, ideal);
-  now.places[1][what.place].add(bytes, waves, ideal);
+  (what.kind == Kind::read ? now.shared_read : now.shared_write)
+      .add(what.size == 16, bytes, waves, ideal);
+  now.places[1][what.place].add(what.size == 16, bytes, waves, ideal);
 }
 
 void request(const Logged& what, const Lane* lanes, const unsigned* numbers, size_t n) {
@@ -170,6 +174,7 @@ void tell(std::string& out, const char* name, const Cost& c) {
   tell(out, "bytes", c.bytes);
   tell(out, "units", c.units);
   tell(out, "ideal", c.ideal);
+  tell(out, "wide", c.wide);
   out += '}';
 }
 
