@@ -15,6 +15,7 @@ import torch
 from emulated_case import IN_EMULATOR, emulated, emulator_build
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import gpu_launch
 import gpu_model
 import gpu_model_cases
 import sass_loops
@@ -243,13 +244,13 @@ def test_a_pass_that_only_reads_is_not_the_one_that_stores() -> None:
     ],
 )
 def test_occupancy(threads: int, registers: int, shared: int, blocks: int) -> None:
-    assert gpu_model.occupancy(gpu_model.H100, threads, registers, shared) == blocks
+    assert gpu_launch.occupancy(gpu_launch.H100, threads, registers, shared) == blocks
 
 
 # ---- The prediction ----
 
 
-def launch(**changes: Any) -> gpu_model.Launch:
+def launch(**changes: Any) -> gpu_launch.Launch:
     """A copy of 2^30 bytes by 128 threads and two 16-byte loads a thread."""
     moved = cost(1 << 20, 1 << 29, 1 << 24, 1 << 24, 1 << 20)
     nothing = cost(0, 0, 0, 0)
@@ -279,8 +280,8 @@ def launch(**changes: Any) -> gpu_model.Launch:
         "shared_places": {},
     }
     ((_, text),) = sass_loops.functions(LISTING).items()
-    code = gpu_model.Code(32, 0, text)
-    return gpu_model.Launch("copy_kernel", {**counts, **changes}, code, gpu_model.H100)
+    code = gpu_launch.Code(32, 0, text)
+    return gpu_launch.Launch("copy_kernel", {**counts, **changes}, code, gpu_launch.H100)
 
 
 def case(**changes: Any) -> gpu_model_cases.Case:
@@ -288,7 +289,7 @@ def case(**changes: Any) -> gpu_model_cases.Case:
 
 
 def test_a_copy_runs_at_the_rate_of_a_copy() -> None:
-    result = gpu_model.Result(case(), gpu_model.H100, [launch()], [])
+    result = gpu_model.Result(case(), gpu_launch.H100, [launch()], [])
     assert result.traffic == 1
     assert result.launches[0].resident == 16
     assert result.launches[0].waiting == 16 * 128 * 32
@@ -299,7 +300,7 @@ def test_a_copy_runs_at_the_rate_of_a_copy() -> None:
 
 def test_too_few_bytes_in_flight_limit_it() -> None:
     few = launch(shared=200 << 10)  # one block of 4 KB on a multiprocessor
-    result = gpu_model.Result(case(), gpu_model.H100, [few], [])
+    result = gpu_model.Result(case(), gpu_launch.H100, [few], [])
     assert few.predicted()[1] == "bytes in flight"
     assert result.share == pytest.approx(4 / 32, rel=0.01)
     assert result.missed() == ["in flight"]
@@ -307,14 +308,14 @@ def test_too_few_bytes_in_flight_limit_it() -> None:
 
 def test_what_is_read_twice_counts_but_for_lists() -> None:
     twice = launch(read=cost(2 << 20, 2 << 29, 2 << 24, 2 << 24, 2 << 20))
-    result = gpu_model.Result(case(), gpu_model.H100, [twice], [])
+    result = gpu_model.Result(case(), gpu_launch.H100, [twice], [])
     assert (result.traffic, result.again) == (1.5, 0.5)
     assert result.missed() == ["traffic"]
-    assert gpu_model.Result(case(list=True), gpu_model.H100, [twice], []).missed() == []
+    assert gpu_model.Result(case(list=True), gpu_launch.H100, [twice], []).missed() == []
 
 
 def test_a_row_of_the_table_has_all_columns() -> None:
-    result = gpu_model.Result(case(), gpu_model.H100, [launch()], ["group.cuh:7 x2.0"])
+    result = gpu_model.Result(case(), gpu_launch.H100, [launch()], ["group.cuh:7 x2.0"])
     row = gpu_model.row(result)
     assert row.count("|") == len(gpu_model.COLUMNS) + 1
     assert "conflicts" in row.split("|")[-2]

@@ -34,8 +34,7 @@ __global__ void banked(const float*, float* y, int, int stride) {
 // Lane l goes round l times: 31 requests, of 31, 30, ... lanes.
 __global__ void uneven(const float* x, float* y, int, int) {
   float sum = 0;
-  for (int i = 0; i < int(threadIdx.x % 32); ++i)
-    sum += x[threadIdx.x * 0 + 32 * i + threadIdx.x % 32];
+  for (int i = 0; i < int(threadIdx.x % 32); ++i) sum += x[32 * i + int(threadIdx.x % 32)];
   y[threadIdx.x] = sum;
 }
 
