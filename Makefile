@@ -17,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help setup setup-build setup-jobs dev demo test browser clipping-nightly fuzz-nightly mutation device-test torch-min recbole lint format sanitize bench cuda-check gpu-check emulator-asan clean
+.PHONY: help setup setup-build setup-jobs dev demo test browser clipping-nightly fuzz-nightly mutation device-test torch-min recbole lint format sanitize bench cuda-check gpu-model gpu-check emulator-asan clean
 
 help:
 	@echo "make demo      train and audit a real recommender (about five minutes on two free cores)"
@@ -30,6 +30,7 @@ help:
 	@echo "make lint      ruff, mypy --strict, clang-format"
 	@echo "make bench     the benchmarks, against the memory roofline and eager torch"
 	@echo "make cuda-check [TABLE=file]  spills and 128-bit accesses of the CUDA kernels; needs nvcc, no GPU"
+	@echo "make gpu-model [TABLE=file]  what the CUDA kernels would cost a GPU, counted; needs nvcc, no GPU"
 	@echo "make gpu-check OUT=dir  test and measure the CUDA kernels on the GPU at hand"
 	@echo "make sanitize  the native tests under AddressSanitizer and UBSan"
 	@echo "make emulator-asan [SHORT=1]  the CUDA kernels in the emulator under AddressSanitizer and UBSan"
@@ -120,6 +121,11 @@ cuda-check: setup
 	@PYTHON=$(PY) JOBS=$(JOBS) EMBATTLE_CUDA=ON bash tools/build.sh build/dev -DEMBATTLE_SIMD_LEVELS="v2;v3;v4"
 	@touch build/dev/.stamp build/dev/.native
 	$(PY) tools/check_cuda_kernels.py --build build/dev $(if $(TABLE),--out $(TABLE))
+
+gpu-model: setup
+	@PYTHON=$(PY) JOBS=$(JOBS) EMBATTLE_CUDA=ON CUDAARCHS="80-real;90-real" TARGET=embattle_cuda KEEP_OUT_OF_TREE=1 \
+		bash tools/build.sh build/gpu-model -DEMBATTLE_SIMD_LEVELS=native
+	$(RUN) tools/gpu_model.py $(if $(TABLE),--out $(TABLE)) $(if $(ONLY),--only $(ONLY))
 
 # SYSTEM_PYTHON=1: no virtual environment and no network, with the python3 that is there.
 gpu-check: PYTHON_FOR_GPU = $(if $(SYSTEM_PYTHON),$(PYTHON),$(PY))

@@ -117,6 +117,7 @@ NOT_ON_PRETEND = {
     "test_compile.py": _COMPILE,
     "test_criteria.py::test_nothing_waits_for_a_gpu": "its fake tensors are said to be on CUDA",
     "test_criteria.py::test_pickles_and_copies": _NO_STORAGE,
+    "test_gpu_model.py": _EMULATOR,
     "test_guard.py": "its tensors have no memory and versions of their own",
     "test_faults.py": _PLACING,
     "test_integrations.py::test_accelerate": _PLACING,

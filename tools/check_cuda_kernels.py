@@ -63,6 +63,7 @@ class Code:
 
     registers: int = 0
     spilled: int = 0  # bytes
+    shared: int = 0  # bytes, static
     loads: int | None = None  # of 128 bits; None: not looked at
     stores: int | None = None
 
@@ -112,6 +113,8 @@ def read_report(text: str) -> Codes:
                 code.spilled = max(int(found[1]), int(found[2]))
         elif found := re.search(r"Used (\d+) registers", line):
             code.registers = int(found[1])
+            if static := re.search(r"(\d+) bytes smem", line):
+                code.shared = int(static[1])
     return codes
 
 
@@ -148,6 +151,14 @@ def readable(demangled: str) -> str:
     text = re.sub(r"(?<=, )([123])(?=[,>])", lambda m: norms[m[1]], text)
     found = re.match(r"(\w+(<[^()]*>)?)", text)
     return found[1] if found else demangled
+
+
+def demangled(mangled: list[str]) -> dict[str, str]:
+    """Readable names by mangled ones."""
+    done = subprocess.run(
+        ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
+    )
+    return dict(zip(mangled, map(readable, done.stdout.splitlines()), strict=True))
 
 
 def gather(codes: Codes, names: dict[str, str]) -> list[Kernel]:
@@ -240,11 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = read_report(path.read_text())
         untold += read_sass(disassemble(tool, path.with_suffix("")), found)
         codes |= found
-    mangled = sorted({name for name, _ in codes})
-    done = subprocess.run(
-        ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
-    )
-    names = dict(zip(mangled, map(readable, done.stdout.splitlines()), strict=True))
+    names = demangled(sorted({name for name, _ in codes}))
     kernels = gather(codes, names)
     text = table(kernels)
     print(text)

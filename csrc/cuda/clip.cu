@@ -18,7 +18,12 @@ namespace {
 
 constexpr int kMost = 64;  // tensors of a launch: its arguments have 4 KB
 constexpr int kThreads = 256;
-constexpr size_t kShared = kThreads * 8 * sizeof(double);  // a thread's sums: 16 bytes of halves
+// What the threads' sums take: eight of a thread, with 16 bytes of halves. The sums of a pack's
+// n-th elements are kStride<elements> apart from those of the next ones: no two lanes then meet in
+// a bank, neither where threads write theirs nor where they read those of neighbouring columns.
+template <int kCount>
+constexpr int kStride = kThreads + 16 / kCount;
+constexpr size_t kShared = 8 * kStride<8> * sizeof(double);
 
 enum class Step : int { pieces, factors, sums };
 
@@ -195,7 +200,7 @@ __device__ __forceinline__ void take_factors(const Params& p) {
 // ---- Sums ----
 
 // Threads `lane` of `lanes` have 16 bytes of a row each; the block's other threads have other
-// samples, and meet in shared memory, [kThreads / lanes, lanes, elements].
+// samples, and meet in shared memory, [elements, kThreads / lanes, lanes].
 template <class T>
 __device__ void sum_tile(const T* grad, T* sum, int64_t width, int64_t tile, int64_t batch,
                          const double* factors, int lanes, double* held) {
@@ -226,12 +231,13 @@ __device__ void sum_tile(const T* grad, T* sum, int64_t width, int64_t tile, int
     }
   }
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) held[int(threadIdx.x) * kCount + i] = total[i];
+  for (int i = 0; i < kCount; ++i) held[i * kStride<kCount> + int(threadIdx.x)] = total[i];
   __syncthreads();
   const int columns = lanes * kCount;
   for (int c = int(threadIdx.x); c < columns && begin + c < width; c += kThreads) {
     double value = 0;
-    for (int g = 0; g < groups; ++g) value += held[g * columns + c];
+    const double* const own = held + c % kCount * kStride<kCount> + c / kCount;
+    for (int g = 0; g < groups; ++g) value += own[g * lanes];
     sum[begin + c] = Round<T>::nearest(value);
   }
   __syncthreads();  // before the next tile is written there

@@ -5,20 +5,15 @@
 namespace embattle::cuda {
 namespace {
 
-template <class A, int kCount>
-struct Drawn {
-  A at[kCount];
-};
-
 // A chunk of random values, zero where it is not valid: `normal` ones, or those that a start in the
 // norm's ball is made of.
 template <class T, Norm kNorm, class A, int kCount>
-__device__ __forceinline__ Drawn<A, kCount> drawn(bool normal, const int64_t (&key)[2],
-                                                  int64_t chunk, unsigned valid) {
+__device__ __forceinline__ Pack<A, kCount> drawn(bool normal, const int64_t (&key)[2],
+                                                 int64_t chunk, unsigned valid) {
   constexpr Draw kStart = kNorm == Norm::linf ? Draw::uniform
                           : kNorm == Norm::l2 ? Draw::gaussian
                                               : Draw::exponential;
-  Drawn<A, kCount> out;
+  Pack<A, kCount> out;
   draw<T, kStart>(normal, key, chunk, out.at);
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
@@ -28,8 +23,8 @@ __device__ __forceinline__ Drawn<A, kCount> drawn(bool normal, const int64_t (&k
 
 // The same, not inlined: for chunks that shared memory does not hold.
 template <class T, Norm kNorm, class A, int kCount>
-__device__ EMBATTLE_NOINLINE Drawn<A, kCount> drawn_again(bool normal, int64_t key0, int64_t key1,
-                                                          int64_t chunk, unsigned valid) {
+__device__ EMBATTLE_NOINLINE Pack<A, kCount> drawn_again(bool normal, int64_t key0, int64_t key1,
+                                                         int64_t chunk, unsigned valid) {
   return drawn<T, kNorm, A, kCount>(normal, {key0, key1}, chunk, valid);
 }
 
@@ -53,9 +48,9 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
       const bool keep = k < p.resident;
       if (!keep && !(p.start && kNorm != Norm::linf)) return;
       const auto z = drawn<T, kNorm, A, G::kElements>(!p.start, key, c, valid);
+      if (keep) G::write_whole(reinterpret_cast<A*>(group.draw_slot(k)), z);
 #pragma unroll
       for (int i = 0; i < G::kElements; ++i) {
-        if (keep) reinterpret_cast<A*>(group.draw_slot(k))[i] = z.at[i];
         length +=
             kNorm == Norm::l1 ? double(magnitude(z.at[i])) : double(z.at[i]) * double(z.at[i]);
       }

@@ -59,7 +59,8 @@ struct GroupParams {
 
 constexpr double kInfinity = __builtin_huge_val();
 
-// Of a block. The full profile needs more registers than 512 threads can have.
+// Threads that a multiprocessor is sure to have registers for. The full profile needs more of them
+// than 512 can have. A block has half of that, or all (plan.h).
 template <bool kFull>
 constexpr int kMostThreads = kFull ? 256 : 512;
 
@@ -242,6 +243,16 @@ class Group {
         }
       }
     }
+  }
+
+  // Keeps what became of a chunk of x in place of the copy in shared memory, which later passes
+  // then read. The plain profile's, where A is T; shared memory holds the chunk.
+  __device__ __forceinline__ void keep_values(int k, const V& x) const {
+    static_assert(!kFull && std::is_same_v<T, A>);
+    Pack<T, kElements> kept;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) kept.at[i] = x.v[i];
+    write_whole(reinterpret_cast<T*>(slot(p_.x, k)), kept);
   }
 
   // An element of x as it was given; called before anything moves v.

@@ -4,8 +4,8 @@
 namespace embattle::cuda {
 namespace {
 
-// Of a block. In float the l1 search beside three inputs needs more registers than 512 threads can
-// have; inputs come by asynchronous copies, so fewer threads have as many bytes in flight.
+// As kMostThreads. In float the l1 search beside three inputs needs more registers than 512 threads
+// can have; inputs come by asynchronous copies, so fewer threads have as many bytes in flight.
 template <class T, Norm kNorm, bool kFull>
 constexpr int kMomentumThreads =
     !kFull && kNorm == Norm::l1 && sizeof(T) == 4 ? 384 : kMostThreads<kFull>;

@@ -49,8 +49,8 @@ cudaError_t plan_groups(Kernel* kernel, Plan* result, GroupParams& p, const Limi
 
   Plan& plan = *result = Plan{};
   const int64_t head = sizeof(TeamScratch);
-  // Shared memory for two blocks on a multiprocessor. Those of up to 256 threads may find registers
-  // for two, whose loads and arithmetic then overlap; longer ones are alone there.
+  // Shared memory for two blocks on a multiprocessor, whose loads and arithmetic then overlap. The
+  // plain kernels have registers for two blocks of 256 threads; one of 512 would be alone there.
   const int64_t half = limits.shared_per_multiprocessor / 2 - 1024 - head;
   const int64_t whole = limits.shared_per_block - head;
   const int64_t budget = std::min(half, whole);
@@ -65,7 +65,7 @@ cudaError_t plan_groups(Kernel* kernel, Plan* result, GroupParams& p, const Limi
     plan.grid = (g.groups + teams - 1) / teams;
     p.resident = int(each_holds(lanes));
   } else {
-    plan.threads = std::min(chunks <= 512 ? 128 : chunks <= 4096 ? 256 : 512, most_threads);
+    plan.threads = std::min(chunks <= 512 ? 128 : 256, most_threads);
     p.shape.lanes = plan.threads;
     bool clusters = false;
     if (const cudaError_t error = has_clusters(kernel, &clusters); error != cudaSuccess)

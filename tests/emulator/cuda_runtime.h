@@ -18,6 +18,7 @@
 #include <unordered_map>
 
 #include "emulator.h"
+#include "trace.h"
 
 #define EMBATTLE_EMULATOR 1
 
@@ -359,6 +360,7 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
 }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t size, cudaStream_t) {
   std::memset(p, value, size);
+  emu::trace_memset(size);
   return cudaSuccess;
 }
 
@@ -381,5 +383,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     launch.shared_limit = std::max(launch.shared_limit, found->second);
   launch.body = [](void* context) { (*static_cast<decltype(call)*>(context))(); };
   launch.context = &call;
+  launch.kernel = reinterpret_cast<const void*>(kernel);
   return emu::record(emu::run(launch) ? cudaSuccess : cudaErrorLaunchFailure);
 }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "trace.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -156,6 +157,9 @@ struct Fibre {
   unsigned source = 0;
   uint64_t value = 0;
   std::vector<Copy> copies;
+  // Where memory accesses are counted.
+  Log log;
+  std::vector<uint64_t> chain;  // hashes of the functions that it is in
 };
 
 struct Warp {
@@ -292,6 +296,34 @@ char* stack_of(size_t i) {
   return stacks[i];
 }
 
+// ---- Counting
+// --------------------------------------------------------------------------------------
+
+// Puts together what a warp, or every warp of a stretch of whole blocks, has logged.
+void flush_warp(Fibre* lanes, unsigned count) {
+  Log* logs[32] = {};
+  for (unsigned l = 0; l < count; ++l) logs[l] = &lanes[l].log;
+  trace_flush(logs);
+}
+void flush_threads(unsigned first, unsigned threads) {
+  for (unsigned t = first; t < first + threads;) {
+    const Fibre& f = fibres[t];
+    const unsigned count = std::min(32u, f.block->threads - f.thread);
+    flush_warp(&fibres[t], count);
+    t += count;
+  }
+}
+
+void count_access(const void* address, size_t size, Kind kind, const void* place) {
+  const auto* p = static_cast<const unsigned char*>(address);
+  const auto* stack = reinterpret_cast<const unsigned char*>(stacks[size_t(self - fibres.data())]);
+  if (p >= stack && p < stack + kGuard + kStack) return;
+  const bool shared = arena.contains(p) || statics.contains(p);
+  if (!shared && trace_ignores(p)) return;
+  trace_access(self->log, self->chain.empty() ? 0 : self->chain.back(), p, size,
+               shared ? Space::shared : Space::global, kind, place);
+}
+
 // ---- Barriers
 // --------------------------------------------------------------------------------------
 
@@ -307,6 +339,12 @@ bool meet(Meeting& m, State state, const char* barrier, const char* meeting) {
   m.waiting = 0;
   ++m.epoch;
   ++progress;
+  if (tracing()) {
+    flush_threads(m.first, m.threads);
+    trace_event(state == State::block_barrier     ? Event::block_barrier
+                : state == State::cluster_barrier ? Event::cluster_barrier
+                                                  : Event::grid_barrier);
+  }
   for (unsigned t = 0; t < m.threads; ++t) fibres[m.first + t].state = State::ready;
   return true;
 }
@@ -359,6 +397,10 @@ void warp_operation(Operation operation, unsigned mask) {
   }
   w.waiting &= ~mask;
   ++progress;
+  if (tracing()) {
+    if (mask == ~0u) flush_warp(lanes, count);
+    trace_event(Event::warp_operation, unsigned(__builtin_popcount(mask)));
+  }
   if (operation == Operation::barrier) {
     ++w.epoch;
   } else {
@@ -430,6 +472,7 @@ void check_bounds(const unsigned char* p, size_t size) {
 void watch(const void* address, size_t size, bool write, bool atomic = false) {
   if (!self) return;
   ++the_counters.accesses;
+  if (tracing()) return;  // one or the other: that is for other tests
   const auto* p = static_cast<const unsigned char*>(address);
   Watched* w = arena.contains(p) ? &arena : statics.contains(p) ? &statics : nullptr;
   if (!w) return;
@@ -603,6 +646,8 @@ void prepare(uint64_t first, unsigned count, unsigned cluster) {
       f.thread = t;
       f.index = {t % l.block.x, t / l.block.x % l.block.y, t / (l.block.x * l.block.y)};
       f.copies.clear();
+      f.log.clear();
+      f.chain.clear();
     }
   }
 }
@@ -655,6 +700,10 @@ bool run(const Launch& launch) {
       std::max<uint64_t>(the_counters.largest_shared, launch.dynamic_shared);
   std::vector<unsigned> turns(grid / cohort);
   std::iota(turns.begin(), turns.end(), 0u);
+  if (const uint64_t most = trace_most(); most && turns.size() > most) {
+    for (uint64_t i = 0; i < most; ++i) turns[i] = unsigned(i * turns.size() / most);
+    turns.resize(most);
+  }
   if (the_order == Order::reverse) std::reverse(turns.begin(), turns.end());
   order(turns);
   for (unsigned i : turns) {
@@ -662,7 +711,9 @@ bool run(const Launch& launch) {
     run_cohort();
     self = nullptr;
     if (failed) break;
+    if (tracing()) flush_threads(0, unsigned(fibres.size()));
   }
+  if (tracing()) trace_launch(launch, grid / cohort, turns.size(), turns.size() * cohort);
   arena.begin = arena.end = nullptr;
   return !failed;
 }
@@ -741,10 +792,19 @@ void* map_shared_rank(const void* p, unsigned rank) {
 void spin() { to_scheduler(false); }
 
 void async_copy(void* to, const void* from, size_t size) {
+  if (tracing()) {
+    count_access(from, size, Kind::copy, __builtin_return_address(0));
+    count_access(to, size, Kind::write, __builtin_return_address(0));
+  }
   self->copies.push_back({to, from, size});
 }
 
 void async_wait() {
+  if (tracing()) {
+    size_t bytes = 0;
+    for (const Copy& c : self->copies) bytes += c.size;
+    trace_wait(bytes);
+  }
   for (const Copy& c : self->copies) {
     watch(c.to, c.size, true);
     std::memcpy(c.to, c.from, c.size);
@@ -754,6 +814,7 @@ void async_wait() {
 
 void atomic_access(const void* p, size_t size) {
   ++progress;
+  if (tracing()) count_access(p, size, Kind::atomic, __builtin_return_address(0));
   if (!EMU_ASAN) watch(p, size, false, true);  // writes are not reported there
 }
 
@@ -782,9 +843,20 @@ extern "C" void emu_enter() {
 // ---- What -fsanitize=thread makes the compiler call
 // -------------------------------------------------
 
+namespace emu {
+namespace {
+void seen(const void* p, size_t size, bool write, const void* place) {
+  if (tracing() && self)
+    count_access(p, size, write ? Kind::write : Kind::read, place);
+  else
+    watch(p, size, write);
+}
+}  // namespace
+}  // namespace emu
+
 #define EMU_HOOK(name, size, write)                                     \
   extern "C" __attribute__((visibility("hidden"))) void name(void* p) { \
-    emu::watch(p, size, write);                                         \
+    emu::seen(p, size, write, __builtin_return_address(0));             \
   }
 EMU_HOOK(__tsan_read1, 1, false)
 EMU_HOOK(__tsan_read2, 2, false)
@@ -806,11 +878,26 @@ EMU_HOOK(__tsan_unaligned_write8, 8, true)
 EMU_HOOK(__tsan_unaligned_write16, 16, true)
 #undef EMU_HOOK
 #define EMU_HIDDEN extern "C" __attribute__((visibility("hidden")))
-EMU_HIDDEN void __tsan_read_range(void* p, unsigned long size) { emu::watch(p, size, false); }
-EMU_HIDDEN void __tsan_write_range(void* p, unsigned long size) { emu::watch(p, size, true); }
-EMU_HIDDEN void __tsan_volatile_read4(void* p) { emu::watch(p, 4, false); }
-EMU_HIDDEN void __tsan_volatile_write4(void* p) { emu::watch(p, 4, true); }
+EMU_HIDDEN void __tsan_read_range(void* p, unsigned long size) {
+  emu::seen(p, size, false, __builtin_return_address(0));
+}
+EMU_HIDDEN void __tsan_write_range(void* p, unsigned long size) {
+  emu::seen(p, size, true, __builtin_return_address(0));
+}
+EMU_HIDDEN void __tsan_volatile_read4(void* p) {
+  emu::seen(p, 4, false, __builtin_return_address(0));
+}
+EMU_HIDDEN void __tsan_volatile_write4(void* p) {
+  emu::seen(p, 4, true, __builtin_return_address(0));
+}
 EMU_HIDDEN void __tsan_vptr_update(void*, void*) {}
-EMU_HIDDEN void __tsan_func_entry(void*) {}
-EMU_HIDDEN void __tsan_func_exit() {}
+EMU_HIDDEN void __tsan_func_entry(void* caller) {
+  if (!emu::tracing() || !emu::self) return;
+  auto& chain = emu::self->chain;
+  chain.push_back((chain.empty() ? 0 : chain.back()) * 0x9e3779b97f4a7c15u +
+                  reinterpret_cast<uintptr_t>(caller));
+}
+EMU_HIDDEN void __tsan_func_exit() {
+  if (emu::tracing() && emu::self && !emu::self->chain.empty()) emu::self->chain.pop_back();
+}
 EMU_HIDDEN void __tsan_init() {}

@@ -85,6 +85,7 @@ struct Launch {
   size_t dynamic_shared = 0;
   size_t shared_limit = 48 << 10;  // what cudaFuncSetAttribute allowed for this kernel
   bool cooperative = false;
+  const void* kernel = nullptr;
   void (*body)(void*) = nullptr;  // runs the kernel once, as the current thread
   void* context = nullptr;
 };
