@@ -50,6 +50,14 @@ struct Box {
   double upper_value = __builtin_huge_val();
 };
 
+// The numbers of a step that are the same for all groups.
+struct StepRule {
+  double top = 1;           // l1: how many coordinates move; below 1 a fraction of the group
+  int64_t max_groups = -1;  // how many groups of a sample move; -1: all
+  double decay = 0;         // momentum_step only
+  bool apgd = false;        // momentum_step only
+};
+
 struct StepArgs {
   Groups groups;
   Norm norm = Norm::l2;
@@ -61,11 +69,8 @@ struct StepArgs {
   PerGroup step_size;
   PerGroup eps;
   Box box;
-  double top = 1;           // l1: how many coordinates move; below 1 a fraction of the group
-  int64_t max_groups = -1;  // how many groups of a sample move; -1: all
+  StepRule rule;
   int64_t groups_per_sample = 1;
-  double decay = 0;
-  bool apgd = false;
   int32_t* nonfinite = nullptr;  // [groups] or null
 };
 
@@ -111,22 +116,28 @@ struct PerturbArgs;
 struct SegmentSumArgs;
 struct AdagradArgs;
 
+// Every kernel, and what it is told: the CPU's of each SIMD level, and the CUDA launchers.
+#define EMBATTLE_KERNELS(K)                 \
+  K(group_norm, NormArgs)                   \
+  K(project, ProjectArgs)                   \
+  K(pgd_step, StepArgs)                     \
+  K(momentum_step, StepArgs)                \
+  K(random_start, NoiseArgs)                \
+  K(gaussian_noise, NoiseArgs)              \
+  K(per_sample_norm, SampleNormArgs)        \
+  K(clip_and_sum, ClipArgs)                 \
+  K(linear_grad_norm, LinearNormArgs)       \
+  K(embedding_grad_norm, EmbeddingNormArgs) \
+  K(embedding_perturb, PerturbArgs)         \
+  K(segment_sum, SegmentSumArgs)            \
+  K(rowwise_adagrad, AdagradArgs)
+
 // The CPU kernels of one SIMD level.
 struct CpuKernels {
   const char* level;
-  void (*group_norm)(const NormArgs&, ParallelFor);
-  void (*per_sample_norm)(const SampleNormArgs&, ParallelFor);
-  void (*clip_and_sum)(const ClipArgs&, ParallelFor);
-  void (*linear_grad_norm)(const LinearNormArgs&, ParallelFor);
-  void (*embedding_grad_norm)(const EmbeddingNormArgs&, ParallelFor);
-  void (*embedding_perturb)(const PerturbArgs&, ParallelFor);
-  void (*segment_sum)(const SegmentSumArgs&, ParallelFor);
-  void (*rowwise_adagrad)(const AdagradArgs&, ParallelFor);
-  void (*project)(const ProjectArgs&, ParallelFor);
-  void (*pgd_step)(const StepArgs&, ParallelFor);
-  void (*momentum_step)(const StepArgs&, ParallelFor);
-  void (*random_start)(const NoiseArgs&, ParallelFor);
-  void (*gaussian_noise)(const NoiseArgs&, ParallelFor);
+#define EMBATTLE_KERNEL(name, Args) void (*name)(const Args&, ParallelFor);
+  EMBATTLE_KERNELS(EMBATTLE_KERNEL)
+#undef EMBATTLE_KERNEL
 };
 
 extern const CpuKernels cpu_kernels_v2;  // also the one level of machines that are not x86-64

@@ -1,4 +1,4 @@
-// embattle._C: importing it runs the static registrations of library.cpp and ops/, and it tells how
+// embattle._C: importing it runs the static registrations of ops/, and it tells how
 // the library was built. No torch header here: pybind11 stays outside the stable ABI's reach.
 #include <pybind11/pybind11.h>
 

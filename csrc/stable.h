@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstring>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -35,6 +36,16 @@ inline Tensor packed(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// New memory. In the emulator it holds NaNs, which show where a kernel wrote nothing.
+inline Tensor unwritten(Tensor t) {
+#ifdef EMBATTLE_EMULATED
+  int64_t bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  std::memset(t.mutable_data_ptr(), 0xff, size_t(bytes));
+#endif
+  return t;
+}
+
 // An uninitialised contiguous tensor of the shape, dtype and device of `like`, which must be
 // contiguous. Straight to the C shim: torch::stable::empty_like looks an op up by name.
 inline Tensor empty_packed(const Tensor& like) {
@@ -46,7 +57,13 @@ inline Tensor empty_packed(const Tensor& like) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(like.dim(), like.sizes().data(),
                                                          like.strides().data(), dtype, device_type,
                                                          device_index, &handle));
-  return Tensor(handle);
+  return unwritten(Tensor(handle));
+}
+
+// An uninitialised tensor on the device of `like`, of its dtype or another.
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                         std::optional<ScalarType> dtype = {}) {
+  return unwritten(torch::stable::new_empty(like, sizes, dtype));
 }
 
 inline OptionalTensor packed(const OptionalTensor& t) { return t ? OptionalTensor(packed(*t)) : t; }

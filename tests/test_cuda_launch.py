@@ -34,6 +34,18 @@ def test_kernels_that_are_older_than_the_device_use_no_clusters(code: int) -> No
     assert (counters["clusters"] > 0) == (code >= 90)
 
 
+def test_the_kernels_are_behind_the_checks_of_the_package() -> None:
+    x = torch.randn(3, 5)
+    with pytest.raises(ValueError, match=r"embattle\.pgd_step: grad must have the shape of delta"):
+        emulated.pgd_step(x, x[:, :4], step_size=0.1, eps=1.0)
+    with pytest.raises(ValueError, match=r"embattle\.pgd_step_: eps must not be negative, got -1"):
+        emulated.pgd_step_(x, x, step_size=0.1, eps=torch.tensor([1.0, -1.0, 1.0]))
+    transposed = torch.randn(5, 3).t()
+    once = emulated.project(transposed, eps=0.5)
+    assert same_bits(emulated.project_(transposed, eps=0.5), once)  # through a packed copy
+    assert transposed.t().is_contiguous()
+
+
 def test_no_call_lowers_what_another_was_allowed() -> None:
     # Host threads share a kernel's limit; so do a captured graph and a later call.
     kernels = emulated.kernels()

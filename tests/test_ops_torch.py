@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -89,6 +90,46 @@ def test_opcheck(op: str) -> None:
 
 def _requiring_grad(call: Call) -> Call:
     return call.map(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t)
+
+
+def test_functions_on_groups_are_said_by_their_definitions() -> None:
+    for op in samples.GROUP_OPS:
+        function, definition = getattr(ops, op), getattr(reference, op)
+        assert inspect.signature(function) == inspect.signature(definition)
+        assert function.__doc__ == definition.__doc__
+        assert function.__name__ == op
+        if hasattr(ops, op + "_"):
+            assert inspect.signature(getattr(ops, op + "_")) == inspect.signature(definition)
+
+
+def test_an_op_in_place_takes_what_its_other_form_takes() -> None:
+    for op in REGISTERED:
+        if op.endswith("_") and op[:-1] in REGISTERED:
+            taken = [
+                [(a.name, str(a.type), a.default_value) for a in form.default._schema.arguments]
+                for form in (getattr(torch.ops.embattle, n) for n in (op, op[:-1]))
+            ]
+            assert taken[0] == taken[1]
+
+
+@pytest.mark.parametrize("op", samples.GROUP_OPS)
+def test_what_is_missing_too_much_or_unknown_is_a_type_error(op: str) -> None:
+    call = samples.for_op(op)[0].call(torch.float32)
+    function = getattr(ops, op)
+    function(*call.args, **call.kwargs)
+    with pytest.raises(TypeError, match="unknown"):
+        function(*call.args, **call.kwargs, unknown=None)
+    with pytest.raises(TypeError, match="positional"):
+        function(*call.args, call.args[0], **call.kwargs)
+    with pytest.raises(TypeError, match="missing"):
+        function(*call.args[:-1], **call.kwargs)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is parameter.empty and parameter.kind is parameter.KEYWORD_ONLY:
+            fewer = {key: value for key, value in call.kwargs.items() if key != name}
+            with pytest.raises(TypeError, match=f"missing.*{name}"):
+                function(*call.args, **fewer)
+    names = list(inspect.signature(function).parameters)[: len(call.args)]
+    function(**dict(zip(names, call.args, strict=True)), **call.kwargs)
 
 
 def test_every_function_has_samples() -> None:

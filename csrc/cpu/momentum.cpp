@@ -70,20 +70,20 @@ void step(const Cut& cut, const StepArgs& args, const Place<Any>& place) {
   if (!finite && args.nonfinite) ++args.nonfinite[cut.index];
   const auto clear_memory = [&] {
     const auto put = [&](int64_t i, auto n) {
-      memory.store(i, n, args.apgd ? place.origin(i, n) : V{});
+      memory.store(i, n, args.rule.apgd ? place.origin(i, n) : V{});
     };
     if (cut.groups.mask) for_elements(cut, put, false);
   };
   if (!finite) {
-    const Elements<Any>& kept = args.apgd ? x : velocity;
+    const Elements<Any>& kept = args.rule.apgd ? x : velocity;
     for_elements(cut, [&](int64_t i, auto n) { memory.store(i, n, kept.load(i, n)); });
     project_group(cut, kNorm, args.delta, args.out, eps, args.box);
     return clear_memory();
   }
-  const Memory common{place, x, velocity, gradient, args.decay};
-  if (args.apgd) {
+  const Memory common{place, x, velocity, gradient, args.rule.decay};
+  if (args.rule.apgd) {
     Averaged<kNorm> source{common};
-    source.ascent = steepest<kNorm>(cut, step_size, args.top, grad);
+    source.ascent = steepest<kNorm>(cut, step_size, args.rule.top, grad);
     source.first = find<kNorm>(cut, eps, place, source, -1);
     source.inner = false;
     finish<kNorm>(cut, eps, place, source, -1,
@@ -93,7 +93,7 @@ void step(const Cut& cut, const StepArgs& args, const Place<Any>& place) {
     const double unit = middling(norm);
     Iterative<kNorm> source{common, unit, norm > 0 ? 1 / (norm * unit) : 0};
     const auto next = [&](int64_t i, auto n) { return source.next(i, n); };
-    source.ascent = steepest<kNorm>(cut, step_size, args.top, next);
+    source.ascent = steepest<kNorm>(cut, step_size, args.rule.top, next);
     finish<kNorm>(cut, eps, place, source, -1,
                   [&](int64_t i, auto n) { memory.store(i, n, next(i, n)); });
   }

@@ -153,7 +153,7 @@ inline bool plain_step_of(const Cut& cut, const StepArgs& args) {
   bool done = false;
   if (kNorm == Norm::linf) done = step_linf(cut, step_size, eps, x, grad, out);
   if (kNorm == Norm::l2) done = step_l2(cut, step_size, eps, x, grad, out);
-  if (kNorm == Norm::l1) done = step_l1(cut, step_size, eps, args.top, x, grad, out);
+  if (kNorm == Norm::l1) done = step_l1(cut, step_size, eps, args.rule.top, x, grad, out);
   if (done) clear_masked(cut, out.p);
   return done;
 }

@@ -62,7 +62,7 @@ void step_in_double(const Cut& cut, const StepArgs& args, const Place<T>& place,
     }
   } else {
     finite = all_finite(cut, grad);
-    if (finite) ascent = steepest<kNorm>(cut, step_size, args.top, grad);
+    if (finite) ascent = steepest<kNorm>(cut, step_size, args.rule.top, grad);
   }
   if (!finite) {
     if (args.nonfinite) ++args.nonfinite[cut.index];
@@ -124,7 +124,7 @@ void run(const StepArgs& args, ParallelFor parallel_for) {
   const Elements<T> grad(args.grad);
   with_norm(args.norm, [&](auto of) {
     constexpr Norm norm = decltype(of)::norm;
-    if (args.max_groups < 0) {
+    if (args.rule.max_groups < 0) {
       const auto alone = [&](const Cut& cut) { step<norm>(cut, args, place, grad); };
       for_shares(groups, 0, groups.groups, parallel_for,
                  [&](int64_t begin, int64_t end, ParallelFor team) {
@@ -140,7 +140,7 @@ void run(const StepArgs& args, ParallelFor parallel_for) {
     for (int64_t at = 0; width > 0 && at < groups.groups; at += width) {
       for (int64_t i = at; i < at + width; ++i)
         if (keys[i] == kNonfinite && args.nonfinite) ++args.nonfinite[i];
-      choose(keys.get() + at, width, args.max_groups);
+      choose(keys.get() + at, width, args.rule.max_groups);
     }
     StepArgs counted = args;
     counted.nonfinite = nullptr;

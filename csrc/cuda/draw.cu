@@ -91,50 +91,31 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
   }
 }
 
-template <class T, bool kFull>
 int run(const NoiseArgs& args, bool start, const Context& context) {
-  Limits limits;
-  cudaError_t error = Limits::of_current_device(&limits);
-  if (error != cudaSuccess) return error;
-  using G = Group<T, kFull>;
-  GroupParams p;
-  set_ball(p, args.groups, args.out, args.eps, args.box, G::kElements);
-  if (!start) p.x = stream_of(args.x, G::kElements);
-  p.std = args.std;
-  p.start = start;
+  if (args.groups.groups == 0) return cudaSuccess;
   if (args.key_on_host) {
     // Such numbers would be the same at every replay of a graph.
     cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-    error = cudaStreamIsCapturing(static_cast<cudaStream_t>(context.stream), &capturing);
+    const cudaError_t error =
+        cudaStreamIsCapturing(static_cast<cudaStream_t>(context.stream), &capturing);
     if (error != cudaSuccess) return error;
     if (capturing != cudaStreamCaptureStatusNone) return cudaErrorStreamCaptureUnsupported;
-    for (int i = 0; i < 2; ++i) p.key_value[i] = args.key[i];
-  } else {
-    p.key = args.key;
   }
-  return with_norm(args.norm, [&](auto norm) -> int {
-    const auto kernel = draw_kernel<T, decltype(norm)::value, kFull>;
-    Plan plan;
-    error = plan_groups(kernel, &plan, p, limits, G::kElements, kMostThreads<kFull>, {&p.x},
-                        sizeof(typename G::A));
-    if (error != cudaSuccess) return error;
-    void* workspace = nullptr;
-    if (plan.workspace) {
-      workspace = context.allocate(context.self, plan.workspace);
-      if (!workspace) return cudaErrorMemoryAllocation;
-    }
-    return launch(kernel, p, plan, context, workspace);
-  });
-}
-
-int run(const NoiseArgs& args, bool start, const Context& context) {
-  if (args.groups.groups == 0) return cudaSuccess;
-  return with_type(args.out.dtype, [&](auto tag) {
+  return with_profile(args.out.dtype, !any(args.box), [&](auto tag, auto full) {
     using T = decltype(tag);
-    if constexpr (sizeof(T) < 8) {
-      if (!any(args.box)) return run<T, false>(args, start, context);
-    }
-    return run<T, true>(args, start, context);
+    constexpr bool kFull = decltype(full)::value;
+    using G = Group<T, kFull>;
+    GroupParams p;
+    set_ball(p, args.groups, args.out, args.eps, args.box, G::kElements);
+    if (!start) p.x = stream_of(args.x, G::kElements);
+    p.std = args.std;
+    p.start = start;
+    if (!args.key_on_host) p.key = args.key;
+    for (int i = 0; args.key_on_host && i < 2; ++i) p.key_value[i] = args.key[i];
+    return with_norm(args.norm, [&](auto norm) {
+      return run_groups(draw_kernel<T, decltype(norm)::value, kFull>, p, G::kElements,
+                        kMostThreads<kFull>, {&p.x}, sizeof(typename G::A), context);
+    });
   });
 }
 

@@ -33,18 +33,8 @@ int call(int (*launcher)(const Args&, const Context&), const Args& args, const C
   return error;
 }
 
-int pgd_step(const StepArgs&, const Context&);
-int momentum_step(const StepArgs&, const Context&);
-int project(const ProjectArgs&, const Context&);
-int random_start(const NoiseArgs&, const Context&);
-int gaussian_noise(const NoiseArgs&, const Context&);
-int group_norm(const NormArgs&, const Context&);
-int per_sample_norm(const SampleNormArgs&, const Context&);
-int clip_and_sum(const ClipArgs&, const Context&);
-int linear_grad_norm(const LinearNormArgs&, const Context&);
-int embedding_grad_norm(const EmbeddingNormArgs&, const Context&);
-int embedding_perturb(const PerturbArgs&, const Context&);
-int segment_sum(const SegmentSumArgs&, const Context&);
-int rowwise_adagrad(const AdagradArgs&, const Context&);
+#define EMBATTLE_KERNEL(name, Args) int name(const Args&, const Context&);
+EMBATTLE_KERNELS(EMBATTLE_KERNEL)
+#undef EMBATTLE_KERNEL
 
 }  // namespace embattle::cuda

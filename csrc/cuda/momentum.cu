@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kMomentumThreads<T, kNorm, kFull>, 1)
   using G = Group<T, kFull>;
   using A = typename G::A;
   using Chunk = typename G::Chunk;
-  const A decay = A(p.decay);
+  const A decay = A(p.rule.decay);
   for (int64_t index = team.index; index < p.groups.groups; index += team.count()) {
     G group(p, team, shared, index);
     group.prefetch(p.x, p.velocity, p.grad);
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kMomentumThreads<T, kNorm, kFull>, 1)
       if (!again) {
         finite = s.m < kInfinity;
         unit = range_scale<A>(s.m);
-        if (p.apgd || !finite || s.m == 0) break;
+        if (p.rule.apgd || !finite || s.m == 0) break;
       }
       if (again || unit == 1) {
         per_length = A(1 / s.a);
@@ -60,9 +60,9 @@ __global__ void __launch_bounds__(kMomentumThreads<T, kNorm, kFull>, 1)
     bool combined = false;
     const auto driver = [&](int k, int64_t c, unsigned valid, Chunk& m, Chunk& old) {
       group.fetch_gradient(k, c, valid, m);
-      if (p.apgd && !combined) return;
+      if (p.rule.apgd && !combined) return;
       group.fetch_velocity(k, c, valid, old);
-      if (p.apgd) return;
+      if (p.rule.apgd) return;
 #pragma unroll
       for (int i = 0; i < G::kElements; ++i)
         m[i] = finite ? fused(decay, old[i], m[i] * unit * per_length) : old[i];
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kMomentumThreads<T, kNorm, kFull>, 1)
 #pragma unroll
       for (int i = 0; i < G::kElements; ++i) {
         now[i] = x.v[i];
-        memory[i] = p.apgd ? G::given(x, i) : m[i];
+        memory[i] = p.rule.apgd ? G::given(x, i) : m[i];
         if (u.moving) x.v[i] = G::template moved<kNorm>(u, x.v[i], m[i], k * G::kElements + i);
       }
       if (!combined) return;
@@ -95,14 +95,14 @@ __global__ void __launch_bounds__(kMomentumThreads<T, kNorm, kFull>, 1)
       for (int i = 0; i < G::kElements; ++i) {
         // In double and rounded as in the reference: large terms may leave little.
         const double z = double(G::template image<kNorm>(inner, x, i)), d = double(now[i]);
-        x.v[i] = A(d + product(p.decay, z - d) +
-                   product(1 - p.decay, d - double(G::from_origin(x, i, old[i]))));
+        x.v[i] = A(d + product(p.rule.decay, z - d) +
+                   product(1 - p.rule.decay, d - double(G::from_origin(x, i, old[i]))));
       }
     };
     group.template project<kNorm>(
         source, value_of(p.eps, index),
         [&](const Projection& projection) {
-          if (combined || !p.apgd || !finite) return false;
+          if (combined || !p.rule.apgd || !finite) return false;
           inner = projection;
           combined = true;
           return true;
@@ -115,57 +115,34 @@ __global__ void __launch_bounds__(kMomentumThreads<T, kNorm, kFull>, 1)
   }
 }
 
-template <class T, bool kFull>
-int run(const StepArgs& args, const Context& context) {
-  Limits limits;
-  const cudaError_t error = Limits::of_current_device(&limits);
-  if (error != cudaSuccess) return error;
-  constexpr int kElements = Group<T, kFull>::kElements;
-  GroupParams p;
-  set_ball(p, args.groups, args.out, args.eps, args.box, kElements);
-  p.x = stream_of(args.delta, kElements);
-  p.velocity = stream_of(args.velocity, kElements);
-  p.grad = stream_of(args.grad, kElements);
-  p.velocity_out = args.velocity_out.data;
-  p.velocity_aligned =
-      args.velocity.dtype == dtype_of<T> && aligned(args.velocity_out.data, sizeof(T) * kElements);
-  p.step = args.step_size;
-  p.top = args.top;
-  p.decay = args.decay;
-  p.apgd = args.apgd;
-  p.nonfinite = args.nonfinite;
-  return with_norm(args.norm, [&](auto tag) -> int {
-    constexpr Norm kNorm = decltype(tag)::value;
-    const auto kernel = momentum_kernel<T, kNorm, kFull>;
-    Plan plan;
-    const cudaError_t error =
-        p.velocity.type == dtype_of<T>
-            ? plan_groups(kernel, &plan, p, limits, kElements, kMomentumThreads<T, kNorm, kFull>,
-                          {&p.x, &p.velocity, &p.grad})
-            : plan_groups(kernel, &plan, p, limits, kElements, kMomentumThreads<T, kNorm, kFull>,
-                          {&p.x, &p.grad});
-    if (error != cudaSuccess) return error;
-    void* workspace = nullptr;
-    if (plan.workspace) {
-      workspace = context.allocate(context.self, plan.workspace);
-      if (!workspace) return cudaErrorMemoryAllocation;
-    }
-    return launch(kernel, p, plan, context, workspace);
-  });
-}
-
 }  // namespace
 
 int momentum_step(const StepArgs& args, const Context& context) {
   if (args.groups.groups == 0) return cudaSuccess;
-  return with_type(args.delta.dtype, [&](auto tag) -> int {
+  const bool plain = args.grad.dtype == args.delta.dtype &&
+                     args.velocity.dtype == args.delta.dtype && !any(args.box);
+  return with_profile(args.delta.dtype, plain, [&](auto tag, auto full) {
     using T = decltype(tag);
-    if constexpr (sizeof(T) < 8) {
-      if (args.grad.dtype == args.delta.dtype && args.velocity.dtype == args.delta.dtype &&
-          !any(args.box))
-        return run<T, false>(args, context);
-    }
-    return run<T, true>(args, context);
+    constexpr bool kFull = decltype(full)::value;
+    constexpr int kElements = Group<T, kFull>::kElements;
+    const bool typed = args.velocity.dtype == dtype_of<T>;
+    GroupParams p;
+    set_ball(p, args.groups, args.out, args.eps, args.box, kElements);
+    p.x = stream_of(args.delta, kElements);
+    p.velocity = stream_of(args.velocity, kElements);
+    p.grad = stream_of(args.grad, kElements);
+    p.velocity_out = args.velocity_out.data;
+    p.velocity_aligned = typed && aligned(args.velocity_out.data, sizeof(T) * kElements);
+    p.step = args.step_size;
+    p.rule = args.rule;
+    p.nonfinite = args.nonfinite;
+    Stream none;  // a velocity of another type is read again in each pass
+    return with_norm(args.norm, [&](auto norm) {
+      constexpr Norm kNorm = decltype(norm)::value;
+      return run_groups(momentum_kernel<T, kNorm, kFull>, p, kElements,
+                        kMomentumThreads<T, kNorm, kFull>,
+                        {&p.x, typed ? &p.velocity : &none, &p.grad}, 0, context);
+    });
   });
 }
 

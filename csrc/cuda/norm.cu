@@ -178,7 +178,7 @@ cudaError_t select_groups(const StepArgs& args, const Limits& limits, void* work
   const int64_t tokens = args.groups_per_sample, samples = args.groups.groups / tokens;
   return enqueue(choose_kernel, std::min<int64_t>(samples, 1 << 20), tokens <= 128 ? 64 : 256,
                  sizeof(TeamScratch), context, static_cast<const double*>(scores), *chosen, tokens,
-                 args.max_groups, samples);
+                 args.rule.max_groups, samples);
 }
 
 void forget_error() { (void)cudaGetLastError(); }

@@ -186,50 +186,38 @@ __device__ __forceinline__ void load_pack(const void* p, A (&out)[kCount]) {
   }
 }
 
+// Calls f(type_tag) with the element type that a Dtype stands for.
+template <class F>
+__device__ __forceinline__ auto for_type(Dtype type, const F& f) {
+  switch (type) {
+    case Dtype::f32:
+      return f(float{});
+    case Dtype::f64:
+      return f(double{});
+    case Dtype::f16:
+      return f(Half{});
+    default:
+      return f(BFloat16{});
+  }
+}
+
 // The same for a type that is only known at run time; p is aligned for it.
 template <int kCount, class A>
 __device__ __forceinline__ void load_pack(const void* p, Dtype type, A (&out)[kCount]) {
-  switch (type) {
-    case Dtype::f32:
-      return load_pack<float>(p, out);
-    case Dtype::f64:
-      return load_pack<double>(p, out);
-    case Dtype::f16:
-      return load_pack<Half>(p, out);
-    case Dtype::bf16:
-      return load_pack<BFloat16>(p, out);
-  }
+  for_type(type, [&](auto tag) { load_pack<decltype(tag)>(p, out); });
 }
 
 template <class A>
 __device__ __forceinline__ A load_one(const void* p, Dtype type, int64_t i) {
-  switch (type) {
-    case Dtype::f32:
-      return A(static_cast<const float*>(p)[i]);
-    case Dtype::f64:
-      return A(static_cast<const double*>(p)[i]);
-    case Dtype::f16:
-      return A(widen(static_cast<const Half*>(p)[i]));
-    default:
-      return A(widen(static_cast<const BFloat16*>(p)[i]));
-  }
+  return for_type(type,
+                  [&](auto tag) { return A(widen(static_cast<const decltype(tag)*>(p)[i])); });
 }
 
 __device__ __forceinline__ void store_one(void* data, Dtype type, int64_t at, double value) {
-  switch (type) {
-    case Dtype::f32:
-      static_cast<float*>(data)[at] = Round<float>::nearest(value);
-      break;
-    case Dtype::f64:
-      static_cast<double*>(data)[at] = value;
-      break;
-    case Dtype::f16:
-      static_cast<Half*>(data)[at] = Round<Half>::nearest(value);
-      break;
-    case Dtype::bf16:
-      static_cast<BFloat16*>(data)[at] = Round<BFloat16>::nearest(value);
-      break;
-  }
+  for_type(type, [&](auto tag) {
+    using T = decltype(tag);
+    static_cast<T*>(data)[at] = Round<T>::nearest(value);
+  });
 }
 
 // The value of one group.

@@ -142,6 +142,44 @@ cudaError_t launch(Kernel* kernel, GroupParams& p, const Plan& plan, const Conte
   return enqueue(kernel, plan.grid, plan.threads, plan.shared, context, meeting, p);
 }
 
+// Plans and launches a kernel over p's groups. `extra`: bytes of the workspace that before(memory)
+// fills in; what it enqueues comes first.
+template <class Kernel, class F>
+cudaError_t run_groups(Kernel* kernel, GroupParams& p, int elements, int most_threads,
+                       std::initializer_list<Stream*> kept, int draws, const Context& context,
+                       size_t extra, F before) {
+  Limits limits;
+  cudaError_t error = Limits::of_current_device(&limits);
+  Plan plan;
+  if (error == cudaSuccess)
+    error = plan_groups(kernel, &plan, p, limits, elements, most_threads, kept, draws);
+  if (error != cudaSuccess) return error;
+  const size_t teams = rounded(plan.workspace);
+  unsigned char* workspace = nullptr;
+  if (teams + extra) {
+    workspace = static_cast<unsigned char*>(context.allocate(context.self, teams + extra));
+    if (!workspace) return cudaErrorMemoryAllocation;
+  }
+  error = before(workspace + teams);
+  return error != cudaSuccess ? error : launch(kernel, p, plan, context, workspace);
+}
+template <class Kernel>
+cudaError_t run_groups(Kernel* kernel, GroupParams& p, int elements, int most_threads,
+                       std::initializer_list<Stream*> kept, int draws, const Context& context) {
+  return run_groups(kernel, p, elements, most_threads, kept, draws, context, 0,
+                    [](void*) { return cudaSuccess; });
+}
+
+// Calls f(type_tag, full_tag) with the plain profile, where there is one and the call is `plain`.
+template <class F>
+int with_profile(Dtype type, bool plain, F f) {
+  return with_type(type, [&](auto tag) -> int {
+    if constexpr (sizeof(tag) < 8)
+      if (plain) return f(tag, std::false_type{});
+    return f(tag, std::true_type{});
+  });
+}
+
 // What every group op says of its output, its ball and its box.
 inline void set_ball(GroupParams& p, const Groups& groups, const Data& out, const PerGroup& eps,
                      const Box& box, int elements) {

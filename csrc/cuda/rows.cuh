@@ -46,16 +46,7 @@ __device__ __forceinline__ void load_part(const void* data, Dtype type, int64_t 
       for (int j = 0; j < kPiece; ++j) out[i + j] = double(widen(pack.at[j]));
     }
   };
-  switch (type) {
-    case Dtype::f32:
-      return load(float{});
-    case Dtype::f64:
-      return load(double{});
-    case Dtype::f16:
-      return load(Half{});
-    case Dtype::bf16:
-      return load(BFloat16{});
-  }
+  for_type(type, load);
 }
 
 // values[0, kCount) to `to`, or the first `left` of them. `vector`: the place is aligned for kCount
@@ -89,16 +80,7 @@ __device__ __forceinline__ void store_part(void* data, Dtype type, int64_t at, i
   const auto store = [&](auto tag) {
     store_typed(static_cast<decltype(tag)*>(data) + at, left, vector, values);
   };
-  switch (type) {
-    case Dtype::f32:
-      return store(float{});
-    case Dtype::f64:
-      return store(double{});
-    case Dtype::f16:
-      return store(Half{});
-    case Dtype::bf16:
-      return store(BFloat16{});
-  }
+  for_type(type, store);
 }
 
 // A table's rows, in steps of as many elements as some type (the table's own, mostly) has in 16

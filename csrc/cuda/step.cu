@@ -53,88 +53,59 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
   }
 }
 
-template <class T, Norm kNorm, bool kFull>
-int run_norm(GroupParams& p, const StepArgs* step, const Context& context) {
-  Limits limits;
-  cudaError_t error = Limits::of_current_device(&limits);
-  if (error != cudaSuccess) return error;
-  const auto kernel = step_kernel<T, kNorm, kFull>;
-  Plan plan;
-  error = plan_groups(kernel, &plan, p, limits, Group<T, kFull>::kElements, kMostThreads<kFull>,
-                      {&p.x, &p.grad});
-  if (error != cudaSuccess) return error;
-  // The workspace: what blocks at large meet in, then what max_groups needs.
-  const bool choose = step && step->max_groups >= 0;
-  const size_t teams = rounded(plan.workspace);
-  size_t scores = 0;
-  if (choose) error = select_workspace(*step, limits, &scores);
-  if (error != cudaSuccess) return error;
-  void* workspace = nullptr;
-  if (teams + scores) {
-    workspace = context.allocate(context.self, teams + scores);
-    if (!workspace) return cudaErrorMemoryAllocation;
-  }
-  if (choose) {
-    unsigned char* chosen = nullptr;
-    error = select_groups(*step, limits, static_cast<unsigned char*>(workspace) + teams, &chosen,
-                          context);
-    if (error != cudaSuccess) return error;
-    p.chosen = chosen;
-  }
-  return launch(kernel, p, plan, context, workspace);
-}
-
 template <class T, bool kFull>
 int run(GroupParams& p, Norm norm, const StepArgs* step, const Context& context) {
-  return with_norm(
-      norm, [&](auto tag) { return run_norm<T, decltype(tag)::value, kFull>(p, step, context); });
+  // max_groups chooses first.
+  Limits limits;
+  size_t scores = 0;
+  const bool choose = step && step->rule.max_groups >= 0;
+  cudaError_t error = cudaSuccess;
+  if (choose) error = Limits::of_current_device(&limits);
+  if (choose && error == cudaSuccess) error = select_workspace(*step, limits, &scores);
+  if (error != cudaSuccess) return error;
+  return with_norm(norm, [&](auto tag) {
+    return run_groups(step_kernel<T, decltype(tag)::value, kFull>, p, Group<T, kFull>::kElements,
+                      kMostThreads<kFull>, {&p.x, &p.grad}, 0, context, scores, [&](void* memory) {
+                        if (!choose) return cudaSuccess;
+                        unsigned char* chosen = nullptr;
+                        const cudaError_t failed =
+                            select_groups(*step, limits, memory, &chosen, context);
+                        p.chosen = chosen;
+                        return failed;
+                      });
+  });
 }
 
 }  // namespace
 
 int pgd_step(const StepArgs& args, const Context& context) {
   if (args.groups.groups == 0) return cudaSuccess;
-  return with_type(args.delta.dtype, [&](auto tag) {
+  const bool plain = args.grad.dtype == args.delta.dtype && !any(args.box);
+  return with_profile(args.delta.dtype, plain, [&](auto tag, auto full) {
     using T = decltype(tag);
-    const auto prepared = [&](int elements) {
-      GroupParams p;
-      set_ball(p, args.groups, args.out, args.eps, args.box, elements);
-      p.x = stream_of(args.delta, elements);
-      p.grad = stream_of(args.grad, elements);
-      p.step = args.step_size;
-      p.top = args.top;
-      p.nonfinite = args.nonfinite;
-      return p;
-    };
-    if constexpr (sizeof(T) < 8) {
-      if (args.grad.dtype == args.delta.dtype && !any(args.box)) {
-        GroupParams p = prepared(Group<T, false>::kElements);
-        return run<T, false>(p, args.norm, &args, context);
-      }
-    }
-    GroupParams p = prepared(Group<T, true>::kElements);
-    return run<T, true>(p, args.norm, &args, context);
+    constexpr bool kFull = decltype(full)::value;
+    constexpr int kElements = Group<T, kFull>::kElements;
+    GroupParams p;
+    set_ball(p, args.groups, args.out, args.eps, args.box, kElements);
+    p.x = stream_of(args.delta, kElements);
+    p.grad = stream_of(args.grad, kElements);
+    p.step = args.step_size;
+    p.rule = args.rule;
+    p.nonfinite = args.nonfinite;
+    return run<T, kFull>(p, args.norm, &args, context);
   });
 }
 
 int project(const ProjectArgs& args, const Context& context) {
   if (args.groups.groups == 0) return cudaSuccess;
-  return with_type(args.delta.dtype, [&](auto tag) {
+  return with_profile(args.delta.dtype, !any(args.box), [&](auto tag, auto full) {
     using T = decltype(tag);
-    const auto prepared = [&](int elements) {
-      GroupParams p;
-      set_ball(p, args.groups, args.out, args.eps, args.box, elements);
-      p.x = stream_of(args.delta, elements);
-      return p;
-    };
-    if constexpr (sizeof(T) < 8) {
-      if (!any(args.box)) {
-        GroupParams p = prepared(Group<T, false>::kElements);
-        return run<T, false>(p, args.norm, nullptr, context);
-      }
-    }
-    GroupParams p = prepared(Group<T, true>::kElements);
-    return run<T, true>(p, args.norm, nullptr, context);
+    constexpr bool kFull = decltype(full)::value;
+    constexpr int kElements = Group<T, kFull>::kElements;
+    GroupParams p;
+    set_ball(p, args.groups, args.out, args.eps, args.box, kElements);
+    p.x = stream_of(args.delta, kElements);
+    return run<T, kFull>(p, args.norm, nullptr, context);
   });
 }
 

@@ -1,12 +1,25 @@
-// The ops on per-sample gradients: check, allocate, launch. Included once for each device; Device
-// has the launchers.
+// The ops on per-sample gradients for any device: check, allocate, launch. Dim 0 of every tensor of
+// a list is the batch.
 #pragma once
 
-#include "../checks.h"
 #include "../launch_clip.h"
+#include "results.h"
+
+#define EMBATTLE_PER_SAMPLE_NORM(A) A(std::vector<Tensor>, grads)
+#define EMBATTLE_CLIP_AND_SUM(A)   \
+  A(std::vector<Tensor>, grads)    \
+  A(std::vector<double>, max_norm) \
+  A(std::string, mode, "flat")     \
+  A(OptionalTensor, weights, None) \
+  A(double, gamma, 0.01)
+#define EMBATTLE_LINEAR_GRAD_NORM(A) \
+  A(Tensor, input) A(Tensor, grad_output) A(bool, bias, False) A(std::string, method, "auto")
 
 namespace embattle {
-namespace {
+
+EMBATTLE_ARGUMENTS(PerSampleNorm, "per_sample_norm", EMBATTLE_PER_SAMPLE_NORM);
+EMBATTLE_ARGUMENTS(ClipAndSum, "clip_and_sum", EMBATTLE_CLIP_AND_SUM);
+EMBATTLE_ARGUMENTS(LinearGradNorm, "linear_grad_norm", EMBATTLE_LINEAR_GRAD_NORM);
 
 // A checked list, and what keeps its memory alive.
 struct Samples {
@@ -16,7 +29,7 @@ struct Samples {
   bool any_f64 = false;
 };
 
-Samples checked_samples(const char* op, const std::vector<Tensor>& grads) {
+inline Samples checked_samples(const char* op, const std::vector<Tensor>& grads) {
   if (grads.empty()) fail("embattle.", op, ": grads must hold at least one tensor");
   Samples samples;
   samples.held.reserve(grads.size());
@@ -42,21 +55,7 @@ Samples checked_samples(const char* op, const std::vector<Tensor>& grads) {
   return samples;
 }
 
-template <class Device>
-Tensor per_sample_norm(const std::vector<Tensor>& grads) {
-  const Samples samples = checked_samples("per_sample_norm", grads);
-  SampleNormArgs args;
-  args.tensors = samples.tensors.data();
-  args.count = static_cast<int64_t>(samples.tensors.size());
-  args.batch = samples.batch;
-  Tensor norms = torch::stable::new_empty(samples.held[0], {samples.batch},
-                                          samples.any_f64 ? ScalarType::Double : ScalarType::Float);
-  args.norms = {norms.mutable_data_ptr(), samples.any_f64 ? Dtype::f64 : Dtype::f32};
-  Device::per_sample_norm(args, norms);
-  return norms;
-}
-
-ClipMode checked_mode(const char* op, const std::string& mode) {
+inline ClipMode checked_mode(const char* op, const std::string& mode) {
   if (mode == "flat") return ClipMode::flat;
   if (mode == "per_layer") return ClipMode::per_layer;
   if (mode == "automatic") return ClipMode::automatic;
@@ -64,8 +63,8 @@ ClipMode checked_mode(const char* op, const std::string& mode) {
 }
 
 // One bound, or one for each tensor in per_layer mode.
-std::vector<double> checked_bounds(const char* op, std::vector<double> bounds, ClipMode mode,
-                                   size_t tensors) {
+inline std::vector<double> checked_bounds(const char* op, std::vector<double> bounds, ClipMode mode,
+                                          size_t tensors) {
   if (mode == ClipMode::per_layer && bounds.size() == 1) bounds.resize(tensors, bounds[0]);
   if (bounds.size() != (mode == ClipMode::per_layer ? tensors : 1))
     fail("embattle.", op, ": max_norm must be one number",
@@ -78,92 +77,97 @@ std::vector<double> checked_bounds(const char* op, std::vector<double> bounds, C
   return bounds;
 }
 
-template <class Device>
-std::tuple<std::vector<Tensor>, Tensor> clip_and_sum(const std::vector<Tensor>& grads,
-                                                     const std::vector<double>& max_norm,
-                                                     const std::string& mode_name,
-                                                     const OptionalTensor& weights_, double gamma) {
-  const char* op = "clip_and_sum";
-  Samples samples = checked_samples(op, grads);
-  ClipArgs args;
-  args.mode = checked_mode(op, mode_name);
-  const std::vector<double> bounds = checked_bounds(op, max_norm, args.mode, grads.size());
-  if (args.mode == ClipMode::automatic && !(gamma >= 0 && std::isfinite(gamma)))
-    fail("embattle.", op, ": gamma must be finite and not negative, got ", gamma);
-  const OptionalTensor weights = packed(weights_);
-  if (weights) {
-    if (weights->dim() != 1 || weights->size(0) != samples.batch)
-      fail("embattle.", op, ": weights must have shape [", samples.batch, "], got ",
-           shape_of(*weights));
-    check_device(op, "weights", *weights, "grads", samples.held[0]);
-    args.weights = {weights->const_data_ptr(), float_dtype(op, "weights", *weights)};
-  }
-
-  std::vector<Tensor> sums;
-  sums.reserve(grads.size());
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const auto sizes = grads[i].sizes();
-    sums.push_back(torch::stable::new_empty(
-        grads[i], torch::headeronly::IntHeaderOnlyArrayRef(sizes.data() + 1, sizes.size() - 1)));
-    samples.tensors[i].sum = {sums[i].mutable_data_ptr(), samples.tensors[i].grad.dtype};
-  }
-  args.tensors = samples.tensors.data();
-  args.count = static_cast<int64_t>(samples.tensors.size());
-  args.batch = samples.batch;
-  args.max_norm = bounds.data();
-  args.gamma = gamma;
-  const ScalarType norm_type = samples.any_f64 ? ScalarType::Double : ScalarType::Float;
-  Tensor norms =
-      args.mode == ClipMode::per_layer
-          ? torch::stable::new_empty(samples.held[0], {samples.batch, args.count}, norm_type)
-          : torch::stable::new_empty(samples.held[0], {samples.batch}, norm_type);
-  args.norms = {norms.mutable_data_ptr(), samples.any_f64 ? Dtype::f64 : Dtype::f32};
-  Device::clip_and_sum(args, norms);
-  return {std::move(sums), std::move(norms)};
-}
-
-LinearMethod checked_method(const char* op, const std::string& method) {
+inline LinearMethod checked_method(const char* op, const std::string& method) {
   if (method == "auto") return LinearMethod::automatic;
   if (method == "gram") return LinearMethod::gram;
   if (method == "direct") return LinearMethod::direct;
   fail("embattle.", op, ": method must be 'auto', 'gram' or 'direct', got '", method, "'");
 }
 
-template <class Device>
-Tensor linear_grad_norm(const Tensor& input_, const Tensor& grad_, bool bias,
-                        const std::string& method) {
-  const char* op = "linear_grad_norm";
-  const Tensor input = checked_packed(op, "input", input_);
-  const Tensor grad = checked_packed(op, "grad_output", grad_);
-  const int64_t dims = input.dim();
-  bool fits = dims >= 2 && grad.dim() == dims;
-  for (int64_t d = 0; fits && d + 1 < dims; ++d) fits = input.size(d) == grad.size(d);
-  if (!fits)
-    fail("embattle.", op, ": input and grad_output must have shapes [B, *, I] and [B, *, O], got ",
-         shape_of(input), " and ", shape_of(grad));
-  check_device(op, "grad_output", grad, "input", input);
-  LinearNormArgs args;
-  args.input = {input.const_data_ptr(), float_dtype(op, "input", input)};
-  args.grad = {grad.const_data_ptr(), float_dtype(op, "grad_output", grad)};
-  args.batch = input.size(0);
-  args.tokens = 1;
-  for (int64_t d = 1; d + 1 < dims; ++d) args.tokens *= input.size(d);
-  args.inputs = input.size(dims - 1);
-  args.outputs = grad.size(dims - 1);
-  args.bias = bias;
-  args.method = checked_method(op, method);
-  const bool wide = args.input.dtype == Dtype::f64 || args.grad.dtype == Dtype::f64;
-  Tensor norms =
-      torch::stable::new_empty(input, {args.batch}, wide ? ScalarType::Double : ScalarType::Float);
-  args.norms = {norms.mutable_data_ptr(), wide ? Dtype::f64 : Dtype::f32};
-  Device::linear_grad_norm(args, norms);
-  return norms;
-}
+template <class Launch>
+struct ClipOps {
+  static Tensor per_sample_norm(const PerSampleNorm& a) {
+    const Samples samples = checked_samples(a.op, a.grads);
+    SampleNormArgs args;
+    args.tensors = samples.tensors.data();
+    args.count = static_cast<int64_t>(samples.tensors.size());
+    args.batch = samples.batch;
+    const Norms norms(samples.held[0], {samples.batch}, samples.any_f64);
+    args.norms = norms.data;
+    Launch::per_sample_norm(a.op, args, norms.tensor);
+    return norms.tensor;
+  }
 
-}  // namespace
+  static std::tuple<std::vector<Tensor>, Tensor> clip_and_sum(const ClipAndSum& a) {
+    Samples samples = checked_samples(a.op, a.grads);
+    ClipArgs args;
+    args.mode = checked_mode(a.op, a.mode);
+    const std::vector<double> bounds = checked_bounds(a.op, a.max_norm, args.mode, a.grads.size());
+    if (args.mode == ClipMode::automatic && !(a.gamma >= 0 && std::isfinite(a.gamma)))
+      fail("embattle.", a.op, ": gamma must be finite and not negative, got ", a.gamma);
+    const OptionalTensor weights = packed(a.weights);
+    if (weights) {
+      if (weights->dim() != 1 || weights->size(0) != samples.batch)
+        fail("embattle.", a.op, ": weights must have shape [", samples.batch, "], got ",
+             shape_of(*weights));
+      check_device(a.op, "weights", *weights, "grads", samples.held[0]);
+      args.weights = {weights->const_data_ptr(), float_dtype(a.op, "weights", *weights)};
+    }
+
+    std::vector<Tensor> sums;
+    sums.reserve(a.grads.size());
+    for (size_t i = 0; i < a.grads.size(); ++i) {
+      const auto sizes = a.grads[i].sizes();
+      sums.push_back(new_tensor(a.grads[i], {sizes.data() + 1, sizes.size() - 1}));
+      samples.tensors[i].sum = {sums[i].mutable_data_ptr(), samples.tensors[i].grad.dtype};
+    }
+    args.tensors = samples.tensors.data();
+    args.count = static_cast<int64_t>(samples.tensors.size());
+    args.batch = samples.batch;
+    args.max_norm = bounds.data();
+    args.gamma = a.gamma;
+    std::vector<int64_t> shape{samples.batch};
+    if (args.mode == ClipMode::per_layer) shape.push_back(args.count);
+    const Norms norms(samples.held[0], shape, samples.any_f64);
+    args.norms = norms.data;
+    Launch::clip_and_sum(a.op, args, norms.tensor);
+    return {std::move(sums), norms.tensor};
+  }
+
+  static Tensor linear_grad_norm(const LinearGradNorm& a) {
+    const Tensor input = checked_packed(a.op, "input", a.input);
+    const Tensor grad = checked_packed(a.op, "grad_output", a.grad_output);
+    const int64_t dims = input.dim();
+    bool fits = dims >= 2 && grad.dim() == dims;
+    for (int64_t d = 0; fits && d + 1 < dims; ++d) fits = input.size(d) == grad.size(d);
+    if (!fits)
+      fail("embattle.", a.op,
+           ": input and grad_output must have shapes [B, *, I] and [B, *, O], got ",
+           shape_of(input), " and ", shape_of(grad));
+    check_device(a.op, "grad_output", grad, "input", input);
+    LinearNormArgs args;
+    args.input = {input.const_data_ptr(), float_dtype(a.op, "input", input)};
+    args.grad = {grad.const_data_ptr(), float_dtype(a.op, "grad_output", grad)};
+    args.batch = input.size(0);
+    args.tokens = 1;
+    for (int64_t d = 1; d + 1 < dims; ++d) args.tokens *= input.size(d);
+    args.inputs = input.size(dims - 1);
+    args.outputs = grad.size(dims - 1);
+    args.bias = a.bias;
+    args.method = checked_method(a.op, a.method);
+    const Norms norms(input, {args.batch},
+                      args.input.dtype == Dtype::f64 || args.grad.dtype == Dtype::f64);
+    args.norms = norms.data;
+    Launch::linear_grad_norm(a.op, args, norms.tensor);
+    return norms.tensor;
+  }
+
+  template <Register kWhat>
+  static void add(Ops<kWhat> ops) {
+    ops.template op<&per_sample_norm>("per_sample_norm");
+    ops.template op<&clip_and_sum>("clip_and_sum");
+    ops.template op<&linear_grad_norm>("linear_grad_norm");
+  }
+};
+
 }  // namespace embattle
-
-#define EMBATTLE_REGISTER_CLIP_OPS(m, Device)                               \
-  m.impl("per_sample_norm", TORCH_BOX(&embattle::per_sample_norm<Device>)); \
-  m.impl("clip_and_sum", TORCH_BOX(&embattle::clip_and_sum<Device>));       \
-  m.impl("linear_grad_norm", TORCH_BOX(&embattle::linear_grad_norm<Device>))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -14,6 +16,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "emulator"
+_spec = importlib.util.find_spec("torch")
+TORCH = Path(_spec.origin).parent if _spec and _spec.origin else Path()
 
 #: How kernels are compiled. "watch" has the compiler report every memory access to the emulator,
 #: which looks for races on shared memory (the ThreadSanitizer runtime is not linked), or counts what
@@ -33,13 +37,16 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def _headers() -> bytes:
-    digest = hashlib.sha256()
-    for folder in (HERE, ROOT / "csrc"):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".h", ".cuh"):
-                digest.update(path.read_bytes())
-    return digest.digest()
+def _included(source: Path, found: dict[Path, bytes]) -> None:
+    """Adds what a file includes of the project, and itself."""
+    found[source] = source.read_bytes()
+    for name in re.findall(rb'#include [<"]([^>"]+)[>"]', found[source]):
+        for folder in (source.parent, HERE, ROOT / "csrc"):
+            path = (folder / name.decode()).resolve()
+            if path.is_file():
+                if path not in found:
+                    _included(path, found)
+                break
 
 
 def _run(command: Sequence[str]) -> None:
@@ -55,7 +62,7 @@ def build(name: str, sources: Sequence[Path], variant: str, module: bool) -> Pat
         name: of the result.
         sources: .cu files are compiled as kernels of the variant, .cpp files without checks.
         variant: a key of VARIANTS.
-        module: a pybind11 module; else an executable.
+        module: a pybind11 module that uses torch's stable ABI; else an executable.
 
     Returns:
         The path of the result, which is built once per content.
@@ -80,17 +87,22 @@ def build(name: str, sources: Sequence[Path], variant: str, module: bool) -> Pat
         import pybind11
 
         common += [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+        common += [f"-isystem{TORCH / 'include'}", "-DEMBATTLE_EMULATED"]
+        common += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # as in CMakeLists.txt
     objects = BUILD / "objects"
     objects.mkdir(parents=True, exist_ok=True)
-    headers = _headers()
 
     def compiled(source: Path) -> Path:
         flags = list(common)
         if source.suffix == ".cu":
             flags += [*compile_flags, "-x", "c++"]
         elif variant == "asan" and source.stem == "emulator":
-            flags += compile_flags  # it poisons shared memory; the bindings serve both variants
-        key = hashlib.sha256(headers + source.read_bytes() + " ".join([cxx, *flags]).encode())
+            flags += compile_flags  # it poisons shared memory; registered.cpp serves both variants
+        read: dict[Path, bytes] = {}
+        _included(source, read)
+        key = hashlib.sha256(" ".join([cxx, *flags]).encode())
+        for path in sorted(read):
+            key.update(read[path])
         target = objects / f"{source.stem}-{key.hexdigest()[:20]}.o"
         if not target.exists():
             scratch = target.with_suffix(f".{os.getpid()}.tmp")
@@ -106,7 +118,7 @@ def build(name: str, sources: Sequence[Path], variant: str, module: bool) -> Pat
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         scratch = target.with_suffix(f".{os.getpid()}.tmp")
-        shared = ["-shared"] if module else []
-        _run([cxx, *shared, *link_flags, *map(str, parts), "-o", str(scratch)])
+        shared = ["-shared", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"] if module else []
+        _run([cxx, *link_flags, *map(str, parts), *shared, "-o", str(scratch)])
         scratch.replace(target)
     return target

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from numbers import Real
 from typing import Final, Literal, TypeAlias
 
 import torch
@@ -57,37 +56,6 @@ def is_token(op: str, group: Group) -> bool:
     if group == "token":
         return True
     raise ValueError(f"embattle.{op}: group must be 'sample' or 'token', got {group!r}")
-
-
-def strength(value: Strength) -> tuple[float, Tensor | None]:
-    """Splits a strength into the float and the per-group tensor of the schema."""
-    if isinstance(value, Tensor):
-        return 0.0, value
-    return value, None
-
-
-def bound(value: Bound) -> tuple[float | None, Tensor | None]:
-    """Splits a box bound into the float and the tensor of the schema."""
-    if value is None:
-        return None, None
-    if isinstance(value, Tensor):
-        return None, value
-    if isinstance(value, Real):
-        return float(value), None
-    return value, None  # what the schema refuses, which knows the argument's name
-
-
-def budget(op: str, max_groups: int | None) -> int:
-    """How many groups of a sample move, as the schema takes it: -1 for all.
-
-    Raises:
-        ValueError: for a negative number.
-    """
-    if max_groups is None:
-        return -1
-    if isinstance(max_groups, int) and max_groups < 0:
-        raise ValueError(f"embattle.{op}: max_groups must not be negative, got {max_groups}")
-    return max_groups
 
 
 def draw_key(op: str, generator: torch.Generator | None) -> Tensor:

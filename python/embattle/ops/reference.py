@@ -1,8 +1,9 @@
 """The definition of every op, in plain torch and float64: slow, clear, what the tests compare with.
 
-Every function has the signature of its namesake in :mod:`embattle.ops`. Arguments are taken as
-valid. Results have the dtype of the first argument; the arithmetic in between is float64, so that
-the reference called on ``x.double()`` is exact to about 1e-15 for whatever ``x`` holds.
+Every function has the signature of its namesake in :mod:`embattle.ops`; those on groups have
+their signatures and words from here. Arguments are taken as valid. Results have the dtype of the
+first argument; the arithmetic in between is float64, so that the reference called on
+``x.double()`` is exact to about 1e-15 for whatever ``x`` holds.
 
 **Groups.** A tensor is seen as ``[rows, dim]``, where ``dim`` is its last dimension, and a group is
 a run of rows (``group="sample"``: all rows of one index of dimension 0; ``group="token"``: one row;
@@ -51,8 +52,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-PerGroup = float | Tensor
-Bound = float | Tensor | None
+from embattle.ops._arguments import Bound, Group, Norm, Strength
 
 _NORMS: dict[object, str] = {
     "l1": "l1",
@@ -115,7 +115,7 @@ class _Groups:
         flat = base.to(packed.dtype).reshape(math.prod(self.shape[:-1]), self.dim)
         return flat.index_put((self.rows[self.used],), rows).reshape(self.shape)
 
-    def column(self, value: PerGroup) -> Tensor:
+    def column(self, value: Strength) -> Tensor:
         """A float or one value per group as [groups, 1] in float64."""
         column = torch.as_tensor(value, dtype=torch.float64, device=self.rows.device)
         return column.expand(len(self.rows))[:, None]
@@ -155,7 +155,7 @@ class _Ball:
     @staticmethod
     def of(
         x: Tensor,
-        eps: PerGroup,
+        eps: Strength,
         norm: str | float,
         group: str,
         offsets: Tensor | None,
@@ -312,18 +312,34 @@ class _Ball:
 def project(
     delta: Tensor,
     *,
-    eps: PerGroup,
-    norm: str | float = "l2",
-    group: str = "sample",
+    eps: Strength,
+    norm: Norm = "l2",
+    group: Group = "sample",
     offsets: Tensor | None = None,
     mask: Tensor | None = None,
     x0: Tensor | None = None,
     lower: Bound = None,
     upper: Bound = None,
 ) -> Tensor:
-    """The Euclidean projection of every group on the ball of radius eps (and on the box).
+    """The Euclidean projection on the norm ball (and box): exact, for every group on its own.
 
-    Exact for every norm, with a box too. Differentiable with respect to delta.
+    The result's norm, in float64 on the stored values, never exceeds eps (but see below for a
+    box), and a second projection changes no bit. Differentiable with respect to `delta`.
+
+    Args:
+        delta: the perturbation, any shape; the perturbed input where `x0` is given.
+        eps, norm, group, offsets, mask, x0, lower, upper: as for :func:`pgd_step`. With a box the
+            result is the exact projection on the intersection of ball and box. Where they do not
+            meet, as `x0` is further from the box than eps, the box wins: the result is the point
+            of the box that is nearest to `x0` (linf: element by element), and its norm exceeds eps.
+
+    Returns:
+        Tensor of the shape and dtype of `delta`.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or value; the message names the argument.
+
+    Source: l1 threshold: Duchi et al., "Efficient Projections onto the l1-Ball" (ICML 2008).
     """
     ball = _Ball.of(delta, eps, norm, group, offsets, mask, x0, lower, upper)
     return ball.finish(ball.groups.pack(delta) - ball.origin, delta)
@@ -384,10 +400,10 @@ def pgd_step(
     delta: Tensor,
     grad: Tensor,
     *,
-    step_size: PerGroup,
-    eps: PerGroup,
-    norm: str | float = "l2",
-    group: str = "sample",
+    step_size: Strength,
+    eps: Strength,
+    norm: Norm = "l2",
+    group: Group = "sample",
     offsets: Tensor | None = None,
     mask: Tensor | None = None,
     top: float = 1,
@@ -397,10 +413,44 @@ def pgd_step(
     upper: Bound = None,
     nonfinite: Tensor | None = None,
 ) -> Tensor:
-    """P(delta + step_size * u(grad)): steepest ascent in the given norm, then projection.
+    """One projected steepest-ascent step: ``P_eps(delta + step_size * u(grad))``, in one pass.
 
-    A group whose gradient is not finite keeps its (projected) delta and adds 1 to its count in
-    `nonfinite`. With `max_groups`, tokens that are not chosen get a zero delta.
+    ``u`` is the direction of steepest ascent in the norm: ``sign(g)`` for linf, ``g / ||g||_2``
+    for l2, and for l1 the signs of the `top` coordinates with the largest ``|g|``, each
+    ``1 / top``. A zero gradient moves nothing; a gradient with a NaN or an Inf leaves its group's
+    delta as it was (projected) and never reaches another group. Not differentiable.
+
+    Args:
+        delta: the perturbation, any shape.
+        grad: gradient of the loss to be raised, shape of `delta`, any float dtype.
+        step_size: length of the step in the norm; a float or one value per group. Negative
+            descends.
+        eps: radius of the ball; a float or one value per group. ``math.inf`` for none.
+        norm: "l2", "linf", "l1", or 2, ``math.inf``, 1.
+        group: what has a ball of its own: "sample" (all but dim 0) or "token" (the last dim).
+        offsets: ``[groups + 1]`` int64: ragged groups of packed rows; overrides `group`.
+        mask: bool, ``delta.shape[:-1]``: rows that are False get no perturbation and do not count.
+        top: for l1: how many coordinates move; below 1 it is a fraction of the group.
+        max_groups: with ``group="token"``: only so many tokens of a sample move, those with the
+            largest gradient norm (the dual norm); the others get a zero delta.
+        x0: the ball's centre, shape of `delta`. `delta` and the result are then perturbed inputs.
+        lower: lower bound of the result; a float, or a tensor of one element or of the shape of
+            `delta`. A float costs no kernel of its own. No value of a tensor is checked, as that
+            would wait for a GPU: an element whose bound is a NaN has none, and where lower is
+            above upper, upper holds. `x0` need not lie in the box: the result always does, also
+            where ball and box do not meet (see :func:`project`).
+        upper: upper bound of the result, likewise.
+        nonfinite: int32 ``[groups]``: incremented for every group with a non-finite gradient.
+
+    Returns:
+        The new perturbation (or perturbed input, with `x0`), shape and dtype of `delta`.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or value; the message names the argument.
+
+    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks"
+    (arXiv 1706.06083), eq. in section 2.1; l1 with several coordinates: Tramer and Boneh
+    (arXiv 1904.13000), section 3.2.
     """
     ball = _Ball.of(delta, eps, norm, group, offsets, mask, x0, lower, upper)
     groups = ball.groups
@@ -420,11 +470,11 @@ def momentum_step(
     grad: Tensor,
     *,
     decay: float,
-    step_size: PerGroup,
-    eps: PerGroup,
+    step_size: Strength,
+    eps: Strength,
     style: Literal["mi", "apgd"] = "mi",
-    norm: str | float = "l2",
-    group: str = "sample",
+    norm: Norm = "l2",
+    group: Group = "sample",
     offsets: Tensor | None = None,
     mask: Tensor | None = None,
     top: float = 1,
@@ -433,18 +483,29 @@ def momentum_step(
     upper: Bound = None,
     nonfinite: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A step with memory; returns the new delta and the new velocity.
+    """A projected step with momentum; returns the new perturbation and the new velocity.
 
-    ``style="mi"`` (Dong et al., "Boosting adversarial attacks with momentum", CVPR 2018, eq. 6-7):
-    ``v' = decay * v + g / ||g||_1``, ``delta' = P(delta + step_size * u(v'))``. Where g is zero v'
-    is ``decay * v``; where g is not finite v stays and delta is only projected. Masked rows of v'
-    are zero.
+    ``style="mi"``: ``v' = decay * v + g / ||g||_1``, ``delta' = P(delta + step_size * u(v'))``.
+    Where g is zero v' is ``decay * v``; where g is not finite v stays and delta is only projected.
+    Masked rows of v' are zero.
 
-    ``style="apgd"`` (Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020,
-    eq. 3): the velocity is the previous delta (with x0: the previous input); ``z = P(delta +
-    step_size * u(g))``, ``delta' = P(delta + decay * (z - delta) + (1 - decay) * (delta - v))``,
-    ``v' = delta``. Where g is not finite delta is only projected. Masked rows of v' are zero (with
-    x0: x0).
+    ``style="apgd"``: `velocity` holds the previous perturbation (with `x0`: the previous input);
+    ``z = P(delta + step_size * u(g))``,
+    ``delta' = P(delta + decay * (z - delta) + (1 - decay) * (delta - velocity))``, ``v' = delta``.
+    Where g is not finite delta is only projected. Masked rows of v' are zero (with x0: x0).
+
+    Args:
+        delta: the perturbation, any shape.
+        velocity: shape of `delta`, see above; zeros (mi) or `delta` itself (apgd) at the start.
+        grad: gradient of the loss to be raised, shape of `delta`.
+        decay: mu of MI-FGSM (1 in the paper), or alpha of APGD (0.75 in the paper).
+        step_size, eps, norm, group, offsets, mask, top, x0, lower, upper, nonfinite: as for
+            :func:`pgd_step`.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or value; the message names the argument.
+
+    Source: Dong et al. (arXiv 1710.06081), eq. 6 and 7; Croce and Hein (arXiv 2003.01690), eq. 1.
     """
     ball = _Ball.of(delta, eps, norm, group, offsets, mask, x0, lower, upper)
     groups = ball.groups
@@ -534,9 +595,9 @@ def _gaussian(key: Tensor, like: Tensor) -> Tensor:
 def random_start(
     like: Tensor,
     *,
-    eps: PerGroup,
-    norm: str | float = "l2",
-    group: str = "sample",
+    eps: Strength,
+    norm: Norm = "l2",
+    group: Group = "sample",
     offsets: Tensor | None = None,
     mask: Tensor | None = None,
     x0: Tensor | None = None,
@@ -544,12 +605,27 @@ def random_start(
     upper: Bound = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Uniform in the ball of radius eps round the origin, then projected on the box if any.
+    """A point uniform in each group's ball (then projected on the box, if there is one).
 
     linf: ``eps * (2 * u - 1)``. l2: gaussians of the group divided by their l2 norm, times the
-    group's radius. l1: signed exponentials divided by their l1 norm, times the radius (Barthe et
-    al., "A probabilistic approach to the geometry of the l_p^n-ball", 2005). A direction of norm 0
-    gives 0.
+    group's radius. l1: signed exponentials divided by their l1 norm, times the radius. A direction
+    of norm 0 gives 0.
+
+    Args:
+        like: gives shape, dtype and device.
+        eps, norm, group, offsets, mask, x0, lower, upper: as for :func:`pgd_step`; eps is finite.
+        generator: what the numbers are drawn from; the CPU's default generator if None. One seed
+            gives the same random integers everywhere, and the same bits for any number of threads.
+            Between devices, and between SIMD levels of a CPU, what is computed from the integers
+            (logarithms, roots, sines) may differ in the last places.
+
+    Returns:
+        Tensor of the shape and dtype of `like`.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or value; the message names the argument.
+
+    Source: l1: Barthe et al., "A probabilistic approach to the geometry of the l_p^n-ball" (2005).
     """
     key = draw_key(generator)
     ball = _Ball.of(like, eps, norm, group, offsets, mask, x0, lower, upper)
@@ -574,10 +650,10 @@ def random_start(
 def gaussian_noise(
     x: Tensor,
     *,
-    std: PerGroup,
-    eps: PerGroup | None = None,
-    norm: str | float = "l2",
-    group: str = "sample",
+    std: Strength,
+    eps: Strength | None = None,
+    norm: Norm = "l2",
+    group: Group = "sample",
     offsets: Tensor | None = None,
     mask: Tensor | None = None,
     x0: Tensor | None = None,
@@ -585,10 +661,23 @@ def gaussian_noise(
     upper: Bound = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """P(x + std * gaussian), where P projects on the ball (if eps is given) and the box (if any).
+    """``P_eps(x + N(0, std^2))`` in one pass; without `eps`, ``x + N(0, std^2)``.
 
-    As everywhere x is a perturbation unless x0 is given: masked-out rows are zero. To add noise to
-    an input and leave masked rows as they are, pass it as x0 too.
+    As everywhere `x` is a perturbation unless `x0` is given: masked-out rows are zero. To add noise
+    to an input and leave masked rows as they are, pass it as `x0` too.
+
+    Args:
+        x: what the noise is added to: a perturbation, or a perturbed input where `x0` is given.
+        std: standard deviation; a float or one value per group.
+        eps: radius of the ball; None for no ball.
+        norm, group, offsets, mask, x0, lower, upper: as for :func:`pgd_step`.
+        generator: as for :func:`random_start`.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or value; the message names the argument.
     """
     key = draw_key(generator)
     radius = math.inf if eps is None else eps
@@ -608,12 +697,23 @@ def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 def group_norm(
     x: Tensor,
     *,
-    norm: str | float = "l2",
-    group: str = "sample",
+    norm: Norm = "l2",
+    group: Group = "sample",
     offsets: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """[groups] norms of the groups, in float32 (float64 for a float64 x); 0 for an empty group."""
+    """The norm of every group, in one read.
+
+    Args:
+        x: any shape.
+        norm, group, offsets, mask: as for :func:`pgd_step`.
+
+    Returns:
+        ``[groups]``, float64 for a float64 input and float32 otherwise (half types overflow).
+
+    Raises:
+        ValueError: for a wrong shape, dtype or value; the message names the argument.
+    """
     groups = _Groups.of(x, group, offsets, mask)
     return _norm(groups.pack(x), _norm_name(norm))[:, 0].to(_norm_dtype([x]))
 
