@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from embattle.ops._arguments import (
     NORMS,
@@ -26,6 +27,10 @@ from embattle.ops._arguments import (
 # Called with positional arguments in the order of the schemas in csrc/library.cpp: binding so many
 # keywords takes longer than a small op itself.
 _ops = torch.ops.embattle
+# The plain ops without the frame of `OpOverload.__call__`, which compiled code needs.
+_pgd_step_plain = _ops.pgd_step_plain.default._op
+_pgd_step_plain_ = _ops.pgd_step_plain_.default._op
+_project_plain = _ops.project_plain.default._op
 
 
 def pgd_step(
@@ -90,7 +95,8 @@ def pgd_step(
             and top == 1
             and not (isinstance(step_size, Tensor) or isinstance(eps, Tensor))
         ):
-            plain: Tensor = _ops.pgd_step_plain.default(
+            call = _ops.pgd_step_plain.default if is_compiling() else _pgd_step_plain
+            plain: Tensor = call(
                 delta,
                 grad,
                 step_size,
@@ -153,7 +159,8 @@ def pgd_step_(
             and top == 1
             and not (isinstance(step_size, Tensor) or isinstance(eps, Tensor))
         ):
-            _ops.pgd_step_plain_.default(
+            call = _ops.pgd_step_plain_.default if is_compiling() else _pgd_step_plain_
+            call(
                 delta,
                 grad,
                 step_size,
@@ -191,6 +198,26 @@ def pgd_step_(
         raise argument_error(error) from None
     written(delta)
     return delta
+
+
+def plain_step_(
+    delta: Tensor,
+    grad: Tensor,
+    step_size: float,
+    eps: float,
+    norm: Norm,
+    group: Group,
+    nonfinite: Tensor | None,
+) -> None:
+    """:func:`pgd_step_` where there is a ball of one radius and nothing else, for loops.
+
+    Takes half of its time on a small tensor: arguments have their places, and autograd is not told
+    that `delta` is written. Not for compiled code.
+    """
+    try:
+        _pgd_step_plain_(delta, grad, step_size, eps, NORMS[norm], group == "token", nonfinite)
+    except RuntimeError as error:
+        raise argument_error(error) from None
 
 
 def project(
@@ -232,7 +259,8 @@ def project(
             and not differentiable
             and not isinstance(eps, Tensor)
         ):
-            plain: Tensor = _ops.project_plain.default(
+            call = _ops.project_plain.default if is_compiling() else _project_plain
+            plain: Tensor = call(
                 delta,
                 eps,
                 NORMS.get(norm) or norm_order("project", norm),
