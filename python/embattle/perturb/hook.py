@@ -230,7 +230,7 @@ class Perturb(_SiteCalls):
             return None
         if saved_tensors_hooks(False) is not None or not torch.is_grad_enabled():
             refuse_checkpoints(module)
-        if type(output) is Tensor and _is_plain(output):
+        if _is_plain(output):
             return self._perturb(module, args, kwargs, output)
         values = {
             part.key: self._perturb(module, args, kwargs, part.value)

@@ -149,7 +149,8 @@ def _collect(model: nn.Module, known: dict[int, nn.Module]) -> list[nn.Module]:
 
     In the order of `nn.Module.modules`, which takes many times as long.
     """
-    new, todo = [], [model]
+    new: list[nn.Module] = []
+    todo: list[nn.Module | None] = [model]
     while todo:
         module = todo.pop()
         if module is None or id(module) in known:
@@ -245,7 +246,8 @@ class KeptState:
         """
         if id(model) in self.modules:
             return []
-        held, parameters = [], []
+        held: list[_Module] = []
+        parameters: list[nn.Parameter] = []
         for module in _collect(model, self.modules):
             if module._parameters:
                 parameters += [p for p in module._parameters.values() if p is not None]

@@ -63,7 +63,7 @@ class Perturbation:
             self.delta = torch.zeros_like(base, requires_grad=True)
         else:
             self.delta = torch.zeros_like(base, dtype=torch.float32, requires_grad=True)
-        self.nonfinite = base.new_zeros(self.groups, dtype=torch.int32)
+        self.nonfinite = torch.zeros(self.groups, dtype=torch.int32, device=base.device)
         self._had_gradient: Tensor | None = None  # made when it is asked for: mostly all have one
         self._all_had = False
 
