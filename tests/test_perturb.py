@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from functools import partial
+from typing import Any
 
 import embattle as eb
 import pytest
 import torch
 import toys
+from embattle.perturb.perturbed_sites import PerturbedSites
 from torch import nn
 
 
@@ -428,6 +431,78 @@ def test_a_model_may_change_its_embeddings_in_place(random: bool) -> None:
     assert torch.allclose(result.losses, (2 * (base + result.deltas[0])).square().sum(1))
     if not random:
         assert torch.allclose(result.deltas[0], base / base.norm(dim=1, keepdim=True))
+
+
+class Chain(nn.Module):
+    """Two places, the second computed from the first."""
+
+    def __init__(self, in_place: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.between = nn.Embedding(9, 4), nn.Linear(4, 4)
+        self.head, self.in_place = nn.Linear(4, 1), in_place
+        self.leaves: list[bool] = []
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        embedded = self.embedding(tokens)
+        self.leaves.append(embedded.is_leaf)
+        embedded = embedded.mul_(2.0) if self.in_place else embedded * 2.0
+        return torch.tanh(self.head(torch.tanh(self.between(embedded)))).squeeze(-1).sum(-1)
+
+
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize("layout", ["samples first", "time first", "joint", "token", "bfloat16"])
+def test_gradients_at_leaves_are_those_at_the_deltas(
+    layout: str, random: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = Chain()
+    if layout == "bfloat16":
+        model.bfloat16()
+    tokens = torch.randint(0, 9, (5, 3))
+    options = {"group": "token"} if layout == "token" else {}
+    if layout == "time first":
+        tokens, options = tokens.T, {"samples": 1}
+    sites = [eb.Site(m, model=model, **options) for m in (model.embedding, model.between)]
+    dim = 0 if layout == "time first" else -1
+
+    def loss() -> torch.Tensor:
+        out = torch.tanh(model.head(torch.tanh(model.between(model.embedding(tokens) * 2.0))))
+        return out.squeeze(-1).sum(dim)
+
+    def deltas() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        attack = eb.PGD(eps=0.5, steps=4, step_size=0.2, random_start=random)
+        return attack.run(loss, sites, joint=layout == "joint", evaluate=False).deltas
+
+    found = deltas()
+    perturb = PerturbedSites.perturb
+    seen: list[bool] = []
+
+    def at_deltas(self: PerturbedSites, *, leaves: bool = False, **options: Any) -> None:
+        seen.append(leaves)
+        perturb(self, **options)
+
+    monkeypatch.setattr(PerturbedSites, "perturb", at_deltas)
+    for one, other in zip(found, deltas(), strict=True):
+        assert torch.equal(one, other)
+        assert one.abs().max() > 0
+    assert seen[0]
+
+
+def test_a_model_that_writes_into_its_embeddings_is_given_no_leaves() -> None:
+    torch.manual_seed(0)
+    models = [Chain(), Chain(in_place=True)]
+    models[1].load_state_dict(models[0].state_dict())
+    tokens = torch.randint(0, 9, (5, 3))
+    attack = eb.PGD(eps=0.5, steps=4, step_size=0.2)
+    one, other = (
+        attack.run(partial(model, tokens), eb.Site(model.embedding, model=model)).delta
+        for model in models
+    )
+    assert torch.equal(one, other)
+    # Of the first pass and the evaluation there is no gradient at what the model is given.
+    assert models[0].leaves[1:-1] == [True] * 3
+    assert models[1].leaves[1:-1] == [True] + [False] * 3  # the pass that failed was made again
 
 
 def test_tuple_outputs_keep_their_rest() -> None:

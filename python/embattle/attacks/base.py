@@ -13,6 +13,7 @@ from torch import Tensor
 
 from embattle import checks, ops
 from embattle.attacks.best import Best
+from embattle.attacks.box import Bound, bounds_of_delta, box, checked_bounds
 from embattle.attacks.early_stopping import search_early_stopping
 from embattle.attacks.first_pass import FirstPass, run_first_pass
 from embattle.attacks.result import AttackResult
@@ -26,7 +27,6 @@ from embattle.perturb.site import Site
 from embattle.perturb.strength import Measured, Strength, check_strength, resolve, words
 
 Norm: TypeAlias = Literal["l2", "linf", "l1"] | float
-Bound: TypeAlias = float | Tensor | None
 
 _NORMS = {"l1": "l1", "l2": "l2", "linf": "linf", 1: "l1", 2: "l2", math.inf: "linf"}
 
@@ -97,31 +97,12 @@ class Attack:
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"{name}: restarts={self.restarts} needs random_start=True")
         checks.one_of(name, "keep", self.keep, ("last", "best"))
-        for side in ("lower", "upper"):
-            self._check_bound(name, side)
-        if self.lower is not None and self.upper is not None:
-            low, high = torch.as_tensor(self.lower), torch.as_tensor(self.upper)
-            if bool((low.to(high.device) > high).any()):
-                raise ValueError(
-                    f"{name}: lower={words(self.lower)} is above upper={words(self.upper)}"
-                )
+        self.lower, self.upper = checked_bounds(name, self.lower, self.upper)
         checks.flag(name, "stop_when_fooled", self.stop_when_fooled)
         checks.one_of(name, "mode", self.mode, MODES)
         checks.flag(name, "compile", self.compile)
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"{name}: generator must be a torch.Generator, got {self.generator!r}")
-
-    def _check_bound(self, name: str, side: str) -> None:
-        value = getattr(self, side)
-        if value is None:
-            return
-        if not isinstance(value, Tensor):
-            setattr(self, side, checks.real(name, side, value, finite=False))
-        elif value.dtype == torch.bool or value.is_complex() or bool(value.isnan().any()):
-            raise ValueError(
-                f"{name}: {side} must be numbers, none of them NaN; got {tuple(value.shape)} of "
-                f"{value.dtype}"
-            )
 
     def __repr__(self) -> str:
         parts = [f"{self.norm} ball of radius {words(self.eps)}", *self._words()]
@@ -169,21 +150,8 @@ class Attack:
         It holds `eps`, and `lower` and `upper` where there is a box, as bounds of the delta.
         """
         state: dict[str, Any] = {"eps": self._resolve(self.eps, perturbation, scale)}
-        for side, value in (("lower", self.lower), ("upper", self.upper)):
-            if value is not None:
-                base = perturbation.base.to(perturbation.delta.dtype)
-                bound = torch.as_tensor(value, dtype=base.dtype, device=base.device)
-                if perturbation.joined and bound.dim():
-                    raise ValueError(f"joint: one {side} for all outputs: give a number")
-                try:
-                    bound = bound.expand_as(base) - base
-                except RuntimeError as error:
-                    raise ValueError(
-                        f"{type(self).__name__}: {side} of shape {tuple(bound.shape)} does not "
-                        f"broadcast to the embeddings {tuple(base.shape)}, samples first"
-                    ) from error
-                # The clean embeddings are always allowed.
-                state[side] = bound.clamp(max=0) if side == "lower" else bound.clamp(min=0)
+        if self.lower is not None or self.upper is not None:
+            state |= bounds_of_delta(type(self).__name__, self.lower, self.upper, perturbation)
         return state
 
     def start(
@@ -350,7 +318,7 @@ class Attack:
                 if coupled:  # no sample has a value of its own then
                     values = values.sum().expand_as(values)
                 if best is not None and self.keep == "best":
-                    best.update(at)
+                    best.update(at.detach())
                 for perturbation, grad, state in zip(
                     batch.perturbations, grads, states, strict=True
                 ):
@@ -421,13 +389,3 @@ def _ignore_unlabelled(batch: AttackedBatch, counted: Tensor | None) -> None:
         for perturbation in batch.perturbations:
             if not perturbation.coupled:
                 perturbation.had_gradient |= perturbation.per_group(~counted)
-
-
-_NO_BOX: dict[str, Any] = {}
-
-
-def box(state: dict[str, Any]) -> dict[str, Any]:
-    """Return an attack's bounds of the delta, as the ops take them."""
-    if "lower" not in state and "upper" not in state:
-        return _NO_BOX
-    return {"lower": state.get("lower"), "upper": state.get("upper")}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from embattle import checks, ops
-from embattle.attacks.base import Attack, Norm, box
+from embattle.attacks.base import Attack, Norm
+from embattle.attacks.box import box
 from embattle.attacks.starts import BoxStart, GaussianStart
 from embattle.criteria import Criterion, Diverge
 from embattle.perturb.evaluation import Evaluation

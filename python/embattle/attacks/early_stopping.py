@@ -96,6 +96,7 @@ def search_early_stopping(
                         first.at.select(rows), first.values[rows], [g[rows] for g in first.grads]
                     )
                 at, values, grads = known.evaluate(part, some, gradient=attack.uses_gradient)
+                at = at.detach()
             fooled = reached(some, at, known.clean)
             assert fooled is not None
             kept = attack.keep == "best" or attack.restarts > 1

@@ -187,9 +187,10 @@ class Ensemble:
         at: Evaluation | None = None
         for draw in range(self.draws):
             with now.batch.with_seed(self._seed()) if draw else nullcontext():
-                seen = now.batch.evaluate(
-                    grad=uses_gradient, lookups="detached", detach=uses_gradient
-                )
+                if uses_gradient:
+                    seen = now.batch.evaluate_for_gradients()
+                else:
+                    seen = now.batch.evaluate(grad=False, lookups="detached")
                 values = ascended(now.ascent, seen, now.clean)
                 found = now.batch.gradients(values) if uses_gradient else []
             seen = seen.detach()

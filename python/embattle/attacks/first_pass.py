@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class Iterate(NamedTuple):
-    """An iterate of the search: its evaluation, values and gradients, all detached.
+    """An iterate of the search.
 
     Attributes:
-        at: what the loss function returned.
-        values: what is ascended, `[B]`.
-        grads: of each perturbation, of its delta's shape.
+        at: what the loss function returned; perhaps with a graph, which is of no use any more.
+        values: what is ascended, `[B]`, detached.
+        grads: of each perturbation, of its delta's shape, detached.
     """
 
     at: Evaluation
@@ -51,7 +51,7 @@ class FirstPass:
     def evaluate(
         self, batch: AttackedBatch, goal: Criterion, *, gradient: bool = True, mark: bool = True
     ) -> Iterate:
-        """Evaluate the current deltas, with the gradients there (or zeros); all detached.
+        """Evaluate the current deltas, with the gradients there (or zeros).
 
         Args:
             batch: the batch.
@@ -64,16 +64,12 @@ class FirstPass:
         if not gradient:
             at = batch.evaluate(grad=False, lookups="detached")
             zeros = [torch.zeros_like(p.delta) for p in batch.perturbations]
-            return Iterate(at.detach(), ascended(goal, at, self.clean).detach(), zeros)
+            return Iterate(at, ascended(goal, at, self.clean).detach(), zeros)
         graph = self.graph
         if graph is None:
-            graph = batch.evaluate(grad=True, lookups="detached", detach=True)
+            graph = batch.evaluate_for_gradients()
         values = ascended(goal, graph, self.clean)
-        at = graph.detach()
-        # Mostly the losses themselves are ascended.
-        detached = at.losses if values is graph.losses else values.detach()
-        assert detached is not None
-        return Iterate(at, detached, batch.gradients(values, mark=mark))
+        return Iterate(graph, values.detach(), batch.gradients(values, mark=mark))
 
     def after(self) -> FirstPass:
         """Return what holds after the first step, too: the clean evaluation."""

@@ -9,7 +9,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from embattle import checks, ops
-from embattle.attacks.base import Attack, Norm, box
+from embattle.attacks.base import Attack, Norm
+from embattle.attacks.box import box
+from embattle.ops.group import plain_step_
 from embattle.perturb.perturbation import Perturbation
 from embattle.perturb.strength import Strength, check_strength, words
 
@@ -83,16 +85,26 @@ class PGD(Attack):
         values: Tensor,
     ) -> None:
         # Written in place: an addition saves nothing for its backward pass.
+        delta, nonfinite = perturbation.delta.detach(), perturbation.nonfinite
+        size, eps, geometry = state["step_size"], state["eps"], perturbation.geometry
+        if (
+            geometry["offsets"] is geometry["mask"] is self.max_groups is None
+            and self.top == 1
+            and type(size) is type(eps) is float
+            and not ("lower" in state or "upper" in state)
+        ):
+            plain_step_(delta, grad, size, eps, self.norm, geometry["group"], nonfinite)
+            return
         ops.pgd_step_(
-            perturbation.delta.detach(),
+            delta,
             grad,
-            step_size=state["step_size"],
-            eps=state["eps"],
+            step_size=size,
+            eps=eps,
             norm=self.norm,
             top=self.top,
             max_groups=self.max_groups,
-            nonfinite=perturbation.nonfinite,
-            **perturbation.geometry,
+            nonfinite=nonfinite,
+            **geometry,
             **box(state),
         )
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from embattle import checks, ops
-from embattle.attacks.base import Attack, box
+from embattle.attacks.base import Attack
+from embattle.attacks.box import box
 from embattle.attacks.ensemble import without_gradient
 from embattle.attacks.margins import Margins, SmoothMargin, margins_of
 from embattle.attacks.result import AttackResult
@@ -243,7 +244,7 @@ class _Search:
                 grads = batch.gradients_at_zero(ascended(self.ascent, evaluation, self.clean))
                 at = self.clean
             if grads is None:
-                now = batch.evaluate(grad=True, lookups="detached", detach=True)
+                now = batch.evaluate_for_gradients()
                 grads = batch.gradients(ascended(self.ascent, now, self.clean))
                 at = now.detach()
             if number == 0:
@@ -348,11 +349,8 @@ class _Search:
             now = self.batch.evaluate(grad=False, lookups="detached").detach()
             lost = found & ~self._reached(now)
             if not bool(lost.any()):
-                self.best = torch.where(
-                    found,
-                    self._sample_norms([b.norms(self.attack.norm) for b in perturbations]),
-                    self.best,
-                )
+                norms = self._sample_norms([b.norms(self.attack.norm) for b in perturbations])
+                self.best = torch.where(found, norms, self.best)
                 return now
             # At the border of the goal the last bits decide.
             for perturbation in perturbations:

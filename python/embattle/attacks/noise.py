@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from embattle import checks, ops
-from embattle.attacks.base import Attack, box
+from embattle.attacks.base import Attack
+from embattle.attacks.box import box
 from embattle.perturb.perturbation import Perturbation
 from embattle.perturb.strength import PerDim, Strength, check_strength, resolve, words
 

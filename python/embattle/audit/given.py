@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embattle import ops
 from embattle.attacks import Attack
-from embattle.attacks.base import box
+from embattle.attacks.box import box
 from embattle.perturb.perturbation import Perturbation
 
 

@@ -137,7 +137,7 @@ def _gradients(attacked: AttackedBatch, evaluation: Evaluation) -> list[Tensor] 
     try:
         grads = attacked.gradients_at_zero(_losses(evaluation))
         if grads is None:
-            now = attacked.evaluate(grad=True, lookups="detached", detach=True)
+            now = attacked.evaluate_for_gradients()
             grads = attacked.gradients(_losses(now))
     except NoGradient:
         return None

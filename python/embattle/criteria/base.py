@@ -185,6 +185,8 @@ def ascended(criterion: Criterion, now: Evaluation, clean: Evaluation | None) ->
         ValueError: it is not `[B]`.
     """
     value = criterion.objective(now, clean)
+    if value is now.losses and value is not None:
+        return value
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(_returned(criterion, "objective", "a floating-point", now.batch, value))
     if value.shape != (now.batch,):

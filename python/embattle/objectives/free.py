@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from embattle import ops
-from embattle.attacks.base import box
+from embattle.attacks.box import box
 from embattle.criteria import Criterion
 from embattle.criteria.base import ascended
 from embattle.objectives.batch import Batch

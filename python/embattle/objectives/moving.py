@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from embattle import ops
-from embattle.attacks.base import Attack, box
+from embattle.attacks.base import Attack
+from embattle.attacks.box import box
 from embattle.objectives.kept_deltas import KeptDeltas
 from embattle.perturb.perturbation import Perturbation
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 Norm: TypeAlias = str | float
@@ -29,6 +29,9 @@ NORMS: Final[dict[Norm, float]] = {
     2: 2.0,
     math.inf: math.inf,
 }
+
+# What `torch.autograd.graph.increment_version` calls.
+_increment_version: Callable[[tuple[Tensor, ...]], None] = torch._C._increment_version
 
 
 def norm_order(op: str, norm: Norm) -> float:
@@ -103,4 +106,4 @@ def written(*tensors: Tensor) -> None:
         return  # the compiled graph writes them by copy_, which tells
     for tensor in tensors:
         if not tensor.is_inference():
-            increment_version(tensor)
+            _increment_version((tensor,))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from embattle.ops import reference
 from embattle.ops._arguments import (
@@ -27,6 +28,8 @@ from embattle.ops._arguments import (
 from embattle.ops._front import P, front, named
 
 _ops = torch.ops.embattle
+# Called where nothing is compiled: without the frame of `OpOverload.__call__`.
+_plain_step_ = _ops.pgd_step_plain_.default._op
 
 
 def _is_plain(options: dict[str, Any], defaults: dict[str, Any]) -> bool:
@@ -46,6 +49,7 @@ def _step(definition: Callable[P, Tensor], in_place: bool) -> Callable[P, Tensor
     small call's time is that of its arguments."""
     name = "pgd_step_" if in_place else "pgd_step"
     plain = (_ops.pgd_step_plain_ if in_place else _ops.pgd_step_plain).default
+    small = plain._op
     general: Callable[..., Tensor] = front(definition, name)
     defaults = _defaults(definition)
 
@@ -76,7 +80,8 @@ def _step(definition: Callable[P, Tensor], in_place: bool) -> Callable[P, Tensor
                 **options,
             )
         try:
-            out: Tensor = plain(
+            call = plain if is_compiling() else small
+            out: Tensor = call(
                 delta,
                 grad,
                 step_size,
@@ -98,6 +103,7 @@ def _step(definition: Callable[P, Tensor], in_place: bool) -> Callable[P, Tensor
 def _project(definition: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """`project`, by an op that is a constant to autograd where nothing is to be differentiated."""
     plain = _ops.project_plain.default
+    small = plain._op
     differentiable: Callable[..., Tensor] = front(definition, "project")
     constant: Callable[..., Tensor] = front(definition, "project_constant")
     defaults = _defaults(definition)
@@ -115,7 +121,8 @@ def _project(definition: Callable[P, Tensor]) -> Callable[P, Tensor]:
         if isinstance(eps, Tensor) or (options and not _is_plain(options, defaults)):
             return constant(delta, eps=eps, norm=norm, group=group, **options)
         try:
-            out: Tensor = plain(
+            call = plain if is_compiling() else small
+            out: Tensor = call(
                 delta,
                 eps,
                 NORMS.get(norm) or norm_order("project", norm),
@@ -126,6 +133,26 @@ def _project(definition: Callable[P, Tensor]) -> Callable[P, Tensor]:
         return out
 
     return named(project, definition)
+
+
+def plain_step_(
+    delta: Tensor,
+    grad: Tensor,
+    step_size: float,
+    eps: float,
+    norm: Norm,
+    group: Group,
+    nonfinite: Tensor | None,
+) -> None:
+    """:func:`pgd_step_` where there is a ball of one radius and nothing else, for loops.
+
+    Takes half of its time on a small tensor: arguments have their places, and autograd is not told
+    that `delta` is written. Not for compiled code.
+    """
+    try:
+        _plain_step_(delta, grad, step_size, eps, NORMS[norm], group == "token", nonfinite)
+    except RuntimeError as error:
+        raise argument_error(error) from None
 
 
 pgd_step = _step(reference.pgd_step, in_place=False)

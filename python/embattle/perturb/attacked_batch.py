@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from embattle.perturb.build_perturbations import build_perturbations, perturbation_of_call
 from embattle.perturb.calls import Call, is_lookup
 from embattle.perturb.chosen import geometry_of_chosen
-from embattle.perturb.evaluation import Evaluation, LossFn, call
+from embattle.perturb.evaluation import Evaluation, LossFn
 from embattle.perturb.gradients import (
     NoGradient,
     differentiate,
@@ -22,28 +21,16 @@ from embattle.perturb.gradients import (
     refuse_other_uses,
     refuse_unused,
 )
-from embattle.perturb.guard import (
-    MODES,
-    Mode,
-    autograd_enabled,
-    eval_mode,
-    fresh_autocast_cache,
-    frozen_weights,
-)
+from embattle.perturb.guard import Mode
 from embattle.perturb.masks import Geometry
-from embattle.perturb.model_state import KeptState, kept_state
+from embattle.perturb.passes import NOTHING, Passes
 from embattle.perturb.perturbation import Perturbation
 from embattle.perturb.perturbed_sites import Lookups, PerturbedSites
-from embattle.perturb.random_state import RandomState
-from embattle.perturb.replay import DropoutMasks
 from embattle.perturb.site import PerCallTensor, Site, as_sites
 
 Masks: TypeAlias = "PerCallTensor | Sequence[PerCallTensor]"
 # From the rows that are left (int64 [n]) to the loss function of these samples.
 Subset: TypeAlias = Callable[[Tensor], LossFn]
-
-
-_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class RecordedPass(NamedTuple):
@@ -58,7 +45,7 @@ class RecordedPass(NamedTuple):
     perturbed: bool
 
 
-class AttackedBatch:
+class AttackedBatch(Passes):
     """One batch with its loss function, its sites and the perturbations there.
 
     Args:
@@ -89,35 +76,12 @@ class AttackedBatch:
         compile: bool = False,
         subset: Subset | None = None,
     ) -> None:
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be a function, got {type(loss_fn).__name__}")
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
-        self.loss_fn, self.subset, self.compile = loss_fn, subset, compile
-        self.perturbed = PerturbedSites(as_sites(sites))
+        super().__init__(loss_fn, PerturbedSites(as_sites(sites)), mode, same_random, compile)
         self.geometry = Geometry(self.sites, mask, offsets)
-        self.joint, self.mode, self.same_random = joint, mode, same_random or mode == "same"
-        self.models: list[nn.Module] = []
-        for site in self.sites:
-            if site.model is not None and not any(site.model is model for model in self.models):
-                self.models.append(site.model)
-        for asked, name in ((mode == "eval", "mode='eval'"), (compile, "compile=True")):
-            if asked and not self.models:
-                raise ValueError(f"{name} needs to know the model: Site(module, model=model)")
-        if compile and any(site.scope == "weight" for site in self.sites):
-            raise ValueError("compile=True: compiled code does not see an exchanged parameter")
-        self.size = 0
+        self.joint, self.subset, self.size = joint, subset, 0
         self._checked = False  # whether the graph was checked
         self._through_half = False  # whether gradients pass through float16
-        self._state: KeptState | None = None
-        self._first: RandomState | None = None  # where evaluations start from
-        self._replay: RandomState | None = None
-        self._masks: DropoutMasks | None = None
-
-    @property
-    def sites(self) -> list[Site]:
-        """Where the model is perturbed."""
-        return self.perturbed.sites
+        self._leaves: bool | None = None  # whether later passes give the model leaves
 
     @property
     def packed(self) -> bool:
@@ -163,120 +127,10 @@ class AttackedBatch:
         other = copy(self)
         other.perturbed = PerturbedSites(self.sites)
         other.geometry = geometry_of_chosen(self.geometry, rows)
-        other.loss_fn, other.subset = self.subset(rows), None
+        other.loss_fn, other.subset, other._leaves = self.subset(rows), None, None
         return other
 
-    # --- around the passes -----------------------------------------------------------------------
-
-    @contextmanager
-    def attacking(
-        self, seed: Callable[[], torch.Generator | None] = lambda: None
-    ) -> Iterator[torch.Generator | None]:
-        """Restore the model and the random state after the attack's own passes inside.
-
-        Args:
-            seed: makes the attack's generator. What it draws from the global state stays drawn, so
-                that the next batch starts elsewhere, unless the attack raises.
-
-        Raises:
-            RuntimeError: another attack is using a site.
-        """
-        busy = [site for site in self.sites if site.busy]
-        if busy:
-            raise RuntimeError(f"{busy[0]!r} is already in use by an attack")
-        before = RandomState.capture()
-        generator = seed()
-        first = self._first = before if generator is None else RandomState.capture()
-        if self.same_random and self._replay is None:
-            self._replay_from(first)
-        after = before  # if it raises
-        off = torch.is_inference_mode_enabled() or not torch.is_grad_enabled()
-        try:
-            with (
-                autograd_enabled() if off else _NOTHING,
-                fresh_autocast_cache(),
-                kept_state(self.models) as state,
-                frozen_weights(state.modules.values()),
-                _requiring_grad(self.sites) if self._tables else _NOTHING,
-                eval_mode(self.models, state.modules.values()) if self.mode == "eval" else _NOTHING,
-            ):
-                self._state = state
-                yield generator
-            after = first
-        finally:
-            self._state = None
-            self.clear()
-            after.restore()
-
-    @property
-    def _tables(self) -> bool:
-        return any(site.table is not None for site in self.sites)
-
-    def clear(self) -> None:
-        """Leave the model unperturbed."""
-        self.perturbed.clear()
-
-    def save_random_state(self) -> None:
-        """Start every later pass of mode "same" from the random state of now."""
-        if self.same_random:
-            self._replay_from(RandomState.capture())
-
-    def _replay_from(self, state: RandomState) -> None:
-        self._replay = state
-        self._masks = None if self.compile else DropoutMasks()
-
-    def clear_random_state(self) -> None:
-        """Draw new random numbers in later passes."""
-        self._replay = self._masks = None
-
-    @contextmanager
-    def with_seed(self, seed: int) -> Iterator[None]:
-        """Seed the passes inside, whatever the mode.
-
-        Only inside `attacking`, which restores the random state at its end.
-        """
-        kept, self._replay, self._masks = (self._replay, self._masks), None, None
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            self._replay, self._masks = kept
-
-    def free_masks(self) -> None:
-        """Free the kept dropout masks; later passes draw them again."""
-        self._masks = None
-
     # --- passes ----------------------------------------------------------------------------------
-
-    def run(self, loss_fn: LossFn | None = None, *, first: bool = False) -> Evaluation:
-        """Run a forward pass; in mode "same" with the random numbers of the first one.
-
-        Args:
-            loss_fn: called instead of the batch's own, which is compiled if `compile` is set.
-            first: start from the random state of the attack's first pass in any mode.
-        """
-        if loss_fn is None:
-            # Compiled code belongs to the function's: a new closure for each batch finds it again.
-            loss_fn = torch.compile(self.loss_fn) if self.compile else self.loss_fn
-        if self._state is not None:
-            self._state.restore()
-        if self._replay is None:
-            if first and self._first is not None:
-                self._first.restore()
-            evaluation = call(loss_fn)
-        else:
-            self._replay.restore()
-            with ExitStack() as stack:
-                if self._masks is not None and not self._masks.idle:
-                    stack.enter_context(self._masks)
-                evaluation = call(loss_fn)
-        for site in self.perturbed.sites:
-            if not site.end_pass():
-                raise RuntimeError(
-                    f"{site!r}: the loss function called its modules in another number than in "
-                    "the pass before: it must run the same batch in the same way at every call"
-                )
-        return evaluation
 
     def record(
         self, *, attach: bool = False, start: Callable[[Perturbation], None] | None = None
@@ -306,7 +160,7 @@ class AttackedBatch:
                 )
                 calls.append(recorded)
             graph = attach or inside
-            with _NOTHING if graph is torch.is_grad_enabled() else torch.set_grad_enabled(graph):
+            with NOTHING if graph is torch.is_grad_enabled() else torch.set_grad_enabled(graph):
                 evaluation = self.run()
         finally:
             self.clear()
@@ -355,11 +209,6 @@ class AttackedBatch:
                     "the call; or give offsets for packed rows"
                 )
 
-    @property
-    def drew_random_numbers(self) -> bool:
-        """Whether the pass just made, from the attack's first random state, drew any."""
-        return self._first is None or not self._first.same(RandomState.capture())
-
     def evaluate(
         self,
         *,
@@ -381,6 +230,21 @@ class AttackedBatch:
             self.perturbed.perturb(lookups=lookups, detach=detach, compile=self.compile)
             return self.run(first=first)
 
+    def evaluate_for_gradients(self) -> Evaluation:
+        """Run the loss function at the current deltas, with a graph for `gradients` alone."""
+        leaves = self._leaves
+        if leaves is None:
+            leaves = all(site.scope == "output" for site in self.sites)
+            leaves = self._leaves = leaves and not (self.compile or self.perturbed.compiled)
+        self.perturbed.perturb(lookups="detached", detach=True, compile=self.compile, leaves=leaves)
+        try:
+            return self.run()
+        except RuntimeError as error:
+            if not leaves or "leaf Variable" not in str(error):
+                raise
+        self._leaves = False  # the model writes into its embeddings, which a leaf does not allow
+        return self.evaluate_for_gradients()
+
     # --- gradients -------------------------------------------------------------------------------
 
     def gradients(self, values: Tensor, *, mark: bool = True) -> list[Tensor]:
@@ -392,10 +256,18 @@ class AttackedBatch:
             values: `[B]`, with their graph.
             mark: record which groups have a gradient other than zero.
         """
-        leaves = [p.delta for p in self.perturbed.perturbations]
+        places = self.perturbed.moved()
+        leaves = [p.delta for p in self.perturbed.perturbations] if places is None else places
         if not self._checked or not values.requires_grad:
             self.check_graph(values, leaves)
-        grads = self._completed(differentiate(values, leaves, self._through_half))
+        found = differentiate(values, leaves, self._through_half)
+        if places is None:
+            grads = self._completed(found)
+        else:
+            gathered = zip(
+                self.perturbed.gather(self._used(found)), self.perturbations, strict=True
+            )
+            grads = [grad.to(p.delta.dtype) for grad, p in gathered]  # as they are at the deltas
         return self.mark_gradients(grads) if mark else grads
 
     def gradients_at_zero(self, values: Tensor) -> list[Tensor] | None:
@@ -472,17 +344,3 @@ class AttackedBatch:
             site.scope == "output" and all(is_lookup(module) for module in site.modules)
             for site in self.sites
         )
-
-
-@contextmanager
-def _requiring_grad(sites: Sequence[Site]) -> Iterator[None]:
-    """Let perturbed tables require gradients: the graph then shows every use of them."""
-    tables: list[Any] = [site.table for site in sites if site.table is not None]
-    turned = [table for table in tables if not table.requires_grad]
-    try:
-        for table in turned:
-            table.requires_grad_(True)
-        yield
-    finally:
-        for table in turned:
-            table.requires_grad_(False)

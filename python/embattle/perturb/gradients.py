@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 if TYPE_CHECKING:
     from embattle.perturb.perturbed_sites import PerturbedSites
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 # long as half of its forward pass; None where this torch has no such function.
 run_backward: Callable[..., Any] | None
 run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)
+# What that calls when it has kept the context for the threads of devices, and looked at the log.
+_run_here: Callable[..., Any] | None
+_run_here = getattr(getattr(Variable, "_execution_engine", None), "run_backward", None)
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
@@ -71,11 +75,12 @@ def _differentiate(values: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> l
     ones = torch.ones_like(values)  # a sum's gradient is an expanded one: dearer in what follows
     try:
         if run_backward is not None and _PLAIN.issuperset(map(type, (values, *leaves))):
+            run = run_backward
+            if _run_here is not None and values.is_cpu and all(leaf.is_cpu for leaf in leaves):
+                run = _run_here
             # Neither a graph of the gradient nor an error for what is unused; nothing in `.grad`.
             return list(
-                run_backward(
-                    (values,), (ones,), keep, False, tuple(leaves), True, accumulate_grad=False
-                )
+                run((values,), (ones,), keep, False, tuple(leaves), True, accumulate_grad=False)
             )
         return list(torch.autograd.grad(values, leaves, ones, keep, allow_unused=True))
     except RuntimeError as error:
@@ -99,7 +104,7 @@ def refuse_unused(grads: Sequence[Tensor | None], found: PerturbedSites) -> None
     Raises:
         NoGradient: all of a site's calls are without a gradient.
     """
-    if all(grad is not None for grad in grads):
+    if type(None) not in map(type, grads):
         return
     used: set[int] = set()
     position = 0

@@ -29,6 +29,11 @@ def eval_mode(models: Sequence[nn.Module], modules: Iterable[nn.Module]) -> Iter
             module.training = training
 
 
+_PARAMETERS = frozenset({nn.Parameter})
+_parametrize = torch.nn.utils.parametrize
+_distributed: Any = torch.distributed if torch.distributed.is_available() else None
+
+
 class frozen_weights:
     """Turn the weights' `requires_grad` off: passes for the delta alone then save less.
 
@@ -36,12 +41,14 @@ class frozen_weights:
     parameters, not in distributed runs, not while parametrised weights are cached.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        held = [p for module in modules for p in module._parameters.values()]
-        weights = [p for p in held if p is not None and p.requires_grad]
-        cached = getattr(torch.nn.utils.parametrize, "_cache_enabled", 0)
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if cached or distributed or any(type(p) is not nn.Parameter for p in weights):
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        weights = [p for p in parameters if p.requires_grad]
+        cached = getattr(_parametrize, "_cache_enabled", 0)
+        if (
+            cached
+            or (_distributed and _distributed.is_initialized())
+            or not _PARAMETERS.issuperset(map(type, weights))
+        ):
             weights = []
         self._weights = weights
 

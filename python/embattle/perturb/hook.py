@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from threading import get_ident
 from typing import Any, Protocol, TypeAlias
@@ -14,15 +13,16 @@ from torch.compiler import is_compiling
 
 from embattle.perturb.calls import Call, Layout, is_lookup, is_plain
 from embattle.perturb.outputs import Key, Part, parts_of, replace_parts
+from embattle.perturb.surroundings import (
+    computes_in_half,
+    finds_unused_parameters,
+    refuse_checkpoints,
+    saved_tensors_hooks,
+)
 
 # What is added at a call: a tensor, or what makes the perturbed output from the output.
 Addition: TypeAlias = Tensor | Callable[[Tensor], Tensor]
 LayoutOf: TypeAlias = Callable[[Call], Layout]
-
-# Returns the saved-tensors hooks in force, where this torch has such a function.
-_saved_tensors_hooks: Callable[[bool], Any] = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None
-)
 
 
 class Use(Protocol):
@@ -192,6 +192,9 @@ class Perturb(_SiteCalls):
         detach: cut the outputs off the modules' weights.
         nodes: collects the autograd nodes of the perturbed outputs.
         deltas: of all sites: an output that is computed from a perturbed one is not cut off.
+        number: of the site.
+        outputs: collects the perturbed outputs of all sites. They are leaves then, at which the
+            gradient is that at the deltas, with no addition in the graph.
     """
 
     def __init__(
@@ -205,10 +208,13 @@ class Perturb(_SiteCalls):
         detach: bool = False,
         nodes: set[Node] | None = None,
         deltas: Sequence[Tensor] = (),
+        number: int = 0,
+        outputs: dict[tuple[int, int], Tensor] | None = None,
     ) -> None:
         super().__init__(modules, key, nodes)
         self.calls, self.additions = calls, additions
         self.known, self.detach, self.deltas = known, detach, deltas
+        self.number, self.outputs = number, outputs
         self.index = 0
         self._cached: Tensor | None = None  # what the current call was given
 
@@ -222,7 +228,7 @@ class Perturb(_SiteCalls):
             module
         ):
             return None
-        if not torch.is_grad_enabled() or _saved_tensors_hooks(False) is not None:
+        if saved_tensors_hooks(False) is not None or not torch.is_grad_enabled():
             refuse_checkpoints(module)
         if _is_plain(output):
             return self._perturb(module, args, kwargs, output)
@@ -235,16 +241,21 @@ class Perturb(_SiteCalls):
     def _perturb(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor
     ) -> Tensor:
-        index, repeats = self.index, value is self._cached  # `cached_rows` compared the inputs then
-        if not repeats:
-            index, repeats = self._find_call(module, args, kwargs)
+        index = self.index % len(self.calls)
+        if value is not self._cached:  # else `cached_rows` compared the inputs
+            call = self.calls[index]
+            repeats = call.module is module and call.repeats(args, kwargs)
+            if not repeats:
+                index, repeats = self._find_call(module, args, kwargs)
             if repeats and self.known is not None:
                 value = self._first_output(index, value)
         self._cached = None
         self.index = index + 1 if index + 1 < len(self.calls) else 0
         addition = self.additions[index]
-        if self.detach and value.requires_grad and not depends_on(module, value, self.deltas):
-            value = value.detach()
+        if self.detach and value.requires_grad:
+            moved = [] if self.outputs is None else self.outputs.values()
+            if not depends_on(module, value, [*self.deltas, *moved]):
+                value = value.detach()
         if not isinstance(addition, Tensor):
             return addition(value)
         if value.shape != addition.shape:
@@ -253,7 +264,10 @@ class Perturb(_SiteCalls):
                 f"perturbation has {tuple(addition.shape)}: the loss function must run the "
                 "same batch at every call, and another batch must run outside of `applied()`"
             )
-        return self.perturbed(value, addition)
+        value = self.perturbed(value, addition)
+        if self.outputs is not None:
+            self.outputs[self.number, index] = value.requires_grad_()
+        return value
 
     def _traced(self, output: Any) -> Any:
         values = {}
@@ -350,56 +364,3 @@ def cached_forward(hook: Hook, module: nn.Module) -> Callable[[Tensor], Tensor]:
 def can_cache_forward(module: nn.Module) -> bool:
     """Return whether `cached_forward` may replace a module's forward method."""
     return is_plain(module) and "forward" not in module.__dict__
-
-
-def refuse_checkpoints(module: nn.Module) -> None:
-    """Refuse modules in a gradient checkpoint, which runs them again without the perturbation.
-
-    Raises:
-        RuntimeError: the call is inside one.
-    """
-    hooks = _saved_tensors_hooks(False)
-    inside = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
-    # A reentrant checkpoint runs its segment without a graph, and has no hooks.
-    if inside or (not torch.is_grad_enabled() and _called_by_checkpoint()):
-        raise RuntimeError(
-            f"Site: {type(module).__name__} is called inside a gradient checkpoint, which runs it "
-            "again in the backward pass, without the perturbation: put the site's module outside "
-            "the checkpointed part"
-        )
-
-
-def _called_by_checkpoint() -> bool:
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
-def finds_unused_parameters(module: nn.Module) -> bool:
-    """Return whether the model runs in DDP with `find_unused_parameters`.
-
-    Raises:
-        RuntimeError: it runs in DDP with a static graph, which an attack's passes break without a
-            word.
-    """
-    wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
-    if wrapper is None:
-        return False
-    if getattr(wrapper, "static_graph", False):
-        raise RuntimeError(
-            f"Site: {type(module).__name__} runs inside DistributedDataParallel with "
-            "static_graph=True, which leaves gradients unsynchronised where a model runs several "
-            "times before one backward pass: use static_graph=False"
-        )
-    return bool(getattr(wrapper, "find_unused_parameters", False))
-
-
-def computes_in_half(value: Tensor) -> bool:
-    """Return whether the model computes in float16 from here on."""
-    if value.dtype == torch.float16:
-        return True
-    device = value.device.type
-    return torch.is_autocast_enabled(device) and (torch.get_autocast_dtype(device) == torch.float16)

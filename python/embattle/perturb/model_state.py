@@ -144,27 +144,30 @@ class _Module:
                 self.held[name] = value
 
 
-def _collect(module: nn.Module, known: dict[int, nn.Module], new: list[nn.Module]) -> None:
-    """Add a module and its submodules to those known, by id, and to the new ones.
+def _collect(model: nn.Module, known: dict[int, nn.Module]) -> list[nn.Module]:
+    """Add a model's modules to those known, by id; return those that were not known before.
 
-    In the order of `nn.Module.modules`, which takes four times as long.
+    In the order of `nn.Module.modules`, which takes many times as long.
     """
-    if id(module) in known:
-        return
-    known[id(module)] = module
-    new.append(module)
-    for one in module._modules.values():
-        if one is not None:
-            _collect(one, known, new)
+    new: list[nn.Module] = []
+    todo: list[nn.Module | None] = [model]
+    while todo:
+        module = todo.pop()
+        if module is None or id(module) in known:
+            continue
+        known[id(module)] = module
+        new.append(module)
+        if module._modules:
+            todo.extend(reversed(module._modules.values()))
+    return new
 
 
 def _is_stateless(module: nn.Module) -> bool:
     """Return whether no pass changes the module: one of torch's own without buffers and hooks."""
-    return (
-        _of_torch(type(module))  # type: ignore[arg-type]
-        and not (module._buffers or module._forward_pre_hooks)
-        and all(type(hook) is Hook for hook in module._forward_hooks.values())
-    )
+    if module._buffers or module._forward_pre_hooks or not _of_torch(type(module)):  # type: ignore[arg-type]
+        return False
+    hooks = module._forward_hooks
+    return not hooks or all(type(hook) is Hook for hook in hooks.values())
 
 
 @lru_cache(maxsize=512)
@@ -226,10 +229,12 @@ class KeptState:
 
     Attributes:
         modules: those that were recorded, each once, by id.
+        parameters: of these modules.
     """
 
     def __init__(self) -> None:
         self.modules: dict[int, nn.Module] = {}
+        self.parameters: list[nn.Parameter] = []
         self._held: list[_Module] = []
         self._tensors: dict[int, _Tensor] = {}
 
@@ -241,15 +246,21 @@ class KeptState:
         """
         if id(model) in self.modules:
             return []
-        modules: list[nn.Module] = []
-        _collect(model, self.modules, modules)
-        held = [_Module(one) for one in modules if not _is_stateless(one)]
+        held: list[_Module] = []
+        parameters: list[nn.Parameter] = []
+        for module in _collect(model, self.modules):
+            if module._parameters:
+                parameters += [p for p in module._parameters.values() if p is not None]
+            if not _is_stateless(module):
+                held.append(_Module(module))
+        self.parameters += parameters
+        if not held:
+            return []
         self._held += held
         found = {id(tensor): tensor for one in held for tensor in one.tensors()}
         if not found:
             return []
         # What requires a gradient or is a parameter's memory is a weight; the lazy has no values.
-        parameters = [p for module in modules for p in module._parameters.values()]
         weights = {p.data_ptr() for p in parameters if type(p) is nn.Parameter}
         new = {
             key: _Tensor(tensor)

@@ -21,6 +21,7 @@ from embattle.perturb.hook import Addition
 from embattle.perturb.strength import group_sizes
 
 _WIDE = (torch.float32, torch.float64)
+_FEW = 1024  # numbers that are looked at sooner as a list
 
 Place = tuple[int, int]  # which site, which of its calls
 
@@ -58,8 +59,10 @@ class Perturbation:
         self.layouts = list(layouts) if layouts else [PLAIN] * len(self.places)
         self.coupled, self.whole = coupled, whole
         self.geometry: dict[str, Any] = {"group": group, "offsets": offsets, "mask": mask}
-        dtype = base.dtype if base.dtype in _WIDE else torch.float32
-        self.delta = torch.zeros_like(base, dtype=dtype).requires_grad_()
+        if base.dtype in _WIDE:
+            self.delta = torch.zeros_like(base, requires_grad=True)
+        else:
+            self.delta = torch.zeros_like(base, dtype=torch.float32, requires_grad=True)
         self.nonfinite = torch.zeros(self.groups, dtype=torch.int32, device=base.device)
         self._had_gradient: Tensor | None = None  # made when it is asked for: mostly all have one
         self._all_had = False
@@ -132,9 +135,11 @@ class Perturbation:
         ):
             return False
         groups = self.nonfinite.shape[0]
+        first = grad.as_strided((groups,), (grad.numel() // groups,))
+        if groups <= _FEW:
+            return 0.0 not in first.tolist()
         # By numpy, in a tenth of torch's time.
-        first = grad.numpy(force=True).reshape(groups, -1)[:, 0]
-        return bool(np.count_nonzero(first) == groups)
+        return bool(np.count_nonzero(first.numpy(force=True)) == groups)
 
     def count_without_gradient(self, done: Tensor | None = None) -> Tensor:
         """Count the groups that may move and never had a gradient other than zero: 0-d, int64.

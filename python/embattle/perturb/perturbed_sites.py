@@ -33,12 +33,14 @@ class PerturbedSites:
         calls: of each site, the calls of the attack's first pass.
         perturbations: what is added to the calls' outputs.
         nodes: the autograd nodes by which the last pass's graph leads to perturbed tables.
+        outputs: the perturbed outputs of the last pass, where they are what is differentiated.
     """
 
     sites: list[Site]
     calls: list[list[Call]] = field(default_factory=list)
     perturbations: list[Perturbation] = field(default_factory=list)
     nodes: set[Node] = field(default_factory=set)
+    outputs: dict[Place, Tensor] | None = field(default=None, repr=False)
     # What the sites add now, if later passes can add the same tensors.
     _current: tuple[Any, ...] | None = field(default=None, repr=False)
 
@@ -58,6 +60,7 @@ class PerturbedSites:
         lookups: Lookups = "fresh",
         detach: bool = False,
         compile: bool = False,
+        leaves: bool = False,
     ) -> None:
         """Let the sites add the current deltas in the coming forward passes.
 
@@ -65,21 +68,35 @@ class PerturbedSites:
             lookups: where the embeddings come from, if the module is a look-up.
             detach: cut the embeddings off the modules' weights.
             compile: the passes are compiled.
+            leaves: collect the perturbed `outputs`, and differentiate there.
         """
         deltas = [p.delta for p in self.perturbations]
-        current = (lookups, detach, compile, *deltas)
+        current = (lookups, detach, compile, leaves, *deltas)
         if self._current is not None and all(map(is_, self._current, current)):
+            if self.outputs is not None:
+                self.outputs.clear()
             return
+        self.outputs = {} if leaves else None
         fixed = all(p.reusable(lookups == "detached") for p in self.perturbations)
         self._current = current if fixed else None
         self.nodes.clear()
-        for site, calls, additions, known in self._per_site(lookups, compile):
+        for number, found in enumerate(self._per_site(lookups, compile, detached=leaves)):
+            site, calls, additions, known = found
             nodes = None if site.table is None else self.nodes
-            site.perturb(calls, additions, known=known, detach=detach, nodes=nodes, deltas=deltas)
+            site.perturb(
+                calls,
+                additions,
+                known=known,
+                detach=detach,
+                nodes=nodes,
+                deltas=deltas,
+                number=number,
+                outputs=self.outputs,
+            )
 
     def clear(self) -> None:
         """Leave the model unperturbed."""
-        self._current = None
+        self._current = self.outputs = None
         for site in self.sites:
             site.clear()
 
@@ -102,7 +119,7 @@ class PerturbedSites:
             yield
 
     def _per_site(
-        self, lookups: Lookups, compile: bool
+        self, lookups: Lookups, compile: bool, *, detached: bool = False
     ) -> Iterator[tuple[Site, list[Call], list[Addition], str | None]]:
         additions: list[dict[int, Addition]] = [{} for _ in self.sites]
         for perturbation in self.perturbations:
@@ -112,6 +129,8 @@ class PerturbedSites:
                 perturbation.additions() if found is None else found,
                 strict=True,
             ):
+                if detached and isinstance(addition, Tensor):
+                    addition = addition.detach()
                 additions[index][number] = addition
         for site, each, calls in zip(self.sites, additions, self.calls, strict=True):
             fits = is_plain if lookups == "detached" else is_lookup
@@ -142,6 +161,16 @@ class PerturbedSites:
             return None
         return [self.calls[s][c].value for p in self.perturbations for s, c in p.places]
 
+    def moved(self) -> list[Tensor] | None:
+        """Return the perturbed outputs of the last pass, place by place; None: not collected.
+
+        Where a module was not called, the delta, which nothing depends on then, stands for it.
+        """
+        found = self.outputs
+        if found is None:
+            return None
+        return [found.get(place, p.delta) for p in self.perturbations for place in p.places]
+
     def sources(self) -> list[Tensor]:
         """Return the modules' own outputs at the places, attached to their weights."""
         found = [self.calls[s][c].source for p in self.perturbations for s, c in p.places]
@@ -149,6 +178,8 @@ class PerturbedSites:
 
     def gather(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Turn gradients at all places, in order, into the gradients of the deltas."""
+        if len(grads) == 1 and grads[0] is not None:
+            return [self.perturbations[0].gather([grads[0]])]
         found, position = [], 0
         for perturbation in self.perturbations:
             part = list(grads[position : position + len(perturbation.places)])

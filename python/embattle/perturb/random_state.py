@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -95,6 +95,9 @@ class _HostState(NamedTuple):
 
 _last_read: _HostState | None = None
 
+_cpu = torch.default_generator
+_cuda_is_used: Callable[[], bool] = torch.cuda.is_initialized
+
 
 class RandomState(NamedTuple):
     """The state of the global generators: torch's on the CPU and CUDA, Python's and numpy's.
@@ -110,13 +113,12 @@ class RandomState(NamedTuple):
     @classmethod
     def capture(cls) -> RandomState:
         """Copy the states now (host memory only: no synchronisation)."""
-        used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        cuda = torch.cuda.get_rng_state_all() if used else None
-        return cls(torch.get_rng_state(), cuda, _HostState.capture())
+        cuda = torch.cuda.get_rng_state_all() if _cuda_is_used() else None
+        return cls(_cpu.get_state(), cuda, _HostState.capture())
 
     def restore(self) -> None:
         """Put the states back."""
-        torch.set_rng_state(self.cpu)
+        _cpu.set_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state_all(self.cuda)
         self.host.restore()

@@ -9,7 +9,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from embattle import checks
 from embattle.perturb.calls import PLAIN, Call, Layout, is_lookup
@@ -272,23 +271,12 @@ class Site:
         additions: Sequence[Addition],
         *,
         known: str | None = None,
-        detach: bool = False,
-        nodes: set[Node] | None = None,
-        deltas: Sequence[Tensor] = (),
+        **options: Any,
     ) -> None:
         """Perturb the coming forward passes (see `hook.Perturb`)."""
         if not self._finalizer.alive:
             raise RuntimeError(f"{self!r} was removed from its modules and perturbs nothing")
-        self._hook.use = Perturb(
-            self.modules,
-            self.key,
-            calls,
-            additions,
-            known=known,
-            detach=detach,
-            nodes=nodes,
-            deltas=deltas,
-        )
+        self._hook.use = Perturb(self.modules, self.key, calls, additions, known=known, **options)
         if known is not None:
             for module in self.modules:
                 if can_cache_forward(module):

@@ -11,8 +11,9 @@ from torch.autograd.graph import Node
 
 from embattle import checks
 from embattle.perturb.calls import Call, Layout
-from embattle.perturb.hook import Addition, Use, computes_in_half
+from embattle.perturb.hook import Addition, Use
 from embattle.perturb.site import Site
+from embattle.perturb.surroundings import computes_in_half
 from embattle.perturb.tables import SwappedParameter
 
 
@@ -83,7 +84,7 @@ class WeightSite(Site):
         known: str | None = None,
         detach: bool = False,
         nodes: set[Node] | None = None,
-        deltas: Sequence[Tensor] = (),
+        **options: Any,
     ) -> None:
         (addition,) = additions
         original = self._parameter.original
