@@ -188,4 +188,3 @@ def test_an_ensemble_that_goes_on_names_what_turned_a_sample_first() -> None:
             assert bool(by) == bool(before & ~now)
             assert bool(before) or steps == 0
     assert on.attacked["Ensemble-5"].steps.unique().numel() > 2
-    assert torch.equal(left.attacked["Ensemble-5"].right, on.attacked["Ensemble-5"].right)
