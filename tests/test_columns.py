@@ -135,9 +135,6 @@ def test_rows_that_are_turned_are_attacked_on(kind: str) -> None:
     assert torch.allclose(found.now.losses, spy.largest)
     wrong = ~spy.kind.right(found.clean.outputs, batch.labels)  # type: ignore[arg-type]
     assert bool((found.now.losses > found.clean.losses)[wrong].any())  # type: ignore[operator]
-    turned = swap(kind, model, batch, swaps=3)
-    on = swap(kind, model, batch, swaps=3, go_on=True)
-    assert torch.equal(turned.losses, on.losses)  # a criterion without a goal: nobody leaves
 
 
 def attacked(kind: str, model: nn.Module, batch: Batch, **options: Any) -> ColumnResult:

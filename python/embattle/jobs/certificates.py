@@ -269,9 +269,9 @@ def of_fakes(recipe: Recipe, task: Task) -> list[dict[str, Any]]:
     note = (
         f"Of an ensemble of {options.submodels} MF models of {options.size} users each, trained on "
         "what the users met before, not of the models above. The fake users are added, with any "
-        f"profiles. All certificates at once are wrong with a probability of at most "
-        f"{options.alpha:g}; at 0 fake users that alone is missing. Without an attacker its hit "
-        f"rate is {rate:.4f}."
+        "profiles. For all users at once it is wrong with a probability of at most "
+        f"{options.alpha:g}; at 0 fake users only certainty is missing. Without an attacker its "
+        f"hit rate is {rate:.4f}."
     )
     return [
         {
@@ -287,7 +287,7 @@ def of_fakes(recipe: Recipe, task: Task) -> list[dict[str, Any]]:
         }
         for kind, measure, title in (
             ("fakes", "hit_rate", f"certified hit rate@{k} of the ensemble"),
-            ("fakes_overlap", "overlap", f"certified share of the ensemble's lists of {k}"),
+            ("fakes_overlap", "overlap", f"certified share of the lists of {k} of the ensemble"),
         )
     ]
 
