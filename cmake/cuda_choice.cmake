@@ -9,18 +9,23 @@ set(EMBATTLE_DRIVER_SIGNS
   /usr/lib/x86_64-linux-gnu/libcuda.so.1 /usr/lib/aarch64-linux-gnu/libcuda.so.1
   /usr/lib64/libcuda.so.1 /usr/lib/wsl/lib/libcuda.so.1)
 
-# Code for compute capability 8.0, 9.0 and 10.0, as far as nvcc knows them (10.0 is there from CUDA
-# 12.8 on), and PTX of the last of them, from which drivers translate for what is newer. `codes`:
-# what `nvcc --list-gpu-code` says. Empty where it knows none of them.
+# Code for compute capability 8.0 and 9.0, as far as nvcc knows them, and PTX of 10.0 (9.0 before CUDA
+# 12.8), from which drivers translate, once, for what is newer: a megabyte for each architecture more.
+# `codes`: what `nvcc --list-gpu-code` says. Empty where it knows none of them.
 function(embattle_architectures codes result)
   set(chosen "")
+  set(last 0)
   foreach(architecture 80 90 100)
     if("${codes}" MATCHES "sm_${architecture}([^0-9a-z]|$)")
       list(APPEND chosen "${architecture}-real")
       set(last ${architecture})
     endif()
   endforeach()
-  list(TRANSFORM chosen REPLACE "^${last}-real$" "${last}")
+  if(last EQUAL 100)
+    list(TRANSFORM chosen REPLACE "^100-real$" "100-virtual")
+  else()
+    list(TRANSFORM chosen REPLACE "^${last}-real$" "${last}") # code and PTX
+  endif()
   set(${result} "${chosen}" PARENT_SCOPE)
 endfunction()
 

@@ -108,18 +108,22 @@ def _group_scale(call: Call, wanted: Tensor) -> tuple[Tensor, int]:
     """Per element: the largest magnitude in its group, of the result or the point it came from."""
     groups = groups_of(call)
     size = reference._max(groups.pack(wanted).abs().nan_to_num(posinf=0.0))
-    if "eps" in call.kwargs:
-        start = groups.pack(call.args[0])
-        if "x0" in call.kwargs:
-            start = start - groups.pack(call.kwargs["x0"])
-        start = reference._max(start.abs().nan_to_num(posinf=0.0))
-        eps = groups.column(math.inf if call.kwargs["eps"] is None else call.kwargs["eps"])
-        size = torch.maximum(size, torch.minimum(start, eps))
-        if "std" in call.kwargs and reference._norm_name(call.kwargs.get("norm", "l2")) == "l1":
-            # Drawn in float32, of which the threshold is a difference.
-            unit = PRECISIONS[call.args[0].dtype].unit
-            noisy = (start + 6 * groups.column(call.kwargs["std"])) * min(1.0, 2.0**-23 / unit)
-            size = size + torch.where(eps < math.inf, noisy, 0.0)
+    start = groups.pack(call.args[0])
+    if "x0" in call.kwargs:
+        start = start - groups.pack(call.kwargs["x0"])
+    start = reference._max(start.abs().nan_to_num(posinf=0.0))
+    eps = call.kwargs.get("eps")
+    radius = groups.column(math.inf if eps is None else eps)
+    if eps is not None:
+        size = torch.maximum(size, torch.minimum(start, radius))
+    if "std" in call.kwargs:
+        # What was given and what was drawn, at best in float32, may cancel: two units of them.
+        precision = PRECISIONS[call.args[0].dtype]
+        share = 2 * min(precision.unit, 2.0**-23) / precision.tolerance(groups.valid.shape[1])
+        summed = share * (start + 6 * groups.column(call.kwargs["std"]))
+        if reference._norm_name(call.kwargs.get("norm", "l2")) == "l2":
+            summed = torch.minimum(summed, share * 6 * radius)  # scaled with the whole group
+        size = size + summed
     width = groups.valid.shape[1]
     return groups.unpack(size.expand(-1, width), torch.zeros_like(wanted.double())), width
 

@@ -234,3 +234,23 @@ def test_automatic_clipping_of_tiny_and_of_zero_samples_stays_finite() -> None:
     sums, _ = ops.clip_and_sum([grad], max_norm=1.0, mode="automatic", gamma=0.0)
     assert sums[0].isfinite().all()
     assert sums[0][1] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 3), (5, 130), (2, 40_000)])
+def test_l1_noise_is_projected_before_it_is_rounded_to_a_half_type(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    # The threshold is a difference of numbers near 3,000, between which a half type has gaps of 2.
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    call = Call([x], {"std": 1000.0, "eps": 30.0, "norm": "l1"})
+    assert_matches_reference("gaussian_noise", call, run("gaussian_noise", call.clone()))
+
+
+def test_a_number_far_above_a_tiny_l1_ball_in_a_box_comes_to_its_edge() -> None:
+    # eps / |x| is below all numbers.
+    x = torch.tensor([[7e298, 0.0], [-1e30, 1e28]], dtype=torch.float64)
+    for source in (ops, reference):
+        out = source.project(x, eps=1e-30, norm="l1", lower=-1.0, upper=1.0)
+        edge = torch.tensor([1e-30, -1e-30], dtype=torch.float64)
+        torch.testing.assert_close(out[:, 0], edge, rtol=1e-9, atol=0)

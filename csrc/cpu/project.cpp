@@ -23,14 +23,15 @@ template <class T>
 void run(const ProjectArgs& args, ParallelFor parallel_for) {
   const Place<T> place(args.out, args.box);
   const Perturbation<T> source{Elements<T>(args.delta), place};
+  const bool plain = place.plain && args.delta.dtype == args.out.dtype;
   with_norm(args.norm, [&](auto of) {
     constexpr Norm norm = decltype(of)::norm;
     const auto alone = [&](const Cut& cut) {
-      if (place.plain && plain_project<norm, T>(cut, args)) return;
+      if (plain && plain_project<norm, T>(cut, args)) return;
       finish<norm>(cut, of_group(args.eps, cut.index), place, source);
     };
     const auto share = [&](int64_t begin, int64_t end, ParallelFor team) {
-      if (place.plain && !team && project_rows<norm, T>(args, begin, end, alone)) return;
+      if (plain && !team && project_rows<norm, T>(args, begin, end, alone)) return;
       for (int64_t g = begin; g < end; ++g) alone(cut_of(args.groups, g, team));
     };
     for_shares(args.groups, 0, args.groups.groups, parallel_for, share);

@@ -11,13 +11,12 @@ void EMBATTLE_AT_LEVEL(project)(const ProjectArgs& args, ParallelFor parallel_fo
 
 namespace {
 
-// Projects the group of `delta`, which may be `out` itself, on the ball and the box.
+// Projects the group of `delta`, which may be `out` itself or float64, on the ball and the box.
 inline void project_group(const Cut& cut, Norm norm, const ConstData& delta, const Data& out,
                           double eps, const Box& box) {
-  const int64_t shift = cut.begin() * bytes_of(out.dtype);
   const auto from_here = [&](const ConstData& x, bool broadcast = false) {
     if (!x.data || broadcast) return x;
-    return ConstData{static_cast<const char*>(x.data) + shift, x.dtype};
+    return ConstData{static_cast<const char*>(x.data) + cut.begin() * bytes_of(x.dtype), x.dtype};
   };
   ProjectArgs args;
   args.groups.rows = args.groups.rows_per_group = cut.last - cut.first;
@@ -26,7 +25,7 @@ inline void project_group(const Cut& cut, Norm norm, const ConstData& delta, con
   args.groups.mask = cut.groups.mask ? cut.groups.mask + cut.first : nullptr;
   args.norm = norm;
   args.delta = from_here(delta);
-  args.out = {static_cast<char*>(out.data) + shift, out.dtype};
+  args.out = {static_cast<char*>(out.data) + cut.begin() * bytes_of(out.dtype), out.dtype};
   args.eps.value = eps;
   args.box = box;
   args.box.x0 = from_here(box.x0);
