@@ -373,23 +373,18 @@ def run(case: Case) -> None:
             assert float((found - exact).abs().max()) <= 1e-8 * max(scale, bound), "sums"
 
 
+# Each part is a test of its own to hypothesis, which then draws other cases for it.
 @pytest.mark.parametrize("part", range(PARTS))
-def test_random_models_are_exact_or_refused(part: int) -> None:
-    random = CASES > 1000
-
-    @settings(
-        max_examples=CASES // PARTS,
-        derandomize=not random,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(cases(), st.just(part))
-    def check(case: Case, part: int) -> None:
-        torch.set_default_dtype(torch.float64)
-        try:
-            run(case)
-        finally:
-            torch.set_default_dtype(torch.float32)
-
-    check()
+@settings(
+    max_examples=CASES // PARTS,
+    derandomize=CASES <= 1000,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(cases())
+def test_random_models_are_exact_or_refused(part: int, case: Case) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        run(case)
+    finally:
+        torch.set_default_dtype(torch.float32)
