@@ -16,9 +16,9 @@ ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "emulator"
 
 #: How kernels are compiled. "watch" has the compiler report every memory access to the emulator,
-#: which looks for races on shared memory (the ThreadSanitizer runtime is not linked), or counts what
-#: they would cost a GPU: vectors are loaded whole, as nvcc does. "asan" is AddressSanitizer and
-#: UBSan, unoptimised: that compiles in a fifth of the time.
+#: which looks for races on shared memory (the ThreadSanitizer runtime is not linked), or counts
+#: what they would cost a GPU: vectors are loaded whole, as nvcc does. "asan" is AddressSanitizer
+#: and UBSan, unoptimised: that compiles in a fifth of the time.
 VARIANTS: dict[str, tuple[list[str], list[str]]] = {
     "watch": (["-fsanitize=thread", "-fno-tree-sra", "-fno-ipa-sra"], []),
     "asan": (
