@@ -130,7 +130,8 @@ void global_request(const Logged& what, const Lane* lanes, size_t n) {
 }
 
 // Lanes are served so many at a time that their accesses have 128 bytes; those that hit different
-// words of one bank wait for each other.
+// words of one bank wait for each other. Other blocks' memory (of a cluster) counts as if it were
+// the block's own.
 void shared_request(const Logged& what, const Lane* lanes, const unsigned* numbers, size_t n) {
   static std::vector<uint64_t> words;
   const unsigned together = what.size <= 4 ? 32 : what.size <= 8 ? 16 : 8;
