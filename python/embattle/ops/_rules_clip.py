@@ -39,7 +39,7 @@ def _(
 
 
 @register_fake("embattle::linear_grad_norm")
-def _(input: Tensor, grad_output: Tensor, *, bias: bool = False, method: str = "auto") -> Tensor:
+def _(input: Tensor, grad_output: Tensor, *options: object, **named: object) -> Tensor:
     return input.new_empty([input.shape[0]], dtype=_norm_dtype([input, grad_output]))
 
 
@@ -183,15 +183,14 @@ def _(
     in_dims: tuple[int | None, ...],
     input: Tensor,
     grad_output: Tensor,
-    *,
     bias: bool = False,
     method: str = "auto",
 ) -> tuple[Tensor, int]:
     size = info.batch_size
     merged = [
-        moved(t, d, size).flatten(0, 1) for t, d in zip((input, grad_output), in_dims, strict=True)
+        moved(t, d, size).flatten(0, 1) for t, d in zip((input, grad_output), in_dims, strict=False)
     ]
-    return split(_ops.linear_grad_norm(*merged, bias=bias, method=method), size), 0
+    return split(_ops.linear_grad_norm(*merged, bias, method), size), 0
 
 
 @register_vmap("embattle::clip_and_sum")

@@ -64,16 +64,7 @@ def _(grad_output: Tensor, inverse: Tensor, delta_rows: int) -> Tensor:
 
 
 @register_fake("embattle::rowwise_adagrad_")
-def _(
-    weight: Tensor,
-    state: Tensor,
-    indices: Tensor,
-    grad: Tensor,
-    *,
-    lr: float,
-    eps: float = 1e-8,
-    max_norm: float | None = None,
-) -> None:
+def _(weight: Tensor, *args: object, **options: object) -> None:
     return None
 
 
@@ -232,7 +223,7 @@ def _(
     state: Tensor,
     indices: Tensor,
     grad: Tensor,
-    **options: Any,
+    *options: Any,
 ) -> tuple[None, None]:
     size = info.batch_size
     written = []
@@ -243,7 +234,7 @@ def _(
     rows = written[0].shape[1]
     flat = [table.flatten(0, 1) for table in written]
     places = _shifted(moved(indices, in_dims[2], size), rows, size)
-    _ops.rowwise_adagrad_(*flat, places, moved(grad, in_dims[3], size), **options)
+    _ops.rowwise_adagrad_(*flat, places, moved(grad, in_dims[3], size), *options)
     for table, own in zip(written, flat, strict=True):
         if own.data_ptr() != table.data_ptr():
             table.copy_(own.reshape(table.shape))
