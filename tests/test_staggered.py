@@ -11,12 +11,14 @@ from itertools import islice
 from typing import Any
 
 import embattle as eb
+import numpy as np
 import pytest
 import torch
 import toys
 from embattle.data.buckets import padding
 from embattle.errors import InputError
-from embattle.objectives.kept_deltas import KeptDeltas
+from embattle.objectives.kept_deltas import KeptDeltas, write_packed
+from embattle.objectives.rows import Rows
 from embattle.perturb.perturbation import Perturbation
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -243,14 +245,17 @@ def test_deltas_of_packed_rows_find_their_samples() -> None:
     mask = torch.tensor([True, True, False, True, True, True, True])
     one = Perturbation(rows, [(0, 0)], offsets=torch.tensor([0, 3, 4, 7]), mask=mask)
     one.set(rows)
-    kept = KeptDeltas.take(one, torch.tensor([0, 2]))
-    assert torch.equal(kept.rows, rows[[0, 1, 4, 5, 6]])
-    assert kept.lengths.tolist() == [2, 3]
+    ends = Rows(np.array([0, 2]))
+    kept = KeptDeltas.take(one, ends)
+    assert torch.equal(kept.state()["rows"], rows[[0, 1, 4, 5, 6]])
+    assert kept.state()["lengths"].tolist() == [2, 3]
     two = Perturbation(torch.zeros(6, 2), [(0, 0)], offsets=torch.tensor([0, 3, 4, 6]))
-    delta = kept.put(two, torch.tensor([0, 2]), torch.tensor([1, 0]), [8, 9])
+    delta, samples = torch.zeros(6, 2), np.array([7, 8, 9])
+    turned = kept.of(Rows(np.array([1, 0])))
+    write_packed(two, ends, delta, turned.fitted(two, ends, samples))
     assert torch.equal(delta, torch.cat([rows[4:7], torch.zeros(1, 2), rows[:2]]))
     with pytest.raises(InputError, match="sample 9 has 2 vectors that may move, and had 3"):
-        kept.put(two, torch.tensor([2]), torch.tensor([1]), [9])
+        kept.of(Rows(np.array([1]))).fitted(two, Rows(np.array([2])), samples)
 
 
 def test_several_sites_keep_a_delta_each() -> None:

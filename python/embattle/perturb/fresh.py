@@ -1,0 +1,30 @@
+"""Whether an output can be perturbed in place."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from embattle.perturb.hook import Hook
+
+
+def is_fresh(module: nn.Module, value: Tensor) -> bool:
+    """Return whether rows were just looked up, and nobody but the site's hook has seen them yet.
+
+    Such an output may be changed in place, out of autograd's sight: the gradient of a look-up does
+    not depend on what it gave.
+
+    Args:
+        module: a site's.
+        value: what it returned.
+    """
+    return (
+        isinstance(module, nn.Embedding)
+        and type(value) is Tensor
+        and value.grad_fn is not None
+        and value.grad_fn.name() == "EmbeddingBackward0"
+        and "forward" not in module.__dict__  # per-sample clipping keeps what passes
+        and sum(
+            not isinstance(h, Hook) or h.use is not None for h in module._forward_hooks.values()
+        )
+        == 1
+    )
