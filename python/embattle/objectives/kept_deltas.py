@@ -117,7 +117,7 @@ class KeptDeltas(NamedTuple):
         return torch.ones(self.values.shape[:2], dtype=torch.bool, device=self.values.device)
 
     def state(self) -> dict[str, Tensor]:
-        """Return `rows` `[R, D]`, the vectors that may move, and `lengths` `[n]`, whose they are."""
+        """Return `rows` `[R, D]`, the vectors that may move, and `lengths` `[n]` of the samples."""
         mask = self._mask()
         return {"rows": self.values[mask], "lengths": mask.sum(1)}
 

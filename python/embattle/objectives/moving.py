@@ -42,7 +42,12 @@ class Again(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """What a step gave: what is kept, and how many groups had no finite or no other gradient than 0."""
+    """What a step gave.
+
+    Attributes:
+        place: what is kept.
+        nonfinite, without: how many groups had a gradient that is not finite, or none but zero.
+    """
 
     place: Place
     nonfinite: Tensor
@@ -141,8 +146,8 @@ class Moving:
         Args:
             rows: which.
             values: of the batch, `[B]`, what is ascended.
-            arrived: gradients of their mean at the node of the output's edge. Another factor (of a gradient
-                scaler) does not matter to the step.
+            arrived: gradients of their mean at the node of the output's edge. Another factor (of a
+                gradient scaler) does not matter to the step.
         """
         attack, perturbation = self.attack, self.perturbation
         grad = arrived[self._number]

@@ -89,7 +89,7 @@ class Rows:
         return Rows.where(there)
 
     def common(self, other: Rows) -> tuple[Rows, Rows] | None:
-        """Return where in this and in the other one the same rows are, both ascending, if any are."""
+        """Return where the rows are that both have, in each of them; None where there is none."""
         if not len(self) or not len(other):
             return None
         if self._run is not None and other._run is not None and self._run.stop <= other._run.start:

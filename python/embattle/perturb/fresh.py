@@ -17,14 +17,11 @@ def is_fresh(module: nn.Module, value: Tensor) -> bool:
         module: a site's.
         value: what it returned.
     """
+    if not isinstance(module, nn.Embedding) or type(value) is not Tensor or value.grad_fn is None:
+        return False
+    hooks = module._forward_hooks.values()
     return (
-        isinstance(module, nn.Embedding)
-        and type(value) is Tensor
-        and value.grad_fn is not None
-        and value.grad_fn.name() == "EmbeddingBackward0"
+        value.grad_fn.name() == "EmbeddingBackward0"
         and "forward" not in module.__dict__  # per-sample clipping keeps what passes
-        and sum(
-            not isinstance(h, Hook) or h.use is not None for h in module._forward_hooks.values()
-        )
-        == 1
+        and sum(not isinstance(hook, Hook) or hook.use is not None for hook in hooks) == 1
     )
