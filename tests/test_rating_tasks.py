@@ -85,9 +85,8 @@ def test_a_recipe_trains_hardens_and_audits(name: str, films: Path, tmp_path: Pa
 def test_what_triplets_look_up_is_perturbed_sample_by_sample(
     objective: str, films: Path, tmp_path: Path
 ) -> None:
-    variant = (
-        f"variants={{tried: {{objective: {objective}, lam: 4.0, eps_schedule: {{share: 0}}}}}}"
-    )
+    options = f"objective: {objective}, lam: 4.0, eps_schedule: {{share: 0}}"
+    variant = f"variants={{tried: {{{options}}}}}"
     words = ("train", small("films_ranking", films), "--out", tmp_path / "run", "--set", variant)
     status, said = invoke(*words)
     assert status == 0, said
