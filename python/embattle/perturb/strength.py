@@ -226,7 +226,9 @@ def resolve(
         return float(value) * scale if math.isfinite(value) else float(value)
     if isinstance(value, Relative) and value.to != "group_norm" and base.is_cpu and base.numel():
         # Where reading back waits for nothing, one number for all groups is cheaper in the ops.
-        return float(value.shared(base, norm=norm, geometry=geometry)) * scale
+        found = float(value.shared(base, norm=norm, geometry=geometry))
+        if math.isfinite(found):  # else the loss is to tell what is wrong with the embeddings
+            return found * scale
     if not isinstance(value, Tensor):
         value = value.resolve(base, norm=norm, geometry=geometry)
     else:
