@@ -12,6 +12,8 @@ import pytest
 import torch
 import toys
 from embattle.errors import InputError
+from embattle.objectives.parts import Parts, mean_of_rows
+from embattle.objectives.rows import Key
 from embattle.perturb.evaluation import Evaluation
 from torch import Tensor, nn
 
@@ -56,6 +58,56 @@ def partial(model: nn.Module, attack: eb.Attack | None = None, **options: Any) -
 
 
 # --- the numbers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rows", [torch.tensor([1, 3, 4]), slice(2, 5)])
+def test_the_mean_is_that_of_the_parts(lam: float, masked: bool, rows: Key) -> None:
+    kept = torch.tensor([1.0, 0.0, 1.0]) if masked else None
+    losses = torch.arange(1.0, 7.0).requires_grad_()
+    parts = Parts.of_rows(losses, torch.arange(6)[rows], kept, lam).summed.mean()
+    mean = mean_of_rows(losses, rows, kept, lam)
+    torch.testing.assert_close(mean, parts)
+    grads = [torch.autograd.grad(value, losses)[0] for value in (mean, parts)]
+    torch.testing.assert_close(*grads)
+
+
+def test_a_sample_that_is_left_out_adds_no_nan() -> None:
+    losses = torch.tensor([1.0, torch.nan], requires_grad=True)
+    mean = mean_of_rows(losses, torch.tensor([1]), torch.tensor([0.0]), 1.0)
+    mean.backward()
+    assert mean.item() == 0.5
+    assert losses.grad is not None
+    assert losses.grad.tolist() == [0.5, 0.0]
+
+
+def test_what_is_added_in_place_gives_the_numbers_of_a_sum() -> None:
+    """A hook that may have seen the look-up's output lets the deltas be added to a copy."""
+    found: list[float] = []
+    batch = toys.triplets()
+    for hooked in (False, True):
+        model = toys.factors()
+        if hooked:
+            for table in (model.user, model.item):
+                table.register_forward_hook(lambda m, a, out: None)
+        sites = [eb.Site(model.user), eb.Site(model.item)]
+        objective = eb.AdversarialObjective(eb.FGM(eps=0.4), sites, form=eb.Partial(), lam=2.0)
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        torch.manual_seed(3)
+        for _ in range(3):
+            loss, _ = objective(
+                toys.rank(model, batch),
+                samples=9,
+                subset=lambda rows, model=model: toys.rank(
+                    model, (batch[0][rows], batch[1][rows], batch[2][rows])
+                ),
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+    assert found[:3] == pytest.approx(found[3:], abs=1e-12)
 
 
 def plain_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,29 @@ def test_a_recipe_trains_hardens_and_audits(name: str, films: Path, tmp_path: Pa
         assert model["attacks"]["PGD-3"]["loss"] > model["clean"]["loss"]
     history = json.loads((run / "run.json").read_text())["variants"]["hardened"]["history"]
     assert history[-1]["robust_loss"] > history[-1]["loss"]
+
+
+@pytest.mark.parametrize("objective", ["staggered", "partial"])
+def test_what_triplets_look_up_is_perturbed_sample_by_sample(
+    objective: str, films: Path, tmp_path: Path
+) -> None:
+    options = f"objective: {objective}, lam: 4.0, eps_schedule: {{share: 0}}"
+    variant = f"variants={{tried: {{{options}}}}}"
+    words = ("train", small("films_ranking", films), "--out", tmp_path / "run", "--set", variant)
+    status, said = invoke(*words)
+    assert status == 0, said
+    assert re.search(r"standard: trained in [\d.]+ s$", said, re.MULTILINE)
+    assert re.search(r"tried: trained in [\d.]+ s(, [\d.]+ times standard)?$", said, re.MULTILINE)
+    history = json.loads((tmp_path / "run" / "run.json").read_text())["variants"]["tried"][
+        "history"
+    ]
+    assert history[-1]["eps"] > 0
+    assert "robust_loss" in history[-1]
+    # LightGCN reads whole tables: its samples share what is perturbed.
+    graph = ("--overwrite", "--set", "model={kind: lightgcn, layers: 1}")
+    status, said = invoke(*words, *graph)
+    assert status == 1
+    assert "variants.tried" in said
 
 
 @pytest.mark.parametrize("name", NAMES)

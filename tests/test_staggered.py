@@ -11,12 +11,14 @@ from itertools import islice
 from typing import Any
 
 import embattle as eb
+import numpy as np
 import pytest
 import torch
 import toys
 from embattle.data.buckets import padding
 from embattle.errors import InputError
-from embattle.objectives.kept_deltas import KeptDeltas
+from embattle.objectives.kept_deltas import KeptDeltas, write_packed
+from embattle.objectives.rows import Rows
 from embattle.perturb.perturbation import Perturbation
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -243,14 +245,80 @@ def test_deltas_of_packed_rows_find_their_samples() -> None:
     mask = torch.tensor([True, True, False, True, True, True, True])
     one = Perturbation(rows, [(0, 0)], offsets=torch.tensor([0, 3, 4, 7]), mask=mask)
     one.set(rows)
-    kept = KeptDeltas.take(one, torch.tensor([0, 2]))
-    assert torch.equal(kept.rows, rows[[0, 1, 4, 5, 6]])
-    assert kept.lengths.tolist() == [2, 3]
+    ends = Rows(np.array([0, 2]))
+    kept = KeptDeltas.take(one, ends)
+    assert torch.equal(kept.state()["rows"], rows[[0, 1, 4, 5, 6]])
+    assert kept.state()["lengths"].tolist() == [2, 3]
     two = Perturbation(torch.zeros(6, 2), [(0, 0)], offsets=torch.tensor([0, 3, 4, 6]))
-    delta = kept.put(two, torch.tensor([0, 2]), torch.tensor([1, 0]), [8, 9])
+    delta, samples = torch.zeros(6, 2), np.array([7, 8, 9])
+    turned = kept.of(Rows(np.array([1, 0])))
+    write_packed(two, ends, delta, turned.fitted(two, ends, samples))
     assert torch.equal(delta, torch.cat([rows[4:7], torch.zeros(1, 2), rows[:2]]))
     with pytest.raises(InputError, match="sample 9 has 2 vectors that may move, and had 3"):
-        kept.put(two, torch.tensor([2]), torch.tensor([1]), [9])
+        kept.of(Rows(np.array([1]))).fitted(two, Rows(np.array([2])), samples)
+
+
+def test_deltas_of_padded_rows_find_their_places() -> None:
+    rows = torch.arange(12.0).reshape(2, 3, 2)
+    right = torch.tensor([[True, True, False], [True, True, True]])
+    one = Perturbation(rows, [(0, 0)], mask=right)
+    one.set(rows)
+    kept = KeptDeltas.take(one, Rows(range(2)))
+    # Padded on the left now, and in another order.
+    left = torch.tensor([[False, True, True, True], [False] * 4, [False, False, True, True]])
+    two = Perturbation(torch.zeros(3, 4, 2), [(0, 0)], mask=left)
+    found = kept.of(Rows(np.array([1, 0]))).fitted(two, Rows(np.array([0, 2])), np.arange(3))
+    none = torch.zeros(1, 2)
+    assert torch.equal(found[0], torch.cat([none, rows[1]]))
+    assert torch.equal(found[1], torch.cat([none, none, rows[0, :2]]))
+    same = kept.fitted(one, Rows(range(2)), np.arange(2))
+    assert torch.equal(same, rows * right.unsqueeze(-1))
+    with pytest.raises(InputError, match="sample 2 has 2 vectors that may move, and had 3"):
+        kept.of(Rows(np.array([1]))).fitted(two, Rows(np.array([2])), np.arange(3))
+    back = KeptDeltas.of_state(**kept.state())
+    assert str(back.state()) == str(kept.state())
+    with pytest.raises(InputError, match="width 3, which had 2"):
+        kept.fitted(Perturbation(torch.zeros(2, 3, 3), [(0, 0)]), Rows(range(2)), np.arange(2))
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_what_is_added_in_place_gives_the_numbers_of_a_sum(relative: bool) -> None:
+    """A hook that may have seen the look-up's output lets all deltas be added to a copy."""
+    # The samples come in another order at each visit: no run of rows.
+    order = [[0, 1, 2], [2, 3, 0, 1], [4, 1, 3, 0, 2], [3, 4]]
+    found = []
+    for hooked in (False, True):
+        model = toys.factors()
+        seen: list[tuple[Tensor, Tensor]] = []
+        if hooked:
+            model.item.register_forward_hook(
+                lambda m, a, out, seen=seen: seen.append((out.detach(), out.detach().clone()))
+            )
+        sites = [eb.Site(model.user), eb.Site(model.item)]
+        eps = eb.Relative(0.3, to="token_norm") if relative else 0.3
+        attack = eb.MIFGSM(norm="l2", eps=eps, steps=2) if relative else eb.PGD(eps=eps, steps=2)
+        form = eb.StaggeredReplays(3)
+        objective = eb.AdversarialObjective(attack, sites, form=form, lam=2.0)
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        for samples in order:
+            batch = [one[samples] for one in toys.triplets()]
+            if not hooked:  # the table's rows do not move with the look-up
+                rows = model.item.weight[batch[1]].detach().clone()
+            loss, _ = objective(toys.rank(model, tuple(batch)), samples=samples)
+            if not hooked:
+                assert torch.equal(rows, model.item.weight[batch[1]])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append((loss.detach(), form.state_dict()))
+        assert bool(seen) == hooked
+        assert all(torch.equal(out, then) for out, then in seen)  # nobody changed it
+    half = len(found) // 2
+    for (one, mine), (two, theirs) in zip(found[:half], found[half:], strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            torch.testing.assert_close(value, theirs[key], rtol=0, atol=1e-12)
 
 
 def test_several_sites_keep_a_delta_each() -> None:

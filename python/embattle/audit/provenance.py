@@ -69,8 +69,8 @@ def training(facts: Facts, losses: Chart | None) -> str:
                 Cell(model, model=i),
                 words,
                 Cell(duration(cost["seconds"]), value=cost["seconds"]),
-                Cell(NONE if times is None else f"{times:.1f} x", value=times),
-                Cell(NONE if passes is None else f"{passes:.1f} x", value=passes),
+                Cell(NONE if times is None else f"{verdict.in_times(times)} x", value=times),
+                Cell(NONE if passes is None else f"{verdict.in_times(passes)} x", value=passes),
             ]
         )
     head = ["model", "trained on", "time", "time, relative", "passes, relative"]

@@ -113,6 +113,11 @@ def costs(facts: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     }
 
 
+def in_times(ratio: float) -> str:
+    """A ratio of times or passes: what is near 1 is told apart from it."""
+    return f"{ratio:.2f}" if ratio < 2 else f"{ratio:.1f}"
+
+
 def failed(facts: Mapping[str, Any]) -> int:
     """How many checks on the attacks fail."""
     return sum(not check["passed"] for check in facts["checks"])
@@ -250,7 +255,7 @@ def _cost(facts: Mapping[str, Any], model: str) -> str:
         if abs(times - 1) < 0.05:
             parts.append("no more training time")
         else:
-            parts.append(f"{times:.1f} times the training time")
+            parts.append(f"{in_times(times)} times the training time")
     said = [part for part in parts if part]
     return f"It costs {' and '.join(said)}." if said else ""
 

@@ -117,11 +117,11 @@ class Criterion(ABC):
         """Return bool `[B]`, True where a sample has a label at all; None: all have."""
         return None
 
-    def select(self, rows: Tensor) -> Criterion:
+    def select(self, rows: Tensor | slice) -> Criterion:
         """Return the criterion of some of the samples.
 
         Args:
-            rows: int64 `[n]`, their places in the batch.
+            rows: int64 `[n]`, their places in the batch; or a slice.
 
         Raises:
             TypeError: an attribute holds tensors and is not named in `per_sample` or `shared`, or

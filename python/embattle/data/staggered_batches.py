@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from embattle import checks
 from embattle.data.buckets import LengthBuckets
@@ -91,18 +91,23 @@ class StaggeredBatches(EpochBatches):
 
     def batches(self, epoch: int) -> list[list[int]]:
         """Return all batches of an epoch, in its order; the newest samples come first in each."""
+        return [batch.tolist() for batch in self.arrays(epoch)]
+
+    def arrays(self, epoch: int) -> list[NDArray[np.int64]]:
+        """Return the same as arrays, int64."""
         if self._buckets is not None:
-            order = [sample for run in self._buckets.batches(epoch) for sample in run]
+            order = np.concatenate([np.array(run) for run in self._buckets.batches(epoch)])
         else:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self._total).tolist()
+            order = np.random.default_rng([self.seed, epoch]).permutation(self._total)
         order = order[self.rank : self.count * self.ranks : self.ranks]
         cut = [order[i : i + self._group] for i in range(0, self.count, self._group)]
         return [
-            [
-                sample
-                for group in self._groups_of(position)
-                for sample in cut[group][: self._again(len(cut[group]), position - group + 1)]
-            ]
+            np.concatenate(
+                [
+                    cut[group][: self._again(len(cut[group]), position - group + 1)]
+                    for group in self._groups_of(position)
+                ]
+            )
             for position in range(len(self))
         ]
 

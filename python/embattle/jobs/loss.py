@@ -54,7 +54,7 @@ class Loss:
         name: the variant's.
         task: has read its data.
         model: whose weights are trained, not wrapped.
-        sites: where it is attacked.
+        sites: where it is attacked; the forms that perturb sample by sample ask the task.
         generator: source of random starts.
         processes: how many there are.
 
@@ -73,6 +73,8 @@ class Loss:
         *,
         processes: int = 1,
     ) -> None:
+        if isinstance(recipe.variants[name], (PartialVariant, StaggeredVariant)):
+            sites = task.sample_sites(model, recipe.threat.group)
         self.name, self.task, self.task_name = name, task, recipe.task
         self.variant = variant = recipe.variants[name]
         self._check(processes)

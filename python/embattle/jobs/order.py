@@ -73,7 +73,7 @@ class Order:
         assert self._staggered is not None
         epoch, position = divmod(number, len(self._staggered))
         if self._epoch is None or self._epoch[0] != epoch:
-            batches = [torch.tensor(rows) for rows in self._staggered.batches(epoch)]
+            batches = [torch.from_numpy(rows) for rows in self._staggered.arrays(epoch)]
             self._epoch = epoch, batches
         return self._epoch[1][position]
 

@@ -19,7 +19,7 @@ from embattle.errors import InputError, need
 from embattle.files import remove_unfinished
 from embattle.jobs.fit import Fit, first_model
 from embattle.jobs.loss import rehearse
-from embattle.jobs.recipe import TRACKED, Recipe
+from embattle.jobs.recipe import STANDARD, TRACKED, Recipe
 from embattle.jobs.run_folder import Run, begin, check_place, clear, find_run, locked
 from embattle.progress import say
 from embattle.tasks.base import Task
@@ -92,6 +92,7 @@ def _train(
                 run.variants[variant] = Fit(recipe, variant, task, out, accelerator).go()
                 if first:
                     run.write(out)
+                    say(_spent(variant, run))
                 accelerator.wait_for_everyone()
     except InputError:
         # What can be continued stays; a run without a single checkpoint is not worth a folder.
@@ -99,6 +100,15 @@ def _train(
             clear(out)
         raise
     return True
+
+
+def _spent(variant: str, run: Run) -> str:
+    """What a variant's training took, beside the plain one's, where both were measured."""
+    seconds, plain = run.variants[variant].seconds, run.variants.get(STANDARD)
+    said = f"{variant}: trained in {seconds:.1f} s"
+    if variant == STANDARD or plain is None or not plain.seconds:
+        return said
+    return f"{said}, {seconds / plain.seconds:.2f} times {STANDARD}"
 
 
 def read(task: Task, account: Account, *parts: str) -> None:

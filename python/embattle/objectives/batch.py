@@ -17,6 +17,7 @@ from embattle.criteria.base import ascended
 from embattle.objectives.agreement import nearest_agreement
 from embattle.objectives.masking import Agreement, Masking, Outcome
 from embattle.objectives.precomputed import attach_gradients, leaves
+from embattle.objectives.rows import Key
 from embattle.perturb.attacked_batch import AttackedBatch
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.perturbed_sites import Lookups
@@ -311,13 +312,13 @@ class Batch:
             return values.mean()
         return torch.where(weights > 0, values, torch.zeros_like(values)).mean()
 
-    def report(self, name: str, evaluation: Evaluation, rows: Tensor | None = None) -> None:
+    def report(self, name: str, evaluation: Evaluation, rows: Key | None = None) -> None:
         """Record the mean loss and, if the criterion has one, the accuracy of a pass.
 
         Args:
             name: "clean" or "adversarial".
             evaluation: of the pass.
-            rows: int64 `[n]`, the samples that count; by default all.
+            rows: the samples that count; by default all.
         """
         evaluation, criterion = evaluation.detach(), self.criterion
         if rows is not None:

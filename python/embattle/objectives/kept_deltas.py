@@ -2,104 +2,152 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from embattle.criteria.base import require
 from embattle.errors import InputError
+from embattle.objectives.rows import Rows
 from embattle.perturb.perturbation import Perturbation
 
 
 class KeptDeltas(NamedTuple):
-    """The deltas of some samples, one after the other, without padding.
+    """The deltas of some samples. Of a padded batch nothing is moved, and no device is waited for.
 
     Attributes:
-        rows: `[R, D]`, the vectors that may move.
-        lengths: int64 `[n]`, how many of them each sample has.
+        values: `[n, W, D]`.
+        mask: bool `[n, W]`, which vectors may move; None: all.
     """
 
-    rows: Tensor
-    lengths: Tensor
+    values: Tensor
+    mask: Tensor | None
 
     @classmethod
     def take(
-        cls, perturbation: Perturbation, chosen: Tensor, values: Tensor | None = None
+        cls, perturbation: Perturbation, rows: Rows, values: Tensor | None = None
     ) -> KeptDeltas:
-        """Copy the deltas of some samples of a batch.
+        """Return the deltas of some samples of a batch; without offsets, maybe views of them.
 
         Args:
             perturbation: of an output, whose samples have deltas of their own.
-            chosen: int64 `[n]`, their rows in the batch, ascending.
+            rows: which samples of the batch.
             values: taken instead of the deltas, of their shape.
         """
-        positions, lengths = _vectors(perturbation, chosen)
-        return cls(_flat(perturbation.delta if values is None else values)[positions], lengths)
+        found = (perturbation.delta if values is None else values).detach()
+        mask, offsets = perturbation.geometry["mask"], perturbation.geometry["offsets"]
+        if offsets is not None:
+            index, there = _packed(perturbation, rows)
+            return cls(found.reshape(-1, found.shape[-1])[index], there)
+        found = rows.of(found)
+        found = found.reshape(len(rows), found.shape[1:-1].numel(), found.shape[-1])
+        return cls(found, None if mask is None else rows.of(mask).reshape(found.shape[:2]))
 
-    def put(
-        self,
-        perturbation: Perturbation,
-        rows: Tensor,
-        numbers: Tensor,
-        samples: Sequence[int],
-        values: Tensor | None = None,
-    ) -> Tensor:
-        """Return a batch's deltas, of which those of some samples are kept ones.
+    def of(self, rows: Rows) -> KeptDeltas:
+        """Return those of some of the samples."""
+        return KeptDeltas(rows.of(self.values), None if self.mask is None else rows.of(self.mask))
+
+    def fitted(self, perturbation: Perturbation, rows: Rows, samples: NDArray[np.int64]) -> Tensor:
+        """Return the deltas as a batch has them, whose padding may be another one.
 
         Args:
             perturbation: of the batch.
-            rows: int64 `[n]`, the rows of these samples in the batch, ascending.
-            numbers: int64 `[n]`, which of the kept samples each of them is.
-            samples: their indices in the data, for errors.
-            values: of the other samples instead of the deltas, of their shape.
+            rows: where the samples are in it, in the order that they are kept in.
+            samples: of the batch, their indices in the data, for errors.
+
+        Returns:
+            The values of these rows, of their shape; of packed rows `[n, most, D]`, padded.
 
         Raises:
-            InputError: a sample has another number or width of vectors than it had.
+            InputError: a sample has another number or width of vectors than it had. On a GPU a
+                number that the mask gives is checked late, and raises an error of the device.
         """
-        positions, lengths = _vectors(perturbation, rows)
-        known = self.lengths.to(rows.device)
-        delta = _flat(perturbation.delta if values is None else values).clone()
-        if self.rows.shape[1] != delta.shape[1]:
+        base, mask = perturbation.base, perturbation.geometry["mask"]
+        if self.values.shape[-1] != base.shape[-1]:
             raise InputError(
-                f"StaggeredReplays: embeddings of width {delta.shape[1]}, which had "
-                f"{self.rows.shape[1]} at the samples' visit before"
+                f"StaggeredReplays: embeddings of width {base.shape[-1]}, which had "
+                f"{self.values.shape[-1]} at the samples' visit before"
             )
-        wrong = (lengths != known[numbers]).nonzero()
-        if wrong.numel():
-            first = int(wrong[0])
+        values = self.values.to(base.device, perturbation.dtype)
+        if perturbation.geometry["offsets"] is not None:
+            _, there = _packed(perturbation, rows)
+            return self._moved(values, there, samples[rows.numbers])
+        shape = (len(rows), *base.shape[1:])
+        count = base.shape[1:-1].numel()
+        if mask is None and self.mask is None and values.shape[1] == count:
+            return values.reshape(shape)
+        if mask is None:
+            there = torch.ones(len(rows), count, dtype=torch.bool, device=base.device)
+        else:
+            there = rows.of(mask).reshape(len(rows), count)
+        return self._moved(values, there, samples[rows.numbers]).reshape(shape)
+
+    def _moved(self, values: Tensor, there: Tensor, samples: NDArray[np.int64]) -> Tensor:
+        """Put each sample's vectors where they may move now, bool `[n, W]`; zeros elsewhere."""
+        before = self._mask().to(values.device)
+        if before.is_cpu and before.shape == there.shape and torch.equal(before, there):
+            return values * there.unsqueeze(-1)
+        had, has = before.sum(1), there.sum(1)
+        if had.is_cpu and not torch.equal(had, has):
+            first = int((had != has).nonzero()[0])
             raise InputError(
-                f"StaggeredReplays: sample {samples[first]} has {int(lengths[first])} vectors that "
-                f"may move, and had {int(known[numbers[first]])} at its visit before: give the "
-                "mask of the padding, and the same input at each visit"
+                f"StaggeredReplays: sample {samples[first]} has {int(has[first])} vectors that may "
+                f"move, and had {int(had[first])} at its visit before: give the mask of the "
+                "padding, and the same input at each visit"
             )
-        # The places of each sample's vectors among the kept ones, sample by sample.
-        shift = (known.cumsum(0) - known)[numbers] - (lengths.cumsum(0) - lengths)
-        places = torch.arange(len(positions), device=rows.device)
-        places = places + shift.repeat_interleave(lengths, output_size=len(positions))
-        kept = self.rows.to(delta.device, delta.dtype)
-        delta[positions] = kept[places]
-        return delta.view(perturbation.delta.shape)
+        require(
+            had == has,
+            has,
+            "StaggeredReplays: a sample has another number of vectors that may move than it had at "
+            "its visit before",
+        )
+        # From the number of a vector, among those of its sample that may move, to its place.
+        places = before.logical_not().byte().argsort(dim=1, stable=True)
+        numbers = (there.cumsum(1) - 1).clamp(0, before.shape[1] - 1)
+        places = places.gather(1, numbers).unsqueeze(-1)
+        found = values.gather(1, places.expand(-1, -1, values.shape[-1]))
+        return found * there.unsqueeze(-1)
+
+    def _mask(self) -> Tensor:
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.values.shape[:2], dtype=torch.bool, device=self.values.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return `rows` `[R, D]`, the vectors that may move, and `lengths` `[n]` of the samples."""
+        mask = self._mask()
+        return {"rows": self.values[mask], "lengths": mask.sum(1)}
+
+    @classmethod
+    def of_state(cls, rows: Tensor, lengths: Tensor) -> KeptDeltas:
+        """Make them of such a state."""
+        most = int(lengths.max()) if len(lengths) else 0
+        mask = torch.arange(most, device=lengths.device) < lengths.unsqueeze(1)
+        values = rows.new_zeros(len(lengths), most, rows.shape[1])
+        values[mask.to(rows.device)] = rows
+        return cls(values, None if bool(mask.all()) else mask.to(rows.device))
 
 
-def _flat(delta: Tensor) -> Tensor:
-    delta = delta.detach()
-    return delta.reshape(-1, delta.shape[-1])
+def write_packed(perturbation: Perturbation, rows: Rows, into: Tensor, values: Tensor) -> None:
+    """Write what `KeptDeltas.fitted` gave of packed rows into values of a batch, in place."""
+    index, there = _packed(perturbation, rows)
+    flat = into.view(-1, into.shape[-1])
+    flat[index[there]] = values[there]
 
 
-def _vectors(perturbation: Perturbation, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the vectors that may move of some samples: their positions `[R]`, and counts `[n]`."""
-    count, batch = perturbation.base.shape[:-1].numel(), perturbation.samples
+def _packed(perturbation: Perturbation, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Find the packed rows of some samples: places `[n, W]`, and which may move, bool `[n, W]`."""
     offsets, mask = perturbation.geometry["offsets"], perturbation.geometry["mask"]
-    owners = torch.arange(batch, device=chosen.device)
-    if offsets is None:
-        owners = owners.repeat_interleave(count // max(batch, 1))
-    else:
-        owners = owners.repeat_interleave(offsets.diff(), output_size=count)
-    is_chosen = torch.zeros(batch, dtype=torch.bool, device=chosen.device)
-    is_chosen[chosen] = True
-    wanted = is_chosen[owners]
+    offsets = offsets.to(perturbation.base.device)
+    count = perturbation.base.shape[:-1].numel()
+    starts, lengths = rows.of(offsets[:-1]), rows.of(offsets.diff())
+    most = int(lengths.max()) if len(rows) else 0
+    steps = torch.arange(most, device=offsets.device)
+    there = steps < lengths.unsqueeze(1)
+    index = (starts.unsqueeze(1) + steps).clamp(max=max(count - 1, 0))
     if mask is not None:
-        wanted = wanted & mask.reshape(-1)
-    positions = wanted.nonzero().squeeze(1)
-    return positions, owners[positions].bincount(minlength=batch)[chosen]
+        there = there & mask.reshape(-1)[index]
+    return index, there

@@ -12,7 +12,7 @@ from embattle import checks
 from embattle.errors import InputError
 from embattle.losses import margin
 from embattle.objectives.batch import Batch
-from embattle.objectives.parts import Parts
+from embattle.objectives.parts import Parts, mean_of_rows
 from embattle.objectives.schedules import Constant, Schedule
 from embattle.perturb.chosen import run_with_chosen
 from embattle.perturb.evaluation import Evaluation
@@ -85,10 +85,18 @@ class Partial:
             InputError: no loss function of the chosen samples, or a compiled model.
             ValueError: samples that share what is perturbed.
         """
-        return self.parts(batch).summed.mean()
+        losses, rows, kept = self._run(batch)
+        return losses.mean() if rows is None else mean_of_rows(losses, rows, kept, batch.lam)
 
     def parts(self, batch: Batch) -> Parts:
         """Do the same; nothing is averaged."""
+        losses, rows, kept = self._run(batch)
+        if rows is None:
+            return Parts(losses, torch.zeros_like(losses), None, batch.lam)
+        return Parts.of_rows(losses, rows, kept, batch.lam)
+
+    def _run(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Attack, and run the training pass: losses `[B]`, the chosen rows, and their masking."""
         if batch.attacked.compile:
             raise InputError("Partial: cannot have compile=True, as the batches differ in size")
         clean: Evaluation | None = None
@@ -108,7 +116,7 @@ class Partial:
             losses = batch.losses(evaluation)
             self._note(batch, evaluation, None, None)
             batch.metrics["perturbed"] = torch.tensor(0)
-            return Parts(losses, torch.zeros_like(losses), None, batch.lam)
+            return losses, None, None
         rows, part = batch.part
         _refuse_other_size(part, rows)
         evaluation = run_with_chosen(batch.attacked, part.attacked, rows)
@@ -122,7 +130,7 @@ class Partial:
             batch.metrics["masked"] = part.metrics["masked"]
         if not batch.frozen:
             self._note(batch, evaluation, rows, clean)
-        return Parts.of_rows(losses, rows, kept, batch.lam)
+        return losses, rows, kept
 
     # --- which samples ---------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from embattle.objectives.rows import Key
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -55,3 +57,24 @@ class Parts:
         return cls(
             torch.where(chosen, nothing, losses), torch.where(chosen, losses, nothing), kept, lam
         )
+
+
+def mean_of_rows(losses: Tensor, rows: Key, kept: Tensor | None, lam: float) -> Tensor:
+    """Return the mean of what `Parts.of_rows` gives, in fewer ops.
+
+    Args:
+        losses, kept, lam: as there.
+        rows: which samples are perturbed.
+    """
+    if kept is not None:  # a sample that is left out adds nothing, not even a NaN
+        left_out = torch.zeros_like(losses, dtype=torch.bool)
+        left_out[rows] = kept <= 0
+        losses = losses.masked_fill(left_out, 0.0)
+    if lam == 1:
+        return losses.mean()
+    weights = torch.ones_like(losses)
+    weights[rows] = lam
+    size = len(losses)
+    count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+    total = size - count + lam * count
+    return (losses * weights).sum() / (total if total > 0 else size)

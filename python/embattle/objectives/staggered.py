@@ -6,24 +6,28 @@ from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from embattle import checks
-from embattle.attacks.base import Attack
 from embattle.criteria.base import ascended
 from embattle.errors import InputError
 from embattle.objectives.batch import Batch, Samples
 from embattle.objectives.kept_deltas import KeptDeltas
-from embattle.objectives.moving import Moving, Place, add, carries, put
-from embattle.objectives.parts import Parts
+from embattle.objectives.moving import Again, Moved, Moving, Output, Place
+from embattle.objectives.parts import Parts, mean_of_rows
+from embattle.objectives.rows import Rows
 from embattle.perturb.build_perturbations import perturbation_of_call
 from embattle.perturb.calls import Call
 from embattle.perturb.chosen import run_moved
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.hook import Addition
 from embattle.perturb.perturbation import Perturbation, total
+
+_NONE: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
 
 class StaggeredReplays:
@@ -66,12 +70,10 @@ class StaggeredReplays:
 
     def reset(self) -> None:
         """Forget the samples that await another visit, where an epoch is left early."""
-        self._samples: list[int] = []  # those that come again in the next batch
-        self._seen: list[int] = []  # how often they came
+        self._samples, self._seen = _NONE, _NONE  # those that come again, and how often they came
         # What is kept of them at each place; None until the gradient there has moved the deltas.
         self._kept: list[Place | None] = []
-        self._nonfinite: list[Tensor] = []
-        self._without: list[Tensor] = []
+        self._faults: list[Moved] = []
 
     def __call__(self, batch: Batch) -> Tensor:
         """Run the training pass, and let its `backward()` move the deltas.
@@ -84,7 +86,8 @@ class StaggeredReplays:
                 this form cannot have.
             RuntimeError: the loss of the call before was not backpropagated.
         """
-        return self.parts(batch).summed.mean()
+        losses, rows, kept = self._run(batch)
+        return mean_of_rows(losses, rows.key(losses.device), kept, batch.lam)
 
     def parts(self, batch: Batch) -> Parts:
         """Do the same; nothing is averaged.
@@ -92,31 +95,32 @@ class StaggeredReplays:
         The gradient must reach the perturbed outputs, also in `PerSampleClipper.backward`: with
         clipping, their modules must be trained.
         """
+        losses, rows, kept = self._run(batch)
+        return Parts.of_rows(losses, rows.index(losses.device), kept, batch.lam)
+
+    def _run(self, batch: Batch) -> tuple[Tensor, Rows, Tensor | None]:
+        """Run the training pass: losses `[B]`, the rows that came again, and their masking."""
         attacked, attack = batch.attacked, batch.attack
         _refuse(batch)
         samples = _checked(batch.samples)
         kept = self._moved()
-        numbers = self._numbers(samples)
-        replayed = [row for row, sample in enumerate(samples) if sample in numbers]
+        again = self._again(samples)
         generator = attack.own_generator()
         moving: list[Moving] = []
-        outputs: list[Tensor] = []
-        edges: list[GradientEdge] = []
+        outputs: list[Output] = []
 
         def begin(index: int, number: int, call: Call) -> Addition:
             perturbation = perturbation_of_call(
                 attacked.sites[index], call, (index, number), attacked.geometry
             )
-            _refuse_perturbation(perturbation, samples)
+            _refuse_perturbation(perturbation, len(samples))
             state = attack.begin(perturbation, batch.scale)
             attack.start(perturbation, state, generator)
-            place = len(moving)
-            moving.append(Moving(perturbation, state))
-            if replayed and place < len(kept):
-                again = [samples[row] for row in replayed]
-                put(attack, moving[-1], kept[place], replayed, [numbers[s] for s in again], again)
-            perturbation.delta = perturbation.delta.detach()
-            return partial(add, outputs, edges, perturbation)
+            one = Moving(attack, perturbation, call, state, whole=batch.masking is not None)
+            if len(again.rows) and len(moving) < len(kept):
+                one.take_up(kept[len(moving)], again)
+            moving.append(one)
+            return partial(one.add, outputs)
 
         evaluation, calls = run_moved(attacked, begin)
         attacked.geometry.finish(calls)
@@ -138,31 +142,32 @@ class StaggeredReplays:
                 f"StaggeredReplays: {len(samples)} indices in samples for {evaluation.batch} losses"
             )
         losses = batch.losses(evaluation)
-        attacked.check_graph(losses, outputs)
-        self._report(batch, evaluation, replayed)
+        attacked.check_graph(losses, [one.value for one in outputs])
+        self._report(batch, evaluation, again.rows)
         goal = attack.goal(batch.criterion)
         ascent = ascended(goal, evaluation, None)
-        self._await(batch, samples, numbers, moving, edges, losses, ascent)
+        self._await(samples, again, moving, [one.edge for one in outputs], losses, ascent)
         batch.frozen = True  # what `backward()` finds is reported by the next call
-        rows = torch.tensor(replayed, dtype=torch.int64, device=losses.device)
         masked = None
-        if replayed:
+        if len(again.rows) and batch.masking is not None:
+            rows = again.rows.index(losses.device)
             masked = batch.weights(evaluation.select(rows), None, rows)
         for recorded in calls:
             for call in recorded:
                 call.release()
-        return Parts.of_rows(losses, rows, masked, batch.lam)
+        return losses, again.rows, masked
 
-    def _numbers(self, samples: Sequence[int]) -> dict[int, int]:
-        """Return the places, among those kept, of the samples that are visited again."""
-        missing = set(self._samples).difference(samples)
-        if missing and self.share == 1:
+    def _again(self, samples: NDArray[np.int64]) -> Again:
+        """Find the samples of a batch that come again among those kept."""
+        rows, numbers = _places(samples, self._samples)
+        if len(rows) < len(self._samples) and self.share == 1:
+            missing = np.setdiff1d(self._samples, samples).min()
             raise InputError(
-                f"StaggeredReplays: sample {min(missing)} awaits another visit and is not in this "
+                f"StaggeredReplays: sample {missing} awaits another visit and is not in this "
                 "batch: take the batches of StaggeredBatches with the same visits in their order; "
                 "or call reset() on the form where an epoch is left early"
             )
-        return {s: number for number, s in enumerate(self._samples) if s not in missing}
+        return Again(rows, numbers, samples)
 
     def _moved(self) -> list[Place]:
         """Return the deltas, which the call before has moved.
@@ -180,27 +185,28 @@ class StaggeredReplays:
 
     def _await(
         self,
-        batch: Batch,
-        samples: list[int],
-        numbers: dict[int, int],
+        samples: NDArray[np.int64],
+        again: Again,
         moving: list[Moving],
         edges: list[GradientEdge],
         losses: Tensor,
         ascent: Tensor,
     ) -> None:
         """Let the coming `backward()` move the deltas of the samples that come again."""
-        seen = [self._seen[numbers[s]] + 1 if s in numbers else 1 for s in samples]
-        again = [row for row, count in enumerate(seen) if count < self.visits]
+        seen = np.ones_like(samples)
+        if self.visits == 2:  # those that are new
+            rows = again.rows.rest(len(samples))
+        else:
+            seen[again.rows.array_key] += self._seen[again.numbers.array_key]
+            rows = Rows.where(seen < self.visits)
         self.reset()
-        if not again:
+        if not len(rows):
             return
-        self._samples, self._seen = [samples[r] for r in again], [seen[r] for r in again]
+        self._samples, self._seen = samples[rows.array_key], seen[rows.array_key]
         self._kept = [None] * len(moving)
-        rows = torch.tensor(again, device=losses.device)
-        values = ascent.detach()
         # A hook that held the batch would keep its graph until the garbage collector comes.
         moves = [
-            partial(self._move, self._kept, place, batch.attack, one, values, rows)
+            partial(self._move, self._kept, place, one, rows, ascent.detach())
             for place, one in enumerate(moving)
         ]
         if ascent is losses:
@@ -209,50 +215,39 @@ class StaggeredReplays:
             return
         # What trains is not what is ascended: its gradient is computed by itself, right away.
         grads = torch.autograd.grad(ascent.mean(), edges, retain_graph=True, allow_unused=True)
-        for move, grad in zip(moves, grads, strict=True):
-            move((grad,))
+        for move, edge, grad in zip(moves, edges, grads, strict=True):
+            move([None] * edge.output_nr + [grad])
 
     @torch.no_grad()
     def _move(
         self,
         kept: list[Place | None],
         place: int,
-        attack: Attack,
         moving: Moving,
+        rows: Rows,
         values: Tensor,
-        rows: Tensor,
         arrived: Sequence[Tensor | None],
     ) -> None:
         """Make the attack's step with the gradient that has arrived at an output."""
         if kept is not self._kept or kept[place] is not None:
             return  # backpropagated again, or after `reset`
-        perturbation, state = moving
-        # The loss is a mean. Another factor (of a gradient scaler) does not matter to the step.
-        (grad,) = arrived
-        if grad is None:
-            grad = torch.zeros_like(perturbation.additions()[0])
-        grad = perturbation.gather([grad]).to(perturbation.delta.dtype) * len(values)
-        perturbation.mark_gradients(grad)
-        attack.step(perturbation, grad, state, 0, values)
-        perturbation.delta = perturbation.delta.detach()
-        carried = {key: KeptDeltas.take(perturbation, rows, state[key]) for key in carries(attack)}
-        kept[place] = Place(KeptDeltas.take(perturbation, rows), carried)
-        self._nonfinite.append(perturbation.nonfinite.count_nonzero())
-        self._without.append(perturbation.count_without_gradient())
+        moved = moving.move(rows, values, arrived)
+        kept[place] = moved.place
+        self._faults.append(moved)
 
-    def _report(self, batch: Batch, evaluation: Evaluation, replayed: Sequence[int]) -> None:
+    def _report(self, batch: Batch, evaluation: Evaluation, replayed: Rows) -> None:
         """Record the losses and accuracies of first and later visits, and the last step's faults.
 
         The faults are of the call before, whose gradients came after it.
         """
-        first = sorted(set(range(evaluation.batch)).difference(replayed))
+        first = replayed.rest(evaluation.batch)
         for name, rows in (("clean", first), ("adversarial", replayed)):
-            if rows:
-                batch.report(name, evaluation, torch.tensor(rows, device=evaluation.device))
+            if len(rows):
+                batch.report(name, evaluation, rows.key(evaluation.device))
         batch.metrics["replayed"] = torch.tensor(len(replayed))
-        if self._nonfinite:
-            batch.metrics["nonfinite"] = total(self._nonfinite)
-            batch.metrics["zero_gradient"] = total(self._without)
+        if self._faults:
+            batch.metrics["nonfinite"] = total([one.nonfinite for one in self._faults])
+            batch.metrics["zero_gradient"] = total([one.without for one in self._faults])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state that a resumed run needs: the samples that come again, and their deltas.
@@ -261,26 +256,26 @@ class StaggeredReplays:
             RuntimeError: between a call and its `backward()`.
         """
         state = {
-            "samples": torch.tensor(self._samples, dtype=torch.int64),
-            "seen": torch.tensor(self._seen, dtype=torch.int64),
+            "samples": torch.from_numpy(self._samples.copy()),
+            "seen": torch.from_numpy(self._seen.copy()),
         }
         for place, (deltas, carried) in enumerate(self._moved()):
             for key, kept in {"": deltas, **carried}.items():
-                state[f"{place}.{key}{'.' if key else ''}rows"] = kept.rows.clone()
-                state[f"{place}.{key}{'.' if key else ''}lengths"] = kept.lengths.clone()
+                for name, value in kept.state().items():
+                    state[f"{place}.{key}{'.' if key else ''}{name}"] = value
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a state."""
         self.reset()
-        self._samples, self._seen = state["samples"].tolist(), state["seen"].tolist()
+        self._samples, self._seen = (_numpy(state[name]).copy() for name in ("samples", "seen"))
         found: dict[int, dict[str, KeptDeltas]] = {}
         for name in state:
             if name.endswith(".rows"):
                 place, *key = name.removesuffix(".rows").split(".")
                 lengths = state[name.removesuffix("rows") + "lengths"]
-                found.setdefault(int(place), {})[".".join(key)] = KeptDeltas(
-                    state[name].clone(), lengths.clone()
+                found.setdefault(int(place), {})[".".join(key)] = KeptDeltas.of_state(
+                    state[name], lengths
                 )
         for _, parts in sorted(found.items()):
             self._kept.append(Place(parts.pop(""), parts))
@@ -308,28 +303,48 @@ def _refuse(batch: Batch) -> None:
             raise InputError(f"StaggeredReplays: cannot have {words}; use form='freeat' or 'mixed'")
 
 
-def _refuse_perturbation(perturbation: Perturbation, samples: Sequence[int]) -> None:
+def _refuse_perturbation(perturbation: Perturbation, count: int) -> None:
     if perturbation.coupled:
         raise InputError(
             "StaggeredReplays: cannot have an output that all samples share (samples=None)"
         )
-    if perturbation.samples != len(samples):
+    if perturbation.samples != count:
         raise InputError(
-            f"StaggeredReplays: {len(samples)} indices in samples for {perturbation.samples} "
+            f"StaggeredReplays: {count} indices in samples for {perturbation.samples} "
             "samples in the batch: give one for each"
         )
 
 
-def _checked(samples: Samples) -> list[int]:
+def _checked(samples: Samples) -> NDArray[np.int64]:
     """Return the indices of a batch's samples."""
     if samples is None or isinstance(samples, int):
         raise InputError(
             "StaggeredReplays: needs the indices of the batch's samples: "
             "objective(loss_fn, samples=indices), as StaggeredBatches gives them"
         )
-    found = samples.tolist() if isinstance(samples, Tensor) else list(samples)
-    if not all(type(one) is int and one >= 0 for one in found):
-        found = [checks.integer("StaggeredReplays", "each of samples", one, 0) for one in found]
-    if len(set(found)) < len(found):
+    found = _numpy(samples) if isinstance(samples, Tensor) else np.asarray(samples)
+    whole = found.dtype.kind in "iu" and found.ndim == 1
+    ordered = np.sort(found) if whole else found
+    if not whole or (len(found) and ordered[0] < 0):
+        for one in found.tolist() if isinstance(samples, Tensor) else samples:
+            checks.integer("StaggeredReplays", "each of samples", one, 0)
+    found = found.astype(np.int64, copy=False)
+    if bool((ordered[1:] == ordered[:-1]).any()):
         raise InputError("StaggeredReplays: a sample is twice in the batch: samples must differ")
     return found
+
+
+def _numpy(values: Tensor) -> NDArray[np.int64]:
+    found: NDArray[np.int64] = values.detach().cpu().numpy()
+    return found
+
+
+def _places(samples: NDArray[np.int64], kept: NDArray[np.int64]) -> tuple[Rows, Rows]:
+    """Find the kept samples that are in a batch: their rows there, ascending, and their numbers."""
+    size, count = len(samples), len(kept)
+    if np.array_equal(samples[size - count :], kept):  # the order of StaggeredBatches
+        return Rows(range(size - count, size)), Rows(range(count))
+    order = kept.argsort()
+    numbers = order[np.searchsorted(kept, samples, sorter=order).clip(max=count - 1)]
+    rows = (kept[numbers] == samples).nonzero()[0]
+    return Rows(rows), Rows(numbers[rows])

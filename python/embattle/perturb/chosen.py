@@ -11,6 +11,7 @@ from torch import Tensor
 
 from embattle.perturb.calls import Call, Layout
 from embattle.perturb.evaluation import Evaluation
+from embattle.perturb.fresh import is_fresh
 from embattle.perturb.hook import Addition
 from embattle.perturb.masks import Geometry, PerCall
 
@@ -97,12 +98,16 @@ def run_with_chosen(batch: AttackedBatch, part: AttackedBatch, rows: Tensor) -> 
         )
     additions = part.perturbed.additions()
 
-    def begin(index: int, number: int, call: Call) -> Tensor:
+    def begin(index: int, number: int, call: Call) -> Addition:
         place = (index, number)
         if place not in additions:
             return torch.zeros_like(call.value)
+        addition, part = additions[place], calls[index][number]
         offsets = batch.geometry.bounds(*place, call)
-        return into_whole(additions[place], calls[index][number], call, rows, offsets)
+        if offsets is None and _fits(addition, call, rows):
+            _refuse_other_inputs(part, call, rows, None)
+            return partial(_add_in_place, rows, addition)
+        return into_whole(addition, part, call, rows, offsets)
 
     evaluation, found = run_moved(batch, begin)
     seen, expected = ([len(recorded) for recorded in one] for one in (found, calls))
@@ -113,6 +118,23 @@ def run_with_chosen(batch: AttackedBatch, part: AttackedBatch, rows: Tensor) -> 
             "in the same way"
         )
     return evaluation
+
+
+def _fits(addition: Tensor, call: Call, rows: Tensor) -> bool:
+    """Return whether an addition can be made in place, at the rows of its samples alone."""
+    value = call.source
+    return (
+        value is not None
+        and call.layout.plain
+        and addition.dtype == value.dtype
+        and addition.shape == (len(rows), *value.shape[1:])
+        and is_fresh(call.module, value)
+    )
+
+
+def _add_in_place(rows: Tensor, addition: Tensor, value: Tensor) -> Tensor:
+    value.detach().index_add_(0, rows.to(value.device), addition)
+    return value
 
 
 def run_moved(

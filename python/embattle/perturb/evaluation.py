@@ -67,8 +67,8 @@ class Evaluation:
             None if outputs is None else outputs.detach(),
         )
 
-    def select(self, rows: Tensor) -> Evaluation:
-        """Return some of the samples: `rows` is int64 `[n]`, or bool `[B]`."""
+    def select(self, rows: Tensor | slice) -> Evaluation:
+        """Return some of the samples: `rows` is int64 `[n]`, bool `[B]`, or a slice."""
         losses, outputs = self.losses, self.outputs
         return _made(
             None if losses is None else losses[rows], None if outputs is None else outputs[rows]

@@ -32,6 +32,7 @@ class Perturbation:
     Attributes:
         base: the unperturbed embeddings in the perturbation's space (samples first), detached.
         delta: the leaf that is differentiated, zeros at first; float32 where `base` is narrower.
+        dtype: that of `delta`.
         geometry: the ops' `group`, `offsets` and `mask`.
         places: the outputs that `delta` is added to.
         layouts: how the samples are laid out at each place.
@@ -59,13 +60,26 @@ class Perturbation:
         self.layouts = list(layouts) if layouts else [PLAIN] * len(self.places)
         self.coupled, self.whole = coupled, whole
         self.geometry: dict[str, Any] = {"group": group, "offsets": offsets, "mask": mask}
-        if base.dtype in _WIDE:
-            self.delta = torch.zeros_like(base, requires_grad=True)
-        else:
-            self.delta = torch.zeros_like(base, dtype=torch.float32, requires_grad=True)
+        self.dtype = base.dtype if base.dtype in _WIDE else torch.float32
+        self._delta: Tensor | None = None
         self.nonfinite = torch.zeros(self.groups, dtype=torch.int32, device=base.device)
         self._had_gradient: Tensor | None = None  # made when it is asked for: mostly all have one
         self._all_had = False
+
+    @property
+    def delta(self) -> Tensor:
+        if self._delta is None:  # made when it is asked for: some forms need a part of it alone
+            self._delta = torch.zeros_like(self.base, dtype=self.dtype, requires_grad=True)
+        return self._delta
+
+    @delta.setter
+    def delta(self, delta: Tensor) -> None:
+        self._delta = delta
+
+    @property
+    def touched(self) -> bool:
+        """Whether `delta` was asked for; otherwise it is zero."""
+        return self._delta is not None
 
     @property
     def had_gradient(self) -> Tensor:
@@ -93,17 +107,18 @@ class Perturbation:
             return self.samples
         return int(self.base.shape[:-1].numel())
 
-    def select(self, rows: Tensor) -> Perturbation:
+    def select(self, rows: Tensor | slice) -> Perturbation:
         """Return the perturbation of some of the samples, with a `delta` of its own.
 
         Args:
-            rows: int64 `[n]`, their places in the batch.
+            rows: int64 `[n]`, their places in the batch; of a slice, `delta` is a view.
         """
         other = copy(self)
         mask = self.geometry["mask"]
         other.base = self.base[rows]
         other.geometry = self.geometry | {"mask": None if mask is None else mask[rows]}
-        other.set(self.delta.detach()[rows])
+        if self._delta is not None:
+            other.set(self._delta.detach()[rows])
         other.nonfinite = self.nonfinite.new_zeros(other.groups)
         other.had_gradient = None
         return other
@@ -282,10 +297,10 @@ class JointPerturbation(Perturbation):
             for part, shape, layout in zip(parts, self.shapes, self.layouts, strict=True)
         ]
 
-    def select(self, rows: Tensor) -> Perturbation:
+    def select(self, rows: Tensor | slice) -> Perturbation:
         other = super().select(rows)
         assert isinstance(other, JointPerturbation)
-        other.shapes = [torch.Size([rows.numel(), *shape[1:]]) for shape in self.shapes]
+        other.shapes = [torch.Size([len(other.base), *shape[1:]]) for shape in self.shapes]
         return other
 
     def gather(self, grads: Sequence[Tensor]) -> Tensor:

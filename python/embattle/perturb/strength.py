@@ -79,18 +79,23 @@ class Relative:
 
     def resolve(self, base: Tensor, *, norm: Any, geometry: dict[str, Any]) -> Tensor:
         """Return one radius per group, `[groups]`, in float32 or the type of `base`."""
-        own = ops.group_norm(base, norm=norm, **geometry)
         if self.to == "group_norm":
-            return self.value * own
+            return self.value * ops.group_norm(base, norm=norm, **geometry)
+        mean = self.shared(base, norm=norm, geometry=geometry)
+        return mean.expand(group_count(base, geometry)).contiguous()
+
+    def shared(self, base: Tensor, *, norm: Any, geometry: dict[str, Any]) -> Tensor:
+        """Return the one radius of all groups, 0-d, of a mean."""
         mask = geometry.get("mask")
         if self.to == "token_norm":
             norms = ops.group_norm(base, norm=norm, group="token", mask=mask)
-            counts = torch.ones_like(norms) if mask is None else mask.reshape(-1).to(norms.dtype)
+            if mask is None:
+                return norms.mean() * self.value
+            counts = mask.reshape(-1).to(norms.dtype)
         else:
-            norms = own
-            counts = (group_sizes(base, geometry) > 0).to(own.dtype)
-        mean = (norms * counts).sum() / counts.sum().clamp(min=1)
-        return (self.value * mean).expand_as(own).contiguous()
+            norms = ops.group_norm(base, norm=norm, **geometry)
+            counts = (group_sizes(base, geometry) > 0).to(norms.dtype)
+        return self.value * ((norms * counts).sum() / counts.sum().clamp(min=1))
 
     def __str__(self) -> str:
         return f"{self.value:g} x {_WORDS[self.to]}"
@@ -181,6 +186,16 @@ def scaled(value: Strength, factor: float) -> Strength:
     raise TypeError(f"{value!r} cannot be scaled: give a number, a tensor, Relative or PerDim")
 
 
+def group_count(base: Tensor, geometry: dict[str, Any]) -> int:
+    """Count the groups."""
+    offsets = geometry.get("offsets")
+    if offsets is not None:
+        return int(offsets.numel()) - 1
+    if geometry.get("group") == "token" or base.dim() < 2:
+        return base.shape[:-1].numel()
+    return base.shape[0]
+
+
 def group_sizes(base: Tensor, geometry: dict[str, Any]) -> Tensor:
     """Count the unmasked elements of each group, `[groups]` int64."""
     group, offsets, mask = (geometry.get(key) for key in ("group", "offsets", "mask"))
@@ -209,12 +224,17 @@ def resolve(
     """
     if isinstance(value, (int, float)):
         return float(value) * scale if math.isfinite(value) else float(value)
+    if isinstance(value, Relative) and value.to != "group_norm" and base.is_cpu and base.numel():
+        # Where reading back waits for nothing, one number for all groups is cheaper in the ops.
+        found = float(value.shared(base, norm=norm, geometry=geometry))
+        if math.isfinite(found):  # else the loss is to tell what is wrong with the embeddings
+            return found * scale
     if not isinstance(value, Tensor):
         value = value.resolve(base, norm=norm, geometry=geometry)
     else:
         value = value.to(base.device)
         if value.numel() == 1:
-            value = value.reshape(1).expand(group_sizes(base, geometry).shape[0]).contiguous()
+            value = value.reshape(1).expand(group_count(base, geometry)).contiguous()
     if isinstance(value, Tensor):
         return value if scale == 1.0 else value * scale
     return float(value) * scale if math.isfinite(value) else float(value)

@@ -185,6 +185,14 @@ class Task(Evaluator, ABC):
         """
         return [Site.embeddings(model, group=group)]
 
+    def sample_sites(self, model: nn.Module, group: Group) -> list[Site]:
+        """Give where staggered replays and partial batches perturb each sample by itself.
+
+        By default that is at `sites`. A task whose samples share what is attacked there, such as
+        rows of tables, gives the look-ups of a batch instead.
+        """
+        return self.sites(model, group)
+
     def parts_of(self, model: nn.Module, batch: Batch) -> list[list[list[str]]]:
         """Name the vectors that are attacked, for explanations: tokens, fields, items.
 

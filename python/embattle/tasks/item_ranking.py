@@ -138,6 +138,17 @@ class ItemRanking(RatingsTask):
         ranker = cast("MF | LightGCN", model)
         return [Site.weight(ranker.user), Site.weight(ranker.item)]
 
+    def sample_sites(self, model: nn.Module, group: Group) -> list[Site]:
+        """The rows that each triplet looks up, with a ball for each; LightGCN reads whole tables.
+
+        Raises:
+            InputError: a group other than `token`.
+        """
+        sites = self.sites(model, group)
+        if not isinstance(model, MF):
+            return sites
+        return [Site(table, group="token") for table in (model.user, model.item)]
+
     def parts_of(self, model: nn.Module, batch: Batch) -> list[list[list[str]]]:
         """Name the rows of both tables, which all samples share."""
         tables = (("user", self.users), ("item", self.items))

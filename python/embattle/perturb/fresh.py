@@ -1,0 +1,27 @@
+"""Whether an output can be perturbed in place."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from embattle.perturb.hook import Hook
+
+
+def is_fresh(module: nn.Module, value: Tensor) -> bool:
+    """Return whether rows were just looked up, and nobody but the site's hook has seen them yet.
+
+    Such an output may be changed in place, out of autograd's sight: the gradient of a look-up does
+    not depend on what it gave.
+
+    Args:
+        module: a site's.
+        value: what it returned.
+    """
+    if not isinstance(module, nn.Embedding) or type(value) is not Tensor or value.grad_fn is None:
+        return False
+    hooks = module._forward_hooks.values()
+    return (
+        value.grad_fn.name() == "EmbeddingBackward0"
+        and "forward" not in module.__dict__  # per-sample clipping keeps what passes
+        and sum(not isinstance(hook, Hook) or hook.use is not None for hook in hooks) == 1
+    )
