@@ -89,8 +89,11 @@ cudaError_t plan_groups(Kernel* kernel, Plan* result, GroupParams& p, const Limi
                                most_threads / plan.threads));
       const int64_t each = at_once == 1 ? whole : budget;
       const int64_t fit = at_once * limits.multiprocessors;
+      // What of it whole chunks of all threads take.
+      const int64_t of_all = std::max<int64_t>(plan.threads * per_chunk, 1);
+      const int64_t holds = std::max<int64_t>(each / of_all, 1) * of_all;
       const int64_t wanted =
-          std::max((total + each - 1) / each,
+          std::max((total + holds - 1) / holds,
                    std::min(fit / std::max<int64_t>(g.groups, 1), chunks / (plan.threads * 4)));
       blocks = std::min(fit, std::max<int64_t>(wanted, 1));
       const int64_t teams = std::min(g.groups, fit / blocks);
