@@ -90,12 +90,13 @@ class Relative:
         if self.to == "token_norm":
             norms = ops.group_norm(base, norm=norm, group="token", mask=mask)
             if mask is None:
-                return norms.mean() * self.value
+                return self.value * norms.mean()
             counts = mask.reshape(-1).to(norms.dtype)
         else:
             norms = ops.group_norm(base, norm=norm, **geometry)
             counts = (group_sizes(base, geometry) > 0).to(norms.dtype)
-        return self.value * ((norms * counts).sum() / counts.sum().clamp(min=1))
+        mean: Tensor = (norms * counts).sum() / counts.sum().clamp(min=1)
+        return self.value * mean
 
     def __str__(self) -> str:
         return f"{self.value:g} x {_WORDS[self.to]}"
