@@ -254,3 +254,13 @@ def test_a_number_far_above_a_tiny_l1_ball_in_a_box_comes_to_its_edge() -> None:
         out = source.project(x, eps=1e-30, norm="l1", lower=-1.0, upper=1.0)
         edge = torch.tensor([1e-30, -1e-30], dtype=torch.float64)
         torch.testing.assert_close(out[:, 0], edge, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("norm", samples.NORMS)
+def test_the_neighbour_of_a_bound_keeps_its_bits(norm: str) -> None:
+    # The origin is so far that both are at the same distance from it.
+    high = torch.full((2, 9), 0.6376450061798096, dtype=torch.float64)
+    x0 = torch.full_like(high, -0.650658130645752)
+    x = torch.nextafter(high, torch.zeros_like(high))
+    assert torch.equal(x - x0, high - x0)
+    assert same_bits(ops.project(x, x0=x0, upper=high, eps=30.0, norm=norm), x)

@@ -149,7 +149,7 @@ def test_made_up_tables_stand_for_data_sets_that_there_are() -> None:
 def test_an_ensemble_under_fake_users(name: str, slices: Path, tmp_path: Path) -> None:
     pytest.importorskip("scipy")
     path = next(path for path in RECIPES if path.stem == name)
-    fakes = {"submodels": 60, "size": 5, "each": 2, "dim": 4, "steps": 20, "fakes": [3, 1]}
+    fakes = {"submodels": 1000, "size": 8, "each": 2, "dim": 4, "steps": 20, "fakes": [3, 1]}
     changes = [*changes_of(path, slices), f"audit.certify.fakes={json.dumps(fakes)}"]
     words = [word for one in changes for word in ("--set", one)]
     status, said = invoke("train", path, "--out", tmp_path / "run", *words)
@@ -174,7 +174,7 @@ def test_an_ensemble_under_fake_users(name: str, slices: Path, tmp_path: Path) -
     assert hits["certified"][0] <= float(with_rate[1]) + 1e-4
 
     recipe = (tmp_path / "run" / "recipe.yaml").read_text()
-    (tmp_path / "run" / "recipe.yaml").write_text(recipe.replace("size: 5", "size: 50000"))
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe.replace("size: 8", "size: 50000"))
     status, said = invoke("audit", tmp_path / "run", "--certify")
     assert status == 2, said
     assert "audit.certify.fakes.size: 50000 users of a submodel are more than" in said

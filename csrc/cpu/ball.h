@@ -79,13 +79,15 @@ inline void apply(const Cut& cut, double eps, const P& place, const F& source, c
                         }
                         const V centre = place.origin(i, n), given = source.given(i, n);
                         if (boxed) z = place.in_box(i, n, z);
-                        V x = z == given - centre ? given : centre + z;
+                        const auto still = z == given - centre;
+                        V x = still ? given : centre + z;
                         if (boxed) {  // bounds are numbers of the type: rounding stays inside
                           const V low = place.lower(i, n), high = place.upper(i, n);
-                          // The origin and what leads to a bound may add up to its neighbour.
+                          // The origin and what leads to a bound may add up to its neighbour; so
+                          // may what leads to a neighbour that an element was given at.
                           x = between(x, low, high);
-                          x = z == low - centre ? low : x;
-                          x = z == high - centre ? high : x;
+                          x = ~still & (z == low - centre) ? low : x;
+                          x = ~still & (z == high - centre) ? high : x;
                         }
                         add_length<kNorm>(place.out.store(i, n, x) - centre, acc[0]);
                       }).v[0];

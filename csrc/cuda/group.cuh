@@ -136,11 +136,13 @@ class Group : public Steepest<T, kFull> {
   // Rounds x0 + v to T, nearest to it, but not farther than `most` from x0, and inside the box.
   __device__ __forceinline__ static T settled(const V& x, int i, A v, double most) {
     const double x0 = x.x0(i);
-    T r = v == x.x(i) - x0 ? x.given.at[i] : Round<T>::nearest(x0 + v);
+    const bool still = v == x.x(i) - x0;
+    T r = still ? x.given.at[i] : Round<T>::nearest(x0 + v);
     if (magnitude(double(widen(r)) - x0) > most) r = step_toward(r, x0);
-    // At a bound the result is the bound: x0 and what leads there may add up to its neighbour.
-    if (double(widen(r)) < x.low(i) || v == x.low(i) - x0) r = x.lower.at[i];
-    if (double(widen(r)) > x.high(i) || v == x.high(i) - x0) r = x.upper.at[i];
+    // At a bound the result is the bound: x0 and what leads there may add up to its neighbour. So
+    // may what leads to a neighbour that the element was given at.
+    if (double(widen(r)) < x.low(i) || (!still && v == x.low(i) - x0)) r = x.lower.at[i];
+    if (double(widen(r)) > x.high(i) || (!still && v == x.high(i) - x0)) r = x.upper.at[i];
     return r;
   }
 
