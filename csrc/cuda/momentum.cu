@@ -4,11 +4,10 @@
 namespace embattle::cuda {
 namespace {
 
-// As kMostThreads. In float the l1 search beside three inputs needs more registers than 512 threads
+// As kMostThreads. The l1 search beside three inputs needs more registers than 512 threads
 // can have; inputs come by asynchronous copies, so fewer threads have as many bytes in flight.
 template <class T, Norm kNorm, bool kFull>
-constexpr int kMomentumThreads =
-    !kFull && kNorm == Norm::l1 && sizeof(T) == 4 ? 384 : kMostThreads<kFull>;
+constexpr int kMomentumThreads = !kFull && kNorm == Norm::l1 ? 384 : kMostThreads<kFull>;
 
 template <class T, Norm kNorm, bool kFull>
 __global__ void __launch_bounds__(kMomentumThreads<T, kNorm, kFull>, 1)

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, kWeighted ? 2 : 0)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 0)
+__global__ void __launch_bounds__(kThreads, 2)
     adagrad_kernel(const __grid_constant__ TableParams p) {
   EMBATTLE_DYNAMIC_SHARED(shared);
   using Run = Run<T, false>;
