@@ -104,7 +104,7 @@ def of_audit(
     """
     options = recipe.audit.explain
     assert options is not None
-    labels = labels_of(batches).cpu()
+    labels = labels_of(batches)
     try:
         return _explained(recipe, options, task, model, sites, batches, (*outputs, labels))
     except (ValueError, RuntimeError) as error:
@@ -167,7 +167,7 @@ def _of_model(
         model, some, sites, {"": attack}, evaluator=task, leave=not task.kind.graded
     )[""]
     outputs = predict(model, some, task), attacked.outputs
-    labels = labels_of(some).cpu()
+    labels = labels_of(some)
     return _explained(recipe, options, task, model, sites, batches, (*outputs, labels))
 
 
