@@ -4,13 +4,13 @@
 namespace embattle::cuda {
 namespace {
 
-// As kMostThreads. The l1 search beside three inputs needs more registers than 512 threads
-// can have; inputs come by asynchronous copies, so fewer threads have as many bytes in flight.
-template <class T, Norm kNorm, bool kFull>
+// As kMostThreads. The l1 search beside three inputs needs more registers than 512 threads can
+// have; inputs come by asynchronous copies, so fewer threads have as many bytes in flight.
+template <Norm kNorm, bool kFull>
 constexpr int kMomentumThreads = !kFull && kNorm == Norm::l1 ? 384 : kMostThreads<kFull>;
 
 template <class T, Norm kNorm, bool kFull>
-__global__ void __launch_bounds__(kMomentumThreads<T, kNorm, kFull>, 1)
+__global__ void __launch_bounds__(kMomentumThreads<kNorm, kFull>, 1)
     momentum_kernel(const __grid_constant__ GroupParams p) {
   EMBATTLE_DYNAMIC_SHARED(shared);
   Team team(p.shape, reinterpret_cast<TeamScratch*>(shared), p.team_global, p.team_slots);
@@ -139,7 +139,7 @@ int momentum_step(const StepArgs& args, const Context& context) {
     return with_norm(args.norm, [&](auto norm) {
       constexpr Norm kNorm = decltype(norm)::value;
       return run_groups(momentum_kernel<T, kNorm, kFull>, p, kElements,
-                        kMomentumThreads<T, kNorm, kFull>,
+                        kMomentumThreads<kNorm, kFull>,
                         {&p.x, typed ? &p.velocity : &none, &p.grad}, 0, context);
     });
   });
