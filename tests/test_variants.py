@@ -403,6 +403,17 @@ def test_the_best_look_is_kept(
     assert plain.chosen == max(plain.looks, key=lambda x: (x["accuracy"], -x["loss"]))["step"]
 
 
+@pytest.mark.parametrize("kind", ["noise", "pgd"])
+def test_looks_tell_of_a_blind_attack(kind: str, tmp_path: Path) -> None:
+    looks = {**LOOKS, "every": 30, "choose": "last"}
+    train = {"steps": 60, "batch_size": 16, "learning_rate": 0.02, "validation": looks}
+    variants = {"a": {"attack": {"kind": kind}}}
+    recipe = recipe_of(tmp_path, train=train, variants=variants, threat={"eps": 2.0})
+    status, text = invoke("train", recipe, "--out", tmp_path / "run")
+    assert status == 0, text
+    assert text.count("catastrophic overfitting: on the held batch") == (kind == "noise")
+
+
 def test_patience_ends_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks = {**LOOKS, "every": 1, "patience": 2, "samples": 5}
     train = {"steps": 6, "batch_size": 16, "validation": looks}

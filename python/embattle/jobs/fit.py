@@ -221,6 +221,7 @@ class Fit:
         if self.validation is None or not self.validation.due(done):
             return False
         look = self.validation.look(done)
+        self.loss.check_held(self.bare, self.validation.batches[0])
         if self.accelerator.num_processes > 1:  # all go by the first one's figures
             mine = torch.tensor([list(look.values())], device=self.accelerator.device)
             look = dict(zip(look, self.accelerator.gather(mine)[0].tolist(), strict=True))

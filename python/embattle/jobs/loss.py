@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from embattle.audit.evaluation import device_of, examined
 from embattle.clipping import PerSampleClipper
 from embattle.data.batch import Batch
 from embattle.errors import InputError
@@ -129,7 +130,7 @@ class Loss:
             assert losses is not None
             loss = losses if self.clipper is not None else losses.mean()
             return loss, {"loss": float(losses.detach().mean())}
-        inner = self.objective.objective if isinstance(self.objective, AWP) else self.objective
+        inner = self._inner
         inner.step = step
         assert isinstance(self.variant, AttackedVariant)
         options: dict[str, Any] = {"mask": self.task.mask(batch)}
@@ -144,14 +145,39 @@ class Loss:
             loss = parts.summed
         else:
             loss, metrics = self.objective(evaluate, **options)
-        self._watch(metrics)
+        self._watch(lambda: self._monitor.update(metrics))
         return loss, self._figures(metrics)
 
-    def _watch(self, metrics: dict[str, Tensor]) -> None:
-        """Lets the monitor look at a step's metrics."""
+    @property
+    def _inner(self) -> AdversarialObjective:
+        assert self.objective is not None
+        return self.objective.objective if isinstance(self.objective, AWP) else self.objective
+
+    def check_held(self, model: nn.Module, batch: Batch) -> None:
+        """Lets the monitor attack a batch that is not trained on; where classes are predicted.
+
+        Args:
+            model: the model, not wrapped; in eval mode for as long.
+            batch: the batch.
+        """
+        if self.objective is None or not isinstance(self.task.kind, Classification):
+            return
+        batch = batch.to(device_of(model))
+        with examined(model):
+            self._watch(
+                lambda: self._monitor.check_held(
+                    partial(self.task.evaluate, model, batch),
+                    criterion=self.task.criterion(batch),
+                    attack=self._inner.attack,
+                    mask=self.task.mask(batch),
+                )
+            )
+
+    def _watch(self, look: Callable[[], list[str]]) -> None:
+        """Keeps what a look of the monitor finds."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RobustTrainingWarning)
-            for text in self._monitor.update(metrics):
+            for text in look():
                 self._findings[text.split(":")[0]] = text
 
     def findings(self) -> list[str]:

@@ -59,6 +59,15 @@ class Validation:
         """Whether to look after so many steps."""
         return done % self.options.every == 0 or done == self.recipe.train.steps
 
+    @property
+    def batches(self) -> list[Batch]:
+        """What is looked at."""
+        if self._batches is None:
+            batches = self.task.batches(self.model, "validation", 100)
+            count = self.options.samples
+            self._batches = batches if count is None else first_samples(batches, count)
+        return self._batches
+
     def look(self, done: int) -> dict[str, float]:
         """Examines the model; random numbers go on as if it had not.
 
@@ -68,18 +77,15 @@ class Validation:
         Returns:
             The figures.
         """
-        if self._batches is None:
-            batches = self.task.batches(self.model, "validation", 100)
-            count = self.options.samples
-            self._batches = batches if count is None else first_samples(batches, count)
+        batches = self.batches
         generator = torch.Generator().manual_seed(self.recipe.seed)
         attack = make_attack(self.options.attack, self.recipe.threat, generator, best=True)
         device = next(self.model.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            clean = predict(self.model, self._batches, self.task)
+            clean = predict(self.model, batches, self.task)
             attacks = {"robust": attack}
-            under = evaluate(self.model, self._batches, self.sites, attacks, evaluator=self.task)
-        labels = labels_of(self._batches)
+            under = evaluate(self.model, batches, self.sites, attacks, evaluator=self.task)
+        labels = labels_of(batches)
         kind = self.task.kind
         robust = kind.scores(under["robust"].outputs, labels)
         return {
