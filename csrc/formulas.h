@@ -1,5 +1,5 @@
 // Rules that the CPU and the CUDA kernels share, as host and device functions: each of them is used
-// by both. Their meaning is written out in python/embattle/ops/reference.py.
+// by both. Their meaning is written out in python/embattle/ops/reference/.
 #pragma once
 
 #include <cstdint>

@@ -11,6 +11,7 @@ from typing import Any
 import samples
 import torch
 from embattle import ops, reference
+from embattle.ops.reference.groups import Groups, max_of, norm_name, norms_of
 from samples import PRECISIONS, Call
 from torch import Tensor
 
@@ -44,10 +45,10 @@ def expected(op: str, call: Call) -> list[Tensor]:
     return run(op, copy.deepcopy(call.double()), reference)
 
 
-def groups_of(call: Call) -> reference._Groups:
+def groups_of(call: Call) -> Groups:
     """The groups of the first argument of a group op's call."""
     options = call.kwargs
-    return reference._Groups.of(
+    return Groups.of(
         call.args[0],
         options.get("group", "sample"),
         options.get("offsets"),
@@ -61,7 +62,7 @@ def distances(call: Call, result: Tensor) -> Tensor:
     stored = groups.pack(result)
     if "x0" in call.kwargs:
         stored = stored - groups.pack(call.kwargs["x0"])
-    return reference._norm(stored, reference._norm_name(call.kwargs.get("norm", "l2")))[:, 0]
+    return norms_of(stored, norm_name(call.kwargs.get("norm", "l2")))[:, 0]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -107,11 +108,11 @@ def assert_close(actual: Tensor, wanted: Tensor, scale: Tensor, terms: int, what
 def _group_scale(call: Call, wanted: Tensor) -> tuple[Tensor, int]:
     """Per element: the largest magnitude in its group, of the result or the point it came from."""
     groups = groups_of(call)
-    size = reference._max(groups.pack(wanted).abs().nan_to_num(posinf=0.0))
+    size = max_of(groups.pack(wanted).abs().nan_to_num(posinf=0.0))
     start = groups.pack(call.args[0])
     if "x0" in call.kwargs:
         start = start - groups.pack(call.kwargs["x0"])
-    start = reference._max(start.abs().nan_to_num(posinf=0.0))
+    start = max_of(start.abs().nan_to_num(posinf=0.0))
     eps = call.kwargs.get("eps")
     radius = groups.column(math.inf if eps is None else eps)
     if eps is not None:
@@ -121,7 +122,7 @@ def _group_scale(call: Call, wanted: Tensor) -> tuple[Tensor, int]:
         precision = PRECISIONS[call.args[0].dtype]
         share = 2 * min(precision.unit, 2.0**-23) / precision.tolerance(groups.valid.shape[1])
         summed = share * (start + 6 * groups.column(call.kwargs["std"]))
-        if reference._norm_name(call.kwargs.get("norm", "l2")) == "l2":
+        if norm_name(call.kwargs.get("norm", "l2")) == "l2":
             summed = torch.minimum(summed, share * 6 * radius)  # scaled with the whole group
         size = size + summed
     width = groups.valid.shape[1]

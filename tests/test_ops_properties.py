@@ -12,7 +12,8 @@ pytest.importorskip("hypothesis")
 import samples
 import torch
 from compare import assert_close, assert_matches_reference, distances, run, same_bits
-from embattle import ops, reference
+from embattle import ops
+from embattle.ops.reference.groups import Groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import DTYPES, NORMS, PRECISIONS, Call
@@ -149,7 +150,7 @@ def test_step_length_does_not_depend_on_the_gradients_size(
     scaled = ops.pgd_step(zero, grad * 2.0**exponent, **options)
     assert_close(scaled, step, torch.zeros(()), cut.shape[-1], "a scaled gradient's step")
     call = Call([zero, grad], options)
-    wanted = torch.where(reference._Groups.of(zero, **_cut(options)).used.any(1), 0.5, 0.0)
+    wanted = torch.where(Groups.of(zero, **_cut(options)).used.any(1), 0.5, 0.0)
     length = distances(call, scaled)
     slack = 2 * PRECISIONS[dtype].unit * max(1.0, math.sqrt(grad.numel()) * (norm == "l1"))
     assert ((length - wanted).abs() <= slack).all()
@@ -193,7 +194,7 @@ def test_a_nonfinite_gradient_stays_in_its_group(
     victim = int(torch.randint(grad.numel(), (1,), generator=g))
     poisoned = grad.clone()
     poisoned.view(-1)[victim] = poison
-    groups = reference._Groups.of(x, **_cut(cut.options))
+    groups = Groups.of(x, **_cut(cut.options))
     hit = ~groups.pack(poisoned).isfinite().all(1)
     ball: dict[str, Any] = {"eps": 1.5, "norm": norm, **cut.options}
     options = {**ball, "step_size": 0.7}
@@ -225,7 +226,7 @@ def test_a_nonfinite_delta_stays_in_its_group(
     x = values(cut.shape, dtype, seed)
     poisoned = x.clone()
     poisoned.view(-1)[seed % x.numel()] = math.nan
-    groups = reference._Groups.of(x, **_cut(cut.options))
+    groups = Groups.of(x, **_cut(cut.options))
     healthy = groups.pack(poisoned).isfinite().all(1)
     for op, options in (("project", {}), ("pgd_step", {"step_size": 0.5})):
         args = [x, x] if op == "pgd_step" else [x]
@@ -261,7 +262,7 @@ def test_masked_rows_are_zero_and_do_not_count(move: tuple[str, Call]) -> None:
 def test_per_group_strengths_act_on_their_groups(move: tuple[str, Call], seed: int) -> None:
     """Running with one eps and step per group is running each group with its own."""
     op, call = move
-    groups = reference._Groups.of(call.args[0], **_cut(call.kwargs))
+    groups = Groups.of(call.args[0], **_cut(call.kwargs))
     g = torch.Generator().manual_seed(seed)
     count = len(groups.rows)
     eps = torch.rand(count, generator=g) * 2

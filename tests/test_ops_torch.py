@@ -134,8 +134,8 @@ def test_what_is_missing_too_much_or_unknown_is_a_type_error(op: str) -> None:
 
 def test_every_function_has_samples() -> None:
     for name in ops.__all__:
-        assert samples.for_op(name), f"embattle.ops.{name} has no samples in tests/samples.py"
-        assert hasattr(reference, name), f"embattle.ops.{name} has no definition in reference.py"
+        assert samples.for_op(name), f"embattle.ops.{name} has no samples"
+        assert hasattr(reference, name), f"embattle.ops.{name} is not defined"
 
 
 # --- torch.compile --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Random numbers in float lanes; their layout is told in python/embattle/ops/reference.py. Philox
+// Random numbers in float lanes; their layout is told in python/embattle/ops/reference/. Philox
 // runs on the low halves of 64-bit lanes, a block of four words in each, so that a multiplication
 // gives both halves of its product at once.
 #pragma once

@@ -1,5 +1,5 @@
 // random_start, gaussian_noise and gaussian_noise_. Numbers are a function of the key and of an
-// element's place in the tensor alone; the layout is told in python/embattle/ops/reference.py.
+// element's place in the tensor alone; the layout is told in python/embattle/ops/reference/.
 #include <cmath>
 
 #include "draw.h"

@@ -11,7 +11,7 @@
 //   nonfinite      int32 [groups], incremented where the gradient holds a NaN or an Inf
 //   key            int64 [2]: what Philox is keyed with
 //
-// What each means is written out in python/embattle/ops/reference.py.
+// What each means is written out in python/embattle/ops/reference/.
 #pragma once
 
 #include "results.h"
