@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from embattle import reference
+from embattle import ops, reference
 from samples import NORMS
 from torch import Tensor
 
@@ -115,6 +115,19 @@ def test_ball_and_box(norm: str) -> None:
         wanted = _dykstra(v, norm, eps, lower, upper)
         result = reference.project(v, eps=eps, norm=norm, lower=lower, upper=upper)
         assert torch.allclose(result, wanted, atol=1e-7)
+
+
+def test_a_huge_element_reaches_its_bound() -> None:
+    x = torch.tensor([[1.3, 3e38, 0.4], [0.4, -1.5, -3e38]])
+    found = reference.project(x, eps=1.0, lower=-1.0, upper=1.0)
+    assert torch.equal(found, ops.project(x, eps=1.0, lower=-1.0, upper=1.0))
+    assert found[0, 1] == -found[1, 2] == 1
+
+
+def test_a_tiny_ball_in_a_box() -> None:
+    x = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    found = reference.project(x, eps=1e-300, lower=-1.0, upper=1.0)
+    assert torch.allclose(found * 1e300, torch.tensor([[0.6, 0.8]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -131,10 +131,15 @@ class Ball:
         free = (result == moved(by)) & (result != 0)
         bound = torch.where(free, 0.0, result)
         if self.norm == "l2":
-            radius = torch.where(fits, 0.0, self.eps)
-            left = (radius.square() - bound.square().sum(1, keepdim=True)).clamp_min(0)
+            # In units of the radius: squares would underflow.
+            radius = torch.where((self.eps > 0) & self.eps.isfinite(), self.eps, 1.0)
+            left = torch.where(fits | (self.eps == 0), 0.0, 1.0)
+            left = (left - (bound / radius).square().sum(1, keepdim=True)).clamp_min(0)
             total = norms_of(torch.where(free, z, 0.0), "l2")
-            closed = left.sqrt() / torch.where(total > 0, total, 1.0)
+            closed = radius * left.sqrt() / torch.where(total > 0, total, 1.0)
+            # Where rounding leaves nothing for the others, they still move until this one is there.
+            reached = torch.where(free | (result == nearest), 0.0, result / z)
+            closed = closed.maximum(max_of(reached).detach())
         else:
             total = torch.where(free, below, 0.0).sum(1, keepdim=True)
             total = total + bound.abs().sum(1, keepdim=True) / unit - eps
