@@ -124,6 +124,9 @@ class Ball:
         outer = torch.ones_like(eps) if self.norm == "l2" else -base
         for _ in range(200):
             middle = torch.where(inner == 0, outer * 2.0**-20, (inner + outer) / 2)
+            between = (middle > inner.minimum(outer)) & (middle < inner.maximum(outer))
+            if not between.any():  # neighbours
+                break
             inside = norms_of(self.boxed(moved(middle)), self.norm) <= self.eps
             inner, outer = torch.where(inside, middle, inner), torch.where(inside, outer, middle)
         by = inner.detach()
