@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before anything imports the hub's client: it asks again and again where there is no network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 try:
     from hypothesis import settings

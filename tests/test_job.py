@@ -219,9 +219,8 @@ def data_with(folder: Path, **changes: object) -> dict[str, object]:
     ],
 )
 def test_bad_input_is_one_clear_line(
-    tmp_path: Path, encoder: Path, case: str, names: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, encoder: Path, case: str, names: list[str]
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     changes: dict[str, object] = {}
     extra: list[str] = []
     if case == "unknown key":
