@@ -9,7 +9,7 @@ from embattle.jobs.attack_recipe import AttackRecipe, CurveChoice, TableChoice, 
 from embattle.jobs.certify_recipe import CertifyRecipe
 from embattle.jobs.column_recipe import ColumnRecipe
 from embattle.jobs.explain_recipe import ExplainRecipe
-from embattle.sections import Section
+from embattle.sections import Section, unlike
 
 
 class AuditRecipe(Section):
@@ -84,11 +84,4 @@ class AuditRecipe(Section):
             attack.detailed_label if names.count(attack.label) > 1 else attack.label
             for attack in self.attacks
         ]
-        found: dict[str, AttackRecipe] = {}
-        for attack, name in zip(self.attacks, full, strict=True):
-            number, label = 1, name
-            while label in found or (number > 1 and label in full):
-                number += 1
-                label = f"{name} #{number}"
-            found[label] = attack
-        return found
+        return dict(zip(unlike(full), self.attacks, strict=True))

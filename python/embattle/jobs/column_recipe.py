@@ -16,7 +16,7 @@ from embattle.audit.outcomes import Attacked
 from embattle.audit.summary import figure
 from embattle.data.batch import Batch
 from embattle.errors import InputError
-from embattle.sections import Section
+from embattle.sections import Section, unlike
 from embattle.tasks.base import Task
 from embattle.tasks.columns import ColumnAttack, ColumnResult, Columns
 
@@ -55,11 +55,7 @@ class ColumnRecipe(Section):
 
 def labelled(recipes: Sequence[ColumnRecipe]) -> dict[str, ColumnRecipe]:
     """The attacks by labels of which no two are alike."""
-    found: dict[str, ColumnRecipe] = {}
-    for number, one in enumerate(recipes, start=1):
-        label = one.make().label
-        found[f"{label} #{number}" if label in found else label] = one
-    return found
+    return dict(zip(unlike([one.make().label for one in recipes]), recipes, strict=True))
 
 
 def check_columns(recipes: Sequence[ColumnRecipe], task: Task, model: nn.Module) -> None:
