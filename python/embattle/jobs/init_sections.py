@@ -34,8 +34,7 @@ train:                             # the same for the standard and the hardened 
 _HARDEN = """\
 variants:                          # besides the plain one, which is called standard
   hardened:
-    attack: {{kind: {attack}}}
-    lam: {lam:<26}# weight of the loss under attack
+{objective}
     eps_schedule: {{share: 0.3}}     # eps grows in this share of the steps
 """
 
@@ -50,6 +49,16 @@ audit:
   sweep: [0.25, 0.5, 1.0, 2.0]     # multiples of eps, for the curve
   sweep_attack: {{kind: minimum_norm, steps: 15}}   # all of the curve at once
 """
+
+_MIXED = """\
+    attack: {{kind: {attack}}}
+    lam: {lam:<26}# weight of the loss under attack"""
+
+# Where it was measured to give what several steps of an attack do.
+_STAGGERED = """\
+    objective: staggered           # in the passes of plain training
+    attack: {kind: fgm}
+    visits: 2                      # each sample comes twice in a row, then perturbed"""
 
 _WHOLE = "one budget for everything of a sample; token: one each"
 
@@ -81,6 +90,7 @@ _TASKS: dict[str, dict[str, object]] = {
         "rate": "2.0e-3",
         "epochs": 10,
         "audited": 500,
+        "objective": _STAGGERED,
     },
     "click_through": {
         "model": _GRID,
@@ -89,6 +99,7 @@ _TASKS: dict[str, dict[str, object]] = {
         "rate": "2.0e-3",
         "epochs": 10,
         "audited": 500,
+        "objective": _STAGGERED,
     },
     "next_item": {
         "model": "model:\n  length: 50                       # events that are looked at\n"
@@ -109,8 +120,7 @@ _TASKS: dict[str, dict[str, object]] = {
         "audited": 500,
         "group": "token",
         "budget": "each vector has a ball of its own",
-        "attack": "fgm",
-        "lam": 8.0,
+        "objective": _MIXED.format(attack="fgm", lam=8.0),
     },
 }
 
@@ -126,8 +136,7 @@ def sections(task: str, rows: int, **more: str) -> str:
     known: dict[str, object] = {
         "group": "sample",
         "budget": _WHOLE,
-        "attack": "pgd, steps: 1",
-        "lam": 1.0,
+        "objective": _MIXED.format(attack="pgd, steps: 1", lam=1.0),
         "kind": "",
         **_TASKS[task],
     }
