@@ -117,3 +117,13 @@ def test_steps_with_a_ball_alone_are_those_of_the_general_op(dtype: torch.dtype)
             assert same_bits(
                 ops.project(delta, **options), ops.project(delta, **options, **general)
             )
+
+
+def test_a_float64_step_that_nearly_undoes_the_delta_ends_at_the_border() -> None:
+    # The sums of one pass cancel: ||d + a g||^2 is 1e-4 of its terms.
+    delta = torch.tensor([[-0.2949133561062002], [0.70]], dtype=torch.float64)
+    grad = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    eps = torch.tensor([1e-3, 1e-3])
+    found = ops.pgd_step(delta, grad, step_size=0.3, eps=eps, norm="l2")
+    wanted = torch.tensor([[1.0], [1.0]], dtype=torch.float64) * eps.double()[:, None]
+    assert torch.allclose(found, wanted, rtol=4e-16, atol=0)

@@ -8,12 +8,12 @@
 namespace embattle {
 namespace {
 
-// ||d + a g||^2 by the three sums of one pass: exact to 1e-8 unless the terms cancel, which is when
-// `false` comes back and the sum has to be taken over the elements themselves.
-inline bool square_of_step(double dd, double dg, double gg, double a, double* square) {
+// ||d + a g||^2 by the three sums of one pass: exact to 1e-8, which float64 elements are not content
+// with, unless the terms cancel. `false`: they do, and the sum has to be taken over the elements.
+inline bool square_of_step(double dd, double dg, double gg, double a, Dtype dtype, double* square) {
   const double gain = a * a * gg;
   *square = dd + 2 * a * dg + gain;
-  return *square >= 1e-8 * (dd + gain);
+  return *square >= (dtype == Dtype::f64 ? 0.5 : 1e-8) * (dd + gain);
 }
 
 template <Norm kNorm, class T>
@@ -57,7 +57,8 @@ void step_in_double(const Cut& cut, const StepArgs& args, const Place<T>& place,
       ascent = along(cut, length_of_square(cut, gg, grad), step_size, grad);
       double square;
       if (ascent.unit == 1 && sums.v[2] < 0x1p900 && sums.v[2] > 0x1p-900 && gg > 0x1p-900 &&
-          gg < 0x1p900 && square_of_step(sums.v[2], sums.v[1], gg, ascent.a, &square))
+          gg < 0x1p900 &&
+          square_of_step(sums.v[2], sums.v[1], gg, ascent.a, args.delta.dtype, &square))
         known = __builtin_sqrt(square);
     }
   } else {
