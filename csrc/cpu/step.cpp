@@ -8,8 +8,9 @@
 namespace embattle {
 namespace {
 
-// ||d + a g||^2 by the three sums of one pass: exact to 1e-8, which float64 elements are not content
-// with, unless the terms cancel. `false`: they do, and the sum has to be taken over the elements.
+// ||d + a g||^2 by the three sums of one pass: exact to 1e-8, which float64 elements are not
+// content with, unless the terms cancel. `false`: they do, and the sum has to be taken over the
+// elements.
 inline bool square_of_step(double dd, double dg, double gg, double a, Dtype dtype, double* square) {
   const double gain = a * a * gg;
   *square = dd + 2 * a * dg + gain;
