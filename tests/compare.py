@@ -125,6 +125,9 @@ def _group_scale(call: Call, wanted: Tensor) -> tuple[Tensor, int]:
         if norm == "l2":
             summed = torch.minimum(summed, share * 6 * radius)  # scaled with the whole group
         size = size + summed
+    if "x0" in call.kwargs:  # what is added to the origin may cancel it
+        added = wanted.double() - call.kwargs["x0"].double()
+        size = torch.maximum(size, max_of(groups.pack(added).abs().nan_to_num(posinf=0.0)))
     if "x0" in call.kwargs and norm == "l1" and wanted.dtype == torch.float64:
         # What is left of a large distance to the origin, which is rounded itself.
         precision = PRECISIONS[torch.float64]

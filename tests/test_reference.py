@@ -124,6 +124,14 @@ def test_a_huge_element_reaches_its_bound() -> None:
     assert found[0, 1] == -found[1, 2] == 1
 
 
+def test_an_l1_step_moves_what_is_tiny_beside_the_largest() -> None:
+    grad = torch.tensor([[1e300, 1e-300, 0.0]], dtype=torch.float64)
+    step = {"step_size": 0.5, "eps": 9.0, "norm": "l1", "top": 3}
+    found = reference.pgd_step(torch.zeros_like(grad), grad, **step)
+    assert found.tolist() == [[0.25, 0.25, 0.0]]
+    assert torch.equal(found, ops.pgd_step(torch.zeros_like(grad), grad, **step))
+
+
 def test_a_tiny_ball_in_a_box() -> None:
     x = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
     found = reference.project(x, eps=1e-300, lower=-1.0, upper=1.0)

@@ -21,9 +21,9 @@ def _direction(grad: Tensor, valid: Tensor, norm: str, top: float) -> Tensor:
     """
     if norm == "linf":
         return grad.sign()
-    largest = max_of(grad.abs())
-    grad = grad / torch.where(largest > 0, largest, 1.0)
     if norm == "l2":
+        largest = max_of(grad.abs())
+        grad = grad / torch.where(largest > 0, largest, 1.0)
         length = norms_of(grad, "l2")
         return grad / torch.where(length > 0, length, 1.0)
     wanted = valid.sum(1, keepdim=True).double()
