@@ -128,10 +128,10 @@ def _group_scale(call: Call, wanted: Tensor) -> tuple[Tensor, int]:
     if "x0" in call.kwargs:  # what is added to the origin may cancel it
         added = wanted.double() - call.kwargs["x0"].double()
         size = torch.maximum(size, max_of(groups.pack(added).abs().nan_to_num(posinf=0.0)))
-    if "x0" in call.kwargs and norm == "l1" and wanted.dtype == torch.float64:
-        # What is left of a large distance to the origin, which is rounded itself.
-        precision = PRECISIONS[torch.float64]
-        size = size + 8 * precision.unit / precision.tolerance(groups.valid.shape[1]) * start
+    if norm == "l1" and {"x0", "lower", "upper"} & call.kwargs.keys():
+        # What is left of large numbers when a threshold or an origin is taken off them in float64.
+        precision = PRECISIONS[call.args[0].dtype]
+        size = size + 8 * 2.0**-53 / precision.tolerance(groups.valid.shape[1]) * start
     width = groups.valid.shape[1]
     return groups.unpack(size.expand(-1, width), torch.zeros_like(wanted.double())), width
 
@@ -154,6 +154,8 @@ def assert_matches_reference(op: str, call: Call, results: list[Tensor]) -> None
             vanishing = wanted[1].double().abs() < torch.finfo(torch.float64).tiny
             known = torch.where(vanishing, wanted[0].double(), results[0].double())
             results = [known.to(results[0].dtype), *results[1:]]
+        if call.kwargs.get("style") == "apgd":  # the result is a sum of three
+            scales[0] = (scales[0][0] + call.args[1].double().abs().nan_to_num(), scales[0][1])
         if op == "momentum_step":  # the old velocity and the new gradient's share may cancel
             scales[1] = (scales[1][0] + call.args[1].double().abs().nan_to_num() + 1, scales[1][1])
     elif op == "clip_and_sum":

@@ -41,6 +41,7 @@ ON_THE_CPU_ALONE = {
     "test_cuda_check.py": "reads reports of compilers",
     "test_cuda_device.py": "takes its tensors to the GPU itself, and runs without --device",
     "test_cuda_group.py": _EMULATOR,
+    "test_cuda_fuzz.py": _EMULATOR,
     "test_cuda_kernels.py": _EMULATOR,
     "test_cuda_launch.py": _EMULATOR,
     "test_cuda_sample.py": _EMULATOR,

@@ -182,10 +182,9 @@ template <class T>
 __device__ __forceinline__ T smaller(T a, T b) {
   return b < a ? b : a;
 }
-template <class T>
-__device__ __forceinline__ T magnitude(T x) {
-  return x < 0 ? -x : x;
-}
+// Without its sign, that of a zero too: the bits of magnitudes are compared.
+__device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
+__device__ __forceinline__ double magnitude(double x) { return fabs(x); }
 template <class T>
 __device__ __forceinline__ bool is_finite(T x) {
   return x - x == 0;

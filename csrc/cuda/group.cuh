@@ -269,7 +269,7 @@ class Group : public Steepest<T, kFull> {
       if constexpr (kNorm == Norm::l2) {
         result.fit = Fit::scaled;
         // What brings the values to the ball's surface; with a box in units of that.
-        result.scale = radius / sqrt(s.b);
+        result.scale = radius > 0 ? radius / sqrt(s.b) : 0;
         if (has_box() && radius > 0) {
           search.bracket.outer = smaller(1 / result.scale, 0x1p1000);
           search.bracket.at = search.at = 1;

@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(256) trace_kernel(const __grid_constant__ Line
     const double out = squares(team, a.grad.data, a.grad.dtype, token * a.outputs, a.outputs);
     const double product = (in + (a.bias ? 1 : 0)) * out;
     const bool holds = moderate(in, a.inputs) && moderate(out, a.outputs);
-    if (team.rank == 0) p.traces[token] = holds ? product : -product;
+    // Not -product: a NaN, of infinite sums beside zeros, has a sign of its own.
+    if (team.rank == 0) p.traces[token] = holds ? product : copysign(product, -1.0);
   }
 }
 
