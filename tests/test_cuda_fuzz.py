@@ -50,3 +50,11 @@ def test_a_linear_gradient_of_huge_inputs_and_zeros_is_zero() -> None:
         grad = torch.full((1, 1, 16), zero, dtype=torch.float64)
         for method in ("gram", "direct"):
             assert emulated.linear_grad_norm(inputs, grad, method=method).tolist() == [0.0]
+
+
+def test_a_box_brings_huge_numbers_near_a_small_ball() -> None:
+    # Their squares in a unit of the huge ones vanish: they are not inside.
+    x = torch.tensor([1e300], dtype=torch.float64)
+    for eps, low in ((1e-5, -0.25), (1e-30, 0.25)):
+        found = emulated.project(x, eps=eps, lower=low, upper=1.0)
+        assert torch.allclose(found, ops.project(x, eps=eps, lower=low, upper=1.0), rtol=1e-13)

@@ -167,7 +167,8 @@ class Group : public Steepest<T, kFull> {
   struct Search {
     Pass pass = Pass::measure;
     int round = 0;
-    A unit = 1;  // l2: power of two that brings the values into range
+    A unit = 1;   // l2: power of two that brings the values into range
+    A inner = 1;  // l2: the same of the radius, for what may be inside: a box may leave little
     double radius = 0;
     double at = 0;    // where the search is: l1: the threshold; l2 with a box: the scale
     Bracket bracket;  // with a box: what that lies between
@@ -182,8 +183,10 @@ class Group : public Steepest<T, kFull> {
     result.eps = search.radius = eps;
     if (kNorm == Norm::linf || !(eps < kInfinity))
       search.pass = Pass::finish;
-    else if (kNorm == Norm::l2 && sizeof(T) == 8)
+    else if (kNorm == Norm::l2 && sizeof(T) == 8) {
+      search.inner = range_scale<A>(eps);
       search.pass = Pass::extent;
+    }
   }
 
   // Adds a chunk to the sums that a pass forms.
@@ -199,8 +202,9 @@ class Group : public Steepest<T, kFull> {
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         if (!(valid >> i & 1)) continue;
-        const A unit = kNorm == Norm::l2 && sizeof(T) == 8 ? search.unit : A(1);
-        const double v = double(x.v[i] * unit), r = double(kept(x, i)) * double(unit);
+        constexpr bool kScales = kNorm == Norm::l2 && sizeof(T) == 8;
+        const double v = double(x.v[i] * (kScales ? search.unit : A(1)));
+        const double r = double(kept(x, i)) * double(kScales ? search.inner : A(1));
         if constexpr (kNorm == Norm::l2) {
           s.a += r * r;
           s.b += v * v;
@@ -263,9 +267,9 @@ class Group : public Steepest<T, kFull> {
       constexpr bool kSame = !kFull && sizeof(T) == 4;  // stored values are the values
       s = team_.agree((kSame ? 0 : kSumA) | kSumB | (kNorm == Norm::l1 ? kMax : 0), s);
       if (kSame) s.a = s.b;
-      const double radius = search.radius;
+      const double radius = search.radius, limit = result.eps * double(search.inner);
       search.pass = Pass::finish;
-      if (!(s.a > (kNorm == Norm::l2 ? radius * radius : radius))) return;
+      if (!(s.a > (kNorm == Norm::l2 ? limit * limit : limit))) return;
       if constexpr (kNorm == Norm::l2) {
         result.fit = Fit::scaled;
         // What brings the values to the ball's surface; with a box in units of that.
