@@ -105,7 +105,7 @@ def assert_close(actual: Tensor, wanted: Tensor, scale: Tensor, terms: int, what
     )
 
 
-def _group_scale(call: Call, wanted: Tensor) -> tuple[Tensor, int]:
+def _group_scale(call: Call, wanted: Tensor, unit: float) -> tuple[Tensor, int]:
     """Per element: the largest magnitude in its group, of the result or the point it came from."""
     groups, norm = groups_of(call), norm_name(call.kwargs.get("norm", "l2"))
     size = max_of(groups.pack(wanted).abs().nan_to_num(posinf=0.0))
@@ -128,27 +128,30 @@ def _group_scale(call: Call, wanted: Tensor) -> tuple[Tensor, int]:
     if "x0" in call.kwargs:  # what is added to the origin may cancel it
         added = wanted.double() - call.kwargs["x0"].double()
         size = torch.maximum(size, max_of(groups.pack(added).abs().nan_to_num(posinf=0.0)))
-    if norm == "l1" and {"x0", "lower", "upper"} & call.kwargs.keys():
-        # What is left of large numbers when a threshold or an origin is taken off them in float64.
+    if norm == "l1" and (unit > 2.0**-53 or {"x0", "lower", "upper"} & call.kwargs.keys()):
+        # What is left of large numbers when a threshold or an origin is taken off them.
         precision = PRECISIONS[call.args[0].dtype]
-        size = size + 8 * 2.0**-53 / precision.tolerance(groups.valid.shape[1]) * start
+        size = size + 8 * unit / precision.tolerance(groups.valid.shape[1]) * start
     width = groups.valid.shape[1]
     return groups.unpack(size.expand(-1, width), torch.zeros_like(wanted.double())), width
 
 
-def assert_matches_reference(op: str, call: Call, results: list[Tensor]) -> None:
+def assert_matches_reference(
+    op: str, call: Call, results: list[Tensor], unit: float = 2.0**-53
+) -> None:
     """Compares the results of an op with the reference's.
 
     Args:
         op: its name; for an in-place form that of the functional one.
         call: the arguments it had (not those that an in-place form has written).
         results: as :func:`run` returns them.
+        unit: of the arithmetic: CUDA's is float32 but for float64.
     """
     wanted = expected(op, call)
     assert len(results) == len(wanted)
     scales: list[tuple[Tensor, int]]
     if op in ("pgd_step", "project", "random_start", "gaussian_noise", "momentum_step"):
-        scales = [_group_scale(call, w) for w in wanted]
+        scales = [_group_scale(call, w, unit) for w in wanted]
         if op == "momentum_step" and norm_name(call.kwargs.get("norm", "l2")) == "linf":
             # The sign of a velocity that vanishes is anyone's.
             vanishing = wanted[1].double().abs() < torch.finfo(torch.float64).tiny

@@ -314,7 +314,9 @@ def draw(op: str, d: Draw) -> Call:
     return _table_call(op, d)
 
 
-def assert_matches(op: str, call: Call, results: list[Tensor], what: object) -> None:
+def assert_matches(
+    op: str, call: Call, results: list[Tensor], what: object, unit: float = 2.0**-53
+) -> None:
     """Compares results with the reference's; `what` (a seed) is told on failure.
 
     Which numbers that are not finite come out of a norm says nothing: a sum of infinities is one or
@@ -326,6 +328,6 @@ def assert_matches(op: str, call: Call, results: list[Tensor], what: object) -> 
             known = wanted[0].to(results[0].dtype).isfinite()
             assert not results[0][~known].isfinite().any()
             results = [torch.where(known, results[0], wanted[0].to(results[0].dtype))]
-        assert_matches_reference(op, call, results)
+        assert_matches_reference(op, call, results, unit)
     except AssertionError as error:
         raise AssertionError(f"hostile.call({op!r}, {what}): {error}") from None

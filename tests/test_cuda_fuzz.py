@@ -27,7 +27,7 @@ def test_calls_as_they_come_are_what_the_reference_says(part: int) -> None:
         call = drawn(name, hostile.Draw(Random(seed), seed, wide=True)).map(torch.Tensor.detach)
         op = name if name == "rowwise_adagrad_" else name.removesuffix("_")
         results = [t.detach() for t in run(name, call.clone(), emulated)]
-        hostile.assert_matches(op, call, results, f"{seed}: {described(call)}")
+        hostile.assert_matches(op, call, results, f"{seed}: {described(call)}", 2.0**-24)
 
 
 def test_a_negative_zero_is_no_coordinate_of_an_l1_step() -> None:
