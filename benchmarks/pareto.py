@@ -291,10 +291,12 @@ def picture(results: dict[str, Any], path: Path) -> None:
             passes = 1.0 if method == STANDARD else METHODS[method].passes
             free = method.startswith(("staggered", "Free-"))
             axes.plot(passes, row["attacked"], "o", color="#c2410c" if free else "#1d4ed8")
+            right = passes > 3
             axes.annotate(
                 method,
                 (passes, row["attacked"]),
-                xytext=(6, 3),
+                xytext=(-6 if right else 6, 3),
+                ha="right" if right else "left",
                 textcoords="offset points",
                 fontsize=8,
             )
