@@ -15,9 +15,11 @@ JOBS ?= $(shell nproc)
 # many processes that follow compiles torch anew.
 export PYTHONDONTWRITEBYTECODE :=
 
+# What the native code is compiled for; what does not run here may be left out (make simd-check).
+SIMD_LEVELS ?= v2;v3;v4
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help setup setup-build setup-jobs dev demo test browser clipping-nightly fuzz-nightly mutation device-test torch-min recbole lint format sanitize bench cuda-check gpu-model gpu-check emulator-asan clean
+.PHONY: help setup setup-build setup-jobs dev simd-check demo test browser clipping-nightly fuzz-nightly mutation device-test torch-min recbole lint format sanitize bench cuda-check gpu-model gpu-check emulator-asan clean
 
 help:
 	@echo "make demo      train and audit a real recommender (about five minutes on two free cores)"
@@ -27,6 +29,7 @@ help:
 	@echo "make recbole   the tests of RecBole's models, in an environment of its own (.venv-recbole)"
 	@echo "make clipping-nightly [CASES=100000]  random models under per-sample clipping"
 	@echo "make fuzz-nightly [CASES=100000]  the ops against the reference on calls as they come"
+	@echo "make simd-check  whether the highest SIMD level compiles, where nothing could run it"
 	@echo "make lint      ruff, mypy --strict, clang-format"
 	@echo "make bench     the benchmarks, against the memory roofline and eager torch"
 	@echo "make cuda-check [TABLE=file]  spills and 128-bit accesses of the CUDA kernels; needs nvcc, no GPU"
@@ -56,13 +59,19 @@ dev: setup
 	@$(MAKE) --no-print-directory build/dev/.stamp
 build/dev/.stamp: $(SOURCES)
 	@echo "==> building the native code (build/dev)"
-	$(BUILD) -DEMBATTLE_SIMD_LEVELS="v2;v3;v4"
+	$(BUILD) -DEMBATTLE_SIMD_LEVELS="$(SIMD_LEVELS)"
 	@touch build/dev/.native $@
 # For this machine's SIMD level alone: a third of the compiling. What is there for all serves as well.
 build/dev/.native: $(SOURCES)
 	@echo "==> building the native code for this machine (build/dev)"
 	$(BUILD) -DEMBATTLE_SIMD_LEVELS=native
 	@touch $@
+
+# Has the compiler read the highest SIMD level without compiling it, where nothing could run it.
+simd-check:
+	@for file in $(filter-out %/dispatch.cpp,$(wildcard csrc/cpu/*.cpp)); do \
+		$(CXX) -std=c++20 -fsyntax-only -Wall -Wextra -Wno-psabi -march=x86-64-v4 -DEMBATTLE_LEVEL=v4 $$file || exit 1; \
+	done
 
 # ---- Jobs ----
 RUN = PYTHONPATH=python $(PY)
@@ -91,9 +100,10 @@ clipping-nightly: dev
 fuzz-nightly: dev
 	OMP_NUM_THREADS=1 EMBATTLE_FUZZ_CASES=$(CASES) $(RUN) -m pytest tests/test_ops_fuzz.py
 
-# The tests that run on any device, on one that needs no hardware.
+# The tests that run on any device, on one that needs no hardware; random cases are make test's.
 device-test: dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --device pretend -n $(JOBS) tests
+	OMP_NUM_THREADS=1 EMBATTLE_PROPERTY_CASES=200 EMBATTLE_CLIPPING_CASES=200 \
+		$(RUN) -m pytest --device pretend -n $(JOBS) tests
 
 # The same binary, in an environment of its own.
 torch-min: dev
@@ -118,7 +128,7 @@ bench: dev
 	$(RUN) -m pytest benchmarks $(BENCH)
 
 cuda-check: setup
-	@PYTHON=$(PY) JOBS=$(JOBS) EMBATTLE_CUDA=ON bash tools/build.sh build/dev -DEMBATTLE_SIMD_LEVELS="v2;v3;v4"
+	@PYTHON=$(PY) JOBS=$(JOBS) EMBATTLE_CUDA=ON bash tools/build.sh build/dev -DEMBATTLE_SIMD_LEVELS="$(SIMD_LEVELS)"
 	@touch build/dev/.stamp build/dev/.native
 	$(PY) tools/check_cuda_kernels.py --build build/dev $(if $(TABLE),--out $(TABLE))
 

@@ -383,7 +383,7 @@ def test_young_unfinished_files_of_others_stay(tmp_path: Path) -> None:
     assert remove_unfinished(tmp_path) == 1
 
 
-# Runs a job in a child that dies, as by kill -9, at every third of its renamings and removals.
+# Runs a job in a child that dies, as by kill -9, at every fifth of its renamings and removals.
 KILLER = """
 import os, sys
 from pathlib import Path
@@ -411,7 +411,7 @@ def job(die_at):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 died = 0
-for n in range(int(first), 100, 3):
+for n in range(int(first), 100, 5):
     code = job(n)
     if code == 0:
         break

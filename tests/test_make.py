@@ -27,7 +27,8 @@ def _needed(*purposes: str) -> set[str]:
 
 def _recipes(*targets: str) -> str:
     """What make would run for targets of which nothing is there, without running it."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    of_make = ("MAKE", "MFLAGS", "SIMD_LEVELS")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(of_make)}
     command = ["make", "-n", "--always-make", "PY=python", *targets]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
