@@ -8,10 +8,10 @@ from random import Random
 import hostile_values as hostile
 import pytest
 import torch
-from compare import run, same_bits
+from compare import same_bits
 from embattle import ops
 from emulated_case import IN_EMULATOR, emulated
-from test_ops_fuzz import OPS, described, drawn
+from test_ops_fuzz import OPS, checked, described, drawn, functional
 
 pytestmark = IN_EMULATOR
 CASES = int(os.environ.get("EMBATTLE_CUDA_FUZZ_CASES", "2000"))
@@ -25,9 +25,10 @@ def test_calls_as_they_come_are_what_the_reference_says(part: int) -> None:
     for seed in range(part, CASES, PARTS):
         name = DRAWN[seed // PARTS % len(DRAWN)]
         call = drawn(name, hostile.Draw(Random(seed), seed, wide=True)).map(torch.Tensor.detach)
-        op = name if name == "rowwise_adagrad_" else name.removesuffix("_")
-        results = [t.detach() for t in run(name, call.clone(), emulated)]
-        hostile.assert_matches(op, call, results, f"{seed}: {described(call)}", 2.0**-24)
+        before = call.map(torch.Tensor.clone)
+        results = checked(name, call, emulated)
+        what = f"{seed}: {described(before)}"
+        hostile.assert_matches(functional(name), before, results, what, 2.0**-24)
 
 
 def test_a_negative_zero_is_no_coordinate_of_an_l1_step() -> None:

@@ -77,6 +77,11 @@ class Times:
         return found
 
 
+def functional(op: str) -> str:
+    """The op that an in-place form stands for."""
+    return op.removesuffix("_") if op in samples.WRITING else op
+
+
 def drawn(op: str, d: hostile.Draw) -> Call:
     """What a form is given; what it writes lies anyhow in memory that is not its alone."""
     if op == "embedding_perturb_backward":
@@ -85,7 +90,7 @@ def drawn(op: str, d: hostile.Draw) -> Call:
         return Call([grad, inverse, len(delta)], {})
     if op == "embedding_grad_rows":
         return hostile.draw("embedding_grad_sum", d)
-    call = hostile.draw(op.removesuffix("_") if op in samples.WRITING else op, d)
+    call = hostile.draw(functional(op), d)
     if op == "project" and d.chance(50):  # else it is a constant to autograd: another op
         call.args[0].requires_grad_()
     for index in range(WRITTEN.get(op, 0)):
@@ -93,16 +98,16 @@ def drawn(op: str, d: hostile.Draw) -> Call:
     return call
 
 
-def native(op: str, call: Call) -> list[Tensor]:
+def native(op: str, call: Call, source: Any = ops) -> list[Tensor]:
     if op == "embedding_perturb_backward":
         return [torch.ops.embattle.embedding_perturb_backward(*call.args)]
-    results = run(op, call, ops.embedding if op == "embedding_grad_rows" else ops)
+    results = run(op, call, ops.embedding if op == "embedding_grad_rows" else source)
     return [t.detach() for t in results]
 
 
-def timed(op: str, call: Call) -> tuple[list[Tensor], float]:
+def timed(op: str, call: Call, source: Any = ops) -> tuple[list[Tensor], float]:
     begin = time.perf_counter()
-    results = native(op, call)
+    results = native(op, call, source)
     return results, time.perf_counter() - begin
 
 
@@ -128,12 +133,12 @@ def whole(t: Tensor) -> Tensor:
     return t.as_strided((size,), (1,), 0)
 
 
-def checked(op: str, call: Call) -> list[Tensor]:
+def checked(op: str, call: Call, source: Any = ops) -> list[Tensor]:
     """The results of a call that has written what it says, and nothing else."""
     count = WRITTEN.get(op, 0)
     before = [t.detach().clone() for t in tensors(call)]
     memory = [whole(t).clone() for t in call.args[:count]]
-    results, seconds = timed(op, call)
+    results, seconds = timed(op, call, source)
     counted = call.kwargs.get("nonfinite")
     for given_, kept in zip(tensors(call)[count:], before[count:], strict=True):
         assert given_ is counted or same_bits(given_, kept), "the op wrote an argument"
@@ -152,9 +157,9 @@ def checked(op: str, call: Call) -> list[Tensor]:
 
 def check_in_place(op: str, call: Call) -> None:
     """It writes the functional form's bits."""
-    functional = op.removesuffix("_")
-    wanted = checked(functional, call)
-    hostile.assert_matches(functional, call, wanted, described(call))
+    name = functional(op)
+    wanted = checked(name, call)
+    hostile.assert_matches(name, call, wanted, described(call))
     for result, want in zip(checked(op, call), wanted, strict=True):
         assert same_bits(result, want), "in place differs from functional"
 
