@@ -271,6 +271,7 @@ def goals(outputs: Tensor) -> dict[str, eb.Criterion]:
         "deviate": eb.Deviate(outputs, by=1.0),
         "promote": eb.Promote((first + 1) % 3, 1),
         "demote": eb.Demote(first, 1),
+        "outrank": eb.Outrank(first, 1),
         "diverge": eb.Diverge(),
         "distance": eb.Diverge("squared_distance"),
         "own": Lead(first),

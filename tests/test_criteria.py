@@ -220,6 +220,44 @@ def test_places_in_a_ranking_are_their_definition(
         torch.testing.assert_close(outputs.gather(1, best), outputs.sort(1, True).values[:, :k])
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("masked", [0.0, 0.4, 0.9])
+def test_outrank_is_its_definition(seed: int, k: int, masked: float) -> None:
+    torch.manual_seed(seed)
+    outputs = torch.randint(-2, 3, (12, 5)).double()
+    outputs[torch.rand(12, 5) < masked] = -INF
+    items = torch.randint(0, 5, (12,))
+    outrank, demote = eb.Outrank(items, k), eb.Demote(items, k)
+    now = checked(outrank, outputs)
+    expected = []
+    for row, item in zip(outputs.tolist(), items.tolist(), strict=True):
+        others = sorted((s for i, s in enumerate(row) if i != item), reverse=True)[:k]
+        own, bar = row[item], others[-1]
+        if own < bar:
+            expected.append(plain.finite(bar) - plain.finite(own))
+        else:
+            expected.append(-sum(own - s for s in others if own > s > -INF))
+    same(ascended(outrank, now, None), expected)
+    same(reached(outrank, now, None), reached(demote, now, None).tolist())
+    if k == 1 and not masked:
+        same(ascended(outrank, now, None), ascended(demote, now, None).tolist())
+
+
+def test_outrank_pushes_an_item_down_where_it_cannot_be_pushed_off() -> None:
+    # Three rivals in reach and the other two not: `Demote` of 5 sees the last alone.
+    first = torch.tensor([[0.0], [-0.5], [-0.6], [-0.7], [-9.0], [-9.0]])
+    scores = torch.nn.Embedding.from_pretrained(first)
+    places = {}
+    for kind in (eb.Demote, eb.Outrank):
+        with eb.Site.weight(scores) as site:
+            found = eb.PGD(eps=0.4, norm="l2", steps=10).run(
+                lambda: eb.Evaluation(None, scores(torch.arange(6)).T), site, criterion=kind(0, 5)
+            )
+        places[kind] = int((found.outputs > found.outputs[:, :1]).sum())
+    assert places == {eb.Demote: 0, eb.Outrank: 3}
+
+
 @pytest.mark.parametrize("divergence", eb.losses.DIVERGENCES)
 @pytest.mark.parametrize("shape", [(6,), (6, 1), (6, 4), (4, 4), (3, 2, 4)])
 def test_diverge_is_its_definition(divergence: Any, shape: tuple[int, ...]) -> None:
@@ -512,7 +550,7 @@ def test_ties_do_not_reach_a_place_and_keep_a_gradient() -> None:
 
 def test_masked_items_keep_gradients_finite() -> None:
     scores = torch.tensor([[-INF, 2.0, 1.0, -INF], [-INF, -INF, -INF, 1.0]]).requires_grad_()
-    for kind in (eb.Promote, eb.Demote):
+    for kind in (eb.Promote, eb.Demote, eb.Outrank):
         for item in range(4):
             criterion = kind(item, 2)
             now = checked(criterion, scores)
@@ -593,6 +631,7 @@ EACH: dict[str, tuple[Callable[[], eb.Criterion], tuple[int, ...]]] = {
     "deviate by one": (lambda: eb.Deviate(torch.ones(3), 0.5), (3,)),
     "promote": (lambda: eb.Promote(torch.tensor([3, 0, 1]), 2), (3, 5)),
     "demote": (lambda: eb.Demote(1, 2), (3, 5)),
+    "outrank": (lambda: eb.Outrank(1, 3), (3, 5)),
     "kl": (lambda: eb.Diverge(), (4, 3)),
     "symmetric_kl": (lambda: eb.Diverge("symmetric_kl"), (4, 2, 3)),
     "squared_distance": (lambda: eb.Diverge("squared_distance"), (4, 3)),

@@ -194,7 +194,7 @@ def test_other_goals() -> None:
     first = outputs.argmax(1)
     weight = model[1].weight.detach()
     plain = nearest(model, x, first, weight[None] - weight[first][:, None], "l2")
-    for goal in (eb.Demote(first, 1), eb.Diverge(), Flip(first)):
+    for goal in (eb.Demote(first, 1), eb.Outrank(first, 1), eb.Diverge(), Flip(first)):
         ratio = smallest(model, x, goal).eps / plain
         assert torch.all(ratio >= 1 - 1e-4), goal
         assert ratio.median() < 1.05, goal

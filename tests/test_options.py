@@ -723,7 +723,15 @@ def test_starts_are_values() -> None:
 
 
 def test_criteria_say_what_they_need() -> None:
-    for kind in (eb.Misclassify, eb.Target, eb.MultiLabel, eb.Deviate, eb.Promote, eb.Demote):
+    for kind in (
+        eb.Misclassify,
+        eb.Target,
+        eb.MultiLabel,
+        eb.Deviate,
+        eb.Promote,
+        eb.Demote,
+        eb.Outrank,
+    ):
         assert kind.needs_outputs
         assert not kind.needs_clean
     assert eb.Diverge.needs_outputs

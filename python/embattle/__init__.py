@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from embattle.criteria import MaximizeLoss as MaximizeLoss
     from embattle.criteria import Misclassify as Misclassify
     from embattle.criteria import MultiLabel as MultiLabel
+    from embattle.criteria import Outrank as Outrank
     from embattle.criteria import Promote as Promote
     from embattle.criteria import Target as Target
     from embattle.data.staggered_batches import StaggeredBatches as StaggeredBatches
@@ -141,6 +142,7 @@ _EXPORTS: dict[str, str] = {
     "Monitor": "objectives.monitor",
     "MultiLabel": "criteria",
     "NEFTune": "attacks",
+    "Outrank": "criteria",
     "PGD": "attacks",
     "Partial": "objectives",
     "PerDim": "perturb.strength",

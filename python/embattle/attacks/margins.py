@@ -21,6 +21,7 @@ from embattle.criteria import (
     Diverge,
     Misclassify,
     MultiLabel,
+    Outrank,
     Promote,
     Target,
 )
@@ -230,6 +231,9 @@ def margins_of(goal: Criterion, clean: Evaluation) -> Margins | None:
     if kind is Diverge and goal.reached(clean, clean) is not None:
         predicted = losses.predict(required_outputs("Diverge", clean))
         return _ClassMargins(Misclassify(predicted), clean)
+    if isinstance(goal, Outrank) and kind is Outrank:
+        # The margin is that of the k-th place, which decides whether the goal is reached.
+        return _GoalMargin(Demote(goal.items, goal.k), clean)
     kinds: dict[type[Criterion], type[Margins]] = {
         Misclassify: _ClassMargins,
         MultiLabel: _LabelMargins,

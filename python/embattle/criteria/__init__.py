@@ -2,7 +2,7 @@
 
 from embattle.criteria.base import Criterion, MaximizeLoss, ascended, reached
 from embattle.criteria.classes import Misclassify, MultiLabel, Target
-from embattle.criteria.ranking import Demote, Promote
+from embattle.criteria.ranking import Demote, Outrank, Promote
 from embattle.criteria.values import Deviate, Diverge
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "MaximizeLoss",
     "Misclassify",
     "MultiLabel",
+    "Outrank",
     "Promote",
     "Target",
     "ascended",

@@ -67,13 +67,17 @@ class _TopK(Criterion):
         """Return the k best items, best first, `[B, k]`."""
         return outputs.topk(self.k, dim=1).indices
 
-    def _scores(self, now: Evaluation) -> tuple[Tensor, Tensor]:
-        # The item's own, and the k-th best of the others.
+    def _best(self, now: Evaluation) -> tuple[Tensor, Tensor]:
+        # The item's own [B], and those of the k best others [B, k], the best first.
         outputs = logits(type(self).__name__, now)
         index = self._items(outputs).unsqueeze(1)
-        own = outputs.gather(1, index).squeeze(1)
         others = outputs.scatter(1, index, -math.inf)
-        return own, others.topk(self.k, dim=1).values.select(1, -1)
+        return outputs.gather(1, index).squeeze(1), others.topk(self.k, dim=1).values
+
+    def _scores(self, now: Evaluation) -> tuple[Tensor, Tensor]:
+        # The item's own, and the k-th best of the others.
+        own, best = self._best(now)
+        return own, best.select(1, -1)
 
     def _lead(self, now: Evaluation) -> Tensor:
         own, bar = (score.masked_fill(score.isinf(), 0.0) for score in self._scores(now))
@@ -149,3 +153,30 @@ class Demote(_TopK):
         """Return True where at least k other items are better."""
         own, bar = self._scores(now)
         return bar > own
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Outrank(Demote):
+    """An item that is to be far down the list: reached, as by `Demote`, where k others are better.
+
+    What is ascended is minus the sum of the item's leads over those of the k best others that it is
+    still ahead of; once all are better, the lead of the k-th best other item over it. So all k are
+    pulled past the item at once, and an item that cannot be pushed off the list is pushed down it,
+    which is what NDCG and MRR count. With k = 1 it is `Demote`. Items that are ruled out add
+    nothing.
+
+    Args:
+        items: the item for all samples, or `[B]` integers.
+        k: how many items are recommended.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: k below 1, or items that are no item numbers.
+    """
+
+    def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
+        """Return minus the leads that are left, or how far the k-th best other item is ahead."""
+        own, best = self._best(now)
+        leads = own.unsqueeze(1) - best
+        leads = leads.masked_fill(leads.isfinite().logical_not(), 0.0).clamp(min=0).sum(1)
+        return torch.where(self.reached(now, clean), -self._lead(now), -leads)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from embattle import losses
-from embattle.criteria import Criterion, Demote
+from embattle.criteria import Criterion, Outrank
 from embattle.tasks.kinds.base import Kind
 from embattle.tasks.kinds.weighted import Mean, Measure
 
@@ -34,7 +34,8 @@ class Ranking(Kind):
     )
     note: ClassVar[str] = (
         "Hit rate, NDCG and MRR are of the items that are recommended. Of a right item that stays "
-        "among them NDCG and MRR under attack are of the point where it comes nearest to leaving."
+        "among them NDCG and MRR under attack are of the point where its leads over the best k "
+        "others are smallest."
     )
     shown: ClassVar[str] = "rank of the right item"
     graded: ClassVar[bool] = False  # below the k-th place all ranks count for nothing
@@ -44,8 +45,8 @@ class Ranking(Kind):
         return losses.cross_entropy(outputs, labels)
 
     def criterion(self, labels: Tensor) -> Criterion:
-        """Give the goal that the right item is not recommended."""
-        return Demote(labels, self.k)
+        """Give the goal that the right item is not recommended, or as far down as may be."""
+        return Outrank(labels, self.k)
 
     def _scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Hit rate, NDCG and reciprocal rank, all cut at k; ranks are over all items."""
