@@ -118,7 +118,8 @@ def measure(recipe: Recipe, variant: str) -> dict[str, float]:
     for scale in SCALES:
         for attack in ATTACKS:
             made = make_attack(attack, recipe.threat, generator, scale=scale, best=True)
-            result = evaluate(model, batches, sites, {"": made}, evaluator=task)[""]
+            leave = not task.kind.graded
+            result = evaluate(model, batches, sites, {"": made}, evaluator=task, leave=leave)[""]
             score = task.kind.scores(result.outputs, labels)[key]
             found[f"{attack.label}, eps {scale * recipe.threat.eps:g}"] = score
     ended = time.perf_counter()

@@ -646,12 +646,21 @@ def one_of_each(name: str) -> tuple[eb.Criterion, eb.Evaluation, eb.Evaluation]:
     return make(), now, clean
 
 
-@each
+# Those of `Outrank` are another function's: the next test.
+@pytest.mark.parametrize("name", [name for name in EACH if name != "outrank"])
 def test_gradients(name: str) -> None:
     criterion, now, clean = one_of_each(name)
     criterion.check(clean)
     at = now.outputs.requires_grad_()
     assert torch.autograd.gradcheck(lambda z: ascended(criterion, seen(z), clean), at)
+
+
+def test_outrank_has_the_slopes_of_the_mean_of_the_leads_that_are_left() -> None:
+    scores = torch.tensor([[5.0, 9.0, 4.0, 3.0, 2.0], [0.0, 9.0, 4.0, 3.0, 2.0]]).requires_grad_()
+    value = eb.Outrank(0, 3).objective(seen(scores), None)
+    assert value.tolist() == [-3.0, 3.0]  # -(1 + 2), and the third best is 3 ahead
+    slopes = torch.autograd.grad(value.sum(), scores)[0].tolist()
+    assert slopes == [[-1.0, 0.0, 0.5, 0.5, 0.0], [-1.0, 0.0, 0.0, 1.0, 0.0]]
 
 
 @each
