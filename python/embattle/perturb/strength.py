@@ -47,13 +47,14 @@ def check_strength(who: str, name: str, value: Any) -> Strength:
                 f"got {tuple(value.shape)} of {value.dtype}"
             )
         return value
+    # Numbers come before conventions: to look whether a protocol holds takes ten times as long.
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return checks.real(who, name, value, 0, finite=False)
     if isinstance(value, Convention):
         return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{who}: {name} must be a number, a tensor [groups], Relative or PerDim; got {value!r}"
-        )
-    return checks.real(who, name, value, 0, finite=False)
+    raise TypeError(
+        f"{who}: {name} must be a number, a tensor [groups], Relative or PerDim; got {value!r}"
+    )
 
 
 @dataclass(frozen=True)
