@@ -280,7 +280,7 @@ def criteria_of(kind: Kind) -> list[str]:
     if kind.body in ("binary", "column"):
         found = ["none", "loss", "misclassify", "deviate", "multilabel", "diverge"]
     elif kind.body != "sequence":
-        found += ["promote", "demote"]
+        found += ["promote", "demote", "outrank"]
     if kind.classes >= 3 and kind.body not in ("binary", "column"):
         found.append("dlr")
     return found
@@ -319,7 +319,7 @@ def criteria(draw: st.DrawFn, kind: Kind, g: torch.Generator) -> eb.Criterion | 
     if name == "diverge":
         of = draw(st.sampled_from(["kl", "symmetric_kl", "squared_distance"]))
         return eb.Diverge(of)
-    make = eb.Promote if name == "promote" else eb.Demote
+    make = {"promote": eb.Promote, "demote": eb.Demote, "outrank": eb.Outrank}[name]
     item = torch.randint(0, kind.classes, (kind.batch,), generator=g)
     return make(draw(st.sampled_from([1, item])), k=1)
 

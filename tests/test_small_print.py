@@ -162,6 +162,7 @@ def test_ratings_as_labels_of_two_classes_say_what_they_are_a_matter_for() -> No
         lambda: eb.Deviate(torch.tensor([0.0, 1.0]), by=0.5),
         lambda: eb.Promote(torch.tensor([0, 1]), k=1),
         lambda: eb.Demote(torch.tensor([0, 1]), k=1),
+        lambda: eb.Outrank(torch.tensor([0, 1]), k=1),
         eb.Diverge,
     ],
 )
