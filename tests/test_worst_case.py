@@ -12,6 +12,7 @@ pytest.importorskip("torchmetrics")
 
 from embattle.attacks import PGD, Attack, AutoAttack, UniformNoise
 from embattle.audit.examine import Curve, Examination, note_of
+from embattle.audit.outcomes import Attacked, worst_of
 from embattle.audit.victim import Victim
 from embattle.data.batch import Batch
 from embattle.perturb.evaluation import Evaluation
@@ -175,6 +176,23 @@ def test_samples_that_leave_have_the_loss_of_their_first_success(which: str) -> 
     if which == "ranks":  # who has left the list counts for nothing, wherever
         scores = spy.kind.scores(victim.worst.outputs[spy.fell], answers[spy.fell])
         assert scores["ndcg"] == scores["mrr"] == scores["hit_rate"] == 0
+
+
+def test_the_worst_of_several_rankings_is_the_lowest_rank() -> None:
+    scores = torch.tensor([[9.0, 8.0, 7.0, 0.0], [5.0, 9.0, 8.0, 0.0]])
+    one = torch.tensor([[1.0, 9.0, -5.0, -5.0], [2.0, 2.0, 9.0, 9.0]])  # second; third
+    two = torch.tensor([[1.0, 1.2, 1.1, -9.0], [1.0, 2.0, 2.0, 2.0]])  # third; has left
+    losses = [Ranking(k=3).losses(outputs, torch.tensor([0, 0])) for outputs in (one, two)]
+    assert bool((losses[0] > losses[1]).all())
+    kind, answers, zeros = Ranking(k=3), torch.tensor([0, 0]), torch.zeros(2)
+    clean, *under = (
+        Attacked(outputs, kind.right(outputs, answers), zeros, zeros.long())
+        for outputs in (scores, one, two)
+    )
+    for order in (under, under[::-1]):
+        worst = worst_of(kind, answers, [clean, *order])
+        assert torch.equal(worst.outputs, two)
+        assert worst.right.tolist() == [True, False]
 
 
 def test_an_ensemble_that_goes_on_names_what_turned_a_sample_first() -> None:

@@ -67,7 +67,7 @@ class Attacked:
 
 
 def worst_of(kind: Kind, labels: Tensor, outcomes: Sequence[Attacked]) -> Attacked:
-    """Each sample's worst outcome: a wrong one first, then the one with the largest loss.
+    """Each sample's worst outcome: a wrong one first, then by the kind's `badness`.
 
     Args:
         kind: what is predicted.
@@ -75,12 +75,12 @@ def worst_of(kind: Kind, labels: Tensor, outcomes: Sequence[Attacked]) -> Attack
         outcomes: of the same samples, one at least.
     """
     worst = outcomes[0]
-    loss = kind.losses(worst.outputs.float(), labels)
+    badness = kind.badness(worst.outputs.float(), labels)
     for other in outcomes[1:]:
-        other_loss = kind.losses(other.outputs.float(), labels)
+        found = kind.badness(other.outputs.float(), labels)
         same = worst.right == other.right
-        wins = torch.where(same, other_loss > loss, worst.right)
-        loss = torch.where(wins, other_loss, loss)
+        wins = torch.where(same, found > badness, worst.right)
+        badness = torch.where(wins, found, badness)
         rows = wins.reshape(-1, *[1] * (worst.outputs.dim() - 1))
         worst = Attacked(
             torch.where(rows, other.outputs, worst.outputs),

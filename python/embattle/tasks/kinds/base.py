@@ -89,6 +89,13 @@ class Kind(ABC):
             "loss": Mean(self.losses(outputs, labels)),
         }
 
+    def badness(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Tell which of a sample's outcomes under several attacks is the worst, [N]: the largest.
+
+        Of outcomes that are as right as each other, that is. By default their losses are compared.
+        """
+        return self.losses(outputs, labels)
+
     def details(self, outputs: Tensor, labels: Tensor) -> dict[str, Any]:
         """Give what there is to say beside the scores, as JSON: `per_class`, `calibration`."""
         return {}

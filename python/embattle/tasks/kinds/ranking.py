@@ -34,8 +34,8 @@ class Ranking(Kind):
     )
     note: ClassVar[str] = (
         "Hit rate, NDCG and MRR are of the items that are recommended. Of a right item that stays "
-        "among them NDCG and MRR under attack are of the point where its leads over the best k "
-        "others are smallest."
+        "among them each attack gives the point where its leads over the best k others are "
+        "smallest; the worst of several attacks is the lowest rank."
     )
     shown: ClassVar[str] = "rank of the right item"
     graded: ClassVar[bool] = False  # below the k-th place all ranks count for nothing
@@ -43,6 +43,10 @@ class Ranking(Kind):
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Give the cross-entropy of the right item among all."""
         return losses.cross_entropy(outputs, labels)
+
+    def badness(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Give the rank of the right item: NDCG and MRR do not ask for its score."""
+        return _ranks(outputs, labels).float()
 
     def criterion(self, labels: Tensor) -> Criterion:
         """Give the goal that the right item is not recommended, or as far down as may be."""
