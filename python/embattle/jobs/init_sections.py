@@ -72,6 +72,7 @@ _TASKS: dict[str, dict[str, object]] = {
         "rate": "2.0e-4",
         "epochs": 3,
         "audited": 50,
+        "objective": _STAGGERED,
     },
     "news_clicks": {
         "model": _ENCODER
