@@ -538,7 +538,7 @@ def test_ruled_out_labels_do_no_harm(ascend: Any) -> None:
 
 def test_ties_do_not_reach_a_place_and_keep_a_gradient() -> None:
     outputs = torch.ones(1, 4).requires_grad_()
-    for kind, sign in ((eb.Promote, 1.0), (eb.Demote, -1.0)):
+    for kind, sign in ((eb.Promote, 1.0), (eb.Demote, -1.0), (eb.Outrank, -1.0)):
         for item in range(4):
             criterion = kind(item, 2)
             now = checked(criterion, outputs)

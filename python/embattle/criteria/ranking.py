@@ -159,8 +159,8 @@ class Demote(_TopK):
 class Outrank(Demote):
     """An item that is to be far down the list: reached, as by `Demote`, where k others are better.
 
-    What is ascended is minus the sum of the item's leads over those of the k best others that it is
-    still ahead of; once all are better, the lead of the k-th best other item over it. So all k are
+    What is ascended is minus the sum of the item's leads over those of the k best others that are
+    not ahead of it yet; once all are, the lead of the k-th best other item over it. So all k are
     pulled past the item at once, and an item that cannot be pushed off the list is pushed down it,
     which is what NDCG and MRR count. With k = 1 it is `Demote`. Items that are ruled out add
     nothing. The gradient is that of the mean of these leads: where samples share what is moved,
@@ -179,7 +179,8 @@ class Outrank(Demote):
         """Return minus the leads that are left, or how far the k-th best other item is ahead."""
         own, best = self._best(now)
         leads = own.unsqueeze(1) - best
-        leads = leads.masked_fill(leads.isfinite().logical_not(), 0.0).clamp(min=0)
-        mean = leads / (leads > 0).sum(1, keepdim=True).clamp(min=1)
+        behind = leads.isfinite() & (leads >= 0)
+        leads = leads.masked_fill(behind.logical_not(), 0.0)
+        mean = leads / behind.sum(1, keepdim=True).clamp(min=1)
         left = mean + (leads - mean).detach()  # the values of leads, the slopes of mean
         return torch.where(self.reached(now, clean), -self._lead(now), -left.sum(1))
