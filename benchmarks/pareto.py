@@ -310,7 +310,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
             axes.annotate(
                 method,
                 (passes, row["attacked"]),
-                xytext=(-6 if right else 6, 3),
+                xytext=(-6 if right else 6, -10 if 1 < passes < 2 else 3),
                 ha="right" if right else "left",
                 textcoords="offset points",
                 fontsize=8,
