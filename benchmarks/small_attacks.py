@@ -351,6 +351,7 @@ def table(rows: list[dict[str, Any]], own: dict[str, dict[str, float]]) -> list[
 def save(folder: Path, rows: list[dict[str, Any]], own: dict[str, dict[str, float]]) -> None:
     """Write the figures, and their table."""
     about = origin(1)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"small_attacks_{about['date']}.json"
     path.write_text(json.dumps({"origin": about, "ratios": rows, "costs": own}) + "\n")
     text = ["# What an attack costs on small models", ""]
