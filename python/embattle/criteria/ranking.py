@@ -79,10 +79,6 @@ class _TopK(Criterion):
         own, best = self._best(now)
         return own, best.select(1, -1)
 
-    def _lead(self, now: Evaluation) -> Tensor:
-        own, bar = (score.masked_fill(score.isinf(), 0.0) for score in self._scores(now))
-        return own - bar
-
     def _items(self, outputs: Tensor) -> Tensor:
         who = type(self).__name__
         if outputs.dim() != 2:
@@ -119,7 +115,7 @@ class Promote(_TopK):
 
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
         """Return the lead over the k-th best other item."""
-        return self._lead(now)
+        return _lead(*self._scores(now))
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
         """Return True where fewer than k other items are as good."""
@@ -147,7 +143,7 @@ class Demote(_TopK):
 
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
         """Return how far the k-th best other item is ahead."""
-        return -self._lead(now)
+        return -_lead(*self._scores(now))
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
         """Return True where at least k other items are better."""
@@ -178,9 +174,15 @@ class Outrank(Demote):
     def objective(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
         """Return minus the leads that are left, or how far the k-th best other item is ahead."""
         own, best = self._best(now)
+        bar = best.select(1, -1)
         leads = own.unsqueeze(1) - best
         behind = leads.isfinite() & (leads >= 0)
         leads = leads.masked_fill(behind.logical_not(), 0.0)
         mean = leads / behind.sum(1, keepdim=True).clamp(min=1)
         left = mean + (leads - mean).detach()  # the values of leads, the slopes of mean
-        return torch.where(self.reached(now, clean), -self._lead(now), -left.sum(1))
+        return torch.where(bar > own, -_lead(own, bar), -left.sum(1))
+
+
+def _lead(own: Tensor, bar: Tensor) -> Tensor:
+    """How far one score is above the other; 0 in the place of what is infinite."""
+    return own.masked_fill(own.isinf(), 0.0) - bar.masked_fill(bar.isinf(), 0.0)
