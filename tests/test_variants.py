@@ -59,6 +59,7 @@ EVERY: dict[str, dict[str, object]] = {
     "freeat": {"objective": "freeat", "replays": 3},
     "staggered": {"objective": "staggered", "clipping": {"max_norm": 5.0}},
     "partial": {"objective": "partial", "choose": "loss", "delay": 0.2, "awp": {}},
+    "shorter": {"duration": 0.9, "eps_schedule": {"share": 0.9}},
 }
 
 
@@ -212,6 +213,24 @@ def test_every_variant_trains_on_something_else(trained: tuple[Path, Path]) -> N
     for i, one in enumerate(weights):
         for other in weights[:i]:
             assert any((one[key] != other[key]).any() for key in one)
+
+
+def test_a_duration_is_a_share_of_the_steps(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    history = {name: one.history for name, one in Run.read(trained[1]).variants.items()}
+    assert {name: len(steps) for name, steps in history.items() if name != "shorter"} == (
+        dict.fromkeys(["standard", *(EVERY.keys() - {"shorter"})], 6)
+    )
+    assert len(history["shorter"]) == 5
+    assert history["shorter"][-1]["eps"] == 0.5  # its schedule is over its own steps
+    recipe = recipes.load(trained[0])
+    task = recipe.make_task()
+    task.read(Account())
+    one = fit.Fit(recipe, "shorter", task, tmp_path, make_accelerator(recipe, task, tmp_path))
+    one.fit()
+    assert one.optimizer.param_groups[0]["lr"] == pytest.approx(0.02 / 5)  # no warm-up
+    status, text = invoke("train", trained[0], "--set", "variants.shorter.duration=0")
+    assert status == 2
+    assert "variants.shorter.duration" in text
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -77,6 +77,7 @@ class Fit:
     ) -> None:
         self.recipe, self.variant, self.task, self.out = recipe, variant, task, out
         self.accelerator, self.watch = accelerator, watch
+        self.steps = recipe.steps_of(variant)
         self.checkpoint = out / variant / "checkpoint.safetensors"
         rank = accelerator.process_index
         torch.manual_seed(recipe.seed + rank)
@@ -135,7 +136,7 @@ class Fit:
 
     def fit(self) -> Trained:
         """The same, without saving."""
-        steps, every = self.recipe.train.steps, self.recipe.train.checkpoint_every
+        steps, every = self.steps, self.recipe.train.checkpoint_every
         start = len(self.history)
         began = time.monotonic() - self.seconds
         first = self.accelerator.is_main_process
@@ -174,7 +175,7 @@ class Fit:
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimiser step."""
-        rate = self.recipe.train.learning_rate * _rate(step, self.recipe)
+        rate = self.recipe.train.learning_rate * self._rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         figures: dict[str, float] = {}
@@ -199,6 +200,13 @@ class Fit:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return figures
+
+    def _rate(self, step: int) -> float:
+        """Linear growth over the warm-up, then linear decay; the last step's rate is above 0."""
+        warm = round(self.recipe.train.warmup * self.steps)
+        if step < warm:
+            return (step + 1) / warm
+        return (self.steps - step) / max(1, self.steps - warm)
 
     def _batches_of(self, step: int, places: Sequence[Tensor]) -> list[Batch]:
         """These samples as batches on the device."""
@@ -298,7 +306,7 @@ class Fit:
         if saved.facts["variant"] != self.variant:
             raise ValueError(f"it is the {saved.facts['variant']} model's")
         history = [{k: float(v) for k, v in step.items()} for step in saved.facts["history"]]
-        if not 0 < len(history) < self.recipe.train.steps:
+        if not 0 < len(history) < self.steps:
             raise ValueError(f"it was written after step {len(history)}")
         restore_model(self.bare, saved.tensors)
         restore_optimizer(self.optimizer.optimizer, saved.tensors)
@@ -316,15 +324,6 @@ class Fit:
             self.accelerator.scaler.load_state_dict(saved.facts["scaler"])
         self.history = history
         self.seconds = float(saved.facts["seconds"])
-
-
-def _rate(step: int, recipe: Recipe) -> float:
-    """Linear growth over the warm-up, then linear decay; the last step's rate is above 0."""
-    steps = recipe.train.steps
-    warm = round(recipe.train.warmup * steps)
-    if step < warm:
-        return (step + 1) / warm
-    return (steps - step) / max(1, steps - warm)
 
 
 @contextmanager

@@ -83,7 +83,7 @@ class Loss:
         self.eps = 0.0
         if isinstance(variant, AttackedVariant):
             alone = processes == 1 and recipe.train.precision != "fp16"
-            self.objective = _objective(recipe, variant, model, sites, generator, early=alone)
+            self.objective = _objective(recipe, name, model, sites, generator, early=alone)
             self.eps = recipe.threat.eps * variant.scale
         self._monitor = Monitor(sites=sites)
         self._findings: dict[str, str] = {}
@@ -277,7 +277,7 @@ class Loss:
 
 def _objective(
     recipe: Recipe,
-    variant: AttackedVariant,
+    name: str,
     model: nn.Module,
     sites: Sequence[Site],
     generator: torch.Generator,
@@ -285,7 +285,8 @@ def _objective(
     early: bool,
 ) -> AdversarialObjective | AWP:
     """The library's objective for a variant."""
-    steps = recipe.train.steps
+    variant, steps = recipe.variants[name], recipe.steps_of(name)
+    assert isinstance(variant, AttackedVariant)
     options: dict[str, Any] = {}
     if isinstance(variant, (WeightedVariant, StaggeredVariant)):
         options["lam"] = variant.lam
@@ -347,7 +348,7 @@ def rehearse(recipe: Recipe, task: Task, model: nn.Module, *, processes: int = 1
                 generator = torch.Generator()
                 loss = Loss(recipe, name, task, model, sites, generator, processes=processes)
                 with loss.open():
-                    found, _ = loss(model, batch, recipe.train.steps - 1, rows)
+                    found, _ = loss(model, batch, recipe.steps_of(name) - 1, rows)
                     if loss.clipper is not None:
                         loss.clipper.backward(found)
             except (ValueError, RuntimeError) as error:

@@ -87,6 +87,10 @@ class Recipe(Section):
         """The task, which has not read its data yet."""
         return self.task_class(self.data, self.model, self.seed)
 
+    def steps_of(self, variant: str) -> int:
+        """How many steps a variant is trained for."""
+        return max(1, round(self.train.steps * self.variants[variant].duration))
+
     @field_validator("variants")
     @classmethod
     def _plain_one(cls, variants: dict[str, VariantChoice]) -> dict[str, VariantChoice]:

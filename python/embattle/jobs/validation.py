@@ -43,6 +43,7 @@ class Validation:
     ) -> None:
         assert recipe.train.validation is not None
         self.recipe, self.options = recipe, recipe.train.validation
+        self.steps = recipe.steps_of(name)
         self.task, self.model, self.sites = task, model, sites
         # Nobody hardens a plain model: chosen by its robustness it would only be one that learned
         # less.
@@ -57,7 +58,7 @@ class Validation:
 
     def due(self, done: int) -> bool:
         """Whether to look after so many steps."""
-        return done % self.options.every == 0 or done == self.recipe.train.steps
+        return done % self.options.every == 0 or done == self.steps
 
     @property
     def batches(self) -> list[Batch]:

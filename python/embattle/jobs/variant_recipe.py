@@ -65,9 +65,13 @@ class VariantRecipe(Section):
 
     Attributes:
         objective: what is trained on; one of `OBJECTIVES`.
+        duration: share of `train.steps` that it is trained for. Where a step takes longer than a
+            plain one, as an attack's own work does on a small model, less than 1 makes the times
+            equal. The decay of the learning rate and the schedules are over these steps.
     """
 
     objective: str
+    duration: float = Field(default=1.0, gt=0, le=1)
 
     @property
     def words(self) -> str:
