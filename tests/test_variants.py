@@ -59,7 +59,7 @@ EVERY: dict[str, dict[str, object]] = {
     "freeat": {"objective": "freeat", "replays": 3},
     "staggered": {"objective": "staggered", "clipping": {"max_norm": 5.0}},
     "partial": {"objective": "partial", "choose": "loss", "delay": 0.2, "awp": {}},
-    "shorter": {"duration": 0.9, "eps_schedule": {"share": 0.9}},
+    "shorter": {"duration": 0.9, "rate": 2.0, "eps_schedule": {"share": 0.9}},
 }
 
 
@@ -215,7 +215,9 @@ def test_every_variant_trains_on_something_else(trained: tuple[Path, Path]) -> N
             assert any((one[key] != other[key]).any() for key in one)
 
 
-def test_a_duration_is_a_share_of_the_steps(trained: tuple[Path, Path], tmp_path: Path) -> None:
+def test_duration_and_rate_are_shares_of_the_budgets(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
     history = {name: one.history for name, one in Run.read(trained[1]).variants.items()}
     assert {name: len(steps) for name, steps in history.items() if name != "shorter"} == (
         dict.fromkeys(["standard", *(EVERY.keys() - {"shorter"})], 6)
@@ -227,10 +229,11 @@ def test_a_duration_is_a_share_of_the_steps(trained: tuple[Path, Path], tmp_path
     task.read(Account())
     one = fit.Fit(recipe, "shorter", task, tmp_path, make_accelerator(recipe, task, tmp_path))
     one.fit()
-    assert one.optimizer.param_groups[0]["lr"] == pytest.approx(0.02 / 5)  # no warm-up
-    status, text = invoke("train", trained[0], "--set", "variants.shorter.duration=0")
-    assert status == 2
-    assert "variants.shorter.duration" in text
+    assert one.optimizer.param_groups[0]["lr"] == pytest.approx(2 * 0.02 / 5)  # no warm-up
+    for change in ("duration=0", "duration=1.1", "rate=0"):
+        status, text = invoke("train", trained[0], "--set", f"variants.shorter.{change}")
+        assert status == 2
+        assert f"variants.shorter.{change.split('=')[0]}" in text
 
 
 @pytest.mark.parametrize("name", EVERY)

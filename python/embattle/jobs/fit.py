@@ -175,7 +175,8 @@ class Fit:
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimiser step."""
-        rate = self.recipe.train.learning_rate * self._rate(step)
+        rate = self.recipe.train.learning_rate * self.recipe.variants[self.variant].rate
+        rate *= self._decay(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         figures: dict[str, float] = {}
@@ -201,7 +202,7 @@ class Fit:
         self.optimizer.zero_grad(set_to_none=True)
         return figures
 
-    def _rate(self, step: int) -> float:
+    def _decay(self, step: int) -> float:
         """Linear growth over the warm-up, then linear decay; the last step's rate is above 0."""
         warm = round(self.recipe.train.warmup * self.steps)
         if step < warm:

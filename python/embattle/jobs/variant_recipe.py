@@ -68,10 +68,12 @@ class VariantRecipe(Section):
         duration: share of `train.steps` that it is trained for. Where a step takes longer than a
             plain one, as an attack's own work does on a small model, less than 1 makes the times
             equal. The decay of the learning rate and the schedules are over these steps.
+        rate: factor on `train.learning_rate`. Who meets fewer samples, more often, may need more.
     """
 
     objective: str
     duration: float = Field(default=1.0, gt=0, le=1)
+    rate: PositiveFloat = 1.0
 
     @property
     def words(self) -> str:
