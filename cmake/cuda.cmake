@@ -36,6 +36,7 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden) # as for C++
 
 add_library(embattle_cuda OBJECT ${cuda_sources})
 target_link_libraries(embattle_cuda PRIVATE embattle_torch CUDA::cudart_static)
