@@ -165,3 +165,22 @@ def test_the_gradient_to_a_perturbed_table_is_that_of_the_cpu() -> None:
         ops.embedding_perturb(weight, indices, delta, inverse).square().sum().backward()
         grads.append(delta.grad.cpu())
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(("count", "rows"), [(2049, 255), (70_000, 3), (1_000_000, 1 << 20)])
+def test_a_long_batch_is_sorted_by_cub_in_a_graph_and_out_of_it(count: int, rows: int) -> None:
+    # The emulator does not run the kernels of CUB.
+    g = torch.Generator().manual_seed(2)
+    inverse = torch.randint(-1, rows, (count,), generator=g)
+    grad = torch.randint(-9, 9, (count, 3), generator=g).float()
+    kept = inverse >= 0
+    want = torch.zeros(rows, 3).index_add_(0, inverse[kept], grad[kept])
+    inputs = grad.cuda(), inverse.cuda(), rows
+    assert torch.equal(torch.ops.embattle.embedding_perturb_backward(*inputs).cpu(), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sums = torch.ops.embattle.embedding_perturb_backward(*inputs)
+    for _ in range(2):
+        sums.fill_(7)
+        graph.replay()
+        assert torch.equal(sums.cpu(), want)

@@ -77,6 +77,32 @@ def test_an_error_of_others_is_not_taken_for_ones_own() -> None:
     kernels.forget_error()
 
 
+@pytest.mark.parametrize(("count", "launches"), [(0, 0), (1, 2), (2048, 2), (2049, 3)])
+def test_a_short_batch_is_sorted_in_one_launch_and_a_long_one_by_cub(
+    count: int, launches: int
+) -> None:
+    kernels = emulated.kernels()
+    inverse = torch.arange(count) % 5
+    kernels.take_counters()
+    sums = emulated.segment_sum(torch.ones(count, 3), inverse, 5)
+    assert kernels.take_counters()["launches"] == launches  # one of them sums
+    assert torch.equal(sums[:, 0], torch.bincount(inverse, minlength=5).float())
+
+
+def test_a_refused_sort_fails_and_an_error_of_others_does_not() -> None:
+    kernels = emulated.kernels()
+    grad, inverse = torch.ones(3000, 2), torch.arange(3000) % 7
+    want = torch.zeros(7, 2).index_add_(0, inverse, grad)
+    for after in range(3):  # the pairs, CUB's sort, the sums
+        kernels.refuse_launches(1, after)
+        with pytest.raises(RuntimeError, match="refused"):
+            emulated.segment_sum(grad, inverse, 7)
+        assert kernels.last_error() == 0
+    kernels.leave_error()
+    assert torch.equal(emulated.segment_sum(grad, inverse, 7), want)
+    assert kernels.last_error() == 0, "CUB takes all errors"
+
+
 def test_long_samples_are_sorted_not_searched() -> None:
     kernels = emulated.kernels()
     kernels.set_device(shared_per_block=2048)  # room for 64 indices

@@ -136,7 +136,14 @@ def test_segment_sums(dtype: torch.dtype, order: tuple[str, int]) -> None:
     emulated.kernels().set_order(*order)
     g = torch.Generator().manual_seed(5)
     # Few and many items, short and long runs, one pass of the sort and three, untouched rows.
-    for count, rows, dim in ((0, 3, 4), (7, 4, 1), (300, 3, 13), (900, 5, 150), (5000, 70_000, 2)):
+    for count, rows, dim in (
+        (0, 3, 4),
+        (7, 4, 1),
+        (300, 3, 13),
+        (900, 5, 150),
+        (2500, 200, 3),
+        (5000, 70_000, 2),
+    ):
         inverse = torch.randint(-1, rows, (count,), generator=g)
         inverse[inverse == 1] = -1
         if rows > 1000:
@@ -148,6 +155,19 @@ def test_segment_sums(dtype: torch.dtype, order: tuple[str, int]) -> None:
         size = torch.zeros(rows, dim, dtype=torch.float64)
         size.index_add_(0, inverse[kept], grad[kept].double().abs())
         assert_close(emulated.segment_sum(grad, inverse, rows), want, size, count, str(dtype))
+
+
+@pytest.mark.parametrize("count", [1500, 2500])  # by our own sort and by CUB's
+@pytest.mark.parametrize("rows", [1, 2, 255, 256, 257, 65_535, 65_536])
+def test_what_is_in_no_row_comes_behind_the_last_row(rows: int, count: int) -> None:
+    g = torch.Generator().manual_seed(8)
+    inverse = torch.randint(0, rows, (count,), generator=g)
+    inverse[::5] = rows - 1
+    inverse[1::3] = -1
+    grad = torch.randint(-9, 9, (count, 2), generator=g).float()
+    kept = inverse >= 0
+    want = torch.zeros(rows, 2).index_add_(0, inverse[kept], grad[kept])
+    assert torch.equal(emulated.segment_sum(grad, inverse, rows), want)
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"{o[0]}{o[1]}")

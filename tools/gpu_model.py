@@ -35,7 +35,7 @@ def read_build(build: Path, archs: Iterable[str]) -> dict[tuple[str, str], Code]
         raise SystemExit(f"gpu_model: {build} holds no CUDA kernels, or there is no cuobjdump")
     found: dict[tuple[str, str], Code] = {}
     for path in reports:
-        codes = check_cuda_kernels.read_report(path.read_text())
+        codes = check_cuda_kernels.ours(check_cuda_kernels.read_report(path.read_text()))
         listing = sass_loops.functions(check_cuda_kernels.disassemble(tool, path.with_suffix("")))
         names = check_cuda_kernels.demangled([name for name, _ in codes])
         for (mangled, arch), code in codes.items():
@@ -175,7 +175,8 @@ HEADING = """\
 # What the CUDA kernels ask of a GPU: a model
 
 *Predicted, not measured: not yet run on a GPU.* Written by `make gpu-model`; docs/cuda.md says what
-the columns are and how the prediction is made.
+the columns are and how the prediction is made. Where an op's name says so, the batch is sorted by
+CUB: that sort is not modelled, and its launches, bytes and time are in no column.
 """
 COLUMNS = (
     "op and size",

@@ -235,6 +235,7 @@ def _tables() -> Iterator[Case]:
     weight, grad = _random(rows, dim), _random(batch, tokens, dim)
     delta = _random(len(unique), dim)
     size = f"[{batch}, {tokens}] x {dim}"
+    unsorted = ", without CUB's sort"
     touched = len(unique) * dim * 4
     yield Case(
         f"embedding_grad_norm {size}",
@@ -247,14 +248,14 @@ def _tables() -> Iterator[Case]:
         2 * touched + _bytes(grad, indices, inverse),
     )
     yield Case(
-        f"embedding_grad_sum {size}",
+        f"embedding_grad_sum {size}{unsorted}",
         partial(emulated.segment_sum, grad, inverse, len(unique)),
         _bytes(grad, inverse) + touched,
         cohorts=0,
     )
     state = torch.zeros(rows)
     yield Case(
-        f"rowwise_adagrad_ {size}",
+        f"rowwise_adagrad_ {size}{unsorted}",
         partial(
             emulated.rowwise_adagrad_, weight, state, indices.flatten(), grad.flatten(0, 1), lr=0.1
         ),

@@ -200,10 +200,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 int run(TableParams& p, void (*kernel)(TableParams), const int64_t* indices, int64_t rows,
         int64_t count, const Context& context) {
-  if (count == 0) return cudaSuccess;
-  void* const workspace = context.allocate(context.self, sort_workspace(count));
-  if (!workspace) return cudaErrorMemoryAllocation;
-  const cudaError_t error = sort_indices(indices, count, rows, workspace, &p.runs, context);
+  const cudaError_t error = sort_indices(indices, count, rows, &p.runs, context);
   if (error != cudaSuccess) return error;
   const int step = 16 / bytes_of(p.grad.type);
   p.lanes = power_of_two((p.grad.dim + step - 1) / step, 32);

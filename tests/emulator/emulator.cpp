@@ -560,12 +560,18 @@ void run_cohort() {
   }
 }
 
+bool wants_refused() {
+  if (!the_device.refusals || (the_device.spared && the_device.spared--)) return false;
+  --the_device.refusals;
+  return true;
+}
+
 bool check_launch(const Launch& l) {
   const uint64_t threads = uint64_t(l.block.x) * l.block.y * l.block.z;
   const uint64_t grid = uint64_t(l.grid.x) * l.grid.y * l.grid.z;
   const unsigned cluster = l.cluster.x * l.cluster.y * l.cluster.z;
   std::string what;
-  if (the_device.refusals && the_device.refusals--) what = "as the test wants it";
+  if (wants_refused()) what = "as the test wants it";
   if (grid == 0) what = "an empty grid";
   if (l.grid.x > 0x7fffffffu || l.grid.y > 65535 || l.grid.z > 65535) what = "too large a grid";
   if (threads == 0 || threads > 1024) what = std::to_string(threads) + " threads in a block";
@@ -680,6 +686,15 @@ std::string take_error() {
   std::string error;
   std::swap(error, the_error);
   return error;
+}
+
+bool launch_on_host() {
+  if (wants_refused()) {
+    record_failure("launch refused: as the test wants it");
+    return false;
+  }
+  ++the_counters.launches;
+  return true;
 }
 
 bool run(const Launch& launch) {

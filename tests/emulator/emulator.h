@@ -45,7 +45,8 @@ struct Device {
   int registers_per_multiprocessor = 65536;
   int registers = 128;  // of a thread of any kernel: they are not known here
   bool cooperative = true;
-  unsigned refusals = 0;  // launches that are refused whatever they ask for
+  unsigned refusals = 0;  // launches that are refused whatever they ask for,
+  unsigned spared = 0;    // after so many others
   int max_cluster = 8;
 };
 
@@ -92,6 +93,8 @@ struct Launch {
 
 // Runs every block. False after a failure, which take_error() then tells.
 bool run(const Launch& launch);
+// A launch whose work the host does: counted, and false where the test wants it refused.
+bool launch_on_host();
 
 unsigned lane();  // of the current thread, 0..31
 void block_barrier();

@@ -117,5 +117,11 @@ PYBIND11_MODULE(emulated_kernels, m) {
   m.def("last_error", [] { return int(cudaPeekAtLastError()); });
   m.def("leave_error", [] { emu::record(cudaErrorInvalidValue); });
   m.def("forget_error", [] { (void)cudaGetLastError(); });
-  m.def("refuse_launches", [](unsigned count) { emu::device().refusals = count; });
+  m.def(
+      "refuse_launches",
+      [](unsigned count, unsigned after) {
+        emu::device().refusals = count;
+        emu::device().spared = after;
+      },
+      py::arg("count"), py::arg("after") = 0);
 }
