@@ -60,6 +60,8 @@ KINDS: dict[str, tuple[str, list[str], str]] = {
     "reviews": ("womens_reviews", [f"audit.attacks={SHORTER}"], "accuracy"),
     # Less than one pass over the texts.
     "short": ("womens_reviews", [f"audit.attacks={SHORTER}", "train.steps=200"], "accuracy"),
+    # All six layers of the encoder.
+    "deep": ("womens_reviews", [f"audit.attacks={SHORTER}", "model.layers=null"], "accuracy"),
     "clicks": ("films_ctr", [], "auc"),
     "income": ("adult_income", [], "auc"),
     "sequences": ("films_sequential", [], "ndcg"),
@@ -70,9 +72,10 @@ KINDS: dict[str, tuple[str, list[str], str]] = {
 #: room, as `--time` finds it, and a rate that was chosen on the validation part of other seeds.
 TUNED: dict[str, dict[str, float]] = {
     "reviews": {"rate": 1.5},
+    "deep": {"rate": 1.5},
     "clicks": {"duration": 0.78, "rate": 1.5},
     "income": {"duration": 0.72, "rate": 2.0},
-    "ranking": {"duration": 0.61},
+    "ranking": {"duration": 0.61, "rate": 1.5},
 }
 #: The kinds in the picture.
 SHOWN = ("reviews", "clicks", "income")
