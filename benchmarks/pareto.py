@@ -71,8 +71,8 @@ KINDS: dict[str, tuple[str, list[str], str]] = {
 #: What the variants "tuned" have beside their method: steps for which plain training's time has
 #: room, as `--time` finds it, and a rate that was chosen on the validation part of other seeds.
 TUNED: dict[str, dict[str, float]] = {
-    "reviews": {"rate": 1.5},
-    "deep": {"rate": 1.5},
+    "reviews": {"rate": 1.5, "scale": 1.2},
+    "deep": {"rate": 1.5, "scale": 1.2},
     "clicks": {"duration": 0.78, "rate": 1.5},
     "income": {"duration": 0.72, "rate": 2.0},
     "ranking": {"duration": 0.61, "rate": 1.5},
@@ -129,10 +129,12 @@ METHODS = {
         1, "{objective: staggered, visits: 4, attack: {kind: pgd, steps: 3}}", visits=4
     ),
 }
-METHODS |= {
-    f"{name}, tuned": replace(METHODS[name], tuned=("duration", "rate"))
-    for name in ("staggered, 2 visits", "staggered, 3 visits")
-}
+METHODS["staggered, 2 visits, tuned"] = replace(
+    METHODS["staggered, 2 visits"], tuned=("duration", "rate", "scale")
+)
+METHODS["staggered, 3 visits, tuned"] = replace(
+    METHODS["staggered, 3 visits"], tuned=("duration", "rate")
+)
 METHODS[f"{GOAL}, at that rate"] = replace(METHODS[GOAL], tuned=("rate",))
 
 
