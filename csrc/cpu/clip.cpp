@@ -1,6 +1,5 @@
 // Norms of samples over a list of gradients, and their clipped sums.
 #include "../formulas.h"
-#include "level.h"
 #include "per_sample.h"
 
 namespace embattle {
@@ -22,66 +21,44 @@ constexpr int64_t kGroupBytes = 4 << 20;
 template <int K, class T>
 [[gnu::noinline]] void add_rows(const T* const* given, const double* factors, int64_t n,
                                 double* total, int64_t ahead) {
+  typedef std::conditional_t<std::is_same_v<T, double>, double, float> C;
+  typedef Lane<C> In;
   // Copies that the stores below cannot reach, so that the pointers stay in registers.
   const T* rows[K];
+  typename In::Vector c[K];
 #pragma GCC unroll 8
-  for (int k = 0; k < K; ++k) rows[k] = given[k];
-  int64_t i = 0;
-  if constexpr (sizeof(T) == sizeof(double)) {
-    f64x4 c[K];
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) c[k] = f64x4{} + factors[k];
-    for (; i + 4 <= n; i += 4) {
-      f64x4 sum = c[0] * load4(rows[0] + i);
-#pragma GCC unroll 8
-      for (int k = 1; k < K; ++k) sum += c[k] * load4(rows[k] + i);
-      store4(total + i, load4(total + i) + sum);
-    }
-    for (; i < n; ++i) {
-      double sum = factors[0] * rows[0][i];
-      for (int k = 1; k < K; ++k) sum += factors[k] * rows[k][i];
-      total[i] += sum;
-    }
-  } else {
-    f32x8 c[K];
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) c[k] = f32x8{} + static_cast<float>(factors[k]);
-    const auto add8 = [&](int64_t at) __attribute__((always_inline)) {
-      f32x8 sum = c[0] * load8(rows[0] + at);
-#pragma GCC unroll 8
-      for (int k = 1; k < K; ++k) sum += c[k] * load8(rows[k] + at);
-      store4(total + at, load4(total + at) + lower(sum));
-      store4(total + at + 4, load4(total + at + 4) + upper(sum));
-    };
-    constexpr int64_t kLine = 64 / sizeof(T);
-    for (; i + kLine <= n; i += kLine) {
-#pragma GCC unroll 8
-      for (int k = 0; k < K; ++k) __builtin_prefetch(rows[k] + ahead + i, 0, 2);
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < kLine; j += 8) add8(i + j);
-    }
-    for (; i + 8 <= n; i += 8) add8(i);
-    for (; i < n; ++i) {
-      float sum = c[0][0] * widened(rows[0][i]);
-      for (int k = 1; k < K; ++k) sum += c[k][0] * widened(rows[k][i]);
-      total[i] += static_cast<double>(sum);
-    }
+  for (int k = 0; k < K; ++k) {
+    rows[k] = given[k];
+    c[k] = typename In::Vector{} + static_cast<C>(factors[k]);
   }
+  const auto add = [&](int64_t i, auto w) EMBATTLE_INLINE {
+    auto sum = c[0] * In::load(rows[0] + i, w);
+#pragma GCC unroll 8
+    for (int k = 1; k < K; ++k) sum += c[k] * In::load(rows[k] + i, w);
+    add_to(total + i, w, sum);
+  };
+  constexpr int64_t kLine = 64 / sizeof(T);
+  int64_t i = 0;
+  for (; i + kLine <= n; i += kLine) {
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) __builtin_prefetch(rows[k] + ahead + i, 0, 2);
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kLine; j += In::kCount) add(i + j, Count<In::kCount>{});
+  }
+  each<In::kCount>(i, n, add);
 }
 
-// The same in float64, for factors near or beyond the ends of float32's range.
-template <class T>
-void add_rows_wide(int64_t count, const T* const* rows, const double* factors, int64_t n,
-                   double* total) {
-  for (int64_t k = 0; k < count; ++k) add_scaled(rows[k], factors[k], n, total);
-}
-
+// The same for `count` rows. wide, and factors near or beyond the ends of float32's range: in
+// float64.
 template <class T>
 void add_block(int64_t count, const T* const* rows, const double* factors, bool wide, int64_t n,
                double* total, int64_t ahead) {
   for (int64_t k = 0; k < count; ++k)
-    wide |= !(fabs(factors[k]) > 0x1p-100 && fabs(factors[k]) < 0x1p+100);
-  if (wide) return add_rows_wide(count, rows, factors, n, total);
+    wide |= !(__builtin_fabs(factors[k]) > 0x1p-100 && __builtin_fabs(factors[k]) < 0x1p+100);
+  if (wide) {
+    for (int64_t k = 0; k < count; ++k) add_scaled(rows[k], factors[k], n, total);
+    return;
+  }
   switch (count) {
     case 1:
       return add_rows<1>(rows, factors, n, total, ahead);
@@ -153,8 +130,8 @@ void clip(const SampleList& list, int64_t batch, ClipMode mode, double bound, do
   Scratch<double> parts(one_group ? 0 : tiles * group);
   const auto take_squares = [&](int64_t t, int64_t begin, int64_t end) {
     const SampleTensor& tensor = list.tensors[tile[t].tensor];
-    with_type(tensor.grad.dtype, [&](auto* type) {
-      const auto rows = static_cast<decltype(type)>(tensor.grad.data) + tile[t].column;
+    with_type(tensor.grad.dtype, [&]<class T>(T*) {
+      const T* const rows = static_cast<const T*>(tensor.grad.data) + tile[t].column;
       for (int64_t b = begin; b < end; ++b)
         parts[t * (end - begin) + b - begin] =
             list.squares_of(rows + b * tensor.width, tile[t].width);
@@ -172,7 +149,7 @@ void clip(const SampleList& list, int64_t batch, ClipMode mode, double bound, do
       factors[b] = weight == 0
                        ? 0
                        : weight * clip_factor(mode == ClipMode::automatic, norms[b], bound, gamma);
-      wide |= factors[b] != 0 && !(fabs(factors[b]) * norms[b] < 0x1p+120);
+      wide |= factors[b] != 0 && !(__builtin_fabs(factors[b]) * norms[b] < 0x1p+120);
     }
     const auto body = [&](int64_t begin, int64_t end) {
       double local[kTile];
@@ -182,19 +159,18 @@ void clip(const SampleList& list, int64_t batch, ClipMode mode, double bound, do
         double* const total = one_group ? local : totals.get() + part.start;
         if (first == 0)
           for (int64_t c = 0; c < part.width; ++c) total[c] = 0;
-        with_type(tensor.grad.dtype, [&](auto* type) {
-          using T = Element<decltype(type)>;
+        with_type(tensor.grad.dtype, [&]<class T>(T*) {
           add_samples<T>(tensor, factors.get(), wide, first, last, part.column, part.width, total,
                          next - last);
           if (last == batch) {
             T* const sum = static_cast<T*>(tensor.sum.data) + part.column;
-            for (int64_t c = 0; c < part.width; ++c) narrow(total[c], sum[c]);
+            each(0, part.width, [&](int64_t c, auto w) { store(sum + c, w, load(total + c, w)); });
           }
         });
         if (last < batch) take_squares(i, last, next);
       }
     };
-    spread(parallel_for, tiles, kGrain / (1 + (next - first) * tile_width) + 1, body);
+    parallel(parallel_for, tiles, kGrain / (1 + (next - first) * tile_width) + 1, body);
     if (last < batch) norms_from_parts(list, last, next - last, parts.get(), tiles, norms + last);
     first = last;
   } while (first < batch);
@@ -209,9 +185,9 @@ void clip_per_layer(const ClipArgs& args, ParallelFor parallel_for) {
     for (int64_t b = 0; b < args.batch; ++b) put(args.norms, b * args.count + t, norms[b]);
   };
   const auto large = [&](int64_t t) { return args.batch * args.tensors[t].width > 8 * kGrain; };
-  spread(parallel_for, args.count, 16, [&](int64_t begin, int64_t end) {
+  parallel(parallel_for, args.count, 16, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
-      if (!large(t)) one(t, in_this_thread);
+      if (!large(t)) one(t, nullptr);
   });
   for (int64_t t = 0; t < args.count; ++t)
     if (large(t)) one(t, parallel_for);

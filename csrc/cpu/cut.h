@@ -1,11 +1,7 @@
-// Groups as ranges of elements: who works on what, and reductions over it in a fixed order.
-//
-// A group is cut into blocks by its size alone, and the blocks' partial results are combined in
-// their order: the bits of a result depend neither on the number of threads nor on which of them
-// did what.
+// Groups as ranges of elements: who works on what.
 #pragma once
 
-#include "vec.h"
+#include "elements.h"
 
 namespace embattle {
 namespace {
@@ -14,6 +10,8 @@ namespace {
 constexpr int64_t kGrain = 32768;
 constexpr int kMaxBlocks = 256;
 
+// Calls f(begin, end) for shares of [0, count), of at least `grain`. parallel_for null: on this
+// thread.
 template <class F>
 inline void parallel(ParallelFor parallel_for, int64_t count, int64_t grain, const F& f) {
   if (!parallel_for || count <= grain) {
@@ -28,11 +26,12 @@ inline void parallel(ParallelFor parallel_for, int64_t count, int64_t grain, con
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
-// Calls f(i, n) for the vectors of elements [begin, end); n is below kLanes for the last one.
-template <class F>
-inline void each(int64_t begin, int64_t end, const F& f) {
+// Calls f(i, n) for the vectors of elements [begin, end), of doubles or of kCount; n is below that
+// for the last one.
+template <int kCount = kLanes, class F>
+EMBATTLE_INLINE inline void each(int64_t begin, int64_t end, const F& f) {
   int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) f(i, Whole{});
+  for (; i + kCount <= end; i += kCount) f(i, Count<kCount>{});
   if (i < end) f(i, static_cast<int>(end - i));
 }
 
@@ -95,52 +94,6 @@ struct Cut {
     return static_cast<int>(count);
   }
 };
-
-template <int K>
-struct Totals {
-  double v[K];
-};
-
-template <unsigned kMaxima>
-inline void merge(double& a, double b, int k) {
-  a = kMaxima >> k & 1 ? (b > a ? b : a) : a + b;
-}
-
-// The totals of elements [low, high).
-template <int K, unsigned kMaxima, class F>
-inline Totals<K> totals_of_block(const Cut& cut, int64_t low, int64_t high, const F& f) {
-  Totals<K> part = {};
-  cut.runs(low, high, [&](int64_t begin, int64_t end) {
-    V even[K] = {}, odd[K] = {};
-    int64_t i = begin;
-    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-      f(i, Whole{}, even);
-      f(i + kLanes, Whole{}, odd);
-    }
-    each(i, end, [&](int64_t at, auto n) { f(at, n, even); });
-    for (int k = 0; k < K; ++k) {
-      merge<kMaxima>(part.v[k], kMaxima >> k & 1 ? largest(even[k]) : total(even[k]), k);
-      merge<kMaxima>(part.v[k], kMaxima >> k & 1 ? largest(odd[k]) : total(odd[k]), k);
-    }
-  });
-  return part;
-}
-
-// K totals over a group: f(i, n, acc) adds to acc[0..K) what the n elements from i on give. The
-// totals whose bit is set in `kMaxima` are maxima of numbers >= 0 instead.
-template <int K, unsigned kMaxima = 0, class F>
-inline Totals<K> totals(const Cut& cut, const F& f) {
-  if (cut.end() - cut.begin() <= cut.block())
-    return totals_of_block<K, kMaxima>(cut, cut.begin(), cut.end(), f);
-  Totals<K> parts[kMaxBlocks];
-  const int count = cut.blocks([&](int block, int64_t low, int64_t high) {
-    parts[block] = totals_of_block<K, kMaxima>(cut, low, high, f);
-  });
-  Totals<K> sum = {};
-  for (int b = 0; b < count; ++b)
-    for (int k = 0; k < K; ++k) merge<kMaxima>(sum.v[k], parts[b].v[k], k);
-  return sum;
-}
 
 // Calls f(i, n) for all vectors of the group that take part (or do not), on any thread.
 template <class F>

@@ -3,7 +3,7 @@
 // gives both halves of its product at once.
 #pragma once
 
-#include "floats.h"
+#include "sums.h"
 
 namespace embattle {
 namespace {
@@ -265,7 +265,7 @@ inline void draw_each(const Keys& keys, int64_t begin, int64_t end, const Fn& gi
 template <Draw kDraw>
 inline void draw(const Keys& keys, int64_t begin, int64_t end, float* to) {
   draw_each<kDraw>(keys, begin, end, [=](int64_t i, auto n, F numbers) EMBATTLE_INLINE {
-    std::memcpy(to + (i - begin), &numbers, sizeof(float) * static_cast<size_t>(n));
+    put_words<float, kFloats>(to + (i - begin), n, numbers);
   });
 }
 

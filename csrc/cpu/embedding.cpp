@@ -1,47 +1,25 @@
 // Rows of an embedding table: perturbing them on the way out, summing their gradients, and the
 // optimiser's step. Every row's sum is formed by one thread, in the order of the batch.
-#include <math.h>
-
-#include <type_traits>
-
 #include "../formulas.h"
 #include "../launch_clip.h"
-#include "lanes.h"
-#include "level.h"
-#include "past_cache.h"
 #include "rows.h"
+#include "sink.h"
+#include "squares.h"
 
 namespace embattle {
 namespace {
 
-template <class T>
-inline void copy_row(const T* x, int64_t n, T* out) {
-  memcpy(out, x, static_cast<size_t>(n) * sizeof(T));
-}
-
-// Eight elements as they are stored.
-template <class W>
-using Stored = std::conditional_t<sizeof(W) == 4, f32x8, u16x8>;
-
-// kPast: past the cache. Precondition: `out` is aligned to 64 bytes then.
-template <bool kPast, class W, class D>
-inline void add_row(const W* weight, const D* delta, int64_t n, W* out) {
-  int64_t i = 0;
-  if constexpr (sizeof(W) == 8 || sizeof(D) == 8) {
-    for (; i < n; ++i) narrow(static_cast<double>(widened(weight[i])) + widened(delta[i]), out[i]);
-  } else {
-    for (; i + 8 <= n; i += 8) {
-      const f32x8 sum = load8(weight + i) + load8(delta + i);
-      if constexpr (kPast) {
-        W stored[8];
-        store8(stored, sum);
-        put_past_cache(out + i, bits_as<Stored<W>>(stored));
-      } else {
-        store8(out + i, sum);
-      }
-    }
-    for (; i < n; ++i) narrow(widened(weight[i]) + widened(delta[i]), out[i]);
-  }
+// out[at, at + n) = weight[0, n) + delta[0, n)
+template <class W, class D>
+inline void add_row(const W* weight, const D* delta, int64_t n, const Sink<W>& out, int64_t at) {
+  if constexpr (sizeof(W) == 8 || sizeof(D) == 8)
+    each(0, n, [&](int64_t i, auto w) {
+      store(out.p + at + i, w, load(weight + i, w) + load(delta + i, w));
+    });
+  else
+    each<kFloats>(0, n, [&](int64_t i, auto w) EMBATTLE_INLINE {
+      out.store(at + i, w, fetch(weight + i, w) + fetch(delta + i, w));
+    });
 }
 
 // total[0, dim) = the sum of a run's rows.
@@ -70,42 +48,17 @@ class Weights {
   Scratch<double> of_sample_;
 };
 
-template <class T>
-[[gnu::always_inline]] inline void load16(const T* x, f64x4 (&v)[4]) {
-  if constexpr (sizeof(T) == 8) {
-    for (int i = 0; i < 4; ++i) v[i] = load4(x + 4 * i);
-  } else {
-    const f32x8 a = load8(x), b = load8(x + 8);
-    v[0] = lower(a);
-    v[1] = upper(a);
-    v[2] = lower(b);
-    v[3] = upper(b);
+// out[c, c + n) = the sum of a run's rows, each times its weight, in kVectors vectors of n
+// elements.
+template <int kVectors, class N, class R, class W, class T>
+EMBATTLE_INLINE inline void sum_columns(int64_t begin, int64_t end, const R& row, const W& weight,
+                                        int64_t c, N n, T* out) {
+  V sum[kVectors] = {};
+  for (int64_t i = begin; i < end; ++i) {
+    const double factor = weight(i);
+    for (int k = 0; k < kVectors; ++k) sum[k] += factor * load(row(i) + c + k * kLanes, n);
   }
-}
-
-template <class T>
-[[gnu::always_inline]] inline void store16(T* out, const f64x4 (&v)[4]) {
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      const f32x4 near = narrowed4(v[i]);
-      memcpy(out + 4 * i, &near, sizeof(near));
-    } else {
-      for (int e = 0; e < 4; ++e) narrow(v[i][e], out[4 * i + e]);
-    }
-  }
-}
-
-// out[0, dim) = factor * x[0, dim)
-template <class T>
-inline void write_scaled(const T* x, double factor, int64_t dim, T* out) {
-  int64_t c = 0;
-  for (; c + 16 <= dim; c += 16) {
-    f64x4 v[4];
-    load16(x + c, v);
-    for (int k = 0; k < 4; ++k) v[k] *= factor;
-    store16(out + c, v);
-  }
-  for (; c < dim; ++c) narrow(factor * static_cast<double>(widened(x[c])), out[c]);
+  for (int k = 0; k < kVectors; ++k) store(out + c + k * kLanes, n, sum[k]);
 }
 
 // out[0, dim) = the sum of a run's rows, each times its weight.
@@ -119,52 +72,35 @@ inline void write_sum(const Runs& runs, int64_t run, const T* grad, const Weight
     for (int64_t c = 0; c < dim; c += 64 / static_cast<int64_t>(sizeof(T)))
       __builtin_prefetch(row(i) + c);
   if (end == begin + 1) {  // most runs: nothing that a processor has to guess
-    write_scaled(row(begin), weight(begin), dim, out);
-    return;
+    const T* const x = row(begin);
+    const double factor = weight(begin);
+    return each(0, dim, [=](int64_t c, auto n) { store(out + c, n, factor * load(x + c, n)); });
   }
+  constexpr int kAtOnce = 16 / kLanes;
   int64_t c = 0;
-  for (; c + 16 <= dim; c += 16) {
-    f64x4 sum[4] = {};
-    for (int64_t i = begin; i < end; ++i) {
-      const double factor = weight(i);
-      f64x4 x[4];
-      load16(row(i) + c, x);
-      for (int k = 0; k < 4; ++k) sum[k] += factor * x[k];
-    }
-    store16(out + c, sum);
-  }
-  for (; c < dim; ++c) {
-    double sum = 0;
-    for (int64_t i = begin; i < end; ++i)
-      sum += weight(i) * static_cast<double>(widened(row(i)[c]));
-    narrow(sum, out[c]);
-  }
+  for (; c + 16 <= dim; c += 16) sum_columns<kAtOnce>(begin, end, row, weight, c, Whole{}, out);
+  each(c, dim, [&](int64_t at, auto n) { sum_columns<1>(begin, end, row, weight, at, n, out); });
 }
-
-inline bool finite(double x) { return fabs(x) < HUGE_VAL; }
 
 }  // namespace
 
 void EMBATTLE_AT_LEVEL(embedding_perturb)(const PerturbArgs& args, ParallelFor parallel_for) {
   const int64_t dim = args.dim;
-  with_type(args.weight.dtype, [&](auto* weight_type) {
-    with_type(args.delta.dtype, [&](auto* delta_type) {
-      using W = Element<decltype(weight_type)>;
-      using D = Element<decltype(delta_type)>;
+  with_type(args.weight.dtype, [&]<class W>(W*) {
+    with_type(args.delta.dtype, [&]<class D>(D*) {
       const W* const weight = static_cast<const W*>(args.weight.data);
-      const auto* const delta = static_cast<decltype(delta_type)>(args.delta.data);
-      W* const out = static_cast<W*>(args.out.data);
-      const bool past = pays_past_cache(out, args.count, dim * static_cast<int64_t>(sizeof(W)));
-      const auto add = past ? add_row<true, W, D> : add_row<false, W, D>;
-      spread(parallel_for, args.count, kGrain / (1 + dim) + 1, [&](int64_t begin, int64_t end) {
+      const D* const delta = static_cast<const D*>(args.delta.data);
+      const Sink<W> out(args.out, nullptr, args.count, dim);
+      parallel(parallel_for, args.count, kGrain / (1 + dim) + 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const W* const row = weight + args.indices[i] * dim;
           if (args.inverse[i] < 0)
-            copy_row(row, dim, out + i * dim);
+            std::memcpy(static_cast<void*>(out.p + i * dim), row,
+                        static_cast<size_t>(dim) * sizeof(W));
           else
-            add(row, delta + args.inverse[i] * dim, dim, out + i * dim);
+            add_row(row, delta + args.inverse[i] * dim, dim, out, i * dim);
         }
-        if (past) settle_stores();
+        out.settle();
       });
     });
   });
@@ -177,17 +113,17 @@ void EMBATTLE_AT_LEVEL(segment_sum)(const SegmentSumArgs& args, ParallelFor para
   void* sums = args.out.data;
   int64_t* keys = nullptr;
   if (args.found) args.found->allocate(args.found->self, runs.count(), &keys, &sums);
-  with_type(args.grad.dtype, [&](auto* type) {
-    using T = Element<decltype(type)>;
+  with_type(args.grad.dtype, [&]<class T>(T*) {
     const T* const grad = static_cast<const T*>(args.grad.data);
     T* const out = static_cast<T*>(sums);
     // All bits zero is the number zero in every dtype. Without columns there is no memory.
     if (!args.found && dim > 0)
-      spread(parallel_for, args.rows, kGrain / (1 + dim) + 1, [&](int64_t begin, int64_t end) {
-        memset(out + begin * dim, 0, static_cast<size_t>((end - begin) * dim) * sizeof(T));
+      parallel(parallel_for, args.rows, kGrain / (1 + dim) + 1, [&](int64_t begin, int64_t end) {
+        std::memset(static_cast<void*>(out + begin * dim), 0,
+                    static_cast<size_t>((end - begin) * dim) * sizeof(T));
       });
     // In shares of as many items: a few rows may hold most of them.
-    spread(parallel_for, runs.items(), kGrain / (1 + dim) + 1, [&](int64_t begin, int64_t end) {
+    parallel(parallel_for, runs.items(), kGrain / (1 + dim) + 1, [&](int64_t begin, int64_t end) {
       const int64_t last = runs.first_from(end);
       for (int64_t run = runs.first_from(begin); run < last; ++run) {
         T* const row = out + (args.found ? run : runs.key(run)) * dim;
@@ -202,34 +138,33 @@ void EMBATTLE_AT_LEVEL(rowwise_adagrad)(const AdagradArgs& args, ParallelFor par
   const int64_t dim = args.dim;
   const Runs runs(args.indices, args.count, args.rows);
   const int64_t work = dim * (2 + args.count / (runs.count() + 1));
-  with_type(args.weight.dtype, [&](auto* weight_type) {
-    with_type(args.state.dtype, [&](auto* state_type) {
-      with_type(args.grad.dtype, [&](auto* grad_type) {
-        using W = Element<decltype(weight_type)>;
-        using S = Element<decltype(state_type)>;
+  with_type(args.weight.dtype, [&]<class W>(W*) {
+    with_type(args.state.dtype, [&]<class S>(S*) {
+      with_type(args.grad.dtype, [&]<class G>(G*) {
         W* const weights = static_cast<W*>(args.weight.data);
         S* const states = static_cast<S*>(args.state.data);
-        const auto* const grad = static_cast<decltype(grad_type)>(args.grad.data);
+        const G* const grad = static_cast<const G*>(args.grad.data);
         const auto step_row = [&](int64_t run, double* total) {
           sum_run(runs, run, grad, dim, total);
           const double norm = row_norm(static_cast<const double*>(total), dim);
-          if (!finite(norm)) return;  // one bad sample must not destroy a row
+          if (!(norm < __builtin_inf())) return;  // one bad sample must not destroy a row
           const double factor = norm > args.max_norm ? args.max_norm / norm : 1;
           S& state = states[runs.key(run)];
           const double length = factor * norm;
           const double mean = dim > 0 ? length * length / static_cast<double>(dim) : 0;
-          const double sum = static_cast<double>(widened(state)) + mean;
-          const double step = adagrad_step(args.lr, factor, sqrt(sum), args.eps);
-          narrow(sum, state);
+          const double sum = value_of(state) + mean;
+          const double step = adagrad_step(args.lr, factor, __builtin_sqrt(sum), args.eps);
+          state = nearest<S>(sum);
           W* const weight = weights + runs.key(run) * dim;
-          for (int64_t c = 0; c < dim; ++c)
-            narrow(static_cast<double>(widened(weight[c])) - step * total[c], weight[c]);
+          each(0, dim, [=](int64_t c, auto n) {
+            store(weight + c, n, load(weight + c, n) - step * load(total + c, n));
+          });
         };
-        spread(parallel_for, runs.count(), kGrain / (1 + work) + 1,
-               [&](int64_t begin, int64_t end) {
-                 Scratch<double> total(dim);
-                 for (int64_t run = begin; run < end; ++run) step_row(run, total.get());
-               });
+        parallel(parallel_for, runs.count(), kGrain / (1 + work) + 1,
+                 [&](int64_t begin, int64_t end) {
+                   Scratch<double> total(dim);
+                   for (int64_t run = begin; run < end; ++run) step_row(run, total.get());
+                 });
       });
     });
   });

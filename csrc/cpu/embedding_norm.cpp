@@ -1,12 +1,8 @@
 // Per-sample norms of an embedding table's gradient: the rows of one index are summed before they
 // are squared. A small hash table per sample finds them; the vocabulary does not matter.
-#include <math.h>
-
 #include "../launch_clip.h"
-#include "lanes.h"
-#include "level.h"
 #include "scratch.h"
-#include "spread.h"
+#include "squares.h"
 
 namespace embattle {
 namespace {
@@ -81,28 +77,23 @@ double sample_square(const Chains& chains, const T* grad, int64_t n, int64_t dim
 
 void samples(const EmbeddingNormArgs& args, ParallelFor parallel_for) {
   const int64_t grain = kGrain / (1 + args.tokens * (args.dim + 8)) + 1;
-  spread(parallel_for, args.batch, grain, [&](int64_t begin, int64_t end) {
+  parallel(parallel_for, args.batch, grain, [&](int64_t begin, int64_t end) {
     Chains chains(args.tokens);
     Scratch<double> total(args.dim);
-    with_type(args.grad.dtype, [&](auto* type) {
-      const auto* const grad = static_cast<decltype(type)>(args.grad.data);
+    with_type(args.grad.dtype, [&]<class T>(T*) {
+      const T* const grad = static_cast<const T*>(args.grad.data);
       for (int64_t b = begin; b < end; ++b) {
         const int64_t start = b * args.tokens;
         chains.build(args.indices + start, args.tokens, args.padding);
+        const T* const own = grad + start * args.dim;
+        const auto square_at = [&](double scale) {
+          return sample_square(chains, own, args.tokens, args.dim, scale, total.get());
+        };
         put(args.norms, b,
-            sample_norm(chains, grad + start * args.dim, args.tokens, args.dim, total.get()));
+            norm_of<T>(square_at, [&] { return largest(own, args.tokens * args.dim, 0); }));
       }
     });
   });
-}
-
-// Norm of one sample; float64 numbers may have squares beyond the range of doubles.
-template <class T>
-double sample_norm(const Chains& chains, const T* grad, int64_t n, int64_t dim, double* total) {
-  const double square = sample_square(chains, grad, n, dim, 1, total);
-  if (sizeof(T) < sizeof(double) || in_range(square)) return sqrt(square);
-  const double scale = scale_for(largest(grad, n * dim, 0));
-  return sqrt(sample_square(chains, grad, n, dim, scale, total)) / scale;
 }
 
 // Every index of a bag has the bag's gradient: its norm, times the norm of the indices' weights.
@@ -116,7 +107,7 @@ void bags(const EmbeddingNormArgs& args, ParallelFor parallel_for) {
     if (length > longest) longest = length;
   }
   const int64_t work = args.dim + 16 * (args.count / (args.batch + 1));
-  spread(parallel_for, args.batch, kGrain / (1 + work) + 1, [&](int64_t begin, int64_t end) {
+  parallel(parallel_for, args.batch, kGrain / (1 + work) + 1, [&](int64_t begin, int64_t end) {
     Chains chains(longest);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t start = args.offsets[b], n = end_of(b) - start;
@@ -132,10 +123,10 @@ void bags(const EmbeddingNormArgs& args, ParallelFor parallel_for) {
         sum += weight * weight;
       }
       double norm = 0;
-      with_type(args.grad.dtype, [&](auto* type) {
-        norm = row_norm(static_cast<decltype(type)>(args.grad.data) + b * args.dim, args.dim);
+      with_type(args.grad.dtype, [&]<class T>(T*) {
+        norm = row_norm(static_cast<const T*>(args.grad.data) + b * args.dim, args.dim);
       });
-      norm = kept == 0 ? 0 : norm * sqrt(sum);
+      norm = kept == 0 ? 0 : norm * __builtin_sqrt(sum);
       put(args.norms, b, args.mean && kept > 0 ? norm / static_cast<double>(kept) : norm);
     }
   });

@@ -4,7 +4,8 @@
 
 #include <type_traits>
 
-#include "floats.h"
+#include "ball.h"
+#include "sink.h"
 
 namespace embattle {
 namespace {
@@ -17,8 +18,7 @@ inline bool with_short_type(Dtype dtype, const F& f) {
     return f(static_cast<float*>(nullptr));
   } else {
     if (dtype == Dtype::f16) return f(static_cast<f16*>(nullptr));
-    if (dtype == Dtype::bf16) return f(static_cast<bf16*>(nullptr));
-    return false;
+    return dtype == Dtype::bf16 && f(static_cast<bf16*>(nullptr));
   }
 }
 
@@ -37,22 +37,6 @@ inline void clear_masked(const Cut& cut, T* out) {
   });
 }
 
-// Results without origin, of a type that is known.
-template <class T>
-struct Bare {
-  Elements<T> out;
-
-  explicit Bare(T* to) { out.p = to; }
-  template <class N>
-  V origin(int64_t, N) const {
-    return V{};
-  }
-  template <class N>
-  V nearest(int64_t, N) const {
-    return V{};
-  }
-};
-
 // Sees to it that what was stored lies in the l1 or l2 ball; there is no origin. `sum` is the sum
 // of its sizes or squares in float lanes: where that leaves a doubt, the norm is taken in double.
 template <Norm kNorm, class T>
@@ -60,9 +44,8 @@ inline void keep_inside(const Cut& cut, double eps, T* to, double sum) {
   if (eps == kInfinity) return;
   const double vanished = static_cast<double>(cut.end() - cut.begin()) * 0x1p-148;
   if (sum * (1 + kSumError) + vanished <= (kNorm == Norm::l2 ? eps * eps : eps)) return;
-  const Bare<T> bare(to);
-  const double norm = length<kNorm>(cut, [&](int64_t i, auto n) { return bare.out.load(i, n); });
-  if (norm > eps) pull_in<kNorm>(cut, eps, bare, norm);
+  const double norm = length<kNorm>(cut, [&](int64_t i, auto n) { return load(to + i, n); });
+  if (norm > eps) pull_in<kNorm>(cut, eps, Place<T>(Elements<T>(to)), norm);
 }
 
 // Fewer elements than this go to the double path: float sums would only reach eps to some ulps, and
@@ -72,7 +55,7 @@ constexpr int64_t kFewest = 64;
 // What the projection scales to: so far inside that keep_inside has no doubt.
 template <class T>
 inline double float_aim(const Cut& cut, double eps) {
-  return eps * aim(Type<T>::unit, cut.count()) * (1 - 2 * kSumError);
+  return eps * aim(kUnit<T>, cut.count()) * (1 - 2 * kSumError);
 }
 
 inline bool fits_float(double x) {
@@ -84,15 +67,7 @@ template <class T>
 inline void copy_group(const Cut& cut, const T* x, const Sink<T>& out) {
   if (x == out.p) return;
   cut.blocks([&](int, int64_t low, int64_t high) {
-    cut.runs(low, high, [&](int64_t begin, int64_t end) {
-      int64_t i = begin;
-      for (; out.past_cache && i + kFloats <= end; i += kFloats) {
-        typename Bulk<T>::type words;
-        std::memcpy(&words, x + i, sizeof(words));
-        put_past_cache(out.p + i, words);
-      }
-      std::memcpy(static_cast<void*>(out.p + i), x + i, sizeof(T) * static_cast<size_t>(end - i));
-    });
+    cut.runs(low, high, [&](int64_t begin, int64_t end) { out.copy(x, begin, end); });
     out.settle();
   });
 }

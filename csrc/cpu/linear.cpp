@@ -1,74 +1,50 @@
 // Per-sample norms of a linear layer's weight gradient W_b = A_b^T G_b, without W_b in memory.
 //
-// Gram form:   ||W||^2 = sum_{t,s} <a_t, a_s> <g_t, g_s>     tokens^2 (inputs + outputs) / 2
-// products Direct form: W in tiles of registers, squared and dropped  tokens inputs outputs
-// products
+// Gram form:   ||W||^2 = sum_{t,s} <a_t, a_s> <g_t, g_s>; tokens^2 (inputs + outputs) / 2 products.
+// Direct form: W in tiles of registers, squared and dropped; tokens inputs outputs products.
 //
 // Both run in float32 for float32 and half inputs. The Gram form's rounding errors are relative to
 // the trace, sum_t ||a_t||^2 ||g_t||^2, which is known in float64: where the result is far smaller,
 // tokens cancel, and the sample is done again by the direct form in float64.
-#include <math.h>
-
 #include "../launch_clip.h"
-#include "lanes.h"
-#include "level.h"
 #include "scratch.h"
-#include "spread.h"
+#include "squares.h"
 
 namespace embattle {
 namespace {
 
-template <class C>
-struct Vec;
-template <>
-struct Vec<float> {
-  using type = f32x8;
-  static constexpr int width = 8;
-  [[gnu::always_inline]] static f32x8 load(const float* x) { return load8(x); }
-  [[gnu::always_inline]] static double sum(f32x8 v) { return sum_of(lower(v) + upper(v)); }
-};
-template <>
-struct Vec<double> {
-  using type = f64x4;
-  static constexpr int width = 4;
-  [[gnu::always_inline]] static f64x4 load(const double* x) { return load4(x); }
-  [[gnu::always_inline]] static double sum(f64x4 v) { return sum_of(v); }
-};
-
 // ---- Gram form ----
 
-constexpr int kSide = 3;         // tokens of a tile: 9 accumulators and 6 rows fit 16 registers
-constexpr int64_t kSpan = 1024;  // columns that are summed in one accumulator
+constexpr int kSide = 3;                  // tokens of a tile: 9 accumulators, 6 rows
+constexpr int64_t kSpan = 128 * kFloats;  // columns that are summed in one accumulator
 
-// out[r][s] = <x[r], y[s]>
+// out[kSide * r + s] = <x[r], y[s]>
 template <class C>
-void inner_products(const C* const* x, const C* const* y, int64_t n, double (*out)[kSide]) {
-  using V = Vec<C>;
-  for (int r = 0; r < kSide; ++r)
-    for (int s = 0; s < kSide; ++s) out[r][s] = 0;
-  int64_t i = 0;
-  while (i + V::width <= n) {
-    const int64_t stop = i + kSpan < n ? i + kSpan : n;
-    typename V::type sum[kSide][kSide] = {};
-    for (; i + V::width <= stop; i += V::width) {
-      typename V::type row[kSide];
+void inner_products(const C* const* x, const C* const* y, int64_t n, double* out) {
+  typedef Lane<C> In;
+  for (int k = 0; k < kSide * kSide; ++k) out[k] = 0;
+  for (int64_t i = 0; i < n; i += kSpan) {
+    typename In::Vector sum[kSide][kSide] = {};
+    each<In::kCount>(i, i + kSpan < n ? i + kSpan : n, [&](int64_t at, auto w) EMBATTLE_INLINE {
+      typename In::Vector row[kSide];
 #pragma GCC unroll 3
-      for (int s = 0; s < kSide; ++s) row[s] = V::load(y[s] + i);
+      for (int s = 0; s < kSide; ++s) row[s] = In::load(y[s] + at, w);
 #pragma GCC unroll 3
       for (int r = 0; r < kSide; ++r) {
-        const typename V::type value = V::load(x[r] + i);
+        const auto value = In::load(x[r] + at, w);
 #pragma GCC unroll 3
         for (int s = 0; s < kSide; ++s) sum[r][s] += value * row[s];
       }
-    }
-#pragma GCC unroll 3
-    for (int r = 0; r < kSide; ++r)
-#pragma GCC unroll 3
-      for (int s = 0; s < kSide; ++s) out[r][s] += V::sum(sum[r][s]);
+    });
+    V parts[kSide * kSide];
+    for (int k = 0; k < kSide * kSide; ++k) parts[k] = In::in_double(sum[k / kSide][k % kSide]);
+    each(0, kSide * kSide, [&](int64_t k, auto w) EMBATTLE_INLINE {
+      if constexpr (std::is_same_v<decltype(w), Whole>)
+        add_to(out + k, w, sums_of(parts + k));
+      else
+        for (int64_t rest = k; rest < k + w; ++rest) out[rest] += total(parts[rest]);
+    });
   }
-  for (; i < n; ++i)
-    for (int r = 0; r < kSide; ++r)
-      for (int s = 0; s < kSide; ++s) out[r][s] += static_cast<double>(x[r][i]) * y[s][i];
 }
 
 // a: [tokens, inputs], g: [tokens, outputs]; zeros: as many as the longer row.
@@ -86,11 +62,10 @@ double gram_square(const C* a, const C* g, const C* zeros, const LinearNormArgs&
     for (int64_t s = t; s < args.tokens; s += kSide) {
       rows(a, args.inputs, s, as);
       rows(g, args.outputs, s, gs);
-      double in[kSide][kSide], out[kSide][kSide], tile = 0;
+      double in[kSide * kSide], out[kSide * kSide], tile = 0;
       inner_products(at, as, args.inputs, in);
       inner_products(gt, gs, args.outputs, out);
-      for (int i = 0; i < kSide; ++i)
-        for (int j = 0; j < kSide; ++j) tile += (in[i][j] + (args.bias ? 1 : 0)) * out[i][j];
+      for (int k = 0; k < kSide * kSide; ++k) tile += (in[k] + (args.bias ? 1 : 0)) * out[k];
       sum += s == t ? tile : 2 * tile;
     }
   }
@@ -99,19 +74,26 @@ double gram_square(const C* a, const C* g, const C* zeros, const LinearNormArgs&
 
 // ---- Direct form ----
 
-constexpr int kRows = 6;     // of a tile of W; two vectors wide: 12 accumulators
-constexpr int kVectors = 2;  //
+constexpr int kRows = 6;  // of a tile of W, one or two vectors wide: up to 12 accumulators
 
 // Working memory of one thread.
 template <class C>
 struct Panels {
-  static constexpr int kWidth = kVectors * Vec<C>::width;
   Scratch<C> a;  // [ceil(inputs / kRows), tokens, kRows]
-  Scratch<C> g;  // [tokens, kWidth]
+  Scratch<C> g;  // [tokens, a tile's columns]
   static int64_t strips(int64_t inputs) { return (inputs + kRows - 1) / kRows; }
   explicit Panels(const LinearNormArgs& args)
-      : a(strips(args.inputs) * args.tokens * kRows), g(args.tokens * kWidth) {}
+      : a(strips(args.inputs) * args.tokens * kRows), g(args.tokens * 2 * Lane<C>::kCount) {}
 };
+
+// out[0, n) = scale * x[0, n)
+template <class T, class C>
+EMBATTLE_INLINE inline void copy_as(const T* x, C scale, int64_t n, C* out) {
+  typedef Lane<C> In;
+  each<In::kCount>(0, n, [=](int64_t i, auto w) EMBATTLE_INLINE {
+    put_words<C, In::kCount>(out + i, w, scale * In::load(x + i, w));
+  });
+}
 
 // out[token][column] = scale * x[token][first + column], zero beyond the row's end.
 template <class T, class C>
@@ -119,8 +101,7 @@ void pack(const T* x, C scale, int64_t tokens, int64_t width, int64_t first, int
           C* out) {
   const int64_t kept = first + columns < width ? columns : width - first;
   for (int64_t t = 0; t < tokens; ++t, out += columns) {
-    const T* const row = x + t * width + first;
-    for (int64_t c = 0; c < kept; ++c) out[c] = scale * static_cast<C>(widened(row[c]));
+    copy_as(x + t * width + first, scale, kept, out);
     for (int64_t c = kept; c < columns; ++c) out[c] = 0;
   }
 }
@@ -130,11 +111,11 @@ struct Scales {
   double input = 1, grad = 1;
 };
 
-template <class C, class T, class U>
-double direct_square(const T* a, const U* g, const LinearNormArgs& args, const Scales& scales,
-                     Panels<C>& panels) {
-  using V = Vec<C>;
-  constexpr int kWidth = Panels<C>::kWidth;
+template <int kVectors, class C, class T, class U>
+double direct_in_tiles(const T* a, const U* g, const LinearNormArgs& args, const Scales& scales,
+                       Panels<C>& panels) {
+  typedef Lane<C> In;
+  constexpr int kWidth = kVectors * In::kCount;
   const int64_t tokens = args.tokens, strips = Panels<C>::strips(args.inputs);
   for (int64_t strip = 0; strip < strips; ++strip)
     pack(a, static_cast<C>(scales.input), tokens, args.inputs, strip * kRows, kRows,
@@ -145,19 +126,21 @@ double direct_square(const T* a, const U* g, const LinearNormArgs& args, const S
     for (int64_t strip = 0; strip < strips; ++strip) {
       const C* in = panels.a.get() + strip * tokens * kRows;
       const C* out = panels.g.get();
-      typename V::type tile[kRows][kVectors] = {};
+      typename In::Vector tile[kRows][kVectors] = {};
       for (int64_t t = 0; t < tokens; ++t, in += kRows, out += kWidth) {
-        const typename V::type low = V::load(out), high = V::load(out + V::width);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          const auto columns = In::load(out + v * In::kCount, Count<In::kCount>{});
 #pragma GCC unroll 6
-        for (int r = 0; r < kRows; ++r) {
-          tile[r][0] += in[r] * low;
-          tile[r][1] += in[r] * high;
+          for (int r = 0; r < kRows; ++r) tile[r][v] += in[r] * columns;
         }
       }
-      typename V::type square{};
+      typename In::Vector square{};
 #pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) square += tile[r][0] * tile[r][0] + tile[r][1] * tile[r][1];
-      sum += V::sum(square);
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) square += tile[r][v] * tile[r][v];
+      sum += total(In::in_double(square));
     }
     if (args.bias) {
       double total[kWidth] = {};
@@ -167,6 +150,13 @@ double direct_square(const T* a, const U* g, const LinearNormArgs& args, const S
     }
   }
   return sum;
+}
+
+template <class C, class T, class U>
+double direct_square(const T* a, const U* g, const LinearNormArgs& args, const Scales& scales,
+                     Panels<C>& panels) {
+  return args.outputs <= Lane<C>::kCount ? direct_in_tiles<1>(a, g, args, scales, panels)
+                                         : direct_in_tiles<2>(a, g, args, scales, panels);
 }
 
 // ---- One sample ----
@@ -195,13 +185,11 @@ double trace(const T* a, const U* g, const LinearNormArgs& args, bool& moderate)
   return sum;
 }
 
-template <class T>
-const T* as_type(const T* x, int64_t, Scratch<T>&) {
-  return x;
-}
+// x[0, n) as numbers of type C, in `held` unless they are.
 template <class C, class T>
 const C* as_type(const T* x, int64_t n, Scratch<C>& held) {
-  for (int64_t i = 0; i < n; ++i) held[i] = static_cast<C>(widened(x[i]));
+  if constexpr (std::is_same_v<C, T>) return x;
+  copy_as(x, C{1}, n, held.get());
   return held.get();
 }
 
@@ -220,7 +208,7 @@ void run(const LinearNormArgs& args, ParallelFor parallel_for) {
   const int64_t products =
       gram ? tokens * tokens * (inputs + outputs) / 2 : tokens * inputs * outputs;
   const int64_t work = (tokens == 1 ? 0 : products / 4) + tokens * (inputs + outputs);
-  spread(parallel_for, args.batch, kGrain / (1 + work) + 1, [&](int64_t begin, int64_t end) {
+  parallel(parallel_for, args.batch, kGrain / (1 + work) + 1, [&](int64_t begin, int64_t end) {
     const bool packs = sizeof(T) != sizeof(C) || sizeof(U) != sizeof(C);
     Scratch<C> held_a(gram && packs ? tokens * inputs : 0);
     Scratch<C> held_g(gram && packs ? tokens * outputs : 0);
@@ -240,7 +228,7 @@ void run(const LinearNormArgs& args, ParallelFor parallel_for) {
                                        as_type(g, tokens * outputs, held_g), zeros.get(), args)
                       : direct_square<C>(a, g, args, Scales{}, panels);
       const bool exact = tokens == 1 || (!gram && sizeof(C) == sizeof(double));
-      double norm = sqrt(square);
+      double norm = __builtin_sqrt(square);
       if ((!moderate && (tokens > 1 || sizeof(C) == sizeof(double))) ||
           (!exact && bound > 0 && !(square * 16 > bound))) {
         Panels<double> wide(args);
@@ -248,7 +236,8 @@ void run(const LinearNormArgs& args, ParallelFor parallel_for) {
         if (!moderate && sizeof(C) == sizeof(double))
           scales = {scale_for(largest(a, tokens * inputs, args.bias ? 1. : 0.)),
                     scale_for(largest(g, tokens * outputs, 0.))};
-        norm = sqrt(direct_square<double>(a, g, args, scales, wide)) / scales.input / scales.grad;
+        norm = __builtin_sqrt(direct_square<double>(a, g, args, scales, wide)) / scales.input /
+               scales.grad;
       }
       put(args.norms, b, norm);
     }
@@ -258,14 +247,10 @@ void run(const LinearNormArgs& args, ParallelFor parallel_for) {
 }  // namespace
 
 void EMBATTLE_AT_LEVEL(linear_grad_norm)(const LinearNormArgs& args, ParallelFor parallel_for) {
-  with_type(args.input.dtype, [&](auto* input_type) {
-    with_type(args.grad.dtype, [&](auto* grad_type) {
-      using T = Element<decltype(input_type)>;
-      using U = Element<decltype(grad_type)>;
-      if constexpr (sizeof(T) == sizeof(double) || sizeof(U) == sizeof(double))
-        run<double, T, U>(args, parallel_for);
-      else
-        run<float, T, U>(args, parallel_for);
+  with_type(args.input.dtype, [&]<class T>(T*) {
+    with_type(args.grad.dtype, [&]<class U>(U*) {
+      constexpr bool wide = sizeof(T) == sizeof(double) || sizeof(U) == sizeof(double);
+      run<std::conditional_t<wide, double, float>, T, U>(args, parallel_for);
     });
   });
 }

@@ -152,7 +152,7 @@ inline double fill(const Cut& cut, const Keys& keys, float* buffer) {
         const F z = fetch(buffer + i, n);
         to[0] = kNorm == Norm::l2 ? z * z : abs(z);
       });
-      sum += terms.result(0);
+      sum += terms.result().v[0];
     });
   });
   return sum;
@@ -186,7 +186,7 @@ inline bool start_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& k
                             Buffer& buffer) {
   const int64_t extent = cut.end() - cut.begin();
   if (!fits_float(eps)) return false;
-  const Sink<T> out(args.out, nullptr, cut.groups);
+  const Sink<T> out(args.out, nullptr, cut.groups.rows, cut.groups.dim);
   if (kNorm == Norm::linf) {
     const F most = all(static_cast<float>(eps)),
             limit = all(static_cast<float>(round_down<T>(eps)));
@@ -207,7 +207,7 @@ inline bool add_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& key
   if (cut.end() - cut.begin() < kFewest || !fits_float(std)) return false;
   if (sizeof(T) < 4 && args.norm == Norm::l1 && eps < kInfinity) return false;  // add_in_double
   const T* x = static_cast<const T*>(args.x.data);
-  const Sink<T> past(args.out, x, cut.groups);
+  const Sink<T> past(args.out, x, cut.groups.rows, cut.groups.dim);
   const Sink<T> out = eps == kInfinity ? past : Sink<T>(past.p);
   const F factor = all(static_cast<float>(std));
   for_floats<Draw::gaussian>(
@@ -246,7 +246,7 @@ template <Norm kNorm, class T, class A>
 inline bool start_rows(const NoiseArgs& args, const Keys& keys, int64_t begin, int64_t end,
                        Buffer& buffer, const A& alone) {
   const Groups& groups = args.groups;
-  const Sink<T> out(args.out, nullptr, groups);
+  const Sink<T> out(args.out, nullptr, groups.rows, groups.dim);
   if (kNorm == Norm::linf) {
     const double eps = is_one_number(args.eps) ? of_group(args.eps, 0) : 0;
     if (!(eps > 0) || !fits_float(eps) || mean_extent(groups) > kShort) return false;

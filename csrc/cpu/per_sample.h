@@ -1,12 +1,9 @@
 // Squared norms of samples over a list of tensors, shared by per_sample_norm and clip_and_sum.
 #pragma once
 
-#include <math.h>
-
 #include "../launch_clip.h"
-#include "lanes.h"
 #include "scratch.h"
-#include "spread.h"
+#include "squares.h"
 
 namespace embattle {
 namespace {
@@ -37,29 +34,20 @@ struct SampleList {
 
 // The norm of a sample whose plain sum of squares has left float64's range.
 inline double scaled_norm(const SampleList& list, int64_t sample) {
-  double scale = 0;
-  for (int64_t t = 0; t < list.count; ++t) {
-    const SampleTensor& tensor = list.tensors[t];
-    with_type(tensor.grad.dtype, [&](auto* type) {
-      using T = decltype(type);
-      scale =
-          largest(static_cast<T>(tensor.grad.data) + sample * tensor.width, tensor.width, scale);
-    });
-  }
-  if (scale == 0 || !(scale < HUGE_VAL)) return scale;
-  double sum = 0;
-  for (int64_t t = 0; t < list.count; ++t) {
-    const SampleTensor& tensor = list.tensors[t];
-    with_type(tensor.grad.dtype, [&](auto* type) {
-      using T = decltype(type);
-      const T x = static_cast<T>(tensor.grad.data) + sample * tensor.width;
-      for (int64_t i = 0; i < tensor.width; ++i) {
-        const double value = widened(x[i]) / scale;
-        sum += value * value;
-      }
-    });
-  }
-  return scale * sqrt(sum);
+  const auto for_rows = [&](const auto& f) {
+    for (int64_t t = 0; t < list.count; ++t) {
+      const int64_t width = list.tensors[t].width;
+      with_type(list.tensors[t].grad.dtype, [&]<class T>(T*) {
+        f(static_cast<const T*>(list.tensors[t].grad.data) + sample * width, width);
+      });
+    }
+  };
+  double most = 0, sum = 0;
+  for_rows([&](auto* x, int64_t n) { most = largest(x, n, most); });
+  if (most == 0 || !(most < __builtin_inf())) return most;
+  const double scale = scale_for(most);
+  for_rows([&](auto* x, int64_t n) { sum += squares_wide(x, n, scale); });
+  return __builtin_sqrt(sum) / scale;
 }
 
 // Norms of the samples [first, first + samples) from sums of squares, parts[count, samples].
@@ -68,8 +56,8 @@ inline void norms_from_parts(const SampleList& list, int64_t first, int64_t samp
   for (int64_t s = 0; s < samples; ++s) {
     double sum = 0;
     for (int64_t part = 0; part < count; ++part) sum += parts[part * samples + s];
-    const bool in_range = !list.exact || (sum > 1e-280 && sum < HUGE_VAL);
-    norms[s] = in_range ? sqrt(sum) : scaled_norm(list, first + s);
+    const bool in_range = !list.exact || (sum > 1e-280 && sum < __builtin_inf());
+    norms[s] = in_range ? __builtin_sqrt(sum) : scaled_norm(list, first + s);
   }
 }
 
@@ -99,9 +87,9 @@ inline void sample_norms(const SampleList& list, int64_t first, int64_t samples,
         const int64_t end_column = column + tensor.width < to ? tensor.width : to - column;
         column += tensor.width;
         if (begin_column >= end_column) continue;
-        with_type(tensor.grad.dtype, [&](auto* type) {
-          using T = decltype(type);
-          const T rows = static_cast<T>(tensor.grad.data) + first * tensor.width + begin_column;
+        with_type(tensor.grad.dtype, [&]<class T>(T*) {
+          const T* const rows =
+              static_cast<const T*>(tensor.grad.data) + first * tensor.width + begin_column;
           for (int64_t s = low; s < high; ++s)
             sums[s] += list.squares_of(rows + s * tensor.width, end_column - begin_column);
         });
@@ -109,7 +97,7 @@ inline void sample_norms(const SampleList& list, int64_t first, int64_t samples,
     }
   };
   const int64_t work = block * (chunk_width + 8 * list.count / chunks);
-  spread(parallel_for, chunks * blocks, kGrain / (1 + work) + 1, body);
+  parallel(parallel_for, chunks * blocks, kGrain / (1 + work) + 1, body);
 
   norms_from_parts(list, first, samples, partial, chunks, norms);
 }

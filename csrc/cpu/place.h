@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../formulas.h"
-#include "cut.h"
+#include "sums.h"
 
 namespace embattle {
 namespace {
@@ -55,9 +55,10 @@ struct Place {
   typedef Elements<T> Tensor;
   Tensor out, x0, lower_elements, upper_elements;  // absent where there is none, or one number
   double lower_value = -kInfinity, upper_value = kInfinity;
-  bool boxed;
-  bool plain;  // there is neither an origin nor a box
+  bool boxed = false;
+  bool plain = true;  // there is neither an origin nor a box
 
+  explicit Place(const Tensor& result) : out(result) {}
   Place(const Data& result, const Box& box)
       : out(result), x0(box.x0), boxed(is_boxed(box)), plain(!x0 && !boxed) {
     lower_value = place(box.lower, box.lower_broadcast, box.lower_value, &lower_elements);

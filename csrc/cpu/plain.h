@@ -133,7 +133,7 @@ inline bool step_l2(const Cut& cut, double step_size, double eps, const T* x, co
 template <Norm kNorm, class T>
 inline bool plain_project_of(const Cut& cut, const ProjectArgs& args) {
   const T* x = static_cast<const T*>(args.delta.data);
-  const Sink<T> out(args.out, x, cut.groups);
+  const Sink<T> out(args.out, x, cut.groups.rows, cut.groups.dim);
   const double eps = of_group(args.eps, cut.index);
   bool done = false;
   if (kNorm == Norm::linf) done = project_linf(cut, eps, x, out);
@@ -147,7 +147,7 @@ template <Norm kNorm, class T>
 inline bool plain_step_of(const Cut& cut, const StepArgs& args) {
   const T* x = static_cast<const T*>(args.delta.data);
   const T* grad = static_cast<const T*>(args.grad.data);
-  const Sink<T> out(args.out, x, cut.groups);
+  const Sink<T> out(args.out, x, cut.groups.rows, cut.groups.dim);
   const double step_size = of_group(args.step_size, cut.index);
   const double eps = of_group(args.eps, cut.index);
   bool done = false;

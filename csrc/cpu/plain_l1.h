@@ -100,7 +100,7 @@ struct Kept {
 // The sum of a group's sizes and the largest; keeps the vectors that hold a size above `above`, if
 // there is room. Precondition: this thread has the group for itself.
 template <class Z>
-inline Totals<2> keep_sizes(const Cut& cut, const Z& given, float above, Kept* kept) {
+inline Totals<2, 2> keep_sizes(const Cut& cut, const Z& given, float above, Kept* kept) {
   constexpr int64_t kStride = 1024;
   const Z z = given;
   const F bound = all(above);
@@ -195,15 +195,11 @@ inline Left left_of_kept(const Kept& kept, double base, double at) {
   V acc = {};
   J seen = {};
   int k = 0;
-  for (; k + 4 <= kept.count; k += 4) {
+  for (; k + 4 <= kept.count; k += 4) {  // in less time than Terms
     F left[4];
-    J over[4];
-    for (int j = 0; j < 4; ++j) {
-      left[j] = threshold.left_of_size(kept.sizes[k + j]);
-      over[j] = left[j] > 0;
-    }
+    for (int j = 0; j < 4; ++j) left[j] = threshold.left_of_size(kept.sizes[k + j]);
     acc += halves((left[0] + left[1]) + (left[2] + left[3]));
-    seen -= (over[0] + over[1]) + (over[2] + over[3]);
+    seen -= ((left[0] > 0) + (left[1] > 0)) + ((left[2] > 0) + (left[3] > 0));
   }
   for (; k < kept.count; ++k) {
     const F left = threshold.left_of_size(kept.sizes[k]);
@@ -257,8 +253,7 @@ inline bool project_l1(const Cut& cut, double eps, const Moved<T, kMoved>& z, co
   if (guess.tau > 0 && kept.above < kInfinity) first = left_of_kept(kept, 0, guess.tau);
 
   // `base` as in find_l1. The largest alone would have to leave the goal at `least`.
-  const double goal =
-      eps * aim(Type<T>::unit, static_cast<int64_t>(first.count)) * (1 - 2 * kSumError);
+  const double goal = eps * aim(kUnit<T>, static_cast<int64_t>(first.count)) * (1 - 2 * kSumError);
   const double base = goal < most / 2 ? most : 0;
   const double least = base > 0 ? -goal : most > goal ? most - goal : 0;
   const auto look = [&](double at) {
@@ -282,7 +277,7 @@ inline bool project_l1(const Cut& cut, double eps, const Moved<T, kMoved>& z, co
                           [&] { out.settle(); })
                           .v[0];
   // Where many equal elements made the last step wrong, go on from there: thresholds add up.
-  if (size > eps * (1 + 8 * Type<T>::unit) && size * (1 + kSumError) < norm)
+  if (size > eps * (1 + 8 * kUnit<T>) && size * (1 + kSumError) < norm)
     return project_l1(cut, eps, Moved<T, false>{out.p}, Sink<T>(out.p));
   keep_inside<Norm::l1>(cut, eps, out.p, size);
   return true;
@@ -291,50 +286,32 @@ inline bool project_l1(const Cut& cut, double eps, const Moved<T, kMoved>& z, co
 // ---- The step ----
 
 struct Peak {
-  double sum = 0;              // of |g|, roughly: whether all are finite
-  double most = 0;             // |g|
+  double most = 0;             // |g|; infinite if one is not finite
   int64_t begin = 0, end = 0;  // where the first such element is
+
+  void add(const Peak& other) {
+    if (other.most > most) *this = other;
+  }
 };
 
 template <class T>
 inline Peak peak_of(const Cut& cut, const T* g) {
   constexpr int64_t kChunk = 1024;
-  const auto merge = [](Peak& a, const Peak& b) {
-    const double sum = a.sum + b.sum;
-    if (b.most > a.most) a = b;
-    a.sum = sum;
-  };
-  const auto scan = [&](int64_t begin, int64_t end, Peak* peak) {
+  const auto take = [=](int64_t begin, int64_t end) {
+    Peak peak;
     for (int64_t stop; begin < end; begin = stop) {
       stop = begin + kChunk < end ? begin + kChunk : end;
-      F sum[2] = {}, most[2] = {};
-      const auto add = [&](int64_t i, auto n, int k) EMBATTLE_INLINE {
-        const F size = abs(fetch(g + i, n));
-        sum[k] += size;
-        most[k] = larger(size, most[k]);
-      };
-      int64_t i = begin;
-      for (; i + 2 * kFloats <= stop; i += 2 * kFloats) {
-        add(i, All{}, 0);
-        add(i + kFloats, All{}, 1);
-      }
-      for (; i < stop; i += kFloats)
-        add(i, static_cast<int>(stop - i < kFloats ? stop - i : kFloats), 0);
-      merge(*peak,
-            {total(halves(sum[0] + sum[1])), largest(larger(most[0], most[1])), begin, stop});
+      J most = {};  // sizes sort as their bits do, and NaNs beyond infinity
+      each<kFloats>(begin, stop, [&](int64_t i, auto n) EMBATTLE_INLINE {
+        const J size = as_mask(abs(fetch(g + i, n)));
+        most = size > most ? size : most;
+      });
+      const bool finite = !any(most >= as_mask(all(__builtin_inff())));
+      peak.add({finite ? largest(of_mask(most)) : kInfinity, begin, stop});
     }
-  };
-  Peak peak;
-  if (is_short(cut)) {
-    scan(cut.begin(), cut.end(), &peak);
     return peak;
-  }
-  Peak parts[kMaxBlocks];
-  const int count = cut.blocks([&](int block, int64_t low, int64_t high) {
-    cut.runs(low, high, [&](int64_t begin, int64_t end) { scan(begin, end, &parts[block]); });
-  });
-  for (int b = 0; b < count; ++b) merge(peak, parts[b]);
-  return peak;
+  };
+  return over_runs<Peak>(cut, take, [] {});
 }
 
 // The first element at or after `begin` whose size is `most`, which is not 0. Precondition: there
@@ -353,7 +330,7 @@ inline bool step_l1(const Cut& cut, double step_size, double eps, double top, co
                     const T* grad, const Sink<T>& out) {
   if (cut.end() - cut.begin() < kFewest || top_count(top, cut.count()) != 1) return false;
   const Peak peak = peak_of(cut, grad);
-  if (!(peak.sum < kInfinity)) return false;
+  if (peak.most == kInfinity) return false;
   if (peak.most == 0) return project_l1(cut, eps, Moved<T, false>{x}, out);
   const int64_t index = find_size(grad, peak.begin, peak.end, peak.most);
   const double z = value_of(x[index]) + (value_of(grad[index]) > 0 ? step_size : -step_size);

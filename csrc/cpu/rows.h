@@ -2,8 +2,8 @@
 // ones.
 #pragma once
 
+#include "../launch.h"
 #include "scratch.h"
-#include "spread.h"
 
 namespace embattle {
 namespace {

@@ -2,6 +2,7 @@
 // level.h).
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include <new>

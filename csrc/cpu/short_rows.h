@@ -19,47 +19,6 @@ inline bool are_short(const Groups& groups) {
   return !groups.offsets && !groups.mask && extent >= kFewest && extent <= kShort;
 }
 
-inline V root(V x) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<V>(_mm512_maskz_sqrt_pd(0xff, reinterpret_cast<__m512d>(x)));
-#elif defined(__AVX__)
-  return reinterpret_cast<V>(_mm256_sqrt_pd(reinterpret_cast<__m256d>(x)));
-#elif defined(__SSE2__)
-  return reinterpret_cast<V>(_mm_sqrt_pd(reinterpret_cast<__m128d>(x)));
-#else
-  for (int k = 0; k < kLanes; ++k) x[k] = __builtin_sqrt(x[k]);
-  return x;
-#endif
-}
-
-// Lane k: total(parts[k]).
-inline V sums_of(const V (&parts)[kLanes]) {
-#if defined(__AVX512F__)
-  // Neighbours, neighbouring pairs, halves: of two vectors at a time.
-  const auto pairs = [](V x, V y) {
-    return __builtin_shufflevector(x, y, 0, 8, 2, 10, 4, 12, 6, 14) +
-           __builtin_shufflevector(x, y, 1, 9, 3, 11, 5, 13, 7, 15);
-  };
-  const auto fours = [](V x, V y) {
-    return __builtin_shufflevector(x, y, 0, 1, 8, 9, 4, 5, 12, 13) +
-           __builtin_shufflevector(x, y, 2, 3, 10, 11, 6, 7, 14, 15);
-  };
-  const V low = fours(pairs(parts[0], parts[1]), pairs(parts[2], parts[3]));
-  const V high = fours(pairs(parts[4], parts[5]), pairs(parts[6], parts[7]));
-  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 8, 9, 10, 11) +
-         __builtin_shufflevector(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
-#elif defined(__AVX__)
-  const V a = __builtin_shufflevector(parts[0], parts[1], 0, 4, 2, 6) +
-              __builtin_shufflevector(parts[0], parts[1], 1, 5, 3, 7);
-  const V b = __builtin_shufflevector(parts[2], parts[3], 0, 4, 2, 6) +
-              __builtin_shufflevector(parts[2], parts[3], 1, 5, 3, 7);
-  return __builtin_shufflevector(a, b, 0, 1, 6, 7) + __builtin_shufflevector(a, b, 2, 3, 4, 5);
-#else
-  return __builtin_shufflevector(parts[0], parts[1], 0, 2) +
-         __builtin_shufflevector(parts[0], parts[1], 1, 3);
-#endif
-}
-
 inline V per_group(const PerGroup& value, int64_t first, int count) {
   V x{};
   for (int k = 0; k < count; ++k) x[k] = of_group(value, first + k);
@@ -109,7 +68,7 @@ inline void step_rows_l2(const StepArgs& args, int64_t first, int count, const S
   const V length_g = root(gg), a = per_group(args.step_size, first, count) / length_g;
   const V reach = root(dd) + abs(a) * length_g, square = dd + 2 * a * gd + a * a * gg;
   const V norm = root(square);
-  const V goal = eps * aim(Type<T>::unit, extent) * (1 - 2 * kSumError);
+  const V goal = eps * aim(kUnit<T>, extent) * (1 - 2 * kSumError);
   // What reaches the goal would leave it to rounding whether it is inside: FGM's steps end at eps.
   const V scale = norm > goal ? goal / norm : splat(1), t = scale * a;
   const double n = static_cast<double>(extent);
@@ -152,7 +111,7 @@ inline void project_rows_l2(const ProjectArgs& args, int64_t first, int count, c
   }
   const V square = sums_of(parts), norm = root(square);
   const V eps = per_group(args.eps, first, count);
-  const V scale = eps * aim(Type<T>::unit, extent) * (1 - 2 * kSumError) / norm;
+  const V scale = eps * aim(kUnit<T>, extent) * (1 - 2 * kSumError) / norm;
   // Where float sums leave it open whether the group is inside it goes alone.
   const I stays = norm * (1 + kSumError) <= eps, moves = norm > eps * (1 + kSumError);
   const I good = (square >= static_cast<double>(extent) * 0x1p-120) & (square < kInfinity) &
@@ -200,7 +159,7 @@ inline bool project_rows(const ProjectArgs& args, int64_t begin, int64_t end, co
   return with_short_type<T>(args.delta.dtype, [&](auto* type) {
     typedef std::remove_pointer_t<decltype(type)> S;
     const S* const x = static_cast<const S*>(args.delta.data);
-    const Sink<S> out(args.out, x, groups);
+    const Sink<S> out(args.out, x, groups.rows, groups.dim);
     if (kNorm == Norm::linf && mean_extent(groups) <= kShort && is_one_number(args.eps)) {
       stretches_of_groups(groups, begin, end, [&](const Cut& cut, int64_t, int64_t) {
         project_linf(cut, of_group(args.eps, 0), x, out);
@@ -227,7 +186,7 @@ inline bool step_rows(const StepArgs& args, int64_t begin, int64_t end, const A&
     typedef std::remove_pointer_t<decltype(type)> S;
     const S* const x = static_cast<const S*>(args.delta.data);
     const S* const grad = static_cast<const S*>(args.grad.data);
-    const Sink<S> out(args.out, x, groups);
+    const Sink<S> out(args.out, x, groups.rows, groups.dim);
     if (kNorm == Norm::linf && mean_extent(groups) <= kShort && is_one_number(args.eps) &&
         is_one_number(args.step_size)) {
       stretches_of_groups(groups, begin, end, [&](const Cut& cut, int64_t from, int64_t to) {

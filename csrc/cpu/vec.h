@@ -1,15 +1,22 @@
-// Vectors of doubles as wide as the SIMD level has them, and how the four element types are read
-// into and written from them. Arithmetic is double whatever the storage: squares of the smallest
-// and the largest float neither vanish nor overflow there.
+// Vectors as wide as the SIMD level has them: V of doubles, and F of twice as many floats. This is
+// the one place that knows how the four element types are read into them and written from them, and
+// what the processor calls that.
+//
+// Double lanes serve everything: squares of the smallest and the largest float neither vanish nor
+// overflow there. Float lanes are the fast paths of float32, float16 and bfloat16.
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "level.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
+
+// Lambdas that loops call for every vector.
+#define EMBATTLE_INLINE __attribute__((always_inline))
 
 namespace embattle {
 namespace {
@@ -21,26 +28,32 @@ constexpr int kLanes = 4;
 #else
 constexpr int kLanes = 2;
 #endif
+constexpr int kFloats = 2 * kLanes;
 
-typedef double V __attribute__((vector_size(8 * kLanes)));
-typedef int64_t I __attribute__((vector_size(8 * kLanes)));
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Words32 __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Words16 __attribute__((vector_size(2 * kLanes)));
+template <class E, int kCount>
+struct VecOf {
+  typedef E type __attribute__((vector_size(sizeof(E) * kCount)));
+};
+template <class E, int kCount>
+using Vec = typename VecOf<E, kCount>::type;
 
-// Storage of the half types, by its bits.
-struct f16 {
-  uint16_t bits;
-};
-struct bf16 {
-  uint16_t bits;
-};
+typedef Vec<double, kLanes> V;
+typedef Vec<int64_t, kLanes> I;
+typedef Vec<float, kLanes> Floats;  // as many as a V has lanes
+typedef Vec<float, kFloats> F;
+typedef Vec<int32_t, kFloats> J;
+typedef Vec<uint32_t, kFloats> U;
 
 // The number of elements of a whole vector, as a type: loops over whole vectors know it when they
 // are compiled, loops' ends pass an int.
-struct Whole {
-  constexpr operator int() const { return kLanes; }
+template <int kCount>
+struct Count {
+  constexpr operator int() const { return kCount; }
 };
+typedef Count<kLanes> Whole;  // of doubles
+typedef Count<kFloats> All;   // of floats
+
+// ---- Doubles ----
 
 inline V splat(double x) { return x - V{}; }
 // x in the first n lanes, and zero in the others, as a load has them.
@@ -73,51 +86,87 @@ inline double total(V x) {  // of neighbours, of neighbouring pairs, and so on
   return sum[0];
 }
 
+inline V root(V x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<V>(_mm512_maskz_sqrt_pd(0xff, reinterpret_cast<__m512d>(x)));
+#elif defined(__AVX__)
+  return reinterpret_cast<V>(_mm256_sqrt_pd(reinterpret_cast<__m256d>(x)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<V>(_mm_sqrt_pd(reinterpret_cast<__m128d>(x)));
+#else
+  for (int k = 0; k < kLanes; ++k) x[k] = __builtin_sqrt(x[k]);
+  return x;
+#endif
+}
+
+// Lane k: total(parts[k]).
+inline V sums_of(const V* parts) {
+#if defined(__AVX512F__)
+  // Neighbours, neighbouring pairs, halves: of two vectors at a time.
+  const auto pairs = [](V x, V y) {
+    return __builtin_shufflevector(x, y, 0, 8, 2, 10, 4, 12, 6, 14) +
+           __builtin_shufflevector(x, y, 1, 9, 3, 11, 5, 13, 7, 15);
+  };
+  const auto fours = [](V x, V y) {
+    return __builtin_shufflevector(x, y, 0, 1, 8, 9, 4, 5, 12, 13) +
+           __builtin_shufflevector(x, y, 2, 3, 10, 11, 6, 7, 14, 15);
+  };
+  const V low = fours(pairs(parts[0], parts[1]), pairs(parts[2], parts[3]));
+  const V high = fours(pairs(parts[4], parts[5]), pairs(parts[6], parts[7]));
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
+#elif defined(__AVX__)
+  const V a = __builtin_shufflevector(parts[0], parts[1], 0, 4, 2, 6) +
+              __builtin_shufflevector(parts[0], parts[1], 1, 5, 3, 7);
+  const V b = __builtin_shufflevector(parts[2], parts[3], 0, 4, 2, 6) +
+              __builtin_shufflevector(parts[2], parts[3], 1, 5, 3, 7);
+  return __builtin_shufflevector(a, b, 0, 1, 6, 7) + __builtin_shufflevector(a, b, 2, 3, 4, 5);
+#else
+  return __builtin_shufflevector(parts[0], parts[1], 0, 2) +
+         __builtin_shufflevector(parts[0], parts[1], 1, 3);
+#endif
+}
+
 inline double largest(V x) {
   double most = x[0];
   for (int k = 1; k < kLanes; ++k) most = x[k] > most ? x[k] : most;
   return most;
 }
 
-// ---- Conversions
-// ---------------------------------------------------------------------------------
+// ---- Floats ----
 
-template <class T>
-struct Packed;  // as many elements of type T as a V has lanes
-template <>
-struct Packed<double> {
-  typedef V type;
-};
-template <>
-struct Packed<float> {
-  typedef Floats type;
-};
-template <>
-struct Packed<f16> {
-  typedef Words16 type;
-};
-template <>
-struct Packed<bf16> {
-  typedef Words16 type;
-};
-
-template <class T>
-inline V widen(typename Packed<T>::type x);
-template <class T>
-inline typename Packed<T>::type narrow(V x);  // to nearest even
-
-template <>
-inline V widen<double>(V x) {
-  return x;
+inline F all(float x) { return x - F{}; }
+inline F abs(F x) { return reinterpret_cast<F>(reinterpret_cast<U>(x) & 0x7fffffffu); }
+inline F with_sign(F size, F sign) {
+  return reinterpret_cast<F>(reinterpret_cast<U>(size) | (reinterpret_cast<U>(sign) & 0x80000000u));
 }
-template <>
-inline V narrow<double>(V x) {
-  return x;
+inline J as_mask(F comparison) { return reinterpret_cast<J>(comparison); }
+inline F of_mask(J comparison) { return reinterpret_cast<F>(comparison); }
+inline bool any(J comparison) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(comparison)) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(comparison)) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(reinterpret_cast<__m128>(comparison)) != 0;
+#else
+  int32_t all = 0;
+  for (int k = 0; k < kFloats; ++k) all |= comparison[k];
+  return all != 0;
+#endif
 }
+inline F larger(F a, F b) { return a > b ? a : b; }  // b where a is NaN
+inline F clamped(F x, F limit) {                     // a NaN stays
+  x = x > limit ? limit : x;
+  return x < -limit ? -limit : x;
+}
+
+// ---- Between floats and doubles ----
+//
 // By name where the compiler would convert halves of vectors. (A mask of all lanes costs nothing;
 // the plain forms make gcc 12 warn of what its own header leaves undefined.)
-template <>
-inline V widen<float>(Floats x) {
+
+inline V widened(Floats x) {
 #if defined(__AVX512F__)
   return reinterpret_cast<V>(_mm512_maskz_cvtps_pd(0xff, reinterpret_cast<__m256>(x)));
 #elif defined(__AVX__)
@@ -126,8 +175,7 @@ inline V widen<float>(Floats x) {
   return __builtin_convertvector(x, V);
 #endif
 }
-template <>
-inline Floats narrow<float>(V x) {
+inline Floats narrowed(V x) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Floats>(_mm512_maskz_cvtpd_ps(0xff, reinterpret_cast<__m512d>(x)));
 #elif defined(__AVX__)
@@ -137,209 +185,260 @@ inline Floats narrow<float>(V x) {
 #endif
 }
 
-template <>
-inline V widen<bf16>(Words16 x) {
-  return widen<float>(reinterpret_cast<Floats>(__builtin_convertvector(x, Words32) << 16));
+// The first (0) or the second half of the lanes.
+template <int kHalf>
+inline V half(F x) {
+#if defined(__AVX512F__)
+  return widened(reinterpret_cast<Floats>(
+      _mm512_maskz_extractf64x4_pd(0xf, reinterpret_cast<__m512d>(x), kHalf)));
+#elif defined(__AVX__)
+  return widened(
+      reinterpret_cast<Floats>(_mm256_extractf128_ps(reinterpret_cast<__m256>(x), kHalf)));
+#else
+  Floats both[2];
+  std::memcpy(both, &x, sizeof(x));
+  return widened(both[kHalf]);
+#endif
 }
-template <>
-inline Words16 narrow<bf16>(V x) {
-  const Words32 b = reinterpret_cast<Words32>(narrow<float>(x));
-  const Words32 rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-  return __builtin_convertvector((b << 1) > 0xff000000u ? (b >> 16) | 0x40u : rounded, Words16);
+inline V halves(F x) { return half<0>(x) + half<1>(x); }
+inline double largest(F x) { return largest(larger(half<0>(x), half<1>(x))); }
+
+// ---- Half types ----
+
+// Their storage, by its bits.
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+template <class T>
+constexpr bool is_half = sizeof(T) == 2;
+template <class T>
+using Word = std::conditional_t<is_half<T>, uint16_t, T>;  // vectors are of these
+
+template <class T>
+inline Word<T>* words_of(T* p) {
+  return reinterpret_cast<Word<T>*>(p);
+}
+template <class T>
+inline const Word<T>* words_of(const T* p) {
+  return reinterpret_cast<const Word<T>*>(p);
 }
 
-// Exact: a half's exponent and mantissa, shifted into place, are 2^-112 times its value.
-template <>
-inline V widen<f16>(Words16 x) {
-  const Words32 h = __builtin_convertvector(x, Words32);
-  const Words32 size = (h & 0x7fffu) << 13;
-  const Words32 finite = reinterpret_cast<Words32>(reinterpret_cast<Floats>(size) * 0x1p112f);
-  const Words32 special = size | 0x7f800000u;
-  const Words32 value = size >= 0x0f800000u ? special : finite;
-  return widen<float>(reinterpret_cast<Floats>(value | ((h & 0x8000u) << 16)));
+// Sixteen bits to and from 32.
+template <int n>
+inline Vec<uint32_t, n> spread_out(Vec<uint16_t, n> x) {
+#if defined(__AVX512F__)
+  if constexpr (n == 16)
+    return reinterpret_cast<U>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(x)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (n == 8)
+    return reinterpret_cast<Vec<uint32_t, n>>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
+#endif
+  return __builtin_convertvector(x, Vec<uint32_t, n>);
 }
-template <>
-inline Words16 narrow<f16>(V x) {
-  const Words32 b = reinterpret_cast<Words32>(narrow<float>(x));
-  const Words32 size = b & 0x7fffffffu;
+template <int n>
+inline Vec<uint16_t, n> packed_up(Vec<uint32_t, n> x) {  // of numbers below 2^16
+#if defined(__AVX2__)
+  if constexpr (n == 8) {
+    const __m256i y = reinterpret_cast<__m256i>(x);
+    return reinterpret_cast<Vec<uint16_t, n>>(
+        _mm_packus_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1)));
+  }
+#endif
+  return __builtin_convertvector(x, Vec<uint16_t, n>);
+}
+
+template <int n>
+inline Vec<float, n> of_halves(Vec<uint16_t, n> x) {
+#if defined(__AVX512F__)
+  if constexpr (n == 16)
+    return reinterpret_cast<F>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(x)));
+#endif
+#if defined(__F16C__)
+  if constexpr (n == 8)
+    return reinterpret_cast<Vec<float, n>>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(x)));
+#endif
+  // A half's exponent and mantissa, shifted into place, are 2^-112 times its value.
+  typedef Vec<uint32_t, n> Us;
+  const Us h = spread_out<n>(x), size = (h & 0x7fffu) << 13;
+  const Us finite = reinterpret_cast<Us>(reinterpret_cast<Vec<float, n>>(size) * 0x1p112f);
+  const Us value = size >= 0x0f800000u ? size | 0x7f800000u : finite;
+  return reinterpret_cast<Vec<float, n>>(value | ((h & 0x8000u) << 16));
+}
+template <int n>
+inline Vec<uint16_t, n> to_halves(Vec<float, n> x) {
+#if defined(__AVX512F__)
+  if constexpr (n == 16)
+    return reinterpret_cast<Vec<uint16_t, n>>(
+        _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__F16C__)
+  if constexpr (n == 8)
+    return reinterpret_cast<Vec<uint16_t, n>>(
+        _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+#endif
   // Subnormal halves: adding 0.5 rounds to their unit, 2^-24.
-  const Words32 small =
-      reinterpret_cast<Words32>(reinterpret_cast<Floats>(size) + 0.5f) - 0x3f000000u;
-  const Words32 normal = (size + 0xc8000fffu + ((size >> 13) & 1u)) >> 13;
-  const Words32 special = size > 0x7f800000u ? Words32{} + 0x7e00u : Words32{} + 0x7c00u;
-  const Words32 value = size >= 0x47800000u ? special : size < 0x38800000u ? small : normal;
-  return __builtin_convertvector(value | ((b >> 16) & 0x8000u), Words16);
+  typedef Vec<uint32_t, n> Us;
+  const Us b = reinterpret_cast<Us>(x), size = b & 0x7fffffffu;
+  const Us small = reinterpret_cast<Us>(reinterpret_cast<Vec<float, n>>(size) + 0.5f) - 0x3f000000u;
+  const Us normal = (size + 0xc8000fffu + ((size >> 13) & 1u)) >> 13;
+  const Us special = size > 0x7f800000u ? Us{} + 0x7e00u : Us{} + 0x7c00u;
+  const Us value = size >= 0x47800000u ? special : size < 0x38800000u ? small : normal;
+  return packed_up<n>(value | ((b >> 16) & 0x8000u));
 }
 
-// ---- Memory
-// --------------------------------------------------------------------------------------
-
-// n elements as doubles; the lanes beyond n are zero.
-template <class T, class N>
-inline V load(const T* p, N n) {
-  typename Packed<T>::type x{};
-  std::memcpy(&x, p, sizeof(T) * static_cast<size_t>(n));
-  return widen<T>(x);
-}
-
-template <class T, class N>
-inline V load(const void* data, int64_t i, N n) {
-  return load(static_cast<const T*>(data) + i, n);
-}
-
-// Rounds x to T, writes its first n lanes, and returns what was written.
-template <class T, class N>
-inline V store(T* p, N n, V x) {
-  const typename Packed<T>::type rounded = narrow<T>(x);
-  std::memcpy(p, &rounded, sizeof(T) * static_cast<size_t>(n));
-  return widen<T>(rounded);
-}
-
-// ---- Element types
-// -------------------------------------------------------------------------------
-
-template <class T>
-struct Type;
-template <>
-struct Type<double> {
-  static constexpr double unit = 0x1p-53;  // unit roundoff
-  typedef int64_t Bits;
-};
-template <>
-struct Type<float> {
-  static constexpr double unit = 0x1p-24;
-  typedef int32_t Bits;
-};
-template <>
-struct Type<f16> {
-  static constexpr double unit = 0x1p-11;
-  typedef int16_t Bits;
-};
-template <>
-struct Type<bf16> {
-  static constexpr double unit = 0x1p-8;
-  typedef int16_t Bits;
-};
-
-template <class T>
-inline double value_of(T x) {
-  return load(&x, 1)[0];
-}
-
-// The neighbour of a finite x on the side of `goal`, as nextafter.
-template <class T>
-inline T toward(T x, double goal) {
-  typename Type<T>::Bits b;
-  std::memcpy(&b, &x, sizeof(T));
-  constexpr typename Type<T>::Bits sign =
-      static_cast<typename Type<T>::Bits>(uint64_t{1} << (8 * sizeof(T) - 1));
-  const double v = value_of(x);
-  if (v == goal) return x;
-  if (v == 0)
-    b = static_cast<typename Type<T>::Bits>(goal > 0 ? 1 : sign | 1);
+// What n stored elements are worth.
+template <class T, int n>
+inline Vec<float, n> to_floats(Vec<Word<T>, n> x) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return reinterpret_cast<Vec<float, n>>(spread_out<n>(x) << 16);
+  else if constexpr (std::is_same_v<T, f16>)
+    return of_halves<n>(x);
   else
-    b = static_cast<typename Type<T>::Bits>((v > goal) == (v > 0) ? b - 1 : b + 1);
-  std::memcpy(&x, &b, sizeof(T));
+    return x;
+}
+
+// What is stored of x, to nearest even, and in *stored what that is worth.
+template <class T, int n>
+inline Vec<Word<T>, n> to_words(Vec<float, n> x, Vec<float, n>* stored) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    typedef Vec<uint32_t, n> Us;
+    const Us b = reinterpret_cast<Us>(x);
+    const Us near = (b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u;
+    const Us value = x == x ? near : (b & 0xffff0000u) | 0x400000u;
+    *stored = reinterpret_cast<Vec<float, n>>(value);
+    return packed_up<n>(value >> 16);
+  } else if constexpr (std::is_same_v<T, f16>) {
+    const Vec<uint16_t, n> half = to_halves<n>(x);
+    *stored = of_halves<n>(half);
+    return half;
+  } else {
+    return *stored = x;
+  }
+}
+
+// ---- Memory ----
+
+// The first n words, n below kCount; the others are zero. By masks of bytes, or of four bytes each,
+// where the processor has them: a call of memcpy takes longer than what it copies.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <int kBytes>
+inline Vec<int32_t, kBytes / 4> lanes_below(int bytes) {
+  Vec<int32_t, kBytes / 4> end;
+  for (int k = 0; k < kBytes / 4; ++k) end[k] = 4 * (k + 1);
+  return end <= bytes;
+}
+#endif
+template <class W, int kCount>
+EMBATTLE_INLINE inline Vec<W, kCount> words_at(const W* p, int n) {
+  typedef Vec<W, kCount> Words;
+  [[maybe_unused]] const unsigned bytes = static_cast<unsigned>(n) * sizeof(W);
+#if defined(__AVX512F__)
+  const uint64_t mask = _bzhi_u64(~uint64_t{0}, bytes);
+  if constexpr (sizeof(Words) == 64)
+    return reinterpret_cast<Words>(_mm512_maskz_loadu_epi8(mask, p));
+  else if constexpr (sizeof(Words) == 32)
+    return reinterpret_cast<Words>(_mm256_maskz_loadu_epi8(static_cast<__mmask32>(mask), p));
+  else
+    return reinterpret_cast<Words>(_mm_maskz_loadu_epi8(static_cast<__mmask16>(mask), p));
+#else
+#if defined(__AVX2__)
+  if constexpr (sizeof(W) >= 4) {
+    const auto mask = lanes_below<sizeof(Words)>(static_cast<int>(bytes));
+    const auto* const from = reinterpret_cast<const float*>(p);
+    if constexpr (sizeof(Words) == 32)
+      return reinterpret_cast<Words>(_mm256_maskload_ps(from, reinterpret_cast<__m256i>(mask)));
+    else
+      return reinterpret_cast<Words>(_mm_maskload_ps(from, reinterpret_cast<__m128i>(mask)));
+  }
+#endif
+  Words x{};
+  std::memcpy(&x, p, bytes);
+  return x;
+#endif
+}
+template <class W, int kCount>
+EMBATTLE_INLINE inline void put_words(W* p, int n, Vec<W, kCount> x) {
+  [[maybe_unused]] const unsigned bytes = static_cast<unsigned>(n) * sizeof(W);
+#if defined(__AVX512F__)
+  const uint64_t mask = _bzhi_u64(~uint64_t{0}, bytes);
+  if constexpr (sizeof(x) == 64)
+    _mm512_mask_storeu_epi8(p, mask, reinterpret_cast<__m512i>(x));
+  else if constexpr (sizeof(x) == 32)
+    _mm256_mask_storeu_epi8(p, static_cast<__mmask32>(mask), reinterpret_cast<__m256i>(x));
+  else
+    _mm_mask_storeu_epi8(p, static_cast<__mmask16>(mask), reinterpret_cast<__m128i>(x));
+#else
+#if defined(__AVX2__)
+  if constexpr (sizeof(W) >= 4) {
+    const auto mask = lanes_below<sizeof(x)>(static_cast<int>(bytes));
+    auto* const to = reinterpret_cast<float*>(p);
+    if constexpr (sizeof(x) == 32)
+      _mm256_maskstore_ps(to, reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256>(x));
+    else
+      _mm_maskstore_ps(to, reinterpret_cast<__m128i>(mask), reinterpret_cast<__m128>(x));
+    return;
+  }
+#endif
+  std::memcpy(p, &x, bytes);
+#endif
+}
+
+// All of them.
+template <class W, int kCount>
+EMBATTLE_INLINE inline Vec<W, kCount> words_at(const W* p, Count<kCount>) {
+  Vec<W, kCount> x;
+  std::memcpy(&x, p, sizeof(x));
   return x;
 }
-
-// The number of type T that is nearest to x.
-template <class T>
-inline double nearest(double x) {
-  T rounded;
-  return store(&rounded, 1, splat(x))[0];
+template <class W, int kCount>
+EMBATTLE_INLINE inline void put_words(W* p, Count<kCount>, Vec<W, kCount> x) {
+  std::memcpy(p, &x, sizeof(x));
 }
 
-// The largest number of type T that is not above x >= 0.
-template <class T>
-inline double round_down(double x) {
-  T rounded;
-  store(&rounded, 1, splat(x));
-  while (value_of(rounded) > x) rounded = toward(rounded, 0.);
-  return value_of(rounded);
+// n elements; the lanes beyond n are zero.
+template <class T, class N>
+EMBATTLE_INLINE inline F fetch(const T* p, N n) {
+  return to_floats<T, kFloats>(words_at<Word<T>, kFloats>(words_of(p), n));
+}
+template <class T, class N>
+inline V load(const T* p, N n) {
+  const auto words = words_at<Word<T>, kLanes>(words_of(p), n);
+  if constexpr (std::is_same_v<T, double>)
+    return words;
+  else
+    return widened(to_floats<T, kLanes>(words));
 }
 
-// ---- Tensors
-// -------------------------------------------------------------------------------------
-
-// A tensor's elements. Elements<Any> are of a type that is only known when the program runs: one
-// copy of a kernel then serves all, at the price of a call per vector.
-struct Any {};
-
-template <class T>
-struct Elements {
-  T* p = nullptr;
-
-  Elements() = default;
-  explicit Elements(const Data& x) : p(static_cast<T*>(x.data)) {}
-  explicit Elements(const ConstData& x) : p(static_cast<T*>(const_cast<void*>(x.data))) {}
-  explicit operator bool() const { return p; }
-
-  template <class N>
-  V load(int64_t i, N n) const {
-    return embattle::load(p + i, n);
-  }
-  // What was stored comes back.
-  template <class N>
-  V store(int64_t i, N n, V x) const {
-    return embattle::store(p + i, n, x);
-  }
-  double at(int64_t i) const { return value_of(p[i]); }
-  void move_toward(int64_t i, double goal) const { p[i] = toward(p[i], goal); }
-  double unit() const { return Type<T>::unit; }
-  double nearest(double x) const { return embattle::nearest<T>(x); }
-  double round_down(double x) const { return embattle::round_down<T>(x); }
-};
-
-// Calls f(Elements<T>) for the type T that a tensor's elements have.
-template <class F>
-inline auto with_elements(const Data& x, const F& f) {
-  switch (x.dtype) {
-    case Dtype::f32:
-      return f(Elements<float>(x));
-    case Dtype::f64:
-      return f(Elements<double>(x));
-    case Dtype::f16:
-      return f(Elements<f16>(x));
-    case Dtype::bf16:
-      break;
-  }
-  return f(Elements<bf16>(x));
+// x as floats that a half type can be rounded from: to odd, which keeps what the second rounding
+// has to know.
+inline Floats rounded_to_odd(V x) {
+  typedef Vec<int32_t, kLanes> Ints;
+  const Floats near = narrowed(x);
+  const V back = widened(near);
+  const Ints b = reinterpret_cast<Ints>(near);
+  const Ints inexact = __builtin_convertvector((back < x) | (back > x), Ints);  // no NaN
+  const Ints short_of = __builtin_convertvector(abs(back) < abs(x), Ints);
+  const Ints towards = (short_of & 1) | (~short_of & -1);
+  return reinterpret_cast<Floats>(b + (towards & inexact & ((b & 1) - 1)));
 }
 
-[[maybe_unused, gnu::noinline]] V load_any(const Data& x, int64_t i, int n) {
-  return with_elements(x, [&](auto e) { return n == kLanes ? e.load(i, Whole{}) : e.load(i, n); });
+// Rounds x to T, once, writes its first n lanes, and returns what was written.
+template <class T, class N>
+inline V store(T* p, N n, V x) {
+  if constexpr (std::is_same_v<T, double>) {
+    put_words<double, kLanes>(p, n, x);
+    return x;
+  } else {
+    Floats stored;
+    const auto words = to_words<T, kLanes>(is_half<T> ? rounded_to_odd(x) : narrowed(x), &stored);
+    put_words<Word<T>, kLanes>(words_of(p), n, words);
+    return widened(stored);
+  }
 }
-[[maybe_unused, gnu::noinline]] V store_any(const Data& x, int64_t i, int n, V value) {
-  return with_elements(
-      x, [&](auto e) { return n == kLanes ? e.store(i, Whole{}, value) : e.store(i, n, value); });
-}
-
-template <>
-struct Elements<Any> {
-  Data x;
-
-  Elements() = default;
-  explicit Elements(const Data& data) : x(data) {}
-  explicit Elements(const ConstData& data) : x{const_cast<void*>(data.data), data.dtype} {}
-  explicit operator bool() const { return x.data; }
-
-  V load(int64_t i, int n) const { return load_any(x, i, n); }
-  V store(int64_t i, int n, V value) const { return store_any(x, i, n, value); }
-  double at(int64_t i) const { return load_any(x, i, 1)[0]; }
-  void move_toward(int64_t i, double goal) const {
-    with_elements(x, [&](auto e) { e.move_toward(i, goal); });
-  }
-  double unit() const {
-    return with_elements(x, [](auto e) { return e.unit(); });
-  }
-  double nearest(double value) const {
-    return with_elements(x, [&](auto e) { return e.nearest(value); });
-  }
-  double round_down(double value) const {
-    return with_elements(x, [&](auto e) { return e.round_down(value); });
-  }
-};
 
 }  // namespace
 }  // namespace embattle

@@ -1,0 +1,122 @@
+// Sums and norms of rows of gradients, in float64; of float32 and half types also in float lanes,
+// where these do.
+#pragma once
+
+#include "sums.h"
+
+namespace embattle {
+namespace {
+
+inline double element(const ConstData& x, int64_t i) { return Elements<Any>(x).at(i); }
+inline void put(const Data& x, int64_t i, double value) {
+  Elements<Any>(x).store(i, 1, splat(value));
+}
+
+// The lanes in which numbers of type C are computed.
+template <class C>
+struct Lane {
+  static constexpr int kCount = kFloats;
+  typedef F Vector;
+  template <class T, class N>
+  EMBATTLE_INLINE static F load(const T* x, N n) {
+    return fetch(x, n);
+  }
+  EMBATTLE_INLINE static V in_double(F x) { return halves(x); }  // neighbours' sums
+};
+template <>
+struct Lane<double> {
+  static constexpr int kCount = kLanes;
+  typedef V Vector;
+  template <class T, class N>
+  EMBATTLE_INLINE static V load(const T* x, N n) {
+    return embattle::load(x, n);
+  }
+  EMBATTLE_INLINE static V in_double(V x) { return x; }
+};
+
+// total[0, n) += x
+template <class N>
+EMBATTLE_INLINE inline void add_to(double* total, N n, V x) {
+  store(total, n, load(total, n) + x);
+}
+template <class N>
+EMBATTLE_INLINE inline void add_to(double* total, N n, F x) {
+  const int first = n < kLanes ? n : kLanes;
+  add_to(total, first, half<0>(x));
+  if (n > kLanes) add_to(total + kLanes, n - kLanes, half<1>(x));
+}
+
+// total[0, n) += factor * x[0, n)
+template <class T>
+inline void add_scaled(const T* x, double factor, int64_t n, double* total) {
+  each(0, n,
+       [=](int64_t i, auto w) EMBATTLE_INLINE { add_to(total + i, w, factor * load(x + i, w)); });
+}
+
+// The sum of the squares of x[0, n), times scale^2.
+template <class T>
+inline double squares_wide(const T* x, int64_t n, double scale = 1) {
+  return totals_of_run<1>(0, n,
+                          [=](int64_t i, auto w, V* acc) EMBATTLE_INLINE {
+                            const V v = load(x + i, w) * scale;
+                            acc[0] += v * v;
+                          })
+      .v[0];
+}
+
+inline double squares(const double* x, int64_t n) { return squares_wide(x, n); }
+// Float lanes, in blocks: one that comes near the ends of float32's range is done again in double.
+template <class T>
+inline double squares(const T* x, int64_t n) {
+  constexpr int64_t kBlock = 512;
+  double sum = 0;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t stop = i + kBlock < n ? i + kBlock : n;
+    Terms<1> terms;
+    terms.add(i, stop, [=](int64_t at, auto w, F* to) EMBATTLE_INLINE {
+      const F v = fetch(x + at, w);
+      to[0] = v * v;
+    });
+    const double block = terms.result().v[0];
+    const bool moderate = block > 1e-25 && block < 1e+37;
+    sum += __builtin_expect(moderate, true) ? block : squares_wide(x + i, stop - i);
+  }
+  return sum;
+}
+
+// The largest size among x[0, n) and `so_far`, or NaN where one is.
+template <class T>
+inline double largest(const T* x, int64_t n, double so_far) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double size = __builtin_fabs(value_of(x[i]));
+    if (size > so_far || size != size) so_far = size;
+  }
+  return so_far;
+}
+
+// A power of two by which numbers up to `largest`, squared, stay in the range of doubles.
+inline double scale_for(double largest) {
+  return largest > 0x1p400 ? 0x1p-600 : largest < 0x1p-400 ? 0x1p600 : 1;
+}
+
+// The norm whose square is square_at(1), and with all elements times s square_at(s). Squares of
+// float64 numbers may leave the range of doubles: then `most()` tells the largest size.
+template <class T, class S, class M>
+inline double norm_of(const S& square_at, const M& most) {
+  const double square = square_at(1.);
+  if (sizeof(T) < sizeof(double) || (square > 1e-280 && square < 1e280))
+    return __builtin_sqrt(square);
+  const double scale = scale_for(most());
+  return __builtin_sqrt(square_at(scale)) / scale;
+}
+
+// The l2 norm of x[0, n).
+template <class T>
+inline double row_norm(const T* x, int64_t n) {
+  return norm_of<T>(
+      [=](double scale) { return scale == 1 ? squares(x, n) : squares_wide(x, n, scale); },
+      [=] { return largest(x, n, 0); });
+}
+
+}  // namespace
+}  // namespace embattle
