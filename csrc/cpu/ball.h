@@ -1,8 +1,7 @@
 // The projection of a group on its ball and box, and how the result is stored.
 //
-// A perturbation comes as a source: z(i, n) gives elements of the perturbation to be projected,
-// given(i, n) those of the tensor as it came in (x itself where there is an origin). The Euclidean
-// projection moves every element towards zero by a rule with one multiplier per group:
+// The Euclidean projection of a perturbation, which comes as a Source, moves every element towards
+// zero by a rule with one multiplier per group:
 //   l2    s |z|
 //   l1    max(|z| - base - tau, 0)
 //   linf  min(|z|, eps)

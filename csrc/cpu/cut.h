@@ -103,34 +103,36 @@ inline void for_elements(const Cut& cut, const F& f, bool taking_part = true) {
   });
 }
 
-// Calls f(begin, end, team) for shares of the groups [from, to): few big groups one after the other
-// with all threads on each (team: how to call them), else many groups at a time, a thread on each
-// share (team: null).
-template <class F>
-inline void for_shares(const Groups& groups, int64_t from, int64_t to, ParallelFor parallel_for,
-                       const F& f) {
-  if (to <= from) return;
-  const int64_t mean = groups.rows * groups.dim / (groups.groups > 0 ? groups.groups : 1);
-  const bool split = mean >= (to - from < 16 ? int64_t{1} << 17 : int64_t{1} << 20);
-  if (split || !parallel_for)
-    f(from, to, split ? parallel_for : nullptr);
-  else
-    parallel(parallel_for, to - from, kGrain / (mean > 0 ? mean : 1) + 1,
-             [&](int64_t begin, int64_t end) { f(from + begin, from + end, ParallelFor{}); });
-}
-
 inline Cut cut_of(const Groups& groups, int64_t g, ParallelFor team) {
   const int64_t first = groups.offsets ? groups.offsets[g] : g * groups.rows_per_group;
   const int64_t last = groups.offsets ? groups.offsets[g + 1] : first + groups.rows_per_group;
   return {groups, g, first, last, team};
 }
 
-// Calls f(cut) for every group [from, to).
+// A share of the groups: few big ones, one after the other with all threads on each (team: how to
+// call them), or many groups for one thread (team: null).
+struct Share {
+  const Groups& groups;
+  int64_t begin, end;
+  ParallelFor team;
+};
+
+// Calls f(share) for shares of all groups, on any thread.
 template <class F>
-inline void for_groups(const Groups& groups, int64_t from, int64_t to, ParallelFor parallel_for,
-                       const F& f) {
-  for_shares(groups, from, to, parallel_for, [&](int64_t begin, int64_t end, ParallelFor team) {
-    for (int64_t g = begin; g < end; ++g) f(cut_of(groups, g, team));
+inline void for_shares(const Groups& groups, ParallelFor parallel_for, const F& f) {
+  if (groups.groups <= 0) return;
+  const int64_t mean = groups.rows * groups.dim / groups.groups;
+  const bool split = mean >= (groups.groups < 16 ? int64_t{1} << 17 : int64_t{1} << 20);
+  if (split) return f(Share{groups, 0, groups.groups, parallel_for});
+  parallel(parallel_for, groups.groups, kGrain / (mean > 0 ? mean : 1) + 1,
+           [&](int64_t begin, int64_t end) { f(Share{groups, begin, end, nullptr}); });
+}
+
+// Calls f(cut) for every group.
+template <class F>
+inline void for_groups(const Groups& groups, ParallelFor parallel_for, const F& f) {
+  for_shares(groups, parallel_for, [&](const Share& share) {
+    for (int64_t g = share.begin; g < share.end; ++g) f(cut_of(groups, g, share.team));
   });
 }
 

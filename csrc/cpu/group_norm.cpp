@@ -35,7 +35,7 @@ void EMBATTLE_AT_LEVEL(group_norm)(const NormArgs& args, ParallelFor parallel_fo
   with_type(args.x.dtype, [&]<class T>(T*) {
     const T* const x = static_cast<const T*>(args.x.data);
     with_norm(args.norm, [&]<Norm kNorm>(Of<kNorm>) {
-      for_groups(args.groups, 0, args.groups.groups, parallel_for, [&](const Cut& cut) {
+      for_groups(args.groups, parallel_for, [&](const Cut& cut) {
         out.store(cut.index, 1, splat(norm_of_group<kNorm>(cut, x)));
       });
     });

@@ -37,13 +37,18 @@ inline void clear_masked(const Cut& cut, T* out) {
   });
 }
 
-// Sees to it that what was stored lies in the l1 or l2 ball; there is no origin. `sum` is the sum
-// of its sizes or squares in float lanes: where that leaves a doubt, the norm is taken in double.
+// Whether what was stored certainly lies in the l1 or l2 ball; there is no origin. `sum` is the sum
+// of its sizes or squares in float lanes.
+template <Norm kNorm, class E>
+inline auto is_inside(const Cut& cut, E eps, E sum) {
+  const double vanished = static_cast<double>(cut.end() - cut.begin()) * 0x1p-148;
+  return sum * (1 + kSumError) + vanished <= (kNorm == Norm::l2 ? eps * eps : eps);
+}
+
+// Sees to it that it does: where the sum leaves a doubt, the norm is taken in double.
 template <Norm kNorm, class T>
 inline void keep_inside(const Cut& cut, double eps, T* to, double sum) {
-  if (eps == kInfinity) return;
-  const double vanished = static_cast<double>(cut.end() - cut.begin()) * 0x1p-148;
-  if (sum * (1 + kSumError) + vanished <= (kNorm == Norm::l2 ? eps * eps : eps)) return;
+  if (eps == kInfinity || is_inside<kNorm>(cut, eps, sum)) return;
   const double norm = length<kNorm>(cut, [&](int64_t i, auto n) { return load(to + i, n); });
   if (norm > eps) pull_in<kNorm>(cut, eps, Place<T>(Elements<T>(to)), norm);
 }
@@ -53,14 +58,15 @@ inline void keep_inside(const Cut& cut, double eps, T* to, double sum) {
 constexpr int64_t kFewest = 64;
 
 // What the projection scales to: so far inside that keep_inside has no doubt.
-template <class T>
-inline double float_aim(const Cut& cut, double eps) {
+template <class T, class E>
+inline E float_aim(const Cut& cut, E eps) {
   return eps * aim(kUnit<T>, cut.count()) * (1 - 2 * kSumError);
 }
 
-inline bool fits_float(double x) {
-  const double size = __builtin_fabs(x);
-  return size == 0 || (size > 0x1p-60 && size < 0x1p60);
+template <class E>
+inline auto fits_float(E x) {
+  const E size = abs(x);
+  return (size == 0) | ((size > 0x1p-60) & (size < 0x1p60));
 }
 
 template <class T>

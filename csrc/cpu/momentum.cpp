@@ -105,7 +105,7 @@ void step(const Cut& cut, const StepArgs& args, const Place<Any>& place) {
 void EMBATTLE_AT_LEVEL(momentum_step)(const StepArgs& args, ParallelFor parallel_for) {
   const Place<Any> place(args.out, args.box);
   with_norm(args.norm, [&](auto of) {
-    for_groups(args.groups, 0, args.groups.groups, parallel_for,
+    for_groups(args.groups, parallel_for,
                [&](const Cut& cut) { step<decltype(of)::norm>(cut, args, place); });
   });
 }

@@ -2,11 +2,10 @@
 // element's place in the tensor alone; the layout is told in python/embattle/ops/reference/.
 #include <cmath>
 
+#include "batch.h"
 #include "draw.h"
-#include "inside.h"
 #include "project_group.h"
 #include "scratch.h"
-#include "short_rows.h"
 
 namespace embattle {
 namespace {
@@ -75,22 +74,6 @@ inline void for_numbers(const Cut& cut, const NoiseArgs& args, const Keys& keys,
   });
 }
 
-// A multiple of what already lies in the output.
-template <class T>
-struct Scaled {
-  const Place<T>& place;
-  double scale;
-
-  template <class N>
-  V given(int64_t i, N n) const {
-    return place.origin(i, n);
-  }
-  template <class N>
-  V z(int64_t i, N n) const {
-    return place.out.load(i, n) * scale;
-  }
-};
-
 constexpr Draw start_of(Norm norm) {
   return norm == Norm::linf ? Draw::uniform : norm == Norm::l2 ? Draw::gaussian : Draw::exponential;
 }
@@ -105,27 +88,21 @@ inline double radius_of(const Cut& cut, const int64_t* key) {
 
 // ---- Float lanes, where there is neither an origin nor a box ----
 
-// What float lanes need for groups of up to kBuffer elements: they are drawn into a buffer, which
-// stays in cache, and written once.
-constexpr int64_t kBuffer = int64_t{1} << 17;
-struct Buffer {
-  Scratch<float> memory;
+// Groups of up to kBuffer elements are drawn into a buffer, which stays in cache, and written once;
+// of short ones so many that they have kTogether elements.
+constexpr int64_t kBuffer = int64_t{1} << 17, kTogether = 4 * kStretch;
 
-  Buffer(const Groups& groups, int64_t begin, int64_t end) : memory(most(groups, begin, end)) {}
-  // Where the elements of a group lie, by their place in the tensor.
-  float* at(const Cut& cut) { return memory.get() - cut.begin(); }
-
- private:
-  static int64_t most(const Groups& groups, int64_t begin, int64_t end) {
-    int64_t extent = 0;
-    for (int64_t g = begin; g < end; ++g) {
-      const Cut cut = cut_of(groups, g, nullptr);
-      const int64_t own = cut.end() - cut.begin();
-      if (own > extent && own <= kBuffer) extent = own;
-    }
-    return extent;
+// How many elements a share's buffer needs.
+inline int64_t buffer_for(const Share& share, int64_t size) {
+  int64_t extent = 0;
+  for (int64_t g = share.begin; g < share.end; ++g) {
+    const Cut cut = cut_of(share.groups, g, nullptr);
+    const int64_t own = cut.end() - cut.begin();
+    if (own > extent && own <= kBuffer) extent = own;
+    if (!share.groups.offsets) break;
   }
-};
+  return extent * size;
+}
 
 // Calls f(i, n, numbers) for the float vectors of elements that take part, and settle() on the
 // thread that did a block.
@@ -139,14 +116,14 @@ inline void for_floats(const Cut& cut, const Keys& keys, const Fn& f, const S& s
   });
 }
 
-// Draws the group into a buffer (kDrawn: that was done), and returns the sum of squares (l1: of
+// Draws the group into a buffer (drawn: that was done), and returns the sum of squares (l1: of
 // sizes).
-template <Norm kNorm, bool kDrawn = false>
-inline double fill(const Cut& cut, const Keys& keys, float* buffer) {
+template <Norm kNorm>
+inline double fill(const Cut& cut, const Keys& keys, float* buffer, bool drawn) {
   double sum = 0;
   cut.runs(cut.begin(), cut.end(), [&](int64_t begin, int64_t end) {
     stretches(begin, end, [&](int64_t at, int64_t stop) {
-      if (!kDrawn) draw<start_of(kNorm)>(keys, at, stop, buffer + at);
+      if (!drawn) draw<start_of(kNorm)>(keys, at, stop, buffer + at);
       Terms<1> terms;
       terms.add(at, stop, [=](int64_t i, auto n, F* to) EMBATTLE_INLINE {
         const F z = fetch(buffer + i, n);
@@ -180,34 +157,14 @@ inline bool scale_to_radius(const Cut& cut, double eps, double share, double sum
   return true;
 }
 
-// As in plain.h, `false` means that nothing was written.
-template <Norm kNorm, class T>
-inline bool start_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& keys, double eps,
-                            Buffer& buffer) {
-  const int64_t extent = cut.end() - cut.begin();
-  if (!fits_float(eps)) return false;
-  const Sink<T> out(args.out, nullptr, cut.groups.rows, cut.groups.dim);
-  if (kNorm == Norm::linf) {
-    const F most = all(static_cast<float>(eps)),
-            limit = all(static_cast<float>(round_down<T>(eps)));
-    for_floats<Draw::uniform>(
-        cut, keys,
-        [=](int64_t i, auto n, F u) EMBATTLE_INLINE { out.store(i, n, clamped(u * most, limit)); },
-        [&] { out.settle(); });
-    return true;
-  }
-  if (extent < kFewest || extent > kBuffer || cut.parallel_for) return false;
-  const double sum = fill<kNorm>(cut, keys, buffer.at(cut));
-  return scale_to_radius<kNorm>(cut, eps, radius_of(cut, args.key), sum, buffer.at(cut), out);
-}
-
+// Precondition of `true`: the cut is one group, or many with the same numbers and no ball.
 template <class T>
-inline bool add_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& keys) {
+inline bool add_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& keys,
+                          const Sink<T>& past) {
   const double std = of_group(args.std, cut.index), eps = of_group(args.eps, cut.index);
   if (cut.end() - cut.begin() < kFewest || !fits_float(std)) return false;
   if (sizeof(T) < 4 && args.norm == Norm::l1 && eps < kInfinity) return false;  // add_in_double
   const T* x = static_cast<const T*>(args.x.data);
-  const Sink<T> past(args.out, x, cut.groups.rows, cut.groups.dim);
   const Sink<T> out = eps == kInfinity ? past : Sink<T>(past.p);
   const F factor = all(static_cast<float>(std));
   for_floats<Draw::gaussian>(
@@ -220,14 +177,19 @@ inline bool add_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& key
   return true;
 }
 
-// ---- Many short groups: their numbers are drawn together ----
+// ---- The start in float lanes ----
 
-// Numbers of so many elements, and radii of so many groups, at a time.
-constexpr int64_t kTogether = 4 * kStretch, kRadii = kTogether / kFewest;
+// How many groups are drawn together, by the table of batch.h but for l1 and l2.
+inline int64_t start_size(const NoiseArgs& args) {
+  const Groups& groups = args.groups;
+  if (args.norm == Norm::linf) return batch_size(groups, args.norm, is_one_number(args.eps));
+  return are_short(groups) ? kTogether / (groups.rows_per_group * groups.dim) : 1;
+}
 
-// The radii of groups [first, last) of n elements each, as radius_of gives them. last - first <=
-// kRadii.
-inline void radii_of(const Keys& keys, int64_t first, int64_t last, int64_t n, double* to) {
+// The radii of groups [first, last) of n elements each, as radius_of gives them.
+inline void radii_of(const int64_t* key, int64_t first, int64_t last, int64_t n, double* to) {
+  const int64_t of_groups[] = {key[0], key[1] ^ INT64_MIN};  // stream 1
+  const Keys keys(of_groups);
   const double power = 1 / static_cast<double>(n);
   for (int64_t g = first & ~int64_t{kLanes - 1}; g < last; g += kLanes) {
     U words[1][2];
@@ -241,58 +203,42 @@ inline void radii_of(const Keys& keys, int64_t first, int64_t last, int64_t n, d
   }
 }
 
-// Starts groups [begin, end) if there is a way for short ones. `alone(cut)` takes one group.
-template <Norm kNorm, class T, class A>
-inline bool start_rows(const NoiseArgs& args, const Keys& keys, int64_t begin, int64_t end,
-                       Buffer& buffer, const A& alone) {
-  const Groups& groups = args.groups;
-  const Sink<T> out(args.out, nullptr, groups.rows, groups.dim);
+// As in plain.h: `false` means that nothing was written, and l1 and l2 hand over what they leave.
+template <Norm kNorm, class T, class D>
+inline bool start_in_floats(const Batch& batch, const NoiseArgs& args, const Keys& keys,
+                            const Sink<T>& out, float* buffer, const D& in_double) {
+  const Cut all_groups = batch.joined();
   if (kNorm == Norm::linf) {
-    const double eps = is_one_number(args.eps) ? of_group(args.eps, 0) : 0;
-    if (!(eps > 0) || !fits_float(eps) || mean_extent(groups) > kShort) return false;
-    stretches_of_groups(groups, begin, end, [&](const Cut& cut, int64_t, int64_t) {
-      start_in_floats<kNorm, T>(cut, args, keys, eps, buffer);
-      clear_masked(cut, out.p);
-    });
+    const double eps = of_group(args.eps, batch.first);
+    if (!(eps > 0) || !fits_float(eps)) return false;
+    const F most = all(static_cast<float>(eps)),
+            limit = all(static_cast<float>(round_down<T>(eps)));
+    for_floats<Draw::uniform>(
+        all_groups, keys,
+        [=](int64_t i, auto n, F u) EMBATTLE_INLINE { out.store(i, n, clamped(u * most, limit)); },
+        [&] { out.settle(); });
     return true;
   }
-  if (!are_short(groups)) return false;
-  const int64_t key[] = {args.key[0], args.key[1] ^ INT64_MIN};  // of stream 1
-  const Keys of_groups(key);
-  const int64_t extent = groups.rows_per_group * groups.dim, many = kTogether / extent;
-  float numbers[kTogether];
-  double radii[kRadii];
-  for (int64_t g = begin; g < end; g += many) {
-    const int64_t last = g + many < end ? g + many : end, low = g * extent;
-    stretches(low, last * extent, [&](int64_t at, int64_t stop) {
-      draw<start_of(kNorm)>(keys, at, stop, numbers + (at - low));
+  const int64_t begin = all_groups.begin(), end = all_groups.end();
+  const int64_t extent = (end - begin) / batch.count;
+  if (extent < kFewest || extent > kBuffer || batch.team) return false;
+  const bool together = batch.count > 1;
+  double radii[kTogether / kFewest];
+  float* const numbers = buffer - begin;  // by an element's place in the tensor
+  if (together) {
+    radii_of(args.key, batch.first, batch.first + batch.count, extent, radii);
+    stretches(begin, end, [&](int64_t at, int64_t stop) {
+      draw<start_of(kNorm)>(keys, at, stop, numbers + at);
     });
-    radii_of(of_groups, g, last, extent, radii);
-    for (int64_t i = g; i < last; ++i) {
-      const Cut cut = cut_of(groups, i, nullptr);
-      const double eps = of_group(args.eps, i);
-      float* const at = numbers - low;
-      if (!(eps > 0) || !fits_float(eps) ||
-          !scale_to_radius<kNorm>(cut, eps, radii[i - g], fill<kNorm, true>(cut, keys, at), at,
-                                  out))
-        alone(cut);
-    }
   }
-  return true;
-}
-
-// Adds noise to groups [begin, end) likewise, where there is no ball.
-template <class T>
-inline bool add_to_rows(const NoiseArgs& args, const Keys& keys, int64_t begin, int64_t end) {
-  const Groups& groups = args.groups;
-  const bool alike = is_one_number(args.std) && is_one_number(args.eps) && !groups.offsets;
-  if (!alike || !(of_group(args.eps, 0) == kInfinity) || !fits_float(of_group(args.std, 0)) ||
-      groups.rows_per_group * groups.dim < kFewest || mean_extent(groups) > kShort)
-    return false;
-  stretches_of_groups(groups, begin, end, [&](const Cut& cut, int64_t, int64_t) {
-    add_in_floats<T>(cut, args, keys);
-    clear_masked(cut, static_cast<T*>(args.out.data));
-  });
+  for (int k = 0; k < batch.count; ++k) {
+    const Cut cut = batch.cut(k);
+    const double eps = of_group(args.eps, cut.index);
+    if (!(eps > 0) || !fits_float(eps) ||
+        !scale_to_radius<kNorm>(cut, eps, together ? radii[k] : radius_of(cut, args.key),
+                                fill<kNorm>(cut, keys, numbers, together), numbers, out))
+      in_double(cut);
+  }
   return true;
 }
 
@@ -301,6 +247,7 @@ inline bool add_to_rows(const NoiseArgs& args, const Keys& keys, int64_t begin, 
 template <Norm kNorm, class T>
 void start_in_double(const Cut& cut, const NoiseArgs& args, const Keys& keys, double eps,
                      const Place<T>& place) {
+  if (!(eps > 0)) return clear(cut, place);
   for_numbers<T, start_of(kNorm)>(
       cut, args, keys, [&](int64_t i, auto n, V number) { place.out.store(i, n, number); });
   double scale = eps;
@@ -308,7 +255,9 @@ void start_in_double(const Cut& cut, const NoiseArgs& args, const Keys& keys, do
     const double size = length<kNorm>(cut, [&](int64_t i, auto n) { return place.out.load(i, n); });
     scale = size > 0 ? eps * radius_of(cut, args.key) / size : 0;
   }
-  finish<kNorm>(cut, eps, place, Scaled<T>{place, scale});
+  finish<kNorm>(cut, eps, place,
+                Source{[&](int64_t i, auto n) { return place.origin(i, n); },
+                       [&, scale](int64_t i, auto n) { return place.out.load(i, n) * scale; }});
 }
 
 template <class T>
@@ -330,30 +279,18 @@ template <class T>
 void start(const NoiseArgs& args, ParallelFor parallel_for) {
   const Place<T> place(args.out, args.box);
   const Keys keys(args.key);
-  with_norm(args.norm, [&](auto of) {
-    constexpr Norm norm = decltype(of)::norm;
-    const auto share = [&](int64_t begin, int64_t end, ParallelFor team) {
-      Buffer buffer(args.groups, place.plain ? begin : end, end);
-      const auto alone = [&](const Cut& cut) {
-        const double eps = of_group(args.eps, cut.index);
-        if (!(eps > 0)) return clear(cut, place);
-        const bool done = place.plain && with_short_type<T>(args.out.dtype, [&](auto* type) {
-                            typedef std::remove_pointer_t<decltype(type)> Short;
-                            if (!start_in_floats<norm, Short>(cut, args, keys, eps, buffer))
-                              return false;
-                            clear_masked(cut, static_cast<Short*>(args.out.data));
-                            return true;
-                          });
-        if (!done) start_in_double<norm>(cut, args, keys, eps, place);
-      };
-      const bool done = place.plain && !team && with_short_type<T>(args.out.dtype, [&](auto* type) {
-                          typedef std::remove_pointer_t<decltype(type)> Short;
-                          return start_rows<norm, Short>(args, keys, begin, end, buffer, alone);
-                        });
-      if (!done)
-        for (int64_t g = begin; g < end; ++g) alone(cut_of(args.groups, g, team));
+  const int64_t size = place.plain ? start_size(args) : 0;
+  with_norm(args.norm, [&]<Norm kNorm>(Of<kNorm>) {
+    const auto in_double = [&](const Cut& cut) {
+      start_in_double<kNorm>(cut, args, keys, of_group(args.eps, cut.index), place);
     };
-    for_shares(args.groups, 0, args.groups.groups, parallel_for, share);
+    for_shares(args.groups, parallel_for, [&](const Share& share) {
+      Scratch<float> buffer(kNorm == Norm::linf ? 0 : buffer_for(share, size));
+      const auto in_floats = [&](const Batch& batch, const auto& out) {
+        return start_in_floats<kNorm>(batch, args, keys, out, buffer.get(), in_double);
+      };
+      take_share<T>(share, size, args.out, nullptr, in_floats, in_double);
+    });
   });
 }
 
@@ -361,24 +298,19 @@ template <class T>
 void add_noise(const NoiseArgs& args, ParallelFor parallel_for) {
   const Place<T> place(args.out, args.box);
   const Keys keys(args.key);
-  const auto alone = [&](const Cut& cut) {
-    const bool done = place.plain && with_short_type<T>(args.out.dtype, [&](auto* type) {
-                        typedef std::remove_pointer_t<decltype(type)> Short;
-                        if (!add_in_floats<Short>(cut, args, keys)) return false;
-                        clear_masked(cut, static_cast<Short*>(args.out.data));
-                        return true;
-                      });
-    if (!done) add_in_double<T>(cut, args, keys);
+  const Groups& groups = args.groups;
+  // Without a ball many groups are as one; but short ones, each by itself, draw in double.
+  const bool alike = is_one_number(args.std) && is_one_number(args.eps) && !groups.offsets &&
+                     groups.rows_per_group * groups.dim >= kFewest &&
+                     of_group(args.eps, 0) == kInfinity;
+  const int64_t size = place.plain ? batch_size(groups, Norm::linf, alike) : 0;
+  const auto in_double = [&](const Cut& cut) { add_in_double<T>(cut, args, keys); };
+  const auto in_floats = [&](const Batch& batch, const auto& out) {
+    return add_in_floats(batch.joined(), args, keys, out);
   };
-  const auto share = [&](int64_t begin, int64_t end, ParallelFor team) {
-    const bool done = place.plain && !team && with_short_type<T>(args.out.dtype, [&](auto* type) {
-                        typedef std::remove_pointer_t<decltype(type)> Short;
-                        return add_to_rows<Short>(args, keys, begin, end);
-                      });
-    if (!done)
-      for (int64_t g = begin; g < end; ++g) alone(cut_of(args.groups, g, team));
-  };
-  for_shares(args.groups, 0, args.groups.groups, parallel_for, share);
+  for_shares(groups, parallel_for, [&](const Share& share) {
+    take_share<T>(share, size, args.out, args.x.data, in_floats, in_double);
+  });
 }
 
 }  // namespace

@@ -49,6 +49,16 @@ inline double length(const Cut& cut, const F& f) {
   return kNorm == Norm::l2 ? length_of_square(cut, sum, f) : sum;
 }
 
+// A perturbation that is to be projected: z(i, n) gives elements of it, given(i, n) those of the
+// tensor as it came in (x itself where there is an origin).
+template <class G, class Z>
+struct Source {
+  G given;
+  Z z;
+};
+template <class G, class Z>
+Source(G, Z) -> Source<G, Z>;
+
 // The result and its bounds.
 template <class T>
 struct Place {

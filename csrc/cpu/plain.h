@@ -1,9 +1,10 @@
 // The step and the projection in float lanes, where there is neither an origin nor a box. Each
 // function returns false, with nothing written, where float32 does not do: numbers so large or
 // small that their squares over- or underflow, sums that cancel, gradients that are not finite. The
-// double path then takes the group.
+// double path then takes the group; those of l2, which take several, hand it over themselves.
 #pragma once
 
+#include "batch.h"
 #include "plain_l1.h"
 
 namespace embattle {
@@ -53,126 +54,130 @@ inline bool step_linf(const Cut& cut, double step_size, double eps, const T* x, 
   return doubt == 0;
 }
 
-// ---- l2 ----
+// ---- l2: what is worked out once per group is worked out for all of a batch ----
 
-template <class T>
-inline bool project_l2(const Cut& cut, double eps, const T* x, const Sink<T>& out) {
-  if (eps == kInfinity) {
-    copy_group(cut, x, out);
-    return true;
-  }
-  if (cut.end() - cut.begin() < kFewest) return false;
-  const double n = static_cast<double>(cut.end() - cut.begin());
-  const double square = float_sums<1>(cut, [=](int64_t i, auto w, F* acc) EMBATTLE_INLINE {
-                          const F d = fetch(x + i, w);
-                          acc[0] = d * d;
-                        }).v[0];
-  if (!(square >= n * 0x1p-120 && square < kInfinity)) return false;
-  double norm = __builtin_sqrt(square);
-  if (norm <= eps * (1 + kSumError) && norm * (1 + kSumError) > eps)
-    norm = length<Norm::l2>(cut, [&](int64_t i, auto w) { return load(x + i, w); });
-  if (norm <= eps) {
-    copy_group(cut, x, out);
-    return true;
-  }
-  const double scale = float_aim<T>(cut, eps) / norm;
-  if (scale == 0 || !fits_float(scale)) return false;
-  const F s = all(static_cast<float>(scale));
-  const double size = float_sums<1, true>(
-                          cut,
-                          [=](int64_t i, auto w, F* acc) EMBATTLE_INLINE {
-                            const F z = out.store(i, w, fetch(x + i, w) * s);
-                            acc[0] = z * z;
-                          },
-                          [&] { out.settle(); })
-                          .v[0];
-  keep_inside<Norm::l2>(cut, eps, out.p, size);
+// Stores what z(k, i, n) gives of the groups that are `taken`, and sees to it that they lie in
+// their balls.
+template <class T, class Z>
+inline void store_inside(const Batch& batch, I taken, V eps, const Sink<T>& out, const Z& z) {
+  V sums[1];
+  const auto store = [&](int k) {
+    return [=, of = z(k)](int64_t i, auto n, F* to) EMBATTLE_INLINE {
+      const F stored = out.store(i, n, of(i, n));
+      to[0] = stored * stored;
+    };
+  };
+  batch_sums<1, true>(batch, taken, sums, store, [&] { out.settle(); });
+  const I doubt = taken & ~is_inside<Norm::l2>(batch.cut(0), eps, sums[0]);
+  for (int k = 0; any(doubt) && k < batch.count; ++k)
+    if (doubt[k]) keep_inside<Norm::l2>(batch.cut(k), eps[k], out.p, sums[0][k]);
+}
+
+template <class T, class D>
+inline bool project_l2(const Batch& batch, V eps, const T* x, const Sink<T>& out,
+                       const D& in_double) {
+  const Cut one = batch.cut(0);
+  if (one.end() - one.begin() < kFewest) return false;
+  const double n = static_cast<double>(one.end() - one.begin());
+  const I bounded = eps < kInfinity;
+  V sums[1];
+  const auto terms = [=](int) {
+    return [=](int64_t i, auto w, F* to) EMBATTLE_INLINE {
+      const F d = fetch(x + i, w);
+      to[0] = d * d;
+    };
+  };
+  batch_sums<1>(batch, bounded, sums, terms, [] {});
+  V norm = per_group(batch, [](auto square) { return root(square); }, sums[0]);
+  const I good = (sums[0] >= n * 0x1p-120) & (sums[0] < kInfinity);
+  const I doubt = good & (norm <= eps * (1 + kSumError)) & (norm * (1 + kSumError) > eps);
+  for (int k = 0; any(doubt) && k < batch.count; ++k)
+    if (doubt[k])
+      norm[k] = length<Norm::l2>(batch.cut(k), [&](int64_t i, auto w) { return load(x + i, w); });
+  const V scale = per_group(
+      batch, [](auto goal, auto length) { return goal / length; }, float_aim<T>(one, eps), norm);
+  const I stays = ~bounded | (good & (norm <= eps));
+  const I moves = good & ~stays & (scale > 0) & fits_float(scale);
+  for (int k = 0; any(~moves) && k < batch.count; ++k)
+    if (stays[k])
+      copy_group(batch.cut(k), x, out);
+    else if (!moves[k])
+      in_double(batch.cut(k));
+  store_inside(batch, moves, eps, out, [=](int k) {
+    const F s = all(static_cast<float>(scale[k]));
+    return [=](int64_t i, auto w) EMBATTLE_INLINE { return fetch(x + i, w) * s; };
+  });
   return true;
 }
 
-template <class T>
-inline bool step_l2(const Cut& cut, double step_size, double eps, const T* x, const T* grad,
-                    const Sink<T>& out) {
-  if (cut.end() - cut.begin() < kFewest) return false;
-  const double n = static_cast<double>(cut.end() - cut.begin());
-  const auto sums = float_sums<3>(cut, [=](int64_t i, auto w, F* acc) EMBATTLE_INLINE {
-    const F g = fetch(grad + i, w), d = fetch(x + i, w);
-    acc[0] = g * g;
-    acc[1] = g * d;
-    acc[2] = d * d;
+template <class T, class D>
+inline bool step_l2(const Batch& batch, V step_size, V eps, const T* x, const T* grad,
+                    const Sink<T>& out, const D& in_double) {
+  const Cut one = batch.cut(0);
+  if (one.end() - one.begin() < kFewest) return false;
+  const double n = static_cast<double>(one.end() - one.begin());
+  V sums[3];
+  const auto terms = [=](int) {
+    return [=](int64_t i, auto w, F* to) EMBATTLE_INLINE {
+      const F g = fetch(grad + i, w), d = fetch(x + i, w);
+      to[0] = g * g;
+      to[1] = g * d;
+      to[2] = d * d;
+    };
+  };
+  batch_sums<3>(batch, I{} - 1, sums, terms, [] {});
+  const V a =
+      per_group(batch, [](auto size, auto gg) { return size / root(gg); }, step_size, sums[0]);
+  // Zero: float32 does not do.
+  const auto scale_of = [=](auto gg, auto gd, auto dd, auto a, auto goal) {
+    const auto reach = root(dd) + abs(a) * root(gg), square = dd + 2 * a * gd + a * a * gg;
+    const auto norm = root(square), zero = norm - norm;
+    // What reaches the goal would leave it to rounding whether it is inside: FGM's steps end at
+    // eps.
+    const auto scale = norm > goal ? goal / norm : zero + 1;
+    // The error of the sums is relative to reach^2.
+    const auto good = (gg >= n * 0x1p-100) & (gg < kInfinity) & (dd < kInfinity) &
+                      (square >= 0.25 * reach * reach) & (square >= n * 0x1p-120) &
+                      (square < kInfinity) & fits_float(scale) & fits_float(scale * a);
+    return good ? scale : zero;
+  };
+  const V scale = per_group(batch, scale_of, sums[0], sums[1], sums[2], a, float_aim<T>(one, eps));
+  const V along = scale * a;
+  const I good = scale > 0;
+  for (int k = 0; any(~good) && k < batch.count; ++k)
+    if (!good[k]) in_double(batch.cut(k));
+  store_inside(batch, good, eps, out, [=](int k) {
+    const F s = all(static_cast<float>(scale[k])), t = all(static_cast<float>(along[k]));
+    return [=](int64_t i, auto w)
+               EMBATTLE_INLINE { return fetch(x + i, w) * s + fetch(grad + i, w) * t; };
   });
-  const double gg = sums.v[0], dd = sums.v[2];
-  if (!(gg >= n * 0x1p-100 && gg < kInfinity && dd < kInfinity)) return false;
-  const double length_g = __builtin_sqrt(gg), a = step_size / length_g;
-  const double reach = __builtin_sqrt(dd) + __builtin_fabs(a) * length_g;
-  const double square = dd + 2 * a * sums.v[1] + a * a * gg;
-  // The error of the sums is relative to reach^2.
-  if (!(square >= 0.25 * reach * reach && square >= n * 0x1p-120 && square < kInfinity))
-    return false;
-  const double norm = __builtin_sqrt(square);
-  const double goal = float_aim<T>(cut, eps);
-  // What reaches the goal would leave it to rounding whether it is inside: FGM's steps end at eps.
-  const double scale = norm > goal ? goal / norm : 1;
-  if (scale == 0 || !fits_float(scale) || !fits_float(scale * a)) return false;
-  const F s = all(static_cast<float>(scale)), t = all(static_cast<float>(scale * a));
-  const double size = float_sums<1, true>(
-                          cut,
-                          [=](int64_t i, auto w, F* acc) EMBATTLE_INLINE {
-                            const F z =
-                                out.store(i, w, fetch(x + i, w) * s + fetch(grad + i, w) * t);
-                            acc[0] = z * z;
-                          },
-                          [&] { out.settle(); })
-                          .v[0];
-  keep_inside<Norm::l2>(cut, eps, out.p, size);
   return true;
 }
 
-// ---- Any norm and type ----
+// ---- Any norm ----
 
-template <Norm kNorm, class T>
-inline bool plain_project_of(const Cut& cut, const ProjectArgs& args) {
-  const T* x = static_cast<const T*>(args.delta.data);
-  const Sink<T> out(args.out, x, cut.groups.rows, cut.groups.dim);
-  const double eps = of_group(args.eps, cut.index);
-  bool done = false;
-  if (kNorm == Norm::linf) done = project_linf(cut, eps, x, out);
-  if (kNorm == Norm::l2) done = project_l2(cut, eps, x, out);
-  if (kNorm == Norm::l1) done = project_l1(cut, eps, Moved<T, false>{x}, out);
-  if (done) clear_masked(cut, out.p);
-  return done;
+template <Norm kNorm, class T, class D>
+inline bool project_in_floats(const Batch& batch, const ProjectArgs& args, const Sink<T>& out,
+                              const D& in_double) {
+  const T* const x = static_cast<const T*>(args.delta.data);
+  const double eps = of_group(args.eps, batch.first);
+  if (kNorm == Norm::linf) return project_linf(batch.joined(), eps, x, out);
+  if (kNorm == Norm::l2) return project_l2(batch, batch.numbers(args.eps), x, out, in_double);
+  return project_l1(batch.cut(0), eps, Moved<T, false>{x}, out);
 }
 
-template <Norm kNorm, class T>
-inline bool plain_step_of(const Cut& cut, const StepArgs& args) {
-  const T* x = static_cast<const T*>(args.delta.data);
-  const T* grad = static_cast<const T*>(args.grad.data);
-  const Sink<T> out(args.out, x, cut.groups.rows, cut.groups.dim);
-  const double step_size = of_group(args.step_size, cut.index);
-  const double eps = of_group(args.eps, cut.index);
-  bool done = false;
-  if (kNorm == Norm::linf) done = step_linf(cut, step_size, eps, x, grad, out);
-  if (kNorm == Norm::l2) done = step_l2(cut, step_size, eps, x, grad, out);
-  if (kNorm == Norm::l1) done = step_l1(cut, step_size, eps, args.rule.top, x, grad, out);
-  if (done) clear_masked(cut, out.p);
-  return done;
-}
-
-// Projects the group if float lanes do.
-template <Norm kNorm, class T>
-inline bool plain_project(const Cut& cut, const ProjectArgs& args) {
-  return with_short_type<T>(args.delta.dtype, [&](auto* type) {
-    return plain_project_of<kNorm, std::remove_pointer_t<decltype(type)>>(cut, args);
-  });
-}
-
-// Steps and projects the group if float lanes do.
-template <Norm kNorm, class T>
-inline bool plain_step(const Cut& cut, const StepArgs& args) {
-  if (args.delta.dtype != args.grad.dtype) return false;
-  return with_short_type<T>(args.delta.dtype, [&](auto* type) {
-    return plain_step_of<kNorm, std::remove_pointer_t<decltype(type)>>(cut, args);
-  });
+template <Norm kNorm, class T, class D>
+inline bool step_in_floats(const Batch& batch, const StepArgs& args, const Sink<T>& out,
+                           const D& in_double) {
+  const T* const x = static_cast<const T*>(args.delta.data);
+  const T* const grad = static_cast<const T*>(args.grad.data);
+  const double step_size = of_group(args.step_size, batch.first);
+  const double eps = of_group(args.eps, batch.first);
+  if (kNorm == Norm::linf) return step_linf(batch.joined(), step_size, eps, x, grad, out);
+  if (kNorm == Norm::l2)
+    return step_l2(batch, batch.numbers(args.step_size), batch.numbers(args.eps), x, grad, out,
+                   in_double);
+  return step_l1(batch.cut(0), step_size, eps, args.rule.top, x, grad, out);
 }
 
 }  // namespace

@@ -1,40 +1,28 @@
 // project and project_: one read, one write.
-#include "short_rows.h"
+#include "plain.h"
 
 namespace embattle {
 namespace {
 
 template <class T>
-struct Perturbation {
-  Elements<T> x;
-  const Place<T>& place;
-
-  template <class N>
-  V given(int64_t i, N n) const {
-    return x.load(i, n);
-  }
-  template <class N>
-  V z(int64_t i, N n) const {
-    return given(i, n) - place.origin(i, n);
-  }
-};
-
-template <class T>
 void run(const ProjectArgs& args, ParallelFor parallel_for) {
   const Place<T> place(args.out, args.box);
-  const Perturbation<T> source{Elements<T>(args.delta), place};
+  const Elements<T> x(args.delta);
+  const auto given = [=](int64_t i, auto n) { return x.load(i, n); };
+  const Source source{given, [&](int64_t i, auto n) { return given(i, n) - place.origin(i, n); }};
+  const Groups& groups = args.groups;
   const bool plain = place.plain && args.delta.dtype == args.out.dtype;
-  with_norm(args.norm, [&](auto of) {
-    constexpr Norm norm = decltype(of)::norm;
-    const auto alone = [&](const Cut& cut) {
-      if (plain && plain_project<norm, T>(cut, args)) return;
-      finish<norm>(cut, of_group(args.eps, cut.index), place, source);
+  const int64_t size = plain ? batch_size(groups, args.norm, is_one_number(args.eps)) : 0;
+  with_norm(args.norm, [&]<Norm kNorm>(Of<kNorm>) {
+    const auto in_double = [&](const Cut& cut) {
+      finish<kNorm>(cut, of_group(args.eps, cut.index), place, source);
     };
-    const auto share = [&](int64_t begin, int64_t end, ParallelFor team) {
-      if (plain && !team && project_rows<norm, T>(args, begin, end, alone)) return;
-      for (int64_t g = begin; g < end; ++g) alone(cut_of(args.groups, g, team));
+    const auto in_floats = [&](const Batch& batch, const auto& out) {
+      return project_in_floats<kNorm>(batch, args, out, in_double);
     };
-    for_shares(args.groups, 0, args.groups.groups, parallel_for, share);
+    for_shares(groups, parallel_for, [&](const Share& share) {
+      take_share<T>(share, size, args.out, args.delta.data, in_floats, in_double);
+    });
   });
 }
 

@@ -10,12 +10,14 @@
 namespace embattle {
 namespace {
 
-// `count` uninitialised numbers.
+// `count` uninitialised numbers; none take no time.
 template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T)))) {}
+      : data_(count == 0
+                  ? nullptr
+                  : static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T)))) {}
   ~Scratch() { ::operator delete(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -1,9 +1,9 @@
 // pgd_step and pgd_step_: steepest ascent and projection. l2 takes two passes, the second from
 // cache: one reduction gives ||g||, <d, g> and ||d||, hence the length of the step's result.
 #include "ascent.h"
+#include "plain.h"
 #include "project_group.h"
 #include "scratch.h"
-#include "short_rows.h"
 
 namespace embattle {
 namespace {
@@ -16,24 +16,6 @@ inline bool square_of_step(double dd, double dg, double gg, double a, Dtype dtyp
   *square = dd + 2 * a * dg + gain;
   return *square >= (dtype == Dtype::f64 ? 0.5 : 1e-8) * (dd + gain);
 }
-
-template <Norm kNorm, class T>
-struct Stepped {
-  const Elements<T>& x;
-  const Place<T>& place;
-  const Elements<T>& grad;
-  const Ascent& ascent;
-
-  template <class N>
-  V given(int64_t i, N n) const {
-    return x.load(i, n);
-  }
-  template <class N>
-  V z(int64_t i, N n) const {
-    const V d = given(i, n) - place.origin(i, n);
-    return ascent.moves ? d + ascent.template operator()<kNorm>(i, grad.load(i, n)) : d;
-  }
-};
 
 template <Norm kNorm, class T>
 void step_in_double(const Cut& cut, const StepArgs& args, const Place<T>& place,
@@ -70,14 +52,12 @@ void step_in_double(const Cut& cut, const StepArgs& args, const Place<T>& place,
     if (args.nonfinite) ++args.nonfinite[cut.index];
     return project_group(cut, kNorm, args.delta, args.out, eps, args.box);
   }
-  finish<kNorm>(cut, eps, place, Stepped<kNorm, T>{x, place, gradient, ascent}, known);
-}
-
-template <Norm kNorm, class T>
-void step(const Cut& cut, const StepArgs& args, const Place<T>& place,
-          const Elements<T>& gradient) {
-  if (place.plain && plain_step<kNorm, T>(cut, args)) return;
-  step_in_double<kNorm>(cut, args, place, gradient);
+  const auto given = [&](int64_t i, auto n) { return x.load(i, n); };
+  const auto z = [&](int64_t i, auto n) {
+    const V d = given(i, n) - place.origin(i, n);
+    return ascent.moves ? d + ascent.template operator()<kNorm>(i, grad(i, n)) : d;
+  };
+  finish<kNorm>(cut, eps, place, Source{given, z}, known);
 }
 
 // ---- max_groups: which tokens of a sample move ----
@@ -119,35 +99,46 @@ int64_t key_of(const Cut& cut, const Elements<T>& gradient) {
   return bits(splat(length<dual(kNorm)>(cut, grad)))[0];
 }
 
+// Marks the groups that move, where max_groups says how many of a sample do, and counts those whose
+// gradient is not finite.
+template <Norm kNorm, class T>
+void choose_groups(const StepArgs& args, const Elements<T>& grad, ParallelFor parallel_for,
+                   int64_t* keys) {
+  for_groups(args.groups, parallel_for,
+             [&](const Cut& cut) { keys[cut.index] = key_of<kNorm>(cut, grad); });
+  const int64_t width = args.groups_per_sample;
+  for (int64_t at = 0; width > 0 && at < args.groups.groups; at += width) {
+    for (int64_t i = at; i < at + width; ++i)
+      if (keys[i] == kNonfinite && args.nonfinite) ++args.nonfinite[i];
+    choose(keys + at, width, args.rule.max_groups);
+  }
+}
+
 template <class T>
-void run(const StepArgs& args, ParallelFor parallel_for) {
-  const Groups& groups = args.groups;
-  const Place<T> place(args.out, args.box);
-  const Elements<T> grad(args.grad);
-  with_norm(args.norm, [&](auto of) {
-    constexpr Norm norm = decltype(of)::norm;
-    if (args.rule.max_groups < 0) {
-      const auto alone = [&](const Cut& cut) { step<norm>(cut, args, place, grad); };
-      for_shares(groups, 0, groups.groups, parallel_for,
-                 [&](int64_t begin, int64_t end, ParallelFor team) {
-                   if (place.plain && !team && step_rows<norm, T>(args, begin, end, alone)) return;
-                   for (int64_t g = begin; g < end; ++g) alone(cut_of(groups, g, team));
-                 });
-      return;
+void run(const StepArgs& given, ParallelFor parallel_for) {
+  const Groups& groups = given.groups;
+  const Place<T> place(given.out, given.box);
+  const Elements<T> grad(given.grad);
+  const bool all_move = given.rule.max_groups < 0;
+  const bool alike = all_move && is_one_number(given.eps) && is_one_number(given.step_size);
+  const bool plain = place.plain && given.delta.dtype == given.grad.dtype;
+  const int64_t size = !plain ? 0 : all_move ? batch_size(groups, given.norm, alike) : 1;
+  with_norm(given.norm, [&]<Norm kNorm>(Of<kNorm>) {
+    Scratch<int64_t> keys(all_move ? 0 : groups.groups);
+    StepArgs args = given;
+    if (!all_move) {
+      choose_groups<kNorm>(args, grad, parallel_for, keys.get());
+      args.nonfinite = nullptr;  // they are counted
     }
-    Scratch<int64_t> keys(groups.groups);
-    for_groups(groups, 0, groups.groups, parallel_for,
-               [&](const Cut& cut) { keys[cut.index] = key_of<norm>(cut, grad); });
-    const int64_t width = args.groups_per_sample;
-    for (int64_t at = 0; width > 0 && at < groups.groups; at += width) {
-      for (int64_t i = at; i < at + width; ++i)
-        if (keys[i] == kNonfinite && args.nonfinite) ++args.nonfinite[i];
-      choose(keys.get() + at, width, args.rule.max_groups);
-    }
-    StepArgs counted = args;
-    counted.nonfinite = nullptr;
-    for_groups(groups, 0, groups.groups, parallel_for, [&](const Cut& cut) {
-      keys[cut.index] == kChosen ? step<norm>(cut, counted, place, grad) : clear(cut, place);
+    const auto moves = [&](int64_t group) { return all_move || keys[group] == kChosen; };
+    const auto in_double = [&](const Cut& cut) {
+      moves(cut.index) ? step_in_double<kNorm>(cut, args, place, grad) : clear(cut, place);
+    };
+    const auto in_floats = [&](const Batch& batch, const auto& out) {
+      return moves(batch.first) && step_in_floats<kNorm>(batch, args, out, in_double);
+    };
+    for_shares(groups, parallel_for, [&](const Share& share) {
+      take_share<T>(share, size, args.out, args.delta.data, in_floats, in_double);
     });
   });
 }

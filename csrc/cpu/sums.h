@@ -83,8 +83,8 @@ inline Totals<K, kMaxima> totals(const Cut& cut, const F& f) {
 template <int K, unsigned kMaxima = 0, unsigned kCounts = 0>
 struct Terms {
   V acc[K] = {};
-  F most[K] = {};
-  J seen[K] = {};
+  F most[kMaxima ? K : 1] = {};  // clearing what is not used takes time
+  J seen[kCounts ? K : 1] = {};
 
   static constexpr bool is_most(int k) { return kMaxima >> k & 1; }
   static constexpr bool is_count(int k) { return kCounts >> k & 1; }

@@ -68,6 +68,7 @@ inline I bits(V x) { return reinterpret_cast<I>(x); }
 inline V from_bits(I x) { return reinterpret_cast<V>(x); }
 constexpr int64_t kSign = INT64_MIN;
 inline V abs(V x) { return from_bits(bits(x) & ~kSign); }
+inline double abs(double x) { return __builtin_fabs(x); }
 inline V with_sign(V size, V sign) { return from_bits(bits(size) | (bits(sign) & kSign)); }
 inline V larger(V a, V b) { return a > b ? a : b; }               // b where a is NaN
 inline V at_most(V x, V limit) { return x > limit ? limit : x; }  // a NaN stays
@@ -86,6 +87,7 @@ inline double total(V x) {  // of neighbours, of neighbouring pairs, and so on
   return sum[0];
 }
 
+inline double root(double x) { return __builtin_sqrt(x); }
 inline V root(V x) {
 #if defined(__AVX512F__)
   return reinterpret_cast<V>(_mm512_maskz_sqrt_pd(0xff, reinterpret_cast<__m512d>(x)));
@@ -155,6 +157,7 @@ inline bool any(J comparison) {
   return all != 0;
 #endif
 }
+inline bool any(I comparison) { return any(reinterpret_cast<J>(comparison)); }
 inline F larger(F a, F b) { return a > b ? a : b; }  // b where a is NaN
 inline F clamped(F x, F limit) {                     // a NaN stays
   x = x > limit ? limit : x;
