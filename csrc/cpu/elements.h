@@ -1,7 +1,7 @@
 // Tensors' elements, of the four types, in double lanes.
 #pragma once
 
-#include "vec.h"
+#include "memory.h"
 
 namespace embattle {
 namespace {

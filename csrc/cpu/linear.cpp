@@ -166,21 +166,16 @@ template <class C, class T, class U>
 double trace(const T* a, const U* g, const LinearNormArgs& args, bool& moderate) {
   constexpr bool kWide = sizeof(C) == sizeof(double);
   constexpr double kLeast = kWide ? 1e-140 : 1e-25, kMost = kWide ? 1e+140 : 1e+30;
-  const auto holds = [](double x) { return x > kLeast && x < kMost; };
+  const auto square_of = [&](const auto* x, int64_t n) {
+    const double square = kWide ? squares_wide(x, n) : squares(x, n);
+    if (!(square > kLeast && square < kMost))
+      moderate &= kWide ? largest(x, n, 0) == 0 : square == 0;
+    return square;
+  };
   double sum = 0;
   for (int64_t t = 0; t < args.tokens; ++t) {
-    double in, out;
-    if constexpr (kWide) {
-      in = squares_wide(a + t * args.inputs, args.inputs);
-      out = squares_wide(g + t * args.outputs, args.outputs);
-      moderate &= holds(in) || largest(a + t * args.inputs, args.inputs, 0) == 0;
-      moderate &= holds(out) || largest(g + t * args.outputs, args.outputs, 0) == 0;
-    } else {
-      in = squares(a + t * args.inputs, args.inputs);
-      out = squares(g + t * args.outputs, args.outputs);
-      moderate &= (in == 0 || holds(in)) && (out == 0 || holds(out));
-    }
-    sum += (in + (args.bias ? 1 : 0)) * out;
+    const double in = square_of(a + t * args.inputs, args.inputs);
+    sum += (in + (args.bias ? 1 : 0)) * square_of(g + t * args.outputs, args.outputs);
   }
   return sum;
 }

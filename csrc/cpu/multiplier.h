@@ -36,39 +36,6 @@ struct Multiplier {
   }
 };
 
-// l1: sum max(|z| - base - tau, 0) = aim by Newton's method, which is Michelot's active set method:
-// the sum is convex in tau, so that from the left the steps never pass the root, and a step from
-// the right lands on the left. `base` is the largest |z| where eps is small, so that |z| - base,
-// which is exact, loses nothing.
-template <class F>
-inline void find_l1(const Cut& cut, double sum, double most, double aim, const F& z,
-                    Multiplier* found) {
-  const double n = static_cast<double>(cut.count());
-  const double base = aim < most / 2 ? most : 0;
-  const double mean = (sum - aim) / n;
-  double tau = (mean > most - aim ? mean : most - aim) - base;
-  double active = -1;
-  for (int pass = 0; pass < 100; ++pass) {
-    const auto over = totals<2>(cut, [&](int64_t i, auto w, V* acc) {
-      const V left = abs(z(i, w)) - base - tau;
-      acc[0] += left > 0 ? left : V{};
-      acc[1] += left > 0 ? splat(1) : V{};
-    });
-    if (over.v[1] == 0) {  // beyond the largest: rounding put it there
-      tau = (most - base) - aim;
-      active = -1;
-      continue;
-    }
-    const double next = tau + (over.v[0] - aim) / over.v[1];
-    const bool settled = over.v[1] == active || next == tau;
-    active = over.v[1];
-    tau = next;
-    if (settled) break;
-  }
-  found->base = base;
-  found->tau = tau;
-}
-
 // l2 with a box: the length of s z, put in the box, rises in s. It is solved for on the elements
 // that are free at s, until that changes nothing. In units of the goal, and s in units of what
 // brings z there: near the solution no square that matters vanishes or overflows.
@@ -97,29 +64,46 @@ inline void find_l2_boxed(const Cut& cut, double norm, double aim, const P& plac
   found->scale = bracket.inner * aim / norm;
 }
 
-// l1 with a box: the sum of max(|z| - t, 0), put in the box, falls in t, and is neither convex nor
-// concave.
+// l1: the sum of max(|z| - base - tau, 0) falls in tau, and is solved for by Newton's method.
+// `base` is the largest |z| where eps is small, so that |z| - base, which is exact, loses nothing.
+// Without a box this is Michelot's active set method: the sum is convex, so that from the left the
+// steps never pass the root, and are done when the active set stays. With one it is neither convex
+// nor concave.
 template <class P, class F>
-inline void find_l1_boxed(const Cut& cut, double most, double aim, const P& place, const F& z,
-                          Multiplier* found) {
+inline void find_l1(const Cut& cut, double sum, double most, double aim, const P& place, const F& z,
+                    Multiplier* found) {
   const double base = aim < most / 2 ? most : 0;
+  const double mean = (sum - aim) / static_cast<double>(cut.count());
+  const bool boxed = place.boxed;
   Bracket bracket{most - base, -base};
-  // The root where the largest element is alone and has room: no step finds it from 1e30 away.
-  bracket.at = base > 0 ? -aim : 0;
+  // The root where the largest element is alone: no step finds it from 1e30 away.
+  const double alone = base > 0 ? -aim : boxed ? 0 : most - aim;
+  bracket.at = !boxed && mean - base > alone ? mean - base : alone;
   found->base = base;
+  double active = -1;
   for (;;) {
     const double tau = bracket.at;
-    const auto sums = totals<2>(cut, [&](int64_t i, auto n, V* acc) {
-      const V value = z(i, n);
-      const V left = abs(value) - base - tau;
+    const auto left_of = [=](V size) { return size - base - tau; };
+    const auto of_ball = [&](int64_t i, auto n, V* acc) {
+      const V left = left_of(abs(z(i, n)));
+      acc[0] += left > 0 ? left : V{};
+      acc[1] += left > 0 ? splat(1) : V{};
+    };
+    const auto of_both = [&](int64_t i, auto n, V* acc) {
+      const V value = z(i, n), left = left_of(abs(value));
       const V shrunk = with_sign(left > 0 ? left : V{}, value);
       const V put = place.in_box(i, n, shrunk);
       acc[0] += abs(put);
       acc[1] += (left > 0) & (put == shrunk) ? splat(1) : V{};
-    });
-    const double newton = tau + (sums.v[0] - aim) / sums.v[1];  // infinite where none is free
+    };
+    const auto sums = boxed ? totals<2>(cut, of_both) : totals<2>(cut, of_ball);
+    // Beyond the largest nothing is left: rounding put it there.
+    const double newton = sums.v[1] > 0 ? tau + (sums.v[0] - aim) / sums.v[1] : alone;
     found->tau = newton;
-    if (sums.v[1] > 0 && __builtin_fabs(newton - tau) <= 0x1p-52 * __builtin_fabs(newton)) return;
+    const bool settled = __builtin_fabs(newton - tau) <= 0x1p-52 * __builtin_fabs(newton) ||
+                         (!boxed && sums.v[1] == active);
+    if (sums.v[1] > 0 && settled) return;
+    active = sums.v[1];
     if (!look_on(bracket, sums.v[0] <= aim, newton)) break;
   }
   found->tau = bracket.inner;
@@ -159,8 +143,7 @@ inline Multiplier find(const Cut& cut, double eps, const P& place, const F& z, d
     found.base = 0;
     found.tau = most;
   } else if (kNorm == Norm::l1) {
-    place.boxed ? find_l1_boxed(cut, most, goal, place, value, &found)
-                : find_l1(cut, norm, most, goal, value, &found);
+    find_l1(cut, norm, most, goal, place, value, &found);
   } else {
     place.boxed ? find_l2_boxed(cut, norm, goal, place, value, &found)
                 : void(found.scale = goal / norm);

@@ -2,7 +2,7 @@
 // there. The bits are the same.
 #pragma once
 
-#include "vec.h"
+#include "memory.h"
 
 namespace embattle {
 namespace {

@@ -19,7 +19,7 @@ inline bool square_of_step(double dd, double dg, double gg, double a, Dtype dtyp
 
 template <Norm kNorm, class T>
 void step_in_double(const Cut& cut, const StepArgs& args, const Place<T>& place,
-                    const Elements<T>& gradient) {
+                    const Elements<T>& gradient, int32_t* nonfinite) {
   const Elements<T> x(args.delta);
   const auto grad = [&](int64_t i, auto n) { return gradient.load(i, n); };
   const double step_size = of_group(args.step_size, cut.index);
@@ -49,7 +49,7 @@ void step_in_double(const Cut& cut, const StepArgs& args, const Place<T>& place,
     if (finite) ascent = steepest<kNorm>(cut, step_size, args.rule.top, grad);
   }
   if (!finite) {
-    if (args.nonfinite) ++args.nonfinite[cut.index];
+    if (nonfinite) ++nonfinite[cut.index];
     return project_group(cut, kNorm, args.delta, args.out, eps, args.box);
   }
   const auto given = [&](int64_t i, auto n) { return x.load(i, n); };
@@ -115,24 +115,22 @@ void choose_groups(const StepArgs& args, const Elements<T>& grad, ParallelFor pa
 }
 
 template <class T>
-void run(const StepArgs& given, ParallelFor parallel_for) {
-  const Groups& groups = given.groups;
-  const Place<T> place(given.out, given.box);
-  const Elements<T> grad(given.grad);
-  const bool all_move = given.rule.max_groups < 0;
-  const bool alike = all_move && is_one_number(given.eps) && is_one_number(given.step_size);
-  const bool plain = place.plain && given.delta.dtype == given.grad.dtype;
-  const int64_t size = !plain ? 0 : all_move ? batch_size(groups, given.norm, alike) : 1;
-  with_norm(given.norm, [&]<Norm kNorm>(Of<kNorm>) {
+void run(const StepArgs& args, ParallelFor parallel_for) {
+  const Groups& groups = args.groups;
+  const Place<T> place(args.out, args.box);
+  const Elements<T> grad(args.grad);
+  const bool all_move = args.rule.max_groups < 0;
+  const bool alike = is_one_number(args.eps) && is_one_number(args.step_size);
+  const bool plain = place.plain && args.delta.dtype == args.grad.dtype;
+  const int64_t size = !plain ? 0 : all_move ? batch_size(groups, args.norm, alike) : 1;
+  with_norm(args.norm, [&]<Norm kNorm>(Of<kNorm>) {
     Scratch<int64_t> keys(all_move ? 0 : groups.groups);
-    StepArgs args = given;
-    if (!all_move) {
-      choose_groups<kNorm>(args, grad, parallel_for, keys.get());
-      args.nonfinite = nullptr;  // they are counted
-    }
+    if (!all_move) choose_groups<kNorm>(args, grad, parallel_for, keys.get());
+    int32_t* const nonfinite = all_move ? args.nonfinite : nullptr;  // else they are counted
     const auto moves = [&](int64_t group) { return all_move || keys[group] == kChosen; };
     const auto in_double = [&](const Cut& cut) {
-      moves(cut.index) ? step_in_double<kNorm>(cut, args, place, grad) : clear(cut, place);
+      moves(cut.index) ? step_in_double<kNorm>(cut, args, place, grad, nonfinite)
+                       : clear(cut, place);
     };
     const auto in_floats = [&](const Batch& batch, const auto& out) {
       return moves(batch.first) && step_in_floats<kNorm>(batch, args, out, in_double);

@@ -58,12 +58,9 @@ inline Totals<K, kMaxima> totals_of_run(int64_t begin, int64_t end, const F& f) 
     f(i + kLanes, Whole{}, odd);
   }
   each(i, end, [&](int64_t at, auto n) { f(at, n, even); });
-  Totals<K, kMaxima> sum, second;
-  for (int k = 0; k < K; ++k) {
-    sum.v[k] = kMaxima >> k & 1 ? largest(even[k]) : total(even[k]);
-    second.v[k] = kMaxima >> k & 1 ? largest(odd[k]) : total(odd[k]);
-  }
-  sum.add(second);
+  Totals<K, kMaxima> sum;
+  for (int k = 0; k < K; ++k)
+    sum.v[k] = kMaxima >> k & 1 ? largest(larger(even[k], odd[k])) : total(even[k] + odd[k]);
   return sum;
 }
 
