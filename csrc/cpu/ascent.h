@@ -24,6 +24,15 @@ struct Ascent {
     return (size > threshold) | ((up_to_last == threshold) & (size > 0)) ? with_product(g) : V{};
   }
 
+  // The elements x(i, n), moved along g(i, n).
+  template <Norm kNorm, class X, class G>
+  auto of(const X& x, const G& g) const {
+    return [x, g, own = *this](int64_t i, auto n) {
+      const V before = x(i, n);
+      return own.moves ? before + own.template operator()<kNorm>(i, g(i, n)) : before;
+    };
+  }
+
  private:
   V with_product(V g) const {  // sign(g) * amount, where g is not zero
     return from_bits(bits(splat(amount)) ^ (bits(g) & kSign));

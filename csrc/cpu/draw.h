@@ -32,17 +32,9 @@ inline F fused(F a, F b, F c) {
 inline F fused(F a, float b, float c) { return fused(a, all(b), all(c)); }
 inline F fused(F a, F b, float c) { return fused(a, b, all(c)); }
 
-inline F root(F x) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<F>(_mm512_maskz_sqrt_ps(0xffff, reinterpret_cast<__m512>(x)));
-#elif defined(__AVX__)
-  return reinterpret_cast<F>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
-#elif defined(__SSE2__)
-  return reinterpret_cast<F>(_mm_sqrt_ps(reinterpret_cast<__m128>(x)));
-#else
+inline F root(F x) {  // one instruction
   for (int k = 0; k < kFloats; ++k) x[k] = __builtin_sqrtf(x[k]);
   return x;
-#endif
 }
 
 // The low halves of a times m.

@@ -22,12 +22,14 @@ inline void add_row(const W* weight, const D* delta, int64_t n, const Sink<W>& o
     });
 }
 
-// total[0, dim) = the sum of a run's rows.
+// total[0, dim) = the sum of a run's rows. The first one is copied: what is cleared is not at once
+// there to be read in wider pieces.
 template <class T>
 inline void sum_run(const Runs& runs, int64_t run, const T* grad, int64_t dim, double* total) {
-  for (int64_t c = 0; c < dim; ++c) total[c] = 0;
-  for (int64_t i = runs.begin(run); i < runs.end(run); ++i)
-    add_scaled(grad + runs.position(i) * dim, 1, dim, total);
+  const auto row = [&](int64_t i) { return grad + runs.position(i) * dim; };
+  const T* const x = row(runs.begin(run));
+  each(0, dim, [=](int64_t c, auto n) { store(total + c, n, load(x + c, n)); });
+  for (int64_t i = runs.begin(run) + 1; i < runs.end(run); ++i) add_scaled(row(i), 1, dim, total);
 }
 
 // The weights of samples, by the positions of their items; or ones.

@@ -21,7 +21,9 @@ template <Norm kNorm, class T>
 void step_in_double(const Cut& cut, const StepArgs& args, const Place<T>& place,
                     const Elements<T>& gradient, int32_t* nonfinite) {
   const Elements<T> x(args.delta);
-  const auto grad = [&](int64_t i, auto n) { return gradient.load(i, n); };
+  const auto given = [=](int64_t i, auto n) { return x.load(i, n); };
+  const auto delta = [=, &place](int64_t i, auto n) { return given(i, n) - place.origin(i, n); };
+  const auto grad = [=](int64_t i, auto n) { return gradient.load(i, n); };
   const double step_size = of_group(args.step_size, cut.index);
   const double eps = of_group(args.eps, cut.index);
   Ascent ascent;
@@ -29,7 +31,7 @@ void step_in_double(const Cut& cut, const StepArgs& args, const Place<T>& place,
   bool finite;
   if (kNorm == Norm::l2) {
     const auto sums = totals<3>(cut, [&](int64_t i, auto n, V* acc) {
-      const V g = grad(i, n), d = x.load(i, n) - place.origin(i, n);
+      const V g = grad(i, n), d = delta(i, n);
       acc[0] += g * g;
       acc[1] += g * d;
       acc[2] += d * d;
@@ -52,12 +54,7 @@ void step_in_double(const Cut& cut, const StepArgs& args, const Place<T>& place,
     if (nonfinite) ++nonfinite[cut.index];
     return project_group(cut, kNorm, args.delta, args.out, eps, args.box);
   }
-  const auto given = [&](int64_t i, auto n) { return x.load(i, n); };
-  const auto z = [&](int64_t i, auto n) {
-    const V d = given(i, n) - place.origin(i, n);
-    return ascent.moves ? d + ascent.template operator()<kNorm>(i, grad(i, n)) : d;
-  };
-  finish<kNorm>(cut, eps, place, Source{given, z}, known);
+  finish<kNorm>(cut, eps, place, Source{given, ascent.of<kNorm>(delta, grad)}, known);
 }
 
 // ---- max_groups: which tokens of a sample move ----

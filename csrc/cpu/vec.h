@@ -85,17 +85,9 @@ inline double total(V x) {  // of neighbours, of neighbouring pairs, and so on
 }
 
 inline double root(double x) { return __builtin_sqrt(x); }
-inline V root(V x) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<V>(_mm512_maskz_sqrt_pd(0xff, reinterpret_cast<__m512d>(x)));
-#elif defined(__AVX__)
-  return reinterpret_cast<V>(_mm256_sqrt_pd(reinterpret_cast<__m256d>(x)));
-#elif defined(__SSE2__)
-  return reinterpret_cast<V>(_mm_sqrt_pd(reinterpret_cast<__m128d>(x)));
-#else
+EMBATTLE_INLINE inline V root(V x) {  // one instruction
   for (int k = 0; k < kLanes; ++k) x[k] = __builtin_sqrt(x[k]);
   return x;
-#endif
 }
 
 // Lane k: total(parts[k]).
