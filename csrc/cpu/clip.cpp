@@ -41,7 +41,8 @@ template <int K, class T>
   int64_t i = 0;
   for (; i + kLine <= n; i += kLine) {
 #pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) __builtin_prefetch(rows[k] + ahead + i, 0, 2);
+    for (int k = 0; sizeof(T) < sizeof(double) && k < K; ++k)
+      __builtin_prefetch(rows[k] + ahead + i, 0, 2);
 #pragma GCC unroll 8
     for (int64_t j = 0; j < kLine; j += In::kCount) add(i + j, Count<In::kCount>{});
   }

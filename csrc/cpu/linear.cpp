@@ -86,22 +86,14 @@ struct Panels {
       : a(strips(args.inputs) * args.tokens * kRows), g(args.tokens * 2 * Lane<C>::kCount) {}
 };
 
-// out[0, n) = scale * x[0, n)
-template <class T, class C>
-EMBATTLE_INLINE inline void copy_as(const T* x, C scale, int64_t n, C* out) {
-  typedef Lane<C> In;
-  each<In::kCount>(0, n, [=](int64_t i, auto w) EMBATTLE_INLINE {
-    put_words<C, In::kCount>(out + i, w, scale * In::load(x + i, w));
-  });
-}
-
 // out[token][column] = scale * x[token][first + column], zero beyond the row's end.
 template <class T, class C>
 void pack(const T* x, C scale, int64_t tokens, int64_t width, int64_t first, int64_t columns,
           C* out) {
   const int64_t kept = first + columns < width ? columns : width - first;
   for (int64_t t = 0; t < tokens; ++t, out += columns) {
-    copy_as(x + t * width + first, scale, kept, out);
+    const T* const row = x + t * width + first;
+    for (int64_t c = 0; c < kept; ++c) out[c] = scale * static_cast<C>(row[c]);
     for (int64_t c = kept; c < columns; ++c) out[c] = 0;
   }
 }
@@ -111,8 +103,8 @@ struct Scales {
   double input = 1, grad = 1;
 };
 
-template <int kVectors, class C, class T, class U>
-double direct_in_tiles(const T* a, const U* g, const LinearNormArgs& args, const Scales& scales,
+template <int kVectors, class C, class T>
+double direct_in_tiles(const T* a, const T* g, const LinearNormArgs& args, const Scales& scales,
                        Panels<C>& panels) {
   typedef Lane<C> In;
   constexpr int kWidth = kVectors * In::kCount;
@@ -128,12 +120,14 @@ double direct_in_tiles(const T* a, const U* g, const LinearNormArgs& args, const
       const C* out = panels.g.get();
       typename In::Vector tile[kRows][kVectors] = {};
       for (int64_t t = 0; t < tokens; ++t, in += kRows, out += kWidth) {
+        typename In::Vector columns[kVectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) {
-          const auto columns = In::load(out + v * In::kCount, Count<In::kCount>{});
+        for (int v = 0; v < kVectors; ++v)
+          columns[v] = In::load(out + v * In::kCount, Count<In::kCount>{});
 #pragma GCC unroll 6
-          for (int r = 0; r < kRows; ++r) tile[r][v] += in[r] * columns;
-        }
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) tile[r][v] += in[r] * columns[v];
       }
       typename In::Vector square{};
 #pragma GCC unroll 6
@@ -152,8 +146,8 @@ double direct_in_tiles(const T* a, const U* g, const LinearNormArgs& args, const
   return sum;
 }
 
-template <class C, class T, class U>
-double direct_square(const T* a, const U* g, const LinearNormArgs& args, const Scales& scales,
+template <class C, class T>
+double direct_square(const T* a, const T* g, const LinearNormArgs& args, const Scales& scales,
                      Panels<C>& panels) {
   return args.outputs <= Lane<C>::kCount ? direct_in_tiles<1>(a, g, args, scales, panels)
                                          : direct_in_tiles<2>(a, g, args, scales, panels);
@@ -183,8 +177,11 @@ double trace(const T* a, const U* g, const LinearNormArgs& args, bool& moderate)
 // x[0, n) as numbers of type C, in `held` unless they are.
 template <class C, class T>
 const C* as_type(const T* x, int64_t n, Scratch<C>& held) {
+  typedef Lane<C> In;
   if constexpr (std::is_same_v<C, T>) return x;
-  copy_as(x, C{1}, n, held.get());
+  each<In::kCount>(0, n, [&](int64_t i, auto w) EMBATTLE_INLINE {
+    put_words<C, In::kCount>(held.get() + i, w, In::load(x + i, w));
+  });
   return held.get();
 }
 
@@ -204,9 +201,8 @@ void run(const LinearNormArgs& args, ParallelFor parallel_for) {
       gram ? tokens * tokens * (inputs + outputs) / 2 : tokens * inputs * outputs;
   const int64_t work = (tokens == 1 ? 0 : products / 4) + tokens * (inputs + outputs);
   parallel(parallel_for, args.batch, kGrain / (1 + work) + 1, [&](int64_t begin, int64_t end) {
-    const bool packs = sizeof(T) != sizeof(C) || sizeof(U) != sizeof(C);
-    Scratch<C> held_a(gram && packs ? tokens * inputs : 0);
-    Scratch<C> held_g(gram && packs ? tokens * outputs : 0);
+    Scratch<C> held_a(sizeof(T) != sizeof(C) ? tokens * inputs : 0);
+    Scratch<C> held_g(sizeof(U) != sizeof(C) ? tokens * outputs : 0);
     Scratch<C> zeros(gram ? longest : 0);
     for (int64_t i = 0; gram && i < longest; ++i) zeros[i] = 0;
     LinearNormArgs none = args;
@@ -215,13 +211,14 @@ void run(const LinearNormArgs& args, ParallelFor parallel_for) {
     for (int64_t b = begin; b < end; ++b) {
       const T* const a = static_cast<const T*>(args.input.data) + b * tokens * inputs;
       const U* const g = static_cast<const U*>(args.grad.data) + b * tokens * outputs;
+      const auto rows_a = [&] { return as_type(a, tokens * inputs, held_a); };
+      const auto rows_g = [&] { return as_type(g, tokens * outputs, held_g); };
       bool moderate = true;
       const double bound = trace<C>(a, g, args, moderate);
       double square = bound;
       if (tokens > 1 && moderate && bound > 0)
-        square = gram ? gram_square<C>(as_type(a, tokens * inputs, held_a),
-                                       as_type(g, tokens * outputs, held_g), zeros.get(), args)
-                      : direct_square<C>(a, g, args, Scales{}, panels);
+        square = gram ? gram_square<C>(rows_a(), rows_g(), zeros.get(), args)
+                      : direct_square<C>(rows_a(), rows_g(), args, Scales{}, panels);
       const bool exact = tokens == 1 || (!gram && sizeof(C) == sizeof(double));
       double norm = __builtin_sqrt(square);
       if ((!moderate && (tokens > 1 || sizeof(C) == sizeof(double))) ||
@@ -231,8 +228,8 @@ void run(const LinearNormArgs& args, ParallelFor parallel_for) {
         if (!moderate && sizeof(C) == sizeof(double))
           scales = {scale_for(largest(a, tokens * inputs, args.bias ? 1. : 0.)),
                     scale_for(largest(g, tokens * outputs, 0.))};
-        norm = __builtin_sqrt(direct_square<double>(a, g, args, scales, wide)) / scales.input /
-               scales.grad;
+        const double wide_square = direct_square<double>(rows_a(), rows_g(), args, scales, wide);
+        norm = __builtin_sqrt(wide_square) / scales.input / scales.grad;
       }
       put(args.norms, b, norm);
     }

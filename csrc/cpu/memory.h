@@ -32,6 +32,20 @@ inline const Word<T>* words_of(const T* p) {
   return reinterpret_cast<const Word<T>*>(p);
 }
 
+#if defined(__SSE4_1__)
+// Four numbers of sixteen bits in the lower half of a register.
+inline __m128i four_of(Vec<uint16_t, 4> x) {
+  __m128i y{};
+  std::memcpy(&y, &x, sizeof(x));
+  return y;
+}
+inline Vec<uint16_t, 4> to_four(__m128i y) {
+  Vec<uint16_t, 4> x;
+  std::memcpy(&x, &y, sizeof(x));
+  return x;
+}
+#endif
+
 // Sixteen bits to and from 32.
 template <int n>
 inline Vec<uint32_t, n> spread_out(Vec<uint16_t, n> x) {
@@ -43,6 +57,9 @@ inline Vec<uint32_t, n> spread_out(Vec<uint16_t, n> x) {
   if constexpr (n == 8)
     return reinterpret_cast<Vec<uint32_t, n>>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
 #endif
+#if defined(__SSE4_1__)
+  if constexpr (n == 4) return reinterpret_cast<Vec<uint32_t, n>>(_mm_cvtepu16_epi32(four_of(x)));
+#endif
   return __builtin_convertvector(x, Vec<uint32_t, n>);
 }
 template <int n>
@@ -52,6 +69,12 @@ inline Vec<uint16_t, n> packed_up(Vec<uint32_t, n> x) {  // of numbers below 2^1
     const __m256i y = reinterpret_cast<__m256i>(x);
     return reinterpret_cast<Vec<uint16_t, n>>(
         _mm_packus_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1)));
+  }
+#endif
+#if defined(__SSE4_1__)
+  if constexpr (n == 4) {
+    const __m128i y = reinterpret_cast<__m128i>(x);
+    return to_four(_mm_packus_epi32(y, y));
   }
 #endif
   return __builtin_convertvector(x, Vec<uint16_t, n>);
@@ -66,6 +89,7 @@ inline Vec<float, n> of_halves(Vec<uint16_t, n> x) {
 #if defined(__F16C__)
   if constexpr (n == 8)
     return reinterpret_cast<Vec<float, n>>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(x)));
+  if constexpr (n == 4) return reinterpret_cast<Vec<float, n>>(_mm_cvtph_ps(four_of(x)));
 #endif
   // A half's exponent and mantissa, shifted into place, are 2^-112 times its value.
   typedef Vec<uint32_t, n> Us;
@@ -85,6 +109,8 @@ inline Vec<uint16_t, n> to_halves(Vec<float, n> x) {
   if constexpr (n == 8)
     return reinterpret_cast<Vec<uint16_t, n>>(
         _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+  if constexpr (n == 4)
+    return to_four(_mm_cvtps_ph(reinterpret_cast<__m128>(x), _MM_FROUND_TO_NEAREST_INT));
 #endif
   // Subnormal halves: adding 0.5 rounds to their unit, 2^-24.
   typedef Vec<uint32_t, n> Us;
@@ -128,8 +154,41 @@ inline Vec<Word<T>, n> to_words(Vec<float, n> x, Vec<float, n>* stored) {
 
 // ---- Memory ----
 
-// The first n words, n below kCount; the others are zero. By masks of bytes, or of four bytes each,
-// where the processor has them: a call of memcpy takes longer than what it copies.
+// Copies an even number of bytes, up to kMost: a call of memcpy takes longer than that.
+template <int kMost>
+EMBATTLE_INLINE inline void copy_few(void* to, const void* from, unsigned bytes) {
+  if (bytes >= kMost) {
+    std::memcpy(to, from, kMost);
+    return;
+  }
+  unsigned at = 0;
+  const auto piece = [&](auto size) EMBATTLE_INLINE {
+    if constexpr (decltype(size){} < kMost) {
+      if (!(bytes & size)) return;
+      std::memcpy(static_cast<char*>(to) + at, static_cast<const char*>(from) + at, size);
+      at += size;
+    }
+  };
+  piece(Count<16>{});
+  piece(Count<8>{});
+  piece(Count<4>{});
+  piece(Count<2>{});
+}
+
+// The first n of up to four words of sixteen bits, in a register: what is stored in pieces is not
+// at once there to be read whole.
+[[maybe_unused]] inline uint64_t few_words(const uint16_t* p, int n) {
+  uint64_t x = 0;
+  if (n >= 4) {
+    std::memcpy(&x, p, 8);
+    return x;
+  }
+  if (n & 2) x = p[0] | uint64_t{p[1]} << 16;
+  return n & 1 ? x | uint64_t{p[n - 1]} << 16 * (n - 1) : x;
+}
+
+// The first n words, n below kCount; the others are zero. By a mask of bytes, or of four bytes
+// each, where the processor has one.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 template <int kBytes>
 inline Vec<int32_t, kBytes / 4> lanes_below(int bytes) {
@@ -161,8 +220,11 @@ EMBATTLE_INLINE inline Vec<W, kCount> words_at(const W* p, int n) {
       return reinterpret_cast<Words>(_mm_maskload_ps(from, reinterpret_cast<__m128i>(mask)));
   }
 #endif
+  if constexpr (sizeof(W) == 2 && kCount == 8)
+    return reinterpret_cast<Words>(
+        Vec<uint64_t, 2>{few_words(p, n), n > 4 ? few_words(p + 4, n - 4) : 0});
   Words x{};
-  std::memcpy(&x, p, bytes);
+  copy_few<sizeof(Words)>(&x, p, bytes);
   return x;
 #endif
 }
@@ -178,18 +240,7 @@ EMBATTLE_INLINE inline void put_words(W* p, int n, Vec<W, kCount> x) {
   else
     _mm_mask_storeu_epi8(p, static_cast<__mmask16>(mask), reinterpret_cast<__m128i>(x));
 #else
-#if defined(__AVX2__)
-  if constexpr (sizeof(W) >= 4) {
-    const auto mask = lanes_below<sizeof(x)>(static_cast<int>(bytes));
-    auto* const to = reinterpret_cast<float*>(p);
-    if constexpr (sizeof(x) == 32)
-      _mm256_maskstore_ps(to, reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256>(x));
-    else
-      _mm_maskstore_ps(to, reinterpret_cast<__m128i>(mask), reinterpret_cast<__m128>(x));
-    return;
-  }
-#endif
-  std::memcpy(p, &x, bytes);
+  copy_few<sizeof(x)>(p, &x, bytes);
 #endif
 }
 

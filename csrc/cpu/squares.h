@@ -8,8 +8,11 @@ namespace embattle {
 namespace {
 
 inline double element(const ConstData& x, int64_t i) { return Elements<Any>(x).at(i); }
-inline void put(const Data& x, int64_t i, double value) {
-  Elements<Any>(x).store(i, 1, splat(value));
+inline void put(const Data& x, int64_t i, double value) {  // float64 or float32
+  if (x.dtype == Dtype::f64)
+    static_cast<double*>(x.data)[i] = value;
+  else
+    static_cast<float*>(x.data)[i] = static_cast<float>(value);
 }
 
 // The lanes in which numbers of type C are computed.
@@ -41,9 +44,15 @@ EMBATTLE_INLINE inline void add_to(double* total, N n, V x) {
 }
 template <class N>
 EMBATTLE_INLINE inline void add_to(double* total, N n, F x) {
-  const int first = n < kLanes ? n : kLanes;
-  add_to(total, first, half<0>(x));
-  if (n > kLanes) add_to(total + kLanes, n - kLanes, half<1>(x));
+  if (static_cast<int>(n) >= kLanes) {
+    add_to(total, Whole{}, half<0>(x));
+    if constexpr (std::is_same_v<N, All>)
+      add_to(total + kLanes, Whole{}, half<1>(x));
+    else
+      add_to(total + kLanes, static_cast<int>(n) - kLanes, half<1>(x));
+  } else {
+    add_to(total, static_cast<int>(n), half<0>(x));
+  }
 }
 
 // total[0, n) += factor * x[0, n)
@@ -65,21 +74,26 @@ inline double squares_wide(const T* x, int64_t n, double scale = 1) {
 }
 
 inline double squares(const double* x, int64_t n) { return squares_wide(x, n); }
-// Float lanes, in blocks: one that comes near the ends of float32's range is done again in double.
+// Float lanes, 16 squares in each of a block's; one that comes near the ends of float32's range is
+// done again in double.
 template <class T>
 inline double squares(const T* x, int64_t n) {
-  constexpr int64_t kBlock = 512;
+  constexpr int64_t kBlock = 64 * kFloats;
   double sum = 0;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    const int64_t stop = i + kBlock < n ? i + kBlock : n;
-    Terms<1> terms;
-    terms.add(i, stop, [=](int64_t at, auto w, F* to) EMBATTLE_INLINE {
-      const F v = fetch(x + at, w);
-      to[0] = v * v;
-    });
-    const double block = terms.result().v[0];
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    F part[4] = {};
+    const auto add = [&](int64_t i, auto w, int k) EMBATTLE_INLINE {
+      const F v = fetch(x + i, w);
+      part[k] += v * v;
+    };
+    int64_t i = begin;
+    for (; i + 4 * kFloats <= end; i += 4 * kFloats)
+      for (int k = 0; k < 4; ++k) add(i + k * kFloats, All{}, k);
+    each<kFloats>(i, end, [&](int64_t at, auto w) EMBATTLE_INLINE { add(at, w, 0); });
+    const double block = total(halves((part[0] + part[1]) + (part[2] + part[3])));
     const bool moderate = block > 1e-25 && block < 1e+37;
-    sum += __builtin_expect(moderate, true) ? block : squares_wide(x + i, stop - i);
+    sum += __builtin_expect(moderate, true) ? block : squares_wide(x + begin, end - begin);
   }
   return sum;
 }
