@@ -265,7 +265,8 @@ void add_in_double(const Cut& cut, const NoiseArgs& args, const Keys& keys) {
   const Elements<T> x(args.x);
   const double std = of_group(args.std, cut.index), eps = of_group(args.eps, cut.index);
   // The threshold of l1 is a difference, which would show what a half type rounds.
-  const bool apart = args.norm == Norm::l1 && bytes_of(args.out.dtype) == 2;
+  const bool apart =
+      args.norm == Norm::l1 && bytes_of(args.out.dtype) == 2 && cut.begin() < cut.end();
   Scratch<double> values(apart ? cut.end() - cut.begin() : 0);
   const Data sum = apart ? Data{values.get() - cut.begin(), Dtype::f64} : args.out;
   const Elements<T> to(sum);
