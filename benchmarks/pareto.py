@@ -69,7 +69,8 @@ KINDS: dict[str, tuple[str, list[str], str]] = {
     "language": ("llm_movies", [f"audit.attacks={SHORTER}"], "auc"),
 }
 #: What the variants "tuned" have beside their method: steps for which plain training's time has
-#: room, as `--time` finds it, and a rate that was chosen on the validation part of other seeds.
+#: room, as `--time` finds it; a rate and a ball that were chosen on the validation part of other
+#: seeds.
 TUNED: dict[str, dict[str, float]] = {
     "reviews": {"rate": 1.5, "scale": 1.2},
     "deep": {"rate": 1.5, "scale": 1.2},

@@ -5,20 +5,23 @@
 namespace embattle {
 namespace {
 
+// For linf, in double lanes: the largest size, which passes NaNs over; and zero, or a NaN where an
+// element is not finite.
+inline void add_largest(V v, V* acc) {
+  acc[0] = larger(abs(v), acc[0]);
+  acc[1] += v * 0.;
+}
+
 template <Norm kNorm, class T>
 inline double norm_of_group(const Cut& cut, const T* x) {
   const auto value = [=](int64_t i, auto n) { return load(x + i, n); };
   if constexpr (kNorm != Norm::linf) {
     return length<kNorm>(cut, value);
   } else {
-    // The largest size, which passes NaNs over; and zero, or a NaN where an element is not finite.
     Totals<2, 1> found;
     if constexpr (std::is_same_v<T, double>)
-      found = totals<2, 1>(cut, [=](int64_t i, auto n, V* acc) {
-        const V v = load(x + i, n);
-        acc[0] = larger(abs(v), acc[0]);
-        acc[1] += v * 0.;
-      });
+      found =
+          totals<2, 1>(cut, [=](int64_t i, auto n, V* acc) { add_largest(load(x + i, n), acc); });
     else
       found = float_sums<2, 1>(cut, [=](int64_t i, auto n, F* to) EMBATTLE_INLINE {
         const F v = fetch(x + i, n);
@@ -42,24 +45,19 @@ inline void norms_together(const Groups& groups, int64_t first, int count, const
   const int64_t extent = groups.rows_per_group * groups.dim;
   V parts[kLanes] = {}, norms{};
   for (int k = 0; k < count; ++k) {
-    const int64_t stop = (first + k + 1) * extent;
-    int64_t i = (first + k) * extent;
-    V even{}, odd{};
+    const int64_t begin = (first + k) * extent, end = begin + extent;
     if constexpr (kNorm == Norm::linf) {
-      each(i, stop, [&](int64_t at, auto n) {
-        const V v = load(x + at, n);
-        even = larger(abs(v), even);
-        odd += v * 0.;  // a NaN where an element is not finite
-      });
-      norms[k] = largest(even);
-      parts[k] = odd;
+      V lanes[2];
+      lanes_of_run<2, 1>(
+          begin, end, [=](int64_t i, auto n, V* acc) { add_largest(load(x + i, n), acc); }, lanes);
+      norms[k] = largest(lanes[0]);
+      parts[k] = lanes[1];
     } else {
-      for (; i + 2 * kLanes <= stop; i += 2 * kLanes) {
-        add_length<kNorm>(load(x + i, Whole{}), even);
-        add_length<kNorm>(load(x + i + kLanes, Whole{}), odd);
-      }
-      each(i, stop, [&](int64_t at, auto n) { add_length<kNorm>(load(x + at, n), even); });
-      parts[k] = even + odd;
+      V lanes[1];
+      lanes_of_run<1>(
+          begin, end, [=](int64_t i, auto n, V* acc) { add_length<kNorm>(load(x + i, n), acc[0]); },
+          lanes);
+      parts[k] = lanes[0];
     }
   }
   const V sums = sums_of(parts);

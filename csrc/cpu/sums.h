@@ -47,10 +47,10 @@ inline R over_runs(const Cut& cut, const T& take, const S& settle) {
 
 // ---- In double lanes ----
 
-// K totals over elements [begin, end): f(i, n, acc) adds to acc[0..K) what the n elements from i on
-// give.
+// K vectors of sums over elements [begin, end), whose lanes are yet to be added up: f(i, n, acc)
+// adds to acc[0..K) what the n elements from i on give.
 template <int K, unsigned kMaxima = 0, class F>
-inline Totals<K, kMaxima> totals_of_run(int64_t begin, int64_t end, const F& f) {
+inline void lanes_of_run(int64_t begin, int64_t end, const F& f, V (&lanes)[K]) {
   V even[K] = {}, odd[K] = {};
   int64_t i = begin;
   for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
@@ -58,9 +58,17 @@ inline Totals<K, kMaxima> totals_of_run(int64_t begin, int64_t end, const F& f) 
     f(i + kLanes, Whole{}, odd);
   }
   each(i, end, [&](int64_t at, auto n) { f(at, n, even); });
-  Totals<K, kMaxima> sum;
   for (int k = 0; k < K; ++k)
-    sum.v[k] = kMaxima >> k & 1 ? largest(larger(even[k], odd[k])) : total(even[k] + odd[k]);
+    lanes[k] = kMaxima >> k & 1 ? larger(even[k], odd[k]) : even[k] + odd[k];
+}
+
+// The totals.
+template <int K, unsigned kMaxima = 0, class F>
+inline Totals<K, kMaxima> totals_of_run(int64_t begin, int64_t end, const F& f) {
+  V lanes[K];
+  lanes_of_run<K, kMaxima>(begin, end, f, lanes);
+  Totals<K, kMaxima> sum;
+  for (int k = 0; k < K; ++k) sum.v[k] = kMaxima >> k & 1 ? largest(lanes[k]) : total(lanes[k]);
   return sum;
 }
 
