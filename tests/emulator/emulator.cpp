@@ -1,7 +1,6 @@
-// Fibres, barriers and the shared-memory watch. Compiled without instrumentation of its own.
+// Launches: the order of fibres, what a device refuses, and what is set up for a block.
+// Compiled without instrumentation of its own, as all of the emulator.
 #include "emulator.h"
-
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -9,18 +8,8 @@
 #include <cstring>
 #include <numeric>
 #include <random>
-#include <vector>
 
-#include "cuda_runtime.h"
-#include "trace.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#define EMU_ASAN 1
-#else
-#define EMU_ASAN 0
-#endif
+#include "fibres.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -31,489 +20,34 @@ extern unsigned char __start_emu_shared[] __attribute__((weak, visibility("hidde
 extern unsigned char __stop_emu_shared[] __attribute__((weak, visibility("hidden")));
 }
 
-// ---- Switching stacks
-// ------------------------------------------------------------------------------
-
-// emu_switch(save, load): pushes the callee-saved registers, stores the stack pointer in *save, and
-// goes on where the stack pointer `load` was stored.
-extern "C" void emu_switch(void** save, void* load);
-extern "C" void emu_enter();  // the first frame of a fibre
-
-#if defined(__x86_64__)
-asm(R"(
-.text
-.hidden emu_switch
-.globl emu_switch
-.type emu_switch,@function
-emu_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size emu_switch, .-emu_switch
-)");
-static void* first_frame(char* top) {
-  void** sp =
-      reinterpret_cast<void**>(top) - 1;  // on entry sp + 8 is 16-byte aligned, as the ABI wants
-  *sp = nullptr;                          // emu_enter never returns
-  *--sp = reinterpret_cast<void*>(&emu_enter);
-  for (int i = 0; i < 6; ++i) *--sp = nullptr;
-  return sp;
-}
-#elif defined(__aarch64__)
-asm(R"(
-.text
-.hidden emu_switch
-.globl emu_switch
-.type emu_switch,%function
-emu_switch:
-  sub sp, sp, #160
-  stp x19, x20, [sp, #0]
-  stp x21, x22, [sp, #16]
-  stp x23, x24, [sp, #32]
-  stp x25, x26, [sp, #48]
-  stp x27, x28, [sp, #64]
-  stp x29, x30, [sp, #80]
-  stp d8, d9, [sp, #96]
-  stp d10, d11, [sp, #112]
-  stp d12, d13, [sp, #128]
-  stp d14, d15, [sp, #144]
-  mov x9, sp
-  str x9, [x0]
-  mov sp, x1
-  ldp x19, x20, [sp, #0]
-  ldp x21, x22, [sp, #16]
-  ldp x23, x24, [sp, #32]
-  ldp x25, x26, [sp, #48]
-  ldp x27, x28, [sp, #64]
-  ldp x29, x30, [sp, #80]
-  ldp d8, d9, [sp, #96]
-  ldp d10, d11, [sp, #112]
-  ldp d12, d13, [sp, #128]
-  ldp d14, d15, [sp, #144]
-  add sp, sp, #160
-  ret
-.size emu_switch, .-emu_switch
-)");
-static void* first_frame(char* top) {
-  void** sp = reinterpret_cast<void**>(top) - 20;
-  std::memset(sp, 0, 160);
-  sp[11] = reinterpret_cast<void*>(&emu_enter);  // x30
-  return sp;
-}
-#else
-#error "the emulator switches stacks by hand: write emu_switch for this processor"
-#endif
-
 namespace emu {
-namespace {
-
-constexpr size_t kStack = EMU_ASAN ? 1 << 20 : 64 << 10;
-constexpr size_t kGuard = 4096;
-constexpr size_t kRedzone = 128;  // between the shared memories of two blocks
-
-enum class State : uint8_t {
-  ready,
-  block_barrier,
-  warp_operation,
-  cluster_barrier,
-  grid_barrier,
-  done
-};
-enum class Operation : uint8_t { barrier, exchange, ballot };
-
-const char* name(Operation o) {
-  return o == Operation::barrier ? "__syncwarp" : o == Operation::exchange ? "a shuffle" : "a vote";
-}
-
-struct Copy {
-  void* to;
-  const void* from;
-  size_t size;
-};
-
-struct Block;
-
-struct Fibre {
-  void* sp = nullptr;
-  State state = State::done;
-  Block* block = nullptr;
-  unsigned thread = 0;  // in the block
-  uint3 index{};
-  // What it brought to the warp operation it waits at.
-  Operation operation = Operation::barrier;
-  unsigned mask = 0;
-  unsigned source = 0;
-  uint64_t value = 0;
-  std::vector<Copy> copies;
-  // Where memory accesses are counted.
-  Log log;
-  std::vector<uint64_t> chain;  // hashes of the functions that it is in
-};
-
-struct Warp {
-  unsigned waiting = 0;  // lanes
-  uint16_t epoch = 0;    // __syncwarp()s so far
-};
-
-// Threads with a barrier of their own: those of a block, a cluster, a cooperative grid.
-struct Meeting {
-  unsigned first = 0, threads = 0;  // its fibres
-  unsigned waiting = 0, left = 0;
-  uint16_t epoch = 0;  // barriers so far, those of larger meetings included
-};
-
-struct Cluster : Meeting {
-  unsigned blocks = 0;
-  Block* lead = nullptr;
-};
-
-struct Block : Meeting {
-  uint3 index{};
-  unsigned predicates = 0, answer = 0;
-  unsigned rank = 0;
-  unsigned char* shared = nullptr;
-  Cluster* cluster = nullptr;
-  bool visited = false;  // by another block of the cluster, since the last cluster barrier
-  std::vector<Warp> warps;
-};
-
-// The last write and the last reads of a byte of shared memory.
-struct Access {
-  uint16_t thread = 0xffff;  // in the cohort; 0xffff: none yet
-  uint16_t warp_epoch = 0, block_epoch = 0, cluster_epoch = 0;
-  uint8_t scope = 0;  // 0: that thread alone; 1, 2, 3: others of its warp, block, cluster too
-};
-struct Cell {
-  Access write, read;
-};
-
-struct Watched {
-  unsigned char* begin = nullptr;
-  unsigned char* end = nullptr;
-  std::vector<Cell> cells;
-  bool contains(const void* p) const { return p >= begin && p < end; }
-};
-
-// ---- All state: the emulator runs one launch at a time
-// ---------------------------------------------
 
 Device the_device;
 Counters the_counters;
-std::string the_error;
-Order the_order = Order::forward;
-std::mt19937 the_random;
-
 std::vector<char*> stacks;
 std::vector<Fibre> fibres;
 std::vector<Block> blocks;  // the cohort: the blocks that live side by side
 std::vector<Cluster> clusters;
 Meeting cohort;
-std::vector<unsigned char> arena_memory;
 Watched arena, statics;
 size_t arena_stride = 0, arena_size = 0;
 
 Launch current;
 Fibre* self = nullptr;
-void* scheduler_sp = nullptr;
-bool failed = false;
 uint64_t progress = 0;  // grows with whatever is not spinning
-#if EMU_ASAN
-const void* scheduler_stack = nullptr;
-size_t scheduler_stack_size = 0;
-void* scheduler_fake = nullptr;
-#endif
 
-std::string where(const Fibre& f) {
-  const uint3 b = f.block->index, t = f.index;
-  char text[128];
-  std::snprintf(text, sizeof text, "thread (%u,%u,%u) of block (%u,%u,%u)", t.x, t.y, t.z, b.x, b.y,
-                b.z);
-  return text;
-}
+namespace {
 
-void to_scheduler(bool for_good) {
-#if EMU_ASAN
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &fake, scheduler_stack, scheduler_stack_size);
-#else
-  (void)for_good;
-#endif
-  emu_switch(&self->sp, scheduler_sp);
-#if EMU_ASAN
-  __sanitizer_finish_switch_fiber(fake, &scheduler_stack, &scheduler_stack_size);
-#endif
-}
-
-void to_fibre(Fibre& f) {
-  self = &f;
-  threadIdx = f.index;
-  blockIdx = f.block->index;
-#if EMU_ASAN
-  __sanitizer_start_switch_fiber(&scheduler_fake, stacks[&f - fibres.data()] + kGuard, kStack);
-#endif
-  emu_switch(&scheduler_sp, f.sp);
-#if EMU_ASAN
-  __sanitizer_finish_switch_fiber(scheduler_fake, nullptr, nullptr);
-#endif
-}
+std::string the_error;
+Order the_order = Order::forward;
+std::mt19937 the_random;
+std::vector<unsigned char> arena_memory;
+bool failed = false;
 
 void record_failure(const std::string& what) {
   failed = true;
   if (the_error.empty()) the_error = what;
 }
-
-void wait(State state) {
-  self->state = state;
-  to_scheduler(false);
-}
-
-char* stack_of(size_t i) {
-  while (stacks.size() <= i) {
-    void* memory = mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) {
-      std::perror("emulator: mmap of a fibre's stack");
-      std::abort();
-    }
-    mprotect(memory, kGuard, PROT_NONE);
-    stacks.push_back(static_cast<char*>(memory));
-  }
-#if EMU_ASAN
-  __asan_unpoison_memory_region(stacks[i] + kGuard, kStack);  // frames of an earlier fibre
-#endif
-  return stacks[i];
-}
-
-// ---- Counting
-// --------------------------------------------------------------------------------------
-
-// Puts together what a warp, or every warp of a stretch of whole blocks, has logged.
-void flush_warp(Fibre* lanes, unsigned count) {
-  Log* logs[32] = {};
-  for (unsigned l = 0; l < count; ++l) logs[l] = &lanes[l].log;
-  trace_flush(logs);
-}
-void flush_threads(unsigned first, unsigned threads) {
-  for (unsigned t = first; t < first + threads;) {
-    const Fibre& f = fibres[t];
-    const unsigned count = std::min(32u, f.block->threads - f.thread);
-    flush_warp(&fibres[t], count);
-    t += count;
-  }
-}
-
-void count_access(const void* address, size_t size, Kind kind, const void* place) {
-  const auto* p = static_cast<const unsigned char*>(address);
-  const auto* stack = reinterpret_cast<const unsigned char*>(stacks[size_t(self - fibres.data())]);
-  if (p >= stack && p < stack + kGuard + kStack) return;
-  const bool shared = arena.contains(p) || statics.contains(p);
-  if (!shared && trace_ignores(p)) return;
-  trace_access(self->log, self->chain.empty() ? 0 : self->chain.back(), p, size,
-               shared ? Space::shared : Space::global, kind, place);
-}
-
-// ---- Barriers
-// --------------------------------------------------------------------------------------
-
-// Waits for all of a meeting. True in the thread that comes last, which then finds all ready.
-bool meet(Meeting& m, State state, const char* barrier, const char* meeting) {
-  if (m.left)
-    fail("divergent barrier: " + where(*self) + " waits at " + barrier + ", which " +
-         std::to_string(m.left) + " threads of the " + meeting + " left without reaching it");
-  if (++m.waiting != m.threads) {
-    wait(state);
-    return false;
-  }
-  m.waiting = 0;
-  ++m.epoch;
-  ++progress;
-  if (tracing()) {
-    flush_threads(m.first, m.threads);
-    trace_event(state == State::block_barrier     ? Event::block_barrier
-                : state == State::cluster_barrier ? Event::cluster_barrier
-                                                  : Event::grid_barrier);
-  }
-  for (unsigned t = 0; t < m.threads; ++t) fibres[m.first + t].state = State::ready;
-  return true;
-}
-
-// A thread is done: nobody may wait for it.
-void leave(Meeting& m, const char* barrier, const char* meeting) {
-  ++m.left;
-  if (m.waiting)
-    fail("divergent barrier: " + where(*self) + " leaves while " + std::to_string(m.waiting) +
-         " threads of the " + meeting + " wait at " + barrier);
-}
-
-const char kBlockBarrier[] = "__syncthreads";
-const char kClusterBarrier[] = "a cluster barrier";
-const char kGridBarrier[] = "a grid barrier";
-
-// The lanes of the current thread's warp, from lane 0.
-Fibre* warp_of(const Fibre& f) { return &fibres[f.block->first + (f.thread & ~31u)]; }
-unsigned lanes_of(const Fibre& f) { return std::min(32u, f.block->threads - (f.thread & ~31u)); }
-
-// Waits until all lanes of the mask have come, then every lane's answer is in `value`.
-void warp_operation(Operation operation, unsigned mask) {
-  Fibre& f = *self;
-  Warp& w = f.block->warps[f.thread / 32];
-  Fibre* lanes = warp_of(f);
-  const unsigned self_lane = f.thread & 31, count = lanes_of(f);
-  if (!(mask >> self_lane & 1))
-    fail(where(f) + ": " + name(operation) + " with a mask that does not name the calling lane");
-  for (unsigned l = 0; l < 32; ++l) {
-    if (!(mask >> l & 1)) continue;
-    if (l >= count) {
-      // A warp may be cut short by the block's size; naming lanes that never were is an error there
-      // too.
-      fail(where(f) + ": " + name(operation) + " names lane " + std::to_string(l) +
-           ", which the block does not have");
-    }
-    if (lanes[l].state == State::done)
-      fail(where(f) + ": " + name(operation) + " names lane " + std::to_string(l) +
-           ", which has left");
-    if (w.waiting >> l & 1 && (lanes[l].operation != operation || lanes[l].mask != mask))
-      fail("lanes meet in different operations: " + where(f) + " in " + name(operation) + ", " +
-           where(lanes[l]) + " in " + name(lanes[l].operation) + " or with another mask");
-  }
-  f.operation = operation;
-  f.mask = mask;
-  w.waiting |= 1u << self_lane;
-  if ((w.waiting & mask) != mask) {
-    wait(State::warp_operation);
-    return;
-  }
-  w.waiting &= ~mask;
-  ++progress;
-  if (tracing()) {
-    if (mask == ~0u) flush_warp(lanes, count);
-    trace_event(Event::warp_operation, unsigned(__builtin_popcount(mask)));
-  }
-  if (operation == Operation::barrier) {
-    ++w.epoch;
-  } else {
-    uint64_t brought[32] = {}, votes = 0;
-    for (unsigned l = 0; l < count; ++l) {
-      if (!(mask >> l & 1)) continue;
-      brought[l] = lanes[l].value;
-      votes |= uint64_t(lanes[l].value != 0) << l;
-    }
-    for (unsigned l = 0; l < count; ++l) {
-      if (!(mask >> l & 1)) continue;
-      if (operation == Operation::ballot) {
-        lanes[l].value = votes;
-      } else if (lanes[l].source >= 32 || !(mask >> lanes[l].source & 1)) {
-        fail(where(lanes[l]) + ": a shuffle reads lane " + std::to_string(lanes[l].source) +
-             ", which is not in its mask");
-      } else {
-        lanes[l].value = brought[lanes[l].source];
-      }
-    }
-  }
-  for (unsigned l = 0; l < count; ++l)
-    if (mask >> l & 1) lanes[l].state = State::ready;
-}
-
-// ---- The watch on shared memory
-// --------------------------------------------------------------------
-
-Access now() {
-  Access a;
-  a.thread = uint16_t(self - fibres.data());
-  a.warp_epoch = self->block->warps[self->thread / 32].epoch;
-  a.block_epoch = self->block->epoch;
-  a.cluster_epoch = self->block->cluster->epoch;
-  return a;
-}
-
-// Whether a barrier lies between an earlier access and the current thread.
-bool ordered(const Access& a, const Access& by) {
-  if (a.thread == 0xffff || (a.thread == by.thread && a.scope == 0)) return true;
-  if (a.cluster_epoch != by.cluster_epoch) return true;
-  const Fibre& other = fibres[a.thread];
-  if (other.block != self->block || a.scope > 2) return false;
-  if (a.block_epoch != by.block_epoch) return true;
-  return other.thread / 32 == self->thread / 32 && a.scope <= 1 && a.warp_epoch != by.warp_epoch;
-}
-
-uint8_t scope_of(const Access& a) {
-  const Fibre& other = fibres[a.thread];
-  return other.block != self->block ? 3 : other.thread / 32 != self->thread / 32 ? 2 : 1;
-}
-
-void check_bounds(const unsigned char* p, size_t size) {
-  const size_t at = size_t(p - arena.begin), slot = at / arena_stride;
-  if (at % arena_stride + size > arena_size)
-    fail(where(*self) + ": shared memory accessed out of bounds, " +
-         std::to_string(at % arena_stride) + " + " + std::to_string(size) + " of " +
-         std::to_string(arena_size) + " bytes");
-  Block& owner = blocks[slot];
-  if (&owner == self->block) return;
-  if (owner.cluster != self->block->cluster)
-    fail(where(*self) + ": accesses the shared memory of another cluster");
-  if (owner.left)
-    fail(where(*self) +
-         ": accesses the shared memory of a block that leaves, with no barrier between");
-  owner.visited = true;
-}
-
-void watch(const void* address, size_t size, bool write, bool atomic = false) {
-  if (!self) return;
-  ++the_counters.accesses;
-  if (tracing()) return;  // one or the other: that is for other tests
-  const auto* p = static_cast<const unsigned char*>(address);
-  Watched* w = arena.contains(p) ? &arena : statics.contains(p) ? &statics : nullptr;
-  if (!w) return;
-  if (w == &arena) check_bounds(p, size);
-  if (w == &statics && blocks.size() > 1)
-    fail(where(*self) + ": static shared memory is not emulated where blocks live side by side");
-  const Access a = now();
-  Cell* cell = &w->cells[size_t(p - w->begin)];
-  for (size_t i = 0; i < size && p + i < w->end; ++i, ++cell) {
-    if (!write && cell->write.thread == 0xffff)
-      fail(where(*self) + ": reads shared memory that was not written, byte " +
-           std::to_string(p + i - (w == &arena ? self->block->shared : w->begin)));
-    if (atomic) continue;
-    if (!ordered(cell->write, a))
-      fail("race on shared memory: " + where(*self) + (write ? " writes" : " reads") + " byte " +
-           std::to_string(p + i - w->begin) + ", which " + where(fibres[cell->write.thread]) +
-           " wrote, with no barrier between them");
-    if (write) {
-      if (!ordered(cell->read, a))
-        fail("race on shared memory: " + where(*self) + " writes byte " +
-             std::to_string(p + i - w->begin) + ", which " + where(fibres[cell->read.thread]) +
-             " read, with no barrier between them");
-      cell->write = a;
-    } else if (ordered(cell->read, a)) {
-      cell->read = a;
-    } else {
-      const uint8_t scope = std::max(cell->read.scope, scope_of(cell->read));
-      cell->read = a;
-      cell->read.scope = scope;
-    }
-  }
-}
-
-void poison(Watched& w) {
-  if (w.begin == w.end) return;
-  std::memset(w.begin, 0xff, size_t(w.end - w.begin));
-  w.cells.assign(size_t(w.end - w.begin), Cell{});
-}
-
-// ---- Scheduling
-// ------------------------------------------------------------------------------------
 
 std::string stuck() {
   unsigned at_block = 0, at_warp = 0, at_cluster = 0, at_grid = 0, left = 0;
@@ -660,8 +194,13 @@ void prepare(uint64_t first, unsigned count, unsigned cluster) {
 
 }  // namespace
 
-// ---- The interface
-// ---------------------------------------------------------------------------------
+std::string where(const Fibre& f) {
+  const uint3 b = f.block->index, t = f.index;
+  char text[128];
+  std::snprintf(text, sizeof text, "thread (%u,%u,%u) of block (%u,%u,%u)", t.x, t.y, t.z, b.x, b.y,
+                b.z);
+  return text;
+}
 
 Device& device() { return the_device; }
 bool has_clusters() {
@@ -744,109 +283,18 @@ void fail(const std::string& what) {
   std::abort();  // an abandoned fibre is never resumed
 }
 
-unsigned lane() { return self->thread & 31; }
-
-unsigned block_barrier_count(unsigned predicate) {
-  Block& b = *self->block;
-  b.predicates += predicate;
-  if (meet(b, State::block_barrier, kBlockBarrier, "block")) {
-    b.answer = b.predicates;
-    b.predicates = 0;
-  }
-  return b.answer;
-}
-
-void block_barrier() { block_barrier_count(0); }
-
-void warp_barrier(unsigned mask) { warp_operation(Operation::barrier, mask); }
-
-uint64_t exchange(unsigned mask, uint64_t value, unsigned source) {
-  self->value = value;
-  self->source = source;
-  warp_operation(Operation::exchange, mask);
-  return self->value;
-}
-
-unsigned ballot(unsigned mask, bool predicate) {
-  self->value = predicate;
-  warp_operation(Operation::ballot, mask);
-  return unsigned(self->value);
-}
-
-unsigned char* dynamic_shared() { return self->block->shared; }
-// Code for older devices has no cluster operations, and goes on without (csrc/cuda/device.cuh).
-unsigned cluster_rank() { return has_clusters() ? self->block->rank : 0; }
-unsigned cluster_size() { return self->block->cluster->blocks; }
-
-void cluster_barrier() {
-  if (!has_clusters()) return;
-  Cluster& c = *self->block->cluster;
-  if (!meet(c, State::cluster_barrier, kClusterBarrier, "cluster")) return;
-  for (unsigned b = 0; b < c.blocks; ++b) c.lead[b].visited = false;
-}
-
-void grid_barrier() {
-  if (!current.cooperative)
-    fail(where(*self) + ": a grid barrier in a launch that is not cooperative");
-  if (!meet(cohort, State::grid_barrier, kGridBarrier, "grid")) return;
-  for (Cluster& c : clusters) ++c.epoch;
-  for (Block& b : blocks) b.visited = false;
-}
-
-void* map_shared_rank(const void* p, unsigned rank) {
-  if (!has_clusters()) return const_cast<void*>(p);
-  const Cluster& c = *self->block->cluster;
-  const auto* at = static_cast<const unsigned char*>(p);
-  if (rank >= c.blocks)
-    fail(where(*self) + ": maps block " + std::to_string(rank) + " of its cluster");
-  if (at < self->block->shared || at > self->block->shared + arena_size)
-    fail(where(*self) + ": maps an address that is not in its own shared memory");
-  return c.lead[rank].shared + (at - self->block->shared);
-}
-
 void spin() { to_scheduler(false); }
-
-void async_copy(void* to, const void* from, size_t size) {
-  if (tracing()) {
-    count_access(from, size, Kind::copy, __builtin_return_address(0));
-    count_access(to, size, Kind::write, __builtin_return_address(0));
-  }
-  self->copies.push_back({to, from, size});
-}
-
-void async_wait() {
-  if (tracing()) {
-    size_t bytes = 0;
-    for (const Copy& c : self->copies) bytes += c.size;
-    trace_wait(bytes);
-  }
-  for (const Copy& c : self->copies) {
-    watch(c.to, c.size, true);
-    std::memcpy(c.to, c.from, c.size);
-  }
-  self->copies.clear();
-}
-
-void atomic_access(const void* p, size_t size) {
-  ++progress;
-  if (tracing()) count_access(p, size, Kind::atomic, __builtin_return_address(0));
-  if (!EMU_ASAN) watch(p, size, false, true);  // writes are not reported there
-}
 
 }  // namespace emu
 
 extern "C" void emu_enter() {
   using namespace emu;
-#if EMU_ASAN
-  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
-#endif
+  enter_fibre();
   current.body(current.context);
   Fibre& f = *self;
   if (!f.copies.empty()) fail(where(f) + ": leaves without waiting for its asynchronous copies");
   ++progress;
-  leave(*f.block, kBlockBarrier, "block");
-  leave(*f.block->cluster, kClusterBarrier, "cluster");
-  leave(cohort, kGridBarrier, "grid");
+  leave_all();
   if (f.block->visited)
     fail(where(f) +
          ": leaves while another block may use its shared memory, with no barrier between");
@@ -854,65 +302,3 @@ extern "C" void emu_enter() {
   to_scheduler(true);
   std::abort();
 }
-
-// ---- What -fsanitize=thread makes the compiler call
-// -------------------------------------------------
-
-namespace emu {
-namespace {
-void seen(const void* p, size_t size, bool write, const void* place) {
-  if (tracing() && self)
-    count_access(p, size, write ? Kind::write : Kind::read, place);
-  else
-    watch(p, size, write);
-}
-}  // namespace
-}  // namespace emu
-
-#define EMU_HOOK(name, size, write)                                     \
-  extern "C" __attribute__((visibility("hidden"))) void name(void* p) { \
-    emu::seen(p, size, write, __builtin_return_address(0));             \
-  }
-EMU_HOOK(__tsan_read1, 1, false)
-EMU_HOOK(__tsan_read2, 2, false)
-EMU_HOOK(__tsan_read4, 4, false)
-EMU_HOOK(__tsan_read8, 8, false)
-EMU_HOOK(__tsan_read16, 16, false)
-EMU_HOOK(__tsan_write1, 1, true)
-EMU_HOOK(__tsan_write2, 2, true)
-EMU_HOOK(__tsan_write4, 4, true)
-EMU_HOOK(__tsan_write8, 8, true)
-EMU_HOOK(__tsan_write16, 16, true)
-EMU_HOOK(__tsan_unaligned_read2, 2, false)
-EMU_HOOK(__tsan_unaligned_read4, 4, false)
-EMU_HOOK(__tsan_unaligned_read8, 8, false)
-EMU_HOOK(__tsan_unaligned_read16, 16, false)
-EMU_HOOK(__tsan_unaligned_write2, 2, true)
-EMU_HOOK(__tsan_unaligned_write4, 4, true)
-EMU_HOOK(__tsan_unaligned_write8, 8, true)
-EMU_HOOK(__tsan_unaligned_write16, 16, true)
-#undef EMU_HOOK
-#define EMU_HIDDEN extern "C" __attribute__((visibility("hidden")))
-EMU_HIDDEN void __tsan_read_range(void* p, unsigned long size) {
-  emu::seen(p, size, false, __builtin_return_address(0));
-}
-EMU_HIDDEN void __tsan_write_range(void* p, unsigned long size) {
-  emu::seen(p, size, true, __builtin_return_address(0));
-}
-EMU_HIDDEN void __tsan_volatile_read4(void* p) {
-  emu::seen(p, 4, false, __builtin_return_address(0));
-}
-EMU_HIDDEN void __tsan_volatile_write4(void* p) {
-  emu::seen(p, 4, true, __builtin_return_address(0));
-}
-EMU_HIDDEN void __tsan_vptr_update(void*, void*) {}
-EMU_HIDDEN void __tsan_func_entry(void* caller) {
-  if (!emu::tracing() || !emu::self) return;
-  auto& chain = emu::self->chain;
-  chain.push_back((chain.empty() ? 0 : chain.back()) * 0x9e3779b97f4a7c15u +
-                  reinterpret_cast<uintptr_t>(caller));
-}
-EMU_HIDDEN void __tsan_func_exit() {
-  if (emu::tracing() && emu::self && !emu::self->chain.empty()) emu::self->chain.pop_back();
-}
-EMU_HIDDEN void __tsan_init() {}

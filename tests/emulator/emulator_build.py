@@ -16,6 +16,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "emulator"
+#: What runs the kernels.
+EMULATOR = [HERE / f"{name}.cpp" for name in ("emulator", "stacks", "barriers", "watch")]
 _spec = importlib.util.find_spec("torch")
 TORCH = Path(_spec.origin).parent if _spec and _spec.origin else Path()
 
@@ -96,7 +98,7 @@ def build(name: str, sources: Sequence[Path], variant: str, module: bool) -> Pat
         flags = list(common)
         if source.suffix == ".cu":
             flags += [*compile_flags, "-x", "c++"]
-        elif variant == "asan" and source.stem == "emulator":
+        elif variant == "asan" and source in EMULATOR:
             flags += compile_flags  # it poisons shared memory; registered.cpp serves both variants
         read: dict[Path, bytes] = {}
         _included(source, read)
@@ -111,7 +113,7 @@ def build(name: str, sources: Sequence[Path], variant: str, module: bool) -> Pat
         return target
 
     with ThreadPoolExecutor(int(os.environ.get("JOBS", os.cpu_count() or 1))) as pool:
-        parts = list(pool.map(compiled, [HERE / "emulator.cpp", HERE / "trace.cpp", *sources]))
+        parts = list(pool.map(compiled, [*EMULATOR, HERE / "trace.cpp", *sources]))
     key = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:20]
     folder = BUILD / f"{variant}-{key}"
     target = folder / (name + (sysconfig.get_config_var("EXT_SUFFIX") if module else ""))
