@@ -219,7 +219,9 @@ def of_torchattacks(case: Case, norm: Any) -> Callable[[], Tensor]:
     base = case.base().detach()
     images = base.reshape(len(base), 1, -1, base.shape[-1])
     kind = torchattacks.PGDL2 if norm == "l2" else torchattacks.PGD
-    run = kind(Images(case, base.shape), eps=eps, alpha=size, steps=STEPS, random_start=False)
+    # In eval mode: it would leave a model that it found in training mode with its dropout on.
+    model = Images(case, base.shape).eval()
+    run = kind(model, eps=eps, alpha=size, steps=STEPS, random_start=False)
     return lambda: run(images, case.labels).reshape(base.shape) - base
 
 
