@@ -105,7 +105,27 @@ def assert_close(actual: Tensor, wanted: Tensor, scale: Tensor, terms: int, what
     )
 
 
-def _group_scale(call: Call, wanted: Tensor, unit: float) -> tuple[Tensor, int]:
+def _drawn(op: str, call: Call) -> Tensor | None:
+    """What the ball of a call that draws normal numbers is given; None where it draws none."""
+    options = {k: v for k, v in call.kwargs.items() if k in ("std", "group", "offsets", "mask")}
+    if op == "random_start" and norm_name(call.kwargs.get("norm", "l2")) == "l2":
+        return expected("gaussian_noise", Call([call.args[0] * 0], options | {"std": 1.0}))[0]
+    if op != "gaussian_noise":
+        return None
+    origin = call.kwargs.get("x0", 0)
+    return expected(op, Call(call.args[:1], options))[0] - origin
+
+
+def _away_from_bounds(call: Call, wanted: Tensor) -> Tensor:
+    """What is added to the origin by elements of a result that are not at a bound; others: 0."""
+    added = wanted.double() - call.kwargs.get("x0", torch.zeros_like(wanted)).double()
+    for bound in (call.kwargs.get("lower"), call.kwargs.get("upper")):
+        if bound is not None:
+            added = torch.where(wanted == bound, 0.0, added)
+    return added
+
+
+def _group_scale(op: str, call: Call, wanted: Tensor, unit: float) -> tuple[Tensor, int]:
     """Per element: the largest magnitude in its group, of the result or the point it came from."""
     groups, norm = groups_of(call), norm_name(call.kwargs.get("norm", "l2"))
     size = max_of(groups.pack(wanted).abs().nan_to_num(posinf=0.0))
@@ -117,14 +137,24 @@ def _group_scale(call: Call, wanted: Tensor, unit: float) -> tuple[Tensor, int]:
     radius = groups.column(math.inf if eps is None else eps)
     if eps is not None:
         size = torch.maximum(size, torch.minimum(start, radius))
-    if "std" in call.kwargs:
-        # What was given and what was drawn, at best in float32, may cancel: two units of them.
+    drawn = _drawn(op, call)
+    if drawn is not None:
+        # What was given and what was drawn, at best in float32, may cancel: two units of them. An
+        # l2 ball scales what is left of them with the whole group.
+        length = norms_of(groups.pack(drawn), "l2")
+        summed, kept = 6 * groups.column(call.kwargs.get("std", 1.0)), radius
+        if op == "gaussian_noise":
+            summed, kept = summed + start, torch.minimum(radius, length)
         precision = PRECISIONS[call.args[0].dtype]
         share = 2 * min(precision.unit, 2.0**-23) / precision.tolerance(groups.valid.shape[1])
-        summed = share * (start + 6 * groups.column(call.kwargs["std"]))
-        if norm == "l2":
-            summed = torch.minimum(summed, share * 6 * radius)  # scaled with the whole group
-        size = size + summed
+        scaled = summed * (kept / length).nan_to_num(0.0) if norm == "l2" else summed
+        size = size + share * scaled
+    if norm == "l2" and eps is not None and {"lower", "upper"} & call.kwargs.keys():
+        # A bound may leave little of the ball to the others: the search's last units of its square.
+        free = norms_of(groups.pack(_away_from_bounds(call, wanted)), "l2")
+        most = torch.minimum(radius.square() / free, 2.0**26 * radius).nan_to_num(0.0)
+        precision = PRECISIONS[call.args[0].dtype]
+        size = size + 2.0**-50 / precision.tolerance(groups.valid.shape[1]) * most
     if "x0" in call.kwargs:  # what is added to the origin may cancel it
         added = wanted.double() - call.kwargs["x0"].double()
         size = torch.maximum(size, max_of(groups.pack(added).abs().nan_to_num(posinf=0.0)))
@@ -151,12 +181,21 @@ def assert_matches_reference(
     assert len(results) == len(wanted)
     scales: list[tuple[Tensor, int]]
     if op in ("pgd_step", "project", "random_start", "gaussian_noise", "momentum_step"):
-        scales = [_group_scale(call, w, unit) for w in wanted]
+        scales = [_group_scale(op, call, w, unit) for w in wanted]
         style = call.kwargs.get("style", "mi") if op == "momentum_step" else None
-        if style == "mi" and norm_name(call.kwargs.get("norm", "l2")) == "linf":
-            # The sign of a velocity that vanishes is anyone's, but for one that both say is zero.
-            vanishing = wanted[1].double().abs() < torch.finfo(torch.float64).tiny
+        norm = norm_name(call.kwargs.get("norm", "l2"))
+        if style == "mi" and norm != "l2":
+            # Whether a velocity that vanishes moves its coordinate (l1: or is one of the `top` of
+            # its group) is anyone's, but for one that both say is zero.
+            single = unit > 2.0**-53 and results[0].dtype != torch.float64
+            tiny = torch.finfo(torch.float32 if single else torch.float64).tiny
+            vanishing = wanted[1].double().abs() < tiny
             vanishing &= (wanted[1] != 0) | (results[1] != 0)
+            if norm == "l1":
+                groups = groups_of(call)
+                whole = groups.pack(vanishing.double()).any(1, keepdim=True).double()
+                width = groups.valid.shape[1]
+                vanishing = groups.unpack(whole.expand(-1, width), torch.zeros_like(wanted[1])) > 0
             known = torch.where(vanishing, wanted[0].double(), results[0].double())
             results = [known.to(results[0].dtype), *results[1:]]
         if style == "apgd":  # the result is a sum of three
@@ -181,6 +220,12 @@ def assert_matches_reference(
         before = call.args[0].double()
         scales = [(before.abs() + (wanted[0] - before).abs(), call.args[3].numel())]
         scales.append((torch.zeros(()).double(), call.args[3].numel()))
+    elif op == "linear_grad_norm":
+        # Products may cancel, which doubles then sum.
+        terms = sum(t.numel() for t in _tensors(call.args))
+        lost = 2.0**-50 / PRECISIONS[results[0].dtype].tolerance(terms)
+        sizes = expected(op, call.double().map(torch.abs))[0]
+        scales = [(lost * sizes.nan_to_num(posinf=0.0), terms)]
     else:  # norms
         terms = sum(t.numel() for t in _tensors(call.args))
         scales = [(torch.zeros(()).double(), terms)]

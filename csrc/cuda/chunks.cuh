@@ -68,9 +68,16 @@ class Chunks {
   // the tensor, and which of its elements belong to the group and are not masked out.
   template <class F>
   __device__ __forceinline__ void each(F f) const {
+    const int64_t head = begin_ / kElements;
+    const auto chunks = unsigned((end_ + kElements - 1) / kElements - head);
+    // Those in the middle are the group's alone, and nothing is asked about their elements.
+    const unsigned before = begin_ % kElements != 0, behind = end_ % kElements != 0;
+    const unsigned whole =
+        p_.groups.mask || chunks < before + behind ? 0 : chunks - before - behind;
     int k = 0;
 #pragma unroll 1  // a chunk's own elements and the other warps hide the latency; registers stay few
-    for (int64_t c = first(); c * kElements < end_; c += team_.size, ++k) f(k, c, valid(c));
+    for (unsigned at = unsigned(team_.rank); at < chunks; at += unsigned(team_.size), ++k)
+      f(k, head + at, at - before < whole ? kAllValid : valid(head + at));
   }
 
   // Starts copying this thread's chunks of inputs to shared memory.
@@ -254,21 +261,13 @@ class Chunks {
     return int(k * kElements + (k * team_.size == chunk ? last % kElements + 1 : kElements));
   }
 
-  // Which of a chunk's elements belong to the group.
+  // Which of a chunk's elements belong to the group; and which of these are not masked out.
   __device__ __forceinline__ unsigned in_range(int64_t c) const {
-    const int64_t e = c * kElements;
-    unsigned bits = kAllValid;
-    if (e < begin_) bits &= kAllValid << int(begin_ - e);
-    if (e + kElements > end_) bits &= kAllValid >> int(e + kElements - end_);
-    return bits;
+    return Edge::in_range(c, begin_, end_);
   }
-
   __device__ __forceinline__ unsigned valid(int64_t c) const {
-    const unsigned bits = in_range(c);
-    return p_.groups.mask
-               ? Edge::unmasked(bits, p_.groups.mask + row(index_), p_.groups.dim,
-                                c * kElements - begin_, end_ - begin_ < (int64_t(1) << 31) - 64)
-               : bits;
+    const bool* mask = p_.groups.mask;
+    return Edge::valid(c, begin_, end_, mask ? mask + row(index_) : nullptr, p_.groups.dim);
   }
 
   __device__ __forceinline__ void prefetch_chunk(const Stream& s, int k, int64_t c,

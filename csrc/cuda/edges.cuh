@@ -9,13 +9,27 @@ namespace embattle::cuda {
 // Of chunks of kElements elements, T in memory and A in registers.
 template <class T, class A, int kElements>
 struct Edges {
-  // `at`: the chunk's first element, counted from the group's; `mask`: of the group's first row.
-  static __device__ EMBATTLE_NOINLINE unsigned unmasked(unsigned bits, const bool* mask,
-                                                        int64_t dim, int64_t at, bool small) {
+  // Which elements of a chunk belong to the group of elements [begin, end).
+  static __device__ __forceinline__ unsigned in_range(int64_t chunk, int64_t begin, int64_t end) {
+    const int64_t e = chunk * kElements;
+    constexpr unsigned kAll = (1u << kElements) - 1;
+    unsigned bits = kAll;
+    if (e < begin) bits &= kAll << int(begin - e);
+    if (e + kElements > end) bits &= kAll >> int(e + kElements - end);
+    return bits;
+  }
+
+  // Those that are not masked out either. `mask`: of the group's first row, or null.
+  static __device__ EMBATTLE_NOINLINE unsigned valid(int64_t chunk, int64_t begin, int64_t end,
+                                                     const bool* mask, int64_t dim) {
+    unsigned bits = in_range(chunk, begin, end);
+    if (!mask) return bits;
+    int64_t at = chunk * kElements - begin;  // counted from the group's first element
     int i = at < 0 ? int(-at) : 0;
     at += i;
     // 32-bit division is several times cheaper.
-    const int64_t row = small ? unsigned(at) / unsigned(dim) : at / dim;
+    const int64_t row =
+        end - begin < (int64_t(1) << 31) - 64 ? unsigned(at) / unsigned(dim) : at / dim;
     int64_t column = at - row * dim;
     mask += row;
     while (i < kElements && bits >> i) {

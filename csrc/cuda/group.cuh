@@ -53,7 +53,7 @@ class Group : public Steepest<T, kFull> {
         if (kNorm == Norm::linf || search.pass == Pass::finish)
           finish(k, c, valid, x, result);
         else
-          measure<kNorm>(search, result, valid, x, s);
+          measure<kNorm>(search, result, x, s);
       });
       if (kNorm == Norm::linf || search.pass == Pass::finish) return;
       next<kNorm>(search, s, result);
@@ -189,19 +189,18 @@ class Group : public Steepest<T, kFull> {
     }
   }
 
-  // Adds a chunk to the sums that a pass forms.
+  // Adds a chunk to the sums that a pass forms. Where it is not valid there are zeros, not bounded,
+  // which add nothing.
   template <Norm kNorm>
   __device__ __forceinline__ static void measure(const Search& search, const Projection& result,
-                                                 unsigned valid, const V& x, Sums& s) {
+                                                 const V& x, Sums& s) {
     if (kNorm == Norm::l2 && sizeof(T) == 8 && search.pass == Pass::extent) {
 #pragma unroll
-      for (int i = 0; i < kElements; ++i)
-        if (valid >> i & 1) s.m = larger(s.m, double(magnitude(x.v[i])));
+      for (int i = 0; i < kElements; ++i) s.m = larger(s.m, double(magnitude(x.v[i])));
     } else if (search.pass == Pass::measure) {
       // a: of what would be stored as it is; b: of the values themselves; m: the largest.
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
-        if (!(valid >> i & 1)) continue;
         constexpr bool kScales = kNorm == Norm::l2 && sizeof(T) == 8;
         const double v = double(x.v[i] * (kScales ? search.unit : A(1)));
         const double r = double(kept(x, i)) * double(kScales ? search.inner : A(1));
@@ -218,7 +217,6 @@ class Group : public Steepest<T, kFull> {
       // a: how far the elements beyond the threshold reach; b: how many they are.
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
-        if (!(valid >> i & 1)) continue;
         const double w = double(magnitude(x.v[i])) - result.base;
         if (w > search.at) {
           s.a += w;
@@ -228,7 +226,6 @@ class Group : public Steepest<T, kFull> {
     } else if constexpr (kFull) {
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
-        if (!(valid >> i & 1)) continue;
         const double v = x.v[i];
         double w = 0;  // how far the origin is from where the search would put the element
         if (search.pass == Pass::box) {
@@ -305,7 +302,7 @@ class Group : public Steepest<T, kFull> {
         if (kNorm == Norm::l2 && apart) result.scale = 0;
       } else if constexpr (kNorm == Norm::l2) {
         double answer = search.bracket.inner;
-        next_in_box(search, s.a + s.b, 1, search.at * sqrt(larger(1 - 2e-15 - s.b, 0.0) / s.a),
+        next_in_box(search, s.a + s.b, 1, search.at * sqrt(larger(1 - 1e-15 - s.b, 0.0) / s.a),
                     answer);
         if (search.pass == Pass::finish)
           result.scale = smaller(answer * result.scale, 1.0) * kInside<T>;
@@ -327,7 +324,7 @@ class Group : public Steepest<T, kFull> {
     const bool inside = now <= goal;
     if (inside) answer = search.at;
     const bool on =
-        !(inside && now >= goal * (1 - 3e-15)) && look_on(search.bracket, inside, newton);
+        !(inside && now >= goal * (1 - 2e-15)) && look_on(search.bracket, inside, newton);
     search.at = search.bracket.at;
     if (!on) search.pass = Pass::finish;
   }
