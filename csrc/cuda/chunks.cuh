@@ -65,18 +65,19 @@ class Chunks {
   }
 
   // f(k, chunk, valid) for each of this thread's chunks: its number in the thread, its number in
-  // the tensor, and which of its elements belong to the group and are not masked out.
+  // the tensor, and which of its elements belong to the group and are not masked out; from chunk k
+  // on.
   template <class F>
-  __device__ __forceinline__ void each(F f) const {
+  __device__ __forceinline__ void each(F f, int k = 0) const {
     const int64_t head = begin_ / kElements;
     const auto chunks = unsigned((end_ + kElements - 1) / kElements - head);
     // Those in the middle are the group's alone, and nothing is asked about their elements.
     const unsigned before = begin_ % kElements != 0, behind = end_ % kElements != 0;
     const unsigned whole =
         p_.groups.mask || chunks < before + behind ? 0 : chunks - before - behind;
-    int k = 0;
 #pragma unroll 1  // a chunk's own elements and the other warps hide the latency; registers stay few
-    for (unsigned at = unsigned(team_.rank); at < chunks; at += unsigned(team_.size), ++k)
+    for (auto at = unsigned(team_.rank + k * team_.size); at < chunks;
+         at += unsigned(team_.size), ++k)
       f(k, head + at, at - before < whole ? kAllValid : valid(head + at));
   }
 
@@ -94,20 +95,20 @@ class Chunks {
   template <bool kTyped, bool kKept = true, bool kOrNot = false>
   __device__ __forceinline__ void fetch(const Stream& s, int k, int64_t c, unsigned valid,
                                         Chunk& out) const {
-    const int size = kTyped ? int(sizeof(T)) : bytes_of(s.type);
-    const void* from = nullptr;
-    if (valid == 0 || (kOrNot && s.type != dtype_of<T>)) {
-    } else if (kKept && s.slot >= 0 && k < p_.resident) {
-      from = slots_ + s.slot + (k * int(blockDim.x) + int(threadIdx.x)) * (kElements * size);
-    } else if (valid == kAllValid && s.aligned) {
-      from = static_cast<const unsigned char*>(s.data) + c * kElements * size;
-    }
-    if (from) {
+    const auto load = [&](const void* from) {
       if constexpr (kTyped)
         load_pack<T>(from, out);
       else
         load_pack(from, s.type, out);
+    };
+    if (valid == 0) {
+      for (A& x : out) x = 0;
       return;
+    }
+    if (!kOrNot || s.type == dtype_of<T>) {
+      if (kKept && s.slot >= 0 && k < p_.resident) return load(slot<kTyped>(s, k));
+      if (valid == kAllValid && s.aligned)
+        return load(static_cast<const unsigned char*>(s.data) + c * kElements * size<kTyped>(s));
     }
     const Slow slow = Edge::load_some(s.data, kTyped && !kOrNot ? dtype_of<T> : s.type, c, valid);
 #pragma unroll
@@ -177,7 +178,11 @@ class Chunks {
     Pack<T, kElements> kept;
 #pragma unroll
     for (int i = 0; i < kElements; ++i) kept.at[i] = x.v[i];
-    write_whole(reinterpret_cast<T*>(slot(p_.x, k)), kept);
+    write_whole(reinterpret_cast<T*>(slot<true>(p_.x, k)), kept);
+  }
+
+  __device__ __forceinline__ void kept_values(int k, V& x) const {
+    load_pack<T>(slot<true>(p_.x, k), x.v);
   }
 
   // An element of x as it was given; called before anything moves v.
@@ -235,9 +240,15 @@ class Chunks {
   __device__ bool leads() const { return team_.rank == 0; }
 
  protected:
+  // Of an input's elements; kTyped: they are T.
+  template <bool kTyped>
+  __device__ __forceinline__ static int size(const Stream& s) {
+    return kTyped ? int(sizeof(T)) : bytes_of(s.type);
+  }
+  template <bool kTyped>
   __device__ __forceinline__ unsigned char* slot(const Stream& s, int k) const {
     return slots_ + s.slot +
-           (k * int(blockDim.x) + int(threadIdx.x)) * (kElements * bytes_of(s.type));
+           (k * int(blockDim.x) + int(threadIdx.x)) * (kElements * size<kTyped>(s));
   }
 
   // The first row of a group.
@@ -273,8 +284,8 @@ class Chunks {
   __device__ __forceinline__ void prefetch_chunk(const Stream& s, int k, int64_t c,
                                                  unsigned valid) const {
     if (s.slot < 0) return;
-    const int size = kFull ? bytes_of(s.type) : int(sizeof(T));
-    unsigned char* to = slot(s, k);
+    const int size = Chunks::size<!kFull>(s);
+    unsigned char* to = slot<!kFull>(s, k);
     const auto* from = static_cast<const unsigned char*>(s.data) + c * kElements * size;
     if (valid != kAllValid || !s.aligned) return Edge::copy_some(to, from, size, valid);
     if (size * kElements >= 16)

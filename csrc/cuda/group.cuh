@@ -34,12 +34,14 @@ class Group : public Steepest<T, kFull> {
   // finish(k, chunk, valid, values, projection) for each chunk.
   //
   // All passes over the group are rounds of one loop, so that `source`, which is long, is compiled
-  // once.
-  template <Norm kNorm, class Source, class Again, class Finish>
+  // once. kKeeps: what it gives is kept where it reads x, and it is asked once for each chunk that
+  // shared memory holds; it does nothing else then, and there is no again.
+  template <Norm kNorm, bool kKeeps = false, class Source, class Again, class Finish>
   __device__ __forceinline__ void project(Source source, double eps, Again again, Finish finish) {
     Projection result;
     Search search;
     begin<kNorm>(search, eps, result);
+    int kept = 0;  // chunks of this thread
 #pragma unroll 1
     for (;;) {
       if (search.pass == Pass::finish && again(result)) {
@@ -47,23 +49,47 @@ class Group : public Steepest<T, kFull> {
         continue;
       }
       Sums s;
-      each([&](int k, int64_t c, unsigned valid) {
-        V x;
-        source(k, c, valid, x);
-        if (kNorm == Norm::linf || search.pass == Pass::finish)
-          finish(k, c, valid, x, result);
-        else
-          measure<kNorm>(search, result, x, s);
-      });
+      int from = 0;
+      if constexpr (kKeeps && kNorm == Norm::l1) {
+        if (search.pass == Pass::shift) {
+#pragma unroll 1
+          for (; from < kept; ++from) {
+            V x;
+            this->kept_values(from, x);
+            add_beyond(search, result, x, s);
+          }
+        }
+      }
+      each(
+          [&](int k, int64_t c, unsigned valid) {
+            V x;
+            if (kKeeps && k < kept) {
+              this->kept_values(k, x);
+            } else {
+              source(k, c, valid, x);
+              if constexpr (kKeeps) {
+                if (k < p_.resident && p_.x.slot >= 0) {
+                  this->keep_values(k, x);
+                  kept = k + 1;
+                }
+              }
+            }
+            if (kNorm == Norm::linf || search.pass == Pass::finish)
+              finish(k, c, valid, x, result);
+            else
+              measure<kNorm>(search, result, x, s);
+          },
+          from);
       if (kNorm == Norm::linf || search.pass == Pass::finish) return;
       next<kNorm>(search, s, result);
     }
   }
 
-  // Projects the group, and stores it.
+  // Projects the group, and stores it. `source` reads, and no more.
   template <Norm kNorm, class Source>
   __device__ __forceinline__ void project(Source source, double eps) {
-    project<kNorm>(
+    constexpr bool kKeeps = kNorm != Norm::linf && !kFull && std::is_same_v<T, A>;
+    project<kNorm, kKeeps>(
         source, eps, [](const Projection&) { return false; },
         [&](int, int64_t c, unsigned valid, const V& x, const Projection& projection) {
           store<kNorm>(c, valid, x, projection);
@@ -214,15 +240,7 @@ class Group : public Steepest<T, kFull> {
         }
       }
     } else if (kNorm == Norm::l1 && search.pass == Pass::shift) {
-      // a: how far the elements beyond the threshold reach; b: how many they are.
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        const double w = double(magnitude(x.v[i])) - result.base;
-        if (w > search.at) {
-          s.a += w;
-          s.b += 1;
-        }
-      }
+      add_beyond(search, result, x, s);
     } else if constexpr (kFull) {
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
@@ -249,6 +267,19 @@ class Group : public Steepest<T, kFull> {
           s.a += magnitude(put);
           s.b += free;
         }
+      }
+    }
+  }
+
+  // l1. a: how far the elements beyond the threshold reach; b: how many they are.
+  __device__ __forceinline__ static void add_beyond(const Search& search, const Projection& result,
+                                                    const V& x, Sums& s) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const double w = double(magnitude(x.v[i])) - result.base;
+      if (w > search.at) {
+        s.a += w;
+        s.b += 1;
       }
     }
   }

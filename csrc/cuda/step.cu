@@ -26,12 +26,8 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
       if (p.nonfinite && group.leads() && !finite) ++p.nonfinite[index];
     }
     const bool still = p.chosen && !p.chosen[index];
-    // What has moved is kept where the passes after the first one read it: so many chunks.
-    constexpr bool kKeeps = kNorm != Norm::linf && !kFull && std::is_same_v<T, A>;
-    int kept = 0;
     const auto source = [&](int k, int64_t c, unsigned valid, typename G::V& x) {
       group.fetch_values(k, c, valid, x);
-      if (kKeeps && k < kept) return;
       if (still) {
 #pragma unroll
         for (int i = 0; i < G::kElements; ++i) x.v[i] = 0;
@@ -41,12 +37,6 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
 #pragma unroll
         for (int i = 0; i < G::kElements; ++i)
           x.v[i] = G::template moved<kNorm>(u, x.v[i], g[i], k * G::kElements + i);
-        if constexpr (kKeeps) {
-          if (k < p.resident) {
-            group.keep_values(k, x);
-            kept = k + 1;
-          }
-        }
       }
     };
     group.template project<kNorm>(source, value_of(p.eps, index));
