@@ -68,15 +68,18 @@ KINDS: dict[str, tuple[str, list[str], str]] = {
     "ranking": ("films_ranking", [], "ndcg"),
     "language": ("llm_movies", [f"audit.attacks={SHORTER}"], "auc"),
 }
-#: What the variants "tuned" have beside their method: steps for which plain training's time has
-#: room, as `--time` finds it; a rate and a ball that were chosen on the validation part of other
-#: seeds.
-TUNED: dict[str, dict[str, float]] = {
-    "reviews": {"rate": 1.5, "scale": 1.2},
-    "deep": {"rate": 1.5, "scale": 1.2},
-    "clicks": {"duration": 0.78, "rate": 1.5},
-    "income": {"duration": 0.72, "rate": 2.0},
-    "ranking": {"duration": 0.61, "rate": 1.5},
+#: What the variants "tuned" have beside their method, by kind and objective: steps for which plain
+#: training's time has room, as `--time` finds it; a rate and a ball that were chosen on the
+#: validation part of other seeds.
+TUNED: dict[str, dict[str, dict[str, float]]] = {
+    "reviews": {"staggered": {"rate": 1.5, "scale": 1.2}},
+    "deep": {
+        "staggered": {"rate": 1.5, "scale": 1.2},
+        "partial": {"duration": 0.75, "rate": 1.3, "scale": 1.5},
+    },
+    "clicks": {"staggered": {"duration": 0.78, "rate": 1.5}},
+    "income": {"staggered": {"duration": 0.72, "rate": 2.0}},
+    "ranking": {"staggered": {"duration": 0.61, "rate": 1.5}},
 }
 #: The kinds in the picture.
 SHOWN = ("reviews", "clicks", "income")
@@ -97,12 +100,14 @@ class Method:
         variant: what the recipe says of it.
         visits: the batch is cut to a multiple of these.
         tuned: what it has of `TUNED`.
+        of: for which objective that was chosen.
     """
 
     passes: float
     variant: str
     visits: int = 1
     tuned: tuple[str, ...] = ()
+    of: str = "staggered"
 
 
 METHODS = {
@@ -136,6 +141,9 @@ METHODS["staggered, 2 visits, tuned"] = replace(
 METHODS["staggered, 3 visits, tuned"] = replace(
     METHODS["staggered, 3 visits"], tuned=("duration", "rate")
 )
+METHODS["half by FGM, tuned"] = replace(
+    METHODS["half by FGM"], tuned=("duration", "rate", "scale"), of="partial"
+)
 METHODS[f"{GOAL}, at that rate"] = replace(METHODS[GOAL], tuned=("rate",))
 
 
@@ -160,7 +168,7 @@ def recipe_of(kind: str, method: str, seed: int) -> tuple[Recipe, str]:
     share = hardened.get("eps_schedule", {}).get("share", 0.3)
     variant = chosen.variant[:-1] + f", eps_schedule: {{share: {share}}}}}"
     for key in chosen.tuned:
-        variant = f"{variant[:-1]}, {key}: {TUNED[kind].get(key, 1.0)}}}"
+        variant = f"{variant[:-1]}, {key}: {TUNED[kind][chosen.of].get(key, 1.0)}}}"
     lam = hardened.get("lam", 1.0)
     if lam != 1 and not any(f"objective: {name}" in variant for name in UNWEIGHTED):
         variant = variant[:-1] + f", lam: {lam}}}"
@@ -284,7 +292,10 @@ def table(results: dict[str, Any]) -> str:
         changed = f", {', '.join(changes)}" if changes else ""
         lines.append(f"## {name.capitalize()}: `{recipe}`{changed}, {measure}\n")
         timed_at = f"; times: {in_words(kind['timed'])}" if "timed" in kind else ""
-        tuned = "".join(f"; tuned: {key} {value}" for key, value in TUNED.get(name, {}).items())
+        tuned = "".join(
+            f"; {objective}, tuned: " + ", ".join(f"{key} {value}" for key, value in chosen.items())
+            for objective, chosen in TUNED.get(name, {}).items()
+        )
         lines.append(f"{in_words(kind['origin'])}{timed_at}{tuned}\n")
         swapped = any("words" in row for row in summary(kind).values())
         more = " exchanged words |" if swapped else ""

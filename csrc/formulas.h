@@ -21,6 +21,11 @@ struct Words {
   uint32_t w[4];
 };
 
+// What Philox4x32 multiplies words by, and adds to its keys after each round.
+constexpr uint32_t kPhiloxTimes0 = 0xD2511F53u, kPhiloxTimes1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxPlus0 = 0x9E3779B9u, kPhiloxPlus1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+
 // One block of Philox4x32-10 (Salmon et al., SC 2011). Stream 0 serves elements, stream 1 groups.
 [[maybe_unused]] EMBATTLE_HD Words philox(uint64_t key0, uint64_t key1, uint64_t block,
                                           uint32_t stream) {
@@ -28,15 +33,15 @@ struct Words {
   uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
   uint32_t c2 = static_cast<uint32_t>(key1),
            c3 = static_cast<uint32_t>(key1 >> 32) ^ (stream << 31);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
-    const uint64_t p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(c0) * kPhiloxTimes0;
+    const uint64_t p1 = static_cast<uint64_t>(c2) * kPhiloxTimes1;
     c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
     c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
     c1 = static_cast<uint32_t>(p1);
     c3 = static_cast<uint32_t>(p0);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += kPhiloxPlus0;
+    k1 += kPhiloxPlus1;
   }
   return {{c0, c1, c2, c3}};
 }

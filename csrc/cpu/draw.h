@@ -88,20 +88,18 @@ constexpr L kOrder = {0, 2, 1, 3};
 constexpr L kOrder = {0, 1};
 #endif
 
-constexpr uint32_t kMultiply0 = 0xD2511F53u, kMultiply1 = 0xCD9E8D57u;
-
 // A key, and what the rounds make of it.
 struct Keys {
   uint32_t c2, c3;
   uint32_t k0[2], k1[2];
-  L later0[8], later1[8];  // from the third round on, in every lane
+  L later0[kPhiloxRounds - 2], later1[kPhiloxRounds - 2];  // from the third round on, in every lane
 
   explicit Keys(const int64_t* key) {
     const auto low = [](int64_t x) { return static_cast<uint32_t>(x); };
     c2 = low(key[1]);
     c3 = low(key[1] >> 32);
     uint32_t a = low(key[0]), b = low(key[0] >> 32);
-    for (int round = 0; round < 10; ++round, a += 0x9E3779B9u, b += 0xBB67AE85u) {
+    for (int round = 0; round < kPhiloxRounds; ++round) {
       if (round < 2) {
         k0[round] = a;
         k1[round] = b;
@@ -109,6 +107,8 @@ struct Keys {
         later0[round - 2] = L{} + a;
         later1[round - 2] = L{} + b;
       }
+      a += kPhiloxPlus0;
+      b += kPhiloxPlus1;
     }
   }
 };
@@ -119,26 +119,26 @@ struct Keys {
 template <int kSets>
 [[gnu::always_inline]] inline void philox_sets(const Keys& keys, uint64_t block, U (*to)[2]) {
   const auto high = [](uint64_t x) { return static_cast<uint32_t>(x >> 32); };
-  const uint64_t first1 = uint64_t{keys.c2} * kMultiply1;
+  const uint64_t first1 = uint64_t{keys.c2} * kPhiloxTimes1;
   const uint32_t one0 = high(first1) ^ high(block) ^ keys.k0[0];
   const uint32_t one1 = static_cast<uint32_t>(first1);
-  const uint64_t second0 = uint64_t{one0} * kMultiply0;
+  const uint64_t second0 = uint64_t{one0} * kPhiloxTimes0;
   const L one2 = L{} + (keys.c3 ^ keys.k1[0]);
   const L two0 = L{} + (one1 ^ keys.k0[1]), two2 = L{} + (high(second0) ^ keys.k1[1]);
   const L two3 = L{} + (second0 & 0xffffffffu);
   L w0[kSets], w1[kSets], w2[kSets], w3[kSets];
   for (int s = 0; s < kSets; ++s) {
-    const L p0 = product(kOrder + (block + static_cast<uint64_t>(s * kLanes)), kMultiply0);
-    const L p1 = product((p0 >> 32) ^ one2, kMultiply1);
+    const L p0 = product(kOrder + (block + static_cast<uint64_t>(s * kLanes)), kPhiloxTimes0);
+    const L p1 = product((p0 >> 32) ^ one2, kPhiloxTimes1);
     w0[s] = (p1 >> 32) ^ two0;
     w1[s] = p1;
     w2[s] = p0 ^ two2;
     w3[s] = two3;
   }
 #pragma GCC unroll 8
-  for (int round = 0; round < 8; ++round)
+  for (int round = 0; round < kPhiloxRounds - 2; ++round)
     for (int s = 0; s < kSets; ++s) {
-      const L p0 = product(w0[s], kMultiply0), p1 = product(w2[s], kMultiply1);
+      const L p0 = product(w0[s], kPhiloxTimes0), p1 = product(w2[s], kPhiloxTimes1);
       w0[s] = (p1 >> 32) ^ w1[s] ^ keys.later0[round];
       w1[s] = p1;
       w2[s] = (p0 >> 32) ^ w3[s] ^ keys.later1[round];
