@@ -32,6 +32,7 @@ from embattle.jobs.train import make_accelerator
 from embattle.jobs.validation import Validation
 from embattle.jobs.variant_recipe import OBJECTIVES
 from embattle.objectives.monitor import Monitor
+from embattle.tasks.kinds import BinaryClassification
 from safetensors.torch import load_file
 from test_tabular import write
 from tiny_job import invoke
@@ -234,6 +235,25 @@ def test_duration_and_rate_are_shares_of_the_budgets(
         status, text = invoke("train", trained[0], "--set", f"variants.shorter.{change}")
         assert status == 2
         assert f"variants.shorter.{change.split('=')[0]}" in text
+
+
+def test_a_training_that_came_to_nothing_is_named(tmp_path: Path) -> None:
+    train = {"steps": 60, "batch_size": 16, "learning_rate": 0.02}
+    recipe = recipe_of(tmp_path, train=train, variants={"a": {"rate": 1e-6}})
+    status, text = invoke("train", recipe, "--out", tmp_path / "run")
+    assert status == 0, text
+    assert text.count("no better than one answer for all") == 1
+    assert "a: on the validation part" in text
+    assert "variants.a.rate" in text
+
+
+def test_few_of_a_rare_class_are_found_by_a_model_that_ranks_them() -> None:
+    labels = torch.tensor([0] * 9 + [1])
+    ranks = torch.tensor([-3.0] * 9 + [-1.0])  # all are below one half
+    kind = BinaryClassification()
+    assert not kind.learnt_nothing(ranks, labels)
+    assert kind.learnt_nothing(torch.full((10,), -2.2), labels)
+    assert kind.learnt_nothing(-ranks, labels)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -248,6 +248,12 @@ class Fit:
         batches = self.task.batches(self.bare, "validation", 100)
         outputs, kind = predict(self.bare, batches, self.task), self.task.kind
         labels = labels_of(batches)
+        if self.accelerator.is_main_process and kind.learnt_nothing(outputs, labels):
+            say(
+                f"{self.variant}: on the validation part the model is no better than one answer "
+                "for all: the training has collapsed, or was too short; lower "
+                f"train.learning_rate or variants.{self.variant}.rate, or raise train.steps"
+            )
         return {
             kind.measures[0][0]: float(kind.right(outputs, labels).float().mean()),
             "loss": float(kind.losses(outputs, labels).mean()),

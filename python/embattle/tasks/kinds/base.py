@@ -62,6 +62,10 @@ class Kind(ABC):
         """Give the share that is right if the same is always predicted; None: it is not known."""
         return None
 
+    def learnt_nothing(self, outputs: Tensor, labels: Tensor) -> bool:
+        """Tell whether one answer for all samples would be no worse; False: it is not known."""
+        return False
+
     def scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Score outputs [N, ...] against labels [N, ...].
 

@@ -124,6 +124,18 @@ class Classification(Kind):
         """Give the share of the most frequent class."""
         return max(Counter(labels.tolist()).values()) / len(labels)
 
+    def learnt_nothing(self, outputs: Tensor, labels: Tensor) -> bool:
+        """Tell whether the classes' shares, as the answer for all, would be no worse.
+
+        Neither in how many are right nor, but for a thousandth, in the loss, which for a rare class
+        tells more.
+        """
+        shares = torch.bincount(labels.long()).double() / len(labels)
+        loss = float(torch.special.entr(shares).sum())
+        right = float(self.right(outputs, labels).double().mean())
+        found = float(self.losses(outputs, labels).double().mean())
+        return right <= self.chance(labels) and found >= 0.999 * loss
+
     def _name(self, number: int) -> str:
         return self.classes[number] if self.classes else str(number)
 
