@@ -36,7 +36,7 @@ emu_switch:
   ret
 .size emu_switch, .-emu_switch
 )");
-static void* frame_at(char* top) {
+void* emu::first_frame(char* top) {
   void** sp =
       reinterpret_cast<void**>(top) - 1;  // on entry sp + 8 is 16-byte aligned, as the ABI wants
   *sp = nullptr;                          // emu_enter never returns
@@ -79,7 +79,7 @@ emu_switch:
   ret
 .size emu_switch, .-emu_switch
 )");
-static void* frame_at(char* top) {
+void* emu::first_frame(char* top) {
   void** sp = reinterpret_cast<void**>(top) - 20;
   std::memset(sp, 0, 160);
   sp[11] = reinterpret_cast<void*>(&emu_enter);  // x30
@@ -100,8 +100,6 @@ void* scheduler_fake = nullptr;
 #endif
 
 }  // namespace
-
-void* first_frame(char* top) { return frame_at(top); }
 
 void to_scheduler(bool for_good) {
 #if EMU_ASAN
