@@ -224,7 +224,8 @@ def assert_matches_reference(
         before, terms = call.args[0].double(), call.args[3].numel()
         # Where what a row gets cancels, sums in doubles lose this share of it; all, and anything is
         # right.
-        rows, grads = call.args[2], call.args[3].double()
+        rows = call.args[2].reshape(-1)
+        grads = call.args[3].double().reshape(len(rows), before.shape[1])
         sums = [torch.zeros_like(before).index_add(0, rows, g) for g in (grads, grads.abs())]
         total, sizes = (s.norm(dim=1) for s in sums)
         lost = (2.0**-50 * sizes / total).nan_to_num(0.0, posinf=0.0)
