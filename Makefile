@@ -28,7 +28,7 @@ help:
 	@echo "make browser   the report in a headless Chromium, which is installed where that is allowed"
 	@echo "make recbole   the tests of RecBole's models, in an environment of its own (.venv-recbole)"
 	@echo "make clipping-nightly [CASES=100000]  random models under per-sample clipping"
-	@echo "make fuzz-nightly [CASES=100000]  the ops against the reference on calls as they come"
+	@echo "make fuzz-nightly [CASES=100000]  the ops, and the CUDA kernels in the emulator, on calls as they come"
 	@echo "make simd-check  whether the highest SIMD level compiles, where nothing could run it"
 	@echo "make lint      ruff, mypy --strict, clang-format"
 	@echo "make bench     the benchmarks, against the memory roofline and eager torch"
@@ -98,7 +98,8 @@ clipping-nightly: dev
 
 # One process alone: what it times is not to wait for others.
 fuzz-nightly: dev
-	OMP_NUM_THREADS=1 EMBATTLE_FUZZ_CASES=$(CASES) $(RUN) -m pytest tests/test_ops_fuzz.py
+	OMP_NUM_THREADS=1 EMBATTLE_FUZZ_CASES=$(CASES) EMBATTLE_CUDA_FUZZ_CASES=$(CASES) \
+		$(RUN) -m pytest tests/test_ops_fuzz.py tests/test_cuda_fuzz.py
 
 # The tests that run on any device, on one that needs no hardware; random cases are make test's.
 device-test: dev

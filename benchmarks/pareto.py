@@ -82,7 +82,7 @@ TUNED: dict[str, dict[str, dict[str, float]]] = {
     "ranking": {"staggered": {"duration": 0.61, "rate": 1.5}},
 }
 #: The kinds in the picture.
-SHOWN = ("reviews", "clicks", "income")
+SHOWN = ("reviews", "deep", "clicks", "income")
 #: Samples that are attacked at most.
 ATTACKED = 2000
 GOAL = "mixed PGD-3"
@@ -321,11 +321,13 @@ def picture(results: dict[str, Any], path: Path) -> None:
     kinds = {name: rows for name, rows in kinds.items() if GOAL in rows}
     if not kinds:
         return
+    across = min(2, len(kinds))
+    down = -(-len(kinds) // across)
     canvas = need("matplotlib.figure", "test").Figure(
-        figsize=(5.2 * len(kinds), 4.6), layout="constrained"
+        figsize=(5.2 * across, 4.6 * down), layout="constrained"
     )
     for place, (name, rows) in enumerate(kinds.items(), 1):
-        axes = canvas.add_subplot(1, len(kinds), place)
+        axes = canvas.add_subplot(down, across, place)
         most = max(row["seeds"] for row in rows.values())
         # Those of fewer seeds are means of other divisions of the data.
         points = {
