@@ -69,6 +69,7 @@ class Chunks {
   // on.
   template <class F>
   __device__ __forceinline__ void each(F f, int k = 0) const {
+    // In 32 bits: 2^32 chunks would be 64 GB of one group.
     const int64_t head = begin_ / kElements;
     const auto chunks = unsigned((end_ + kElements - 1) / kElements - head);
     // Those in the middle are the group's alone, and nothing is asked about their elements.
