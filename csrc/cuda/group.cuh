@@ -68,7 +68,7 @@ class Group : public Steepest<T, kFull> {
             } else {
               source(k, c, valid, x);
               if constexpr (kKeeps) {
-                if (k < p_.resident && p_.x.slot >= 0) {
+                if (search.pass != Pass::finish && k < p_.resident && p_.x.slot >= 0) {
                   this->keep_values(k, x);
                   kept = k + 1;
                 }
