@@ -321,8 +321,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
     kinds = {name: rows for name, rows in kinds.items() if GOAL in rows}
     if not kinds:
         return
-    across = min(2, len(kinds))
-    down = -(-len(kinds) // across)
+    across, down = min(2, len(kinds)), -(-len(kinds) // 2)
     canvas = need("matplotlib.figure", "test").Figure(
         figsize=(5.2 * across, 4.6 * down), layout="constrained"
     )
