@@ -22,13 +22,18 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // STD_TORCH_CHECK puts file and line in front of its message, which a user has no use for: throw a
-// bare std::runtime_error instead. embattle.ops turns it into a ValueError by its "embattle."
-// prefix.
+// bare std::runtime_error instead.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream text;
   ((text << parts), ...);
   throw std::runtime_error(text.str());
+}
+
+// Refuses what an op was given: embattle.ops makes a ValueError of it, by how it begins.
+template <class... Parts>
+[[noreturn]] void refuse(const char* op, const Parts&... parts) {
+  fail("embattle.", op, ": ", parts...);
 }
 
 // The tensor itself where it is contiguous, else a contiguous copy.

@@ -30,25 +30,23 @@ struct Samples {
 };
 
 inline Samples checked_samples(const char* op, const std::vector<Tensor>& grads) {
-  if (grads.empty()) fail("embattle.", op, ": grads must hold at least one tensor");
+  if (grads.empty()) refuse(op, "grads must hold at least one tensor");
   Samples samples;
   samples.held.reserve(grads.size());
   samples.tensors.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
-    const auto sizes = grads[i].sizes();
-    if (sizes.empty())
-      fail("embattle.", op, ": grads[", i, "] has no dim: dim 0 must be the batch");
+    const Tensor& grad = grads[i];
+    if (grad.dim() == 0) refuse(op, "grads[", i, "] has no dim: dim 0 must be the batch");
     if (i == 0)
-      samples.batch = sizes[0];
-    else if (sizes[0] != samples.batch)
-      fail("embattle.", op, ": all grads must have one batch size, got ", samples.batch,
-           " in grads[0] and ", sizes[0], " in grads[", i, "]");
-    check_device(op, "every one of grads", grads[i], "grads[0]", grads[0]);
+      samples.batch = grad.size(0);
+    else if (grad.size(0) != samples.batch)
+      refuse(op, "all grads must have one batch size, got ", samples.batch, " in grads[0] and ",
+             grad.size(0), " in grads[", i, "]");
+    check_device(op, "every one of grads", grad, "grads[0]", grads[0]);
     SampleTensor tensor;
-    tensor.width = 1;
-    for (size_t d = 1; d < sizes.size(); ++d) tensor.width *= sizes[d];
-    samples.held.push_back(packed(grads[i]));
-    tensor.grad = {samples.held[i].const_data_ptr(), float_dtype(op, "grads", grads[i])};
+    tensor.width = extent(grad, 1, grad.dim());
+    samples.held.push_back(packed(grad));
+    tensor.grad = {samples.held[i].const_data_ptr(), float_dtype(op, "grads", grad)};
     samples.any_f64 |= tensor.grad.dtype == Dtype::f64;
     samples.tensors.push_back(tensor);
   }
@@ -59,7 +57,7 @@ inline ClipMode checked_mode(const char* op, const std::string& mode) {
   if (mode == "flat") return ClipMode::flat;
   if (mode == "per_layer") return ClipMode::per_layer;
   if (mode == "automatic") return ClipMode::automatic;
-  fail("embattle.", op, ": mode must be 'flat', 'per_layer' or 'automatic', got '", mode, "'");
+  refuse(op, "mode must be 'flat', 'per_layer' or 'automatic', got '", mode, "'");
 }
 
 // One bound, or one for each tensor in per_layer mode.
@@ -67,12 +65,12 @@ inline std::vector<double> checked_bounds(const char* op, std::vector<double> bo
                                           size_t tensors) {
   if (mode == ClipMode::per_layer && bounds.size() == 1) bounds.resize(tensors, bounds[0]);
   if (bounds.size() != (mode == ClipMode::per_layer ? tensors : 1))
-    fail("embattle.", op, ": max_norm must be one number",
-         mode == ClipMode::per_layer ? ", or one for each tensor" : "", ", got ", bounds.size());
+    refuse(op, "max_norm must be one number",
+           mode == ClipMode::per_layer ? ", or one for each tensor" : "", ", got ", bounds.size());
   for (const double bound : bounds) {
-    if (!(bound >= 0)) fail("embattle.", op, ": max_norm must not be negative, got ", bound);
+    if (!(bound >= 0)) refuse(op, "max_norm must not be negative, got ", bound);
     if (mode == ClipMode::automatic && std::isinf(bound))
-      fail("embattle.", op, ": max_norm must be finite in mode 'automatic', got ", bound);
+      refuse(op, "max_norm must be finite in mode 'automatic', got ", bound);
   }
   return bounds;
 }
@@ -81,7 +79,7 @@ inline LinearMethod checked_method(const char* op, const std::string& method) {
   if (method == "auto") return LinearMethod::automatic;
   if (method == "gram") return LinearMethod::gram;
   if (method == "direct") return LinearMethod::direct;
-  fail("embattle.", op, ": method must be 'auto', 'gram' or 'direct', got '", method, "'");
+  refuse(op, "method must be 'auto', 'gram' or 'direct', got '", method, "'");
 }
 
 template <class Launch>
@@ -104,12 +102,11 @@ struct ClipOps {
     args.mode = checked_mode(a.op, a.mode);
     const std::vector<double> bounds = checked_bounds(a.op, a.max_norm, args.mode, a.grads.size());
     if (args.mode == ClipMode::automatic && !(a.gamma >= 0 && std::isfinite(a.gamma)))
-      fail("embattle.", a.op, ": gamma must be finite and not negative, got ", a.gamma);
+      refuse(a.op, "gamma must be finite and not negative, got ", a.gamma);
     const OptionalTensor weights = packed(a.weights);
     if (weights) {
       if (weights->dim() != 1 || weights->size(0) != samples.batch)
-        fail("embattle.", a.op, ": weights must have shape [", samples.batch, "], got ",
-             shape_of(*weights));
+        refuse(a.op, "weights must have shape [", samples.batch, "], got ", shape_of(*weights));
       check_device(a.op, "weights", *weights, "grads", samples.held[0]);
       args.weights = {weights->const_data_ptr(), float_dtype(a.op, "weights", *weights)};
     }
@@ -138,19 +135,15 @@ struct ClipOps {
     const Tensor input = checked_packed(a.op, "input", a.input);
     const Tensor grad = checked_packed(a.op, "grad_output", a.grad_output);
     const int64_t dims = input.dim();
-    bool fits = dims >= 2 && grad.dim() == dims;
-    for (int64_t d = 0; fits && d + 1 < dims; ++d) fits = input.size(d) == grad.size(d);
-    if (!fits)
-      fail("embattle.", a.op,
-           ": input and grad_output must have shapes [B, *, I] and [B, *, O], got ",
-           shape_of(input), " and ", shape_of(grad));
+    if (dims < 2 || grad.dim() != dims || !same_sizes(input, grad, dims - 1))
+      refuse(a.op, "input and grad_output must have shapes [B, *, I] and [B, *, O], got ",
+             shape_of(input), " and ", shape_of(grad));
     check_device(a.op, "grad_output", grad, "input", input);
     LinearNormArgs args;
     args.input = {input.const_data_ptr(), float_dtype(a.op, "input", input)};
     args.grad = {grad.const_data_ptr(), float_dtype(a.op, "grad_output", grad)};
     args.batch = input.size(0);
-    args.tokens = 1;
-    for (int64_t d = 1; d + 1 < dims; ++d) args.tokens *= input.size(d);
+    args.tokens = extent(input, 1, dims - 1);
     args.inputs = input.size(dims - 1);
     args.outputs = grad.size(dims - 1);
     args.bias = a.bias;

@@ -35,8 +35,8 @@ struct Cpu {
 std::tuple<Tensor, Tensor> embedding_grad_rows(const EmbeddingGradRows& a) {
   Segments segments = weighted_segments(a);
   if (a.rows > 0 && segments.args.count > (int64_t(1) << 62) / a.rows)
-    fail("embattle.", a.op, ": ", segments.args.count, " indices into ", a.rows,
-         " rows are more than can be sorted");
+    refuse(a.op, segments.args.count, " indices into ", a.rows,
+           " rows are more than can be sorted");
   struct Found {
     const Segments& segments;
     Tensor keys, sums;

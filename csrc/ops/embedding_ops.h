@@ -50,8 +50,7 @@ inline Tensor checked_indices(const char* op, const char* name, const Tensor& t)
   if (t.scalar_type() == ScalarType::Int)
     return packed(torch::stable::to(t, std::make_optional(ScalarType::Long)));
   if (t.scalar_type() != ScalarType::Long)
-    fail("embattle.", op, ": ", name, " must be int64 or int32, got ",
-         torch::headeronly::toString(t.scalar_type()));
+    refuse(op, name, " must be int64 or int32, got ", torch::headeronly::toString(t.scalar_type()));
   return packed(t);
 }
 
@@ -69,25 +68,22 @@ inline void check_range(const char* op, const char* name, const Tensor& indices,
   if (inside) return;
   for (int64_t i = 0; i < n; ++i)
     if (index[i] < lowest || index[i] >= end)
-      fail("embattle.", op, ": ", name, " must lie in [", lowest, ", ", end, "), got ", index[i],
-           " at position ", i);
+      refuse(op, name, " must lie in [", lowest, ", ", end, "), got ", index[i], " at position ",
+             i);
 }
 
 // Rows of dim numbers, one for each index.
 inline void check_rows(const char* op, const char* name, const Tensor& t, const Tensor& indices) {
   check_defined(op, name, t);
   check_defined(op, "indices", indices);
-  bool fits = t.dim() == indices.dim() + 1;
-  for (int64_t d = 0; fits && d < indices.dim(); ++d) fits = t.size(d) == indices.size(d);
-  if (!fits)
-    fail("embattle.", op, ": ", name, " must have the shape of indices and one more dim, ",
-         shape_of(indices), " + [D], got ", shape_of(t));
+  if (t.dim() != indices.dim() + 1 || !same_sizes(t, indices, indices.dim()))
+    refuse(op, name, " must have the shape of indices and one more dim, ", shape_of(indices),
+           " + [D], got ", shape_of(t));
 }
 
 inline void check_table(const char* op, const char* name, const Tensor& t) {
   check_defined(op, name, t);
-  if (t.dim() != 2)
-    fail("embattle.", op, ": ", name, " must have shape [rows, D], got ", shape_of(t));
+  if (t.dim() != 2) refuse(op, name, " must have shape [rows, D], got ", shape_of(t));
 }
 
 // The arguments of a sum by rows, and what keeps their memory alive.
@@ -120,17 +116,15 @@ Segments weighted_segments(const Args& a) {
   const Tensor& indices = a.indices;
   const OptionalTensor& weights = a.weights;
   const int64_t rows = a.rows, padding = a.padding_idx;
-  if (rows < 0) fail("embattle.", op, ": rows must not be negative, got ", rows);
-  if (padding >= rows)
-    fail("embattle.", op, ": padding_idx must be one of ", rows, " rows, got ", padding);
+  if (rows < 0) refuse(op, "rows must not be negative, got ", rows);
+  if (padding >= rows) refuse(op, "padding_idx must be one of ", rows, " rows, got ", padding);
   Segments found = checked_segments(op, a.grad_output, "indices", indices, 0, rows);
   found.args.padding = padding;
   if (!weights) return found;
   if (indices.dim() < 1)
-    fail("embattle.", op, ": indices must have shape [B, *] with weights, got ", shape_of(indices));
+    refuse(op, "indices must have shape [B, *] with weights, got ", shape_of(indices));
   if (weights->dim() != 1 || weights->size(0) != indices.size(0))
-    fail("embattle.", op, ": weights must have shape [", indices.size(0), "], got ",
-         shape_of(*weights));
+    refuse(op, "weights must have shape [", indices.size(0), "], got ", shape_of(*weights));
   found.weights = packed(*weights);
   check_device(op, "weights", *found.weights, "grad_output", found.grad);
   found.args.weights = {found.weights->const_data_ptr(), float_dtype(op, "weights", *weights)};
@@ -154,40 +148,37 @@ struct EmbeddingOps {
       offsets = checked_indices(op, "offsets", *a.offsets);
       check_device(op, "offsets", *offsets, "grad_output", grad);
       if (grad.dim() != 2)
-        fail("embattle.", op, ": grad_output must have shape [B, D] with offsets, got ",
-             shape_of(grad));
+        refuse(op, "grad_output must have shape [B, D] with offsets, got ", shape_of(grad));
       args.batch = grad.size(0);
       args.dim = grad.size(1);
       args.count = indices.numel();
       args.offsets = values(*offsets);
       const int64_t given = offsets->numel();
       if (indices.dim() != 1)
-        fail("embattle.", op, ": indices must have one dim with offsets, got ", shape_of(indices));
+        refuse(op, "indices must have one dim with offsets, got ", shape_of(indices));
       if (offsets->dim() != 1 || (given != args.batch && given != args.batch + 1))
-        fail("embattle.", op, ": offsets must have shape [B] or [B + 1] for B = ", args.batch,
-             " bags, got ", shape_of(*offsets));
+        refuse(op, "offsets must have shape [B] or [B + 1] for B = ", args.batch, " bags, got ",
+               shape_of(*offsets));
       args.closed = given == args.batch + 1;
       for (int64_t i = 0; offsets->is_cpu() && i < given; ++i) {
         const int64_t before = i == 0 ? 0 : args.offsets[i - 1];
         if (args.offsets[i] < before || args.offsets[i] > args.count || (i == 0 && args.offsets[0]))
-          fail("embattle.", op, ": offsets must start at 0, not decrease, and end at most at ",
-               args.count, ", the number of indices; got ", args.offsets[i], " at ", i);
+          refuse(op, "offsets must start at 0, not decrease, and end at most at ", args.count,
+                 ", the number of indices; got ", args.offsets[i], " at ", i);
       }
       if (args.closed && offsets->is_cpu()) args.count = args.offsets[args.batch];
     } else {
       check_rows(op, "grad_output", grad, indices);
-      if (indices.dim() < 1)
-        fail("embattle.", op, ": indices must have shape [B, *], got ", shape_of(indices));
+      if (indices.dim() < 1) refuse(op, "indices must have shape [B, *], got ", shape_of(indices));
       args.batch = grad.size(0);
       args.dim = grad.size(grad.dim() - 1);
-      args.tokens = 1;
-      for (int64_t d = 1; d < indices.dim(); ++d) args.tokens *= indices.size(d);
-      if (a.mean) fail("embattle.", op, ": mode 'mean' needs offsets, got none");
+      args.tokens = extent(indices, 1, indices.dim());
+      if (a.mean) refuse(op, "mode 'mean' needs offsets, got none");
     }
     if (a.per_sample_weights) {
       if (!a.offsets || a.mean)
-        fail("embattle.", op, ": per_sample_weights needs offsets and mode 'sum', got ",
-             a.mean ? "mode 'mean'" : "no offsets");
+        refuse(op, "per_sample_weights needs offsets and mode 'sum', got ",
+               a.mean ? "mode 'mean'" : "no offsets");
       weights = packed(*a.per_sample_weights);
       check_same_shape(op, "per_sample_weights", *weights, "indices", indices);
       check_device(op, "per_sample_weights", *weights, "grad_output", grad);
@@ -205,8 +196,8 @@ struct EmbeddingOps {
     check_table(op, "weight", a.weight);
     check_table(op, "delta", a.delta);
     if (a.delta.size(1) != a.weight.size(1))
-      fail("embattle.", op, ": delta must have rows as long as weight's, ", a.weight.size(1),
-           ", got ", a.delta.size(1));
+      refuse(op, "delta must have rows as long as weight's, ", a.weight.size(1), ", got ",
+             a.delta.size(1));
     check_same_shape(op, "inverse", a.inverse, "indices", a.indices);
     const Tensor weight = packed(a.weight), delta = packed(a.delta);
     const Tensor indices = checked_indices(op, "indices", a.indices);
@@ -234,7 +225,7 @@ struct EmbeddingOps {
 
   static Tensor embedding_perturb_backward(const EmbeddingPerturbBackward& a) {
     const int64_t rows = a.delta_rows;
-    if (rows < 0) fail("embattle.", a.op, ": delta_rows must not be negative, got ", rows);
+    if (rows < 0) refuse(a.op, "delta_rows must not be negative, got ", rows);
     return summed(a.op, checked_segments(a.op, a.grad_output, "inverse", a.inverse, -1, rows));
   }
 
@@ -247,16 +238,16 @@ struct EmbeddingOps {
     check_table(op, "weight", a.weight);
     check_defined(op, "state", a.state);
     if (a.state.dim() != 1 || a.state.size(0) != a.weight.size(0))
-      fail("embattle.", op, ": state must have one number for each row of weight, [",
-           a.weight.size(0), "], got ", shape_of(a.state));
+      refuse(op, "state must have one number for each row of weight, [", a.weight.size(0),
+             "], got ", shape_of(a.state));
     check_rows(op, "grad", a.grad, a.indices);
     if (a.grad.size(a.grad.dim() - 1) != a.weight.size(1))
-      fail("embattle.", op, ": grad must have rows as long as weight's, ", a.weight.size(1),
-           ", got ", a.grad.size(a.grad.dim() - 1));
-    if (!std::isfinite(a.lr)) fail("embattle.", op, ": lr must be finite, got ", a.lr);
-    if (!(a.eps >= 0)) fail("embattle.", op, ": eps must not be negative, got ", a.eps);
+      refuse(op, "grad must have rows as long as weight's, ", a.weight.size(1), ", got ",
+             a.grad.size(a.grad.dim() - 1));
+    if (!std::isfinite(a.lr)) refuse(op, "lr must be finite, got ", a.lr);
+    if (!(a.eps >= 0)) refuse(op, "eps must not be negative, got ", a.eps);
     if (a.max_norm && !(*a.max_norm >= 0))
-      fail("embattle.", op, ": max_norm must not be negative, got ", *a.max_norm);
+      refuse(op, "max_norm must not be negative, got ", *a.max_norm);
     const Tensor indices = checked_indices(op, "indices", a.indices), grad = packed(a.grad);
     check_device(op, "state", a.state, "weight", a.weight);
     check_device(op, "indices", indices, "weight", a.weight);

@@ -92,8 +92,8 @@ struct GroupOps {
   // A key on the CPU serves every device.
   static Tensor checked_key(const Placed& placed, const Tensor& key) {
     if (key.scalar_type() != ScalarType::Long || key.numel() != 2)
-      fail("embattle.", placed.op, ": key must be int64 of shape [2], got ",
-           torch::headeronly::toString(key.scalar_type()), " ", shape_of(key));
+      refuse(placed.op, "key must be int64 of shape [2], got ",
+             torch::headeronly::toString(key.scalar_type()), " ", shape_of(key));
     if (!key.is_cpu()) check_device(placed.op, "key", key, "the data", placed.x);
     return packed(key);
   }

@@ -41,8 +41,8 @@ struct Strength {
     check_device(op, name, *per_group, "the data", like);
     const int64_t count = per_group->numel();
     if (per_group->dim() > 1 || (count != groups && count != 1))
-      fail("embattle.", op, ": ", name, " must be a number or have one value for each of ", groups,
-           " groups, got ", shape_of(*per_group));
+      refuse(op, name, " must be a number or have one value for each of ", groups, " groups, got ",
+             shape_of(*per_group));
     held = packed(*per_group);
     if (float_dtype(op, name, *held) != Dtype::f32 && float_dtype(op, name, *held) != Dtype::f64)
       held = torch::stable::to(*held, ScalarType::Float);
@@ -55,7 +55,7 @@ struct Strength {
   template <class F>
   void require(const char* op, const char* name, const char* what, const F& good) const {
     const auto check = [&](double x) {
-      if (!good(x)) fail("embattle.", op, ": ", name, " must ", what, ", got ", x);
+      if (!good(x)) refuse(op, name, " must ", what, ", got ", x);
     };
     if (!held) {
       check(value.value);
@@ -104,8 +104,7 @@ struct Placed {
     bound(a.upper, a.upper_per_element, "upper", name, &box.upper_value, &upper, &box.upper,
           &box.upper_broadcast);
     if (box.lower_value > box.upper_value)
-      fail("embattle.", op, ": lower must not be above upper, got ", box.lower_value, " and ",
-           box.upper_value);
+      refuse(op, "lower must not be above upper, got ", box.lower_value, " and ", box.upper_value);
   }
 
  private:
@@ -119,7 +118,7 @@ struct Placed {
              const char* name, double* value, OptionalTensor* held, ConstData* data,
              bool* broadcast) const {
     if (!t) {
-      if (number && *number != *number) fail("embattle.", op, ": ", what, " must not be a NaN");
+      if (number && *number != *number) refuse(op, what, " must not be a NaN");
       if (number) *value = *number;
       return;
     }

@@ -63,8 +63,7 @@ struct Step {
     args.box = placed.box;
     args.rule.top = a.top;
     if (!(a.top > 0) || (a.top > 1 && a.top != std::floor(a.top)))
-      fail("embattle.", a.op, ": top must be a whole number from 1 on, or a fraction below 1, got ",
-           a.top);
+      refuse(a.op, "top must be a whole number from 1 on, or a fraction below 1, got ", a.top);
     if (a.nonfinite) count_in(*a.nonfinite);
   }
 
@@ -73,9 +72,9 @@ struct Step {
     const char* op = placed.op;
     if (n.scalar_type() != ScalarType::Int || n.dim() != 1 || n.size(0) != args.groups.groups ||
         !n.is_contiguous())
-      fail("embattle.", op, ": nonfinite must be contiguous int32 of shape [", args.groups.groups,
-           "], got ", torch::headeronly::toString(n.scalar_type()), " ", shape_of(n),
-           n.is_contiguous() ? "" : ", not contiguous");
+      refuse(op, "nonfinite must be contiguous int32 of shape [", args.groups.groups, "], got ",
+             torch::headeronly::toString(n.scalar_type()), " ", shape_of(n),
+             n.is_contiguous() ? "" : ", not contiguous");
     check_device(op, "nonfinite", n, "delta", placed.x);
     args.nonfinite = static_cast<int32_t*>(n.mutable_data_ptr());
   }
@@ -87,11 +86,10 @@ struct StepOps {
     Step step(a);
     StepArgs& args = step.args;
     if (a.max_groups) {
-      if (*a.max_groups < 0)
-        fail("embattle.", a.op, ": max_groups must not be negative, got ", *a.max_groups);
+      if (*a.max_groups < 0) refuse(a.op, "max_groups must not be negative, got ", *a.max_groups);
       if (!a.token || a.offsets)
-        fail("embattle.", a.op, ": max_groups needs group='token' without offsets, got ",
-             a.offsets ? "offsets" : "group='sample'");
+        refuse(a.op, "max_groups needs group='token' without offsets, got ",
+               a.offsets ? "offsets" : "group='sample'");
       const Tensor& x = step.placed.x;
       args.rule.max_groups = *a.max_groups;
       args.groups_per_sample =
@@ -109,9 +107,9 @@ struct StepOps {
     const Tensor& x = step.placed.x;
     check_same_shape(a.op, "velocity", a.velocity, "delta", x);
     check_device(a.op, "velocity", a.velocity, "delta", x);
-    if (!std::isfinite(a.decay)) fail("embattle.", a.op, ": decay must be finite, got ", a.decay);
+    if (!std::isfinite(a.decay)) refuse(a.op, "decay must be finite, got ", a.decay);
     if (a.in_place && a.velocity.const_data_ptr() == a.delta.const_data_ptr() && x.numel() > 0)
-      fail("embattle.", a.op, ": velocity is written beside delta, got delta itself: pass a clone");
+      refuse(a.op, "velocity is written beside delta, got delta itself: pass a clone");
     const Tensor velocity = packed(a.velocity);
     args.rule.decay = a.decay;
     args.rule.apgd = a.apgd;
