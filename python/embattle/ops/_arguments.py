@@ -105,5 +105,10 @@ def written(*tensors: Tensor) -> None:
     if is_compiling():
         return  # the compiled graph writes them by copy_, which tells
     for tensor in tensors:
-        if not tensor.is_inference():
-            _increment_version((tensor,))
+        written_now(tensor)
+
+
+def written_now(tensor: Tensor) -> None:
+    """The same of one tensor, where nothing is compiled."""
+    if not tensor.is_inference():
+        _increment_version((tensor,))

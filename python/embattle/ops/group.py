@@ -23,7 +23,7 @@ from embattle.ops._arguments import (
     argument_error,
     is_token,
     norm_order,
-    written,
+    written_now,
 )
 from embattle.ops._front import P, front, named
 
@@ -79,9 +79,9 @@ def _step(definition: Callable[P, Tensor], in_place: bool) -> Callable[P, Tensor
                 nonfinite=nonfinite,
                 **options,
             )
+        compiling = is_compiling()
         try:
-            call = plain if is_compiling() else small
-            out: Tensor = call(
+            out: Tensor = (plain if compiling else small)(
                 delta,
                 grad,
                 step_size,
@@ -94,7 +94,8 @@ def _step(definition: Callable[P, Tensor], in_place: bool) -> Callable[P, Tensor
             raise argument_error(error) from None
         if not in_place:
             return out
-        written(delta)
+        if not compiling:
+            written_now(delta)
         return delta
 
     return named(step, definition, ["delta"] if in_place else [])
