@@ -26,24 +26,36 @@ constexpr uint32_t kPhiloxTimes0 = 0xD2511F53u, kPhiloxTimes1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxPlus0 = 0x9E3779B9u, kPhiloxPlus1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
-// One block of Philox4x32-10 (Salmon et al., SC 2011). Stream 0 serves elements, stream 1 groups.
+// The arithmetic of one block's words. cpu/draw.h has it for those of several blocks in lanes.
+struct OneBlock {
+  typedef uint32_t Word;
+  static EMBATTLE_HD uint64_t product(Word a, uint32_t b) { return static_cast<uint64_t>(a) * b; }
+  static EMBATTLE_HD Word high(uint64_t x) { return static_cast<Word>(x >> 32); }
+  static EMBATTLE_HD Word low(uint64_t x) { return static_cast<Word>(x); }
+};
+
+// A round of Philox4x32 (Salmon et al., SC 2011).
+template <class A, class W = typename A::Word>
+EMBATTLE_HD void philox_round(W& w0, W& w1, W& w2, W& w3, W key0, W key1) {
+  const auto p0 = A::product(w0, kPhiloxTimes0), p1 = A::product(w2, kPhiloxTimes1);
+  w0 = A::high(p1) ^ w1 ^ key0;
+  w1 = A::low(p1);
+  w2 = A::high(p0) ^ w3 ^ key1;
+  w3 = A::low(p0);
+}
+
+// One block of Philox4x32-10. Stream 0 serves elements, stream 1 groups.
 [[maybe_unused]] EMBATTLE_HD Words philox(uint64_t key0, uint64_t key1, uint64_t block,
                                           uint32_t stream) {
-  uint32_t k0 = static_cast<uint32_t>(key0), k1 = static_cast<uint32_t>(key0 >> 32);
-  uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
-  uint32_t c2 = static_cast<uint32_t>(key1),
-           c3 = static_cast<uint32_t>(key1 >> 32) ^ (stream << 31);
+  uint32_t k0 = OneBlock::low(key0), k1 = OneBlock::high(key0);
+  uint32_t w0 = OneBlock::low(block), w1 = OneBlock::high(block);
+  uint32_t w2 = OneBlock::low(key1), w3 = OneBlock::high(key1) ^ (stream << 31);
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(c0) * kPhiloxTimes0;
-    const uint64_t p1 = static_cast<uint64_t>(c2) * kPhiloxTimes1;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(p1);
-    c3 = static_cast<uint32_t>(p0);
+    philox_round<OneBlock>(w0, w1, w2, w3, k0, k1);
     k0 += kPhiloxPlus0;
     k1 += kPhiloxPlus1;
   }
-  return {{c0, c1, c2, c3}};
+  return {{w0, w1, w2, w3}};
 }
 
 // The 53-bit integer of a pair of words, and the numbers made of it.

@@ -37,19 +37,25 @@ inline F root(F x) {  // one instruction
   return x;
 }
 
-// The low halves of a times m.
-inline L product(L a, uint32_t m) {
+// The arithmetic of Philox in the low halves of lanes; what the high ones hold does not matter.
+struct InLanes {
+  typedef L Word;
+  static L high(L x) { return x >> 32; }
+  static L low(L x) { return x; }
+  static L product(L a, uint32_t m) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<L>(
-      _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), _mm512_set1_epi64(m)));
+    return reinterpret_cast<L>(
+        _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), _mm512_set1_epi64(m)));
 #elif defined(__AVX2__)
-  return reinterpret_cast<L>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(m)));
+    return reinterpret_cast<L>(
+        _mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(m)));
 #elif defined(__SSE2__)
-  return reinterpret_cast<L>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), _mm_set1_epi64x(m)));
+    return reinterpret_cast<L>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), _mm_set1_epi64x(m)));
 #else
-  return (a & 0xffffffffu) * m;
+    return (a & 0xffffffffu) * m;
 #endif
-}
+  }
+};
 
 // The low halves of `even` and of `odd` in turn.
 inline U in_turn(L even, L odd) {
@@ -128,8 +134,9 @@ template <int kSets>
   const L two3 = L{} + (second0 & 0xffffffffu);
   L w0[kSets], w1[kSets], w2[kSets], w3[kSets];
   for (int s = 0; s < kSets; ++s) {
-    const L p0 = product(kOrder + (block + static_cast<uint64_t>(s * kLanes)), kPhiloxTimes0);
-    const L p1 = product((p0 >> 32) ^ one2, kPhiloxTimes1);
+    const L first = kOrder + (block + static_cast<uint64_t>(s * kLanes));
+    const L p0 = InLanes::product(first, kPhiloxTimes0);
+    const L p1 = InLanes::product((p0 >> 32) ^ one2, kPhiloxTimes1);
     w0[s] = (p1 >> 32) ^ two0;
     w1[s] = p1;
     w2[s] = p0 ^ two2;
@@ -137,13 +144,8 @@ template <int kSets>
   }
 #pragma GCC unroll 8
   for (int round = 0; round < kPhiloxRounds - 2; ++round)
-    for (int s = 0; s < kSets; ++s) {
-      const L p0 = product(w0[s], kPhiloxTimes0), p1 = product(w2[s], kPhiloxTimes1);
-      w0[s] = (p1 >> 32) ^ w1[s] ^ keys.later0[round];
-      w1[s] = p1;
-      w2[s] = (p0 >> 32) ^ w3[s] ^ keys.later1[round];
-      w3[s] = p0;
-    }
+    for (int s = 0; s < kSets; ++s)
+      philox_round<InLanes>(w0[s], w1[s], w2[s], w3[s], keys.later0[round], keys.later1[round]);
   for (int s = 0; s < kSets; ++s) {
     to[s][0] = in_turn(w0[s], w2[s]);
     to[s][1] = in_turn(w1[s], w3[s]);
