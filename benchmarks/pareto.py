@@ -69,8 +69,8 @@ KINDS: dict[str, tuple[str, list[str], str]] = {
     "language": ("llm_movies", [f"audit.attacks={SHORTER}"], "auc"),
 }
 #: What the variants "tuned" have beside their method, by kind and objective: steps for which plain
-#: training's time has room, as `--time` finds it; a rate and a ball that were chosen on the
-#: validation part of other seeds.
+#: training's time has room, as `--time` finds it; a rate, a ball and a share of the steps in which it
+#: grows (`ramp`) that were chosen on the validation part of other seeds.
 TUNED: dict[str, dict[str, dict[str, float]]] = {
     "reviews": {"staggered": {"rate": 1.5, "scale": 1.2}},
     "deep": {
@@ -80,6 +80,7 @@ TUNED: dict[str, dict[str, dict[str, float]]] = {
     "clicks": {"staggered": {"duration": 0.78, "rate": 1.5}},
     "income": {"staggered": {"duration": 0.72, "rate": 2.0}},
     "ranking": {"staggered": {"duration": 0.61, "rate": 1.5}},
+    "language": {"partial": {"duration": 0.86, "scale": 2.0, "ramp": 0.1}},
 }
 #: The kinds in the picture.
 SHOWN = ("reviews", "deep", "clicks", "income")
@@ -122,6 +123,7 @@ METHODS = {
     "Free-2": Method(1, "{objective: freeat, replays: 2, attack: {kind: fgm}}"),
     "half by FGM": Method(4 / 3, "{objective: partial, share: 0.5, attack: {kind: fgm}}"),
     "quarter by FGM": Method(7 / 6, "{objective: partial, share: 0.25, attack: {kind: fgm}}"),
+    "eighth by FGM": Method(13 / 12, "{objective: partial, share: 0.125, attack: {kind: fgm}}"),
     "quarter by loss": Method(
         7 / 6, "{objective: partial, share: 0.25, choose: loss, attack: {kind: fgm}}"
     ),
@@ -144,6 +146,9 @@ METHODS["staggered, 3 visits, tuned"] = replace(
 METHODS["half by FGM, tuned"] = replace(
     METHODS["half by FGM"], tuned=("duration", "rate", "scale"), of="partial"
 )
+METHODS["eighth by FGM, tuned"] = replace(
+    METHODS["eighth by FGM"], tuned=("duration", "scale"), of="partial"
+)
 METHODS[f"{GOAL}, at that rate"] = replace(METHODS[GOAL], tuned=("rate",))
 
 
@@ -165,10 +170,11 @@ def recipe_of(kind: str, method: str, seed: int) -> tuple[Recipe, str]:
     plain = recipes.load(path, changes=changes)
     size = plain.train.batch_size // chosen.visits * chosen.visits
     hardened = plain.variants["hardened"].model_dump(exclude_unset=True)
-    share = hardened.get("eps_schedule", {}).get("share", 0.3)
+    tuned = TUNED[kind][chosen.of] if chosen.tuned else {}
+    share = tuned.get("ramp", hardened.get("eps_schedule", {}).get("share", 0.3))
     variant = chosen.variant[:-1] + f", eps_schedule: {{share: {share}}}}}"
     for key in chosen.tuned:
-        variant = f"{variant[:-1]}, {key}: {TUNED[kind][chosen.of].get(key, 1.0)}}}"
+        variant = f"{variant[:-1]}, {key}: {tuned.get(key, 1.0)}}}"
     lam = hardened.get("lam", 1.0)
     if lam != 1 and not any(f"objective: {name}" in variant for name in UNWEIGHTED):
         variant = variant[:-1] + f", lam: {lam}}}"
