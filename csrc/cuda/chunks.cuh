@@ -16,9 +16,38 @@
 #pragma once
 
 #include "edges.cuh"
-#include "params.h"
+#include "team.cuh"
 
 namespace embattle::cuda {
+
+// One input.
+struct Stream : ConstData {
+  bool broadcast = false;  // one element for all
+  bool aligned = false;    // full chunks can be read as vectors
+  int slot = -1;           // where in shared memory its chunks are kept, in bytes; -1: nowhere
+};
+
+struct GroupParams {
+  Groups groups;
+  Shape shape;
+  int resident = 0;  // chunks of each thread that shared memory holds
+  Stream x, grad, velocity, x0, lower, upper;
+  bool boxed = false;
+  double lower_value = 0, upper_value = 0;             // where there is no tensor; not rounded yet
+  int draws = -1;                                      // slot for random values
+  Data out, velocity_out;                              // of the types of x and of the velocity
+  bool out_aligned = false, velocity_aligned = false;  // and x and the velocity are of one type
+  PerGroup step, eps, std;
+  StepRule rule;
+  bool start = false;                     // random_start, not gaussian_noise
+  const unsigned char* chosen = nullptr;  // [groups]: which groups move; null: all
+  double* scores = nullptr;               // [groups]: norms that max_groups chooses by
+  int32_t* nonfinite = nullptr;
+  const int64_t* key = nullptr;  // [2] on the device; or null:
+  int64_t key_value[2] = {};
+  TeamGlobal* team_global = nullptr;
+  Sums* team_slots = nullptr;
+};
 
 constexpr double kInfinity = __builtin_huge_val();
 
@@ -30,20 +59,24 @@ constexpr int kMostThreads = kFull ? 256 : 512;
 // A chunk's values: v, the perturbation to project, and in the full profile what surrounds it.
 template <class T, class A, int kElements, bool kFull>
 struct Values {
-  A v[kElements];
+  Pack<A, kElements> v;
+
+  // An element as it was given, before anything moves v; and its origin.
+  __device__ __forceinline__ A x(int i) const { return v[i]; }
+  __device__ __forceinline__ A x0(int) const { return 0; }
 };
 template <class T, class A, int kElements>
 struct Values<T, A, kElements, true> {
-  A v[kElements];
+  Pack<A, kElements> v;
   // As in memory: a half type then takes a quarter of the registers.
   Pack<T, kElements> given;   // NaN where nothing was
   Pack<T, kElements> origin;  // 0 where there is none
   Pack<T, kElements> lower, upper;
 
-  __device__ __forceinline__ A x(int i) const { return A(widen(given.at[i])); }
-  __device__ __forceinline__ A x0(int i) const { return A(widen(origin.at[i])); }
-  __device__ __forceinline__ A low(int i) const { return A(widen(lower.at[i])); }
-  __device__ __forceinline__ A high(int i) const { return A(widen(upper.at[i])); }
+  __device__ __forceinline__ A x(int i) const { return A(widen(given[i])); }
+  __device__ __forceinline__ A x0(int i) const { return A(widen(origin[i])); }
+  __device__ __forceinline__ A low(int i) const { return A(widen(lower[i])); }
+  __device__ __forceinline__ A high(int i) const { return A(widen(upper[i])); }
 };
 
 template <class T, bool kFull>
@@ -52,10 +85,10 @@ class Chunks {
   using A = std::conditional_t<kFull, double, float>;
   static constexpr int kElements = 16 / int(sizeof(T));
   static constexpr unsigned kAllValid = (1u << kElements) - 1;
-  using Chunk = A[kElements];
+  using Chunk = Pack<A, kElements>;
+  using Raw = Pack<T, kElements>;  // as in memory
   using V = Values<T, A, kElements, kFull>;
   using Edge = Edges<T, A, kElements>;
-  using Slow = typename Edge::Slow;
 
   __device__ Chunks(const GroupParams& p, Team& team, unsigned char* shared, int64_t index)
       : p_(p), team_(team), slots_(shared + sizeof(TeamScratch)), index_(index) {
@@ -70,8 +103,8 @@ class Chunks {
   template <class F>
   __device__ __forceinline__ void each(F f, int k = 0) const {
     // In 32 bits: 2^32 chunks would be 64 GB of one group.
-    const int64_t head = begin_ / kElements;
-    const auto chunks = unsigned((end_ + kElements - 1) / kElements - head);
+    const int64_t head = chunk_of(begin_);
+    const auto chunks = unsigned(chunk_of(end_ + kElements - 1) - head);
     // Those in the middle are the group's alone, and nothing is asked about their elements.
     const unsigned before = begin_ % kElements != 0, behind = end_ % kElements != 0;
     const unsigned whole =
@@ -92,81 +125,63 @@ class Chunks {
   }
 
   // A chunk of an input, zero where it is not valid. kTyped: its elements are T; with kOrNot they
-  // may be others, and shared memory then does not hold it. kKept: shared memory may hold it.
-  template <bool kTyped, bool kKept = true, bool kOrNot = false>
-  __device__ __forceinline__ void fetch(const Stream& s, int k, int64_t c, unsigned valid,
-                                        Chunk& out) const {
-    const auto load = [&](const void* from) {
+  // may be others, and shared memory then does not hold it.
+  template <bool kTyped, bool kOrNot = false>
+  __device__ __forceinline__ Chunk fetch(const Stream& s, int k, int64_t c, unsigned valid) const {
+    const auto load = [&](const unsigned char* from) {
       if constexpr (kTyped)
-        load_pack<T>(from, out);
+        return widened<A>(load_pack<kElements>(reinterpret_cast<const T*>(from)));
       else
-        load_pack(from, s.type, out);
+        return load_pack<A, kElements>(from, s.dtype);
     };
-    if (valid == 0) {
-      for (A& x : out) x = 0;
-      return;
-    }
-    if (!kOrNot || s.type == dtype_of<T>) {
-      if (kKept && s.slot >= 0 && k < p_.resident) return load(slot<kTyped>(s, k));
+    if (valid == 0) return {};
+    if (!kOrNot || s.dtype == dtype_of<T>) {
+      if (s.slot >= 0 && k < p_.resident) return load(slot<kTyped>(s, k));
       if (valid == kAllValid && s.aligned)
         return load(static_cast<const unsigned char*>(s.data) + c * kElements * size<kTyped>(s));
     }
-    const Slow slow = Edge::load_some(s.data, kTyped && !kOrNot ? dtype_of<T> : s.type, c, valid);
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) out[i] = slow.at[i];
+    return Edge::load_any(s.data, kTyped && !kOrNot ? dtype_of<T> : s.dtype, c, valid);
   }
 
   // A chunk of the gradient, which in the full profile may be of another type.
-  __device__ __forceinline__ void fetch_gradient(int k, int64_t c, unsigned valid,
-                                                 Chunk& out) const {
-    fetch<!kFull>(p_.grad, k, c, valid, out);
+  __device__ __forceinline__ Chunk fetch_gradient(int k, int64_t c, unsigned valid) const {
+    return fetch<!kFull>(p_.grad, k, c, valid);
   }
 
   // A chunk of the velocity, which in the full profile may be of another type. That is rare, and
   // not worth registers: it is then read and written element by element.
-  __device__ __forceinline__ void fetch_velocity(int k, int64_t c, unsigned valid,
-                                                 Chunk& out) const {
-    fetch<true, true, kFull>(p_.velocity, k, c, valid, out);
+  __device__ __forceinline__ Chunk fetch_velocity(int k, int64_t c, unsigned valid) const {
+    return fetch<true, kFull>(p_.velocity, k, c, valid);
   }
 
   // Writes a chunk of the new velocity, and what masked-out elements have.
   __device__ __forceinline__ void write_velocity(int64_t c, unsigned valid,
                                                  const Chunk& values) const {
-    if (valid == kAllValid && p_.velocity_aligned) {
-      Pack<T, kElements> kept;
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) kept.at[i] = Round<T>::nearest(values[i]);
-      return write_whole(static_cast<T*>(p_.velocity_out) + c * kElements, kept);
-    }
-    Slow slow;
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) slow.at[i] = values[i];
-    Edge::store_some(p_.velocity_out, p_.velocity.type, c, in_range(c), valid, slow,
+    T* const to = static_cast<T*>(p_.velocity_out.data) + c * kElements;
+    if (valid == kAllValid && p_.velocity_aligned) return store_pack(to, narrowed<T>(values));
+    const Chunk copy = values;
+    Edge::write_some(p_.velocity_out.data, p_.velocity.dtype, c, in_range(c), valid, copy,
                      static_cast<const T*>(p_.rule.apgd ? p_.x0.data : nullptr));
   }
 
   // x - x0 and, in the full profile, what surrounds it.
   __device__ __forceinline__ void fetch_values(int k, int64_t c, unsigned valid, V& out) const {
     if constexpr (!kFull) {
-      if (p_.x.data)
-        fetch<true>(p_.x, k, c, valid, out.v);
-      else
-        for (int i = 0; i < kElements; ++i) out.v[i] = 0;
+      out.v = p_.x.data ? fetch<true>(p_.x, k, c, valid) : Chunk{};
     } else {
-      const T infinity = Round<T>::nearest(float(kInfinity));
-      const T minus_infinity = Round<T>::nearest(float(-kInfinity));
-      const T lower = Round<T>::nearest(p_.lower_value), upper = Round<T>::nearest(p_.upper_value);
-      fetch_as_is<true>(p_.x, k, c, valid, Round<T>::nearest(float(kInfinity - kInfinity)),
-                        out.given);
-      fetch_as_is<false>(p_.x0, k, c, valid, Round<T>::nearest(0.f), out.origin);
-      fetch_as_is<false>(p_.lower, k, c, valid, lower, out.lower);
-      fetch_as_is<false>(p_.upper, k, c, valid, upper, out.upper);
+      const T infinity = nearest<T>(float(kInfinity));
+      const T minus_infinity = nearest<T>(float(-kInfinity));
+      const T lower = nearest<T>(p_.lower_value), upper = nearest<T>(p_.upper_value);
+      out.given = fetch_as_is<true>(p_.x, k, c, valid, nearest<T>(float(kInfinity - kInfinity)));
+      out.origin = fetch_as_is<false>(p_.x0, k, c, valid, nearest<T>(0.f));
+      out.lower = fetch_as_is<false>(p_.lower, k, c, valid, lower);
+      out.upper = fetch_as_is<false>(p_.upper, k, c, valid, upper);
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
         out.v[i] = p_.x.data ? out.x(i) - out.x0(i) : A(0);
         if (!(valid >> i & 1)) {  // takes no part: not bounded
-          out.lower.at[i] = minus_infinity;
-          out.upper.at[i] = infinity;
+          out.lower[i] = minus_infinity;
+          out.upper[i] = infinity;
         }
       }
     }
@@ -176,53 +191,21 @@ class Chunks {
   // then read. The plain profile's, where A is T; shared memory holds the chunk.
   __device__ __forceinline__ void keep_values(int k, const V& x) const {
     static_assert(!kFull && std::is_same_v<T, A>);
-    Pack<T, kElements> kept;
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) kept.at[i] = x.v[i];
-    write_whole(reinterpret_cast<T*>(slot<true>(p_.x, k)), kept);
+    store_pack(reinterpret_cast<T*>(slot<true>(p_.x, k)), x.v);
   }
 
-  __device__ __forceinline__ void kept_values(int k, V& x) const {
-    load_pack<T>(slot<true>(p_.x, k), x.v);
-  }
-
-  // An element of x as it was given; called before anything moves v.
-  __device__ __forceinline__ static A given(const V& x, int i) {
-    if constexpr (kFull)
-      return x.x(i);
-    else
-      return x.v[i];
-  }
-  // A value less the origin.
-  __device__ __forceinline__ static A from_origin(const V& x, int i, A value) {
-    if constexpr (kFull)
-      return value - x.x0(i);
-    else
-      return value;
-  }
-
-  // Writes a chunk that is aligned.
-  template <class U>
-  __device__ __forceinline__ static void write_whole(U* to, const Pack<U, kElements>& values) {
-    constexpr int kPiece = 16 / int(sizeof(U)) < kElements ? 16 / int(sizeof(U)) : kElements;
-#pragma unroll
-    for (int i = 0; i < kElements; i += kPiece) {
-      Pack<U, kPiece> piece;
-#pragma unroll
-      for (int j = 0; j < kPiece; ++j) piece.at[j] = values.at[i + j];
-      reinterpret_cast<Pack<U, kPiece>*>(to)[i / kPiece] = piece;
-    }
+  __device__ __forceinline__ Chunk kept_values(int k) const {
+    return widened<A>(load_pack<kElements>(reinterpret_cast<const T*>(slot<true>(p_.x, k))));
   }
 
   // Writes a chunk's valid elements, and `base` (or zero) to those that are masked out.
-  template <class U>
-  __device__ __forceinline__ void write(void* out, bool aligned, int64_t c, unsigned valid,
-                                        const Pack<U, kElements>& values, const void* base) const {
-    U* to = static_cast<U*>(out) + c * kElements;
-    if (valid == kAllValid && aligned) return write_whole(to, values);
-    const Pack<U, kElements> copy = values;
-    Edge::write_some(to, copy, in_range(c), valid,
-                     kFull && base ? static_cast<const U*>(base) + c * kElements : nullptr);
+  __device__ __forceinline__ void write(const Data& out, bool aligned, int64_t c, unsigned valid,
+                                        const Raw& values, const void* base) const {
+    T* to = static_cast<T*>(out.data) + c * kElements;
+    if (valid == kAllValid && aligned) return store_pack(to, values);
+    const Chunk copy = widened<A>(values);
+    Edge::write_some(out.data, dtype_of<T>, c, in_range(c), valid, copy,
+                     static_cast<const T*>(kFull ? base : nullptr));
   }
 
   // The number of valid elements.
@@ -233,18 +216,24 @@ class Chunks {
     return team_.sum(n);
   }
 
-  __device__ unsigned char* draw_slot(int k) const {
-    return slots_ + p_.draws +
-           (int64_t(k) * blockDim.x + threadIdx.x) * int64_t(sizeof(A) * kElements);
+  __device__ A* draw_slot(int k) const {
+    return reinterpret_cast<A*>(slots_ + p_.draws) +
+           (int64_t(k) * blockDim.x + threadIdx.x) * kElements;
   }
 
   __device__ bool leads() const { return team_.rank == 0; }
+  __device__ Team& team() const { return team_; }
 
  protected:
+  // Where an element is. Unsigned, the division is a shift and no more.
+  __device__ __forceinline__ static int64_t chunk_of(int64_t element) {
+    return int64_t(uint64_t(element) / kElements);
+  }
+
   // Of an input's elements; kTyped: they are T.
   template <bool kTyped>
   __device__ __forceinline__ static int size(const Stream& s) {
-    return kTyped ? int(sizeof(T)) : bytes_of(s.type);
+    return kTyped ? int(sizeof(T)) : bytes_of(s.dtype);
   }
   template <bool kTyped>
   __device__ __forceinline__ unsigned char* slot(const Stream& s, int k) const {
@@ -259,7 +248,7 @@ class Chunks {
   }
 
   // This thread's first chunk.
-  __device__ __forceinline__ int64_t first() const { return begin_ / kElements + team_.rank; }
+  __device__ __forceinline__ int64_t first() const { return chunk_of(begin_) + team_.rank; }
 
   // A thread's elements are numbered by its chunks, k * kElements + i. The number in the tensor of
   // one, and how many of them do not come behind element `last` of the tensor.
@@ -267,7 +256,7 @@ class Chunks {
     return (first() + int64_t(place / kElements) * team_.size) * kElements + place % kElements;
   }
   __device__ __forceinline__ int up_to(int64_t last) const {
-    const int64_t chunk = last / kElements - first();
+    const int64_t chunk = chunk_of(last) - first();
     if (chunk < 0) return 0;
     const int64_t k = chunk / team_.size;
     return int(k * kElements + (k * team_.size == chunk ? last % kElements + 1 : kElements));
@@ -288,7 +277,8 @@ class Chunks {
     const int size = Chunks::size<!kFull>(s);
     unsigned char* to = slot<!kFull>(s, k);
     const auto* from = static_cast<const unsigned char*>(s.data) + c * kElements * size;
-    if (valid != kAllValid || !s.aligned) return Edge::copy_some(to, from, size, valid);
+    if (valid != kAllValid || !s.aligned)
+      return Edge::copy_some(to, from, kFull ? s.dtype : dtype_of<T>, valid);
     if (size * kElements >= 16)
 #pragma unroll 1  // one piece, or a few
       for (int at = 0; at < size * kElements; at += 16) async_copy<16>(to + at, from + at);
@@ -301,13 +291,14 @@ class Chunks {
   // A chunk of an input of T as it is in memory, zero where it is not valid; all `other` where the
   // input is absent.
   template <bool kKept>
-  __device__ __forceinline__ void fetch_as_is(const Stream& s, int k, int64_t c, unsigned valid,
-                                              T other, Pack<T, kElements>& out) const {
+  __device__ __forceinline__ Raw fetch_as_is(const Stream& s, int k, int64_t c, unsigned valid,
+                                             T other) const {
     if (!s.data || s.broadcast) {
       if (s.data) other = *static_cast<const T*>(s.data);
+      Raw out;
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) out.at[i] = other;
-      return;
+      for (T& x : out.at) x = other;
+      return out;
     }
     const void* from = nullptr;
     if (valid == 0) {
@@ -316,8 +307,8 @@ class Chunks {
     } else if (valid == kAllValid && s.aligned) {
       from = static_cast<const T*>(s.data) + c * kElements;
     }
-    out = from ? *static_cast<const Pack<T, kElements>*>(from)
-               : Edge::load_some_as_is(static_cast<const T*>(s.data) + c * kElements, valid);
+    if (from) return *static_cast<const Raw*>(from);
+    return Edge::load_some(static_cast<const T*>(s.data) + c * kElements, valid);
   }
 
   const GroupParams& p_;

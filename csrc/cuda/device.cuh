@@ -63,18 +63,8 @@ __device__ __forceinline__ void store_16(void* global, const void* from) {
 #endif
 }
 
-// Thread-block clusters: compute capability 9.0 and up. Launchers never ask for one below.
-__device__ __forceinline__ unsigned cluster_rank() {
-#if !defined(__CUDACC__)
-  return emu::cluster_rank();
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  return cooperative_groups::this_cluster().block_rank();
-#else
-  return 0;
-#endif
-}
-
-// Every thread of every block of the cluster, memory included.
+// Every thread of every block of the cluster, memory included. Clusters need compute
+// capability 9.0: launchers never ask for one below.
 __device__ __forceinline__ void cluster_sync() {
 #if !defined(__CUDACC__)
   emu::cluster_barrier();
@@ -138,20 +128,17 @@ __device__ __forceinline__ double mul_toward_zero(double a, double b) {
 }
 
 // sin(pi x) and cos(pi x).
-__device__ __forceinline__ void sin_cos_pi(float x, float* s, float* c) {
-#ifdef __CUDACC__
-  sincospif(x, s, c);
+template <class A>
+__device__ __forceinline__ void sin_cos_pi(A x, A* s, A* c) {
+#ifndef __CUDACC__
+  const long double angle = 3.14159265358979323846264338327950288L * x;
+  *s = A(std::sin(angle));
+  *c = A(std::cos(angle));
 #else
-  *s = float(std::sin(3.141592653589793 * double(x)));
-  *c = float(std::cos(3.141592653589793 * double(x)));
-#endif
-}
-__device__ __forceinline__ void sin_cos_pi(double x, double* s, double* c) {
-#ifdef __CUDACC__
-  sincospi(x, s, c);
-#else
-  *s = double(sinl(3.14159265358979323846264338327950288L * x));
-  *c = double(cosl(3.14159265358979323846264338327950288L * x));
+  if constexpr (sizeof(A) == 4)
+    sincospif(x, s, c);
+  else
+    sincospi(x, s, c);
 #endif
 }
 
@@ -159,13 +146,6 @@ __device__ __forceinline__ float fused(float a, float b, float c) { return fmaf(
 __device__ __forceinline__ double fused(double a, double b, double c) { return fma(a, b, c); }
 
 // a * b rounded by itself: never fused with what it is added to.
-__device__ __forceinline__ float product(float a, float b) {
-#ifdef __CUDACC__
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
 __device__ __forceinline__ double product(double a, double b) {
 #ifdef __CUDACC__
   return __dmul_rn(a, b);

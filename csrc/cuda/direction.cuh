@@ -6,9 +6,6 @@
 
 namespace embattle::cuda {
 
-template <class A>
-using Bits = std::conditional_t<sizeof(A) == 4, unsigned, unsigned long long>;
-
 // The steepest ascent direction of a group, as numbers that give each element's part.
 template <class A>
 struct Direction {
@@ -20,14 +17,6 @@ struct Direction {
   int ties = 0;
 };
 
-template <class A>
-__device__ __forceinline__ Bits<A> bits_of(A x) {
-  if constexpr (sizeof(A) == 4)
-    return __float_as_uint(x);
-  else
-    return Bits<A>(__double_as_longlong(x));
-}
-
 // A power of two that brings magnitudes up to `largest` to where A neither overflows nor loses
 // bits.
 template <class A>
@@ -37,6 +26,43 @@ __device__ __forceinline__ A range_scale(double largest) {
   else
     return largest < 0x1p-400 ? 0x1p600 : largest > 0x1p400 ? 0x1p-600 : 1.0;
 }
+
+// A choice of `wanted` items: those with the largest keys, and of equal ones the first. Chosen are
+// the items with larger keys than `key`, and those with this one up to item `low`. Which they are
+// is found by counting: first key, bit by bit from the top; then the last item, by bisection.
+template <class Key>
+struct Choice {
+  Key largest = 0;            // of all
+  int64_t low = 0, high = 0;  // items, the last one chosen between them
+  double wanted = 0;          // at least 1
+  Key key = 0;
+  Key than = 0;       // the next count is of items with larger keys; and, once the key is
+  bool ties = false;  // known, of those with it up to last()
+  int bit = int(sizeof(Key)) * 8 - 2;
+
+  __device__ __forceinline__ Key candidate() const { return key | Key(1) << bit; }
+  __device__ __forceinline__ int64_t last() const { return low + (high - low) / 2; }
+
+  // Prepares for the next count; false: the choice is made.
+  __device__ __forceinline__ bool prepare() {
+    while (bit >= 0 && candidate() > largest) --bit;
+    ties = bit < 0;
+    than = ties ? key : candidate() - 1;
+    return !ties || low != high;
+  }
+  // Takes a count.
+  __device__ __forceinline__ bool next(double count) {
+    if (bit >= 0) {
+      if (count >= wanted) key = candidate();
+      --bit;
+    } else if (count >= wanted) {
+      high = last();
+    } else {
+      low = last() + 1;
+    }
+    return prepare();
+  }
+};
 
 template <class T, bool kFull>
 class Steepest : public Chunks<T, kFull> {
@@ -51,7 +77,7 @@ class Steepest : public Chunks<T, kFull> {
     return is_finite(g) ? magnitude(g) : A(kInfinity);
   }
 
-  // The direction of steepest ascent of what source(k, chunk, valid, values) gives. Sets `finite`
+  // The direction of steepest ascent of what source(k, chunk, valid) gives. Sets `finite`
   // to whether all of it is finite; where not, nothing moves.
   //
   // All passes over the group are rounds of one loop, so that `source` is compiled once.
@@ -59,15 +85,14 @@ class Steepest : public Chunks<T, kFull> {
   __device__ __forceinline__ Direction<A> direction(Source source, double step, bool* finite) {
     Direction<A> u;
     [[maybe_unused]] int top = 0;  // of this thread's elements: the first of the largest
-    [[maybe_unused]] Choice choice;
+    [[maybe_unused]] Choice<Bits<A>> choice;
 #pragma unroll 1
     for (bool again = false;; again = true) {  // the first round measures; others are rare
       Sums s;
       A most = 0;
       each([&](int k, int64_t c, unsigned valid) {
-        Chunk g;
-        source(k, c, valid, g);
-        if (kNorm == Norm::l1 && again) return count(choice, k, valid, g, s);
+        const Chunk g = source(k, c, valid);
+        if (kNorm == Norm::l1 && again) return count(choice, u.ties, k, valid, g, s);
 #pragma unroll
         for (int i = 0; i < kElements; ++i) {
           if constexpr (kNorm == Norm::l1)
@@ -77,13 +102,19 @@ class Steepest : public Chunks<T, kFull> {
         }
       });
       if (kNorm == Norm::l1 && again) {
-        if (!next(choice, team_.agree(kSumA | kSumB, s))) {
-          u.key = choice.key;
-          u.ties = up_to(choice.low);
-          u.factor = A(step / choice.wanted);
-          return u;
+        s = team_.agree(kSumA | kSumB, s);
+        bool more = true;
+        if (choice.wanted == 0) {  // the first count is of what is not zero, and of all
+          choice.wanted = smaller(double(top_count(p_.rule.top, int64_t(s.b))), s.a);
+          more = choice.prepare();
+        } else {
+          more = choice.next(s.a);
         }
-        continue;
+        u.ties = choice.ties ? up_to(choice.last()) : 0;
+        if (more) continue;
+        u.key = choice.key;
+        u.factor = A(step / choice.wanted);
+        return u;
       }
       s.m = double(most);
       s = team_.agree(kNorm == Norm::l2 ? kSumA | kMax : kMax, s);
@@ -116,6 +147,7 @@ class Steepest : public Chunks<T, kFull> {
         choice.largest = u.key;
         choice.low = begin_;
         choice.high = end_ - 1;
+        u.ties = 0;
       }
     }
   }
@@ -135,56 +167,17 @@ class Steepest : public Chunks<T, kFull> {
   }
 
  private:
-  // l1: which `top` coordinates of the gradient move. Chosen are the elements with larger bits than
-  // `key`, and those with these bits up to `low`. Which they are is found by counting: first key,
-  // bit by bit from the top; then the last element, by bisection.
-  struct Choice {
-    Bits<A> largest = 0;  // of all
-    Bits<A> key = 0;
-    Bits<A> than = 0;  // the next pass counts elements with larger bits, and of those with
-    int ties = 0;      // these bits the thread's first `ties`
-    int bit = int(sizeof(A)) * 8 - 2;
-    int64_t low = 0, high = 0;  // elements of the tensor, the last one chosen between them
-    double wanted = -1;         // how many; known after the first count, which is of what is not
-                                // zero, and of all
-  };
-
-  __device__ __forceinline__ static void count(const Choice& choice, int k, unsigned valid,
-                                               const Chunk& g, Sums& s) {
+  // l1. a: how many of a chunk's elements the choice asks for, the thread's first `ties` of those
+  // that tie; b: how many there are.
+  __device__ __forceinline__ static void count(const Choice<Bits<A>>& choice, int ties, int k,
+                                               unsigned valid, const Chunk& g, Sums& s) {
     s.b += __popc(valid);
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
       const Bits<A> bits = bits_of(magnitude(g[i]));
       s.a += valid >> i & 1 &&
-             (bits > choice.than || (bits == choice.than && k * kElements + i < choice.ties));
+             (bits > choice.than || (bits == choice.than && k * kElements + i < ties));
     }
-  }
-
-  // Takes a count; false: the choice is made.
-  __device__ __forceinline__ bool next(Choice& choice, const Sums& s) const {
-    const auto candidate = [&] { return choice.key | Bits<A>(1) << choice.bit; };
-    if (choice.wanted < 0) {
-      choice.wanted = smaller(double(top_count(p_.rule.top, int64_t(s.b))), s.a);
-    } else if (choice.bit >= 0) {
-      if (s.a >= choice.wanted) choice.key = candidate();
-      --choice.bit;
-    } else if (s.a >= choice.wanted) {
-      choice.high = last_counted(choice);
-    } else {
-      choice.low = last_counted(choice) + 1;
-    }
-    while (choice.bit >= 0 && candidate() > choice.largest) --choice.bit;
-    choice.than = choice.key;
-    choice.ties = 0;
-    if (choice.bit >= 0) {
-      choice.than = candidate() - 1;
-      return true;
-    }
-    choice.ties = up_to(last_counted(choice));
-    return choice.low != choice.high;
-  }
-  __device__ __forceinline__ static int64_t last_counted(const Choice& choice) {
-    return choice.low + (choice.high - choice.low) / 2;
   }
 
  protected:

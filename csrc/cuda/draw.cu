@@ -1,9 +1,73 @@
 // random_start and gaussian_noise.
+//
+// Random numbers depend on a key and an element's place alone. The layout is defined in
+// python/embattle/ops/reference/random.py.
 #include "plan.h"
-#include "random.cuh"
 
 namespace embattle::cuda {
 namespace {
+
+enum class Draw : int { uniform, gaussian, exponential };
+
+// Elements kCount * chunk up to kCount * (chunk + 1) of a tensor with elements T: uniform in [0,
+// 1), standard normal, or a signed standard exponential. Of the kind kDraw, or normal where
+// `normal`: in one function, as what both begin with is long.
+template <class T, Draw kDraw, int kCount, class A>
+__device__ __forceinline__ Pack<A, kCount> draw(bool normal, const int64_t (&key)[2],
+                                                int64_t chunk) {
+  constexpr bool kWide = sizeof(T) == 8;
+  using R = std::conditional_t<kWide, double, float>;
+  constexpr int kPerBlock = kWide ? 2 : 4;
+  constexpr R kUnit = kWide ? R(0x1p-53) : R(0x1p-24f);
+  static_assert(kCount % kPerBlock == 0);
+  Pack<A, kCount> out;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kPerBlock) {
+    const Words words = philox(uint64_t(key[0]), uint64_t(key[1]),
+                               uint64_t(chunk * (kCount / kPerBlock) + i / kPerBlock), 0);
+    R m[kPerBlock];  // the integers behind elements, exact
+    bool minus[kPerBlock];
+#pragma unroll
+    for (int j = 0; j < kPerBlock; ++j) {
+      if constexpr (kWide) {
+        m[j] = R(bits53(words.w[2 * j], words.w[2 * j + 1]));
+        minus[j] = words.w[2 * j + 1] & 1;
+      } else {
+        m[j] = R(words.w[j] >> 8);
+        minus[j] = words.w[j] & 1;
+      }
+    }
+    if constexpr (kDraw != Draw::gaussian) {
+      if (!normal) {
+#pragma unroll
+        for (int j = 0; j < kPerBlock; ++j) {
+          if constexpr (kDraw == Draw::uniform) {
+            out[i + j] = A(m[j] * kUnit);
+          } else {
+            const R size = -log((m[j] + 1) * kUnit);
+            out[i + j] = A(minus[j] ? -size : size);
+          }
+        }
+        continue;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kPerBlock; j += 2) {  // Box-Muller
+      const R radius = sqrt(R(-2) * log((m[j] + 1) * kUnit));
+      R s, c;
+      sin_cos_pi(2 * (m[j + 1] * kUnit), &s, &c);
+      out[i + j] = A(radius * c);
+      out[i + j + 1] = A(radius * s);
+    }
+  }
+  return out;
+}
+
+// A group's radius in the unit ball of dimension n: U^(1/n).
+__device__ __forceinline__ double draw_radius(const int64_t (&key)[2], int64_t group, double n) {
+  const double u = radius_uniform(uint64_t(key[0]), uint64_t(key[1]), uint64_t(group));
+  return exp(log(u) / larger(n, 1.0));
+}
 
 // A chunk of random values, zero where it is not valid: `normal` ones, or those that a start in the
 // norm's ball is made of.
@@ -13,11 +77,10 @@ __device__ __forceinline__ Pack<A, kCount> drawn(bool normal, const int64_t (&ke
   constexpr Draw kStart = kNorm == Norm::linf ? Draw::uniform
                           : kNorm == Norm::l2 ? Draw::gaussian
                                               : Draw::exponential;
-  Pack<A, kCount> out;
-  draw<T, kStart>(normal, key, chunk, out.at);
+  auto out = draw<T, kStart, kCount, A>(normal, key, chunk);
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
-    if (!(valid >> i & 1)) out.at[i] = 0;
+    if (!(valid >> i & 1)) out[i] = 0;
   return out;
 }
 
@@ -31,15 +94,12 @@ __device__ EMBATTLE_NOINLINE Pack<A, kCount> drawn_again(bool normal, int64_t ke
 template <class T, Norm kNorm, bool kFull>
 __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
     draw_kernel(const __grid_constant__ GroupParams p) {
-  EMBATTLE_DYNAMIC_SHARED(shared);
-  Team team(p.shape, reinterpret_cast<TeamScratch*>(shared), p.team_global, p.team_slots);
   using G = Group<T, kFull>;
   using A = typename G::A;
   using Chunk = typename G::Chunk;
   int64_t key[2];
   for (int i = 0; i < 2; ++i) key[i] = p.key ? p.key[i] : p.key_value[i];
-  for (int64_t index = team.index; index < p.groups.groups; index += team.count()) {
-    G group(p, team, shared, index);
+  each_group<T, kFull>(p, [&](G& group, int64_t index) {
     group.prefetch(p.x);
     // Draws are kept like inputs; those that do not fit are drawn again in each pass.
     double length = 0;
@@ -48,11 +108,10 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
       const bool keep = k < p.resident;
       if (!keep && !(p.start && kNorm != Norm::linf)) return;
       const auto z = drawn<T, kNorm, A, G::kElements>(!p.start, key, c, valid);
-      if (keep) G::write_whole(reinterpret_cast<A*>(group.draw_slot(k)), z);
+      if (keep) store_pack(group.draw_slot(k), z);
 #pragma unroll
       for (int i = 0; i < G::kElements; ++i) {
-        length +=
-            kNorm == Norm::l1 ? double(magnitude(z.at[i])) : double(z.at[i]) * double(z.at[i]);
+        length += kNorm == Norm::l1 ? double(magnitude(z[i])) : double(z[i]) * double(z[i]);
       }
     });
     async_wait();
@@ -63,7 +122,7 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
     } else if constexpr (kNorm == Norm::linf) {
       factor = A(eps);
     } else {
-      length = team.sum(length);
+      length = group.team().sum(length);
       if (kNorm == Norm::l2) length = sqrt(length);
       const double n = group.count_valid();
       factor = A(length > 0 && eps > 0 ? eps * draw_radius(key, index, n) / length : 0.0);
@@ -72,15 +131,9 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
     const auto source = [&](int k, int64_t c, unsigned valid, typename G::V& x) {
       group.fetch_values(k, c, valid, x);
       if (valid == 0) return;
-      Chunk z;
-      if (k < p.resident) {
-        load_pack<A>(group.draw_slot(k), z);
-      } else {
-        const auto again =
-            drawn_again<T, kNorm, A, G::kElements>(!p.start, key[0], key[1], c, valid);
-#pragma unroll
-        for (int i = 0; i < G::kElements; ++i) z[i] = again.at[i];
-      }
+      Chunk z = k < p.resident
+                    ? load_pack<G::kElements>(group.draw_slot(k))
+                    : drawn_again<T, kNorm, A, G::kElements>(!p.start, key[0], key[1], c, valid);
 #pragma unroll
       for (int i = 0; i < G::kElements; ++i) {
         if (centred) z[i] = valid >> i & 1 ? 2 * z[i] - 1 : A(0);
@@ -88,35 +141,29 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
       }
     };
     group.template project<kNorm>(source, eps);
-  }
+  });
 }
 
 int run(const NoiseArgs& args, bool start, const Context& context) {
   if (args.groups.groups == 0) return cudaSuccess;
+  Queue queue(context);
   if (args.key_on_host) {
     // Such numbers would be the same at every replay of a graph.
     cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-    const cudaError_t error =
-        cudaStreamIsCapturing(static_cast<cudaStream_t>(context.stream), &capturing);
-    if (error != cudaSuccess) return error;
-    if (capturing != cudaStreamCaptureStatusNone) return cudaErrorStreamCaptureUnsupported;
+    queue.note(cudaStreamIsCapturing(queue.stream(), &capturing));
+    if (capturing != cudaStreamCaptureStatusNone) queue.note(cudaErrorStreamCaptureUnsupported);
   }
-  return with_profile(args.out.dtype, !any(args.box), [&](auto tag, auto full) {
-    using T = decltype(tag);
-    constexpr bool kFull = decltype(full)::value;
-    using G = Group<T, kFull>;
-    GroupParams p;
-    set_ball(p, args.groups, args.out, args.eps, args.box, G::kElements);
-    if (!start) p.x = stream_of(args.x, G::kElements);
-    p.std = args.std;
-    p.start = start;
-    if (!args.key_on_host) p.key = args.key;
-    for (int i = 0; args.key_on_host && i < 2; ++i) p.key_value[i] = args.key[i];
-    return with_norm(args.norm, [&](auto norm) {
-      return run_groups(draw_kernel<T, decltype(norm)::value, kFull>, p, G::kElements,
-                        kMostThreads<kFull>, {&p.x}, sizeof(typename G::A), context);
-    });
-  });
+  GroupParams p = params_of(args.groups, args.x, args.out, args.eps, args.box);
+  p.std = args.std;
+  p.start = start;
+  if (!args.key_on_host) p.key = args.key;
+  for (int i = 0; args.key_on_host && i < 2; ++i) p.key_value[i] = args.key[i];
+  const auto kernels = [](auto type, auto norm, auto full) {
+    using T = decltype(type);
+    return GroupKernel{draw_kernel<T, norm, full>, kMostThreads<full>,
+                       sizeof(typename Group<T, full>::A)};
+  };
+  return group_call(queue, p, args.norm, !any(args.box), kernels).run(queue);
 }
 
 }  // namespace

@@ -42,60 +42,43 @@ struct Edges {
     return bits;
   }
 
-  struct Slow {
-    A at[kElements];
-  };
-  static __device__ EMBATTLE_NOINLINE Slow load_some(const void* data, Dtype type, int64_t c,
-                                                     unsigned valid) {
-    Slow out;
+  // The valid elements of those at `from`, and zeros.
+  template <class U>
+  static __device__ EMBATTLE_NOINLINE Pack<U, kElements> load_some(const U* from, unsigned valid) {
+    Pack<U, kElements> out;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) out[i] = valid >> i & 1 ? from[i] : nearest<U>(0.f);
+    return out;
+  }
+  // The same of elements of any type.
+  static __device__ EMBATTLE_NOINLINE Pack<A, kElements> load_any(const void* data, Dtype type,
+                                                                  int64_t c, unsigned valid) {
+    Pack<A, kElements> out;
 #pragma unroll
     for (int i = 0; i < kElements; ++i)
-      out.at[i] = valid >> i & 1 ? load_one<A>(data, type, c * kElements + i) : A(0);
+      out[i] = valid >> i & 1 ? load_one<A>(data, type, c * kElements + i) : A(0);
     return out;
   }
 
-  static __device__ EMBATTLE_NOINLINE void copy_some(unsigned char* to, const unsigned char* from,
-                                                     int size, unsigned valid) {
-    for (int i = 0; i < kElements; ++i) {
-      const bool here = valid >> i & 1;
-      if (size == 2)
-        reinterpret_cast<uint16_t*>(to)[i] = here ? reinterpret_cast<const uint16_t*>(from)[i] : 0;
-      else if (size == 4)
-        reinterpret_cast<uint32_t*>(to)[i] = here ? reinterpret_cast<const uint32_t*>(from)[i] : 0;
-      else
-        reinterpret_cast<uint64_t*>(to)[i] = here ? reinterpret_cast<const uint64_t*>(from)[i] : 0;
-    }
+  static __device__ EMBATTLE_NOINLINE void copy_some(void* to, const void* from, Dtype type,
+                                                     unsigned valid) {
+    for_type(type, [&]<class U>(U) {
+      for (int i = 0; i < kElements; ++i)
+        static_cast<U*>(to)[i] = valid >> i & 1 ? static_cast<const U*>(from)[i] : U();
+    });
   }
 
-  template <class U>
-  static __device__ EMBATTLE_NOINLINE void write_some(U* to, const Pack<U, kElements>& values,
+  // Writes those of a chunk's elements that are here: the valid ones, and `base` (or zero) in place
+  // of others.
+  static __device__ EMBATTLE_NOINLINE void write_some(void* data, Dtype type, int64_t c,
                                                       unsigned here, unsigned valid,
-                                                      const U* base) {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      if (!(here >> i & 1)) continue;
-      to[i] = valid >> i & 1 ? values.at[i] : base ? base[i] : Round<U>::nearest(0.f);
-    }
-  }
-
-  // Writes a chunk of an output that is not of T.
-  static __device__ EMBATTLE_NOINLINE void store_some(void* data, Dtype type, int64_t c,
-                                                      unsigned here, unsigned valid,
-                                                      const Slow& values, const T* base) {
+                                                      const Pack<A, kElements>& values,
+                                                      const T* base) {
     for (int i = 0; i < kElements; ++i) {
       if (!(here >> i & 1)) continue;
       const int64_t at = c * kElements + i;
-      store_one(data, type, at, valid >> i & 1 ? values.at[i] : base ? A(widen(base[at])) : A(0));
+      store_one(data, type, at, valid >> i & 1 ? values[i] : base ? A(widen(base[at])) : A(0));
     }
-  }
-
-  static __device__ EMBATTLE_NOINLINE Pack<T, kElements> load_some_as_is(const T* from,
-                                                                         unsigned valid) {
-    Pack<T, kElements> out;
-#pragma unroll
-    for (int i = 0; i < kElements; ++i)
-      out.at[i] = valid >> i & 1 ? from[i] : Round<T>::nearest(0.f);
-    return out;
   }
 };
 

@@ -54,8 +54,7 @@ class Group : public Steepest<T, kFull> {
         if (search.pass == Pass::shift) {
 #pragma unroll 1
           for (; from < kept; ++from) {
-            V x;
-            this->kept_values(from, x);
+            const V x{this->kept_values(from)};
             add_beyond(search, result, x, s);
           }
         }
@@ -64,7 +63,7 @@ class Group : public Steepest<T, kFull> {
           [&](int k, int64_t c, unsigned valid) {
             V x;
             if (kKeeps && k < kept) {
-              this->kept_values(k, x);
+              x.v = this->kept_values(k);
             } else {
               source(k, c, valid, x);
               if constexpr (kKeeps) {
@@ -127,13 +126,13 @@ class Group : public Steepest<T, kFull> {
     if constexpr (!kFull) {
       if constexpr (kNorm == Norm::linf) {
         const A bound = A(widen(toward_zero<T>(p.eps)));
-        const T near = Round<T>::nearest(x.v[i]);
-        return widen(near) > bound    ? Round<T>::nearest(bound)
-               : widen(near) < -bound ? Round<T>::nearest(-bound)
+        const T near = nearest<T>(x.v[i]);
+        return widen(near) > bound    ? nearest<T>(bound)
+               : widen(near) < -bound ? nearest<T>(-bound)
                                       : near;
       }
       const A v = image<kNorm>(p, x, i);
-      return p.fit == Fit::inside ? Round<T>::nearest(v) : toward_zero<T>(v);
+      return p.fit == Fit::inside ? nearest<T>(v) : toward_zero<T>(v);
     } else {
       const A v = image<kNorm>(p, x, i);
       const double most = kNorm == Norm::linf    ? p.eps
@@ -147,9 +146,9 @@ class Group : public Steepest<T, kFull> {
   template <Norm kNorm>
   __device__ __forceinline__ void store(int64_t c, unsigned valid, const V& x,
                                         const Projection& projection) const {
-    Pack<T, kElements> result;
+    typename Base::Raw result;
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) result.at[i] = stored<kNorm>(projection, x, i);
+    for (int i = 0; i < kElements; ++i) result[i] = stored<kNorm>(projection, x, i);
     write(p_.out, p_.out_aligned, c, valid, result, p_.x0.data);
   }
 
@@ -163,19 +162,19 @@ class Group : public Steepest<T, kFull> {
   __device__ __forceinline__ static T settled(const V& x, int i, A v, double most) {
     const double x0 = x.x0(i);
     const bool still = v == x.x(i) - x0;
-    T r = still ? x.given.at[i] : Round<T>::nearest(x0 + v);
+    T r = still ? x.given[i] : nearest<T>(x0 + v);
     if (magnitude(double(widen(r)) - x0) > most) r = step_toward(r, x0);
     // At a bound the result is the bound: x0 and what leads there may add up to its neighbour. So
     // may what leads to a neighbour that the element was given at.
-    if (double(widen(r)) < x.low(i) || (!still && v == x.low(i) - x0)) r = x.lower.at[i];
-    if (double(widen(r)) > x.high(i) || (!still && v == x.high(i) - x0)) r = x.upper.at[i];
+    if (double(widen(r)) < x.low(i) || (!still && v == x.low(i) - x0)) r = x.lower[i];
+    if (double(widen(r)) > x.high(i) || (!still && v == x.high(i) - x0)) r = x.upper[i];
     return r;
   }
 
   // How far from the origin an element is once it is stored without projection.
   __device__ __forceinline__ static A kept(const V& x, int i) {
     if constexpr (!kFull)
-      return A(widen(Round<T>::nearest(x.v[i])));
+      return A(widen(nearest<T>(x.v[i])));
     else
       return A(widen(settled(x, i, boxed(x, i, x.v[i]), kInfinity))) - x.x0(i);
   }
@@ -383,5 +382,16 @@ class Group : public Steepest<T, kFull> {
 
   using Base::p_, Base::team_;
 };
+
+// f(group, index) for each group of this team.
+template <class T, bool kFull, class F>
+__device__ __forceinline__ void each_group(const GroupParams& p, F f) {
+  EMBATTLE_DYNAMIC_SHARED(shared);
+  Team team(p.shape, shared, p.team_global, p.team_slots);
+  for (int64_t index = team.index; index < p.groups.groups; index += team.count()) {
+    Group<T, kFull> group(p, team, shared, index);
+    f(group, index);
+  }
+}
 
 }  // namespace embattle::cuda

@@ -22,6 +22,7 @@ constexpr int kThreads = 64;  // (kTile / kSide)^2
 
 struct LinearParams {
   LinearNormArgs args;
+  Rows input, grad;    // of all tokens
   int64_t splits = 1;  // blocks of a sample
   // [batch, tokens]; with the sign bit where what is computed in cannot hold such numbers.
   double* traces = nullptr;
@@ -36,19 +37,6 @@ struct LinearParams {
 
 // ---- The trace ----
 
-__device__ __forceinline__ double squares(const Lanes& team, const void* data, Dtype type,
-                                          int64_t at, int64_t n) {
-  double sum = 0;
-  const bool vector = n % 4 == 0 && aligned(data, 16);
-  for (int64_t c = 4 * team.rank; c < n; c += 4 * team.size) {
-    double x[4];
-    load_part(data, type, at + c, n - c, vector, x);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum += x[i] * x[i];
-  }
-  return team.sum(sum);
-}
-
 // A warp for each token.
 __global__ void __launch_bounds__(256) trace_kernel(const __grid_constant__ LinearParams p) {
   const Lanes team(32);
@@ -58,8 +46,8 @@ __global__ void __launch_bounds__(256) trace_kernel(const __grid_constant__ Line
     return p.wide ? (x > 1e-140 && x < 1e+140) || n == 0 : x == 0 || (x > 1e-25 && x < 1e+30);
   };
   for (int64_t token = team.index; token < a.batch * a.tokens; token += team.count) {
-    const double in = squares(team, a.input.data, a.input.dtype, token * a.inputs, a.inputs);
-    const double out = squares(team, a.grad.data, a.grad.dtype, token * a.outputs, a.outputs);
+    const double in = team.sum(squares(p.input, token, team.rank, 32));
+    const double out = team.sum(squares(p.grad, token, team.rank, 32));
     const double product = (in + (a.bias ? 1 : 0)) * out;
     const bool holds = moderate(in, a.inputs) && moderate(out, a.outputs);
     // Not -product: a NaN, of infinite sums beside zeros, has a sign of its own.
@@ -113,7 +101,6 @@ template <class C, bool kGram>
 __device__ double tile_square(const LinearParams& p, int64_t sample, int64_t tile, C* shared) {
   const LinearNormArgs& a = p.args;
   const int64_t inputs = a.inputs + (a.bias ? 1 : 0);
-  const int64_t input_at = sample * a.tokens * a.inputs, grad_at = sample * a.tokens * a.outputs;
   const auto scaled = [&](int which, C x) {
     if constexpr (sizeof(C) == 8 && !kGram)
       if (p.second && p.scales) x *= p.scales[2 * sample + which];
@@ -121,16 +108,21 @@ __device__ double tile_square(const LinearParams& p, int64_t sample, int64_t til
   };
   const auto input = [&](int64_t token, int64_t i) {
     if (token >= a.tokens || i >= inputs) return C(0);
-    return scaled(0, i == a.inputs ? C(1)
-                                   : load_one<C>(a.input.data, a.input.dtype,
-                                                 input_at + token * a.inputs + i));
+    return scaled(0, i == a.inputs ? C(1) : p.input.at<C>(sample * a.tokens + token, i));
   };
   const auto grad = [&](int64_t token, int64_t o) {
     if (token >= a.tokens || o >= a.outputs) return C(0);
-    return scaled(1, load_one<C>(a.grad.data, a.grad.dtype, grad_at + token * a.outputs + o));
+    return scaled(1, p.grad.at<C>(sample * a.tokens + token, o));
+  };
+  const auto dot = [](const C(&x)[kSide][kSide], const C(&y)[kSide][kSide]) {
+    double sum = 0;
+#pragma unroll
+    for (int i = 0; i < kSide; ++i)
+#pragma unroll
+      for (int j = 0; j < kSide; ++j) sum += double(x[i][j]) * double(y[i][j]);
+    return sum;
   };
   C first[kSide][kSide];
-  double square = 0;
   if constexpr (kGram) {
     // Tile number -> (t, s): tiles (0,0) (1,0) (1,1) (2,0) ...
     int64_t t = int64_t((sqrt(8.0 * double(tile) + 1) - 1) / 2);
@@ -144,22 +136,14 @@ __device__ double tile_square(const LinearParams& p, int64_t sample, int64_t til
     products<C>(
         a.outputs, true, [&](int64_t k, int r) { return grad(t * kTile + r, k); },
         [&](int64_t k, int r) { return grad(s * kTile + r, k); }, shared, second);
-#pragma unroll
-    for (int i = 0; i < kSide; ++i)
-#pragma unroll
-      for (int j = 0; j < kSide; ++j) square += double(first[i][j]) * double(second[i][j]);
-    return t == s ? square : 2 * square;
+    return (t == s ? 1 : 2) * dot(first, second);
   } else {
     const int64_t across = (a.outputs + kTile - 1) / kTile;
     const int64_t i0 = tile / across * kTile, o0 = tile % across * kTile;
     products<C>(
         a.tokens, false, [&](int64_t k, int r) { return input(k, i0 + r); },
         [&](int64_t k, int r) { return grad(k, o0 + r); }, shared, first);
-#pragma unroll
-    for (int i = 0; i < kSide; ++i)
-#pragma unroll
-      for (int j = 0; j < kSide; ++j) square += double(first[i][j]) * double(first[i][j]);
-    return square;
+    return dot(first, first);
   }
 }
 
@@ -168,9 +152,8 @@ template <class C, bool kGram>
 __global__ void __launch_bounds__(kThreads, 4)
     tile_kernel(const __grid_constant__ LinearParams p, int64_t tiles) {
   EMBATTLE_DYNAMIC_SHARED(shared);
-  Shape shape;
-  shape.lanes = kThreads;
-  Team team(shape, reinterpret_cast<TeamScratch*>(shared), nullptr, nullptr);
+  const Shape shape{.lanes = kThreads};
+  Team team(shape, shared);
   C* const slabs = reinterpret_cast<C*>(shared + sizeof(TeamScratch));
   for (int64_t unit = blockIdx.x; unit < p.args.batch * p.splits; unit += gridDim.x) {
     const int64_t sample = unit / p.splits;
@@ -196,30 +179,29 @@ __device__ EMBATTLE_NOINLINE double scale_of(const Lanes& team, const ConstData&
 // A warp for each sample.
 __global__ void __launch_bounds__(256)
     linear_finish_kernel(const __grid_constant__ LinearParams p) {
-  const Shape shape;
-  Team team(shape, nullptr, nullptr, nullptr);
-  const Lanes lanes(32);
+  const Lanes team(32);
   const LinearNormArgs& a = p.args;
-  for (int64_t sample = team.index; sample < a.batch; sample += team.count()) {
+  for (int64_t sample = team.index; sample < a.batch; sample += team.count) {
     if (p.second && !p.redo[sample]) continue;
-    Sums s;  // a: the trace; b: the partials; m: 1 where such numbers cannot be held
+    double total = 0, square = 0, beyond = 0;  // beyond: 1 where such numbers cannot be held
     for (int64_t t = team.rank; t < a.tokens; t += 32) {
       const double trace = p.traces[sample * a.tokens + t];
-      s.a += magnitude(trace);
-      if (__double_as_longlong(trace) < 0) s.m = 1;
+      total += magnitude(trace);
+      if (__double_as_longlong(trace) < 0) beyond = 1;
     }
     if (p.tiled)
-      for (int64_t i = team.rank; i < p.splits; i += 32) s.b += p.partial[sample * p.splits + i];
-    s = team.agree(kSumA | kSumB | kMax, s);
-    double square = s.a;
-    if (p.tiled && (s.a > 0 || p.second)) square = s.b;
-    const bool cancels = !p.exact && s.a > 0 && !(square * 16 > s.a);
-    const bool redo = p.tiled && !p.second && (s.m != 0 || cancels);
+      for (int64_t i = team.rank; i < p.splits; i += 32) square += p.partial[sample * p.splits + i];
+    total = team.sum(total);
+    square = team.sum(square);
+    beyond = team.max(beyond);
+    if (!p.tiled || !(total > 0 || p.second)) square = total;
+    const bool cancels = !p.exact && total > 0 && !(square * 16 > total);
+    const bool redo = p.tiled && !p.second && (beyond != 0 || cancels);
     double norm = sqrt(square);
     if (redo && p.scales) {
       const int64_t inputs = a.tokens * a.inputs, outputs = a.tokens * a.outputs;
-      const double in = scale_of(lanes, a.input, sample * inputs, inputs, a.bias ? 1 : 0);
-      const double out = scale_of(lanes, a.grad, sample * outputs, outputs, 0);
+      const double in = scale_of(team, a.input, sample * inputs, inputs, a.bias ? 1 : 0);
+      const double out = scale_of(team, a.grad, sample * outputs, outputs, 0);
       if (team.rank == 0) {
         p.scales[2 * sample] = in;
         p.scales[2 * sample + 1] = out;
@@ -235,23 +217,20 @@ __global__ void __launch_bounds__(256)
 // ---- Host ----
 
 template <class C, bool kGram>
-cudaError_t run_tiles(const LinearParams& p, int64_t tiles, const Context& context) {
+void run_tiles(const LinearParams& p, int64_t tiles, Queue& queue) {
   const size_t shared = sizeof(TeamScratch) + 2 * kDepth * (kTile + 1) * sizeof(C);
-  return enqueue(tile_kernel<C, kGram>, p.args.batch * p.splits, kThreads, shared, context, p,
-                 tiles);
+  queue.launch(tile_kernel<C, kGram>, {p.args.batch * p.splits, kThreads, shared}, p, tiles);
 }
 
 }  // namespace
 
 int linear_grad_norm(const LinearNormArgs& args, const Context& context) {
+  Queue queue(context);
+  if (args.tokens == 0 || args.outputs == 0 || (args.inputs == 0 && !args.bias)) {  // no weight
+    queue.clear(args.norms.data, size_t(args.batch) * size_t(bytes_of(args.norms.dtype)));
+    return queue.error();
+  }
   if (args.batch == 0) return cudaSuccess;
-  if (args.tokens == 0 || args.outputs == 0 || (args.inputs == 0 && !args.bias))  // no weight
-    return cudaMemsetAsync(args.norms.data, 0,
-                           size_t(args.batch) * size_t(bytes_of(args.norms.dtype)),
-                           static_cast<cudaStream_t>(context.stream));
-  Limits limits;
-  cudaError_t error = Limits::of_current_device(&limits);
-  if (error != cudaSuccess) return error;
   const bool wide = args.input.dtype == Dtype::f64 || args.grad.dtype == Dtype::f64;
   const int64_t inputs = args.inputs + (args.bias ? 1 : 0);
   const bool gram = args.method == LinearMethod::gram ||
@@ -263,47 +242,34 @@ int linear_grad_norm(const LinearNormArgs& args, const Context& context) {
 
   LinearParams p;
   p.args = args;
+  p.input = Rows::of(args.input, args.inputs, 4);
+  p.grad = Rows::of(args.grad, args.outputs, 4);
   p.wide = wide;
   p.tiled = args.tokens > 1 || wide;
   p.exact = !gram && wide;
   // Several blocks for a sample where samples alone do not fill the device.
-  const int64_t wanted = 16 * int64_t(limits.multiprocessors) / args.batch;
+  const int64_t wanted = 16 * int64_t(queue.device(cudaDevAttrMultiProcessorCount)) / args.batch;
   p.splits = std::max<int64_t>(1, std::min(wanted, std::max(pairs, direct)));
 
-  const size_t traces = rounded(size_t(args.batch * args.tokens) * sizeof(double));
-  const size_t partial = p.tiled ? rounded(size_t(args.batch * p.splits) * sizeof(double)) : 0;
-  const size_t redo = p.tiled ? rounded(size_t(args.batch)) : 0;
-  const size_t scales = wide ? size_t(args.batch) * 2 * sizeof(double) : 0;
-  unsigned char* workspace = nullptr;
-  if (traces + partial + redo + scales) {
-    workspace = static_cast<unsigned char*>(
-        context.allocate(context.self, traces + partial + redo + scales));
-    if (!workspace) return cudaErrorMemoryAllocation;
-    p.traces = reinterpret_cast<double*>(workspace);
-  }
+  queue.allocate(Array{&p.traces, args.batch * args.tokens},
+                 Array{&p.partial, p.tiled ? args.batch * p.splits : 0},
+                 Array{&p.redo, p.tiled ? args.batch : 0},
+                 Array{&p.scales, wide ? 2 * args.batch : 0});
+  const Grid finish{(args.batch + 7) / 8, 256};
+  queue.launch(trace_kernel, {(args.batch * args.tokens + 7) / 8, 256}, p);
   if (p.tiled) {
-    p.partial = reinterpret_cast<double*>(workspace + traces);
-    p.redo = workspace + traces + partial;
-  }
-  if (wide) p.scales = reinterpret_cast<double*>(workspace + traces + partial + redo);
-  const int64_t finish_blocks = (args.batch + 7) / 8;
-  error = enqueue(trace_kernel, (args.batch * args.tokens + 7) / 8, 256, 0, context, p);
-  if (error == cudaSuccess && p.tiled) {
     if (gram)
-      error = wide ? run_tiles<double, true>(p, pairs, context)
-                   : run_tiles<float, true>(p, pairs, context);
+      wide ? run_tiles<double, true>(p, pairs, queue) : run_tiles<float, true>(p, pairs, queue);
     else
-      error = wide ? run_tiles<double, false>(p, direct, context)
-                   : run_tiles<float, false>(p, direct, context);
+      wide ? run_tiles<double, false>(p, direct, queue) : run_tiles<float, false>(p, direct, queue);
   }
-  if (error == cudaSuccess)
-    error = enqueue(linear_finish_kernel, finish_blocks, 256, 0, context, p);
-  if (error != cudaSuccess || !p.tiled) return error;
-  p.second = true;
-  error = run_tiles<double, false>(p, direct, context);
-  if (error == cudaSuccess)
-    error = enqueue(linear_finish_kernel, finish_blocks, 256, 0, context, p);
-  return error;
+  queue.launch(linear_finish_kernel, finish, p);
+  if (p.tiled) {
+    p.second = true;
+    run_tiles<double, false>(p, direct, queue);
+    queue.launch(linear_finish_kernel, finish, p);
+  }
+  return queue.error();
 }
 
 }  // namespace embattle::cuda

@@ -12,14 +12,11 @@ constexpr int kMomentumThreads = !kFull && kNorm == Norm::l1 ? 384 : kMostThread
 template <class T, Norm kNorm, bool kFull>
 __global__ void __launch_bounds__(kMomentumThreads<kNorm, kFull>, 1)
     momentum_kernel(const __grid_constant__ GroupParams p) {
-  EMBATTLE_DYNAMIC_SHARED(shared);
-  Team team(p.shape, reinterpret_cast<TeamScratch*>(shared), p.team_global, p.team_slots);
   using G = Group<T, kFull>;
   using A = typename G::A;
   using Chunk = typename G::Chunk;
   const A decay = A(p.rule.decay);
-  for (int64_t index = team.index; index < p.groups.groups; index += team.count()) {
-    G group(p, team, shared, index);
+  each_group<T, kFull>(p, [&](G& group, int64_t index) {
     group.prefetch(p.x, p.velocity, p.grad);
     async_wait();
 
@@ -31,8 +28,7 @@ __global__ void __launch_bounds__(kMomentumThreads<kNorm, kFull>, 1)
       Sums s;
       A most = 0;
       group.each([&](int k, int64_t c, unsigned valid) {
-        Chunk g;
-        group.fetch_gradient(k, c, valid, g);
+        const Chunk g = group.fetch_gradient(k, c, valid);
 #pragma unroll
         for (int i = 0; i < G::kElements; ++i) {
           most = larger(most, G::extent(g[i]));
@@ -40,7 +36,7 @@ __global__ void __launch_bounds__(kMomentumThreads<kNorm, kFull>, 1)
         }
       });
       s.m = double(most);
-      s = team.agree(kSumA | kMax, s);
+      s = group.team().agree(kSumA | kMax, s);
       if (!again) {
         finite = s.m < kInfinity;
         unit = range_scale<A>(s.m);
@@ -57,22 +53,23 @@ __global__ void __launch_bounds__(kMomentumThreads<kNorm, kFull>, 1)
     // bits in every pass: products are fused here, not as the compiler likes. `old`, the velocity,
     // is also APGD's where the step is combined with the one before.
     bool combined = false;
-    const auto driver = [&](int k, int64_t c, unsigned valid, Chunk& m, Chunk& old) {
-      group.fetch_gradient(k, c, valid, m);
-      if (p.rule.apgd && !combined) return;
-      group.fetch_velocity(k, c, valid, old);
-      if (p.rule.apgd) return;
+    const auto driver = [&](int k, int64_t c, unsigned valid, Chunk& old) {
+      Chunk m = group.fetch_gradient(k, c, valid);
+      if (p.rule.apgd && !combined) return m;
+      old = group.fetch_velocity(k, c, valid);
+      if (p.rule.apgd) return m;
 #pragma unroll
       for (int i = 0; i < G::kElements; ++i)
         m[i] = finite ? fused(decay, old[i], m[i] * unit * per_length) : old[i];
+      return m;
     };
     Direction<A> u;
     if (finite) {
       bool driver_finite = true;
       u = group.template direction<kNorm>(
-          [&](int k, int64_t c, unsigned valid, Chunk& m) {
+          [&](int k, int64_t c, unsigned valid) {
             Chunk old;
-            driver(k, c, valid, m, old);
+            return driver(k, c, valid, old);
           },
           value_of(p.step, index), &driver_finite);
     }
@@ -81,12 +78,11 @@ __global__ void __launch_bounds__(kMomentumThreads<kNorm, kFull>, 1)
     Chunk memory;  // of the chunk at hand: the velocity to store
     const auto source = [&](int k, int64_t c, unsigned valid, typename G::V& x) {
       group.fetch_values(k, c, valid, x);
-      Chunk m, old, now;
-      driver(k, c, valid, m, old);
+      Chunk old;
+      const Chunk m = driver(k, c, valid, old), now = x.v;
 #pragma unroll
       for (int i = 0; i < G::kElements; ++i) {
-        now[i] = x.v[i];
-        memory[i] = p.rule.apgd ? G::given(x, i) : m[i];
+        memory[i] = p.rule.apgd ? x.x(i) : m[i];
         if (u.moving) x.v[i] = G::template moved<kNorm>(u, x.v[i], m[i], k * G::kElements + i);
       }
       if (!combined) return;
@@ -95,7 +91,7 @@ __global__ void __launch_bounds__(kMomentumThreads<kNorm, kFull>, 1)
         // In double and rounded as in the reference: large terms may leave little.
         const double z = double(G::template image<kNorm>(inner, x, i)), d = double(now[i]);
         x.v[i] = A(d + product(p.rule.decay, z - d) +
-                   product(1 - p.rule.decay, d - double(G::from_origin(x, i, old[i]))));
+                   product(1 - p.rule.decay, d - double(old[i] - x.x0(i))));
       }
     };
     group.template project<kNorm>(
@@ -111,38 +107,19 @@ __global__ void __launch_bounds__(kMomentumThreads<kNorm, kFull>, 1)
           group.write_velocity(c, valid, memory);
           group.template store<kNorm>(c, valid, x, projection);
         });
-  }
+  });
 }
 
 }  // namespace
 
 int momentum_step(const StepArgs& args, const Context& context) {
-  if (args.groups.groups == 0) return cudaSuccess;
   const bool plain = args.grad.dtype == args.delta.dtype &&
                      args.velocity.dtype == args.delta.dtype && !any(args.box);
-  return with_profile(args.delta.dtype, plain, [&](auto tag, auto full) {
-    using T = decltype(tag);
-    constexpr bool kFull = decltype(full)::value;
-    constexpr int kElements = Group<T, kFull>::kElements;
-    const bool typed = args.velocity.dtype == dtype_of<T>;
-    GroupParams p;
-    set_ball(p, args.groups, args.out, args.eps, args.box, kElements);
-    p.x = stream_of(args.delta, kElements);
-    p.velocity = stream_of(args.velocity, kElements);
-    p.grad = stream_of(args.grad, kElements);
-    p.velocity_out = args.velocity_out.data;
-    p.velocity_aligned = typed && aligned(args.velocity_out.data, sizeof(T) * kElements);
-    p.step = args.step_size;
-    p.rule = args.rule;
-    p.nonfinite = args.nonfinite;
-    Stream none;  // a velocity of another type is read again in each pass
-    return with_norm(args.norm, [&](auto norm) {
-      constexpr Norm kNorm = decltype(norm)::value;
-      return run_groups(momentum_kernel<T, kNorm, kFull>, p, kElements,
-                        kMomentumThreads<kNorm, kFull>,
-                        {&p.x, typed ? &p.velocity : &none, &p.grad}, 0, context);
-    });
-  });
+  const auto kernels = [](auto type, auto norm, auto full) {
+    return GroupKernel{momentum_kernel<decltype(type), norm, full>, kMomentumThreads<norm, full>};
+  };
+  Queue queue(context);
+  return group_call(queue, params_of(args), args.norm, plain, kernels).run(queue);
 }
 
 }  // namespace embattle::cuda

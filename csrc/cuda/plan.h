@@ -2,39 +2,57 @@
 // launching.
 #pragma once
 
-#include <initializer_list>
-
 #include "group.cuh"
 #include "launching.h"
 
 namespace embattle::cuda {
 
-inline Stream stream_of(const ConstData& d, int elements, bool broadcast = false) {
-  Stream s;
-  s.data = d.data;
-  s.type = d.dtype;
-  s.aligned = aligned(d.data, size_t(std::min(16, elements * bytes_of(d.dtype))));
-  s.broadcast = broadcast;
-  return s;
-}
-
-struct Plan {
-  int threads = 128;
-  int64_t grid = 0;
-  size_t shared = 0;
-  bool cooperative = false;
-  size_t workspace = 0;
+// A kernel for an element type, a norm and a profile.
+struct GroupKernel {
+  void (*kernel)(GroupParams) = nullptr;
+  int most_threads = 0;  // that a multiprocessor is sure to have registers for
+  int draw = 0;          // bytes of a random value that it keeps
 };
 
-// How many threads, blocks and bytes of shared memory a group gets. Fills in p.shape, p.resident
-// and the slots of the streams that are to be kept in shared memory; `draws` is the size of a
-// random value there, or 0; `most_threads` is the most that the kernel takes in a block, and all
-// that a multiprocessor is sure to have registers for.
-template <class Kernel>
-cudaError_t plan_groups(Kernel* kernel, Plan* result, GroupParams& p, const Limits& limits,
-                        int elements, int most_threads, std::initializer_list<Stream*> kept,
-                        int draws = 0) {
+// A call of a kernel on groups, planned.
+struct GroupCall : GroupKernel {
+  GroupParams p;
+  Grid grid;
+
+  // What the workspace is to have for teams that meet in global memory.
+  int64_t teams() const { return grid.cooperative ? grid.blocks / p.shape.blocks : 0; }
+  Array<TeamGlobal> counters() { return {&p.team_global, teams()}; }
+  Array<Sums> slots() { return {&p.team_slots, 2 * teams() * p.shape.blocks}; }
+
+  void launch(Queue& queue) const {
+    queue.clear(p.team_global, size_t(teams()) * sizeof(TeamGlobal));
+    queue.launch(kernel, grid, p);
+  }
+  // Where nothing else of the op needs a workspace.
+  cudaError_t run(Queue& queue) {
+    queue.allocate(counters(), slots());
+    launch(queue);
+    return queue.error();
+  }
+};
+
+// How many threads, blocks and bytes of shared memory a group gets. Fills in the grid, and of the
+// params the shape, `resident` and the slots of what is to be kept in shared memory.
+inline void plan_groups(GroupCall& call, Queue& queue) {
+  GroupParams& p = call.p;
+  Grid& grid = call.grid;
   const Groups& g = p.groups;
+  const int64_t multiprocessors = queue.device(cudaDevAttrMultiProcessorCount);
+  const int64_t shared = queue.device(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const int elements = 16 / bytes_of(p.x.dtype);
+  const auto fits = [&](const void* data, Dtype type) {
+    return aligned(data, size_t(std::min(16, elements * bytes_of(type))));
+  };
+  for (Stream* s : {&p.x, &p.grad, &p.velocity, &p.x0, &p.lower, &p.upper})
+    s->aligned = fits(s->data, s->dtype);
+  const bool same = p.velocity.dtype == p.x.dtype;
+  p.out_aligned = fits(p.out.data, p.x.dtype);
+  p.velocity_aligned = same && fits(p.velocity_out.data, p.x.dtype);
   // Ragged groups: their sizes are on the device; most are expected below four times the average,
   // and longer ones are right all the same.
   const int64_t average = g.groups ? (g.rows + g.groups - 1) / g.groups : 0;
@@ -42,163 +60,134 @@ cudaError_t plan_groups(Kernel* kernel, Plan* result, GroupParams& p, const Limi
   const int64_t numel = rows * g.dim;
   const int64_t chunks = std::max<int64_t>(
       1, !g.offsets && numel % elements == 0 ? numel / elements : numel / elements + 2);
-  int64_t per_chunk = 0;
+  // What a chunk has in shared memory: a velocity of another type is read again in each pass.
+  Stream none;
+  Stream* const kept[] = {&p.x, same ? &p.velocity : &none, &p.grad};
+  int64_t per_chunk = elements * call.draw;
   for (const Stream* s : kept)
-    if (s->data) per_chunk += elements * bytes_of(s->type);
-  per_chunk += elements * draws;
+    if (s->data) per_chunk += elements * bytes_of(s->dtype);
 
-  Plan& plan = *result = Plan{};
   const int64_t head = sizeof(TeamScratch);
   // Shared memory for two blocks on a multiprocessor, whose loads and arithmetic then overlap. The
   // plain kernels have registers for two blocks of 256 threads; one of 512 would be alone there.
-  const int64_t half = limits.shared_per_multiprocessor / 2 - 1024 - head;
-  const int64_t whole = limits.shared_per_block - head;
+  const int64_t half = shared / 2 - 1024 - head;
+  const int64_t whole = queue.device(cudaDevAttrMaxSharedMemoryPerBlockOptin) - head;
   const int64_t budget = std::min(half, whole);
   int64_t room = budget;
   const auto each_holds = [&](int64_t threads) { return (chunks + threads - 1) / threads; };
   if (chunks <= 128) {
-    int lanes = 1;
-    while (lanes < 32 && lanes < chunks) lanes *= 2;
-    p.shape.lanes = lanes;
-    plan.threads = 128;
-    const int64_t teams = plan.threads / lanes;
-    plan.grid = (g.groups + teams - 1) / teams;
-    p.resident = int(each_holds(lanes));
+    p.shape.lanes = power_of_two(chunks, 32);
+    grid.threads = 128;
+    const int64_t teams = grid.threads / p.shape.lanes;
+    grid.blocks = (g.groups + teams - 1) / teams;
+    p.resident = int(each_holds(p.shape.lanes));
   } else {
-    plan.threads = std::min(chunks <= 512 ? 128 : 256, most_threads);
-    p.shape.lanes = plan.threads;
-    bool clusters = false;
-    if (const cudaError_t error = has_clusters(kernel, &clusters); error != cudaSuccess)
-      return error;
+    grid.threads = chunks <= 512 ? 128 : 256;
+    p.shape.lanes = grid.threads;
     const int64_t total = chunks * per_chunk;
     int64_t blocks = 1;
-    if (clusters) {
+    if (queue.has_clusters(call.kernel)) {
       while (blocks < kMaxCluster && blocks * budget < total) blocks *= 2;
       // Few long groups: use the whole device.
-      while (blocks < kMaxCluster && g.groups * blocks * 2 <= 2 * limits.multiprocessors &&
-             chunks >= blocks * 2 * plan.threads * 4)
+      while (blocks < kMaxCluster && g.groups * blocks * 2 <= 2 * multiprocessors &&
+             chunks >= blocks * 2 * grid.threads * 4)
         blocks *= 2;
     }
     if (blocks * budget < total) room = whole;
-    const bool lonely =
-        g.groups * blocks < limits.multiprocessors && chunks > blocks * plan.threads * 4;
+    const bool lonely = g.groups * blocks < multiprocessors && chunks > blocks * grid.threads * 4;
     if (blocks * room < total || lonely) {
       // Blocks at large. They meet in global memory, so all must be resident: a cooperative launch.
       const int64_t at_once = std::max<int64_t>(
-          1, std::min<int64_t>(limits.shared_per_multiprocessor / (budget + head + 1024),
-                               most_threads / plan.threads));
-      const int64_t each = at_once == 1 ? whole : budget;
-      const int64_t fit = at_once * limits.multiprocessors;
+          1, std::min<int64_t>(shared / (budget + head + 1024), call.most_threads / grid.threads));
+      room = at_once == 1 ? whole : budget;
+      const int64_t fit = at_once * multiprocessors;
       // What of it whole chunks of all threads take.
-      const int64_t of_all = std::max<int64_t>(plan.threads * per_chunk, 1);
-      const int64_t holds = std::max<int64_t>(each / of_all, 1) * of_all;
+      const int64_t of_all = std::max<int64_t>(grid.threads * per_chunk, 1);
+      const int64_t holds = std::max<int64_t>(room / of_all, 1) * of_all;
       const int64_t wanted =
           std::max((total + holds - 1) / holds,
-                   std::min(fit / std::max<int64_t>(g.groups, 1), chunks / (plan.threads * 4)));
+                   std::min(fit / std::max<int64_t>(g.groups, 1), chunks / (grid.threads * 4)));
       blocks = std::min(fit, std::max<int64_t>(wanted, 1));
-      const int64_t teams = std::min(g.groups, fit / blocks);
-      room = each;
-      plan.cooperative = blocks > 1;
-      plan.grid = teams * blocks;
-      if (plan.cooperative)
-        plan.workspace = size_t(teams) * (sizeof(TeamGlobal) + 2 * size_t(blocks) * sizeof(Sums));
+      grid.blocks = std::min(g.groups, fit / blocks) * blocks;
+      grid.cooperative = blocks > 1;
     } else {
       p.shape.cluster = blocks > 1;
-      plan.grid = g.groups * blocks;
+      grid.cluster = int(blocks);
+      grid.blocks = g.groups * blocks;
     }
     p.shape.blocks = int(blocks);
     p.resident =
-        int(std::min<int64_t>(each_holds(blocks * plan.threads),
-                              per_chunk ? room / (plan.threads * per_chunk) : int64_t(1) << 20));
+        int(std::min<int64_t>(each_holds(blocks * grid.threads),
+                              per_chunk ? room / (grid.threads * per_chunk) : int64_t(1) << 20));
   }
   // A grid has at most 2^31 - 1 blocks; teams then take several groups.
   const int64_t most = ((int64_t(1) << 31) - 1) / p.shape.blocks * p.shape.blocks;
-  plan.grid = std::min(plan.grid, most);
+  grid.blocks = std::min(grid.blocks, most);
 
   int64_t at = 0;
-  for (Stream* s : kept) {
-    if (!s->data || p.resident == 0) continue;
-    s->slot = int(at);
-    at += int64_t(p.resident) * plan.threads * elements * bytes_of(s->type);
-  }
-  if (draws) {
-    p.draws = int(at);
-    at += int64_t(p.resident) * plan.threads * elements * draws;
-  }
-  plan.shared = size_t(head + at);
-  return cudaSuccess;
+  const auto slot = [&](int bytes) {
+    const int64_t begin = at;
+    at += int64_t(p.resident) * grid.threads * elements * bytes;
+    return int(begin);
+  };
+  for (Stream* s : kept)
+    if (s->data && p.resident) s->slot = slot(bytes_of(s->dtype));
+  p.draws = slot(call.draw);
+  grid.shared = size_t(head + at);
 }
 
-template <class Kernel>
-cudaError_t launch(Kernel* kernel, GroupParams& p, const Plan& plan, const Context& context,
-                   void* workspace) {
-  if (plan.grid == 0) return cudaSuccess;
-  if (plan.cooperative) {
-    const size_t teams = size_t(plan.grid) / size_t(p.shape.blocks);
-    p.team_global = static_cast<TeamGlobal*>(workspace);
-    p.team_slots = reinterpret_cast<Sums*>(p.team_global + teams);
-    const cudaError_t error = cudaMemsetAsync(workspace, 0, teams * sizeof(TeamGlobal),
-                                              static_cast<cudaStream_t>(context.stream));
-    if (error != cudaSuccess) return error;
-  }
-  const Meeting meeting{p.shape.cluster ? int(p.shape.blocks) : 1, plan.cooperative};
-  return enqueue(kernel, plan.grid, plan.threads, plan.shared, context, meeting, p);
-}
-
-// Plans and launches a kernel over p's groups. `extra`: bytes of the workspace that before(memory)
-// fills in; what it enqueues comes first.
-template <class Kernel, class F>
-cudaError_t run_groups(Kernel* kernel, GroupParams& p, int elements, int most_threads,
-                       std::initializer_list<Stream*> kept, int draws, const Context& context,
-                       size_t extra, F before) {
-  Limits limits;
-  cudaError_t error = Limits::of_current_device(&limits);
-  Plan plan;
-  if (error == cudaSuccess)
-    error = plan_groups(kernel, &plan, p, limits, elements, most_threads, kept, draws);
-  if (error != cudaSuccess) return error;
-  const size_t teams = rounded(plan.workspace);
-  unsigned char* workspace = nullptr;
-  if (teams + extra) {
-    workspace = static_cast<unsigned char*>(context.allocate(context.self, teams + extra));
-    if (!workspace) return cudaErrorMemoryAllocation;
-  }
-  error = before(workspace + teams);
-  return error != cudaSuccess ? error : launch(kernel, p, plan, context, workspace);
-}
-template <class Kernel>
-cudaError_t run_groups(Kernel* kernel, GroupParams& p, int elements, int most_threads,
-                       std::initializer_list<Stream*> kept, int draws, const Context& context) {
-  return run_groups(kernel, p, elements, most_threads, kept, draws, context, 0,
-                    [](void*) { return cudaSuccess; });
-}
-
-// Calls f(type_tag, full_tag) with the plain profile, where there is one and the call is `plain`.
+// Plans a call on p's groups. choose(type, norm, full) gives the kernel; the plain profile is taken
+// where there is one and the call is `plain`.
 template <class F>
-int with_profile(Dtype type, bool plain, F f) {
-  return with_type(type, [&](auto tag) -> int {
-    if constexpr (sizeof(tag) < 8)
-      if (plain) return f(tag, std::false_type{});
-    return f(tag, std::true_type{});
+GroupCall group_call(Queue& queue, const GroupParams& p, Norm norm, bool plain, F choose) {
+  GroupCall call;
+  call.p = p;
+  GroupKernel& kernel = call;
+  for_type(p.x.dtype, [&](auto type) {
+    with_norm(norm, [&](auto n) {
+      if constexpr (sizeof(type) < 8)
+        if (plain) return void(kernel = choose(type, n, std::false_type{}));
+      kernel = choose(type, n, std::true_type{});
+    });
   });
+  plan_groups(call, queue);
+  return call;
 }
 
-// What every group op says of its output, its ball and its box.
-inline void set_ball(GroupParams& p, const Groups& groups, const Data& out, const PerGroup& eps,
-                     const Box& box, int elements) {
+// Whether an op needs the full profile for its box and its origin.
+inline bool any(const Box& box) { return box.x0.data || is_boxed(box); }
+
+// What every group op says of its input, its output, its ball and its box.
+inline GroupParams params_of(const Groups& groups, const ConstData& x, const Data& out,
+                             const PerGroup& eps, const Box& box) {
+  GroupParams p;
   p.groups = groups;
-  p.out = out.data;
-  p.out_type = out.dtype;
-  p.out_aligned = aligned(out.data, size_t(std::min(16, elements * bytes_of(out.dtype))));
+  p.x = {x.data, out.dtype};
+  p.out = out;
   p.eps = eps;
-  p.x0 = stream_of(box.x0, elements);
-  p.lower = stream_of(box.lower, elements, box.lower_broadcast);
-  p.upper = stream_of(box.upper, elements, box.upper_broadcast);
+  p.x0 = {box.x0};
+  p.lower = {box.lower, box.lower_broadcast};
+  p.upper = {box.upper, box.upper_broadcast};
   p.lower_value = box.lower_value;
   p.upper_value = box.upper_value;
   p.boxed = is_boxed(box);
+  return p;
 }
 
-inline bool any(const Box& box) { return box.x0.data || is_boxed(box); }
+// The same of a step.
+inline GroupParams params_of(const StepArgs& args) {
+  GroupParams p = params_of(args.groups, args.delta, args.out, args.eps, args.box);
+  p.grad = {args.grad};
+  p.velocity = {args.velocity};
+  p.velocity_out = args.velocity_out;
+  p.step = args.step_size;
+  p.rule = args.rule;
+  p.nonfinite = args.nonfinite;
+  return p;
+}
+
+// Runs a step for the args.max_groups groups of each sample with the largest gradient in the dual
+// norm; of the others the perturbation becomes zero.
+cudaError_t run_chosen(Queue& queue, GroupCall& step, const StepArgs& args);
 
 }  // namespace embattle::cuda

@@ -5,7 +5,6 @@
 #include <bit>
 #include <cub/device/device_radix_sort.cuh>
 
-#include "runs.cuh"
 #include "sort.cuh"
 
 namespace embattle::cuda {
@@ -22,11 +21,7 @@ __global__ void __launch_bounds__(kThreads)
   EMBATTLE_DYNAMIC_SHARED(shared);
   auto* const k = reinterpret_cast<long long*>(shared);
   int* const at = reinterpret_cast<int*>(k + pairs);
-  for (int i = int(threadIdx.x); i < pairs; i += kThreads) {
-    k[i] = i < count ? key_of(indices[i]) : kNoKey;
-    at[i] = i;
-  }
-  sort_pairs(k, at, pairs);
+  sort_pairs(k, at, pairs, [&](int i) { return i < count ? key_of(indices[i]) : kNoKey; });
   for (int i = int(threadIdx.x); i < count; i += kThreads) {
     keys[i] = k[i];
     positions[i] = at[i];
@@ -45,47 +40,37 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t sort_indices(const int64_t* indices, int64_t count, int64_t rows, SortedIndices* sorted,
-                         const Context& context) {
-  *sorted = {nullptr, nullptr, count};
-  if (count == 0) return cudaSuccess;
-  const auto allocate = [&](size_t bytes) {
-    return static_cast<long long*>(context.allocate(context.self, bytes));
-  };
-  const size_t each = rounded(size_t(count) * 8) / 8;  // of an array's places
+SortedIndices sort_indices(const int64_t* indices, int64_t count, int64_t rows, Queue& queue) {
   if (count <= kSmall) {
-    long long* const keys = allocate(2 * each * 8);
-    if (!keys) return cudaErrorMemoryAllocation;
-    int64_t* const positions = reinterpret_cast<int64_t*>(keys + each);
-    *sorted = {keys, positions, count};
+    long long* keys = nullptr;
+    int64_t* positions = nullptr;
+    queue.allocate(Array{&keys, count}, Array{&positions, count});
     const int pairs = power_of_two(count, kSmall);
-    return enqueue(small_sort_kernel, 1, kThreads,
-                   size_t(pairs) * (sizeof(long long) + sizeof(int)), context, indices, count,
-                   pairs, keys, positions);
+    const Grid grid{count > 0, kThreads, size_t(pairs) * (sizeof(long long) + sizeof(int))};
+    queue.launch(small_sort_kernel, grid, indices, count, pairs, keys, positions);
+    return {keys, positions, count};
   }
   cub::DoubleBuffer<long long> keys;
   cub::DoubleBuffer<int64_t> positions;
-  size_t scratch = 0;  // bytes
-  const auto by_cub = [&](void* memory) {
+  unsigned char* scratch = nullptr;
+  size_t bytes = 0;  // of it
+  const auto by_cub = [&] {
+    if (queue.error() != cudaSuccess) return;
     forget_error();  // CUB would take what others have left for its own
     // Enough bits for `rows` itself: what is left out then has larger digits than any key.
-    return cub::DeviceRadixSort::SortPairs(memory, scratch, keys, positions, count, 0,
-                                           int(std::bit_width(uint64_t(rows))),
-                                           static_cast<cudaStream_t>(context.stream));
+    queue.note(cub::DeviceRadixSort::SortPairs(scratch, bytes, keys, positions, count, 0,
+                                               int(std::bit_width(uint64_t(rows))),
+                                               queue.stream()));
   };
   // Without memory it says how much it needs: host arithmetic, and what the runtime knows.
-  cudaError_t error = by_cub(nullptr);
-  if (error != cudaSuccess) return error;
-  long long* const memory = allocate(4 * each * 8 + scratch);
-  if (!memory) return cudaErrorMemoryAllocation;
-  keys = {memory, memory + each};
-  positions = {reinterpret_cast<int64_t*>(memory + 2 * each),
-               reinterpret_cast<int64_t*>(memory + 3 * each)};
-  error = enqueue(pairs_kernel, (count + kThreads - 1) / kThreads, kThreads, 0, context, indices,
-                  count, keys.Current(), positions.Current());
-  if (error == cudaSuccess) error = by_cub(memory + 4 * each);
-  *sorted = {keys.Current(), positions.Current(), count};
-  return error;
+  by_cub();
+  queue.allocate(Array{&keys.d_buffers[0], count}, Array{&keys.d_buffers[1], count},
+                 Array{&positions.d_buffers[0], count}, Array{&positions.d_buffers[1], count},
+                 Array{&scratch, int64_t(bytes)});
+  queue.launch(pairs_kernel, {(count + kThreads - 1) / kThreads, kThreads}, indices, count,
+               keys.Current(), positions.Current());
+  by_cub();
+  return {keys.Current(), positions.Current(), count};
 }
 
 }  // namespace embattle::cuda

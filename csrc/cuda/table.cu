@@ -38,27 +38,28 @@ class Run {
   static constexpr int kStep = Rows::kStep<T>;
 
   // held: [teams][lanes][kStep], where the block's teams meet.
-  __device__ Run(const TableParams& p, const Lanes& team, int64_t item, bool whole_block,
+  __device__ Run(const TableParams& p, const Lanes& lanes, int64_t item, bool whole_block,
                  double* held)
-      : p_(p), team_(team), item_(item), whole_(whole_block), held_(held) {}
+      : team(lanes), p_(p), item_(item), whole_(whole_block), held_(held) {}
+
+  const Lanes& team;  // the lanes that have a row's columns
 
   __device__ int64_t row() const { return p_.runs.keys[item_]; }
   __device__ int64_t width() const { return int64_t(p_.lanes) * kStep; }
   // This thread's first column.
-  __device__ int64_t column() const { return int64_t(team_.rank) * kStep; }
+  __device__ int64_t column() const { return int64_t(team.rank) * kStep; }
   // Of the threads with the same columns, the one that writes.
   __device__ bool writes() const { return !whole_ || int(threadIdx.x) < p_.lanes; }
 
   // The sums of columns [c, c + kStep). All threads of the run call it, also for columns beyond the
   // last.
-  __device__ __forceinline__ void total(int64_t c, double (&sum)[kStep]) const {
-    const int teams = kThreads / p_.lanes, team = int(threadIdx.x) / p_.lanes;
+  __device__ __forceinline__ Pack<double, kStep> total(int64_t c) const {
+    const int teams = kThreads / p_.lanes, own = int(threadIdx.x) / p_.lanes;
     const int64_t stride = whole_ ? teams : 1;
-#pragma unroll
-    for (int e = 0; e < kStep; ++e) sum[e] = 0;
+    Pack<double, kStep> sum{};
     if (c < p_.grad.dim) {
       bool more = true;
-      for (int64_t i = item_ + (whole_ ? team : 0); more; i += kFlight * stride) {
+      for (int64_t i = item_ + (whole_ ? own : 0); more; i += kFlight * stride) {
         Pack<T, kStep> x[kFlight];
         double weight[kFlight];
 #pragma unroll
@@ -70,31 +71,28 @@ class Run {
 #pragma unroll
         for (int f = 0; f < kFlight; ++f)
 #pragma unroll
-          for (int e = 0; e < kStep; ++e) sum[e] += weight[f] * double(widen(x[f].at[e]));
+          for (int e = 0; e < kStep; ++e) sum[e] += weight[f] * double(widen(x[f][e]));
       }
     }
-    if (!whole_) return;
+    if (!whole_) return sum;
 #pragma unroll
     for (int e = 0; e < kStep; ++e) held_[threadIdx.x * kStep + e] = sum[e];
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < kStep; ++e) {
       sum[e] = 0;
-      for (int t = 0; t < teams; ++t) sum[e] += held_[(t * p_.lanes + team_.rank) * kStep + e];
+      for (int t = 0; t < teams; ++t) sum[e] += held_[(t * p_.lanes + team.rank) * kStep + e];
     }
     __syncthreads();
+    return sum;
   }
-
-  // Over the lanes that have a row's columns.
-  __device__ double over_lanes(double x) const { return team_.sum(x); }
-  __device__ double largest_of_lanes(double x) const { return team_.max(x); }
 
   // What these threads have read before has been read by all of them.
   __device__ void sync() const {
     if (whole_)
       __syncthreads();
     else
-      team_.sync();
+      team.sync();
   }
 
  private:
@@ -106,7 +104,6 @@ class Run {
   }
 
   const TableParams& p_;
-  const Lanes& team_;
   int64_t item_;
   bool whole_;
   double* held_;
@@ -143,9 +140,8 @@ __global__ void __launch_bounds__(kThreads, kWeighted ? 2 : 0)
   each_run<T, kWeighted>(p, reinterpret_cast<double*>(shared), [&](const Run& run) {
     if (run.row() == p.padding) return;  // all threads of the run
     for (int64_t c = run.column(); c - run.column() < p.grad.dim; c += run.width()) {
-      double sum[Run::kStep];
-      run.total(c, sum);
-      if (run.writes() && c < p.grad.dim) p.out.store_as<T>(run.row(), c, sum);
+      const auto sum = run.total(c);
+      if (run.writes() && c < p.grad.dim) p.out.put(run.row(), c, narrowed<T>(sum));
     }
   });
 }
@@ -157,28 +153,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   using Run = Run<T, false>;
   constexpr int kStep = Run::kStep;
   each_run<T, false>(p, reinterpret_cast<double*>(shared), [&](const Run& run) {
-    double sum[kStep] = {}, square = 0, unit = 1;
+    Pack<double, kStep> sum{};
     const bool kept = p.grad.dim <= run.width();  // the sums stay where they are
-    for (bool again = false;; again = true) {
-      double most = 0;
-      square = 0;
+    bool again = false;
+    const double norm = length(sizeof(T) == 8, [&](double unit) {
+      double square = 0;
       for (int64_t c = run.column(); c - run.column() < p.grad.dim; c += run.width()) {
-        if (!again || !kept) run.total(c, sum);
+        if (!again || !kept) sum = run.total(c);
 #pragma unroll
-        for (int e = 0; e < kStep; ++e) {
-          most = larger(most, magnitude(sum[e]));
-          square += sum[e] * unit * (sum[e] * unit);
-        }
+        for (int e = 0; e < kStep; ++e) square += sum[e] * unit * (sum[e] * unit);
       }
-      square = run.over_lanes(square);
-      if (sizeof(T) < 8 || again || (square > 1e-280 && square < 1e280)) break;
-      most = run.largest_of_lanes(most);  // squares may have left the range of doubles
-      if (!(most > 0 && most < __builtin_huge_val())) break;
-      unit = most < 1 ? 0x1p600 : 0x1p-600;
-    }
-    if (!is_finite(square)) return;  // one bad sample must not destroy a row
+      again = true;
+      return run.team.sum(square);
+    });
+    if (!is_finite(norm)) return;  // one bad sample must not destroy a row
     const int64_t row = run.row();
-    const double norm = sqrt(square) / unit;
     const double factor = norm > p.max_norm ? p.max_norm / norm : 1;
     const double length = factor * norm;
     const double mean = p.grad.dim > 0 ? length * length / double(p.grad.dim) : 0;
@@ -187,10 +176,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     run.sync();  // before the state is written
     if (run.writes() && run.column() == 0) store_one(p.state.data, p.state.dtype, row, state);
     for (int64_t c = run.column(); c - run.column() < p.grad.dim; c += run.width()) {
-      if (!kept) run.total(c, sum);
+      if (!kept) sum = run.total(c);
       if (!run.writes() || c >= p.grad.dim) continue;
-      double weight[kStep];
-      p.out.load(row, c, weight);
+      auto weight = p.out.load<kStep>(row, c);
 #pragma unroll
       for (int e = 0; e < kStep; ++e) weight[e] -= step * sum[e];
       p.out.store(row, c, weight);
@@ -198,56 +186,51 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
 }
 
-int run(TableParams& p, void (*kernel)(TableParams), const int64_t* indices, int64_t rows,
-        int64_t count, const Context& context) {
-  const cudaError_t error = sort_indices(indices, count, rows, &p.runs, context);
-  if (error != cudaSuccess) return error;
-  const int step = 16 / bytes_of(p.grad.type);
-  p.lanes = power_of_two((p.grad.dim + step - 1) / step, 32);
-  const int teams = kThreads / p.lanes;
-  return enqueue(kernel, (count + teams - 1) / teams, kThreads, kThreads * step * sizeof(double),
-                 context, p);
-}
-
 // The gradient, and the table or the sums in steps of as many elements.
 TableParams params_of(const ConstData& grad, const Data& out, int64_t dim) {
   const int step = 16 / bytes_of(grad.dtype);
   TableParams p;
-  p.grad = Rows::of(grad.data, grad.dtype, dim, step);
-  p.out = Rows::of(out.data, out.dtype, dim, step);
+  p.grad = Rows::of(grad, dim, step);
+  p.out = Rows::of(out, dim, step);
+  p.lanes = power_of_two((dim + step - 1) / step, 32);
   return p;
+}
+
+int run(TableParams& p, void (*kernel)(TableParams), const int64_t* indices, int64_t rows,
+        int64_t count, Queue& queue) {
+  p.runs = sort_indices(indices, count, rows, queue);
+  const int teams = kThreads / p.lanes, step = 16 / bytes_of(p.grad.type);
+  queue.launch(kernel, {(count + teams - 1) / teams, kThreads, kThreads * step * sizeof(double)},
+               p);
+  return queue.error();
 }
 
 }  // namespace
 
 int segment_sum(const SegmentSumArgs& args, const Context& context) {
-  // All bits zero is the number zero in every dtype.
   const size_t bytes = size_t(args.rows * args.dim) * size_t(bytes_of(args.out.dtype));
   if (bytes == 0) return cudaSuccess;
-  const cudaError_t error =
-      cudaMemsetAsync(args.out.data, 0, bytes, static_cast<cudaStream_t>(context.stream));
-  if (error != cudaSuccess) return error;
+  Queue queue(context);
+  queue.clear(args.out.data, bytes);  // all bits zero is the number zero in every dtype
   TableParams p = params_of(args.grad, args.out, args.dim);
   p.weights = args.weights;
   p.samples_per_item = 1 / double(args.tokens);
   p.padding = args.padding;
-  return with_type(args.grad.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    const auto kernel =
-        args.weights.data ? segment_sum_kernel<T, true> : segment_sum_kernel<T, false>;
-    return run(p, kernel, args.inverse, args.rows, args.count, context);
+  const auto kernel = for_type(args.grad.dtype, [&]<class T>(T) {
+    return args.weights.data ? segment_sum_kernel<T, true> : segment_sum_kernel<T, false>;
   });
+  return run(p, kernel, args.inverse, args.rows, args.count, queue);
 }
 
 int rowwise_adagrad(const AdagradArgs& args, const Context& context) {
+  Queue queue(context);
   TableParams p = params_of(args.grad, args.weight, args.dim);
   p.state = args.state;
   p.lr = args.lr;
   p.eps = args.eps;
   p.max_norm = args.max_norm;
-  return with_type(args.grad.dtype, [&](auto tag) {
-    return run(p, adagrad_kernel<decltype(tag)>, args.indices, args.rows, args.count, context);
-  });
+  const auto kernel = for_type(args.grad.dtype, []<class T>(T) { return adagrad_kernel<T>; });
+  return run(p, kernel, args.indices, args.rows, args.count, queue);
 }
 
 }  // namespace embattle::cuda

@@ -76,10 +76,14 @@ class Lanes {
 
 class Team {
  public:
-  // All threads of the block call it; the shape outlives it. `global` and `slots`
-  // ([teams][2][blocks]) serve blocks at large.
-  __device__ Team(const Shape& shape, TeamScratch* scratch, TeamGlobal* global, Sums* slots)
-      : shape_(shape), scratch_(scratch), global_(global), slots_(slots) {
+  // All threads of the block call it; the shape outlives it. `shared`: a TeamScratch. `global` and
+  // `slots` ([teams][2][blocks]) serve blocks at large.
+  __device__ Team(const Shape& shape, unsigned char* shared, TeamGlobal* global = nullptr,
+                  Sums* slots = nullptr)
+      : shape_(shape),
+        scratch_(reinterpret_cast<TeamScratch*>(shared)),
+        global_(global),
+        slots_(slots) {
     const int threads = int(blockDim.x);
     if (shape.lanes <= 32) {
       const int lane = int(threadIdx.x) & 31, first = lane & ~(shape.lanes - 1);
