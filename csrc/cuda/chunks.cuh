@@ -160,8 +160,8 @@ class Chunks {
     T* const to = static_cast<T*>(p_.velocity_out.data) + c * kElements;
     if (valid == kAllValid && p_.velocity_aligned) return store_pack(to, narrowed<T>(values));
     const Chunk copy = values;
-    Edge::write_some(p_.velocity_out.data, p_.velocity.dtype, c, in_range(c), valid, copy,
-                     static_cast<const T*>(p_.rule.apgd ? p_.x0.data : nullptr));
+    Edge::write_any(p_.velocity_out.data, p_.velocity.dtype, c, in_range(c), valid, copy,
+                    static_cast<const T*>(p_.rule.apgd ? p_.x0.data : nullptr));
   }
 
   // x - x0 and, in the full profile, what surrounds it.
@@ -203,9 +203,9 @@ class Chunks {
                                         const Raw& values, const void* base) const {
     T* to = static_cast<T*>(out.data) + c * kElements;
     if (valid == kAllValid && aligned) return store_pack(to, values);
-    const Chunk copy = widened<A>(values);
-    Edge::write_some(out.data, dtype_of<T>, c, in_range(c), valid, copy,
-                     static_cast<const T*>(kFull ? base : nullptr));
+    const Raw copy = values;
+    Edge::write_some(to, copy, in_range(c), valid,
+                     kFull && base ? static_cast<const T*>(base) + c * kElements : nullptr);
   }
 
   // The number of valid elements.

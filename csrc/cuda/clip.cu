@@ -83,17 +83,29 @@ __device__ double squares(const Lanes& team, const T* x, int64_t n, double unit)
       sum += v * v;
     }
   };
-  if (aligned(x, 16)) {
-#pragma unroll 8
-    for (int64_t c = team.rank; c < full; c += team.size) add(load_pack<kCount>(x + c * kCount));
-  } else {
-#pragma unroll 2
-    for (int64_t c = team.rank; c < full; c += team.size)
-      add(load_part<kCount>(x + c * kCount, kCount, false));
+  // Eight loads are under way before the first is added. Left to itself, the compiler may ask
+  // between them whether there is a next one, and wait.
+  constexpr int kLoads = 8;
+  const bool vector = aligned(x, 16);
+  const int64_t step = kLoads * team.size;
+  int64_t c = team.rank;
+  for (; vector && c + step - team.size < full; c += step) {
+    Pack<T, kCount> packs[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) packs[i] = load_pack<kCount>(x + (c + i * team.size) * kCount);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) add(packs[i]);
   }
+#pragma unroll 2
+  for (; c < full; c += team.size) add(load_part<kCount>(x + c * kCount, kCount, vector));
   if (full * kCount < n && full % team.size == team.rank)
     add(load_part<kCount>(x + full * kCount, n - full * kCount, false));
   return team.sum(sum);
+}
+
+template <class T>
+__device__ double norm_of(const Lanes& team, const T* x, int64_t n) {
+  return length(sizeof(T) == 8, [&](double unit) { return squares(team, x, n, unit); });
 }
 
 __device__ __forceinline__ void take_pieces(const Params& p) {
@@ -106,9 +118,7 @@ __device__ __forceinline__ void take_pieces(const Params& p) {
       const int64_t elements = p.piece * (16 / int64_t(sizeof(T)));
       const int64_t column = (piece - p.first_piece[t]) * elements, width = p.width[t];
       const T* const x = static_cast<const T*>(p.grad[t]) + sample * width + column;
-      return length(sizeof(T) == 8, [&](double unit) {
-        return squares(team, x, smaller(elements, width - column), unit);
-      });
+      return norm_of(team, x, smaller(elements, width - column));
     });
     if (team.rank == 0) p.pieces[sample * p.pieces_of_sample + piece] = norm;
     piece += step;

@@ -181,10 +181,7 @@ class Steepest : public Chunks<T, kFull> {
   }
 
  protected:
-  using Base::p_, Base::team_;
-
- private:
-  using Base::element_of, Base::up_to, Base::begin_, Base::end_;
+  using Base::p_, Base::team_, Base::element_of, Base::up_to, Base::begin_, Base::end_;
 };
 
 }  // namespace embattle::cuda

@@ -7,14 +7,13 @@
 namespace embattle::cuda {
 namespace {
 
-enum class Draw : int { uniform, gaussian, exponential };
-
-// Elements kCount * chunk up to kCount * (chunk + 1) of a tensor with elements T: uniform in [0,
-// 1), standard normal, or a signed standard exponential. Of the kind kDraw, or normal where
-// `normal`: in one function, as what both begin with is long.
-template <class T, Draw kDraw, int kCount, class A>
-__device__ __forceinline__ Pack<A, kCount> draw(bool normal, const int64_t (&key)[2],
-                                                int64_t chunk) {
+// Elements kCount * chunk up to kCount * (chunk + 1) of a tensor with elements T, zero where they
+// are not valid: standard normal ones where `normal`, or those that a start in the norm's ball is
+// made of, uniform in [0, 1), standard normal, or signed standard exponential. In one function, as
+// what all begin with is long.
+template <class T, Norm kNorm, class A, int kCount>
+__device__ __forceinline__ Pack<A, kCount> drawn(bool normal, const int64_t (&key)[2],
+                                                 int64_t chunk, unsigned valid) {
   constexpr bool kWide = sizeof(T) == 8;
   using R = std::conditional_t<kWide, double, float>;
   constexpr int kPerBlock = kWide ? 2 : 4;
@@ -26,26 +25,22 @@ __device__ __forceinline__ Pack<A, kCount> draw(bool normal, const int64_t (&key
     const Words words = philox(uint64_t(key[0]), uint64_t(key[1]),
                                uint64_t(chunk * (kCount / kPerBlock) + i / kPerBlock), 0);
     R m[kPerBlock];  // the integers behind elements, exact
-    bool minus[kPerBlock];
 #pragma unroll
     for (int j = 0; j < kPerBlock; ++j) {
-      if constexpr (kWide) {
+      if constexpr (kWide)
         m[j] = R(bits53(words.w[2 * j], words.w[2 * j + 1]));
-        minus[j] = words.w[2 * j + 1] & 1;
-      } else {
+      else
         m[j] = R(words.w[j] >> 8);
-        minus[j] = words.w[j] & 1;
-      }
     }
-    if constexpr (kDraw != Draw::gaussian) {
+    if constexpr (kNorm != Norm::l2) {
       if (!normal) {
 #pragma unroll
         for (int j = 0; j < kPerBlock; ++j) {
-          if constexpr (kDraw == Draw::uniform) {
+          if constexpr (kNorm == Norm::linf) {
             out[i + j] = A(m[j] * kUnit);
           } else {
             const R size = -log((m[j] + 1) * kUnit);
-            out[i + j] = A(minus[j] ? -size : size);
+            out[i + j] = A(words.w[kWide ? 2 * j + 1 : j] & 1 ? -size : size);
           }
         }
         continue;
@@ -60,24 +55,6 @@ __device__ __forceinline__ Pack<A, kCount> draw(bool normal, const int64_t (&key
       out[i + j + 1] = A(radius * s);
     }
   }
-  return out;
-}
-
-// A group's radius in the unit ball of dimension n: U^(1/n).
-__device__ __forceinline__ double draw_radius(const int64_t (&key)[2], int64_t group, double n) {
-  const double u = radius_uniform(uint64_t(key[0]), uint64_t(key[1]), uint64_t(group));
-  return exp(log(u) / larger(n, 1.0));
-}
-
-// A chunk of random values, zero where it is not valid: `normal` ones, or those that a start in the
-// norm's ball is made of.
-template <class T, Norm kNorm, class A, int kCount>
-__device__ __forceinline__ Pack<A, kCount> drawn(bool normal, const int64_t (&key)[2],
-                                                 int64_t chunk, unsigned valid) {
-  constexpr Draw kStart = kNorm == Norm::linf ? Draw::uniform
-                          : kNorm == Norm::l2 ? Draw::gaussian
-                                              : Draw::exponential;
-  auto out = draw<T, kStart, kCount, A>(normal, key, chunk);
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
     if (!(valid >> i & 1)) out[i] = 0;
@@ -89,6 +66,12 @@ template <class T, Norm kNorm, class A, int kCount>
 __device__ EMBATTLE_NOINLINE Pack<A, kCount> drawn_again(bool normal, int64_t key0, int64_t key1,
                                                          int64_t chunk, unsigned valid) {
   return drawn<T, kNorm, A, kCount>(normal, {key0, key1}, chunk, valid);
+}
+
+// A group's radius in the unit ball of dimension n: U^(1/n).
+__device__ __forceinline__ double draw_radius(const int64_t (&key)[2], int64_t group, double n) {
+  const double u = radius_uniform(uint64_t(key[0]), uint64_t(key[1]), uint64_t(group));
+  return exp(log(u) / larger(n, 1.0));
 }
 
 template <class T, Norm kNorm, bool kFull>
@@ -110,9 +93,8 @@ __global__ void __launch_bounds__(kMostThreads<kFull>, 1)
       const auto z = drawn<T, kNorm, A, G::kElements>(!p.start, key, c, valid);
       if (keep) store_pack(group.draw_slot(k), z);
 #pragma unroll
-      for (int i = 0; i < G::kElements; ++i) {
+      for (int i = 0; i < G::kElements; ++i)
         length += kNorm == Norm::l1 ? double(magnitude(z[i])) : double(z[i]) * double(z[i]);
-      }
     });
     async_wait();
     const double eps = value_of(p.eps, index);

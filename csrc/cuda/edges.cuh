@@ -70,10 +70,20 @@ struct Edges {
 
   // Writes those of a chunk's elements that are here: the valid ones, and `base` (or zero) in place
   // of others.
-  static __device__ EMBATTLE_NOINLINE void write_some(void* data, Dtype type, int64_t c,
+  static __device__ EMBATTLE_NOINLINE void write_some(T* to, const Pack<T, kElements>& values,
                                                       unsigned here, unsigned valid,
-                                                      const Pack<A, kElements>& values,
                                                       const T* base) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      if (!(here >> i & 1)) continue;
+      to[i] = valid >> i & 1 ? values[i] : base ? base[i] : nearest<T>(0.f);
+    }
+  }
+  // The same to an output of any type.
+  static __device__ EMBATTLE_NOINLINE void write_any(void* data, Dtype type, int64_t c,
+                                                     unsigned here, unsigned valid,
+                                                     const Pack<A, kElements>& values,
+                                                     const T* base) {
     for (int i = 0; i < kElements; ++i) {
       if (!(here >> i & 1)) continue;
       const int64_t at = c * kElements + i;

@@ -63,7 +63,7 @@ __device__ double runs_square(const Runs& runs, const NormParams& p, int64_t sta
     for (int64_t c = int64_t(lane) * kStep; c < p.args.dim; c += int64_t(p.lanes) * kStep) {
       Pack<double, kStep> total{};
       for (int64_t j = i; runs.together(i, j); ++j) {
-        const auto x = p.grad.load<kStep>(start + runs.position(j), c);
+        const auto x = p.grad.load<kStep>(start + runs.positions[j], c);
 #pragma unroll
         for (int e = 0; e < kStep; ++e) total[e] += x[e];
       }
@@ -83,7 +83,7 @@ __device__ double weights_square(const Runs& runs, const NormParams& p, int64_t 
     double weight = 0;
     for (int64_t j = i; runs.together(i, j); ++j)
       weight += p.args.weights.data ? load_one<double>(p.args.weights.data, p.args.weights.dtype,
-                                                       start + runs.position(j))
+                                                       start + runs.positions[j])
                                     : 1;
     sum += weight * weight;
   }

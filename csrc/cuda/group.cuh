@@ -181,7 +181,6 @@ class Group : public Steepest<T, kFull> {
 
   // What a pass over the group is for.
   enum class Pass : int {
-    extent,   // the largest magnitude
     measure,  // whether the values lie in the ball, and what the search starts with
     shift,    // l1: a step towards the threshold
     nearest,  // how far the box is from the origin
@@ -206,12 +205,8 @@ class Group : public Steepest<T, kFull> {
     search = Search{};
     result = Projection{};
     result.eps = search.radius = eps;
-    if (kNorm == Norm::linf || !(eps < kInfinity))
-      search.pass = Pass::finish;
-    else if (kNorm == Norm::l2 && sizeof(T) == 8) {
-      search.inner = range_scale<A>(eps);
-      search.pass = Pass::extent;
-    }
+    if (kNorm == Norm::linf || !(eps < kInfinity)) search.pass = Pass::finish;
+    if (kNorm == Norm::l2 && sizeof(T) == 8) search.inner = range_scale<A>(eps);
   }
 
   // Adds a chunk to the sums that a pass forms. Where it is not valid there are zeros, not bounded,
@@ -219,10 +214,7 @@ class Group : public Steepest<T, kFull> {
   template <Norm kNorm>
   __device__ __forceinline__ static void measure(const Search& search, const Projection& result,
                                                  const V& x, Sums& s) {
-    if (kNorm == Norm::l2 && sizeof(T) == 8 && search.pass == Pass::extent) {
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) s.m = larger(s.m, double(magnitude(x.v[i])));
-    } else if (search.pass == Pass::measure) {
+    if (search.pass == Pass::measure) {
       // a: of what would be stored as it is; b: of the values themselves; m: the largest.
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
@@ -286,11 +278,7 @@ class Group : public Steepest<T, kFull> {
   // Takes a thread's sums of a pass; says what the next pass is for.
   template <Norm kNorm>
   __device__ __forceinline__ void next(Search& search, Sums s, Projection& result) {
-    if (kNorm == Norm::l2 && sizeof(T) == 8 && search.pass == Pass::extent) {
-      search.unit = range_scale<A>(team_.max(s.m));
-      search.radius = result.eps * double(search.unit);
-      search.pass = Pass::measure;
-    } else if (search.pass == Pass::measure) {
+    if (search.pass == Pass::measure) {
       constexpr bool kSame = !kFull && sizeof(T) == 4;  // stored values are the values
       s = team_.agree((kSame ? 0 : kSumA) | kSumB | (kNorm == Norm::l1 ? kMax : 0), s);
       if (kSame) s.a = s.b;
@@ -298,6 +286,12 @@ class Group : public Steepest<T, kFull> {
       search.pass = Pass::finish;
       if (!(s.a > (kNorm == Norm::l2 ? limit * limit : limit))) return;
       if constexpr (kNorm == Norm::l2) {
+        if (sizeof(T) == 8 && search.unit == 1 && !(s.b > 1e-280 && s.b < 1e280)) {
+          search.unit = s.b < 1 ? 0x1p600 : 0x1p-600;  // squares have left the range of doubles
+          search.radius = result.eps * double(search.unit);
+          search.pass = Pass::measure;
+          return;
+        }
         result.fit = Fit::scaled;
         // What brings the values to the ball's surface; with a box in units of that.
         result.scale = radius > 0 ? radius / sqrt(s.b) : 0;

@@ -214,14 +214,6 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// ---- Host ----
-
-template <class C, bool kGram>
-void run_tiles(const LinearParams& p, int64_t tiles, Queue& queue) {
-  const size_t shared = sizeof(TeamScratch) + 2 * kDepth * (kTile + 1) * sizeof(C);
-  queue.launch(tile_kernel<C, kGram>, {p.args.batch * p.splits, kThreads, shared}, p, tiles);
-}
-
 }  // namespace
 
 int linear_grad_norm(const LinearNormArgs& args, const Context& context) {
@@ -256,17 +248,19 @@ int linear_grad_norm(const LinearNormArgs& args, const Context& context) {
                  Array{&p.redo, p.tiled ? args.batch : 0},
                  Array{&p.scales, wide ? 2 * args.batch : 0});
   const Grid finish{(args.batch + 7) / 8, 256};
+  const auto tiles = [&](auto kernel, size_t element, int64_t count) {
+    const size_t shared = sizeof(TeamScratch) + 2 * kDepth * (kTile + 1) * element;
+    queue.launch(kernel, {args.batch * p.splits, kThreads, shared}, p, count);
+  };
   queue.launch(trace_kernel, {(args.batch * args.tokens + 7) / 8, 256}, p);
-  if (p.tiled) {
-    if (gram)
-      wide ? run_tiles<double, true>(p, pairs, queue) : run_tiles<float, true>(p, pairs, queue);
-    else
-      wide ? run_tiles<double, false>(p, direct, queue) : run_tiles<float, false>(p, direct, queue);
-  }
+  if (p.tiled && gram)
+    tiles(wide ? tile_kernel<double, true> : tile_kernel<float, true>, wide ? 8 : 4, pairs);
+  else if (p.tiled)
+    tiles(wide ? tile_kernel<double, false> : tile_kernel<float, false>, wide ? 8 : 4, direct);
   queue.launch(linear_finish_kernel, finish, p);
   if (p.tiled) {
     p.second = true;
-    run_tiles<double, false>(p, direct, queue);
+    tiles(tile_kernel<double, false>, 8, direct);
     queue.launch(linear_finish_kernel, finish, p);
   }
   return queue.error();

@@ -24,13 +24,10 @@ struct BFloat16 {
 };
 
 template <class T>
-constexpr Dtype dtype_of = Dtype::f32;
-template <>
-constexpr Dtype dtype_of<double> = Dtype::f64;
-template <>
-constexpr Dtype dtype_of<Half> = Dtype::f16;
-template <>
-constexpr Dtype dtype_of<BFloat16> = Dtype::bf16;
+constexpr Dtype dtype_of = std::is_same_v<T, double>     ? Dtype::f64
+                           : std::is_same_v<T, Half>     ? Dtype::f16
+                           : std::is_same_v<T, BFloat16> ? Dtype::bf16
+                                                         : Dtype::f32;
 
 __host__ __device__ inline int bytes_of(Dtype t) {
   return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2;

@@ -44,6 +44,8 @@ inline void plan_groups(GroupCall& call, Queue& queue) {
   const Groups& g = p.groups;
   const int64_t multiprocessors = queue.device(cudaDevAttrMultiProcessorCount);
   const int64_t shared = queue.device(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const int64_t shared_of_block = queue.device(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (queue.error() != cudaSuccess) return;
   const int elements = 16 / bytes_of(p.x.dtype);
   const auto fits = [&](const void* data, Dtype type) {
     return aligned(data, size_t(std::min(16, elements * bytes_of(type))));
@@ -71,7 +73,7 @@ inline void plan_groups(GroupCall& call, Queue& queue) {
   // Shared memory for two blocks on a multiprocessor, whose loads and arithmetic then overlap. The
   // plain kernels have registers for two blocks of 256 threads; one of 512 would be alone there.
   const int64_t half = shared / 2 - 1024 - head;
-  const int64_t whole = queue.device(cudaDevAttrMaxSharedMemoryPerBlockOptin) - head;
+  const int64_t whole = shared_of_block - head;
   const int64_t budget = std::min(half, whole);
   int64_t room = budget;
   const auto each_holds = [&](int64_t threads) { return (chunks + threads - 1) / threads; };

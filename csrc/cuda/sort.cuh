@@ -46,7 +46,6 @@ struct SortedRuns {
   __device__ __forceinline__ bool head(int64_t i) const {
     return keys[i] != kNoKey && (i == 0 || keys[i - 1] != keys[i]);
   }
-  __device__ __forceinline__ int64_t position(int64_t i) const { return positions[i]; }
   // Whether item j has the key of item i, which is item j or comes before it.
   __device__ __forceinline__ bool together(int64_t i, int64_t j) const {
     return j < count && keys[j] == keys[i];

@@ -33,40 +33,38 @@ struct TableParams {
 // A run, as the threads that work on it see it; T is the gradient's element type. The weights cost
 // registers: without them a kernel is one of its own.
 template <class T, bool kWeighted>
-class Run {
- public:
+struct Run {
   static constexpr int kStep = Rows::kStep<T>;
 
-  // held: [teams][lanes][kStep], where the block's teams meet.
-  __device__ Run(const TableParams& p, const Lanes& lanes, int64_t item, bool whole_block,
-                 double* held)
-      : team(lanes), p_(p), item_(item), whole_(whole_block), held_(held) {}
-
+  const TableParams& p;
   const Lanes& team;  // the lanes that have a row's columns
+  int64_t item;       // the run's first
+  bool whole;         // the block works on it
+  double* held;       // [teams][lanes][kStep], where the block's teams meet
 
-  __device__ int64_t row() const { return p_.runs.keys[item_]; }
-  __device__ int64_t width() const { return int64_t(p_.lanes) * kStep; }
+  __device__ int64_t row() const { return p.runs.keys[item]; }
+  __device__ int64_t width() const { return int64_t(p.lanes) * kStep; }
   // This thread's first column.
   __device__ int64_t column() const { return int64_t(team.rank) * kStep; }
   // Of the threads with the same columns, the one that writes.
-  __device__ bool writes() const { return !whole_ || int(threadIdx.x) < p_.lanes; }
+  __device__ bool writes() const { return !whole || int(threadIdx.x) < p.lanes; }
 
   // The sums of columns [c, c + kStep). All threads of the run call it, also for columns beyond the
   // last.
   __device__ __forceinline__ Pack<double, kStep> total(int64_t c) const {
-    const int teams = kThreads / p_.lanes, own = int(threadIdx.x) / p_.lanes;
-    const int64_t stride = whole_ ? teams : 1;
+    const int teams = kThreads / p.lanes, own = int(threadIdx.x) / p.lanes;
+    const int64_t stride = whole ? teams : 1;
     Pack<double, kStep> sum{};
-    if (c < p_.grad.dim) {
+    if (c < p.grad.dim) {
       bool more = true;
-      for (int64_t i = item_ + (whole_ ? own : 0); more; i += kFlight * stride) {
+      for (int64_t i = item + (whole ? own : 0); more; i += kFlight * stride) {
         Pack<T, kStep> x[kFlight];
         double weight[kFlight];
 #pragma unroll
         for (int f = 0; f < kFlight; ++f) {
-          more = more && p_.runs.together(item_, i + f * stride);
-          x[f] = more ? p_.grad.raw<T>(p_.runs.position(i + f * stride), c) : Pack<T, kStep>{};
-          weight[f] = kWeighted && more ? weight_of(p_.runs.position(i + f * stride)) : 1;
+          more = more && p.runs.together(item, i + f * stride);
+          x[f] = more ? p.grad.raw<T>(p.runs.positions[i + f * stride], c) : Pack<T, kStep>{};
+          weight[f] = kWeighted && more ? weight_of(p.runs.positions[i + f * stride]) : 1;
         }
 #pragma unroll
         for (int f = 0; f < kFlight; ++f)
@@ -74,14 +72,14 @@ class Run {
           for (int e = 0; e < kStep; ++e) sum[e] += weight[f] * double(widen(x[f][e]));
       }
     }
-    if (!whole_) return sum;
+    if (!whole) return sum;
 #pragma unroll
-    for (int e = 0; e < kStep; ++e) held_[threadIdx.x * kStep + e] = sum[e];
+    for (int e = 0; e < kStep; ++e) held[threadIdx.x * kStep + e] = sum[e];
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < kStep; ++e) {
       sum[e] = 0;
-      for (int t = 0; t < teams; ++t) sum[e] += held_[(t * p_.lanes + team.rank) * kStep + e];
+      for (int t = 0; t < teams; ++t) sum[e] += held[(t * p.lanes + team.rank) * kStep + e];
     }
     __syncthreads();
     return sum;
@@ -89,29 +87,24 @@ class Run {
 
   // What these threads have read before has been read by all of them.
   __device__ void sync() const {
-    if (whole_)
+    if (whole)
       __syncthreads();
     else
       team.sync();
   }
 
- private:
   // The sample is the quotient by the tokens: half an item keeps what comes out further from whole
   // numbers than rounding moves it, below 2^50 items. A division of integers would be a call.
   __device__ __forceinline__ double weight_of(int64_t position) const {
-    const auto sample = int64_t((double(position) + 0.5) * p_.samples_per_item);
-    return load_one<double>(p_.weights.data, p_.weights.dtype, sample);
+    const auto sample = int64_t((double(position) + 0.5) * p.samples_per_item);
+    return load_one<double>(p.weights.data, p.weights.dtype, sample);
   }
-
-  const TableParams& p_;
-  int64_t item_;
-  bool whole_;
-  double* held_;
 };
 
 // f(run) for every run. All threads of the block call it.
-template <class T, bool kWeighted, class F>
-__device__ __forceinline__ void each_run(const TableParams& p, double* held, F f) {
+template <class Run, class F>
+__device__ __forceinline__ void each_run(const TableParams& p, F f) {
+  EMBATTLE_DYNAMIC_SHARED(shared);
   const Lanes team(p.lanes);
   const int teams = kThreads / p.lanes;
   const SortedIndices& runs = p.runs;
@@ -125,7 +118,7 @@ __device__ __forceinline__ void each_run(const TableParams& p, double* held, F f
     for (int64_t i = begin - 1; i < end; ++i) {
       const bool alone = i < begin;
       if (alone ? head && !for_block : runs.head(i) && is_long(i))
-        f(Run<T, kWeighted>(p, team, alone ? own : i, !alone, held));
+        f(Run{p, team, alone ? own : i, !alone, reinterpret_cast<double*>(shared)});
       if (alone && !__syncthreads_or(for_block)) break;
     }
   }
@@ -135,9 +128,8 @@ __device__ __forceinline__ void each_run(const TableParams& p, double* held, F f
 template <class T, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, kWeighted ? 2 : 0)
     segment_sum_kernel(const __grid_constant__ TableParams p) {
-  EMBATTLE_DYNAMIC_SHARED(shared);
   using Run = Run<T, kWeighted>;
-  each_run<T, kWeighted>(p, reinterpret_cast<double*>(shared), [&](const Run& run) {
+  each_run<Run>(p, [&](const Run& run) {
     if (run.row() == p.padding) return;  // all threads of the run
     for (int64_t c = run.column(); c - run.column() < p.grad.dim; c += run.width()) {
       const auto sum = run.total(c);
@@ -149,10 +141,9 @@ __global__ void __launch_bounds__(kThreads, kWeighted ? 2 : 0)
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     adagrad_kernel(const __grid_constant__ TableParams p) {
-  EMBATTLE_DYNAMIC_SHARED(shared);
   using Run = Run<T, false>;
   constexpr int kStep = Run::kStep;
-  each_run<T, false>(p, reinterpret_cast<double*>(shared), [&](const Run& run) {
+  each_run<Run>(p, [&](const Run& run) {
     Pack<double, kStep> sum{};
     const bool kept = p.grad.dim <= run.width();  // the sums stay where they are
     bool again = false;

@@ -121,16 +121,8 @@ class Team {
                         slots_ + own * 2 * shape_.blocks, global_ + own, ++round_);
   }
 
-  __device__ double sum(double a) {
-    Sums s;
-    s.a = a;
-    return agree(kSumA, s).a;
-  }
-  __device__ double max(double m) {
-    Sums s;
-    s.m = m;
-    return agree(kMax, s).m;
-  }
+  __device__ double sum(double a) { return agree(kSumA, {.a = a}).a; }
+  __device__ double max(double m) { return agree(kMax, {.m = m}).m; }
 
  private:
   static __device__ __forceinline__ Sums joined(int which, Sums s, const Sums& t) {
@@ -141,11 +133,7 @@ class Team {
   }
   // From the second-level cache: another block has just written it.
   static __device__ Sums fresh(const Sums* p) {
-    Sums s;
-    s.a = __ldcg(&p->a);
-    s.b = __ldcg(&p->b);
-    s.m = __ldcg(&p->m);
-    return s;
+    return {__ldcg(&p->a), __ldcg(&p->b), __ldcg(&p->m)};
   }
 
   // Not inlined, and one for all that can be wanted: a kernel agrees in several places, and has a
@@ -189,8 +177,7 @@ class Team {
     if (threadIdx.x == 0) slots[block] = s;
     blocks_sync(&global->arrived, unsigned(blocks), round);
     if (threadIdx.x < 32) {  // each lane a stretch, then the lanes together
-      Sums t;
-      t.m = fresh(slots).m;
+      Sums t{.m = fresh(slots).m};
       for (int b = int(threadIdx.x); b < blocks; b += 32) t = joined(which, t, fresh(slots + b));
       t = agree_lanes(which, t, 0xffffffffu, 32);
       if (threadIdx.x == 0) scratch->blocks[turn][0] = t;
