@@ -88,11 +88,13 @@ __device__ __forceinline__ double squares(const Rows& rows, int64_t row, int ran
                                           double unit = 1) {
   constexpr int kCount = 4;
   double sum = 0;
-  for (int64_t c = int64_t(kCount) * rank; c < rows.dim; c += int64_t(kCount) * size) {
-    const auto x = rows.load<kCount>(row, c);
+  for_type(rows.type, [&]<class T>(T) {
+    for (int64_t c = kCount * rank; c < rows.dim; c += kCount * size) {
+      const auto x = widened<double>(rows.raw<T, kCount>(row, c));
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sum += x[i] * unit * (x[i] * unit);
-  }
+      for (int i = 0; i < kCount; ++i) sum += x[i] * unit * (x[i] * unit);
+    }
+  });
   return sum;
 }
 
