@@ -179,12 +179,13 @@ class Group : public Steepest<T, kFull> {
       return A(widen(settled(x, i, boxed(x, i, x.v[i]), kInfinity))) - x.x0(i);
   }
 
-  // What a pass over the group is for.
+  // What a pass over the group is for. Numbered from 1: from 0 on nvcc 13.0 makes longer loops of
+  // l1 with a box.
   enum class Pass : int {
-    measure,  // whether the values lie in the ball, and what the search starts with
-    shift,    // l1: a step towards the threshold
-    nearest,  // how far the box is from the origin
-    box,      // a step towards the scale or the threshold, with a box
+    measure = 1,  // whether the values lie in the ball, and what the search starts with
+    shift,        // l1: a step towards the threshold
+    nearest,      // how far the box is from the origin
+    box,          // a step towards the scale or the threshold, with a box
     finish,
   };
 
