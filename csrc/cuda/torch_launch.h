@@ -71,9 +71,9 @@ void launch(const char* op, int (*launcher)(const Args&, const cuda::Context&), 
   constexpr int kCaptureUnsupported = 900;
   const int error = cuda::call(launcher, args, context);
   if (std::is_same_v<Args, NoiseArgs> && error == kCaptureUnsupported)
-    fail("embattle.", op,
-         ": under CUDA graph capture a CPU generator's numbers would be the same at "
-         "every replay; pass generator=torch.Generator('cuda')");
+    refuse(op,
+           "under CUDA graph capture a CPU generator's numbers would be the same at "
+           "every replay; pass generator=torch.Generator('cuda')");
   if (error) fail("embattle.", op, ": CUDA error: ", cuda::error_text(error));
 }
 
