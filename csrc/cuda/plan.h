@@ -95,9 +95,12 @@ inline void plan_groups(GroupCall& call, Queue& queue) {
              chunks >= blocks * 2 * grid.threads * 4)
         blocks *= 2;
     }
-    if (blocks * budget < total) room = whole;
+    // A little that is read again costs less than one block alone on a multiprocessor.
+    const bool nearly =
+        blocks > 1 && blocks * budget >= total - total / 4 && call.most_threads >= 2 * grid.threads;
+    if (blocks * budget < total && !nearly) room = whole;
     const bool lonely = g.groups * blocks < multiprocessors && chunks > blocks * grid.threads * 4;
-    if (blocks * room < total || lonely) {
+    if ((blocks * room < total && !nearly) || lonely) {
       // Blocks at large. They meet in global memory, so all must be resident: a cooperative launch.
       const int64_t at_once = std::max<int64_t>(
           1, std::min<int64_t>(shared / (budget + head + 1024), call.most_threads / grid.threads));
