@@ -48,6 +48,25 @@ def test_long_groups_take_every_path(device: str, norm: str, order: tuple[str, i
 
 
 @pytest.mark.parametrize("norm", samples.NORMS)
+def test_a_cluster_reads_again_what_it_has_no_room_for(norm: str) -> None:
+    kernels = emulated.kernels()
+    kernels.set_device(**DEVICES["clusters"], shared_per_multiprocessor=18432)
+    kernels.take_counters()
+    g = torch.Generator().manual_seed(6)
+    tensors = [torch.randn(2, 5501, generator=g) for _ in range(3)]  # eight blocks hold 4693
+    for style in ("mi", "apgd"):
+        options = {"decay": 0.75, "step_size": 0.7, "eps": 2.0, "norm": norm, "style": style}
+        call = samples.Call(tensors, options)
+        assert_matches_reference(
+            "momentum_step", call, run("momentum_step", call.clone(), emulated)
+        )
+    counters = kernels.take_counters()
+    if norm != "l1":  # whose kernel has no registers for two blocks
+        assert counters["clusters"] == 2
+        assert counters["cooperative"] == 0
+
+
+@pytest.mark.parametrize("norm", samples.NORMS)
 @pytest.mark.parametrize("dtype", samples.DTYPES, ids=lambda d: str(d)[6:])
 def test_a_projection_lies_in_its_ball_and_is_idempotent(dtype: torch.dtype, norm: str) -> None:
     g = torch.Generator().manual_seed(3)
