@@ -69,8 +69,8 @@ KINDS: dict[str, tuple[str, list[str], str]] = {
     "language": ("llm_movies", [f"audit.attacks={SHORTER}"], "auc"),
 }
 #: What the variants "tuned" have beside their method, by kind and objective: steps for which plain
-#: training's time has room, as `--time` finds it; a rate, a ball and the share of the steps in which
-#: it grows (`ramp`), which were chosen on the validation part of other seeds.
+#: training's time has room, as `--time` finds it; and what was chosen on the validation part of
+#: other seeds: a rate, a ball, the share of the steps in which it grows (`ramp`).
 TUNED: dict[str, dict[str, dict[str, float]]] = {
     "reviews": {"staggered": {"rate": 1.5, "scale": 1.2}},
     "deep": {
