@@ -23,7 +23,7 @@ from embattle.jobs.train import make_accelerator
 from safetensors.torch import load_file
 from test_partial import partial, plain_step, step
 from test_variants import recipe_of
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 VARIANTS: dict[str, dict[str, object]] = {
@@ -125,9 +125,59 @@ def check_wrapped(folder: Path) -> None:
                 torch.testing.assert_close(weight, p.detach(), rtol=0, atol=1e-10)
 
 
+class Texts(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 18
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        generator = torch.Generator().manual_seed(index)
+        tokens = torch.randint(5, 60, (8,), generator=generator)
+        return {"input_ids": tokens, "labels": index % 2}
+
+
+def train_in_trainer(rank: int, folder: Path) -> None:
+    """Two epochs of staggered replays, and again from the middle of the second."""
+    transformers = pytest.importorskip("transformers")
+    from embattle.integrations.transformers import AdversarialTrainer
+
+    met: list[list[int]] = []
+
+    class Trainer(AdversarialTrainer):  # type: ignore[misc]
+        def compute_loss(
+            self, model: object, inputs: dict[str, Tensor], *args: object, **more: object
+        ) -> object:
+            met.append(inputs["embattle_samples"].tolist())
+            return super().compute_loss(model, inputs, *args, **more)
+
+    for start in (0, 9):
+        args = transformers.TrainingArguments(
+            output_dir=str(folder / "trainer"),
+            report_to=[],
+            save_strategy="steps",
+            save_steps=9,
+            use_cpu=True,
+            disable_tqdm=True,
+            max_steps=12,
+            per_device_train_batch_size=4,
+        )
+        objective = {"form": eb.StaggeredReplays(2)}
+        model = toys.tiny_bert()
+        run = Trainer(
+            model=model, args=args, train_dataset=Texts(), attack=eb.FGM(eps=0.1),
+            objective=objective,
+        )  # fmt: skip
+        met.clear()
+        run.train(
+            resume_from_checkpoint=str(folder / "trainer" / "checkpoint-9") if start else None
+        )
+        batches = eb.StaggeredBatches(18, 4, 2, seed=args.seed, rank=rank, ranks=2)
+        assert met == [*batches.batches(0), *batches.batches(1)][start:12]
+
+
 def of_rank(rank: int, folder: Path) -> None:
     train_wrapped(rank, folder)
     train_twice(rank, folder)
+    train_in_trainer(rank, folder)
 
 
 def test_two_processes_give_what_one_does_and_resume_with_the_same_bits(tmp_path: Path) -> None:

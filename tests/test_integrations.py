@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import embattle as eb
 import pytest
 import torch
 import toys
-from torch import nn
+from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
@@ -120,6 +121,36 @@ def test_lightning(tmp_path: Path, manual: bool) -> None:
     other = lightning_module(lightning, manual)
     other.on_load_checkpoint(torch.load(tmp_path / "robust.ckpt", weights_only=True))
     assert other.objective.step == 4
+
+
+@dataclass
+class Texts:
+    tokens: Tensor
+    labels: Tensor
+    name: str = "texts"
+
+
+def test_some_samples_of_a_batch_are_taken() -> None:
+    """Whatever holds its tensors; what is no tensor of the samples stays as it is."""
+    batch_module = pytest.importorskip("transformers.tokenization_utils_base")
+    from embattle.integrations.trainer_batches import count, take
+
+    tokens, labels = toys.text_batch(batch=5)
+    rows = torch.tensor([3, 1])
+    named = {"input_ids": tokens, "labels": labels, "weights": torch.ones(2)}
+    for batch in (named, batch_module.BatchEncoding(named)):
+        found = take(batch, rows)
+        assert count(batch) == 5
+        assert count(found) == 2
+        assert type(found) is type(batch)
+        assert torch.equal(found["input_ids"], tokens[rows])
+        assert len(found["weights"]) == 2
+        assert len(batch["input_ids"]) == 5
+    taken = take(Texts(tokens, labels), rows)
+    assert torch.equal(taken.labels, labels[rows])
+    assert taken.name == "texts"
+    with pytest.raises(ValueError, match=r"of type object no tensors.*in Lightning take"):
+        count(object())
 
 
 @pytest.mark.parametrize("form", ["staggered", "partial"])

@@ -161,7 +161,7 @@ def adversarial(folder: Path, model: Any, kind: Any = AdversarialTrainer, **opti
     given = {"attack": eb.PGD(eps=0.5, steps=2)} | options
     names = [n for n in given if n in transformers.TrainingArguments.__dataclass_fields__]
     args = arguments(folder, **{name: given.pop(name) for name in names})
-    return kind(model=model.train(), args=args, **given)
+    return kind(model=model if model is None else model.train(), args=args, **given)
 
 
 def metrics_of(run: Any, batch: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
@@ -184,9 +184,14 @@ def test_the_clean_loss_is_the_trainers_own(
     count = None if items is None else torch.tensor(items)
     expected = plain.compute_loss(model, dict(batch), num_items_in_batch=count)
     run = adversarial(tmp_path, model, label_smoothing_factor=smoothing)
-    metrics = metrics_of(run, batch, num_items_in_batch=count)
-    assert torch.allclose(metrics["clean_loss"], expected.detach(), rtol=1e-5)
-    assert metrics["adversarial_loss"] > metrics["clean_loss"]
+    loss = run.compute_loss(run.model, dict(batch), num_items_in_batch=count).detach()
+    metrics = run._seen[-1]
+    clean, perturbed = metrics["clean_loss"], metrics["adversarial_loss"]
+    assert perturbed > clean
+    # Both are means over this batch, and their sum is scaled to its share of all items.
+    assert torch.allclose(loss * clean / (clean + perturbed), expected.detach(), rtol=1e-5)
+    mean = plain.compute_loss(model, dict(batch)).detach()
+    assert torch.allclose(clean, mean, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -487,6 +492,61 @@ def test_every_training_has_the_model_that_it_makes(tmp_path: Path) -> None:
         AdversarialTrainer(
             model_init=init, args=args, attack=eb.FGM(eps=0.1), site=eb.Site.embeddings(made[0])
         )
+
+
+def test_every_training_begins_anew(tmp_path: Path) -> None:
+    """With what the form and the schedules were before the first one, in mid-epoch too."""
+    adaptive = eb.schedules.Adaptive(target=0.01, every=1, start=0.1, grow=0.2)
+    forms = {"partial": eb.Partial(0.5, choose="loss"), "staggered": eb.StaggeredReplays()}
+    for name, form in forms.items():
+        run = training(
+            tmp_path,
+            None,
+            model_init=lambda: toys.tiny_bert(**DRY),
+            max_steps=3,
+            per_device_train_batch_size=4,
+            attack=eb.FGM(eps=0.1),
+            objective={"form": form, "eps_schedule": adaptive},
+        )
+        states = []
+        for _ in range(2):
+            run.train()
+            states.append(str(run.objective.state_dict()))
+        assert states[0] == states[1], name
+        adaptive.load_state_dict(run._first_state["eps_schedule"])
+
+
+class Sentences(Rows):
+    """Of as many labels each."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        tokens = torch.full((4,), 5 + index, device="cpu")
+        return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def test_samples_are_chosen_by_losses_of_their_own(tmp_path: Path) -> None:
+    """Not by their share of what is accumulated, which is another one in an epoch's last step."""
+    kept = []
+    for size, accumulate in ((10, 1), (2, 4)):
+        run = training(
+            tmp_path,
+            gpt2(),
+            max_steps=-1,
+            num_train_epochs=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulate,
+            learning_rate=0.0,
+            train_dataset=Sentences(),
+            attack=eb.FGM(eps=1e-6),
+            objective={"form": eb.Partial(0.5, choose="loss")},
+        )
+        run.train()
+        kept.append(run.objective.form._last)
+    assert len(kept[0]) == 10
+    torch.testing.assert_close(*kept, rtol=1e-4, atol=0)
 
 
 def test_a_resumed_training_goes_on_with_its_schedules(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from embattle.data.staggered_batches import StaggeredBatches
+from embattle.errors import need
 from embattle.objectives import Partial, StaggeredReplays
 
 # The key of a batch under which the numbers of its samples in the data set are.
@@ -78,9 +81,8 @@ def numbered_loader(trainer: Any, form: StaggeredReplays | Partial) -> Any:
         "persistent_workers": args.dataloader_persistent_workers,
         "prefetch_factor": args.dataloader_prefetch_factor,
     }
-    staggered: StaggeredBatches | None = None
     if isinstance(form, StaggeredReplays):
-        staggered = options["batch_sampler"] = StaggeredBatches(
+        options["batch_sampler"] = StaggeredBatches(
             len(dataset),
             trainer._train_batch_size,
             form.visits,
@@ -96,12 +98,20 @@ def numbered_loader(trainer: Any, form: StaggeredReplays | Partial) -> Any:
             "sampler": trainer._get_train_sampler(dataset),
             "drop_last": args.dataloader_drop_last,
         }
-    loader = trainer.accelerator.prepare(DataLoader(_Numbered(dataset), **options))
-    wrapper: Any = getattr(loader, "batch_sampler", None)
-    if staggered is not None and getattr(wrapper, "batch_sampler", None) is staggered:
-        # The batches are this process's own: Accelerate must not divide them again.
-        wrapper.num_processes, wrapper.process_index = 1, 0
-    return loader
+    accelerator, loader = trainer.accelerator, DataLoader(_Numbered(dataset), **options)
+    if "batch_sampler" not in options:
+        return accelerator.prepare(loader)
+    # Lightning, which uses this module too, does not bring it.
+    prepare: Any = need("accelerate.data_loader").prepare_data_loader
+    # The batches are this process's own: Accelerate must not divide them again, nor leave those
+    # out that are not full.
+    return prepare(
+        loader,
+        accelerator.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=accelerator.device_placement,
+    )
 
 
 def _by_length(args: Any) -> bool:
@@ -117,7 +127,8 @@ def take(batch: Any, rows: Tensor) -> Any:
     """Take some samples of a batch: of every tensor as long as the first one, these rows.
 
     Args:
-        batch: a tensor, or tensors in dicts, lists and tuples, whose dim 0 holds the samples.
+        batch: a tensor, or tensors in mappings, dataclasses, lists and tuples, whose dim 0 holds
+            the samples.
         rows: int64 `[n]`.
     """
     size = count(batch)
@@ -125,8 +136,15 @@ def take(batch: Any, rows: Tensor) -> Any:
     def chosen(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value[rows.to(value.device)] if value.dim() and len(value) == size else value
-        if isinstance(value, dict):
-            return {key: chosen(one) for key, one in value.items()}
+        if isinstance(value, MutableMapping):
+            found = copy(value)  # of its class, such as a tokenizer's BatchEncoding
+            found.update({key: chosen(one) for key, one in value.items()})
+            return found
+        if _is_dataclass(value):
+            fields = [one.name for one in dataclasses.fields(value) if one.init]
+            return dataclasses.replace(
+                value, **{name: chosen(getattr(value, name)) for name in fields}
+            )
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*map(chosen, value))
         return type(value)(map(chosen, value)) if isinstance(value, (list, tuple)) else value
@@ -145,8 +163,18 @@ def count(batch: Any) -> int:
         one = todo.pop(0)
         if isinstance(one, Tensor) and one.dim():
             return len(one)
-        if isinstance(one, dict):
+        if isinstance(one, Mapping):
             todo = [*one.values(), *todo]
+        elif _is_dataclass(one):
+            todo = [*(getattr(one, each.name) for each in dataclasses.fields(one)), *todo]
         elif isinstance(one, (list, tuple)):
             todo = [*one, *todo]
-    raise ValueError("the batch holds no tensors, so that its samples cannot be counted")
+    raise ValueError(
+        f"in a batch of type {type(batch).__name__} no tensors are found, so that its samples "
+        "cannot be counted: say how many they are (samples=), and how some are taken (subset=, or "
+        "in Lightning take)"
+    )
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)

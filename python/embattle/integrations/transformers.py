@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -132,6 +133,7 @@ class AdversarialTrainerMixin:
         self._known: dict[tuple[Any, ...], _Known] = {}
         self._seen: list[dict[str, Tensor]] = []
         self._inputs: Inputs = {}
+        self._first_state: dict[str, Any] | None = None  # the objective's, before any training
         self._place(self.model)
 
     @property
@@ -154,6 +156,14 @@ class AdversarialTrainerMixin:
         else:
             sites = site(model) if callable(site) else site
         self.objective = AdversarialObjective(self._attack, sites, **self._options)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does, with the objective as it was before the first training."""
+        if self._first_state is None:
+            self._first_state = deepcopy(self.objective.state_dict())
+        else:
+            self.objective.load_state_dict(deepcopy(self._first_state))
+        return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         """Give the Trainer's batches; with the samples' numbers for forms that need them."""
@@ -195,10 +205,7 @@ class AdversarialTrainerMixin:
             def loss_fn() -> Evaluation:
                 self._inputs = mine  # which the masks of this pass are made of
                 outputs = last[0] = model(**given)
-                evaluation = head.evaluate(outputs, mine)
-                if scale is None or evaluation.losses is None:
-                    return evaluation
-                return Evaluation(evaluation.losses * scale, evaluation.outputs)
+                return head.evaluate(outputs, mine)
 
             return loss_fn
 
@@ -217,6 +224,8 @@ class AdversarialTrainerMixin:
         finally:
             self._inputs = {}
         self._seen.append(metrics)
+        # Not the losses of the samples, by which some may be chosen: they are those of any batch.
+        loss = loss if scale is None else loss * scale
         return (loss, last[0]) if return_outputs else loss
 
     def _given(self, inputs: Inputs, items: Tensor | int | None) -> Inputs:
