@@ -14,8 +14,10 @@ import toys
 from embattle.errors import InputError
 from embattle.objectives.parts import Parts, mean_of_rows
 from embattle.objectives.rows import Key
+from embattle.perturb import chosen as of_chosen
 from embattle.perturb.evaluation import Evaluation
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 TOKENS, LABELS = toys.text_batch(12, 9, seed=5)
 
@@ -82,15 +84,38 @@ def test_a_sample_that_is_left_out_adds_no_nan() -> None:
     assert losses.grad.tolist() == [0.5, 0.0]
 
 
-def test_what_is_added_in_place_gives_the_numbers_of_a_sum() -> None:
-    """A hook that may have seen the look-up's output lets the deltas be added to a copy."""
+class _Keeping(nn.Embedding):
+    def forward(self, rows: Tensor) -> Tensor:
+        self.kept = super().forward(rows)
+        return self.kept
+
+
+@pytest.mark.parametrize("way", ["in place", "hook", "hook of all modules", "class"])
+def test_what_is_added_in_place_gives_the_numbers_of_a_sum(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where somebody may have seen the look-up's output, the deltas are added to a copy."""
+    added: list[Any] = []
+    add_in_place = of_chosen._add_in_place
+    monkeypatch.setattr(
+        of_chosen, "_add_in_place", lambda *args: added.append(args) or add_in_place(*args)
+    )
     found: list[float] = []
     batch = toys.triplets()
-    for hooked in (False, True):
+    for other in (False, True):
         model = toys.factors()
-        if hooked:
+        handles: list[Any] = []
+        if other and way == "hook":
             for table in (model.user, model.item):
                 table.register_forward_hook(lambda m, a, out: None)
+        elif other and way == "hook of all modules":
+            handles.append(register_module_forward_hook(lambda m, a, out: None))
+        elif other and way == "class":
+            for name in ("user", "item"):
+                table = getattr(model, name)
+                own = _Keeping(*table.weight.shape, _weight=table.weight)
+                setattr(model, name, own)
+        added.clear()
         sites = [eb.Site(model.user), eb.Site(model.item)]
         objective = eb.AdversarialObjective(eb.FGM(eps=0.4), sites, form=eb.Partial(), lam=2.0)
         optimizer = torch.optim.SGD(model.parameters(), 0.5)
@@ -107,6 +132,9 @@ def test_what_is_added_in_place_gives_the_numbers_of_a_sum() -> None:
             loss.backward()
             optimizer.step()
             found.append(loss.item())
+        for handle in handles:
+            handle.remove()
+        assert bool(added) == (not other or way == "in place")
     assert found[:3] == pytest.approx(found[3:], abs=1e-12)
 
 
@@ -403,6 +431,36 @@ def test_share_delay_and_schedule() -> None:
     assert counts == [0, 2, 4, 6, 6]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    model = toys.encoder()
+    torch.set_default_dtype(dtype)
+    try:
+        step(partial(model, share=0.5, choose="loss"), model, [0, 1, 2, 3])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_bounds_and_strengths_are_those_of_the_chosen() -> None:
+    """One for each sample, for each element, for all."""
+    model = toys.encoder()
+    samples = [0, 1, 2, 3]
+    length = cut(samples)[0].shape[1]
+    each = torch.linspace(5.0, 8.0, 4, dtype=torch.float64)
+    for upper in (each.view(4, 1, 1), each.view(4, 1, 1).expand(4, length, 8), each[:1]):
+        attack = eb.PGD(norm="linf", eps=torch.tensor([9.0]), step_size=9.0, steps=1, upper=upper)
+        objective = partial(model, attack, share=0.5)
+        seen: list[Tensor] = []
+        hook = model.embedding.register_forward_hook(
+            lambda m, a, out, seen=seen: seen.append(out.detach().clone())
+        )
+        rows = step(objective, model, samples)[2][0]
+        hook.remove()
+        most = seen[-1].flatten(1).amax(1)
+        bounds = upper.reshape(len(upper), -1)[:, 0].expand(4)
+        torch.testing.assert_close(most[rows], bounds[rows])
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -428,6 +486,11 @@ def test_what_the_form_cannot_have_is_refused() -> None:
         step(partial(model, choose="margin"), model, samples, samples=4, criterion=None)
     with pytest.raises(InputError, match="whole numbers from 0"):
         step(partial(model, choose="loss"), model, samples, samples=[0, 1, 2, -3])
+    with pytest.raises(InputError, match=r"got 1000000000000\. A number is kept"):
+        step(partial(model, choose="loss"), model, samples, samples=[0, 1, 2, 10**12])
+    for choose in ("random", "loss"):
+        with pytest.raises(InputError, match="4 losses for 3 samples"):
+            step(partial(model, choose=choose), model, samples, samples=3, criterion=None)
     for options in ({"share": 1.5}, {"choose": "best"}, {"delay": -1}):
         with pytest.raises(ValueError, match=next(iter(options))):
             eb.Partial(**options)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import io
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -284,13 +285,21 @@ def test_deltas_of_padded_rows_find_their_places() -> None:
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_what_is_added_in_place_gives_the_numbers_of_a_sum(relative: bool) -> None:
+def test_what_is_added_in_place_gives_the_numbers_of_a_sum(
+    relative: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A hook that may have seen the look-up's output lets all deltas be added to a copy."""
+    added: list[int] = []
+    add_to = Rows.add_to
+    monkeypatch.setattr(
+        Rows, "add_to", lambda rows, *args: added.append(len(rows)) or add_to(rows, *args)
+    )
     # The samples come in another order at each visit: no run of rows.
     order = [[0, 1, 2], [2, 3, 0, 1], [4, 1, 3, 0, 2], [3, 4]]
     found = []
     for hooked in (False, True):
         model = toys.factors()
+        added.clear()
         seen: list[tuple[Tensor, Tensor]] = []
         if hooked:
             model.item.register_forward_hook(
@@ -314,6 +323,8 @@ def test_what_is_added_in_place_gives_the_numbers_of_a_sum(relative: bool) -> No
             optimizer.step()
             found.append((loss.detach(), form.state_dict()))
         assert bool(seen) == hooked
+        # Nine samples come again; users are looked up once, items twice.
+        assert sum(added) == 9 * (1 if hooked else 3)
         assert all(torch.equal(out, then) for out, then in seen)  # nobody changed it
     half = len(found) // 2
     for (one, mine), (two, theirs) in zip(found[:half], found[half:], strict=True):
@@ -467,6 +478,61 @@ def test_a_share_comes_again() -> None:
     assert [int(m["replayed"]) for m in metrics] == [0, 2, 2]
 
 
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.25, 0.5, 0.9])
+def test_no_batch_is_empty_or_too_large(share: float) -> None:
+    for count, size, visits in [(13, 6, 2), (50, 16, 2), (159, 16, 2), (59, 14, 3), (9, 4, 4)]:
+        batches = eb.StaggeredBatches(count, size, visits, share=share)
+        found = batches.batches(0)
+        assert all(1 <= len(batch) <= size for batch in found)
+        assert [len(batch) for batch in found] == [
+            len(batches.visit_numbers(position)) for position in range(len(batches))
+        ]
+        assert {sample for batch in found for sample in batch} == set(range(count))
+    for form in (eb.StaggeredReplays, partial(eb.StaggeredBatches, 8, 4)):
+        with pytest.raises(ValueError, match=r"share must be above 0, got 0"):
+            form(2, share=0)
+    with pytest.raises(InputError, match="batch_size=2 must be at least visits=3"):
+        eb.StaggeredBatches(8, 2, 3, share=share)
+
+
+@pytest.mark.parametrize("visits", [2, 3])
+def test_a_step_is_left_out(visits: int) -> None:
+    """Its samples come again as they were: of these batches the second gives no gradient."""
+    batches = eb.StaggeredBatches(8, 6, visits, seed=1).batches(0)
+    model = toys.encoder()
+    objective = staggered(model, "l2", visits)
+    for number, samples in enumerate(batches):
+        before = deltas(objective)
+        tokens, labels = cut(samples)
+        loss, _ = objective(toys.classify(model, tokens, labels), samples=samples, mask=tokens != 0)
+        if number != 1:
+            loss.backward()
+        objective.form.skip()  # type: ignore[attr-defined]  # nothing where gradients have come
+        after = deltas(objective)
+        if number == 1:
+            for sample, delta in after.items():
+                assert torch.equal(delta, before.get(sample, torch.zeros_like(delta)))
+            assert visits == 2 or before.keys() & after.keys()
+        else:
+            assert all(delta.norm() > 0 for delta in after.values())
+
+
+@pytest.mark.parametrize("form", ["staggered", "freeat"])
+def test_deltas_are_kept_in_the_ball_of_the_attack(form: str) -> None:
+    """Which for MSAP's box is no l2 ball."""
+    model = toys.encoder()
+    attack = eb.MSAP(eps=0.5, projection="box", step_size=2.0, steps=3)
+    given = eb.StaggeredReplays(3) if form == "staggered" else form
+    objective = eb.AdversarialObjective(attack, eb.Site(model.embedding), form=given)
+    seen: list[Tensor] = []
+    model.embedding.register_forward_hook(lambda m, a, out: seen.append(out.detach().clone()))
+    for _ in range(2):
+        call(objective, model).backward()
+    delta = seen[-1] - model.embedding.weight.detach()[cut([0, 1, 2])[0]]
+    assert delta.abs().amax().item() == pytest.approx(0.5)
+    assert delta.flatten(1).norm(dim=1).min() > 0.6
+
+
 def test_ranks_and_lengths_divide_the_order() -> None:
     lengths = [1 + i % 7 for i in range(40)]
     shares = [
@@ -584,5 +650,8 @@ def test_options_of_passes_that_are_not_made_are_refused() -> None:
             eb.AWP(objective, model)
         with torch.no_grad(), pytest.raises(RuntimeError, match="no_grad"):
             call(objective, model)
+    for form in ("staggered", "freeat"):
+        with pytest.raises(ValueError, match="mode='same'"):
+            eb.AdversarialObjective(eb.FGM(eps=1.0, mode="same"), site, form=form)
     with pytest.raises(ValueError, match="visits must be at least 1"):
         eb.StaggeredReplays(0)

@@ -48,6 +48,13 @@ def real(
     return number
 
 
+def share(who: str, name: str, value: Any) -> float:
+    """Check that `value` is a number above 0, and at most 1."""
+    if not (found := real(who, name, value, 0, 1)):
+        raise ValueError(f"{who}: {name} must be above 0, got {value!r}")
+    return found
+
+
 def flag(who: str, name: str, value: Any) -> bool:
     """Check that `value` is True or False."""
     if not isinstance(value, bool):

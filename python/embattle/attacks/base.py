@@ -97,7 +97,7 @@ class Attack:
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"{name}: restarts={self.restarts} needs random_start=True")
         checks.one_of(name, "keep", self.keep, ("last", "best"))
-        self.lower, self.upper = checked_bounds(name, self.lower, self.upper)
+        self.lower, self.upper = checked_bounds(name, self.lower, self.upper)  # type: ignore[assignment]
         checks.flag(name, "stop_when_fooled", self.stop_when_fooled)
         checks.one_of(name, "mode", self.mode, MODES)
         checks.flag(name, "compile", self.compile)
@@ -136,6 +136,11 @@ class Attack:
     carries: ClassVar[tuple[str, ...] | None] = None
 
     @property
+    def ball(self) -> Norm:
+        """The norm of the ball that the deltas lie in."""
+        return self.norm
+
+    @property
     def uses_direction_alone(self) -> bool:
         """Whether a step is the same for any positive multiple of its gradient."""
         return False
@@ -158,6 +163,8 @@ class Attack:
         self, perturbation: Perturbation, state: dict[str, Any], generator: torch.Generator | None
     ) -> None:
         """Set the delta that the steps start from; it is zero before."""
+        if not self.random_start:
+            return
         like = perturbation.delta.detach()
         if isinstance(self.random_start, (GaussianStart, BoxStart)):
             start = self.random_start.draw(
@@ -169,7 +176,7 @@ class Attack:
                 box=box(state),
                 generator=generator,
             )
-        elif self.random_start:
+        else:
             start = ops.random_start(
                 like,
                 eps=state["eps"],
@@ -178,8 +185,6 @@ class Attack:
                 **perturbation.geometry,
                 **box(state),
             )
-        else:
-            return
         perturbation.set(start)
 
     def step(

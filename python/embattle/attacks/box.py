@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,18 +11,47 @@ from embattle import checks
 from embattle.perturb.perturbation import Perturbation
 from embattle.perturb.strength import words
 
+
+class ChosenBound(NamedTuple):
+    """A bound of a whole batch's embeddings, for an attack on some of its samples.
+
+    Attributes:
+        whole: broadcasts to the embeddings of the batch.
+        size: samples of the batch.
+        rows: int64 `[n]`, which of them are attacked.
+    """
+
+    whole: Tensor
+    size: int
+    rows: Tensor
+
+    def of(self, base: Tensor) -> Tensor:
+        """Return the bound of these samples' embeddings, whose padding may be cut on the right."""
+        whole = self.whole
+        if whole.dim() == base.dim() and len(whole) == self.size:
+            whole = whole[self.rows.to(whole.device)]
+        for dim in range(-min(whole.dim(), base.dim() - 1), 0):
+            if whole.shape[dim] > base.shape[dim]:
+                whole = whole.narrow(dim, 0, base.shape[dim])
+        return whole
+
+
 Bound: TypeAlias = float | Tensor | None
+# What an attack's copy for some samples of a batch has.
+AnyBound: TypeAlias = Bound | ChosenBound
 
 _NO_BOX: dict[str, Any] = {}
 
 
-def checked_bounds(who: str, lower: Bound, upper: Bound) -> tuple[Bound, Bound]:
+def checked_bounds(who: str, lower: AnyBound, upper: AnyBound) -> tuple[AnyBound, AnyBound]:
     """Check an attack's bounds of the embeddings.
 
     Raises:
         TypeError, ValueError: they are no numbers, hold a NaN, or lower is above upper.
     """
     lower, upper = _checked(who, "lower", lower), _checked(who, "upper", upper)
+    if isinstance(lower, ChosenBound) or isinstance(upper, ChosenBound):
+        return lower, upper
     if lower is not None and upper is not None:
         low, high = torch.as_tensor(lower), torch.as_tensor(upper)
         if bool((low.to(high.device) > high).any()):
@@ -30,9 +59,9 @@ def checked_bounds(who: str, lower: Bound, upper: Bound) -> tuple[Bound, Bound]:
     return lower, upper
 
 
-def _checked(who: str, side: str, value: Bound) -> Bound:
-    if value is None:
-        return None
+def _checked(who: str, side: str, value: AnyBound) -> AnyBound:
+    if value is None or isinstance(value, ChosenBound):  # of a bound that was checked
+        return value
     if not isinstance(value, Tensor):
         return checks.real(who, side, value, finite=False)
     if value.dtype == torch.bool or value.is_complex() or bool(value.isnan().any()):
@@ -44,7 +73,7 @@ def _checked(who: str, side: str, value: Bound) -> Bound:
 
 
 def bounds_of_delta(
-    who: str, lower: Bound, upper: Bound, perturbation: Perturbation
+    who: str, lower: AnyBound, upper: AnyBound, perturbation: Perturbation
 ) -> dict[str, Tensor]:
     """Return `lower` and `upper`, where there are such bounds, less the clean embeddings.
 
@@ -52,10 +81,12 @@ def bounds_of_delta(
         ValueError: a bound that does not broadcast to the embeddings.
     """
     found = {}
-    base = perturbation.base.to(perturbation.delta.dtype)
+    base = perturbation.base.to(perturbation.dtype)
     for side, value in (("lower", lower), ("upper", upper)):
         if value is None:
             continue
+        if isinstance(value, ChosenBound):
+            value = value.of(base)
         bound = torch.as_tensor(value, dtype=base.dtype, device=base.device)
         if perturbation.joined and bound.dim():
             raise ValueError(f"joint: one {side} for all outputs: give a number")

@@ -166,6 +166,10 @@ class MSAP(PGD):
             raise ValueError(f"MSAP: steps are of norm 'l2', got {self.norm!r}")
         checks.one_of("MSAP", "projection", self.projection, ("ball", "box"))
 
+    @property
+    def ball(self) -> Norm:
+        return "linf" if self.projection == "box" else self.norm
+
     def _words(self) -> list[str]:
         size = "eps / 4" if self.step_size is None else words(self.step_size)
         found = [f"{self.steps} step" + ("s" if self.steps != 1 else "") + f" of {size}"]
@@ -192,7 +196,7 @@ class MSAP(PGD):
         ops.project_(
             perturbation.delta.detach(),
             eps=state["eps"],
-            norm="linf",
+            norm=self.ball,
             **perturbation.geometry,
             **box(state),
         )

@@ -56,7 +56,7 @@ class MIFGSM(PGD):
         state = super().begin(perturbation, scale)
         if self.step_size is None:
             state["step_size"] = state["eps"] * (1 / max(self.steps, 1))
-        state["velocity"] = torch.zeros_like(perturbation.delta.detach())
+        state["velocity"] = torch.zeros_like(perturbation.base, dtype=perturbation.dtype)
         return state
 
     def step(

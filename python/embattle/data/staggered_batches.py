@@ -23,8 +23,8 @@ class StaggeredBatches(EpochBatches):
         batch_size: samples in a full batch; a multiple of `visits`.
         visits: how often each sample comes in an epoch.
         seed: with the epoch, decides the order.
-        share: of a group, how many samples come again (rounded): a part of each batch is replayed
-            then. A full batch may be smaller than `batch_size` by a few.
+        share: of a group, how many samples come again (rounded; one at least): a part of each batch
+            is replayed then. A full batch may be smaller than `batch_size` by a few.
         lengths: `[count]`, of the samples: groups of similar length follow each other, so that
             little is padding.
         rank, ranks: of several processes each has its share of the samples, in batches of
@@ -32,7 +32,7 @@ class StaggeredBatches(EpochBatches):
 
     Raises:
         TypeError: a number that is not whole.
-        ValueError: a number below 1, or a `batch_size` that `visits` does not divide.
+        ValueError: a number below 1, a share of 0, or a `batch_size` that `visits` does not divide.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class StaggeredBatches(EpochBatches):
         self.batch_size = checks.integer(name, "batch_size", batch_size, 1)
         self.visits = checks.integer(name, "visits", visits, 1)
         self.seed = checks.integer(name, "seed", seed, 0)
-        self.share = checks.real(name, "share", share, 0, 1)
+        self.share = checks.share(name, "share", share)
         if self.rank >= self.ranks:
             raise InputError(f"{name}: rank={rank} must be below ranks={ranks}")
         if self.share == 1 and self.batch_size % self.visits:
@@ -62,6 +62,15 @@ class StaggeredBatches(EpochBatches):
                 f"{name}: batch_size={batch_size} must be a multiple of visits={visits}: a batch "
                 "holds as many samples of each visit"
             )
+        if self.batch_size < self.visits:
+            raise InputError(
+                f"{name}: batch_size={batch_size} must be at least visits={visits}: a batch holds "
+                "samples of each visit"
+            )
+        # Samples that come for the first time in a full batch.
+        self._group = int(self.batch_size / (1 + (self.visits - 1) * self.share) + 1e-9)
+        while self._group + (self.visits - 1) * self._again(self._group, 2) > self.batch_size:
+            self._group -= 1
         self._total = count
         # Runs of several groups are of similar length.
         self._buckets: LengthBuckets | None = None
@@ -74,16 +83,12 @@ class StaggeredBatches(EpochBatches):
         super().__init__()
 
     @property
-    def _group(self) -> int:
-        return max(int(self.batch_size / (1 + (self.visits - 1) * self.share) + 1e-9), 1)
-
-    @property
     def _groups(self) -> int:
         return -(-self.count // self._group)
 
     def _again(self, size: int, visit: int) -> int:
         """Return how many samples of a group come at a visit, from 1."""
-        return size if visit == 1 else round(self.share * size)
+        return size if visit == 1 else max(round(self.share * size), 1)
 
     def __len__(self) -> int:
         """Batches in an epoch."""

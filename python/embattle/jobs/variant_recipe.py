@@ -360,10 +360,12 @@ def _check_shared_passes(variant: AttackedVariant) -> None:
             f"objective {variant.objective} trains in the passes of an attack by gradient steps on "
             f"the loss, not of {attack.kind}: use pgd"
         )
-    if attack.restarts > 1 or getattr(attack, "mode", None) == "eval":
+    mode = getattr(attack, "mode", "as_is")
+    modes = ("as_is", "same") if variant.objective == "free" else ("as_is",)
+    if attack.restarts > 1 or mode not in modes:
         raise ValueError(
-            f"objective {variant.objective} trains in the attack's passes: restarts and mode: eval "
-            "do not go with it; leave them out"
+            f"objective {variant.objective} trains in the attack's passes: restarts and mode: "
+            f"{'eval' if mode in modes else mode} do not go with it; leave them out"
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from embattle.attacks.base import Attack
+from embattle.attacks.box import ChosenBound
 from embattle.attacks.first_pass import FirstPass, Iterate, run_first_pass
 from embattle.criteria import Criterion, Misclassify
 from embattle.criteria.base import ascended
@@ -230,6 +231,10 @@ class Batch:
             for name in ("eps", "step_size")
         }
         changed: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
+        for name in ("lower", "upper"):
+            bound = getattr(attack, name)
+            if isinstance(bound, Tensor) and bound.dim():
+                changed[name] = ChosenBound(bound, size, rows)
         return Batch(
             self.attacked.part(rows),
             replace(attack, **changed) if changed else attack,
@@ -350,8 +355,8 @@ def _rows_of(agreement: Agreement, rows: Tensor) -> Tensor:
 
 
 def _of_samples(value: Any, size: int, rows: Tensor) -> Tensor | None:
-    """Return the chosen samples' entries of a strength per group; None where it is a number."""
-    if not isinstance(value, Tensor) or value.dim() == 0:
+    """Return the chosen samples' entries of a strength per group; None where it is one for all."""
+    if not isinstance(value, Tensor) or value.numel() == 1:
         return None
     if len(value) == size or not size:
         return value[rows.to(value.device)]

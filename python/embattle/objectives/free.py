@@ -84,7 +84,7 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
             eps = states[-1]["eps"]
             perturbation.set(
                 ops.project(
-                    old, eps=eps, norm=attack.norm, **perturbation.geometry, **box(states[-1])
+                    old, eps=eps, norm=attack.ball, **perturbation.geometry, **box(states[-1])
                 )
             )
 

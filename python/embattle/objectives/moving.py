@@ -155,24 +155,37 @@ class Moving:
         if grad is None:
             grad = torch.zeros_like(perturbation.additions()[0])
         grad = perturbation.gather([grad]).to(perturbation.dtype)
-        count, key = len(values), rows
-        if self._packed:
-            some, state = perturbation, self.state
-        else:
-            some, state = self._some(rows)
-            grad, values, key = rows.of(grad), rows.of(values), Rows(range(len(rows)))
-            self._carry_over(some, rows)
+        count = len(values)
+        some, state = self._of(rows)
+        if not self._packed:
+            grad, values = rows.of(grad), rows.of(values)
         if not attack.uses_direction_alone:
             grad = grad * count
         some.mark_gradients(grad)
         attack.step(some, grad, state, 0, values)
-        some.delta = some.delta.detach()
-        carried = {name: KeptDeltas.take(some, key, state[name]) for name in carries(attack)}
         return Moved(
-            Place(KeptDeltas.take(some, key), carried),
+            self._place(some, state, rows),
             some.nonfinite.count_nonzero(),
             some.count_without_gradient(),
         )
+
+    def unmoved(self, rows: Rows) -> Place:
+        """Return what is kept of some samples where no gradient has moved them."""
+        return self._place(*self._of(rows), rows)
+
+    def _of(self, rows: Rows) -> tuple[Perturbation, dict[str, Any]]:
+        """Return what is moved of some samples: of packed rows the whole batch."""
+        if self._packed:
+            return self.perturbation, self.state
+        some, state = self._some(rows)
+        self._carry_over(some, rows)
+        return some, state
+
+    def _place(self, some: Perturbation, state: dict[str, Any], rows: Rows) -> Place:
+        some.delta = some.delta.detach()
+        key = rows if self._packed else Rows(range(len(rows)))
+        carried = {name: KeptDeltas.take(some, key, state[name]) for name in carries(self.attack)}
+        return Place(KeptDeltas.take(some, key), carried)
 
     def _some(self, rows: Rows) -> tuple[Perturbation, dict[str, Any]]:
         """Return the perturbation of some of the samples, and the attack's state of them."""
@@ -207,5 +220,5 @@ def _projected(
     attack: Attack, perturbation: Perturbation, delta: Tensor, state: dict[str, Any]
 ) -> Tensor:
     return ops.project(
-        delta.detach(), eps=state["eps"], norm=attack.norm, **perturbation.geometry, **box(state)
+        delta.detach(), eps=state["eps"], norm=attack.ball, **perturbation.geometry, **box(state)
     )

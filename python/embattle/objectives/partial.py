@@ -18,6 +18,7 @@ from embattle.perturb.chosen import run_with_chosen
 from embattle.perturb.evaluation import Evaluation
 
 Choose: TypeAlias = Literal["random", "loss", "margin"]
+_MOST = 1 << 31  # samples that a number is kept of
 _CHOOSE: tuple[Choose, ...] = ("random", "loss", "margin")
 
 
@@ -70,7 +71,7 @@ class Partial:
         self.delay = checks.integer("Partial", "delay", delay, 0)
         self.schedule: Schedule = Constant() if schedule is None else schedule
         # By index in the data: what is large is chosen. Infinite where a sample never came.
-        self._last = torch.empty(0)
+        self._last = torch.empty(0, dtype=torch.float32)
 
     def __repr__(self) -> str:
         return f"Partial({self.share:g} of a batch, by {self.choose})"
@@ -122,8 +123,8 @@ class Partial:
         evaluation = run_with_chosen(batch.attacked, part.attacked, rows)
         losses = batch.losses(evaluation)
         rows = rows.to(losses.device)
-        if len(losses) <= int(rows[-1]):
-            raise InputError(f"Partial: {len(losses)} losses for samples of row {int(rows[-1])}")
+        if len(losses) != batch.size:
+            raise InputError(f"Partial: {len(losses)} losses for {batch.size} samples")
         self._report(batch, evaluation, rows)
         kept = part.weights(evaluation.select(rows), clean)
         if "masked" in part.metrics:
@@ -224,6 +225,11 @@ def _indices(batch: Batch) -> Tensor | None:
     found = torch.as_tensor(samples)
     if found.is_floating_point() or found.dim() != 1 or (len(found) and int(found.min()) < 0):
         raise InputError("Partial: samples must be indices in the data, whole numbers from 0")
+    if len(found) and int(found.max()) >= _MOST:
+        raise InputError(
+            f"Partial: samples must be indices in the data; got {int(found.max())}. A number is "
+            "kept for each index: count the samples from 0"
+        )
     return found.long()
 
 

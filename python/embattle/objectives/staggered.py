@@ -43,8 +43,11 @@ class StaggeredReplays:
     `StaggeredBatches` makes the batches; the objective needs `samples=`, their indices. Of the
     attack, norm, eps, start, step size, momentum and box count (`steps` for the default step size
     alone); with `visits=2` the step should reach the border of the ball, as that of `FGM` and
-    `FGSM`. The loss is that of `Partial`: `lam` weighs a replayed sample against a new one. A
-    masked sample's delta stays where it is.
+    `FGSM`. The loss is that of `Partial`: `lam` weighs a replayed sample against a new one. The
+    gradient of a masked sample is zero: its delta stays where it is, unless momentum carries it on.
+    A sample must have the same input at each of its visits.
+
+    Call `skip()` where a loss is not backpropagated.
 
     A criterion that ascends something else than the losses takes a backward pass to the embeddings
     more in each step; one that measures from clean outputs cannot be had.
@@ -62,18 +65,34 @@ class StaggeredReplays:
 
     def __init__(self, visits: int = 2, *, share: float = 1.0) -> None:
         self.visits = checks.integer("StaggeredReplays", "visits", visits, 1)
-        self.share = checks.real("StaggeredReplays", "share", share, 0, 1)
+        self.share = checks.share("StaggeredReplays", "share", share)
         self.reset()
 
     def __repr__(self) -> str:
         return f"StaggeredReplays(visits={self.visits})"
 
     def reset(self) -> None:
-        """Forget the samples that await another visit, where an epoch is left early."""
+        """Forget the samples that await another visit, where an epoch is left early.
+
+        Only before the next epoch begins: within one their visits are still to come.
+        """
         self._samples, self._seen = _NONE, _NONE  # those that come again, and how often they came
         # What is kept of them at each place; None until the gradient there has moved the deltas.
         self._kept: list[Place | None] = []
         self._faults: list[Moved] = []
+        # What the coming gradient moves, and which rows of it; None where it has.
+        self._moving: list[Moving | None] = []
+        self._rows = Rows(range(0))
+
+    def skip(self) -> None:
+        """Leave the step of the last call out, whose loss was not backpropagated.
+
+        It was not finite, say. The samples that come again then do so under the deltas they had.
+        """
+        for place, one in enumerate(self._moving):
+            if one is not None:
+                self._kept[place] = one.unmoved(self._rows)
+        self._moving = []
 
     def __call__(self, batch: Batch) -> Tensor:
         """Run the training pass, and let its `backward()` move the deltas.
@@ -92,8 +111,7 @@ class StaggeredReplays:
     def parts(self, batch: Batch) -> Parts:
         """Do the same; nothing is averaged.
 
-        The gradient must reach the perturbed outputs, also in `PerSampleClipper.backward`: with
-        clipping, their modules must be trained.
+        The gradient must reach the perturbed outputs, also in `PerSampleClipper.backward`.
         """
         losses, rows, kept = self._run(batch)
         return Parts.of_rows(losses, rows.index(losses.device), kept, batch.lam)
@@ -179,7 +197,8 @@ class StaggeredReplays:
         if len(moved) != len(self._kept):
             raise RuntimeError(
                 "StaggeredReplays: the loss of the call before gave no gradient at the embeddings. "
-                "Call loss.backward() once after each call; the losses must depend on all sites"
+                "Call loss.backward() once after each call, or skip() on the form where a step is "
+                "left out; the losses must depend on all sites"
             )
         return moved
 
@@ -204,6 +223,7 @@ class StaggeredReplays:
             return
         self._samples, self._seen = samples[rows.array_key], seen[rows.array_key]
         self._kept = [None] * len(moving)
+        self._moving, self._rows = list(moving), rows
         # A hook that held the batch would keep its graph until the garbage collector comes.
         moves = [
             partial(self._move, self._kept, place, one, rows, ascent.detach())
@@ -232,7 +252,7 @@ class StaggeredReplays:
         if kept is not self._kept or kept[place] is not None:
             return  # backpropagated again, or after `reset`
         moved = moving.move(rows, values, arrived)
-        kept[place] = moved.place
+        kept[place], self._moving[place] = moved.place, None
         self._faults.append(moved)
 
     def _report(self, batch: Batch, evaluation: Evaluation, replayed: Rows) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules import module as of_all_modules
 
 from embattle.perturb.hook import Hook
 
@@ -17,7 +18,10 @@ def is_fresh(module: nn.Module, value: Tensor) -> bool:
         module: a site's.
         value: what it returned.
     """
-    if not isinstance(module, nn.Embedding) or type(value) is not Tensor or value.grad_fn is None:
+    # A class of the user's own may keep what it returns, and a hook of all modules sees it.
+    if type(module) is not nn.Embedding or type(value) is not Tensor or value.grad_fn is None:
+        return False
+    if of_all_modules._global_forward_hooks:
         return False
     hooks = module._forward_hooks.values()
     return (
