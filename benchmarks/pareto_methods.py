@@ -37,7 +37,7 @@ TUNED: dict[str, dict[str, dict[str, float]]] = {
     "reviews": {"staggered": {"rate": 1.5, "scale": 1.2}},
     "deep": {
         "staggered": {"rate": 1.5, "scale": 1.2},
-        "partial": {"duration": 0.75, "rate": 1.3, "scale": 1.5},
+        "partial": {"duration": 0.75, "rate": 1.3, "scale": 1.5, "ramp": 0.1},
     },
     "clicks": {"staggered": {"duration": 0.78, "rate": 1.5}},
     "income": {"staggered": {"duration": 0.72, "rate": 2.0}},

@@ -52,8 +52,11 @@ def step(
     return loss, metrics, chosen
 
 
+FORM = ("share", "choose", "delay", "schedule", "every")
+
+
 def partial(model: nn.Module, attack: eb.Attack | None = None, **options: Any) -> Any:
-    form = {k: options.pop(k) for k in ("share", "choose", "delay", "schedule") if k in options}
+    form = {k: options.pop(k) for k in FORM if k in options}
     site = options.pop("site", None) or eb.Site(model.embedding, model=model)  # type: ignore[arg-type]
     attack = attack or eb.FGM(eps=0.4)
     return eb.AdversarialObjective(attack, site, form=eb.Partial(**form), **options)
@@ -429,6 +432,10 @@ def test_share_delay_and_schedule() -> None:
     objective = partial(model, share=0.5, delay=1, schedule=eb.schedules.WarmUp(3))
     counts = [int(step(objective, model, list(range(12)))[1]["perturbed"]) for _ in range(5)]
     assert counts == [0, 2, 4, 6, 6]
+    objective = partial(model, share=0.25, delay=1, every=3)
+    counts = [int(step(objective, model, list(range(12)))[1]["perturbed"]) for _ in range(8)]
+    assert counts == [0, 3, 0, 0, 3, 0, 0, 3]
+    assert str(objective.form) == "Partial(0.25 of one batch in 3, by random)"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -491,6 +498,6 @@ def test_what_the_form_cannot_have_is_refused() -> None:
     for choose in ("random", "loss"):
         with pytest.raises(InputError, match="4 losses for 3 samples"):
             step(partial(model, choose=choose), model, samples, samples=3, criterion=None)
-    for options in ({"share": 1.5}, {"choose": "best"}, {"delay": -1}):
+    for options in ({"share": 1.5}, {"choose": "best"}, {"delay": -1}, {"every": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             eb.Partial(**options)  # type: ignore[arg-type]

@@ -650,8 +650,5 @@ def test_options_of_passes_that_are_not_made_are_refused() -> None:
             eb.AWP(objective, model)
         with torch.no_grad(), pytest.raises(RuntimeError, match="no_grad"):
             call(objective, model)
-    for form in ("staggered", "freeat"):
-        with pytest.raises(ValueError, match="mode='same'"):
-            eb.AdversarialObjective(eb.FGM(eps=1.0, mode="same"), site, form=form)
     with pytest.raises(ValueError, match="visits must be at least 1"):
         eb.StaggeredReplays(0)

@@ -315,6 +315,7 @@ def _form(variant: AttackedVariant, model: nn.Module, steps: int) -> str | Form:
             choose=variant.choose,
             delay=round(variant.delay * steps),
             schedule=variant.share_schedule.make(steps),
+            every=variant.every,
         )
     if isinstance(variant, SmartVariant):
         given = variant.bregman

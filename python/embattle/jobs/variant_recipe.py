@@ -330,6 +330,7 @@ class PartialVariant(WeightedVariant, _Clipped):
             right and wrong, as of their last batch.
         delay: share of the steps that are plain training, at first.
         share_schedule: factor on `share` over the steps.
+        every: every so many-th pass attacks, and the others are plain training.
     """
 
     objective: Literal["partial"] = "partial"
@@ -338,6 +339,7 @@ class PartialVariant(WeightedVariant, _Clipped):
     choose: Choose = "random"
     delay: Share = 0.0
     share_schedule: ScheduleChoice = constant()
+    every: int = Field(default=1, ge=1)
 
     @property
     def of_classes(self) -> bool:
@@ -360,12 +362,10 @@ def _check_shared_passes(variant: AttackedVariant) -> None:
             f"objective {variant.objective} trains in the passes of an attack by gradient steps on "
             f"the loss, not of {attack.kind}: use pgd"
         )
-    mode = getattr(attack, "mode", "as_is")
-    modes = ("as_is", "same") if variant.objective == "free" else ("as_is",)
-    if attack.restarts > 1 or mode not in modes:
+    if attack.restarts > 1 or getattr(attack, "mode", None) == "eval":
         raise ValueError(
-            f"objective {variant.objective} trains in the attack's passes: restarts and mode: "
-            f"{'eval' if mode in modes else mode} do not go with it; leave them out"
+            f"objective {variant.objective} trains in the attack's passes: restarts and mode: eval "
+            "do not go with it; leave them out"
         )
 
 

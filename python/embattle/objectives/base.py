@@ -311,8 +311,7 @@ def _refuse_options(attack: Attack, form: str) -> None:
     if form not in SHARED_PASSES:
         return
     for name, value, usual in (
-        # A single pass has no other one to share its random numbers with.
-        ("mode", attack.mode, attack.mode == "as_is" or (attack.mode, form) == ("same", "free")),
+        ("mode", attack.mode, attack.mode != "eval"),
         ("restarts", attack.restarts, attack.restarts == 1),
         ("keep", attack.keep, attack.keep == "last"),
     ):
