@@ -100,7 +100,7 @@ def exchanged(model: nn.Module, batches: list[Batch], words: Words, task: Task) 
 
 
 def timed(kind: str, methods: list[str], rounds: int) -> dict[str, list[float]]:
-    """Each round's time of three steps of each method, to the plain one's, times its duration."""
+    """Each round's time of four steps of each method, to the plain one's, times its duration."""
     found: dict[str, list[float]] = {method: [] for method in methods}
     with tempfile.TemporaryDirectory() as folder:
         fits, durations = {}, {}
@@ -113,8 +113,8 @@ def timed(kind: str, methods: list[str], rounds: int) -> dict[str, list[float]]:
             spent = {}
             for method, fit in fits.items():
                 began = time.perf_counter()
-                for k in range(3):
-                    fit._step(step + 3 * number + k)
+                for k in range(4):  # some attack in one of them
+                    fit._step(step + 4 * number + k)
                 spent[method] = time.perf_counter() - began
             if number >= 2:
                 for method in methods:

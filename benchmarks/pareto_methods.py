@@ -42,7 +42,10 @@ TUNED: dict[str, dict[str, dict[str, float]]] = {
     "clicks": {"staggered": {"duration": 0.78, "rate": 1.5}},
     "income": {"staggered": {"duration": 0.72, "rate": 2.0}},
     "ranking": {"staggered": {"duration": 0.61, "rate": 1.5}},
-    "language": {"partial": {"duration": 0.86, "scale": 2.0, "ramp": 0.1}},
+    "language": {
+        "partial": {"duration": 0.86, "scale": 2.0, "ramp": 0.1},
+        "every fourth batch": {"duration": 0.95, "scale": 4.0, "ramp": 0.1},
+    },
 }
 GOAL = "mixed PGD-3"
 #: Objectives without a weight of the adversarial part.
@@ -82,6 +85,9 @@ METHODS = {
     "half by FGM": Method(4 / 3, "{objective: partial, share: 0.5, attack: {kind: fgm}}"),
     "quarter by FGM": Method(7 / 6, "{objective: partial, share: 0.25, attack: {kind: fgm}}"),
     "eighth by FGM": Method(13 / 12, "{objective: partial, share: 0.125, attack: {kind: fgm}}"),
+    "quarter of every fourth batch": Method(
+        25 / 24, "{objective: partial, share: 0.25, every: 4, attack: {kind: fgm}}"
+    ),
     "quarter by loss": Method(
         7 / 6, "{objective: partial, share: 0.25, choose: loss, attack: {kind: fgm}}"
     ),
@@ -106,6 +112,9 @@ METHODS["half by FGM, tuned"] = replace(
 )
 METHODS["eighth by FGM, tuned"] = replace(
     METHODS["eighth by FGM"], tuned=("duration", "scale"), of="partial"
+)
+METHODS["quarter of every fourth batch, tuned"] = replace(
+    METHODS["quarter of every fourth batch"], tuned=("duration", "scale"), of="every fourth batch"
 )
 METHODS[f"{GOAL}, at that rate"] = replace(METHODS[GOAL], tuned=("rate",))
 
