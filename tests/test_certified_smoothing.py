@@ -137,10 +137,11 @@ def test_accuracy_counts_what_is_right_and_far_enough() -> None:
     assert found.accuracy(labels, largest + 1e-9) == 0
 
 
-def test_one_logit_is_two_classes() -> None:
+@pytest.mark.parametrize("column", [1, slice(1, 2)])
+def test_one_logit_is_two_classes(column: int | slice) -> None:
     model = Linear().eval()
     inner = model.forward
-    model.forward = lambda ids: inner(ids)[:, 1]  # type: ignore[method-assign]
+    model.forward = lambda ids: inner(ids)[:, column]  # type: ignore[method-assign]
     smoothed = Smoothed(model, Site(model.words), 1.0)
     counts = smoothed.counts(batch(), 50, draw())
     model.forward = inner  # type: ignore[method-assign]

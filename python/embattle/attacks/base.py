@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -22,9 +23,16 @@ from embattle.criteria import Criterion, MaximizeLoss
 from embattle.perturb.attacked_batch import AttackedBatch, Masks, Subset
 from embattle.perturb.evaluation import Evaluation, LossFn
 from embattle.perturb.guard import MODES, Mode
-from embattle.perturb.perturbation import Perturbation
+from embattle.perturb.perturbation import JointPerturbation, Perturbation
 from embattle.perturb.site import Site
-from embattle.perturb.strength import Measured, Strength, check_strength, resolve, words
+from embattle.perturb.strength import (
+    Measured,
+    Relative,
+    Strength,
+    check_strength,
+    resolve,
+    words,
+)
 
 Norm: TypeAlias = Literal["l2", "linf", "l1"] | float
 
@@ -265,9 +273,13 @@ class Attack:
             needed = evaluate or self.compares or self.stop_when_fooled or goal.needs_clean
             first_pass = run_first_pass(self, batch, goal, generator, scale, clean=needed)
             now: Evaluation | None
+            found: Evaluation | None
             steps: Tensor | int
             if self.stop_when_fooled:
-                now, steps = search_early_stopping(self, batch, goal, first_pass, generator, scale)
+                found, steps = search_early_stopping(
+                    self, batch, goal, first_pass, generator, scale
+                )
+                now = found if evaluate else None
             else:
                 found = self.search(batch, goal, first_pass, generator, scale, evaluate=evaluate)
                 now = found if evaluate else None
@@ -381,8 +393,11 @@ class Attack:
         return torch.Generator().manual_seed(int(seed))
 
     def _resolve(self, value: Strength, perturbation: Perturbation, scale: float) -> float | Tensor:
-        if isinstance(value, Measured):
-            value = value.at(perturbation.places[0])
+        if isinstance(value, Measured):  # of a joint ball around several places: their mean
+            value = statistics.mean(map(value.at, perturbation.places))
+        joined = isinstance(perturbation, JointPerturbation)
+        if joined and isinstance(value, Relative) and value.to == "token_norm":
+            value = value.value * perturbation.token_norm(self.norm)  # type: ignore[attr-defined]
         return resolve(
             value, perturbation.base, norm=self.norm, geometry=perturbation.geometry, scale=scale
         )

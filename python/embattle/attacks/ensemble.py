@@ -327,8 +327,11 @@ def without_gradient(perturbations: list[Perturbation], grads: list[Tensor]) -> 
     """Return bool `[B]`: samples whose gradients are zero (or not finite) everywhere."""
     found: Tensor | None = None
     for perturbation, grad in zip(perturbations, grads, strict=True):
-        offsets = perturbation.geometry["offsets"]
-        some = ((grad != 0) & grad.isfinite()).flatten(1).any(1)
+        offsets, mask = perturbation.geometry["offsets"], perturbation.geometry["mask"]
+        usable = (grad != 0) & grad.isfinite()
+        if mask is not None:
+            usable &= mask.reshape(*grad.shape[:-1], 1)
+        some = usable.flatten(1).any(1)
         if offsets is not None:
             total = torch.cat([some.new_zeros(1).long(), some.long().cumsum(0)])
             some = total[offsets[1:]] > total[offsets[:-1]]

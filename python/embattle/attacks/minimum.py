@@ -331,7 +331,7 @@ class _Search:
             )
             if norm == "l2":
                 norms = ops.group_norm(delta, norm="l2", **perturbation.geometry).to(radius.dtype)
-                factor = radius / norms.clamp(min=torch.finfo(radius.dtype).tiny)
+                factor = torch.where(norms > 0, radius / norms, torch.zeros_like(radius))
                 delta = delta * perturbation.per_group_row(factor)
             perturbation.set(
                 ops.project(delta, eps=radius, norm=norm, **perturbation.geometry, **box(state))
@@ -397,4 +397,5 @@ def _check(batch: AttackedBatch, goal: Criterion, clean: Evaluation) -> None:
 
 def _of_samples(perturbation: Perturbation, values: Tensor) -> Tensor:
     """View one value per group as `[B, groups of a sample]`."""
-    return values.reshape(perturbation.samples, -1)
+    samples = perturbation.samples
+    return values.reshape(samples, len(values) // samples if samples else 1)

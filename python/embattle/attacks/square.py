@@ -50,7 +50,8 @@ class Square(Attack):
             raise ValueError("Square: share must be above 0, got 0")
         if self.random_start is not True:
             raise ValueError("Square: starts at random, on the surface of the ball")
-        if isinstance(self.eps, float) and math.isinf(self.eps):
+        endless = isinstance(self.eps, Tensor) and bool(self.eps.isinf().any())
+        if endless or (isinstance(self.eps, float) and math.isinf(self.eps)):
             raise ValueError("Square: eps must be finite, got inf")
 
     def _words(self) -> list[str]:
@@ -71,7 +72,7 @@ class Square(Attack):
         if self.norm == "linf":
             start = drawn.sign() * radius
         else:
-            start = drawn * (radius / self._norm(perturbation, drawn))
+            start = (drawn / self._norm(perturbation, drawn)) * radius
         perturbation.set(self._inside(perturbation, start, state))
 
     def step(
@@ -116,7 +117,9 @@ class Square(Attack):
             1.25 / self._norm(perturbation, part.to(kept.dtype))
         )
         size = (moved + unused) ** (1 / order)
-        return kept * ~(part | emptied) + turned * (size / self._norm(perturbation, turned))
+        changed = kept * ~(part | emptied) + (turned / self._norm(perturbation, turned)) * size
+        # A group of which no coordinate was drawn stays as it is.
+        return torch.where(self._norm(perturbation, part.to(kept.dtype)) > 0.5, changed, kept)
 
     def _drawn(self, perturbation: Perturbation, state: dict[str, Any]) -> Tensor:
         """Draw uniformly in [-1, 1], 0 where nothing may move."""

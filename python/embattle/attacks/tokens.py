@@ -78,6 +78,12 @@ class TokenSwap:
             TypeError: the site is not on an `nn.Embedding`, or `mask` is not bool.
             ValueError: shapes that do not belong together.
         """
+        if criterion is not None and criterion.needs_clean:
+            raise ValueError(
+                f"TokenSwap: {criterion!r} measures from the clean outputs, and has no gradient at "
+                "the texts as they are, by which swaps are chosen: take CategorySwap, which tries "
+                "them, or another criterion"
+            )
         table_of = site.module
         if not isinstance(table_of, nn.Embedding):
             raise TypeError(

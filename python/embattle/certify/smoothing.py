@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embattle import checks
+from embattle import checks, losses
 from embattle.data.batch import Batch
 from embattle.errors import need
 from embattle.perturb.outputs import Part, parts_of, replace_parts
@@ -86,8 +86,7 @@ class Smoothed:
                 outputs = evaluator.evaluate(self.model, some).outputs
             if outputs is None or outputs.dim() not in (1, 2):
                 raise ValueError("Smoothed: the model must give logits [B, C] or [B]")
-            if outputs.dim() == 1:
-                outputs = torch.stack([-outputs, outputs], 1)
+            outputs = losses.two_sided(outputs)
             found.append(torch.nn.functional.one_hot(outputs.argmax(1), outputs.shape[1]).cpu())
         votes = torch.cat(found)
         return votes.reshape(len(batch), n, -1).sum(1)

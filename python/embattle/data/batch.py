@@ -41,16 +41,18 @@ class Batch:
     def take(self, rows: Tensor, *, cut: bool = True) -> Batch:
         """The samples at `rows` ([n] int64).
 
-        Inputs with an `attention_mask` ([B, T], padded on the right) are cut to the longest of the
-        samples taken, unless `cut` is False.
+        Inputs as wide as their `attention_mask` ([B, T], padded on the right) are cut to the
+        longest of the samples taken, unless `cut` is False.
         """
         inputs = {name: x[rows] for name, x in self.inputs.items()}
         labels = None if self.labels is None else self.labels[rows]
         movable = None if self.movable is None else self.movable[rows]
         attention = inputs.get("attention_mask")
         if cut and attention is not None and len(rows):
-            width = max(1, int(attention.sum(1).amax()))
-            inputs = {name: x[:, :width] for name, x in inputs.items()}
+            width, shape = max(1, int(attention.sum(1).amax())), attention.shape
+            inputs = {
+                name: x[:, :width] if x.shape[:2] == shape else x for name, x in inputs.items()
+            }
             movable = None if movable is None else movable[:, :width]
         return Batch(inputs, labels, movable)
 

@@ -32,11 +32,17 @@ def perturbation_of_call(site: Site, call: Call, place: Place, geometry: Geometr
             f"Site: {type(call.module).__name__} returned shape {tuple(base.shape)}; embeddings "
             "need a dim of samples and one of features"
         )
+    offsets = geometry.bounds(*place, call)
+    if offsets is not None and site.group == "token" and not shared:
+        raise ValueError(
+            f"{site!r}: packed rows (offsets, or a jagged output) have one ball per sample: use "
+            "group='sample'"
+        )
     return Perturbation(
         layout.to_samples(base),
         [place],
         group="token" if shared else site.group,
-        offsets=geometry.bounds(*place, call),
+        offsets=offsets,
         mask=mask,
         layouts=[layout],
         coupled=shared,

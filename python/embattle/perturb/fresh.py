@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.modules import module as of_all_modules
 
-from embattle.perturb.hook import Hook
+from embattle.perturb.hook import Hook, only_sites_look
 
 
 def is_fresh(module: nn.Module, value: Tensor) -> bool:
@@ -18,14 +17,13 @@ def is_fresh(module: nn.Module, value: Tensor) -> bool:
         module: a site's.
         value: what it returned.
     """
-    # A class of the user's own may keep what it returns, and a hook of all modules sees it.
+    # A class of the user's own may keep what it returns.
     if type(module) is not nn.Embedding or type(value) is not Tensor or value.grad_fn is None:
-        return False
-    if of_all_modules._global_forward_hooks:
         return False
     hooks = module._forward_hooks.values()
     return (
         value.grad_fn.name() == "EmbeddingBackward0"
         and "forward" not in module.__dict__  # per-sample clipping keeps what passes
-        and sum(not isinstance(hook, Hook) or hook.use is not None for hook in hooks) == 1
+        and only_sites_look(module)
+        and sum(isinstance(hook, Hook) and hook.use is not None for hook in hooks) == 1
     )

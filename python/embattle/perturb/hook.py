@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.compiler import is_compiling
+from torch.nn.modules import module as of_all_modules
 
 from embattle.perturb.calls import Call, Layout, is_lookup, is_plain
 from embattle.perturb.outputs import Key, Part, parts_of, replace_parts
@@ -363,4 +364,10 @@ def cached_forward(hook: Hook, module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def can_cache_forward(module: nn.Module) -> bool:
     """Return whether `cached_forward` may replace a module's forward method."""
-    return is_plain(module) and "forward" not in module.__dict__
+    return is_plain(module) and "forward" not in module.__dict__ and only_sites_look(module)
+
+
+def only_sites_look(module: nn.Module) -> bool:
+    """Return whether no hook but those of sites sees, or changes, what a module returns."""
+    hooks = module._forward_hooks.values()
+    return not of_all_modules._global_forward_hooks and all(type(hook) is Hook for hook in hooks)

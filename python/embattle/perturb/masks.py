@@ -25,7 +25,8 @@ class PerCall:
 
     def __init__(self, name: str, site: Site, given: PerCallTensor, dtype: torch.dtype) -> None:
         self.name, self.site, self.given, self.dtype = name, site, given, dtype
-        for one in [given] if isinstance(given, Tensor) else given if _listed(given) else []:  # type: ignore[union-attr]
+        single = isinstance(given, Tensor) or not (given is None or _listed(given))
+        for one in [given] if single and not callable(given) else given if _listed(given) else []:  # type: ignore[union-attr]
             self._check(one)
 
     def __call__(self, call: Call, number: int) -> Tensor | None:
@@ -131,7 +132,7 @@ def padding_mask(call: Call) -> Tensor | None:
     if not isinstance(module, nn.Embedding) or module.padding_idx is None:
         return None
     padding = module.padding_idx
-    if call.layout.samples is None and call.value is not None and not call.args:
+    if not call.args and not call.kwargs:  # a parameter
         rows = torch.arange(call.value.shape[0], device=call.value.device)
         return torch.ne(rows, padding)
     indices = call.indices

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
 from operator import is_
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -317,6 +318,7 @@ class kept_state:
         self._models, self._state = models, KeptState()
         self._on_write: _CopyOnWrite | None = None
         self._handle: RemovableHandle | None = None
+        self._thread = get_ident()
 
     def __enter__(self) -> KeptState:
         found = [one for model in self._models for one in self._state.keep(model)]
@@ -337,7 +339,8 @@ class kept_state:
             self._on_write.__enter__()  # type: ignore[no-untyped-call]
 
     def _on_call(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
+        # What another thread runs meanwhile is none of the attack's.
+        if not torch.compiler.is_compiling() and get_ident() == self._thread:
             for one in self._state.keep(module):
                 one.keep()
 

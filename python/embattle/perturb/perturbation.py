@@ -287,6 +287,24 @@ class JointPerturbation(Perturbation):
     def additions(self) -> list[Tensor]:
         return self.spread(self.delta)
 
+    def token_norm(self, norm: Any) -> Tensor:
+        """Return the mean norm of the vectors that may move, of all outputs: 0-d."""
+        mask = self.geometry["mask"]
+        there = torch.ones_like(self.base[..., 0], dtype=torch.bool) if mask is None else mask
+        total, count = self.base.new_zeros(()), self.base.new_zeros(())
+        for part, moves, shape in zip(
+            torch.split(self.base, self.sizes, 1),
+            torch.split(there, self.sizes, 1),
+            self.shapes,
+            strict=True,
+        ):
+            kept = moves.reshape(shape)[..., 0].reshape(-1)
+            total = (
+                total + (ops.group_norm(part.reshape(shape), norm=norm, group="token") * kept).sum()
+            )
+            count = count + kept.sum()
+        return total / count.clamp(min=1)
+
     def reusable(self, detached: bool) -> bool:
         return False
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from embattle import ops
 from embattle.perturb.calls import Call, is_plain
-from embattle.perturb.hook import Addition
+from embattle.perturb.hook import Addition, only_sites_look
 from embattle.perturb.perturbation import Perturbation
 
 
@@ -89,7 +89,11 @@ class RowPerturbation(Perturbation):
     def _fuses(self) -> bool:
         # In half types it would round once what `additions` round twice: other losses than those
         # under the deltas that are returned.
-        return self._plain and self.base.dtype == self.delta.dtype
+        return (
+            self._plain
+            and self.base.dtype == self.delta.dtype
+            and all(only_sites_look(one) for one in self._modules)
+        )
 
     def fused(self) -> list[Addition] | None:
         if not self._fuses:

@@ -355,6 +355,11 @@ def _both(one: Site, other: Site) -> nn.Module | None:
     """Find a module whose embeddings two sites would perturb."""
     if one.table is not None and one.table is other.table:
         return one.module
+    for table, modules in ((one.table, other.modules), (other.table, one.modules)):
+        # A look-up of the table in another module that shares it is a use of it.
+        tied = [m for m in modules if is_lookup(m) and _shares(m, table)]
+        if tied:
+            return tied[0]
     shared = [m for m in one.modules if any(m is n for n in other.modules)]
     if "weight" in (one.scope, other.scope):
         # Another parameter, or what a layer makes of it, is another place; a row is the parameter.

@@ -38,7 +38,8 @@ def check_strength(who: str, name: str, value: Any) -> Strength:
 
     Raises:
         TypeError: something else.
-        ValueError: a negative number or NaN, or a tensor that is neither one value nor `[groups]`.
+        ValueError: a negative number or NaN (of a tensor, where it is on the CPU), or a tensor that
+            is neither one value nor `[groups]`.
     """
     if isinstance(value, Tensor):
         if not value.is_floating_point() or value.dim() > 1:
@@ -46,6 +47,8 @@ def check_strength(who: str, name: str, value: Any) -> Strength:
                 f"{who}: {name} must be one value, or one per group [groups], in floating point; "
                 f"got {tuple(value.shape)} of {value.dtype}"
             )
+        if value.is_cpu and bool(((value < 0) | value.isnan()).any()):  # others would wait for it
+            raise ValueError(f"{who}: {name} must be at least 0, got {value.min().item():g} in it")
         return value
     # Numbers come before conventions: to look whether a protocol holds takes ten times as long.
     if isinstance(value, numbers.Real) and not isinstance(value, bool):

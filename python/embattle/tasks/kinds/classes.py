@@ -67,18 +67,19 @@ class Classification(Kind):
         }
 
     def weighted(self, outputs: Tensor, labels: Tensor) -> Mapping[str, Measure]:
-        """Give accuracy, F1, AUC and the loss."""
+        """Give accuracy, F1, AUC (where no class is absent) and the loss."""
         logits = losses.two_sided(outputs.float())
         count, shares, predicted = logits.shape[1], logits.softmax(1), logits.argmax(1)
         true = F.one_hot(labels, count).bool()
         # Of two classes one area says all.
         areas = [Area(shares[:, c], true[:, c]) for c in range(1 if count == 2 else 0, count)]
-        return {
+        found: dict[str, Measure] = {
             "accuracy": Mean(predicted == labels),
             "f1": F1(F.one_hot(predicted, count).bool(), true),
-            "auc": MeanOf(areas),
-            "loss": Mean(self.losses(outputs.float(), labels)),
         }
+        if true.any(0).all():
+            found["auc"] = MeanOf(areas)
+        return found | {"loss": Mean(self.losses(outputs.float(), labels))}
 
     def details(self, outputs: Tensor, labels: Tensor) -> dict[str, Any]:
         """Give precision, recall, F1 and count of each class, and the calibration.

@@ -1,0 +1,190 @@
+"""Corners where attacks were wrong without a word: hooks, shared tables, empty draws, masks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import embattle as eb
+import numpy as np
+import pytest
+import torch
+import toys
+from embattle.data.batch import Batch
+from embattle.tasks.kinds.classes import Classification
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_a_draw_of_no_coordinate_changes_nothing(norm: Any) -> None:
+    """A wide margin, and few coordinates in a wide ball."""
+    torch.manual_seed(0)
+    table, weight = nn.Embedding(40, 4), torch.randn(16, 3) * 0.02
+    rows, labels = torch.randint(0, 40, (32, 4)), torch.ones(32, dtype=torch.long)
+    shift = torch.tensor([0.0, 50.0, 0.0])
+
+    def loss() -> eb.Evaluation:
+        return eb.Evaluation(outputs=table(rows).flatten(1) @ weight + shift)
+
+    attack = eb.Square(eps=10.0, norm=norm, steps=60)
+    found = attack.run(loss, eb.Site(table), criterion=eb.Misclassify(labels))
+    assert found.delta.isfinite().all()
+    assert found.robust_accuracy == 1
+    assert found.norms[0].max() <= 10
+    with pytest.raises(ValueError, match="eps must be finite"):
+        eb.Square(eps=torch.tensor([1.0, torch.inf]))
+
+
+def test_gradients_of_what_may_not_move_are_none() -> None:
+    """The vectors that may move are saturated; the others are not."""
+    table = nn.Embedding(10, 4)
+    table.weight.data.abs_().mul_(1000)
+    rows, labels = torch.arange(6).view(3, 2), torch.ones(3, dtype=torch.long)
+    mask = torch.tensor([[True, False]]).expand(3, 2)
+
+    def loss() -> eb.Evaluation:
+        hidden = table(rows)
+        score = torch.tanh(hidden[:, 0]).sum(1) + 0.01 * hidden[:, 1].sum(1)
+        return eb.Evaluation(outputs=torch.stack([0 * score, 1 + score], 1))
+
+    goal = eb.Misclassify(labels)
+    found = eb.FMN(steps=30).run(loss, eb.Site(table), criterion=goal, mask=mask)
+    assert found.delta.isfinite().all()
+    assert not found.success.any()
+
+
+@pytest.mark.parametrize("scope", ["output", "row"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_hook_before_the_site_is_there_in_every_pass(scope: Any, everywhere: bool) -> None:
+    model = toys.encoder()
+    tokens, labels = toys.text_batch(batch=4)
+
+    def twice(module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+        return out.mul_(2) if module is model.embedding else None
+
+    if everywhere:
+        handle = register_module_forward_hook(twice)
+    else:
+        handle = model.embedding.register_forward_hook(twice)
+    try:
+        site = eb.Site(model.embedding, scope=scope)
+        goal = eb.Misclassify(labels)
+        found = eb.PGD(eps=0.3, steps=4).run(
+            toys.classify(model, tokens, labels), site, criterion=goal
+        )
+        with found.applied():
+            torch.testing.assert_close(model(tokens), found.outputs)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("first", ["weight", "row"])
+def test_a_table_has_one_site_whoever_looks_it_up(first: str) -> None:
+    one, two = nn.Embedding(9, 4), nn.Embedding(9, 4)
+    two.weight = one.weight
+    site = eb.Site.weight(one) if first == "weight" else eb.Site(one, scope="row")
+    rows = torch.arange(6)
+    for sites in ([site, eb.Site(two)], [eb.Site(two), site]):
+        with pytest.raises(ValueError, match="both perturb Embedding"):
+            eb.FGM(eps=0.1).run(lambda: (one(rows) * two(rows)).sum(1), sites)
+
+
+def test_padding_stays_where_indices_are_named() -> None:
+    """Outputs that all samples share; the call has no positional argument."""
+    table = nn.Embedding(9, 4, padding_idx=0)
+    rows, users = torch.tensor([5, 0, 7, 0]), torch.randn(3, 4)
+    site = eb.Site(table, samples=None)
+    norms = [
+        eb.FGM(eps=0.5).run(lambda look=look: (users @ look().T).sum(1), site).norms[0].tolist()
+        for look in (lambda: table(rows), lambda: table(input=rows))
+    ]
+    assert norms[0] == norms[1] == pytest.approx([0.5, 0, 0.5, 0])
+
+
+def test_strengths_and_groups_that_have_no_meaning_are_refused() -> None:
+    model = toys.factors()
+    users, positive, negative = toys.triplets()
+    loss = toys.rank(model, (users, positive, negative))
+    sites = [eb.Site(model.user), eb.Site(model.item)]
+    found = eb.FGM(eps=eb.Relative(0.3, to="token_norm")).run(loss, sites, joint=True)
+    vectors = torch.cat([model.user(users), model.item(positive), model.item(negative)])
+    mean = vectors.norm(dim=1).mean().detach()
+    torch.testing.assert_close(found.norms[0], (0.3 * mean).expand(9))
+    with pytest.raises(ValueError, match=r"packed rows.*group='sample'"):
+        eb.FGM(eps=0.1).run(
+            lambda: model.user(users).sum(1).view(3, 3).sum(1),
+            eb.Site(model.user, group="token"),
+            offsets=torch.tensor([0, 3, 6, 9]),
+        )
+    for wrong in (-0.1, torch.nan):
+        with pytest.raises(ValueError, match="eps must be at least 0"):
+            eb.VAT(eps=torch.tensor(wrong))
+    with pytest.raises(TypeError, match="mask must be a tensor, got ndarray"):
+        eb.FGM(eps=0.1).run(loss, sites[0], mask=np.ones(9, dtype=bool))  # type: ignore[arg-type]
+    swap = eb.TokenSwap(swaps=1)
+    tokens, _ = toys.text_batch(batch=2)
+    with pytest.raises(ValueError, match="CategorySwap"):
+        swap.run(lambda t: lambda: None, sites[0], tokens, mask=tokens > 0, criterion=eb.Diverge())  # type: ignore[arg-type,return-value]
+
+
+def test_modules_of_other_threads_are_left_alone() -> None:
+    """A batch norm that another thread trains while an attack, which knows no model, runs."""
+    model, other = toys.encoder(), nn.BatchNorm1d(3)
+    tokens, labels = toys.text_batch(batch=4)
+
+    def loss() -> eb.Evaluation:
+        thread = threading.Thread(target=lambda: other(torch.randn(5, 3)))
+        thread.start()
+        thread.join()
+        return toys.classify(model, tokens, labels)()
+
+    eb.PGD(eps=0.3, steps=2).run(loss, eb.Site(model.embedding), evaluate=False)
+    assert other.num_batches_tracked == 2
+
+
+def test_what_was_not_evaluated_says_so() -> None:
+    model = toys.encoder()
+    tokens, labels = toys.text_batch(batch=4)
+    some: Callable[[Tensor], Any] = lambda rows: toys.classify(model, tokens[rows], labels[rows])  # noqa: E731
+    found = eb.PGD(eps=0.3, steps=2, stop_when_fooled=True).run(
+        toys.classify(model, tokens, labels),
+        eb.Site(model.embedding),
+        criterion=eb.Misclassify(labels),
+        subset=some,
+        evaluate=False,
+    )
+    with pytest.raises(RuntimeError, match="evaluate"):
+        _ = found.success
+
+
+def test_a_batch_without_samples_has_a_smallest_eps() -> None:
+    table, head = nn.Embedding(9, 4), nn.Linear(4, 3)
+    tokens, labels = torch.zeros(0, 5, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    found = eb.FMN(steps=2).run(
+        lambda: eb.Evaluation(outputs=head(table(tokens).mean(1))),
+        eb.Site(table),
+        criterion=eb.Misclassify(labels),
+    )
+    assert len(found.delta) == 0
+
+
+def test_an_area_of_absent_classes_is_no_figure() -> None:
+    kind, outputs = Classification(()), torch.randn(6, 3)
+    for labels, has in (([0, 1, 0, 1, 1, 0], False), ([0, 1, 2, 1, 1, 0], True)):
+        assert ("auc" in kind.weighted(outputs, torch.tensor(labels))) == has
+
+
+def test_only_what_is_as_wide_as_the_mask_is_cut() -> None:
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    inputs = {
+        "input_ids": mask * 5,
+        "attention_mask": mask,
+        "age": torch.tensor([30.0, 40.0]),
+        "features": torch.randn(2, 7),
+    }
+    found = Batch(inputs, None).take(torch.tensor([0])).inputs
+    assert {name: tuple(x.shape) for name, x in found.items()} == {
+        "input_ids": (1, 2), "attention_mask": (1, 2), "age": (1,), "features": (1, 7),
+    }  # fmt: skip
