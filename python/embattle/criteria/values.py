@@ -84,9 +84,9 @@ class Deviate(Criterion):
         return largest(self._distances(required_outputs("Deviate", now)))
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Return True where an output is more than `by` off."""
+        """Return True where an output is more than `by` off, or no number."""
         distances, by = self._both(now)
-        return any_of(distances > by)
+        return any_of((distances <= by).logical_not())
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Return the outputs: the values are the predictions."""

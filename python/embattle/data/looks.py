@@ -9,6 +9,8 @@ from typing import Literal
 
 Kind = Literal["empty", "numbers", "dates", "prose", "words"]
 
+#: A number whose commas may be of thousands.
+THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?")
 _DATE = re.compile(
     r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}\S*)?"  # 2020-01-31, with or without a time
@@ -54,6 +56,19 @@ class Column:
     blank: float
     distinct: int
     example: str
+
+
+def has_thousands(cells: Sequence[str]) -> bool:
+    """Whether the commas in a column's cells are of thousands, and not decimal.
+
+    All of them can be, and something shows it: a number without a comma beside them, or one with
+    two, or with a point. Decimals that are all written with three digits have none of these.
+    """
+    commas = [cell for cell in cells if "," in cell]
+    if not commas or not all(THOUSANDS.fullmatch(cell) for cell in commas):
+        return False
+    shown = any(cell.count(",") > 1 or "." in cell for cell in commas)
+    return shown or any("," not in cell and "." not in cell for cell in cells)
 
 
 def is_number(text: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -252,16 +252,21 @@ class _Scorer:
         if not rows:
             return rows, None
         try:
-            return rows, self.task.encode(self.model, [row.cells for row in rows])
+            return rows, self.task.encode(self.model, [self._cells(row) for row in rows])
         except _UNUSABLE:
             usable = [row for row in rows if self._is_usable(row, bad)]
             if len(usable) == len(rows):
                 raise  # it is about no single row
         return self._encode(usable, bad)
 
+    def _cells(self, row: Row) -> Mapping[str, Any]:
+        """What the model reads of a row: not the columns that are only kept, such as a label."""
+        read = self.task.columns_read()
+        return row.cells if read is None else {n: row.cells[n] for n in read if n in row.cells}
+
     def _is_usable(self, row: Row, bad: list[Bad]) -> bool:
         try:
-            self.task.encode(self.model, [row.cells])
+            self.task.encode(self.model, [self._cells(row)])
         except _UNUSABLE as error:
             said = " ".join(str(error).split())
             known = isinstance(error, InputError)

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from embattle.errors import InputError, closest, need
+from embattle.errors import InputError, closest, first_line, need
 from embattle.sections import Section
 from embattle.tasks.base import Task
 from embattle.tasks.find import find
@@ -68,7 +68,7 @@ class Recipe(Section):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(default=0, lt=2**32)
     task: str = DEFAULT_TASK
     data: Section
     model: Section
@@ -169,6 +169,7 @@ def load(
     for change in changes:
         chosen = _merge(chosen, _assignment(change))
         _check(chosen, f"--set {change}", trust)
+    _check(_merge(chosen, chosen["full"] or {}), "--set, with the section full", trust)
     return _check(chosen, str(path), trust)
 
 
@@ -239,10 +240,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"the recipe {path} is not UTF-8 text; give a YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none, a number too long
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or "not YAML"
+        what = getattr(error, "problem", None) or f"not YAML ({first_line(error)})"
         raise InputError(f"{path}{where}: {what}; correct the YAML") from error
     except RecursionError as error:
         raise InputError(f"{path} is nested too deeply; correct the YAML") from error
@@ -267,7 +268,7 @@ def _assignment(change: str) -> dict[str, Any]:
         raise InputError(f"--set {change}: write --set section.key=value")
     try:
         tree: Any = yaml.load(value, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(f"--set {change}: the value is not YAML; quote it") from error
     for name in reversed(key.split(".")):
         tree = {name: tree}

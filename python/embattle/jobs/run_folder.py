@@ -15,14 +15,25 @@ from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from embattle.data.account import Account
+from embattle.data.account import Account, listed
 from embattle.errors import InputError
 from embattle.files import UNFINISHED, write_text
 from embattle.jobs import recipe as recipes
-from embattle.jobs.recipe import Recipe
+from embattle.jobs.recipe import TRACKED, Recipe
 from embattle.tasks.base import Task
 
 LOCK = ".lock"
+# What jobs write into a run's folder, beside pictures and the models' folders; and into these.
+_WRITTEN = {
+    "run.json",
+    "recipe.yaml",
+    "metrics.json",
+    "outcomes.safetensors",
+    "report.html",
+    "explanations.html",
+    "explanations.json",
+}
+_OF_MODELS = {"recipe.yaml", "model.safetensors", "checkpoint.safetensors"}
 
 
 class Trained(BaseModel):
@@ -213,6 +224,12 @@ def find_run(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool) -> 
     if not (folder / "run.json").is_file():
         raise InputError(f"--out: {folder} holds other files; choose a new or empty folder")
     if overwrite:
+        others = _others(folder, recipe)
+        if others:
+            raise InputError(
+                f"--overwrite: {folder} also holds what no run writes ({listed(others)}), and "
+                "would remove it; move it away, or choose another folder"
+            )
         return None
     run = Run.read(folder)
     if not resume:
@@ -254,6 +271,19 @@ def contents(folder: Path) -> list[Path]:
         for path in folder.iterdir()
         if path.name != LOCK and not path.name.startswith(UNFINISHED)
     ]
+
+
+def _others(folder: Path, recipe: Recipe) -> list[str]:
+    """The names in a run's folder of what is not a run's."""
+    found = []
+    for path in contents(folder):
+        known = path.name in _WRITTEN or path.suffix == ".svg"
+        if path.is_dir() and not path.is_symlink():
+            held = {one.name for one in path.iterdir() if not one.name.startswith(UNFINISHED)}
+            known = path.name in {TRACKED, *recipe.variants} or not held or bool(held & _OF_MODELS)
+        if not known:
+            found.append(repr(path.name))
+    return sorted(found)
 
 
 def clear(folder: Path, *, keep: set[str] | None = None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from embattle.data.account import Account
 from embattle.data.batch import Batch
+from embattle.data.divide import random_parts
 from embattle.data.labels import is_blank
 from embattle.data.recipe import Place, check_fractions
 from embattle.data.splits import PARTS
@@ -150,9 +151,7 @@ class ClickThrough(Task):
                 f"data.at_least: {options.label!r} is {'always' if liked.any() else 'never'} at "
                 f"least {options.at_least:g}; choose a bound between its values"
             )
-        place = np.random.default_rng(self.seed).permutation(count)
-        edges = (np.cumsum(options.fractions)[:-1] * count).round().astype(int)
-        chosen = dict(zip(PARTS, np.split(place, edges), strict=True))
+        chosen = self._divided(columns, count, account)
         self.kind = BinaryClassification(("no", "yes"))
         train = chosen["train"]
         self.known = {
@@ -167,6 +166,27 @@ class ClickThrough(Task):
             name: Rows(values[rows], dense[rows], liked[rows]) for name, rows in chosen.items()
         }
         account.note("rows", f"{count:,}, {liked.mean():.1%} of them yes")
+
+    def _divided(
+        self, columns: Mapping[str, Sequence[Any]], count: int, account: Account
+    ) -> dict[str, NDArray[np.int64]]:
+        """The rows of each part, in random order.
+
+        Copies of a row, but for the label, are never in two parts.
+        """
+        fractions = self.data_options.fractions
+        groups: dict[tuple[str, ...], int] = {}
+        same = [
+            groups.setdefault(tuple(map(str, row)), len(groups))
+            for row in zip(*columns.values(), strict=True)
+        ]
+        place = np.random.default_rng(self.seed).permutation(count)
+        if len(groups) == count:
+            edges = (np.cumsum(fractions)[:-1] * count).round().astype(int)
+            return dict(zip(PARTS, np.split(place, edges), strict=True))
+        account.note("duplicates", f"{count - len(groups):,} rows repeat another one")
+        part = random_parts(count, fractions, self.seed, same)[place]
+        return {name: place[part == k] for k, name in enumerate(PARTS)}
 
     def build(self) -> nn.Module:
         """Vectors and weights drawn at random."""

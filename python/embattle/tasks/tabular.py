@@ -15,7 +15,7 @@ from embattle.data.account import Account, listed
 from embattle.data.batch import Batch
 from embattle.data.divide import stratified_parts
 from embattle.data.labels import is_blank
-from embattle.data.looks import is_number
+from embattle.data.looks import THOUSANDS, has_thousands, is_number
 from embattle.data.recipe import Limits, Place, check_fractions
 from embattle.data.splits import PARTS, number_labels
 from embattle.data.tables import Table
@@ -97,21 +97,24 @@ class Column:
         values: the known ones, numbered from 1; None for a column of numbers.
         edges: of a column of numbers: range k (from 1) reaches from edge k - 2, which is not in
             it, to edge k - 1.
+        thousands: commas in its numbers are of thousands; else decimal.
     """
 
     name: str
     values: dict[str, int] | None
     edges: list[float]
+    thousands: bool = False
 
     @classmethod
     def learn(cls, name: str, cells: Sequence[str | None], ranges: int, least: int) -> Column:
         """Learn from the cells of the training rows; None is a missing one."""
         known = [cell for cell in cells if cell is not None]
-        if known and all(is_number(cell) for cell in known):
+        thousands = has_thousands(known)
+        numbers = [_number(cell, thousands) for cell in known]
+        if known and None not in numbers:
             shares = np.linspace(0, 1, ranges + 1)[1:-1]
-            numbers = [_number(cell) for cell in known]
-            edges = np.unique(np.quantile(numbers, shares, method="inverted_cdf"))
-            return cls(name, None, edges.tolist())
+            edges = np.unique(np.quantile(np.array(numbers, float), shares, method="inverted_cdf"))
+            return cls(name, None, edges.tolist(), thousands)
         often = sorted(value for value, count in Counter(known).items() if count >= least)
         return cls(name, {value: k for k, value in enumerate(often, 1)}, [])
 
@@ -135,10 +138,17 @@ class Column:
         if self.values is not None:
             known = self.values
             return np.array([known.get(cell or "", 0) for cell in cells], dtype=np.int64)
-        usable = [cell is not None and is_number(cell) for cell in cells]
-        numbers = [_number(c or "") if ok else 0.0 for c, ok in zip(cells, usable, strict=True)]
-        found = np.searchsorted(self.edges, numbers, side="left") + 1
+        numbers = [_number(cell or "", self.thousands) for cell in cells]
+        usable = [number is not None for number in numbers]
+        found = np.searchsorted(self.edges, [number or 0.0 for number in numbers], side="left") + 1
         return np.where(usable, found, 0).astype(np.int64)
+
+    def refuse(self, cells: Sequence[str | None]) -> None:
+        """Raises InputError about a cell of a column of numbers that is filled, and no number."""
+        if self.values is None:
+            for cell in cells:
+                if cell is not None and _number(cell, self.thousands) is None:
+                    raise InputError(f"column {self.name!r}: {cell!r} is no number")
 
 
 @dataclass(frozen=True)
@@ -259,6 +269,9 @@ class Tabular(Task):
         words = [f"{c.name!r} ({c.size - 1})" for c in self.columns if c.values is not None]
         account.note("numbers in ranges", listed(ranges) or "none")
         account.note("categories", listed(words) or "none")
+        grouped = [repr(c.name) for c in self.columns if c.thousands]
+        if grouped:
+            account.note("commas of thousands", listed(grouped))
         blank = {n: sum(c is None for c in cells) for n, cells in self._shown.items()}
         gaps = [f"{name!r} {count:,}" for name, count in blank.items() if count]
         if gaps:
@@ -280,7 +293,11 @@ class Tabular(Task):
         return [column.name for column in self.columns]
 
     def encode(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """Number the values of rows of a file; a column that is not there is unknown."""
+        """Number the values of rows of a file; a column that is not there is unknown.
+
+        Raises:
+            InputError: a cell of a column of numbers is filled, and no number.
+        """
         options = self.data_options
         missing = set(options.missing)
 
@@ -288,9 +305,11 @@ class Tabular(Task):
             value = row.get(name)
             return None if is_blank(value, missing) else str(value).strip()
 
-        fields = [
-            column.encode([cell(row, column.name) for row in rows]) for column in self.columns
-        ]
+        fields = []
+        for column in self.columns:
+            cells = [cell(row, column.name) for row in rows]
+            column.refuse(cells)
+            fields.append(column.encode(cells))
         inputs = {"values": torch.from_numpy(np.stack(fields, 1))}
         names = [cell(row, options.label) for row in rows]
         if not all(name in self.kind.classes for name in names):
@@ -347,5 +366,7 @@ class Tabular(Task):
         self.columns = [Column(**column) for column in facts["columns"]]
 
 
-def _number(cell: str) -> float:
-    return float(cell.replace(",", "."))
+def _number(cell: str, thousands: bool) -> float | None:
+    """A cell as a number; None where it is none."""
+    cell = cell.replace(",", "") if thousands and THOUSANDS.fullmatch(cell) else cell
+    return float(cell.replace(",", ".")) if is_number(cell) else None

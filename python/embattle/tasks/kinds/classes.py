@@ -21,6 +21,25 @@ from embattle.tasks.kinds.weighted import F1, Area, Mean, MeanOf, Measure
 BINS = 15
 
 
+def _areas(logits: Tensor, true: Tensor) -> list[Area]:
+    """Give the area of each class against the rest (of two classes one); none if one is absent.
+
+    Samples are ordered by the logarithm of the odds: probabilities near 1 are equal to a float.
+    """
+    if not true.any(0).all():
+        return []
+    logits, classes = logits.double(), range(logits.shape[1])
+    rest = [torch.cat([logits[:, :c], logits[:, c + 1 :]], 1).logsumexp(1) for c in classes]
+    areas = [Area(logits[:, c] - rest[c], true[:, c]) for c in classes]
+    return areas[1:] if len(areas) == 2 else areas
+
+
+def _mean(areas: Sequence[Measure], count: int) -> float:
+    if not areas:
+        return float("nan")
+    return float(MeanOf(list(areas))(torch.ones(1, count, dtype=torch.double)))
+
+
 @dataclass(frozen=True)
 class Classification(Kind):
     """One of several classes: logits [B, C], or one logit [B] or [B, 1] of a binary decision.
@@ -54,30 +73,24 @@ class Classification(Kind):
         logits = losses.two_sided(outputs)
         count = logits.shape[1]
         f1 = metrics.multiclass_f1_score(logits, labels, num_classes=count, average="macro")
-        if len(set(labels.tolist())) < count:
-            auc = torch.tensor(float("nan"))
-        elif count == 2:
-            auc = metrics.binary_auroc(logits.softmax(1)[:, 1], labels)
-        else:
-            auc = metrics.multiclass_auroc(logits.softmax(1), labels, num_classes=count)
+        areas = _areas(logits, F.one_hot(labels, count).bool())
         return {
             "accuracy": float((logits.argmax(1) == labels).float().mean()),
             "f1": float(f1),
-            "auc": float(auc),
+            "auc": _mean(areas, len(labels)),
         }
 
     def weighted(self, outputs: Tensor, labels: Tensor) -> Mapping[str, Measure]:
         """Give accuracy, F1, AUC (where no class is absent) and the loss."""
         logits = losses.two_sided(outputs.float())
-        count, shares, predicted = logits.shape[1], logits.softmax(1), logits.argmax(1)
+        count, predicted = logits.shape[1], logits.argmax(1)
         true = F.one_hot(labels, count).bool()
-        # Of two classes one area says all.
-        areas = [Area(shares[:, c], true[:, c]) for c in range(1 if count == 2 else 0, count)]
         found: dict[str, Measure] = {
             "accuracy": Mean(predicted == labels),
             "f1": F1(F.one_hot(predicted, count).bool(), true),
         }
-        if true.any(0).all():
+        areas = _areas(logits, true)
+        if areas:
             found["auc"] = MeanOf(areas)
         return found | {"loss": Mean(self.losses(outputs.float(), labels))}
 
@@ -192,18 +205,18 @@ class MultiLabelClassification(Kind):
             outputs.sigmoid(), truth, num_labels=count, average="macro"
         )
         both = [c for c in range(count) if 0 < int(truth[:, c].sum()) < len(truth)]
-        areas = [float(metrics.binary_auroc(outputs[:, c].sigmoid(), truth[:, c])) for c in both]
+        areas = [Area(outputs[:, c], truth[:, c].bool()) for c in both]
         return {
             "all_right": float(self.right(outputs, labels).float().mean()),
             "f1": float(f1),
-            "auc": sum(areas) / len(areas) if areas else float("nan"),
+            "auc": _mean(areas, len(truth)),
         }
 
     def weighted(self, outputs: Tensor, labels: Tensor) -> Mapping[str, Measure]:
         """Give the share without a wrong label, F1, AUC and the loss."""
         outputs, true = outputs.float(), labels.bool()
         shares = outputs.sigmoid()
-        areas = [Area(shares[:, c], true[:, c]) for c in range(shares.shape[1])]
+        areas = [Area(outputs[:, c], true[:, c]) for c in range(shares.shape[1])]
         return {
             "all_right": Mean(self.right(outputs, labels)),
             "f1": F1(shares > 0.5, true, absent=0.0),

@@ -89,5 +89,5 @@ class Ranking(Kind):
 
 
 def _ranks(scores: Tensor, items: Tensor) -> Tensor:
-    """How many items score higher than each row's own item, [B]."""
-    return (scores > scores.gather(1, items[:, None])).sum(1)
+    """How many items score higher than each row's own item, [B]; a NaN is higher, and the last."""
+    return (~(scores <= scores.gather(1, items[:, None]))).sum(1)

@@ -1,0 +1,151 @@
+"""Corners of users' tables and folders where a job was wrong without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("accelerate")
+pytest.importorskip("pyarrow")
+pytest.importorskip("pydantic")
+pytest.importorskip("typer")
+pytest.importorskip("yaml")
+
+import deployed
+import made_tables
+import torch
+from deployed import rows_of, write_csv
+from embattle.criteria import Deviate
+from embattle.data.account import Account
+from embattle.data.labels import most
+from embattle.data.looks import has_thousands
+from embattle.errors import InputError
+from embattle.jobs import recipe as recipes
+from embattle.jobs.predict import predict
+from embattle.jobs.run_folder import find_run
+from embattle.perturb.evaluation import Evaluation
+from embattle.tasks.kinds import BinaryClassification, Classification, Ranking
+from embattle.tasks.tabular import Column
+from test_variants import recipe_of
+
+models = deployed.models
+
+
+@pytest.mark.parametrize(
+    ("cells", "thousands"),
+    [
+        (["100", "999", "1,000", "4,546"], True),
+        (["1,234,567", "1,000"], True),
+        (["1,234.5", "2,000"], True),
+        (["1,234", "2,500"], False),  # decimals, all with three digits
+        (["0,125", "3"], False),
+        (["1,5", "1,250", "3"], False),
+        (["100", "2.5"], False),
+    ],
+)
+def test_commas_are_of_thousands_where_something_shows_it(
+    cells: list[str], thousands: bool
+) -> None:
+    assert has_thousands(cells) == thousands
+    column = Column.learn("income", cells, ranges=4, least=1)
+    assert column.values is None
+    numbers = [float(cell.replace(",", "" if thousands else ".")) for cell in cells]
+    assert set(column.edges) <= set(numbers)
+    order = column.encode(cells).tolist()
+    assert [x for _, x in sorted(zip(numbers, order, strict=True))] == sorted(order)
+    with pytest.raises(InputError, match="column 'income': 'abc' is no number"):
+        column.refuse([None, cells[0], "abc"])
+
+
+def test_the_larger_count_wins_whatever_its_commas() -> None:
+    assert most(["like", "love"], ["1,200", "900"], ()) == "like"
+    assert most(["like", "love"], ["1,234,567", "900"], ()) == "like"
+    assert most(["like", "love"], ["0,5", "1"], ()) == "love"
+
+
+def test_copies_of_a_click_are_in_one_part(tmp_path: Path) -> None:
+    """Each row is there six times, with a label that is drawn anew."""
+    rows = [[i % 15, i % 10, (i * copy) % 2] for i in range(150) for copy in range(6)]
+    table = made_tables.table(tmp_path / "clicks.csv", ("user", "item", "clicked"), rows)
+    data = {"path": str(table), "fields": ["user", "item"], "label": "clicked", "at_least": 1}
+    recipe = recipes.load(recipe_of(tmp_path, task="click_through", data=data, model={"dim": 4}))
+    task, account = recipe.make_task(), Account()
+    task.read(account)
+    parts = [{tuple(row) for row in part.values.tolist()} for part in task.parts.values()]
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set().union(*parts))
+    assert any("870 rows repeat another one" in line for line in account.lines())
+
+
+def test_files_that_no_run_writes_are_not_overwritten(tmp_path: Path) -> None:
+    recipe, folder = recipes.load(recipe_of(tmp_path)), tmp_path / "run"
+    (folder / "standard").mkdir(parents=True)
+    (folder / "older").mkdir()
+    (folder / "older" / "recipe.yaml").touch()
+    for name in ("run.json", "recipe.yaml", "metrics.json", "report.html", "curves.svg"):
+        (folder / name).touch()
+    assert find_run(recipe, folder, resume=False, overwrite=True) is None
+    (folder / "mydata.csv").touch()
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.txt").touch()
+    with pytest.raises(InputError, match=r"'mydata\.csv', 'notes'\), and would remove it"):
+        find_run(recipe, folder, resume=False, overwrite=True)
+
+
+def test_what_is_no_number_is_right_of_nothing() -> None:
+    nan = torch.nan
+    scores = torch.tensor([[nan, nan, nan], [0.0, 1.0, 2.0], [3.0, nan, 1.0]])
+    assert Ranking(1).scores(scores, torch.tensor([0, 2, 0]))["hit_rate"] == pytest.approx(1 / 3)
+    goal = Deviate(torch.zeros(3), by=0.1)
+    assert goal.reached(Evaluation(outputs=torch.tensor([nan, 0.05, 5.0])), None).tolist() == [
+        True, False, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+def test_areas_know_confident_scores_apart(shift: float) -> None:
+    """Whose probabilities are equal to a float."""
+    labels = torch.tensor([0, 1])
+    for scores, area in (([20.0, 30.0], 1), ([30.0, 20.0], 0), ([25.0, 25.0], 0.5)):
+        logits = torch.tensor(scores) + shift
+        assert BinaryClassification().scores(logits, labels)["auc"] == area
+        many = torch.stack([torch.zeros(2), logits, torch.zeros(2)], 1)
+        found = Classification().scores(many, torch.tensor([0, 1]))["auc"]
+        assert found != found  # a class is absent
+    weights = torch.ones(1, 3, dtype=torch.double)
+    logits = torch.tensor([[40.0, 0, 0], [30.0, 0, 0], [0, 30.0, 40.0]]) + shift
+    labels = torch.tensor([0, 1, 2])
+    kind = Classification()
+    auc = kind.scores(logits, labels)["auc"]
+    assert auc == pytest.approx((1 + 0.5 + 1) / 3)
+    assert float(kind.weighted(logits, labels)["auc"](weights)) == pytest.approx(auc)
+
+
+def test_what_is_kept_is_not_read(models: Any, tmp_path: Path) -> None:
+    """Such as a label that is blank, or of no class."""
+    for name, label in (("click_through", "rich"), ("text_classification", "recommended")):
+        cells = zip(rows_of(name, 2), ["", "x"], strict=True)
+        rows = [{**row, label: value} for row, value in cells]
+        table = tmp_path / f"{name}.csv"
+        write_csv(table, rows)
+        found = predict(models(name), table, tmp_path / f"{name}.jsonl", keep=[label])
+        assert (found.rows, found.bad) == (len(rows), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("seed=20261201123456", r"seed: .*less than 4294967296"),
+        ("data.label=2020-13-45", "the value is not YAML"),
+        ("full={train: {steps: 0}}", r"with the section full: train\.steps"),
+    ],
+)
+def test_changes_that_cannot_be_are_said(tmp_path: Path, change: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        recipes.load(recipe_of(tmp_path), changes=[change])
+    file = tmp_path / "wrong.yaml"
+    file.write_text("seed: 2020-13-01\n")
+    with pytest.raises(InputError, match=r"wrong\.yaml: not YAML \(month must be"):
+        recipes.load(file)
