@@ -23,6 +23,7 @@ from embattle.data.labels import most
 from embattle.data.looks import has_thousands
 from embattle.errors import InputError
 from embattle.jobs import recipe as recipes
+from embattle.jobs.init import look
 from embattle.jobs.predict import predict
 from embattle.jobs.run_folder import find_run
 from embattle.perturb.evaluation import Evaluation
@@ -149,3 +150,33 @@ def test_changes_that_cannot_be_are_said(tmp_path: Path, change: str, words: str
     file.write_text("seed: 2020-13-01\n")
     with pytest.raises(InputError, match=r"wrong\.yaml: not YAML \(month must be"):
         recipes.load(file)
+
+
+def test_yes_and_no_in_words_are_clicks(tmp_path: Path) -> None:
+    """And the file's encoding can be named for any task."""
+    rows = [[f"é{i % 9}", i % 7, "False" if i % 3 else "True", i] for i in range(60)]
+    names = ("user", "item", "clicked", "timestamp")
+    table = made_tables.table(tmp_path / "clicks.csv", names, rows)
+    drafted = look(table)
+    assert drafted.task == "click_through"
+    table.write_bytes(table.read_text(encoding="utf-8").encode("latin-1"))
+    data = {"path": str(table), "fields": ["user", "item"], "label": "clicked"}
+    options: dict[str, Any] = {"task": "click_through", "model": {"dim": 4}}
+    with pytest.raises(InputError, match=r"name the file's encoding in data\.encoding"):
+        recipes.load(recipe_of(tmp_path, data=data, **options)).make_task().read(Account())
+    data |= {"encoding": "latin-1", "delimiter": ","}
+    task = recipes.load(recipe_of(tmp_path, data=data, **options)).make_task()
+    task.read(Account())
+    assert sum(part.label.sum() for part in task.parts.values()) == 20
+
+
+def test_ratings_say_what_was_read_and_who_is_always_right(tmp_path: Path) -> None:
+    rows = [[u, i, 5, 10 * u + i] for u in range(6) for i in range(12) if (u + i) % 6 or u > 2]
+    table = made_tables.table(tmp_path / "r.csv", ("u", "i", "stars", "when"), rows)
+    data = {"path": str(table), "user": "u", "item": "i", "rating": "stars", "time": "when", "k": 2}
+    task = recipes.load(recipe_of(tmp_path, task="item_ranking", data=data, model={})).make_task()
+    account = Account()
+    task.read(account)
+    lines = "\n".join(account.lines())
+    assert "r.csv: CSV, utf-8, delimiter comma" in lines
+    assert "3 of 6 test users have met all but 2 items or fewer" in lines

@@ -41,7 +41,7 @@ class ItemTexts(Place):
             InputError: the table cannot be read, names an item twice, or has no text of any.
         """
         path = self.table()
-        found = read_columns(path, [self.key, *self.text, *self.flags])
+        found = read_columns(path, [self.key, *self.text, *self.flags], **self.written)
         texts: dict[str, str] = {}
         for row, name in enumerate(found[self.key]):
             if str(name) in texts:

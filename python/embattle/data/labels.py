@@ -12,6 +12,8 @@ from embattle.data.account import Account, listed
 from embattle.data.looks import THOUSANDS, is_number
 from embattle.errors import InputError
 
+#: Words for yes and no, as numbers.
+TRUTH = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 # Classes that are often meant as "no value". They are taken for what they are: names of classes.
 _ODD = {"na", "n/a", "nan", "null", "none", "nil", "-", "?", "unknown", "#n/a"}
 

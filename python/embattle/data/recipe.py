@@ -31,16 +31,35 @@ class Place(Section):
     Attributes:
         source: the name of a data set; or
         path: a CSV, Parquet or JSON-lines file.
+        encoding: of a text file; null takes UTF-8 (or UTF-16 with its mark).
+        delimiter: of a CSV file, one character or `tab`; null guesses among `,` `;` `|` and tab.
+        header: names of the columns of a CSV file without a header line.
     """
 
     source: str | None = None
     path: str | None = None
+    encoding: str | None = None
+    delimiter: str | None = None
+    header: list[str] | None = None
+
+    @field_validator("delimiter")
+    @classmethod
+    def _one_character(cls, value: str | None) -> str | None:
+        value = "\t" if value in ("tab", "\\t") else value
+        if value is not None and (len(value) != 1 or value in '\r\n"' or not value.isascii()):
+            raise ValueError("must be one ASCII character that is no quote, or 'tab'")
+        return value
 
     @model_validator(mode="after")
     def _one_table(self) -> Place:
         if (self.source is None) == (self.path is None):
             raise ValueError("give either source (a known data set) or path (a file), not both")
         return self
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """How the file is written, as `Table` wants it."""
+        return {"encoding": self.encoding, "delimiter": self.delimiter, "header": self.header}
 
     def table(self) -> Path:
         """The file, fetched where needed."""
@@ -64,9 +83,6 @@ class DataRecipe(Place):
         label: the column to predict: any two or more classes; or several columns of counts, such as
             of reactions, of which the name of that with the largest is the class. A row in which
             two share the largest, or all are 0, has no label.
-        encoding: of a text file; null takes UTF-8 (or UTF-16 with its mark).
-        delimiter: of a CSV file, one character or `tab`; null guesses among `,` `;` `|` and tab.
-        header: names of the columns of a CSV file without a header line.
         ragged_rows: what happens to rows of a CSV file with too few or too many cells.
         missing: cells that stand for no value, such as NA; without it, NA is a class or a word.
         blank_labels: what happens to rows that have a text and no label.
@@ -81,9 +97,6 @@ class DataRecipe(Place):
 
     text: list[str] = Field(min_length=1)
     label: str | list[str]
-    encoding: str | None = None
-    delimiter: str | None = None
-    header: list[str] | None = None
     ragged_rows: Remedy = "refuse"
     missing: list[str] = Field(default=[])
     blank_labels: Remedy = "refuse"
@@ -115,14 +128,6 @@ class DataRecipe(Place):
             return columns[self.label]
         rows = zip(*(columns[name] for name in self.label), strict=True)
         return [most(self.label, counts, self.missing) for counts in rows]
-
-    @field_validator("delimiter")
-    @classmethod
-    def _one_character(cls, value: str | None) -> str | None:
-        value = "\t" if value in ("tab", "\\t") else value
-        if value is not None and (len(value) != 1 or value in '\r\n"' or not value.isascii()):
-            raise ValueError("must be one ASCII character that is no quote, or 'tab'")
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> DataRecipe:

@@ -48,9 +48,7 @@ class Reading:
         self.table = Table(
             path,
             [*recipe.text, *recipe.label_columns],
-            encoding=recipe.encoding,
-            delimiter=recipe.delimiter,
-            header=recipe.header,
+            **recipe.written,
             drop_ragged=recipe.ragged_rows == "drop",
         )
         account.note("file", f"{path}: {self.table.form.words()}")

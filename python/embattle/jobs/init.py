@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from embattle.data.account import printable
-from embattle.data.labels import is_blank
+from embattle.data.labels import TRUTH, is_blank
 from embattle.data.looks import (
     TABLES,
     Column,
@@ -208,9 +208,10 @@ def _clicks(
     coded = [name for name in columns if re.fullmatch(r"[CI]\d+", name)]
     numeric = [name for name, column in columns.items() if column.kind == "numbers"]
     marks = [
-        n for n in (*with_role("click", columns), *with_role("label", columns)) if n in numeric
+        name
+        for name in (*with_role("click", columns), *with_role("label", columns))
+        if columns[name].distinct == 2 and (name in numeric or _says_yes_or_no(sample[name]))
     ]
-    marks = [name for name in marks if columns[name].distinct == 2]
     label = next(iter(marks), events.get("rating"))
     if label is None:
         return None
@@ -234,6 +235,10 @@ def _clicks(
         data.insert(2, ("dense", dense, "numbers"))
     kind = f"  kind: {'dlrm' if dense else 'deepfm'}\n"
     return Draft("click_through", looks, data, rows, {"kind": kind})
+
+
+def _says_yes_or_no(cells: Sequence[str]) -> bool:
+    return all(cell.strip().lower() in TRUTH for cell in cells if cell.strip())
 
 
 def _larger(cells: Sequence[str]) -> float:

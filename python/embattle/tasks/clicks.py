@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from embattle.data.account import Account
 from embattle.data.batch import Batch
 from embattle.data.divide import random_parts
-from embattle.data.labels import is_blank
+from embattle.data.labels import TRUTH, is_blank
 from embattle.data.recipe import Place, check_fractions
 from embattle.data.splits import PARTS
 from embattle.data.tables import read_columns
@@ -140,7 +140,7 @@ class ClickThrough(Task):
         """Read and join the tables, and divide the rows by seed."""
         options = self.data_options
         wanted = (*options.fields, *options.dense, options.label)
-        table = read_columns(options.table(), wanted)
+        table = read_columns(options.table(), wanted, **options.written)
         columns = {name: column[: options.rows] for name, column in table.items()}
         count = len(columns[options.label])
         for other in options.join:
@@ -297,9 +297,12 @@ def _liked(options: ClicksRecipe, column: Sequence[Any]) -> NDArray[np.bool_]:
 
 
 def _numbers(name: str, column: Sequence[Any]) -> NDArray[np.float64]:
-    """A column as numbers, NaN where a cell is empty."""
+    """A column as numbers, true and yes as 1, false and no as 0; NaN where a cell is empty."""
     try:
-        found = [math.nan if is_blank(value, ()) else float(value) for value in column]
+        found = [
+            math.nan if is_blank(value, ()) else float(TRUTH.get(str(value).strip().lower(), value))
+            for value in column
+        ]
     except (TypeError, ValueError) as error:
         raise InputError(f"column {name!r} must hold numbers: {error}") from error
     return np.array(found, dtype=np.float64)
@@ -308,7 +311,7 @@ def _numbers(name: str, column: Sequence[Any]) -> NDArray[np.float64]:
 def _look_up(other: Joined, keys: Sequence[Any]) -> dict[str, list[Any]]:
     """The columns of a further table for each key, None where it has none."""
     path, names = other.table(), [*other.fields, *other.dense]
-    table = read_columns(path, (other.key, *names))
+    table = read_columns(path, (other.key, *names), **other.written)
     place = {str(key): row for row, key in enumerate(table[other.key])}
     if len(place) < len(table[other.key]):
         raise InputError(f"{path}: column {other.key!r} names a value twice; give one row for each")

@@ -118,7 +118,9 @@ class LLMRanking(Task):
         """
         options = self.data_options
         columns = (options.user, options.item, options.rating, options.time)
-        self.ratings, _, items = read_named_ratings(options.table(), columns)
+        self.ratings, _, items = read_named_ratings(
+            options.table(), columns, account=account, **options.written
+        )
         self.titles = _titles(options.titles, items)
         self.questions = ask(
             self.ratings,
@@ -243,7 +245,7 @@ class LLMRanking(Task):
 def _titles(options: Titles, items: Sequence[str]) -> list[str]:
     """The title of each item, by number."""
     path = options.table()
-    table = read_columns(path, (options.key, options.title))
+    table = read_columns(path, (options.key, options.title), **options.written)
     known = dict(zip(map(str, table[options.key]), table[options.title], strict=True))
     untitled = [name for name in items if is_blank(known.get(name))]
     if untitled:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from embattle.data.account import Account
@@ -64,7 +65,9 @@ class RatingsTask(Task):
         """Read the table and hold the last two items of each user out."""
         options = self.data_options
         columns = (options.user, options.item, options.rating, options.time)
-        ratings, self.users, self.items = read_named_ratings(options.table(), columns)
+        ratings, self.users, self.items = read_named_ratings(
+            options.table(), columns, account=account, **options.written
+        )
         count = options.users
         if count is not None and count < ratings.user_count:
             few = ratings.take(ratings.users < count)
@@ -81,6 +84,15 @@ class RatingsTask(Task):
         if ratings.item_count <= options.k:
             raise InputError(
                 f"data.k: {options.k} of {ratings.item_count} items cannot be a choice; lower it"
+            )
+        met = self.met_before("test")
+        distinct = np.unique(np.stack([met.users, met.items], 1), axis=0)[:, 0]
+        left = ratings.item_count - np.bincount(distinct, minlength=ratings.user_count)
+        sure = int((left[test.users] <= options.k).sum())
+        if sure:
+            account.warn(
+                f"{sure:,} of {len(test):,} test users have met all but {options.k} items or fewer "
+                "(data.k): whatever a model says of them is right"
             )
 
     def met_before(self, part: str) -> Ratings:

@@ -41,7 +41,6 @@ class TabularData(Place):
         positive: the class whose probability is predicted; null takes the second in natural order.
         columns: the columns to predict from; null takes all others.
         ignore: columns to leave out, such as identifiers.
-        encoding, delimiter: of a text file; null guesses.
         missing: cells that stand for no value, such as `?`.
         ranges: a column of numbers is cut into so many ranges, with as many training rows in each.
         min_count: values that fewer training rows have are one, `unknown`.
@@ -53,8 +52,6 @@ class TabularData(Place):
     positive: str | None = None
     columns: list[str] | None = Field(default=None, min_length=1)
     ignore: list[str] = Field(default=[])
-    encoding: str | None = None
-    delimiter: str | None = None
     missing: list[str] = Field(default=[])
     ranges: PositiveInt = 16
     min_count: PositiveInt = 5
@@ -226,7 +223,7 @@ class Tabular(Task):
         """The cells of each column, blank ones None, and the labels, of the rows with a label."""
         options = self.data_options
         path = options.table()
-        how: dict[str, Any] = {"encoding": options.encoding, "delimiter": options.delimiter}
+        how = options.written
         names = options.columns
         if names is None:
             every = [name for name in Table(path, **how).sample() if name != options.label]
