@@ -87,6 +87,7 @@ ON_THE_CPU_ALONE = {
     "test_tasks.py::test_a_ranking_task_goes_through_the_jobs": "its task draws on the CPU",
     "test_statistics.py": _PACKAGE,
     "test_tune.py": _PACKAGE,
+    "test_user_tables.py": _PACKAGE,
     "test_variants.py": _PACKAGE,
     "test_worst_case.py": _PACKAGE,
 }
@@ -137,6 +138,7 @@ NOT_ON_PRETEND = {
     "test_job.py": _PLACING,
     "test_objective.py::"
     "test_mixed_looks_up_once_and_makes_no_extra_pass_from_a_random_start": _SUBCLASS,
+    "test_corners.py::test_ops_refuse_tensors_without_numbers_beside_others": _KERNELS,
     "test_ops_big.py": _KERNELS,
     "test_ops_hostile.py": _KERNELS,
     "test_ops_errors.py": _KERNELS,

@@ -137,7 +137,8 @@ def test_what_is_added_in_place_gives_the_numbers_of_a_sum(
             found.append(loss.item())
         for handle in handles:
             handle.remove()
-        assert bool(added) == (not other or way == "in place")
+        if devices.kind != "pretend":  # whose tensors are a subclass
+            assert bool(added) == (not other or way == "in place")
     assert found[:3] == pytest.approx(found[3:], abs=1e-12)
 
 

@@ -113,13 +113,12 @@ class Square(Attack):
         here = kept * part
         # With equal weights a single coordinate could not change its sign.
         turned = here / self._norm(perturbation, here)
-        turned = turned + drawn.sign() * part * (
-            1.25 / self._norm(perturbation, part.to(kept.dtype))
-        )
+        drawn_size = self._norm(perturbation, part.to(kept.dtype))
+        turned = turned + drawn.sign() * part * (1.25 / drawn_size)
         size = (moved + unused) ** (1 / order)
         changed = kept * ~(part | emptied) + (turned / self._norm(perturbation, turned)) * size
         # A group of which no coordinate was drawn stays as it is.
-        return torch.where(self._norm(perturbation, part.to(kept.dtype)) > 0.5, changed, kept)
+        return torch.where(drawn_size > 0.5, changed, kept)
 
     def _drawn(self, perturbation: Perturbation, state: dict[str, Any]) -> Tensor:
         """Draw uniformly in [-1, 1], 0 where nothing may move."""

@@ -126,6 +126,11 @@ class PerSampleClipper:
         for name, value in (("gamma", gamma), ("noise_multiplier", noise_multiplier)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"PerSampleClipper: {name} must be finite and >= 0, got {value}")
+        if expected_batch_size is not None and not 0 < expected_batch_size < math.inf:
+            raise ValueError(
+                "PerSampleClipper: expected_batch_size must be finite and above 0, got "
+                f"{expected_batch_size}"
+            )
         self.model = model
         self.mode: Mode = mode
         self.max_norm = checked_bound(max_norm, mode)
@@ -322,12 +327,14 @@ class PerSampleClipper:
                 f"{tuple(found.shape)}"
             )
         found = found.detach().to(losses.device, torch.float64)
-        if self.noise_multiplier and bool((found.abs() > 1).any()):
-            raise ValueError(
-                f"PerSampleClipper: with noise, weights must lie in [-1, 1], got "
-                f"{float(found.max())}: "
-                "larger ones would exceed the bound that the noise is made for"
-            )
+        if self.noise_multiplier:
+            beyond = (found.abs() <= 1).logical_not()  # a NaN too
+            if bool(beyond.any()):
+                raise ValueError(
+                    f"PerSampleClipper: with noise, weights must lie in [-1, 1], got "
+                    f"{float(found[beyond][0])}: larger ones would exceed the bound that the noise "
+                    "is made for"
+                )
         return found
 
     @staticmethod

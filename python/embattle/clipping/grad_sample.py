@@ -35,8 +35,9 @@ def squares(x: Tensor, dims: int) -> Tensor:
     """Sums of squares over all but the first dims, float64."""
     if x.dim() <= dims:
         return x.double().square()
-    norms: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(dims, x.dim())))
-    return norms.double().square()
+    # Squares of float32 would vanish below 1e-23; the op's sums are in double.
+    rows = x.reshape(x.shape[:dims].numel(), -1)
+    return ops.group_norm(rows, norm="l2").double().square().reshape(x.shape[:dims])
 
 
 def dense_norms(grads: Sequence[Tensor], users: Users) -> Tensor:

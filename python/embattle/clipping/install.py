@@ -87,7 +87,7 @@ class Installer:
             # A graph that is checked is differentiated twice.
             stack.enter_context(torch._functorch.config.patch(donated_buffer=False))
         for name, p in self.named:
-            if p._backward_hooks:
+            if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
                 raise ValueError(
                     f"PerSampleClipper: parameter '{name}' has a gradient hook, which would be "
                     "skipped: it is meant for the gradient of the batch. Remove it, and change "

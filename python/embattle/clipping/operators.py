@@ -141,6 +141,8 @@ class Operators(TorchFunctionMode):
         for i, part in parts:
             if isinstance(part, Tensor) and part.requires_grad:
                 known[id(part)] = Derived(part, func, args, kwargs, i, origin)
+            elif isinstance(part, Tensor):  # of parameters, without a gradient: a norm, a mask
+                self.constants[id(part)] = part
         return out
 
 

@@ -51,7 +51,9 @@ class AWP:
         self.objective, self.gamma, self.delay = objective, gamma, delay
         found = model.parameters() if isinstance(model, nn.Module) else model
         self._models = [model] if isinstance(model, nn.Module) else []
-        self._weights = [p for p in found if p.requires_grad and p.dim() > 1]
+        self._candidates = list(dict.fromkeys(p for p in found if p.dim() > 1))
+        if not self._candidates:
+            raise ValueError("AWP: no parameter of two dims or more: nothing would be perturbed")
 
     def __repr__(self) -> str:
         return f"AWP({self.gamma:g} x the weights' norms, {self.objective!r})"
@@ -76,15 +78,18 @@ class AWP:
         batch.early = False
         if objective.step < self.delay or self.gamma == 0 or not torch.is_grad_enabled():
             return objective.finish(batch, objective.form(batch))
+        weights = [p for p in self._candidates if p.requires_grad]
+        if not weights:
+            raise ValueError("AWP: no parameter of two dims or more is trained")
         # The passes at w are no training passes: statistics move with those at w + v alone.
         with kept_state(self._models):
             loss = objective.form(batch)
-        grads = torch.autograd.grad(loss, self._weights, allow_unused=True)
+        grads = torch.autograd.grad(loss, weights, allow_unused=True)
         batch.frozen = True
-        kept = [weight.detach().clone() for weight in self._weights]
+        kept = [weight.detach().clone() for weight in weights]
         try:
             with torch.no_grad():
-                for weight, grad in zip(self._weights, grads, strict=True):
+                for weight, grad in zip(weights, grads, strict=True):
                     if grad is not None:
                         _move(weight, grad, self.gamma)
             with fresh_autocast_cache():
@@ -93,7 +98,7 @@ class AWP:
             found = torch.autograd.grad(loss, params, allow_unused=True)
         finally:
             with torch.no_grad():
-                for weight, before in zip(self._weights, kept, strict=True):
+                for weight, before in zip(weights, kept, strict=True):
                     weight.copy_(before)
         return objective.finish(batch, attach_gradients(loss.detach(), params, found))
 

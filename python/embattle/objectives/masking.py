@@ -72,7 +72,7 @@ class LossQuantile:
         if losses.numel() == 0:
             return torch.ones_like(losses, dtype=torch.bool)
         # The k-th smallest, not an interpolation: with equal losses nobody is left out.
-        kth = max(math.ceil(self.quantile * losses.numel()), 1)
+        kth = max(math.ceil(round(self.quantile * losses.numel(), 9)), 1)
         return losses <= losses.kthvalue(kth).values
 
 

@@ -57,7 +57,9 @@ class WarmUp:
     def __call__(self, step: int) -> float:
         if step >= self.delay + self.steps:
             return 1.0
-        return self.start + (1 - self.start) * max(step - self.delay, 0) / self.steps
+        if step <= self.delay:
+            return self.start
+        return self.start + (1 - self.start) * (step - self.delay) / self.steps
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Adaptive:
             raise ValueError(f"Adaptive: target must lie between 0 and 1, got {self.target}")
         if not 0 < self.shrink < 1:
             raise ValueError(f"Adaptive: shrink must lie between 0 and 1, got {self.shrink}")
+        _at_least("Adaptive: start", self.start, 0)
         _at_least("Adaptive: grow", self.grow, 0)
         _at_least("Adaptive: every", self.every, 1)
         _at_least("Adaptive: lowest", self.lowest, 0)
@@ -131,8 +134,12 @@ class Adaptive:
         self._seen.append(metrics["robust_accuracy"].detach())
         if len(self._seen) < self.every:
             return
-        accuracy = sum(float(value) for value in self._seen) / len(self._seen)
+        # A batch in which no label counts has no accuracy.
+        known = [x for x in map(float, self._seen) if math.isfinite(x)]
         self._seen.clear()
+        if not known:
+            return
+        accuracy = sum(known) / len(known)
         if accuracy >= self.target:
             self.factor = min(self.factor + self.grow, self.highest)
         else:

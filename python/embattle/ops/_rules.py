@@ -7,17 +7,33 @@ callers of ``torch.ops.embattle.*`` get them too.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def register_fake(op: str) -> Callable[[_F], _F]:
-    """`torch.library.register_fake`, typed."""
-    rule: Callable[[_F], _F] = torch.library.register_fake(op)
-    return rule
+    """`torch.library.register_fake`, typed; tensors must be on one device, as the ops want them."""
+
+    def attach(rule: _F) -> _F:
+        @wraps(rule)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            found = {x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+            if len(found) > 1:
+                where = " and ".join(sorted(map(str, found)))
+                raise RuntimeError(
+                    f"{op.replace('::', '.')}: tensors are on {where}, not on one device"
+                )
+            return rule(*args, **kwargs)
+
+        torch.library.register_fake(op)(checked)
+        return rule
+
+    return attach
 
 
 def register_vmap(op: str) -> Callable[[_F], _F]:

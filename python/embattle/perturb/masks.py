@@ -25,9 +25,9 @@ class PerCall:
 
     def __init__(self, name: str, site: Site, given: PerCallTensor, dtype: torch.dtype) -> None:
         self.name, self.site, self.given, self.dtype = name, site, given, dtype
-        single = isinstance(given, Tensor) or not (given is None or _listed(given))
-        for one in [given] if single and not callable(given) else given if _listed(given) else []:  # type: ignore[union-attr]
-            self._check(one)
+        if not callable(given):
+            for one in given if _listed(given) else [given]:  # type: ignore[union-attr]
+                self._check(one)
 
     def __call__(self, call: Call, number: int) -> Tensor | None:
         """Return what belongs to the site's call of this number."""
