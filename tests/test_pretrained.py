@@ -169,3 +169,36 @@ def test_the_bundled_language_model_knows_a_capital() -> None:
     with torch.no_grad():
         best = int(model.eval()(tokens).logits[0, -1].argmax())
     assert tokenizer.decode(best).strip() == "Paris"
+
+
+@pytest.mark.parametrize("kind", ["roberta", "t5"])
+def test_encoders_in_half_precision_and_alone_are_read_back(tmp_path: Path, kind: str) -> None:
+    """As a configuration names the type, and T5's without its decoder."""
+    import transformers
+    from embattle.models.encoder import TextEncoder
+    from embattle.models.pretrained import fitting, saved_encoder
+
+    make_encoder(tmp_path / "tokens")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokens")
+    folder = tmp_path / kind
+    if kind == "t5":
+        config = transformers.T5Config(
+            vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+        )
+        model: Any = transformers.T5EncoderModel(config)
+    else:
+        config = transformers.RobertaConfig(
+            vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, max_position_embeddings=34, pad_token_id=1,
+        )  # fmt: skip
+        model = transformers.RobertaModel(config)
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    found, tokens = saved_encoder(folder)
+    assert {p.dtype for p in found.parameters()} == {torch.float32}
+    text = TextEncoder(found, tokens, pooling=None, max_tokens=12)
+    assert not any("decoder" in name for name, _ in text.encoder.named_modules())
+    if kind == "roberta":
+        assert fitting(32, found) == 32
+        with pytest.raises(InputError, match="64 is more than the model's 32 positions"):
+            TextEncoder(found, tokens, pooling=None, max_tokens=64)

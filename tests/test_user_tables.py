@@ -180,3 +180,33 @@ def test_ratings_say_what_was_read_and_who_is_always_right(tmp_path: Path) -> No
     lines = "\n".join(account.lines())
     assert "r.csv: CSV, utf-8, delimiter comma" in lines
     assert "3 of 6 test users have met all but 2 items or fewer" in lines
+
+
+def test_categories_and_keys_of_joins_by_their_names(tmp_path: Path) -> None:
+    """Whole numbers that were once floats, and spaces; keys that are not there are said."""
+    rows = [[f" {i % 9}", i % 7, i % 2, f"{i}.5"] for i in range(80)]
+    names = ("user", "item", "clicked", "age")
+    table = made_tables.table(tmp_path / "clicks.csv", names, rows)
+    groups = made_tables.table(
+        tmp_path / "groups.csv", ("user", "grp"), [[f"{u}.0", "ab"[u % 2]] for u in range(8)]
+    )
+    data: dict[str, Any] = {
+        "path": str(table), "fields": ["user", "item"], "dense": ["age"], "label": "clicked",
+        "join": [{"path": str(groups), "key": "user", "fields": ["grp"]}],
+    }  # fmt: skip
+    options: dict[str, Any] = {"task": "click_through", "model": {"dim": 4, "kind": "dlrm"}}
+    task, account = recipes.load(recipe_of(tmp_path, data=data, **options)).make_task(), Account()
+    task.read(account)
+    assert task.known["grp"] == ["None", "a", "b"]
+    assert any("have no 'user' in it" in line for line in account.lines())
+    columns: dict[str, list[Any]] = {"item": [1, 1], "grp": ["a", "a"], "age": [1, 1]}
+    values = task._numbered({"user": [2.0, "2"], **columns}, 2)[0]
+    assert values[0].tolist() == values[1].tolist()
+    assert values[0, 0] > 0
+    made_tables.table(groups, ("user", "grp"), [[f"user{u}", "a"] for u in range(8)])
+    with pytest.raises(InputError, match="has none of the keys of the rows, such as"):
+        task.read(Account())
+    made_tables.table(table, names, [*rows, [1, 2, 1, "1e400"]])
+    data.pop("join")
+    with pytest.raises(InputError, match="column 'age' holds numbers that are not finite"):
+        recipes.load(recipe_of(tmp_path, data=data, **options)).make_task().read(Account())

@@ -263,6 +263,11 @@ class _Study:
             rows.append(row)
         write_text(self.out / "trials.json", json.dumps(rows, indent=2) + "\n")
         self._print(rows, best)
+        if not any("look" in row for row in rows):
+            raise InputError(
+                f"no trial was finished: all {len(rows)} diverged or were stopped; lower "
+                "train.learning_rate or the strengths in tune.space"
+            )
         if best is None:
             raise InputError(
                 f"no trial keeps tune.at_most_lost ({self._bound:g} points of {self.measure}): "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embattle.data.batch import Batch
-from embattle.models.pretrained import count_longer, is_causal, padded_right, quiet
+from embattle.models.pretrained import count_longer, fitting, is_causal, padded_right, quiet
 from embattle.models.words import Words
 
 
@@ -32,14 +32,16 @@ class TextEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self._config = encoder.config  # of all of it, which `saved_encoder` makes again
-        if getattr(encoder.config, "is_encoder_decoder", False):
+        # An encoder that was saved alone may be read as both, such as T5's.
+        both = all(getattr(encoder, part, None) is not None for part in ("encoder", "decoder"))
+        if both or getattr(encoder.config, "is_encoder_decoder", False):
             encoder = encoder.get_encoder()
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None
         self.encoder = encoder
         self.width: int = encoder.config.hidden_size
         self.pooling = pooling or ("last" if is_causal(self._config) else "mean")
-        self.max_tokens = max_tokens
+        self.max_tokens = fitting(max_tokens, encoder)
         self._tokenizer = padded_right(tokenizer)
 
     @property

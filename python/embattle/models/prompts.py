@@ -48,7 +48,7 @@ class Prompts:
         self.tokenizer, self.max_tokens = padded_right(tokenizer), max_tokens
         self._known: dict[str, list[int]] = {}
         found = re.fullmatch(
-            r"(.*?)( ?)\{liked\}([^{}]*?)( ?)\{title\}([^{}]*)", template, re.DOTALL
+            r"([^{}]*?)( ?)\{liked\}([^{}]*?)( ?)\{title\}([^{}]*)", template, re.DOTALL
         )
         if found is None or not found[1]:
             raise InputError(

@@ -16,14 +16,20 @@ from torch.utils._pytree import tree_leaves
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def register_fake(op: str) -> Callable[[_F], _F]:
-    """`torch.library.register_fake`, typed; tensors must be on one device, as the ops want them."""
+def register_fake(op: str, *, one_device: bool = True) -> Callable[[_F], _F]:
+    """`torch.library.register_fake`, typed.
+
+    Args:
+        op: its name.
+        one_device: all tensors must be on one device, as the kernels want them. (The key of a draw
+            may be elsewhere.)
+    """
 
     def attach(rule: _F) -> _F:
         @wraps(rule)
         def checked(*args: Any, **kwargs: Any) -> Any:
             found = {x.device for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-            if len(found) > 1:
+            if one_device and len(found) > 1:
                 where = " and ".join(sorted(map(str, found)))
                 raise RuntimeError(
                     f"{op.replace('::', '.')}: tensors are on {where}, not on one device"

@@ -19,17 +19,18 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+_DRAWS = ("random_start", "gaussian_noise")
+
 for _name in (
     "pgd_step",
     "pgd_step_plain",
     "project",
     "project_constant",
     "project_plain",
-    "random_start",
-    "gaussian_noise",
+    *_DRAWS,
 ):
 
-    @register_fake(f"embattle::{_name}")
+    @register_fake(f"embattle::{_name}", one_device=_name not in _DRAWS)
     def _(x: Tensor, *args: object, **options: object) -> Tensor:
         return _like(x)
 
@@ -42,7 +43,7 @@ for _name in (
     "momentum_step_",
 ):
 
-    @register_fake(f"embattle::{_name}")
+    @register_fake(f"embattle::{_name}", one_device=_name != "gaussian_noise_")
     def _(x: Tensor, *args: object, **options: object) -> None:
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -144,7 +145,7 @@ class ClickThrough(Task):
         columns = {name: column[: options.rows] for name, column in table.items()}
         count = len(columns[options.label])
         for other in options.join:
-            columns |= _look_up(other, columns[other.key])
+            columns |= _look_up(other, columns[other.key], account)
         liked = _liked(options, columns.pop(options.label))
         if not 0 < liked.sum() < count:
             raise InputError(
@@ -155,12 +156,18 @@ class ClickThrough(Task):
         self.kind = BinaryClassification(("no", "yes"))
         train = chosen["train"]
         self.known = {
-            name: sorted({str(columns[name][i]) for i in train}) for name in options.categories()
+            name: sorted({_name(columns[name][i]) for i in train}) for name in options.categories()
         }
         self.scales = {}
         for name in options.numbers():
             found = _numbers(name, columns[name])[train]
+            if np.isnan(found).all():
+                raise InputError(
+                    f"column {name!r} has no number in the training part; leave it out"
+                )
             self.scales[name] = [float(np.nanmean(found)), float(np.nanstd(found)) or 1.0]
+            if not np.isfinite(self.scales[name]).all():
+                raise InputError(f"column {name!r} holds numbers that are too large to be scaled")
         values, dense = self._numbered(columns, count)
         self.parts = {
             name: Rows(values[rows], dense[rows], liked[rows]) for name, rows in chosen.items()
@@ -268,12 +275,16 @@ class ClickThrough(Task):
         values = np.zeros((count, len(self.known)), dtype=np.int64)
         for place, (name, known) in enumerate(self.known.items()):
             number = {value: i for i, value in enumerate(known, start=1)}
-            values[:, place] = [number.get(str(value), 0) for value in columns[name]]
+            values[:, place] = [number.get(_name(value), 0) for value in columns[name]]
         dense = np.zeros((count, len(self.scales)), dtype=np.float32)
         for place, (name, (mean, spread)) in enumerate(self.scales.items()):
             found = (_numbers(name, columns[name]) - mean) / spread
             dense[:, place] = np.where(np.isnan(found), 0, found)
         return values, dense
+
+
+# A whole number that was once a float.
+_WHOLE = re.compile(r"^([+-]?\d+)\.0+$")
 
 
 @dataclass(frozen=True)
@@ -305,15 +316,33 @@ def _numbers(name: str, column: Sequence[Any]) -> NDArray[np.float64]:
         ]
     except (TypeError, ValueError) as error:
         raise InputError(f"column {name!r} must hold numbers: {error}") from error
-    return np.array(found, dtype=np.float64)
+    numbers = np.array(found, dtype=np.float64)
+    if np.isinf(numbers).any():
+        raise InputError(f"column {name!r} holds numbers that are not finite")
+    return numbers
 
 
-def _look_up(other: Joined, keys: Sequence[Any]) -> dict[str, list[Any]]:
+def _name(cell: Any) -> str:
+    """A category by its name: whole numbers are the same with and without a point."""
+    return _WHOLE.sub(r"\1", str(cell).strip())
+
+
+def _look_up(other: Joined, keys: Sequence[Any], account: Account) -> dict[str, list[Any]]:
     """The columns of a further table for each key, None where it has none."""
     path, names = other.table(), [*other.fields, *other.dense]
     table = read_columns(path, (other.key, *names), **other.written)
-    place = {str(key): row for row, key in enumerate(table[other.key])}
+    place = {_name(key): row for row, key in enumerate(table[other.key])}
     if len(place) < len(table[other.key]):
         raise InputError(f"{path}: column {other.key!r} names a value twice; give one row for each")
-    rows = [place.get(str(key)) for key in keys]
+    rows = [place.get(_name(key)) for key in keys]
+    lacking = rows.count(None)
+    if lacking == len(rows):
+        raise InputError(
+            f"{path}: column {other.key!r} has none of the keys of the rows, such as {keys[0]!r}; "
+            "check data.join"
+        )
+    if lacking:
+        account.note(
+            "joined", f"{path}: {lacking:,} of {len(rows):,} rows have no {other.key!r} in it"
+        )
     return {name: [None if row is None else table[name][row] for row in rows] for name in names}

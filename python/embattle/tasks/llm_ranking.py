@@ -150,9 +150,10 @@ class LLMRanking(Task):
         """
         if any(is_blank(row.get("title")) for row in rows):
             raise InputError("column 'title' is empty in a row; fill it in")
-        histories = [_history(row.get("history")) for row in rows]
+        said = plain_title if self.data_options.titles.plain else str  # as in training
+        histories = [[said(title) for title in _history(row.get("history"))] for row in rows]
         prompts = cast(LanguageRecommender, model).prompts
-        made = prompts.encode(histories, [str(row["title"]) for row in rows])
+        made = prompts.encode(histories, [said(str(row["title"]).strip()) for row in rows])
         labels = None
         if all(row.get("liked") is not None for row in rows):
             unknown = [row["liked"] for row in rows if row["liked"] not in self.kind.classes]
@@ -262,4 +263,4 @@ def _history(cell: Any) -> list[str]:
     if is_blank(cell):
         return []
     titles = cell.split(";") if isinstance(cell, str) else cell
-    return [str(title).strip() for title in titles]
+    return [str(title).strip() for title in titles if not is_blank(title)]
