@@ -296,6 +296,7 @@ def test_the_recipe_names_its_task_and_full_uses_all_layers() -> None:
     [
         ("model.prompt='Will she like {title}?'", r"must begin with a word, and have {liked}"),
         ("model.prompt='{liked}, then {title}?'", r"must begin with a word"),
+        ("model.prompt='She {x} liked {liked}. And {title}?'", r"must begin with a word"),
         ("model.max_tokens=8", "the prompt has 7 tokens without titles"),
         ("model.answers=[' yes', ' yes']", "do not begin with two different tokens"),
         ("data.titles.title=name", "has no column 'name'"),
@@ -321,3 +322,14 @@ def test_rows_of_a_file_that_say_too_little_are_refused(films: Path, tmp_path: P
     few.write_text("\n".join(lacking.read_text().splitlines()[:-1]) + "\n")
     with pytest.raises(InputError, match="has no title of movie_id '19', which was rated; 1 of"):
         made(films, tmp_path, f"data.titles.path={few}")
+
+
+def test_titles_of_a_file_are_said_as_in_training(films: Path, tmp_path: Path) -> None:
+    task = made(films, tmp_path)
+    model = task.build()
+    asked = [
+        {"history": "Red House, The (1950); ;White Night", "title": "Night, The (1960)"},
+        {"history": "The Red House;White Night", "title": "The Night"},
+    ]
+    one, two = (task.encode(model, [row]).inputs["input_ids"] for row in asked)
+    assert torch.equal(one, two)
