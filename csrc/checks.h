@@ -94,6 +94,32 @@ inline void check_writable(const char* op, const char* name, const Tensor& t) {
           " is written, but several of its elements share memory (it is expanded): pass a clone");
 }
 
+inline int64_t bytes_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8 * t.numel();
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2 * t.numel();
+    default:
+      return 4 * t.numel();
+  }
+}
+
+// What is read must not lie where a part of what is written does: elements would be read after they
+// have changed. The very same elements may, unless `same` says no. Both are contiguous.
+inline void check_apart(const char* op, const char* name, const Tensor& written, const char* other,
+                        const OptionalTensor& read, bool same = true) {
+  if (!read) return;
+  const auto* to = static_cast<const char*>(written.const_data_ptr());
+  const auto* from = static_cast<const char*>(read->const_data_ptr());
+  const int64_t size = bytes_of(written), other_size = bytes_of(*read);
+  if (same && to == from && size == other_size) return;
+  if (size > 0 && other_size > 0 && to < from + other_size && from < to + size)
+    refuse(op, name, " is written, and shares memory with ", other, ": pass a clone");
+}
+
 // Cuts x into groups. The returned struct points into `offsets` and `mask`, which must be
 // contiguous and outlive it.
 inline Groups checked_groups(const char* op, const char* name, const Tensor& x, bool token,

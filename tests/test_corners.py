@@ -290,3 +290,28 @@ def test_ops_refuse_tensors_without_numbers_beside_others() -> None:
         with pytest.raises(ValueError, match="tensors are on cpu and meta"):
             run()
     assert eb.ops.pgd_step(x.to("meta"), x.to("meta"), step_size=1.0, eps=1.0).is_meta
+
+
+def test_what_is_written_does_not_share_a_part_of_its_memory() -> None:
+    """With what is read besides; the very same elements may be, where one step reads them once."""
+    rows, square, grad = torch.randn(9, 8), torch.randn(8, 8), torch.randn(4, 8)
+    step: dict[str, Any] = {"step_size": 0.1, "eps": 1.0}
+    wrong: dict[str, Callable[[], Any]] = {
+        "delta .* grad": lambda: eb.ops.pgd_step_(rows[1:], rows[:-1], **step),
+        "delta .* x0": lambda: eb.ops.project_(rows[1:], eps=1.0, x0=rows[:-1]),
+        "x .* upper": lambda: eb.ops.gaussian_noise_(rows[1:], std=1.0, upper=rows[:-1]),
+        "delta .* velocity": lambda: eb.ops.momentum_step_(
+            square[:4], square[2:6], grad, decay=0.9, **step
+        ),
+        "weight .* grad": lambda: eb.ops.rowwise_adagrad_(
+            square, torch.zeros(8), torch.arange(8), square, lr=0.1
+        ),
+    }
+    for words, run in wrong.items():
+        with pytest.raises(
+            ValueError, match=f"{words}: pass a clone".replace(" .* ", " is .* with ")
+        ):
+            run()
+    for x, g in ((square, square), (rows[:4], rows[4:8]), (square[:, :4], square[:, 4:])):
+        expected = eb.ops.pgd_step(x.clone(), g.clone(), **step)
+        assert torch.equal(eb.ops.pgd_step_(x, g, **step), expected)

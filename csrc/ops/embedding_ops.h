@@ -255,6 +255,9 @@ struct EmbeddingOps {
     check_range(op, "indices", indices, 0, a.weight.size(0));
     const Tensor weight = packed(a.weight), state = packed(a.state);
     Written out(a, "weight", a.weight, weight), state_out(a, "state", a.state, state);
+    out.apart(a, "weight", "state", state, false);
+    out.apart(a, "weight", "grad", grad, false);
+    state_out.apart(a, "state", "grad", grad, false);
     AdagradArgs args;
     args.weight = out.data(float_dtype(op, "weight", weight));
     args.state = state_out.data(float_dtype(op, "state", state));

@@ -42,6 +42,7 @@ struct GroupOps {
   static Tensor project(const Project& a) {
     const Placed placed(a, "delta", a.delta);
     Written out(a, "delta", a.delta, placed.x);
+    placed.apart(a, "delta", out);
     ProjectArgs args;
     args.groups = placed.groups;
     args.norm = placed.norm;
@@ -68,6 +69,7 @@ struct GroupOps {
     std.require(a.op, "std", "not be negative", not_negative);
     const Tensor key = checked_key(placed, a.key);
     Written out(a, "x", a.x, placed.x);
+    placed.apart(a, "x", out);
     NoiseArgs args = noise_args(placed, out, key);
     args.x = {placed.x.const_data_ptr(), placed.dtype};
     args.std = std.value;

@@ -107,6 +107,13 @@ struct Placed {
       refuse(op, "lower must not be above upper, got ", box.lower_value, " and ", box.upper_value);
   }
 
+  // What surrounds x lies apart from what is written.
+  void apart(const Arguments& a, const char* name, const Written& out) const {
+    out.apart(a, name, "x0", x0);
+    out.apart(a, name, "lower", lower);
+    out.apart(a, name, "upper", upper);
+  }
+
  private:
   Tensor of_type(const Tensor& t, const char* what, const char* name) const {
     float_dtype(op, what, t);

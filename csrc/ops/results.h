@@ -21,6 +21,12 @@ struct Written {
     if (a.in_place) check_writable(a.op, name, argument);
   }
 
+  // What is read besides, by its name, lies elsewhere (see check_apart).
+  void apart(const Arguments& a, const char* name, const char* other, const OptionalTensor& read,
+             bool same = true) const {
+    if (a.in_place) check_apart(a.op, name, memory, other, read, same);
+  }
+
   Data data(Dtype dtype) { return {memory.mutable_data_ptr(), dtype}; }
   Tensor finish() {
     if (copy_back) torch::stable::copy_(target, memory);

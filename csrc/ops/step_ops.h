@@ -67,6 +67,12 @@ struct Step {
     if (a.nonfinite) count_in(*a.nonfinite);
   }
 
+  // What is read besides lies apart from what is written.
+  void apart(const Arguments& a, const char* name, const Written& out) const {
+    out.apart(a, name, "grad", grad);
+    placed.apart(a, name, out);
+  }
+
  private:
   void count_in(const Tensor& n) {
     const char* op = placed.op;
@@ -96,6 +102,7 @@ struct StepOps {
           x.dim() < 2 ? 1 : args.groups.groups / std::max<int64_t>(x.size(0), 1);
     }
     Written out(a, "delta", a.delta, step.placed.x);
+    step.apart(a, "delta", out);
     args.out = out.data(args.delta.dtype);
     Launch::pgd_step(a.op, args, step.placed.x);
     return out.finish();
@@ -108,13 +115,14 @@ struct StepOps {
     check_same_shape(a.op, "velocity", a.velocity, "delta", x);
     check_device(a.op, "velocity", a.velocity, "delta", x);
     if (!std::isfinite(a.decay)) refuse(a.op, "decay must be finite, got ", a.decay);
-    if (a.in_place && a.velocity.const_data_ptr() == a.delta.const_data_ptr() && x.numel() > 0)
-      refuse(a.op, "velocity is written beside delta, got delta itself: pass a clone");
     const Tensor velocity = packed(a.velocity);
     args.rule.decay = a.decay;
     args.rule.apgd = a.apgd;
     args.velocity = {velocity.const_data_ptr(), float_dtype(a.op, "velocity", velocity)};
     Written out(a, "delta", a.delta, x), velocity_out(a, "velocity", a.velocity, velocity);
+    step.apart(a, "delta", out);
+    step.apart(a, "velocity", velocity_out);
+    out.apart(a, "delta", "velocity", velocity, false);
     args.out = out.data(args.delta.dtype);
     args.velocity_out = velocity_out.data(args.velocity.dtype);
     Launch::momentum_step(a.op, args, x);
