@@ -376,7 +376,9 @@ def _written() -> Iterator[Bad]:
         yield Bad(op, GROUP_OPS[op][0], ones(1, 5, 6).expand(SHAPE), "expanded")
     yield Bad("momentum_step_", "velocity", ones(4, 5, 1).expand(SHAPE), "expanded")
     shared = ones(*SHAPE)
-    yield Bad("momentum_step_", "velocity", shared, "shares memory with velocity", {"delta": shared})
+    yield Bad(
+        "momentum_step_", "velocity", shared, "shares memory with velocity", {"delta": shared}
+    )
 
 
 CASES = [

@@ -176,7 +176,7 @@ class PerSampleClipper:
         stack, self._stack = self._stack, None
         context = self._context
         context.batch_size, context.declared = None, False
-        context.ran_without_grad = False
+        context.ran_without_grad, context.inputs = False, None
         spread, context.spread = context.spread, set()
         if stack is not None:
             stack.close()

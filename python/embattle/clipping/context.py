@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._pytree import tree_leaves
 
 
 class Context:
@@ -23,6 +24,7 @@ class Context:
         collected: what that pass has delivered where it starts others; else None.
         ran_without_grad: whether a layer ran where no graph was built.
         spread: layers whose input has been given a row for every sample in this block.
+        inputs: what the model was called with last in this block.
         probed: whether what is delivered now is checked.
     """
 
@@ -35,7 +37,22 @@ class Context:
         self.collected: list[tuple[object, Tensor]] | None = None
         self.ran_without_grad = False
         self.spread: set[str] = set()
+        self.inputs: object = None
         self.probed = False
+
+    def holds_samples(self, x: Tensor) -> bool:
+        """Whether a layer's input is another view of all of an input of the model's."""
+        samples = self.batch_size
+        if torch.compiler.is_compiling() or not x.numel() or samples is None or samples < 2:
+            return False
+        memory = x.untyped_storage().data_ptr()
+        return any(
+            isinstance(one, Tensor)
+            and one.numel() == x.numel()
+            and samples in one.shape
+            and one.untyped_storage().data_ptr() == memory
+            for one in tree_leaves(self.inputs)
+        )
 
 
 class Layout(NamedTuple):

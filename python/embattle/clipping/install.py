@@ -110,6 +110,7 @@ class Installer:
 
     def _note_batch(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         context, dim = self._context, self._batch_dims.get("", 0)
+        context.inputs = args, kwargs
         if context.declared:
             return
         plain = not kwargs and all(isinstance(x, Tensor) for x in args)  # quicker

@@ -156,7 +156,7 @@ class Layer:
             features: how many of the last dims are the layer's own.
 
         Raises:
-            RuntimeError: the number of samples is needed and unknown.
+            RuntimeError: the number of samples is needed and unknown; or they lie in one row.
         """
         self.spread_dim = None
         outer = x.dim() - features
@@ -172,6 +172,12 @@ class Layer:
             # Where floats have the samples' number elsewhere, these are the samples.
             if samples == 1 or (not self.broadcast and features and samples in x.shape[:outer]):
                 return x
+            if not self.broadcast and self.context.holds_samples(x):
+                raise RuntimeError(
+                    f"PerSampleClipper: layer '{self.name}' is given all samples in one row, "
+                    f"{tuple(x.shape)}, and would be given copies of it for each. Give it a row "
+                    "for each sample; or name it in broadcast, if its input is the same for all"
+                )
         else:
             if outer > 1 and x.shape[dim] == samples:
                 return x
