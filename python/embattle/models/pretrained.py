@@ -156,20 +156,13 @@ def saved_encoder(folder: Path) -> tuple[Any, Any]:
 
 
 def fitting(max_tokens: int, model: nn.Module) -> int:
-    """The number of tokens that a model is given, which it must have positions for.
-
-    Raises:
-        InputError: it has learned fewer.
-    """
+    """The most tokens that a model is given: no more than it has learned positions for."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and re.search(r"(^|\.)(wpe|\w*position\w*)$", name):
             most = module.num_embeddings
             if module.padding_idx is not None:  # RoBERTa's begin behind it
                 most -= module.padding_idx + 1
-            if max_tokens > most:
-                raise InputError(
-                    f"model.max_tokens: {max_tokens} is more than the model's {most} positions"
-                )
+            max_tokens = min(max_tokens, most)
     return max_tokens
 
 
