@@ -43,11 +43,13 @@ class Context:
     def holds_samples(self, x: Tensor) -> bool:
         """Whether a layer's input is another view of all of an input of the model's."""
         samples = self.batch_size
-        if torch.compiler.is_compiling() or not x.numel() or samples is None or samples < 2:
+        if torch.compiler.is_compiling() or samples is None or samples < 2:
+            return False
+        if type(x) is not Tensor or not x.numel():  # others may have no storage
             return False
         memory = x.untyped_storage().data_ptr()
         return any(
-            isinstance(one, Tensor)
+            type(one) is Tensor
             and one.numel() == x.numel()
             and samples in one.shape
             and one.untyped_storage().data_ptr() == memory

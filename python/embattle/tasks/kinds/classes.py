@@ -34,10 +34,10 @@ def _areas(logits: Tensor, true: Tensor) -> list[Area]:
     return areas[1:] if len(areas) == 2 else areas
 
 
-def _mean(areas: Sequence[Measure], count: int) -> float:
+def _mean(areas: Sequence[Measure], labels: Tensor) -> float:
     if not areas:
         return float("nan")
-    return float(MeanOf(list(areas))(torch.ones(1, count, dtype=torch.double)))
+    return float(MeanOf(list(areas))(torch.ones_like(labels, dtype=torch.double)[None]))
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Classification(Kind):
         return {
             "accuracy": float((logits.argmax(1) == labels).float().mean()),
             "f1": float(f1),
-            "auc": _mean(areas, len(labels)),
+            "auc": _mean(areas, labels),
         }
 
     def weighted(self, outputs: Tensor, labels: Tensor) -> Mapping[str, Measure]:
@@ -209,7 +209,7 @@ class MultiLabelClassification(Kind):
         return {
             "all_right": float(self.right(outputs, labels).float().mean()),
             "f1": float(f1),
-            "auc": _mean(areas, len(truth)),
+            "auc": _mean(areas, truth[:, 0]),
         }
 
     def weighted(self, outputs: Tensor, labels: Tensor) -> Mapping[str, Measure]:
