@@ -272,23 +272,20 @@ class Attack:
         with batch.attacking(self.own_generator) as generator:
             needed = evaluate or self.compares or self.stop_when_fooled or goal.needs_clean
             first_pass = run_first_pass(self, batch, goal, generator, scale, clean=needed)
-            now: Evaluation | None
             found: Evaluation | None
             steps: Tensor | int
             if self.stop_when_fooled:
                 found, steps = search_early_stopping(
                     self, batch, goal, first_pass, generator, scale
                 )
-                now = found if evaluate else None
             else:
                 found = self.search(batch, goal, first_pass, generator, scale, evaluate=evaluate)
-                now = found if evaluate else None
                 made = steps = self.steps * self.restarts
                 if not made:  # not attacked: none was lacking
                     for perturbation in batch.perturbations:
                         perturbation.had_gradient.fill_(True)
             batch.free_masks()
-            clean = first_pass.clean if evaluate else None
+            clean, now = (first_pass.clean, found) if evaluate else (None, None)
             if clean is not None:
                 _ignore_unlabelled(batch, goal.counted(clean))
             result = AttackResult(batch.perturbed, goal, self.norm, steps, clean, now, batch.size)

@@ -45,9 +45,7 @@ class Square(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.share = checks.real("Square", "share", self.share, 0, 1)
-        if self.share == 0:
-            raise ValueError("Square: share must be above 0, got 0")
+        self.share = checks.share("Square", "share", self.share)
         if self.random_start is not True:
             raise ValueError("Square: starts at random, on the surface of the ball")
         endless = isinstance(self.eps, Tensor) and bool(self.eps.isinf().any())

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from embattle.data.account import Account, listed
-from embattle.data.looks import THOUSANDS, is_number
+from embattle.data.looks import is_number, number_of
 from embattle.errors import InputError
 
 #: Words for yes and no, as numbers.
@@ -35,19 +35,16 @@ def most(names: Sequence[str], counts: Sequence[Any], missing: Collection[str]) 
     numbers = []
     for name, count in zip(names, counts, strict=True):
         blank = is_blank(count, missing)
-        if not blank and not (is_number(str(count)) or THOUSANDS.fullmatch(str(count).strip())):
+        # A count's commas are of thousands, where they can be.
+        number = 0.0 if blank else number_of(str(count).strip(), thousands=True)
+        if number is None:
             raise InputError(
                 f"data.label: {str(count)!r} in column {name!r} is no count; name columns of "
                 "numbers, or one column of classes"
             )
-        numbers.append(0.0 if blank else _count(str(count).strip()))
+        numbers.append(number)
     largest = max(numbers)
     return None if largest <= 0 or numbers.count(largest) > 1 else names[numbers.index(largest)]
-
-
-def _count(cell: str) -> float:
-    """A count's commas are of thousands, where they can be."""
-    return float(cell.replace(",", "" if THOUSANDS.fullmatch(cell) else "."))
 
 
 def spelling(label: str) -> str:

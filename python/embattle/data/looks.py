@@ -9,8 +9,8 @@ from typing import Literal
 
 Kind = Literal["empty", "numbers", "dates", "prose", "words"]
 
-#: A number whose commas may be of thousands.
-THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
+# A number whose commas may be of thousands.
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?")
 _DATE = re.compile(
     r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}\S*)?"  # 2020-01-31, with or without a time
@@ -65,10 +65,16 @@ def has_thousands(cells: Sequence[str]) -> bool:
     two, or with a point. Decimals that are all written with three digits have none of these.
     """
     commas = [cell for cell in cells if "," in cell]
-    if not commas or not all(THOUSANDS.fullmatch(cell) for cell in commas):
+    if not commas or not all(_THOUSANDS.fullmatch(cell) for cell in commas):
         return False
     shown = any(cell.count(",") > 1 or "." in cell for cell in commas)
     return shown or any("," not in cell and "." not in cell for cell in cells)
+
+
+def number_of(cell: str, *, thousands: bool) -> float | None:
+    """A cell as a number; None where it is none. Its commas are of thousands, or decimal."""
+    cell = cell.replace(",", "") if thousands and _THOUSANDS.fullmatch(cell) else cell
+    return float(cell.replace(",", ".")) if is_number(cell) else None
 
 
 def is_number(text: str) -> bool:

@@ -220,6 +220,7 @@ class _Scorer:
     def __init__(self, trained: TrainedModel, keep: Sequence[str], device: torch.device) -> None:
         self.task, self.keep, self.device = trained.task, keep, device
         self.model: nn.Module = self.task.for_scoring(trained.model.to(device))
+        self.read = self.task.columns_read()
 
     def score(self, rows: Sequence[Row]) -> tuple[list[dict[str, Any]], list[Bad]]:
         """Gives rows of the output, and which rows are bad, both in order."""
@@ -261,8 +262,9 @@ class _Scorer:
 
     def _cells(self, row: Row) -> Mapping[str, Any]:
         """What the model reads of a row: not the columns that are only kept, such as a label."""
-        read = self.task.columns_read()
-        return row.cells if read is None else {n: row.cells[n] for n in read if n in row.cells}
+        if self.read is None:
+            return row.cells
+        return {name: row.cells[name] for name in self.read if name in row.cells}
 
     def _is_usable(self, row: Row, bad: list[Bad]) -> bool:
         try:

@@ -169,7 +169,8 @@ def load(
     for change in changes:
         chosen = _merge(chosen, _assignment(change))
         _check(chosen, f"--set {change}", trust)
-    _check(_merge(chosen, chosen["full"] or {}), "--set, with the section full", trust)
+    if changes:
+        _check(_merge(chosen, chosen["full"] or {}), "--set, with the section full", trust)
     return _check(chosen, str(path), trust)
 
 

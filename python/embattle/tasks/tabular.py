@@ -15,7 +15,7 @@ from embattle.data.account import Account, listed
 from embattle.data.batch import Batch
 from embattle.data.divide import stratified_parts
 from embattle.data.labels import is_blank
-from embattle.data.looks import THOUSANDS, has_thousands, is_number
+from embattle.data.looks import has_thousands, number_of
 from embattle.data.recipe import Limits, Place, check_fractions
 from embattle.data.splits import PARTS, number_labels
 from embattle.data.tables import Table
@@ -107,7 +107,7 @@ class Column:
         """Learn from the cells of the training rows; None is a missing one."""
         known = [cell for cell in cells if cell is not None]
         thousands = has_thousands(known)
-        numbers = [_number(cell, thousands) for cell in known]
+        numbers = [number_of(cell, thousands=thousands) for cell in known]
         if known and None not in numbers:
             shares = np.linspace(0, 1, ranges + 1)[1:-1]
             edges = np.unique(np.quantile(np.array(numbers, float), shares, method="inverted_cdf"))
@@ -135,7 +135,7 @@ class Column:
         if self.values is not None:
             known = self.values
             return np.array([known.get(cell or "", 0) for cell in cells], dtype=np.int64)
-        numbers = [_number(cell or "", self.thousands) for cell in cells]
+        numbers = [number_of(cell or "", thousands=self.thousands) for cell in cells]
         usable = [number is not None for number in numbers]
         found = np.searchsorted(self.edges, [number or 0.0 for number in numbers], side="left") + 1
         return np.where(usable, found, 0).astype(np.int64)
@@ -144,7 +144,7 @@ class Column:
         """Raises InputError about a cell of a column of numbers that is filled, and no number."""
         if self.values is None:
             for cell in cells:
-                if cell is not None and _number(cell, self.thousands) is None:
+                if cell is not None and number_of(cell, thousands=self.thousands) is None:
                     raise InputError(f"column {self.name!r}: {cell!r} is no number")
 
 
@@ -361,9 +361,3 @@ class Tabular(Task):
         """Take over classes and columns."""
         super().restore(facts)
         self.columns = [Column(**column) for column in facts["columns"]]
-
-
-def _number(cell: str, thousands: bool) -> float | None:
-    """A cell as a number; None where it is none."""
-    cell = cell.replace(",", "") if thousands and THOUSANDS.fullmatch(cell) else cell
-    return float(cell.replace(",", ".")) if is_number(cell) else None
