@@ -151,3 +151,53 @@ def test_goals_that_are_not_one_bool_for_each_sample(value: Any, error: type[Exc
 def test_an_objective_must_be_written() -> None:
     with pytest.raises(TypeError, match="objective"):
         type("Own", (Criterion,), {})()
+
+
+@pytest.mark.parametrize("label", range(3))
+def test_a_nan_is_a_wrong_answer_whatever_the_label(label: int) -> None:
+    good = torch.zeros(3)
+    good[label] = 2.0
+    outputs = good.repeat(4, 1)
+    outputs[range(3), range(3)] = torch.nan  # beside the label, or its own
+    for criterion in (
+        eb.Misclassify(torch.full((4,), label)),
+        eb.MultiLabel((good > 0).expand(4, 3)),
+        eb.Deviate(good.repeat(4, 1), by=0.5),
+        eb.Diverge(),
+    ):
+        clean = checked(criterion, good.repeat(4, 1))
+        found = reached(criterion, seen(outputs), clean)
+        assert found.tolist() == [True, True, True, False], criterion
+    wrong = eb.Misclassify(torch.full((4,), label))
+    assert wrong.predict(outputs).tolist() == [-1, -1, -1, label]
+    assert wrong.accuracy(seen(outputs)) == 0.25
+    assert reached(eb.Target(label), seen(outputs), None).tolist() == [False, False, False, True]
+    own = outputs[label].expand(1, 3)
+    assert not reached(eb.Promote(label, 2), seen(own), None)
+    assert reached(eb.Demote(label, 2), seen(own), None)
+    single = torch.tensor([[torch.nan], [1.0], [-1.0]])
+    for value, fooled in ((0, [True, True, False]), (1, [True, False, True])):
+        criterion = eb.Misclassify(torch.full((3,), value))
+        assert reached(criterion, seen(single), None).tolist() == fooled
+    # What was no class before has none to lose, and AutoAttack leaves it alone.
+    assert not reached(eb.Diverge(), seen(good.repeat(4, 1)), seen(outputs)).any()
+
+
+def test_a_model_that_breaks_under_attack_counts_as_fooled() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    tokens = torch.arange(6).reshape(3, 2)
+    with torch.no_grad():
+        table = model[0].weight.clone()
+
+    def loss_fn() -> eb.Evaluation:
+        embedded = model[0](tokens)
+        moved = (embedded - table[tokens]).abs().amax((1, 2)) > 1e-6
+        logits = model[2](model[1](embedded))
+        return eb.Evaluation(outputs=torch.where(moved[:, None], torch.nan, logits))
+
+    site = eb.Site(model[0])
+    for labels in (torch.zeros(3), torch.ones(3)):
+        criterion = eb.Misclassify(labels.long())
+        result = eb.UniformNoise(eps=1.0).run(loss_fn, site, criterion=criterion)
+        assert result.robust_accuracy == 0
+        assert result.predictions.tolist() == [-1, -1, -1]

@@ -48,10 +48,15 @@ def per_counted(values: Tensor, kept: Tensor) -> Tensor:
 
 
 def predict(outputs: Tensor) -> Tensor:
-    """The predicted class, `[B]` or `[B, ...]`: the largest logit, or the sign of a single one."""
+    """The predicted class, `[B]` or `[B, ...]`: the largest logit, or the sign of a single one.
+
+    It is -1, which is no class, where a logit is NaN.
+    """
     if _is_binary(outputs):
-        return (outputs.reshape(outputs.shape[0], *outputs.shape[1:-1]) > 0).long()
-    return outputs.argmax(-1)
+        single = outputs.reshape(outputs.shape[0], *outputs.shape[1:-1])
+        return (single > 0).long().masked_fill(single.isnan(), -1)
+    largest, found = outputs.max(-1)  # a NaN is the largest
+    return found.masked_fill(largest.isnan(), -1)
 
 
 def check_labels(who: str, logits: Tensor, labels: Tensor) -> None:

@@ -230,7 +230,7 @@ def margins_of(goal: Criterion, clean: Evaluation) -> Margins | None:
     kind = type(goal)
     if kind is Diverge and goal.reached(clean, clean) is not None:
         predicted = losses.predict(required_outputs("Diverge", clean))
-        return _ClassMargins(Misclassify(predicted), clean)
+        return _ClassMargins(Misclassify(predicted, ignore_index=-1), clean)
     if isinstance(goal, Outrank) and kind is Outrank:
         # The margin is that of the k-th place, which decides whether the goal is reached.
         return _GoalMargin(Demote(goal.items, goal.k), clean)

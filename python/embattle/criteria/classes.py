@@ -132,11 +132,11 @@ class Misclassify(_Labelled):
         )
 
     def predict(self, outputs: Tensor) -> Tensor:
-        """Return the class with the largest logit, of the labels' shape."""
+        """Return the class with the largest logit, of the labels' shape; -1 where one is NaN."""
         return losses.predict(outputs)
 
     def wrong(self, outputs: Tensor) -> Tensor:
-        """Return True where the class is another one."""
+        """Return True where the class is another one, or none (a logit is NaN)."""
         losses.check_labels("Misclassify", outputs, self.labels)
         return losses.predict(outputs) != self.labels
 
@@ -203,7 +203,7 @@ class Target(Criterion):
         return any_of(kept) & missed.logical_not()
 
     def predict(self, outputs: Tensor) -> Tensor:
-        """Return the class with the largest logit."""
+        """Return the class with the largest logit; -1 where one is NaN."""
         return losses.predict(outputs)
 
     def counted(self, evaluation: Evaluation) -> Tensor | None:
@@ -293,13 +293,14 @@ class MultiLabel(_Labelled):
         return losses.per_counted(entropies, kept)
 
     def predict(self, outputs: Tensor) -> Tensor:
-        """Return 1 where the sigmoid is above the threshold, else 0; of the outputs' shape."""
-        return (outputs.sigmoid() > self.threshold).long()
+        """Return 1 where the sigmoid is above the threshold, else 0 (-1 for a NaN); their shape."""
+        above = (outputs.sigmoid() > self.threshold).long()
+        return above.masked_fill(outputs.isnan(), -1)
 
     def wrong(self, outputs: Tensor) -> Tensor:
-        """Return True where the logit is on the wrong side."""
+        """Return True where the logit is on the wrong side, or no number."""
         self._check_shape(outputs)
-        return (outputs.sigmoid() > self.threshold) != (self.labels == 1)
+        return self.predict(outputs) != (self.labels == 1)
 
     def _check_shape(self, outputs: Tensor) -> None:
         if self.labels.shape != outputs.shape:

@@ -146,9 +146,9 @@ class Demote(_TopK):
         return -_lead(*self._scores(now))
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Return True where at least k other items are better."""
+        """Return True where at least k other items are better; a NaN is better, and the last."""
         own, bar = self._scores(now)
-        return bar > own
+        return (own >= bar).logical_not()
 
 
 @dataclass(frozen=True, eq=False, repr=False)

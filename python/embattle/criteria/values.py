@@ -152,17 +152,17 @@ class Diverge(Criterion):
         return divergence(_clean(clean).detach(), required_outputs("Diverge", now))
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor | None:
-        """Return True where the predicted class is not the clean one."""
+        """Return True where the predicted class is not the clean one, or is none."""
         if self.divergence == "squared_distance":
             return None
         before, after = (
             losses.predict(_clean(clean)),
             losses.predict(required_outputs("Diverge", now)),
         )
-        return any_of(before != after)
+        return any_of((before != after) & (before >= 0))
 
     def predict(self, outputs: Tensor) -> Tensor | None:
-        """Return the class with the largest logit."""
+        """Return the class with the largest logit; -1 where one is NaN."""
         return None if self.divergence == "squared_distance" else losses.predict(outputs)
 
 

@@ -75,7 +75,7 @@ class Classification(Kind):
         f1 = metrics.multiclass_f1_score(logits, labels, num_classes=count, average="macro")
         areas = _areas(logits, F.one_hot(labels, count).bool())
         return {
-            "accuracy": float((logits.argmax(1) == labels).float().mean()),
+            "accuracy": float(self.right(outputs, labels).float().mean()),
             "f1": float(f1),
             "auc": _mean(areas, labels),
         }
@@ -86,7 +86,7 @@ class Classification(Kind):
         count, predicted = logits.shape[1], logits.argmax(1)
         true = F.one_hot(labels, count).bool()
         found: dict[str, Measure] = {
-            "accuracy": Mean(predicted == labels),
+            "accuracy": Mean(self.right(outputs, labels)),
             "f1": F1(F.one_hot(predicted, count).bool(), true),
         }
         areas = _areas(logits, true)
