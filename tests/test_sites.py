@@ -161,6 +161,40 @@ def test_time_first_is_noticed_where_sizes_coincide(
         torch.testing.assert_close(result.losses, expected.losses)
 
 
+@pytest.mark.parametrize("evaluate", [False, True])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        eb.UniformNoise(eps=0.5),
+        eb.Square(eps=0.5, steps=2),
+        eb.PGD(eps=0.5, steps=0),
+    ],
+)
+def test_attacks_without_a_gradient_notice_wrong_sites(attack: eb.Attack, evaluate: bool) -> None:
+    torch.manual_seed(0)
+    model, tokens = TimeFirst(), torch.randint(0, 30, (6, 6))
+    passes = []
+
+    def loss() -> Tensor:
+        passes.append(1)
+        return model(tokens).square().sum(1)
+
+    with pytest.raises(ValueError, match=r"are in dim 1.*Site\(..., samples=1\)"):
+        attack.run(loss, eb.Site(model.embedding), evaluate=evaluate)
+    table = model.embedding
+    site = eb.Site(table, scope="row")
+    with pytest.raises(RuntimeError, match=r"reads the table in another way.*Site.weight"):
+        attack.run(lambda: loss() + table.weight.sum(), site, evaluate=evaluate)
+    # Of a right site the same shape is looked at once, in one pass more.
+    passes.clear()
+    attack.run(loss, site, evaluate=evaluate)
+    first = len(passes)
+    attack.run(loss, site, evaluate=evaluate)
+    assert len(passes) == 2 * first - 1
+    rounded = eb.Site(table)
+    attack.run(lambda: loss().round().detach(), rounded, evaluate=evaluate)  # shows nothing
+
+
 def test_a_layout_is_looked_at_once() -> None:
     torch.manual_seed(0)
     table, tokens = nn.Embedding(30, 4).double(), torch.randint(0, 30, (6, 6))

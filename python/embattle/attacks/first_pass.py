@@ -108,6 +108,7 @@ def run_first_pass(
     if clean or not attack.uses_gradient:
         evaluation = batch.record().evaluation.detach()
         goal.check(evaluation)
+        _check_without_steps(attack, batch, goal, evaluation)
         return FirstPass(evaluation)
     states: list[dict[str, Any]] = []
 
@@ -118,8 +119,16 @@ def run_first_pass(
     drawn = None if generator is None else generator.get_state()
     recorded = batch.record(start=start)
     goal.check(recorded.evaluation)
+    _check_without_steps(attack, batch, goal, None)
     if recorded.perturbed:
         return FirstPass(graph=recorded.evaluation, states=states)
     if generator is not None and drawn is not None:
         generator.set_state(drawn)  # the search draws the starts again
     return FirstPass()
+
+
+def _check_without_steps(
+    attack: Attack, batch: AttackedBatch, goal: Criterion, clean: Evaluation | None
+) -> None:
+    if not (attack.uses_gradient and attack.steps):
+        batch.check_without_steps(lambda at: ascended(goal, at, clean))

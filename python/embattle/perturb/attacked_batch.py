@@ -17,6 +17,7 @@ from embattle.perturb.evaluation import Evaluation, LossFn
 from embattle.perturb.gradients import (
     NoGradient,
     differentiate,
+    needs_a_graph,
     refuse_other_layouts,
     refuse_other_uses,
     refuse_unused,
@@ -326,6 +327,22 @@ class AttackedBatch(Passes):
             refuse_other_uses(values, self.perturbed)
             refuse_other_layouts(values, leaves, self.perturbed, self.size)
             self._checked = True
+
+    def check_without_steps(self, ascent: Callable[[Evaluation], Tensor]) -> None:
+        """Check the graph as `check_graph` does, for an attack whose steps have none.
+
+        It takes a pass, once for outputs of these shapes. Without gradients a model shows nothing.
+
+        Args:
+            ascent: from an evaluation to what is ascended, `[B]`.
+        """
+        if not needs_a_graph(self.perturbed, self.size):
+            return
+        values = ascent(self.evaluate_for_gradients())
+        places = self.perturbed.moved()
+        if values.requires_grad:
+            leaves = [p.delta for p in self.perturbations] if places is None else places
+            self.check_graph(values, leaves)
 
     def mark_gradients(self, grads: list[Tensor]) -> list[Tensor]:
         """Record which groups have a gradient other than zero; return the gradients."""

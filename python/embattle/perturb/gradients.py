@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 if TYPE_CHECKING:
+    from embattle.perturb.perturbation import Perturbation
     from embattle.perturb.perturbed_sites import PerturbedSites
 
 # What `torch.autograd.grad` calls when it has checked its arguments, which takes a small model as
@@ -150,6 +151,9 @@ def refuse_other_uses(values: Tensor, found: PerturbedSites) -> None:
                 "used: Site.weight(module, model=model)"
             )
         todo.extend(after for after, _ in node.next_functions)
+    for site, calls in zip(found.sites, found.calls, strict=True):
+        if site.table is not None:
+            site.known_shapes.update(call.value.shape for call in calls)
 
 
 def refuse_other_layouts(
@@ -169,14 +173,7 @@ def refuse_other_layouts(
         places = perturbation.places
         mine = leaves[position : position + len(places)] if by_place else [leaves[number]]
         position += len(places)
-        if perturbation.coupled or perturbation.geometry["offsets"] is not None or batch < 2:
-            continue
-        doubtful = [
-            (found.sites[index], found.calls[index][call].value.shape)
-            for (index, call), layout in zip(places, perturbation.layouts, strict=True)
-            if layout.plain and batch in found.calls[index][call].value.shape[1:]
-        ]
-        if all(shape in site.known_shapes for site, shape in doubtful):
+        if not _is_doubtful(perturbation, found, batch):
             continue
         probes = []
         for sample in (0, 1):
@@ -197,6 +194,31 @@ def refuse_other_layouts(
                     )
             if any(grad is not None and bool((grad != 0).any()) for grad in pair):
                 site.known_shapes.add(shape)
+
+
+def needs_a_graph(found: PerturbedSites, batch: int) -> bool:
+    """Return whether only a graph shows that the sites are right: uses of tables, dims of samples.
+
+    False once a graph has shown it for outputs of these shapes.
+    """
+    for site, calls in zip(found.sites, found.calls, strict=True):
+        if site.table is not None and not site.known_shapes.issuperset(
+            call.value.shape for call in calls
+        ):
+            return True
+    return any(_is_doubtful(perturbation, found, batch) for perturbation in found.perturbations)
+
+
+def _is_doubtful(perturbation: Perturbation, found: PerturbedSites, batch: int) -> bool:
+    """Return whether another dim of an output is as large as that of the samples, and unknown."""
+    if perturbation.coupled or perturbation.geometry["offsets"] is not None or batch < 2:
+        return False
+    doubtful = [
+        (found.sites[index], found.calls[index][call].value.shape)
+        for (index, call), layout in zip(perturbation.places, perturbation.layouts, strict=True)
+        if layout.plain and batch in found.calls[index][call].value.shape[1:]
+    ]
+    return not all(shape in site.known_shapes for site, shape in doubtful)
 
 
 def _belongs(grads: Sequence[Tensor | None], dim: int) -> bool:
