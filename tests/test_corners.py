@@ -14,6 +14,7 @@ import torch
 import toys
 from embattle.data.batch import Batch
 from embattle.objectives.masking import LossQuantile, Outcome
+from embattle.perturb.strength import Measured
 from embattle.tasks.kinds.classes import Classification
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -339,3 +340,29 @@ def test_samples_in_one_row_are_not_copied_for_each(kind: str) -> None:
     clipper = eb.PerSampleClipper(model, 1.0)
     with clipper, pytest.raises(RuntimeError, match="'layer' is given all samples in one row"):
         model(x)
+
+
+def test_starts_have_the_strengths_of_their_places() -> None:
+    one, two = nn.Embedding(9, 4), nn.Embedding(9, 3)
+    tokens = torch.arange(8).reshape(4, 2)
+
+    def loss() -> Tensor:
+        return one(tokens).tanh().sum((1, 2)) + two(tokens).tanh().sum((1, 2))
+
+    def started(start: eb.BoxStart | eb.GaussianStart, joint: bool) -> list[float]:
+        sites = [eb.Site(one), eb.Site(two)]
+        attack = eb.PGD(eps=1e6, norm="linf", steps=0, random_start=start)
+        return [float(d.abs().max()) for d in attack.run(loss, sites, joint=joint).deltas]
+
+    measured = Measured({(0, 0): 1.0, (1, 0): 1000.0})
+    for kind, most in ((eb.BoxStart, 1), (eb.GaussianStart, 6)):
+        first, second = started(kind(measured), joint=False)
+        assert 0.1 < first <= most
+        assert 100 < second <= 1000 * most
+        (both,) = started(kind(measured), joint=True)
+        assert 100 < both <= 501 * most
+    # Of a joint ball the norms of tokens are those of its outputs, not of single numbers.
+    norms = [table(tokens).norm(dim=-1, p=torch.inf).flatten() for table in (one, two)]
+    mean = float(torch.cat(norms).mean())
+    (drawn,) = started(eb.BoxStart(eb.Relative(1.0, to="token_norm")), joint=True)
+    assert 0.8 * mean < drawn <= mean * 1.0001

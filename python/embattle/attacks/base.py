@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -23,16 +22,9 @@ from embattle.criteria import Criterion, MaximizeLoss
 from embattle.perturb.attacked_batch import AttackedBatch, Masks, Subset
 from embattle.perturb.evaluation import Evaluation, LossFn
 from embattle.perturb.guard import MODES, Mode
-from embattle.perturb.perturbation import JointPerturbation, Perturbation
+from embattle.perturb.perturbation import Perturbation
 from embattle.perturb.site import Site
-from embattle.perturb.strength import (
-    Measured,
-    Relative,
-    Strength,
-    check_strength,
-    resolve,
-    words,
-)
+from embattle.perturb.strength import Strength, check_strength, words
 
 Norm: TypeAlias = Literal["l2", "linf", "l1"] | float
 
@@ -162,7 +154,7 @@ class Attack:
 
         It holds `eps`, and `lower` and `upper` where there is a box, as bounds of the delta.
         """
-        state: dict[str, Any] = {"eps": self._resolve(self.eps, perturbation, scale)}
+        state: dict[str, Any] = {"eps": perturbation.strength(self.eps, self.norm, scale)}
         if self.lower is not None or self.upper is not None:
             state |= bounds_of_delta(type(self).__name__, self.lower, self.upper, perturbation)
         return state
@@ -173,20 +165,17 @@ class Attack:
         """Set the delta that the steps start from; it is zero before."""
         if not self.random_start:
             return
-        like = perturbation.delta.detach()
         if isinstance(self.random_start, (GaussianStart, BoxStart)):
             start = self.random_start.draw(
-                like,
-                perturbation.base,
+                perturbation,
                 eps=state["eps"],
                 norm=self.norm,
-                geometry=perturbation.geometry,
                 box=box(state),
                 generator=generator,
             )
         else:
             start = ops.random_start(
-                like,
+                perturbation.delta.detach(),
                 eps=state["eps"],
                 norm=self.norm,
                 generator=generator,
@@ -388,16 +377,6 @@ class Attack:
             device="cpu" if self.generator is None else self.generator.device,
         )
         return torch.Generator().manual_seed(int(seed))
-
-    def _resolve(self, value: Strength, perturbation: Perturbation, scale: float) -> float | Tensor:
-        if isinstance(value, Measured):  # of a joint ball around several places: their mean
-            value = statistics.mean(map(value.at, perturbation.places))
-        joined = isinstance(perturbation, JointPerturbation)
-        if joined and isinstance(value, Relative) and value.to == "token_norm":
-            value = value.value * perturbation.token_norm(self.norm)  # type: ignore[attr-defined]
-        return resolve(
-            value, perturbation.base, norm=self.norm, geometry=perturbation.geometry, scale=scale
-        )
 
 
 def _ignore_unlabelled(batch: AttackedBatch, counted: Tensor | None) -> None:

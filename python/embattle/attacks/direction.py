@@ -94,7 +94,7 @@ class VAT(Attack):
 
     def begin(self, perturbation: Perturbation, scale: float) -> dict[str, Any]:
         return super().begin(perturbation, scale) | {
-            "xi": self._resolve(self.xi, perturbation, scale=1.0)
+            "xi": perturbation.strength(self.xi, self.norm)
         }
 
     def start(

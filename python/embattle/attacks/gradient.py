@@ -69,7 +69,7 @@ class PGD(Attack):
         if self.step_size is None:
             state["step_size"] = state["eps"] * (2.5 / max(self.steps, 1))
         else:
-            state["step_size"] = self._resolve(self.step_size, perturbation, scale)
+            state["step_size"] = perturbation.strength(self.step_size, self.norm, scale)
         return state
 
     @property

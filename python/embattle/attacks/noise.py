@@ -51,7 +51,7 @@ class GaussianNoise(_Noise):
 
     def begin(self, perturbation: Perturbation, scale: float) -> dict[str, Any]:
         return super().begin(perturbation, scale) | {
-            "std": self._resolve(self.std, perturbation, scale)
+            "std": perturbation.strength(self.std, self.norm, scale)
         }
 
     def start(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from embattle import ops
-from embattle.perturb.strength import Strength, check_strength, resolve, words
+from embattle.perturb.perturbation import Perturbation
+from embattle.perturb.strength import Strength, check_strength, words
 
 
 @dataclass(frozen=True)
@@ -26,24 +27,21 @@ class GaussianStart:
 
     def draw(
         self,
-        like: Tensor,
-        base: Tensor,
+        perturbation: Perturbation,
         *,
         eps: float | Tensor,
         norm: Any,
-        geometry: dict[str, Any],
         box: dict[str, Any],
         generator: torch.Generator | None,
     ) -> Tensor:
-        """Draw a start of the shape of `like`."""
-        std = resolve(self.std, base, norm=norm, geometry=geometry)
+        """Draw a start of the delta's shape."""
         return ops.gaussian_noise(
-            torch.zeros_like(like),
-            std=std,
+            torch.zeros_like(perturbation.delta.detach()),
+            std=perturbation.strength(self.std, norm),
             eps=eps,
             norm=norm,
             generator=generator,
-            **geometry,
+            **perturbation.geometry,
             **box,
         )
 
@@ -66,17 +64,16 @@ class BoxStart:
 
     def draw(
         self,
-        like: Tensor,
-        base: Tensor,
+        perturbation: Perturbation,
         *,
         eps: float | Tensor,
         norm: Any,
-        geometry: dict[str, Any],
         box: dict[str, Any],
         generator: torch.Generator | None,
     ) -> Tensor:
-        """Draw a start of the shape of `like`."""
-        size = resolve(self.size, base, norm=norm, geometry=geometry)
+        """Draw a start of the delta's shape."""
+        like, size = perturbation.delta.detach(), perturbation.strength(self.size, norm)
+        geometry = perturbation.geometry
         start = ops.random_start(like, eps=size, norm="linf", generator=generator, **geometry)
         return ops.project(start, eps=eps, norm=norm, **geometry, **box)
 

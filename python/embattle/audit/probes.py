@@ -16,7 +16,7 @@ from embattle.perturb.attacked_batch import AttackedBatch
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.gradients import NoGradient
 from embattle.perturb.perturbation import Perturbation
-from embattle.perturb.strength import Measured, Strength, resolve
+from embattle.perturb.strength import Strength
 from embattle.tasks.evaluator import Evaluator
 
 _DUAL = {"l2": "l2", "linf": "l1", "l1": "linf"}
@@ -152,8 +152,7 @@ def _losses(evaluation: Evaluation) -> Tensor:
 
 def _radius(perturbation: Perturbation, eps: Strength, norm: str) -> Tensor:
     """The radius of each group, [groups]."""
-    value = eps.at(perturbation.places[0]) if isinstance(eps, Measured) else eps
-    found = resolve(value, perturbation.base, norm=norm, geometry=perturbation.geometry)
+    found = perturbation.strength(eps, norm)
     return torch.as_tensor(found, device=perturbation.base.device).expand(perturbation.groups)
 
 

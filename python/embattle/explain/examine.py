@@ -18,7 +18,6 @@ from embattle.explain.path import Carried, carried
 from embattle.explain.swaps import Swapped, content_words, swapped, take
 from embattle.perturb.evaluation import LossFn
 from embattle.perturb.site import Site
-from embattle.perturb.strength import resolve
 from embattle.tasks.base import Task
 
 # Lines of the landscape's grid, and the samples that it is the mean of.
@@ -129,12 +128,7 @@ class Examined:
         """
         ratios = []
         for perturbation, norms in zip(self.result.perturbations, self.result.norms, strict=True):
-            given = resolve(
-                self.attack.eps,
-                perturbation.base,
-                norm=self.attack.norm,
-                geometry=perturbation.geometry,
-            )
+            given = perturbation.strength(self.attack.eps, self.attack.norm)
             eps = torch.as_tensor(given).to(norms).expand_as(norms)
             ratios.append((eps / norms)[norms > 0])
         every = torch.cat(ratios)

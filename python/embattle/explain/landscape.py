@@ -16,7 +16,7 @@ from embattle.perturb.attacked_batch import Masks
 from embattle.perturb.evaluation import LossFn
 from embattle.perturb.perturbation import Perturbation
 from embattle.perturb.site import Site
-from embattle.perturb.strength import Strength, resolve
+from embattle.perturb.strength import Strength
 
 # Corners of the drawn edge of the ball.
 _CORNERS = 48
@@ -160,9 +160,7 @@ def _edge(
             radius = _lengths(perturbation, one, norm)
             moved = radius > 0
             if eps is not None:
-                given = resolve(
-                    eps, perturbation.base, norm=norm, geometry=perturbation.geometry, scale=1.0
-                )
+                given = perturbation.strength(eps, norm)
                 radius = torch.as_tensor(given).to(lengths).expand_as(lengths)
             ratios.append((lengths / radius.where(radius > 0, 1))[moved])
         every = torch.cat(ratios)

@@ -7,6 +7,7 @@ table, or several outputs joined), the groups that have a ball there, and the li
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from copy import copy
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from embattle import ops
 from embattle.perturb.calls import PLAIN, Layout
 from embattle.perturb.hook import Addition
-from embattle.perturb.strength import group_sizes
+from embattle.perturb.strength import Measured, Relative, Strength, group_sizes, resolve
 
 _WIDE = (torch.float32, torch.float64)
 _FEW = 1024  # numbers that are looked at sooner as a list
@@ -224,6 +225,12 @@ class Perturbation:
             return values.reshape(*self.base.shape[:-1], 1)
         return values.reshape(-1, *[1] * (self.base.dim() - 1))
 
+    def strength(self, value: Strength, norm: Any, scale: float = 1.0) -> float | Tensor:
+        """Turn a strength into what the ops take: a number, or one for each group, `[groups]`."""
+        if isinstance(value, Measured):  # of a joint ball around several places: their mean
+            value = statistics.mean(map(value.at, self.places))
+        return resolve(value, self.base, norm=norm, geometry=self.geometry, scale=scale)
+
     def norms(self, norm: Any) -> Tensor:
         """Compute each group's norm, `[groups]`, of the delta as the model's dtype rounds it."""
         delta, base = self.delta.detach(), self.base
@@ -287,7 +294,12 @@ class JointPerturbation(Perturbation):
     def additions(self) -> list[Tensor]:
         return self.spread(self.delta)
 
-    def token_norm(self, norm: Any) -> Tensor:
+    def strength(self, value: Strength, norm: Any, scale: float = 1.0) -> float | Tensor:
+        if isinstance(value, Relative) and value.to == "token_norm":
+            value = value.value * self._token_norm(norm)
+        return super().strength(value, norm, scale)
+
+    def _token_norm(self, norm: Any) -> Tensor:
         """Return the mean norm of the vectors that may move, of all outputs: 0-d."""
         mask = self.geometry["mask"]
         there = torch.ones_like(self.base[..., 0], dtype=torch.bool) if mask is None else mask
