@@ -363,6 +363,6 @@ def test_starts_have_the_strengths_of_their_places() -> None:
         assert 100 < both <= 501 * most
     # Of a joint ball the norms of tokens are those of its outputs, not of single numbers.
     norms = [table(tokens).norm(dim=-1, p=torch.inf).flatten() for table in (one, two)]
-    mean = float(torch.cat(norms).mean())
+    mean = float(torch.cat(norms).detach().mean())
     (drawn,) = started(eb.BoxStart(eb.Relative(1.0, to="token_norm")), joint=True)
     assert 0.8 * mean < drawn <= mean * 1.0001

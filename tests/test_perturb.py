@@ -229,9 +229,12 @@ def test_rows_of_the_whole_table(kind: type[nn.Module]) -> None:
     torch.testing.assert_close(whole.losses, alone.losses)
     assert "all rows" in repr(whole_site)
     started = eb.UniformNoise(norm="l2", eps=0.5).run(loss, whole_site)
-    assert torch.all(started.deltas[0].norm(dim=1) > 0)
+    assert torch.all(started.deltas[0][1:].norm(dim=1) > 0)
+    assert not started.deltas[0][0].any()  # padding never moves
+    measured = eb.FGM(eps=eb.Relative(1.0)).run(loss, whole_site).norms[0]
+    torch.testing.assert_close(measured.amax(), table.weight[1:].detach().norm(dim=1).mean())
     with torch.no_grad():
-        table.weight[1:] += started.deltas[0][1:]
+        table.weight += started.deltas[0]
         torch.testing.assert_close(loss(), started.losses)
 
 

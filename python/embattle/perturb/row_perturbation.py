@@ -71,8 +71,10 @@ class RowPerturbation(Perturbation):
                 torch.where(inverse < rows.numel(), inverse, -1) for inverse in self.inverses
             ]
         places = [(index, i) for i in range(len(calls))]
-        base = weight if whole else weight[rows]
-        super().__init__(base, places, group="token", coupled=True, whole=whole)
+        base, mask = weight if whole else weight[rows], None
+        if whole and paddings[0] is not None and len(set(paddings)) == 1:
+            mask = torch.ne(rows, cast(int, paddings[0]))
+        super().__init__(base, places, group="token", mask=mask, coupled=True, whole=whole)
 
     def additions(self) -> list[Tensor]:
         return [
