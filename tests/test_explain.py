@@ -93,6 +93,28 @@ def test_parts_add_up_and_shares_to_one() -> None:
     torch.testing.assert_close(again.parts, alone.parts)
 
 
+def test_the_delta_of_a_joint_attack_is_divided_among_its_outputs() -> None:
+    torch.manual_seed(0)
+    one, two = nn.Embedding(9, 2).double(), nn.Embedding(9, 5).double()
+    tokens = torch.tensor([[0, 3, 5], [1, 1, 7]])
+
+    def loss() -> Tensor:
+        return one(tokens).square().sum((1, 2)) + two(tokens[:, :2]).square().sum((1, 2))
+
+    sites = [eb.Site(one), eb.Site(two)]
+    result = eb.FGM(eps=1.0).run(loss, sites, joint=True)
+    assert result.delta.shape == (2, 16, 1)
+    found = carried(loss, sites, result.deltas)
+    first, second = result.delta[:, :6].reshape(2, 3, 2), result.delta[:, 6:].reshape(2, 2, 5)
+    for part, table, at, delta in (
+        (found.parts[0], one, tokens, first),
+        (found.parts[1], two, tokens[:, :2], second),
+    ):
+        before = table(at).detach()
+        wanted = ((before + delta).square() - before.square()).sum(-1)
+        torch.testing.assert_close(part, wanted)
+
+
 def test_samples_whose_parts_miss_much_get_more_points() -> None:
     class Steep(nn.Module):
         """The first sample's loss is a line, the second's a step."""

@@ -105,7 +105,8 @@ def carried(
     Args:
         loss_fn: runs the attacked batch; returns losses `[B]` or an `Evaluation` with losses.
         sites: where it was attacked.
-        deltas: of the attack's result, one for each perturbed output.
+        deltas: of the attack's result, one for each perturbed output; or the one that a joint
+            attack has for all of them.
         mask: as the attack had it.
         subset: the loss function of some samples, all as wide as in the batch: several points then
             share a pass, which is faster.
@@ -124,7 +125,7 @@ def carried(
     checks.one_of("carried", "method", method, METHODS)
     points = Points(loss_fn, sites, mask=mask, subset=subset)
     with points.opened():
-        given = points.check(deltas)
+        given = points.check(_of_outputs(deltas, points.perturbations))
         clean = points.clean
         attacked = points.losses([delta[None] for delta in given])[0]
         if method == "path":
@@ -189,6 +190,18 @@ def _scaled(delta: Tensor, factors: NDArray[np.float64]) -> Tensor:
     """`[K, *shape]`: a delta times each of K factors."""
     scale = torch.from_numpy(factors).to(delta)
     return scale.reshape(-1, *[1] * delta.dim()) * delta
+
+
+def _of_outputs(
+    deltas: Sequence[Tensor], perturbations: Sequence[Perturbation]
+) -> Sequence[Tensor]:
+    """Give a joint attack's delta, `[B, elements of all outputs, 1]`, as one for each output."""
+    shapes = [perturbation.delta.shape for perturbation in perturbations]
+    sizes = [shape[1:].numel() for shape in shapes]
+    if [delta.shape for delta in deltas] != [(shapes[0][0], sum(sizes), 1)]:
+        return deltas
+    parts = torch.split(deltas[0], sizes, dim=1)
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _table(values: Tensor, coupled: bool) -> Tensor:
