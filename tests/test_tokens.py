@@ -140,3 +140,20 @@ def test_token_swap_says_what_is_wrong() -> None:
         eb.TokenSwap().run(model.losses, site, tokens, mask=tokens)
     with pytest.raises(TypeError, match=r"return a loss function.*Tensor"):
         eb.TokenSwap().run(model, site, tokens, mask=every)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])
+def test_nothing_to_exchange(shape: tuple[int, int]) -> None:
+    model = Bag()
+    tokens = torch.zeros(shape, dtype=torch.long)
+
+    def loss_of(ids: Tensor) -> Callable[[], Tensor]:
+        return lambda: model.embedding(ids).sum(1) @ model.weights
+
+    mask = torch.ones(shape, dtype=torch.bool)
+    result = eb.TokenSwap(swaps=2, tries=3).run(
+        loss_of, eb.Site(model.embedding), tokens, mask=mask
+    )
+    assert result.tokens.shape == result.swapped.shape == shape
+    assert result.losses.shape == (shape[0],)
+    assert result.passes == 2  # as the texts are, and as they are returned

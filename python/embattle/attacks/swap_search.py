@@ -104,6 +104,8 @@ def search(
             now = evaluation if now is None else now
             open_ = _unreached(goal, now, clean, go_on)
             where, what = candidates(gradients, current, movable & open_[:, None])
+            if not bool((where >= 0).any()):
+                break  # nothing can be exchanged, or there are no samples or no positions
             choice = torch.full_like(where[:, 0], -1)
             value = ascended(goal, now, clean).detach()
             for one in range(where.shape[1]):

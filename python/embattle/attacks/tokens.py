@@ -130,7 +130,9 @@ class TokenSwap:
         padding: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Find the exchanges of largest gain: positions (-1: none) and tokens, `[B, tries]`."""
-        where, what = [], []
+        tries = min(self.tries, tokens.shape[1] * table.shape[0])
+        where = torch.full((len(tokens), tries), -1, device=tokens.device)
+        what = torch.zeros_like(where)
         unit = torch.nn.functional.normalize(table.float(), dim=1)
         for b in range(len(tokens)):  # [T, V] at a time
             old = tokens[b]
@@ -144,8 +146,7 @@ class TokenSwap:
             if padding is not None:
                 out[:, padding] = True
             gain.masked_fill_(out, -torch.inf)
-            value, index = gain.flatten().topk(min(self.tries, gain.numel()))
-            position = index // table.shape[0]
-            where.append(torch.where(value > -torch.inf, position, -1))
-            what.append(index % table.shape[0])
-        return torch.stack(where), torch.stack(what)
+            value, index = gain.flatten().topk(tries)
+            where[b] = torch.where(value > -torch.inf, index // table.shape[0], -1)
+            what[b] = index % table.shape[0]
+        return where, what
