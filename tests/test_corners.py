@@ -366,3 +366,20 @@ def test_starts_have_the_strengths_of_their_places() -> None:
     mean = float(torch.cat(norms).detach().mean())
     (drawn,) = started(eb.BoxStart(eb.Relative(1.0, to="token_norm")), joint=True)
     assert 0.8 * mean < drawn <= mean * 1.0001
+
+
+@pytest.mark.filterwarnings("ignore:.*had no gradient")
+@pytest.mark.parametrize("group", ["row", "table"])
+@pytest.mark.parametrize(
+    "attack", [eb.APGD(eps=1.0, steps=4), eb.Square(eps=1.0, steps=4), eb.AutoAttack(eps=1.0)]
+)
+def test_a_shared_delta_of_no_samples(attack: eb.Attack, group: Any) -> None:
+    table, labels = nn.Embedding(6, 3), torch.zeros(0, dtype=torch.long)
+    tokens = labels.reshape(0, 2)
+
+    def loss() -> eb.Evaluation:
+        return eb.Evaluation(outputs=table(tokens).sum(1))
+
+    result = attack.run(loss, eb.Site.weight(table, group=group), criterion=eb.Misclassify(labels))
+    assert result.outputs.shape == (0, 3)
+    assert result.delta.isfinite().all()

@@ -139,7 +139,7 @@ class APGD(Attack):
         values: Tensor,
     ) -> None:
         delta = perturbation.delta.detach()
-        values = values[:1] if perturbation.coupled else values
+        values = perturbation.per_delta(values)
         if number == 0:
             state |= {
                 "last": values,

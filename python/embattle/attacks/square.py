@@ -82,7 +82,7 @@ class Square(Attack):
         values: Tensor,
     ) -> None:
         delta = perturbation.delta.detach()
-        values = values[:1] if perturbation.coupled else values
+        values = perturbation.per_delta(values)
         if number == 0:
             state["kept"], state["value"] = delta, values
         else:

@@ -199,10 +199,16 @@ class Perturbation:
         """Turn a gradient of `delta` into those at `places` (not for rows, where it is a sum)."""
         return [self.layouts[0].to_module(grad)]
 
+    def per_delta(self, values: Tensor) -> Tensor:
+        """Return one value per sample, `[B]`; where they share the delta, their only one, `[1]`."""
+        if not self.coupled:
+            return values
+        return values[:1] if len(values) else values.new_zeros(1)
+
     def per_row(self, values: Tensor) -> Tensor:
         """Expand one value per sample, `[B]`, to a shape that broadcasts to `delta`."""
         if self.coupled:
-            return values[:1].reshape(-1, *[1] * (self.base.dim() - 1))
+            return self.per_delta(values).reshape(-1, *[1] * (self.base.dim() - 1))
         if self.geometry["offsets"] is not None:
             return self.per_group_row(values)
         return values.reshape(-1, *[1] * (self.base.dim() - 1))
@@ -210,7 +216,7 @@ class Perturbation:
     def per_group(self, values: Tensor) -> Tensor:
         """Expand one value per sample, `[B]`, to one per group, `[groups]`."""
         if self.coupled:
-            return values[:1].expand(self.groups)
+            return self.per_delta(values).expand(self.groups)
         each = self.groups // max(self.samples, 1)
         return values if each == 1 else values.reshape(-1, 1).expand(-1, each).reshape(-1)
 
