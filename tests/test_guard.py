@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import embattle as eb
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from embattle.perturb.model_state import kept_state
 from embattle.perturb.random_state import RandomState, preserved_random_state
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
 
 
 class Average(nn.Module):
@@ -668,3 +670,16 @@ def test_any_draw_of_python_and_numpy_is_seen_and_undone(bits: str, draw: str) -
             assert [str(_DRAWS["gauss"]()), str(_DRAWS["random"]())] == first
     finally:
         np.random.set_bit_generator(before)
+
+
+def test_what_a_hook_of_all_modules_leaves_is_put_back() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 1))
+    tokens = torch.arange(6).reshape(3, 2)
+    hook = register_module_forward_hook(lambda one, args, out: setattr(one, "seen", out.detach()))
+    try:
+        model(tokens)
+        before = [one.seen for one in model]
+        eb.FGM(eps=0.1).run(lambda: model(tokens).sum((1, 2)), eb.Site(model[0], model=model))
+        assert all(one.seen is kept for one, kept in zip(model, before, strict=True))
+    finally:
+        hook.remove()

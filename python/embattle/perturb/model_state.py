@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from embattle.perturb.hook import Hook
+from embattle.perturb.hook import only_sites_look
 
 # What modules have in their __dict__, mostly.
 _TENSORLESS = frozenset({bool, dict, float, int, set, str, type(None), OrderedDict})
@@ -167,8 +167,7 @@ def _is_stateless(module: nn.Module) -> bool:
     """Return whether no pass changes the module: one of torch's own without buffers and hooks."""
     if module._buffers or module._forward_pre_hooks or not _of_torch(type(module)):  # type: ignore[arg-type]
         return False
-    hooks = module._forward_hooks
-    return not hooks or all(type(hook) is Hook for hook in hooks.values())
+    return only_sites_look(module)
 
 
 @lru_cache(maxsize=512)
