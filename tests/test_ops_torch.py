@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from compare import SEED, assert_close, raw_calls, run, same_bits
 from embattle import ops, reference
 from samples import DTYPES, NORMS, Call
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # What no function of embattle.ops calls; test_ops_grad_rows.py has it.
 HIDDEN = {"embedding_grad_rows"}
@@ -602,3 +604,34 @@ def test_results_share_no_memory_with_arguments(op: str) -> None:
     for result in run(op, call):
         assert result.untyped_storage().data_ptr() not in pointers
         assert result.is_contiguous()
+
+
+DIFFERENTIABLE: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "project": lambda where, x: where.project(x, eps=0.5),
+    "clip_and_sum": lambda where, x: where.clip_and_sum([x], max_norm=0.5)[0][0],
+    "embedding_perturb": lambda where, x: where.embedding_perturb(
+        torch.ones_like(x.detach()), torch.arange(3), x, torch.tensor([1, -1, 1])
+    ),
+}
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_tangents_are_refused_and_not_lost(op: str) -> None:
+    x, t = (torch.randn(3, 4, dtype=torch.float64) for _ in range(2))
+    forward = functools.partial(DIFFERENTIABLE[op], ops)
+    plain = functools.partial(DIFFERENTIABLE[op], ops.reference)
+    with pytest.raises(NotImplementedError, match=rf"{op}: .*reverse mode.*reference\.{op}"):
+        torch.func.jvp(forward, (x,), (t,))
+    with pytest.raises(NotImplementedError, match=op):
+        torch.func.jacfwd(forward)(x)
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match=op):
+            forward(forward_ad.make_dual(x, t))
+        torch.testing.assert_close(forward(x), plain(x))  # without a tangent all is well
+    # What the error names does it, and agrees with the rule for reverse mode.
+    _, moved = torch.func.jvp(plain, (x,), (t,))
+    leaf = x.clone().requires_grad_()
+    out = forward(leaf)
+    along = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(out, leaf, along)
+    torch.testing.assert_close((grad * t).sum(), (moved * along).sum())

@@ -3,6 +3,9 @@
 Every function is a thin, typed front of the op of the same name in ``torch.ops.embattle``; what
 each one means is written out in plain torch in :mod:`embattle.ops.reference`. Names that end in
 ``_`` write their first argument.
+
+`project`, `embedding_perturb` and `clip_and_sum` are differentiable, in reverse mode; a tensor with
+a tangent (forward mode) is refused. To autograd, what the others return is a constant.
 """
 
 from embattle.ops import _rules_clip as _rules_clip  # fake, autograd and vmap rules of the ops

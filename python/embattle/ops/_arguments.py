@@ -9,6 +9,7 @@ from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 Norm: TypeAlias = str | float
@@ -30,6 +31,7 @@ NORMS: Final[dict[Norm, float]] = {
     math.inf: math.inf,
 }
 
+_unpack_dual: Callable[[Tensor], forward_ad.UnpackedDualTensor] = forward_ad.unpack_dual
 # What `torch.autograd.graph.increment_version` calls.
 _increment_version: Callable[[tuple[Tensor, ...]], None] = torch._C._increment_version
 
@@ -112,3 +114,19 @@ def written_now(tensor: Tensor) -> None:
     """The same of one tensor, where nothing is compiled."""
     if not tensor.is_inference():
         _increment_version((tensor,))
+
+
+def refuse_tangents(op: str, *tensors: Tensor) -> None:
+    """Refuses, for a differentiable op, tensors with a tangent: it would be lost without a word.
+
+    Raises:
+        NotImplementedError: a tensor has one.
+    """
+    if forward_ad._current_level < 0:  # no forward-mode differentiation is going on
+        return
+    if any(_unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            f"embattle.{op}: is differentiable in reverse mode alone (backward, "
+            "torch.autograd.grad), and was given a tensor with a tangent (torch.func.jvp, jacfwd, "
+            f"forward_ad); in plain torch it is embattle.ops.reference.{op}"
+        )

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from embattle.ops._arguments import argument_error
+from embattle.ops._arguments import argument_error, refuse_tangents
 
 _ops = torch.ops.embattle
 
@@ -98,6 +98,7 @@ def clip_and_sum(
     """
     tensors = _listed("clip_and_sum", grads)
     bounds = _bounds("clip_and_sum", max_norm)
+    refuse_tangents("clip_and_sum", *tensors)
     try:
         sums, norms = _ops.clip_and_sum(tensors, bounds, mode, weights, gamma)
     except RuntimeError as error:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from embattle.ops._arguments import argument_error, written
+from embattle.ops._arguments import argument_error, refuse_tangents, written
 
 _ops = torch.ops.embattle
 
@@ -134,6 +134,7 @@ def embedding_perturb(weight: Tensor, indices: Tensor, delta: Tensor, inverse: T
     Raises:
         ValueError: for shapes or dtypes that do not fit, or an index out of range (CPU).
     """
+    refuse_tangents("embedding_perturb", weight, delta)
     try:
         out: Tensor = _ops.embedding_perturb(weight, indices, delta, inverse)
     except RuntimeError as error:

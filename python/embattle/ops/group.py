@@ -23,6 +23,7 @@ from embattle.ops._arguments import (
     argument_error,
     is_token,
     norm_order,
+    refuse_tangents,
     written_now,
 )
 from embattle.ops._front import P, front, named
@@ -117,6 +118,7 @@ def _project(definition: Callable[P, Tensor]) -> Callable[P, Tensor]:
         group: Group = "sample",
         **options: Any,
     ) -> Tensor:
+        refuse_tangents("project", delta)
         if getattr(delta, "requires_grad", False):
             return differentiable(delta, eps=eps, norm=norm, group=group, **options)
         if isinstance(eps, Tensor) or (options and not _is_plain(options, defaults)):
