@@ -104,7 +104,7 @@ def build_perturbations(
         if site.scope == "row":
             masks = [geometry.mask(index, number, call) for number, call in enumerate(recorded)]
             whole = site.rows == "table"
-            perturbations.append(RowPerturbation(site.module, recorded, index, masks, whole=whole))
+            perturbations.append(RowPerturbation(recorded, index, masks, whole=whole))
             continue
         perturbations.extend(
             perturbation_of_call(site, call, (index, number), geometry)

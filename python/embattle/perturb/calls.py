@@ -69,6 +69,8 @@ class Call:
         kwargs: the module's keyword arguments.
         key: which element of a dict or tuple the embeddings are.
         offsets: bounds of the samples, if the output is ragged.
+        table: the parameter `weight` that the module had in the call, if any: another one than it
+            has else, inside `torch.func.functional_call`.
         layout: where the samples are.
         through_half: gradients of what follows pass through float16, in which small ones vanish.
         unused_parameters: the model runs in DDP with `find_unused_parameters`.
@@ -84,6 +86,7 @@ class Call:
     key: Key = None
     offsets: Tensor | None = field(default=None, repr=False)
     layout: Layout = PLAIN
+    table: Tensor | None = field(default=None, repr=False)
     checked: bool = field(default=True, init=False, repr=False)
     unused_parameters: bool = field(default=False, init=False, repr=False)
     through_half: bool = field(default=False, init=False, repr=False)
@@ -133,7 +136,7 @@ class Call:
 
     def release(self) -> None:
         """Free the graph, and the inputs of the module other than integers."""
-        self.source = None
+        self.source = self.table = None
         if self.value.requires_grad:
             self.value = self.value.detach()
         if not self.compiled:

@@ -168,6 +168,7 @@ class Recorder(_SiteCalls):
             else:
                 leaf.requires_grad_()
         call = Call(module, leaf, source, False, args, kwargs, part.key, part.offsets)
+        call.table = module._parameters.get("weight")
         call.layout = self.layout_of(call)
         call.unused_parameters = finds_unused_parameters(module)
         call.through_half = computes_in_half(value)

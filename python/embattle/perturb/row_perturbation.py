@@ -26,14 +26,12 @@ class RowPerturbation(Perturbation):
 
     def __init__(
         self,
-        module: nn.Module,
         calls: Sequence[Call],
         index: int,
         masks: Sequence[Tensor | None],
         *,
         whole: bool = False,
     ) -> None:
-        self.module = module
         self._modules = [call.module for call in calls]
         found = [_arguments(call) for call in calls]
         indices = [arguments["input"] for arguments in found]
@@ -47,7 +45,8 @@ class RowPerturbation(Perturbation):
             False,
         )
         kept = kept & ~padding
-        weight: Tensor = module.weight.detach()  # type: ignore[operator]
+        self._tables = [_table(call) for call in calls]
+        weight = self._tables[0]
         full = torch.full_like(flat, -1)
         if whole:
             rows = torch.arange(len(weight), device=flat.device)
@@ -100,10 +99,11 @@ class RowPerturbation(Perturbation):
     def fused(self) -> list[Addition] | None:
         if not self._fuses:
             return None
-        weight = cast(Tensor, self.module.weight).detach()
         return [
-            partial(_perturbed_rows, weight, arguments["input"], self.delta, moving)
-            for arguments, moving in zip(self._arguments, self._moving, strict=True)
+            partial(_perturbed_rows, table, arguments["input"], self.delta, moving)
+            for table, arguments, moving in zip(
+                self._tables, self._arguments, self._moving, strict=True
+            )
         ]
 
     def gather(self, grads: Sequence[Tensor]) -> Tensor:
@@ -119,6 +119,12 @@ class RowPerturbation(Perturbation):
             outputs = self.additions()
         (grad,) = torch.autograd.grad(outputs, self.delta, list(grads))
         return grad
+
+
+def _table(call: Call) -> Tensor:
+    """Return the table that a call has looked up."""
+    table = cast(Tensor, call.module.weight) if call.table is None else call.table
+    return table.detach()
 
 
 def _joined(indices: Sequence[Tensor], values: Sequence[Tensor | None], missing: bool) -> Tensor:

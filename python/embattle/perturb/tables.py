@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 class _Parameters(dict[str, Any]):
@@ -24,6 +25,16 @@ class _Parameters(dict[str, Any]):
         thread, value = self.swapped.get(name, (None, None))
         return value if thread == threading.get_ident() else super().__getitem__(name)
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        if self.swapped.get(name, (None,))[0] == threading.get_ident():
+            # `functional_call` would put back, and write into what it was given, what it reads.
+            raise RuntimeError(
+                f"Site.weight: the parameter {name!r} is exchanged for another tensor while it is "
+                "perturbed (torch.func.functional_call, an assignment). Leave it out of what is "
+                "given there, or load it into the model before (load_state_dict) and call the model"
+            )
+        super().__setitem__(name, value)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         from copy import deepcopy
 
@@ -31,6 +42,18 @@ class _Parameters(dict[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (list(self.items()),)
+
+
+def _of_parametrization(module: nn.Module, name: str) -> str:
+    """Return where a parameter's own values are, if it is computed from others."""
+    if not parametrize.is_parametrized(module, name):
+        return ""
+    inside: Any = module.parametrizations
+    names = [n for n, _ in inside[name].named_parameters(recurse=False)]
+    return (
+        f". {name!r} is computed from {', '.join(names)}: "
+        f"Site.weight(module.parametrizations.{name}, {names[0]!r}, model=model)"
+    )
 
 
 class SwappedParameter:
@@ -52,7 +75,7 @@ class SwappedParameter:
             names = [n for n, _ in module.named_parameters(recurse=False)] or ["none of its own"]
             raise AttributeError(
                 f"Site.weight: {type(module).__name__} has no parameter {name!r}; it has "
-                f"{', '.join(names)}"
+                f"{', '.join(names)}{_of_parametrization(module, name)}"
             )
         self.module, self.name = module, name
         self.places: list[tuple[nn.Module, str]] = []
