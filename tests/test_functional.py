@@ -1,4 +1,4 @@
-"""Attacks on models that torch.func.functional_call runs with other parameters."""
+"""Attacks on models whose parameters, or weights of bags, are given in each call."""
 
 from __future__ import annotations
 
@@ -86,6 +86,38 @@ def test_a_perturbed_parameter_is_not_exchanged() -> None:
     found = ATTACK.run(lambda: evaluated(functional_call(model, head, (TOKENS,))), site)
     torch.testing.assert_close(found.delta, expected.delta)
     assert model.embedding.weight is table
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_weights_of_a_bag_get_the_gradient_of_its_perturbed_rows(inside: bool) -> None:
+    torch.manual_seed(0)
+    bag, head = nn.EmbeddingBag(9, 4, mode="sum").double(), nn.Linear(4, 2).double()
+    learnt = nn.Parameter(torch.rand(3, 3, dtype=torch.float64))
+
+    def loss() -> eb.Evaluation:
+        weights = learnt.square() if inside else learnt
+        return evaluated(head(bag(TOKENS, per_sample_weights=weights).tanh()))
+
+    site = eb.Site(bag, scope="row")
+    objective = eb.AdversarialObjective(ATTACK, site, form="adversarial")
+    objective(loss)[0].backward()
+    found, delta = learnt.grad, ATTACK.run(loss, site).delta
+    learnt.grad = None
+    table = bag.weight.detach().clone()
+    table[TOKENS.unique()] += delta
+
+    def by_hand() -> eb.Evaluation:
+        weights = learnt.square() if inside else learnt
+        summed = (weights.unsqueeze(-1) * table[TOKENS]).sum(1)
+        return evaluated(head(summed.tanh()))
+
+    by_hand().losses.mean().backward()
+    torch.testing.assert_close(found, learnt.grad)
+    # Weights that are others than in the attack are those that weigh the deltas.
+    result = ATTACK.run(loss, site)
+    with torch.no_grad():
+        learnt.mul_(1.5)
+    torch.testing.assert_close(result.evaluate(loss).losses, by_hand().losses.detach())
 
 
 class Doubled(nn.Module):

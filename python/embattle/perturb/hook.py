@@ -21,8 +21,18 @@ from embattle.perturb.surroundings import (
     saved_tensors_hooks,
 )
 
+
+class OfCall:
+    """What is added at a call, made from the inputs of that call."""
+
+    def __init__(self, make: Callable[[tuple[Any, ...], dict[str, Any]], Tensor]) -> None:
+        self.make = make
+
+
 # What is added at a call: a tensor, or what makes the perturbed output from the output.
 Addition: TypeAlias = Tensor | Callable[[Tensor], Tensor]
+# What a pass adds at a call: also what the call's own inputs make.
+PassAddition: TypeAlias = Addition | OfCall
 LayoutOf: TypeAlias = Callable[[Call], Layout]
 
 
@@ -204,7 +214,7 @@ class Perturb(_SiteCalls):
         modules: Sequence[nn.Module],
         key: Key,
         calls: Sequence[Call],
-        additions: Sequence[Addition],
+        additions: Sequence[PassAddition],
         *,
         known: str | None = None,
         detach: bool = False,
@@ -224,7 +234,7 @@ class Perturb(_SiteCalls):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         if is_compiling():
-            return self._traced(output)
+            return self._traced(args, kwargs, output)
         # Looked at here first: every step comes this way, and calls take longer than comparisons.
         if (module is not self.first or get_ident() != self.thread) and self.from_other_thread(
             module
@@ -258,6 +268,8 @@ class Perturb(_SiteCalls):
             moved = [] if self.outputs is None else self.outputs.values()
             if not depends_on(module, value, [*self.deltas, *moved]):
                 value = value.detach()
+        if isinstance(addition, OfCall):
+            addition = addition.make(args, kwargs)
         if not isinstance(addition, Tensor):
             return addition(value)
         if value.shape != addition.shape:
@@ -271,7 +283,7 @@ class Perturb(_SiteCalls):
             self.outputs[self.number, index] = value.requires_grad_()
         return value
 
-    def _traced(self, output: Any) -> Any:
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         values = {}
         for part in parts_of(output, self.key):
             # The counter is left alone for a single call: a compiled model would guard on it.
@@ -280,6 +292,8 @@ class Perturb(_SiteCalls):
                 index = self.index % len(self.additions)
                 self.index += 1
             addition = self.additions[index]
+            if isinstance(addition, OfCall):
+                addition = addition.make(args, kwargs)
             value = part.value.detach() if self.detach else part.value
             added = value + addition.to(value.dtype) if isinstance(addition, Tensor) else None
             values[part.key] = addition(value) if added is None else added  # type: ignore[operator]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from embattle import ops
 from embattle.perturb.calls import PLAIN, Layout
-from embattle.perturb.hook import Addition
+from embattle.perturb.hook import PassAddition
 from embattle.perturb.strength import Measured, Relative, Strength, group_sizes, resolve
 
 _WIDE = (torch.float32, torch.float64)
@@ -184,10 +184,11 @@ class Perturbation:
         """Return whether the `additions` share the memory of `delta`, and so follow its values."""
         return self.layouts[0].plain and not self.whole
 
-    def fused(self) -> list[Addition] | None:
-        """Return functions that compute the perturbed outputs in one op each, where there are any.
+    def computed(self, detached: bool) -> list[PassAddition] | None:
+        """Return what computes the additions, or the perturbed outputs, in a call; None: nothing.
 
-        They give no gradient to the module's weights.
+        Args:
+            detached: the modules' weights need no gradient.
         """
         return None
 

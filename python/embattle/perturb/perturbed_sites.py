@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 
 from embattle.perturb.calls import Call, is_lookup, is_plain
 from embattle.perturb.guard import fresh_autocast_cache
-from embattle.perturb.hook import Addition
+from embattle.perturb.hook import PassAddition
 from embattle.perturb.perturbation import Perturbation, Place
 from embattle.perturb.site import Site
 
@@ -120,10 +120,10 @@ class PerturbedSites:
 
     def _per_site(
         self, lookups: Lookups, compile: bool, *, detached: bool = False
-    ) -> Iterator[tuple[Site, list[Call], list[Addition], str | None]]:
-        additions: list[dict[int, Addition]] = [{} for _ in self.sites]
+    ) -> Iterator[tuple[Site, list[Call], list[PassAddition], str | None]]:
+        additions: list[dict[int, PassAddition]] = [{} for _ in self.sites]
         for perturbation in self.perturbations:
-            found = perturbation.fused() if lookups == "detached" else None
+            found = perturbation.computed(lookups == "detached")
             for (index, number), addition in zip(
                 perturbation.places,
                 perturbation.additions() if found is None else found,

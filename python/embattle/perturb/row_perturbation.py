@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from embattle import ops
 from embattle.perturb.calls import Call, is_plain
-from embattle.perturb.hook import Addition, only_sites_look
+from embattle.perturb.hook import OfCall, PassAddition, only_sites_look
 from embattle.perturb.perturbation import Perturbation
 
 
@@ -64,6 +64,7 @@ class RowPerturbation(Perturbation):
             part.reshape(i.shape) for part, i in zip(torch.split(full, sizes), indices, strict=True)
         ]
         self._arguments = found
+        self._weighted = any(one.get("per_sample_weights") is not None for one in found)
         self._plain = all(is_plain(one) for one in self._modules)
         if self._plain:
             self._moving = [
@@ -96,8 +97,15 @@ class RowPerturbation(Perturbation):
             and all(only_sites_look(one) for one in self._modules)
         )
 
-    def fused(self) -> list[Addition] | None:
-        if not self._fuses:
+    def computed(self, detached: bool) -> list[PassAddition] | None:
+        if self._weighted:  # the weights' gradient has a part from the deltas
+            return [
+                OfCall(partial(_weighted_deltas, module, self.delta, inverse, arguments))
+                for module, inverse, arguments in zip(
+                    self._modules, self.inverses, self._arguments, strict=True
+                )
+            ]
+        if not (detached and self._fuses):
             return None
         return [
             partial(_perturbed_rows, table, arguments["input"], self.delta, moving)
@@ -156,6 +164,19 @@ def _look_up_deltas(
     return F.embedding(inverse, table)
 
 
+def _weighted_deltas(
+    module: nn.Module,
+    delta: Tensor,
+    inverse: Tensor,
+    arguments: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Look up rows of the table `delta`, with the weights of a call (`args`, `kwargs`)."""
+    weights = _named(args, kwargs).get("per_sample_weights")
+    return _look_up_deltas(module, delta, inverse, arguments | {"per_sample_weights": weights})
+
+
 def _perturbed_rows(
     weight: Tensor, indices: Tensor, delta: Tensor, inverse: Tensor, output: Tensor
 ) -> Tensor:
@@ -164,8 +185,7 @@ def _perturbed_rows(
 
 
 def _arguments(call: Call) -> dict[str, Any]:
-    names = ("input", "offsets", "per_sample_weights")
-    found = dict(zip(names, call.args, strict=False)) | call.kwargs
+    found = _named(call.args, call.kwargs)
     if not isinstance(found.get("input"), Tensor):
         raise ValueError(
             f"Site: {type(call.module).__name__} was called without a tensor of indices"
@@ -174,3 +194,8 @@ def _arguments(call: Call) -> dict[str, Any]:
         name: value.detach() if isinstance(value, Tensor) else value
         for name, value in found.items()
     }
+
+
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = ("input", "offsets", "per_sample_weights")
+    return dict(zip(names, args, strict=False)) | kwargs

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from embattle import checks
 from embattle.perturb.calls import PLAIN, Call, Layout, is_lookup
 from embattle.perturb.hook import (
-    Addition,
     Hook,
+    PassAddition,
     Perturb,
     Recorder,
     Use,
@@ -268,7 +268,7 @@ class Site:
     def perturb(
         self,
         calls: list[Call],
-        additions: Sequence[Addition],
+        additions: Sequence[PassAddition],
         *,
         known: str | None = None,
         **options: Any,
@@ -299,7 +299,7 @@ class Site:
 
     @contextmanager
     def perturbed(
-        self, calls: list[Call], additions: Sequence[Addition], known: str | None
+        self, calls: list[Call], additions: Sequence[PassAddition], known: str | None
     ) -> Iterator[None]:
         """Perturb the passes inside the block, and restore what the site did before."""
         if not self._finalizer.alive:

@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 
 from embattle import checks
 from embattle.perturb.calls import Call, Layout
-from embattle.perturb.hook import Addition, Use
+from embattle.perturb.hook import PassAddition, Use
 from embattle.perturb.site import Site
 from embattle.perturb.surroundings import computes_in_half
 from embattle.perturb.tables import SwappedParameter
@@ -79,7 +79,7 @@ class WeightSite(Site):
     def perturb(
         self,
         calls: list[Call],
-        additions: Sequence[Addition],
+        additions: Sequence[PassAddition],
         *,
         known: str | None = None,
         detach: bool = False,
@@ -105,7 +105,7 @@ class WeightSite(Site):
 
     @contextmanager
     def perturbed(
-        self, calls: list[Call], additions: Sequence[Addition], known: str | None
+        self, calls: list[Call], additions: Sequence[PassAddition], known: str | None
     ) -> Iterator[None]:
         before = self._parameter.current
         self.perturb(calls, additions)
