@@ -120,6 +120,27 @@ def test_weights_of_a_bag_get_the_gradient_of_its_perturbed_rows(inside: bool) -
     torch.testing.assert_close(result.evaluate(loss).losses, by_hand().losses.detach())
 
 
+def test_learnt_weights_of_a_bag_are_refused_where_a_part_is_perturbed() -> None:
+    bag, head = nn.EmbeddingBag(9, 4, mode="sum").double(), nn.Linear(4, 2).double()
+    weights = torch.rand(3, 3, dtype=torch.float64)
+
+    def of(rows: Any = slice(None)) -> Any:
+        def loss() -> eb.Evaluation:
+            logits = head(bag(TOKENS[rows], per_sample_weights=weights[rows]).tanh())
+            losses = eb.losses.cross_entropy(logits, LABELS[rows])
+            return eb.Evaluation(losses, logits)
+
+        return loss
+
+    site, form = eb.Site(bag, scope="row"), eb.Partial(0.5)
+    objective = eb.AdversarialObjective(ATTACK, site, form=form)
+    objective(of(), subset=of, samples=3)[0].backward()
+    weights.requires_grad_()
+    with pytest.raises(ValueError, match=r"learnt per_sample_weights.*form='mixed'"):
+        objective(of(), subset=of, samples=3)
+    assert not site.busy
+
+
 class Doubled(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
         return 2 * value

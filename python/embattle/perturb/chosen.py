@@ -14,6 +14,7 @@ from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.fresh import is_fresh
 from embattle.perturb.hook import Addition
 from embattle.perturb.masks import Geometry, PerCall
+from embattle.perturb.row_perturbation import named_inputs
 
 if TYPE_CHECKING:
     from embattle.perturb.attacked_batch import AttackedBatch
@@ -100,6 +101,12 @@ def run_with_chosen(batch: AttackedBatch, part: AttackedBatch, rows: Tensor) -> 
 
     def begin(index: int, number: int, call: Call) -> Addition:
         place = (index, number)
+        weights = named_inputs(call.args, call.kwargs).get("per_sample_weights")
+        if batch.sites[index].scope == "row" and weights is not None and weights.requires_grad:
+            raise ValueError(
+                "a part of the batch cannot be perturbed at rows that are weighed by learnt "
+                "per_sample_weights, whose gradient would lack the deltas' part: use form='mixed'"
+            )
         if place not in additions:
             return torch.zeros_like(call.value)
         addition, part = additions[place], calls[index][number]

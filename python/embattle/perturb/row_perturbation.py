@@ -173,7 +173,7 @@ def _weighted_deltas(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """Look up rows of the table `delta`, with the weights of a call (`args`, `kwargs`)."""
-    weights = _named(args, kwargs).get("per_sample_weights")
+    weights = named_inputs(args, kwargs).get("per_sample_weights")
     return _look_up_deltas(module, delta, inverse, arguments | {"per_sample_weights": weights})
 
 
@@ -185,7 +185,7 @@ def _perturbed_rows(
 
 
 def _arguments(call: Call) -> dict[str, Any]:
-    found = _named(call.args, call.kwargs)
+    found = named_inputs(call.args, call.kwargs)
     if not isinstance(found.get("input"), Tensor):
         raise ValueError(
             f"Site: {type(call.module).__name__} was called without a tensor of indices"
@@ -196,6 +196,7 @@ def _arguments(call: Call) -> dict[str, Any]:
     }
 
 
-def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def named_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a look-up by their names."""
     names = ("input", "offsets", "per_sample_weights")
     return dict(zip(names, args, strict=False)) | kwargs
