@@ -505,6 +505,35 @@ def test_samples_without_labels_are_neither_right_nor_wrong() -> None:
     assert not nothing.objective(now, None).any()
 
 
+@pytest.mark.parametrize(
+    ("criterion", "shape", "goal"),
+    [
+        (eb.Misclassify(torch.tensor([0, 1])), (2, 3), True),
+        (eb.Misclassify(torch.tensor([0, 1])), (2,), True),
+        (eb.Misclassify(torch.tensor([0, 1])), (2, 1), True),
+        (eb.Misclassify(torch.zeros(2, 4).long()), (2, 4, 3), True),
+        (eb.MultiLabel(torch.tensor([[0, 0], [1, 0]])), (2, 2), True),
+        (eb.Deviate(torch.zeros(2, 3), by=1.0), (2, 3), True),
+        (eb.Demote(0, k=1), (2, 3), True),
+        (eb.Outrank(0, k=1), (2, 3), True),
+        (eb.Target(0), (2, 3), False),
+        (eb.Promote(0, k=1), (2, 3), False),
+    ],
+)
+def test_outputs_that_are_nan_are_never_right(
+    criterion: eb.Criterion, shape: tuple[int, ...], goal: bool
+) -> None:
+    """The label 0 is the class that argmax and comparisons give for them."""
+    same(reached(criterion, seen(torch.full(shape, math.nan)), None), [goal, goal])
+    one = torch.zeros(shape)
+    one.view(-1)[-1] = math.nan
+    if isinstance(criterion, eb.Misclassify):
+        predicted = criterion.predict(one)
+        assert predicted is not None
+        assert (predicted[1] == -1).any()
+        assert not (predicted[0] == -1).any()
+
+
 def test_a_target_at_some_places_of_a_sequence() -> None:
     outputs = torch.eye(3)[torch.tensor([[1, 2, 0], [1, 1, 0], [0, 0, 0]])]
     criterion = eb.Target(torch.tensor([[1, 2, -100], [1, 2, -100], [-100, -100, -100]]))

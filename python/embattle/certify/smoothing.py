@@ -86,8 +86,9 @@ class Smoothed:
                 outputs = evaluator.evaluate(self.model, some).outputs
             if outputs is None or outputs.dim() not in (1, 2):
                 raise ValueError("Smoothed: the model must give logits [B, C] or [B]")
-            outputs = losses.two_sided(outputs)
-            found.append(torch.nn.functional.one_hot(outputs.argmax(1), outputs.shape[1]).cpu())
+            # Outputs that are no numbers vote for no class.
+            classes = torch.arange(losses.classes(outputs), device=outputs.device)
+            found.append((losses.predict(outputs)[:, None] == classes).long().cpu())
         votes = torch.cat(found)
         return votes.reshape(len(batch), n, -1).sum(1)
 
