@@ -7,10 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("torchmetrics")
-
 from embattle.attacks import FMN, PGD, UniformNoise
 from embattle.attacks.minimum import NoSmallestError
 from embattle.audit.evaluation import evaluate, predict, sweep
@@ -24,6 +20,7 @@ from embattle.perturb.site import Site
 from embattle.perturb.strength import Measured, Relative
 from embattle.tasks import Classification
 from embattle.tasks.evaluator import Evaluator
+from torch import Tensor, nn
 
 
 class Linear(nn.Module):

@@ -15,7 +15,6 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("peft")
 pytest.importorskip("pyarrow")
 pytest.importorskip("pydantic")
-pytest.importorskip("torchmetrics")
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 

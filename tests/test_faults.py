@@ -19,7 +19,6 @@ import pytest
 pytest.importorskip("accelerate")
 pytest.importorskip("pyarrow")
 pytest.importorskip("pydantic")
-pytest.importorskip("torchmetrics")
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("scipy")
-pytest.importorskip("torchmetrics")
 pytest.importorskip("pydantic")
 
 from embattle.attacks import PGD

@@ -13,7 +13,6 @@ pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 pytest.importorskip("pyarrow")
 pytest.importorskip("pydantic")
-pytest.importorskip("torchmetrics")
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 

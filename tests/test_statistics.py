@@ -1,4 +1,4 @@
-"""Intervals, paired tests and corrections, against counts by hand, scipy and torchmetrics."""
+"""Intervals, paired tests and corrections, against counts by hand and scipy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("scipy")
-pytest.importorskip("torchmetrics")
 
 from embattle.audit.outcomes import Attacked
 from embattle.audit.scores import (
@@ -95,6 +94,18 @@ def test_what_is_not_defined_is_nan() -> None:
     kind = Regression(within=1.0)
     same = kind.weighted(torch.arange(3.0), torch.full((3,), 7.0))
     assert math.isnan(float(same["r2"](torch.ones(1, 3).double())))
+
+
+def test_an_area_has_no_interval_where_draws_lack_a_class() -> None:
+    """The mean over the classes that are left is another measure, and may be far away."""
+    labels = torch.tensor([0, 1] * 10 + [2])
+    logits = torch.eye(3)[labels] * 4
+    logits[-1] = torch.tensor([4.0, 4.0, -9.0])
+    kind = Classification()
+    assert kind.scores(logits, labels)["auc"] < 0.7
+    intervals = bootstrap(kind.weighted(logits, labels), len(labels))
+    assert percentile_interval(intervals["auc"]) is None
+    assert percentile_interval(intervals["accuracy"]) is not None
 
 
 def test_wilson_against_its_formula() -> None:

@@ -14,7 +14,6 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("pyarrow")
 pytest.importorskip("pydantic")
-pytest.importorskip("torchmetrics")
 pytest.importorskip("typer")
 
 from embattle.errors import InputError

@@ -13,7 +13,6 @@ pytest.importorskip("accelerate")
 pytest.importorskip("optuna")
 pytest.importorskip("pyarrow")
 pytest.importorskip("pydantic")
-pytest.importorskip("torchmetrics")
 pytest.importorskip("typer")
 
 from embattle.errors import InputError

@@ -6,10 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("torchmetrics")
-
 from embattle.attacks import PGD, Attack, AutoAttack, UniformNoise
 from embattle.audit.examine import Curve, Examination, note_of
 from embattle.audit.outcomes import Attacked, worst_of
@@ -26,6 +22,7 @@ from embattle.tasks.kinds import (
     Ranking,
     Regression,
 )
+from torch import Tensor, nn
 
 COUNT = 24
 # Each with the number of its outputs, and an eps at which some samples fall.

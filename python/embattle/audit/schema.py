@@ -36,8 +36,8 @@ class PerClass(_Open):
 class Calibration(_Open):
     """How far probabilities can be believed."""
 
-    ece: float = Field(description="expected calibration error, 15 bins")
-    brier: float = Field(description="Brier score, summed over the classes")
+    ece: float | None = Field(description="expected calibration error, 15 bins")
+    brier: float | None = Field(description="Brier score, summed over the classes")
 
 
 class Scores(_Open):

@@ -19,7 +19,6 @@ OPTIONAL = (
     "pydantic",
     "pyyaml",
     "pyarrow",
-    "torchmetrics",
     "rich",
     "typer",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from embattle import losses
 from embattle.criteria import Criterion, Misclassify, MultiLabel
-from embattle.errors import need
 from embattle.tasks.kinds.base import Kind
-from embattle.tasks.kinds.weighted import F1, Area, Mean, MeanOf, Measure
+from embattle.tasks.kinds.weighted import F1, Area, Mean, MeanOf, Measure, at_once
+
+# The label of what is not known.
+_UNKNOWN = -100
 
 # Bins of the expected calibration error, as Guo et al. (2017) have them.
 BINS = 15
@@ -34,10 +37,9 @@ def _areas(logits: Tensor, true: Tensor) -> list[Area]:
     return areas[1:] if len(areas) == 2 else areas
 
 
-def _mean(areas: Sequence[Measure], labels: Tensor) -> float:
-    if not areas:
-        return float("nan")
-    return float(MeanOf(list(areas))(torch.ones_like(labels, dtype=torch.double)[None]))
+def _one_of(numbers: Tensor, count: int) -> Tensor:
+    """Bool [N, count], True at each number; a number outside is in no column."""
+    return numbers[:, None] == torch.arange(count, device=numbers.device)
 
 
 @dataclass(frozen=True)
@@ -69,29 +71,19 @@ class Classification(Kind):
 
     def _scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Accuracy, F1 and area under the ROC curve, means over classes; NaN if one is absent."""
-        metrics = need("torchmetrics.functional.classification")
-        logits = losses.two_sided(outputs)
-        count = logits.shape[1]
-        f1 = metrics.multiclass_f1_score(logits, labels, num_classes=count, average="macro")
-        areas = _areas(logits, F.one_hot(labels, count).bool())
-        return {
-            "accuracy": float(self.right(outputs, labels).float().mean()),
-            "f1": float(f1),
-            "auc": _mean(areas, labels),
-        }
+        found = at_once(self.weighted(outputs, labels), labels)
+        return {"accuracy": found["accuracy"], "f1": found["f1"], "auc": found.get("auc", math.nan)}
 
     def weighted(self, outputs: Tensor, labels: Tensor) -> Mapping[str, Measure]:
         """Give accuracy, F1, AUC (where no class is absent) and the loss."""
-        logits = losses.two_sided(outputs.float())
-        count, predicted = logits.shape[1], logits.argmax(1)
-        true = F.one_hot(labels, count).bool()
+        logits, predicted, true = self._told(outputs, labels)
         found: dict[str, Measure] = {
-            "accuracy": Mean(self.right(outputs, labels)),
-            "f1": F1(F.one_hot(predicted, count).bool(), true),
+            "accuracy": Mean((predicted & true).any(1)),
+            "f1": F1(predicted, true),
         }
         areas = _areas(logits, true)
         if areas:
-            found["auc"] = MeanOf(areas)
+            found["auc"] = MeanOf(areas, every=True)
         return found | {"loss": Mean(self.losses(outputs.float(), labels))}
 
     def details(self, outputs: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -103,17 +95,14 @@ class Classification(Kind):
         (Brier, Monthly Weather Review 78, 1950, equation 2): of two classes twice what is often
         said of the positive one alone.
         """
-        metrics = need("torchmetrics.functional.classification")
-        logits = losses.two_sided(outputs.float())
-        count, shares = logits.shape[1], logits.softmax(1)
-        stats = metrics.multiclass_stat_scores(logits, labels, num_classes=count, average=None)
-        ece = metrics.multiclass_calibration_error(
-            shares, labels, num_classes=count, n_bins=BINS, norm="l1"
-        )
-        off = shares.double() - F.one_hot(labels, count)
+        logits, predicted, true = self._told(outputs, labels)
+        shares = logits.double().softmax(1)
+        ece = _calibration_error(shares.amax(1), (predicted & true).any(1))
+        brier = float((shares - true.double()).square().sum(1).mean())
+        names = [self._name(c) for c in range(true.shape[1])]
         return {
-            "per_class": _per_class([self._name(c) for c in range(count)], stats),
-            "calibration": {"ece": float(ece), "brier": float(off.square().sum(1).mean())},
+            "per_class": _per_class(names, predicted, true),
+            "calibration": {"ece": ece, "brier": brier},
         }
 
     def describe(self, outputs: Tensor) -> list[dict[str, Any]]:
@@ -150,6 +139,12 @@ class Classification(Kind):
         found = float(self.losses(outputs, labels).double().mean())
         return right <= self.chance(labels) and found >= 0.999 * loss
 
+    def _told(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [N, C], and whether each class is predicted, and true, bool [N, C]."""
+        logits = losses.two_sided(outputs.float())
+        count = logits.shape[1]
+        return logits, _one_of(losses.predict(logits), count), _one_of(labels, count)
+
     def _name(self, number: int) -> str:
         return self.classes[number] if self.classes else str(number)
 
@@ -169,7 +164,9 @@ class BinaryClassification(Classification):
 
 @dataclass(frozen=True)
 class MultiLabelClassification(Kind):
-    """Any number of several labels: logits [B, C], labels 0 or 1, [B, C].
+    """Any number of several labels: logits [B, C], labels 0 or 1, or -100: not known, [B, C].
+
+    A label that is not known counts in no measure.
 
     Args:
         labels: the names of the labels; without them their numbers are shown.
@@ -189,37 +186,25 @@ class MultiLabelClassification(Kind):
     shown: ClassVar[str] = "labels that are right"
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Give the binary cross-entropy, averaged over the labels."""
+        """Give the binary cross-entropy, averaged over the labels that are known."""
         values = F.binary_cross_entropy_with_logits(outputs, labels.to(outputs), reduction="none")
-        return losses.per_sample(values)
+        return losses.per_counted(values, labels != _UNKNOWN)
 
     def criterion(self, labels: Tensor) -> Criterion:
         """Give the goal of any wrong label."""
-        return MultiLabel(labels)
+        return MultiLabel(labels, ignore_index=_UNKNOWN)
 
     def _scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Share without a wrong label; F1 and AUC, averaged over labels (AUC: with both values)."""
-        metrics = need("torchmetrics.functional.classification")
-        count, truth = outputs.shape[1], labels.long()
-        f1 = metrics.multilabel_f1_score(
-            outputs.sigmoid(), truth, num_labels=count, average="macro"
-        )
-        both = [c for c in range(count) if 0 < int(truth[:, c].sum()) < len(truth)]
-        areas = [Area(outputs[:, c], truth[:, c].bool()) for c in both]
-        return {
-            "all_right": float(self.right(outputs, labels).float().mean()),
-            "f1": float(f1),
-            "auc": _mean(areas, truth[:, 0]),
-        }
+        return at_once(self.weighted(outputs, labels), labels)
 
     def weighted(self, outputs: Tensor, labels: Tensor) -> Mapping[str, Measure]:
         """Give the share without a wrong label, F1, AUC and the loss."""
-        outputs, true = outputs.float(), labels.bool()
-        shares = outputs.sigmoid()
-        areas = [Area(outputs[:, c], true[:, c]) for c in range(shares.shape[1])]
+        outputs, true, known = outputs.float(), labels == 1, labels != _UNKNOWN
+        areas = [Area(outputs[:, c], true[:, c], known[:, c]) for c in range(outputs.shape[1])]
         return {
             "all_right": Mean(self.right(outputs, labels)),
-            "f1": F1(shares > 0.5, true, absent=0.0),
+            "f1": F1((outputs.sigmoid() > 0.5) & known, true, absent=0.0),
             "auc": MeanOf(areas),
             "loss": Mean(self.losses(outputs, labels)),
         }
@@ -229,18 +214,12 @@ class MultiLabelClassification(Kind):
 
         `ece` and `brier` are those of one label's probability, over all samples and labels.
         """
-        metrics = need("torchmetrics.functional.classification")
-        shares, truth = outputs.float().sigmoid(), labels.long()
-        stats = metrics.multilabel_stat_scores(
-            shares, truth, num_labels=shares.shape[1], average=None
-        )
-        ece = metrics.binary_calibration_error(
-            shares.flatten(), truth.flatten(), n_bins=BINS, norm="l1"
-        )
-        off = shares.double() - truth
+        shares, true, known = outputs.float().sigmoid(), labels == 1, labels != _UNKNOWN
+        names = self._names(torch.ones(shares.shape[1]))
+        brier = float((shares.double() - true.double())[known].square().mean())
         return {
-            "per_class": _per_class(self._names(torch.ones(shares.shape[1])), stats),
-            "calibration": {"ece": float(ece), "brier": float(off.square().mean())},
+            "per_class": _per_class(names, (shares > 0.5) & known, true),
+            "calibration": {"ece": _calibration_error(shares[known], true[known]), "brier": brier},
         }
 
     def describe(self, outputs: Tensor) -> list[dict[str, Any]]:
@@ -255,8 +234,9 @@ class MultiLabelClassification(Kind):
         ]
 
     def show(self, output: Tensor, label: Tensor) -> str:
-        """Show how many labels are right, of how many."""
-        return f"{int(((output > 0) == (label == 1)).sum())} of {len(output)}"
+        """Show how many labels are right, of how many that are known."""
+        known = label != _UNKNOWN
+        return f"{int((((output > 0) == (label == 1)) & known).sum())} of {int(known.sum())}"
 
     def show_label(self, label: Tensor) -> str:
         """Show the labels that are there."""
@@ -267,17 +247,31 @@ class MultiLabelClassification(Kind):
         return [self.labels[n] if self.labels else str(n) for n in numbers]
 
 
-def _per_class(names: Sequence[str], stats: Tensor) -> dict[str, dict[str, float]]:
-    """The report of each class from its counts of TP, FP, TN, FN and support, [C, 5].
+def _per_class(
+    names: Sequence[str], predicted: Tensor, true: Tensor
+) -> dict[str, dict[str, float]]:
+    """The report of each class, from where it is predicted and where it is true, bool [N, C].
 
     A share of nothing is 0, as scikit-learn's report has it.
     """
     found: dict[str, dict[str, float]] = {}
-    for name, (tp, fp, _, fn, support) in zip(names, stats.tolist(), strict=True):
+    counts = torch.stack([(predicted & true).sum(0), predicted.sum(0), true.sum(0)], dim=1)
+    for name, (hits, named, there) in zip(names, counts.tolist(), strict=True):
         found[name] = {
-            "precision": tp / max(1, tp + fp),
-            "recall": tp / max(1, tp + fn),
-            "f1": 2 * tp / max(1, 2 * tp + fp + fn),
-            "count": support,
+            "precision": hits / max(1, named),
+            "recall": hits / max(1, there),
+            "f1": 2 * hits / max(1, named + there),
+            "count": there,
         }
     return found
+
+
+def _calibration_error(confidence: Tensor, right: Tensor) -> float:
+    """The expected calibration error of probabilities, [n], beside what came true, bool [n].
+
+    A bin holds its upper edge, the first one 0 too. NaN where a probability is.
+    """
+    confidence = confidence.double()
+    places = (confidence * BINS).nan_to_num().ceil().clamp(1, BINS).long() - 1
+    gaps = confidence.new_zeros(BINS).index_add_(0, places, right.double() - confidence)
+    return float(gaps.abs().sum() / len(confidence))

@@ -8,7 +8,7 @@ Weights of one give the measure itself.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,15 +54,20 @@ class Root(Mean):
 
 
 class MeanOf(Measure):
-    """The mean of several measures."""
+    """The mean of several measures.
 
-    def __init__(self, parts: Sequence[Measure]) -> None:
-        self._parts = parts
+    Args:
+        parts: the measures.
+        every: all must be defined; else the mean is of those that are.
+    """
+
+    def __init__(self, parts: Sequence[Measure], *, every: bool = False) -> None:
+        self._parts, self._every = parts, every
 
     def __call__(self, weights: Tensor) -> Tensor:
-        """Give the mean of those that are defined, NaN where none is."""
-        every = torch.stack([part(weights) for part in self._parts], dim=1)
-        return every.nanmean(1)
+        """Give the mean, NaN where none is defined, or where `every` one must be and is not."""
+        found = torch.stack([part(weights) for part in self._parts], dim=1)
+        return found.mean(1) if self._every else found.nanmean(1)
 
 
 class F1(Measure):
@@ -92,11 +97,15 @@ class Area(Measure):
     Args:
         scores: [N]; higher for positives.
         positive: bool [N].
+        known: bool [N], the samples that count; None: all.
     """
 
-    def __init__(self, scores: Tensor, positive: Tensor) -> None:
+    def __init__(self, scores: Tensor, positive: Tensor, known: Tensor | None = None) -> None:
+        # A score that is no number is as bad as can be.
+        scores = torch.where(scores.isnan(), torch.where(positive, -torch.inf, torch.inf), scores)
         self._positive = positive.nonzero().flatten()
-        negative = (~positive).nonzero().flatten()
+        others = ~positive if known is None else known & ~positive
+        negative = others.nonzero().flatten()
         below, order = scores[negative].sort()
         self._negative = negative[order]
         mine = scores[self._positive]
@@ -132,3 +141,9 @@ class Determination(Measure):
         spread = weights @ self._labels.square() - total * mean.square()
         spread = torch.where(spread > 1e-12 * total, spread, float("nan"))
         return 1 - weights @ self._squares / spread
+
+
+def at_once(measures: Mapping[str, Measure], labels: Tensor) -> dict[str, float]:
+    """Measures of the samples with labels [N, ...], each of which counts once."""
+    once = torch.ones(1, len(labels), dtype=torch.float64, device=labels.device)
+    return {key: float(measure(once)) for key, measure in measures.items()}

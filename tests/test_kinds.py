@@ -1,0 +1,147 @@
+"""The measures of each kind of prediction, against counts by hand and torchmetrics."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from embattle.tasks import (
+    BinaryClassification,
+    Classification,
+    Kind,
+    MultiLabelClassification,
+    Ranking,
+)
+from embattle.tasks.kinds.weighted import Area
+from torch import Tensor
+
+
+def logit(share: float) -> float:
+    return math.log(share / (1 - share))
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    """Logits, some of them equal."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).mul(4).round() / 4
+
+
+def classes_of(count: int, among: int) -> Tensor:
+    return torch.randint(among, (count,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_classes_agree_with_torchmetrics(count: int) -> None:
+    metrics = pytest.importorskip("torchmetrics.functional.classification")
+    logits, labels = drawn(50, count), classes_of(50, count - 1)  # the last class is absent
+    found = Classification().scores(logits, labels)
+    expected = metrics.multiclass_f1_score(logits, labels, num_classes=count, average="macro")
+    assert found["f1"] == pytest.approx(float(expected))
+    assert math.isnan(found["auc"])
+    labels = classes_of(50, count)
+    if count == 2:  # in float64, as equal numbers may have unequal sigmoids in float32
+        area = metrics.binary_auroc((logits[:, 1] - logits[:, 0]).double().sigmoid(), labels)
+        assert Classification().scores(logits, labels)["auc"] == pytest.approx(float(area))
+    stats = metrics.multiclass_stat_scores(logits, labels, num_classes=count, average=None)
+    per_class = Classification().details(logits, labels)["per_class"]
+    for entry, (hits, wrong, _, missed, there) in zip(
+        per_class.values(), stats.tolist(), strict=True
+    ):
+        assert entry["precision"] == pytest.approx(hits / max(1, hits + wrong))
+        assert entry["recall"] == pytest.approx(hits / max(1, hits + missed))
+        assert entry["count"] == there
+
+
+def test_several_labels_agree_with_torchmetrics() -> None:
+    metrics = pytest.importorskip("torchmetrics.functional.classification")
+    logits, labels = drawn(50, 3), drawn(50, 3, seed=1).gt(0).long()
+    found = MultiLabelClassification().scores(logits, labels)
+    expected = metrics.multilabel_f1_score(logits.sigmoid(), labels, num_labels=3)
+    assert found["f1"] == pytest.approx(float(expected))
+    area = metrics.multilabel_auroc(logits.double().sigmoid(), labels, num_labels=3)
+    assert found["auc"] == pytest.approx(float(area))
+
+
+def test_certain_predictions_share_the_last_bin_of_the_calibration_error() -> None:
+    """Two of four are right with 1, all four with .95: one bin, (4 * 1 + 4 * .95 - 6) / 8."""
+    logits = torch.tensor([[0.0, 200.0]] * 4 + [[0.0, logit(0.95)]] * 4)
+    labels = torch.tensor([1, 1, 0, 0, 1, 1, 1, 1])
+    found = Classification().details(logits, labels)["calibration"]["ece"]
+    assert found == pytest.approx((4 + 3.8 - 6) / 8, abs=1e-6)
+    several = MultiLabelClassification().details(logits[:, 1:], labels[:, None])
+    assert several["calibration"]["ece"] == pytest.approx((4 + 3.8 - 6) / 8, abs=1e-6)
+
+
+def test_an_edge_belongs_to_the_bin_below_it() -> None:
+    """Of five classes alike each has 1/5, the edge of the third bin; .21 is in the fourth."""
+    logits = torch.zeros(4, 5)
+    logits[2:, 0] = math.log(0.21 / 0.1975)
+    found = Classification().details(logits, torch.tensor([0, 1, 0, 1]))["calibration"]["ece"]
+    assert found == pytest.approx((abs(1 - 0.4) + abs(1 - 0.42)) / 4, abs=1e-6)
+
+
+def test_one_label_of_several() -> None:
+    kind, logits = MultiLabelClassification(), torch.tensor([[1.0], [-1.0], [2.0]])
+    found = kind.scores(logits, torch.tensor([[1], [1], [0]]))
+    assert found["all_right"] == pytest.approx(1 / 3)
+    assert (found["f1"], found["auc"]) == (0.5, 0)
+    assert kind.details(logits, torch.tensor([[1], [1], [0]]))["per_class"]["0"]["count"] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_class_numbers_of_any_integers(dtype: torch.dtype) -> None:
+    logits, labels = drawn(20, 2), classes_of(20, 2)
+    kind = Classification()
+    assert kind.scores(logits, labels.to(dtype)) == kind.scores(logits, labels)
+    assert kind.details(logits, labels.to(dtype)) == kind.details(logits, labels)
+
+
+def test_labels_that_are_not_known_count_nowhere() -> None:
+    """The measures of each label are those of the samples of which it is known."""
+    kind, logits = MultiLabelClassification(), drawn(40, 3)
+    labels = drawn(40, 3, seed=1).gt(0).long()
+    unknown = drawn(40, 3, seed=2).gt(0.5)
+    some = labels.masked_fill(unknown, -100)
+    found, told = kind.scores(logits, some), kind.details(logits, some)
+    alone = [
+        kind.scores(logits[~gone, c : c + 1], labels[~gone, c : c + 1])
+        for c, gone in enumerate(unknown.T)
+    ]
+    for key in ("f1", "auc"):
+        assert found[key] == pytest.approx(sum(one[key] for one in alone) / 3)
+    wrong = (logits > 0) != labels.bool()
+    assert found["all_right"] == pytest.approx(float((~(wrong & ~unknown)).all(1).double().mean()))
+    off = (logits.double().sigmoid() - labels).square()[~unknown]
+    assert told["calibration"]["brier"] == pytest.approx(float(off.mean()), abs=1e-6)
+    assert [one["count"] for one in told["per_class"].values()] == (some == 1).sum(0).tolist()
+    logits[unknown] = 50.0  # whatever is predicted there
+    again = kind.scores(logits, some)
+    assert again == pytest.approx(found)
+    assert kind.show(logits[0], torch.tensor([1, -100, -100])).endswith("of 1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "logits", "labels"),
+    [
+        (Classification(), (4, 3), [0, 0, 1, 2]),
+        (BinaryClassification(), (4,), [0, 0, 1, 1]),
+        (MultiLabelClassification(), (4, 2), [[0, 0], [0, 1], [1, 0], [1, 1]]),
+        (Ranking(1), (4, 3), [0, 0, 1, 2]),
+    ],
+)
+def test_outputs_that_are_nan_are_the_worst(
+    kind: Kind, logits: tuple[int, ...], labels: list[int]
+) -> None:
+    outputs, truth = torch.full(logits, math.nan), torch.tensor(labels)
+    found = kind.scores(outputs, truth)
+    assert found[kind.measures[0][0]] == 0
+    assert not kind.right(outputs, truth).any()
+    if "auc" in found:
+        assert found["auc"] == 0
+        assert math.isnan(kind.details(outputs, truth)["calibration"]["ece"])
+
+
+def test_the_area_counts_a_score_that_is_nan_against_the_model() -> None:
+    area = Area(torch.tensor([math.nan, 1.0, 0.0, math.nan]), torch.tensor([1, 1, 0, 0]).bool())
+    assert area(torch.ones(1, 4).double()).tolist() == [0.25]
