@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from embattle.perturb.evaluation import Evaluation
 from embattle.tasks import (
     BinaryClassification,
     Classification,
     Kind,
     MultiLabelClassification,
     Ranking,
+    Regression,
 )
 from embattle.tasks.kinds.weighted import Area
 from torch import Tensor
@@ -25,6 +28,10 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     """Logits, some of them equal."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator).mul(4).round() / 4
+
+
+def precise(values: list[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def classes_of(count: int, among: int) -> Tensor:
@@ -145,3 +152,29 @@ def test_outputs_that_are_nan_are_the_worst(
 def test_the_area_counts_a_score_that_is_nan_against_the_model() -> None:
     area = Area(torch.tensor([math.nan, 1.0, 0.0, math.nan]), torch.tensor([1, 1, 0, 0]).bool())
     assert area(torch.ones(1, 4).double()).tolist() == [0.25]
+
+
+@pytest.mark.parametrize(
+    ("kind", "outputs", "labels"),
+    [
+        # In float32 the distance of 3.1 and 2.6 is .5, and 3.1 in float64 is a little larger.
+        (Regression(within=0.5), torch.tensor([2.6]), precise([3.1])),
+        # What float32 cannot tell apart.
+        (Classification(), precise([[1.0, 1 + 1e-12]]), torch.tensor([0])),
+        (BinaryClassification(), precise([1e-50]), torch.tensor([1])),
+        (MultiLabelClassification(), precise([[1e-9]]), torch.tensor([[1]])),
+        (Ranking(1), precise([[1.0, 1 + 1e-12]]), torch.tensor([0])),
+    ],
+)
+def test_figures_say_what_is_right_as_attacks_do(
+    kind: Kind, outputs: Tensor, labels: Tensor
+) -> None:
+    """In the outputs' and labels' own precision, whichever it is."""
+    at = Evaluation(outputs=outputs)
+    reached = kind.criterion(labels).reached(at, at)
+    assert reached is not None
+    right = float((~reached).double().mean())
+    key = kind.measures[0][0]
+    assert kind.scores(outputs, labels)[key] == right
+    once = torch.ones(1, len(labels), dtype=torch.float64)
+    assert float(kind.weighted(outputs, labels)[key](once)) == right

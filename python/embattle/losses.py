@@ -27,6 +27,11 @@ def two_sided(logits: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(single), single], dim=-1)
 
 
+def wide(outputs: Tensor) -> Tensor:
+    """Outputs in float32 at least: float64 stays, as rounding may turn what is nearly equal."""
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
 def classes(logits: Tensor) -> int:
     """How many classes the logits are of: two if there is one logit."""
     return 2 if _is_binary(logits) else logits.shape[-1]
@@ -42,8 +47,7 @@ def per_counted(values: Tensor, kept: Tensor) -> Tensor:
     values = torch.where(kept, values, 0.0)
     if values.dim() == 1:
         return values
-    wide = torch.promote_types(values.dtype, torch.float32)  # float16 sums may overflow
-    total = values.flatten(1).sum(1, dtype=wide)
+    total = wide(values).flatten(1).sum(1)  # float16 sums may overflow
     return (total / kept.flatten(1).sum(1).clamp(min=1)).to(values.dtype)
 
 

@@ -62,7 +62,7 @@ class Margins(Criterion):
     def logits(self, now: Evaluation) -> Tensor:
         """Return the outputs, in float32 at least."""
         outputs = required_outputs(type(self.goal).__name__, now)
-        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        return losses.wide(outputs)
 
     def alternatives(self, clean: Evaluation) -> int:
         """Count the alternatives."""

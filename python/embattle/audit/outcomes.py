@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from embattle.losses import wide
 from embattle.tasks.kinds import Kind
 
 
@@ -75,9 +76,9 @@ def worst_of(kind: Kind, labels: Tensor, outcomes: Sequence[Attacked]) -> Attack
         outcomes: of the same samples, one at least.
     """
     worst = outcomes[0]
-    badness = kind.badness(worst.outputs.float(), labels)
+    badness = kind.badness(wide(worst.outputs), labels)
     for other in outcomes[1:]:
-        found = kind.badness(other.outputs.float(), labels)
+        found = kind.badness(wide(other.outputs), labels)
         same = worst.right == other.right
         wins = torch.where(same, found > badness, worst.right)
         badness = torch.where(wins, found, badness)

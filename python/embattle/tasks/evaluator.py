@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from embattle.criteria import Criterion
 from embattle.data.batch import Batch
+from embattle.losses import wide
 from embattle.perturb.evaluation import Evaluation
 from embattle.tasks.kinds import Classification, Kind
 
@@ -36,7 +36,7 @@ class Evaluator:
         """
         found: Any = model(**batch.inputs)
         outputs: Tensor = getattr(found, "logits", found)
-        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        outputs = wide(outputs)
         losses = None if batch.labels is None else self.kind.losses(outputs, batch.labels)
         return Evaluation(losses, outputs)
 

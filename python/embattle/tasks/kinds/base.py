@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from embattle.criteria import Criterion
+from embattle.losses import wide
 from embattle.perturb.evaluation import Evaluation
 from embattle.tasks.kinds.weighted import Mean, Measure
 
@@ -77,7 +78,7 @@ class Kind(ABC):
         """
         if not len(labels):
             raise ValueError("scores: there are no samples to score; give at least one")
-        outputs = outputs.float()
+        outputs = wide(outputs)
         loss = float(self.losses(outputs, labels).mean())
         return {**self._scores(outputs, labels), "loss": loss}
 
@@ -87,7 +88,7 @@ class Kind(ABC):
         Those that are missing here have no intervals and are not tested. By default these are the
         headline and the loss.
         """
-        outputs = outputs.float()
+        outputs = wide(outputs)
         return {
             self.measures[0][0]: Mean(self.right(outputs, labels)),
             "loss": Mean(self.losses(outputs, labels)),

@@ -84,7 +84,7 @@ class Classification(Kind):
         areas = _areas(logits, true)
         if areas:
             found["auc"] = MeanOf(areas, every=True)
-        return found | {"loss": Mean(self.losses(outputs.float(), labels))}
+        return found | {"loss": Mean(self.losses(losses.wide(outputs), labels))}
 
     def details(self, outputs: Tensor, labels: Tensor) -> dict[str, Any]:
         """Give precision, recall, F1 and count of each class, and the calibration.
@@ -141,7 +141,7 @@ class Classification(Kind):
 
     def _told(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [N, C], and whether each class is predicted, and true, bool [N, C]."""
-        logits = losses.two_sided(outputs.float())
+        logits = losses.two_sided(losses.wide(outputs))
         count = logits.shape[1]
         return logits, _one_of(losses.predict(logits), count), _one_of(labels, count)
 
@@ -200,7 +200,7 @@ class MultiLabelClassification(Kind):
 
     def weighted(self, outputs: Tensor, labels: Tensor) -> Mapping[str, Measure]:
         """Give the share without a wrong label, F1, AUC and the loss."""
-        outputs, true, known = outputs.float(), labels == 1, labels != _UNKNOWN
+        outputs, true, known = losses.wide(outputs), labels == 1, labels != _UNKNOWN
         areas = [Area(outputs[:, c], true[:, c], known[:, c]) for c in range(outputs.shape[1])]
         return {
             "all_right": Mean(self.right(outputs, labels)),
@@ -214,7 +214,7 @@ class MultiLabelClassification(Kind):
 
         `ece` and `brier` are those of one label's probability, over all samples and labels.
         """
-        shares, true, known = outputs.float().sigmoid(), labels == 1, labels != _UNKNOWN
+        shares, true, known = losses.wide(outputs).sigmoid(), labels == 1, labels != _UNKNOWN
         names = self._names(torch.ones(shares.shape[1]))
         brier = float((shares.double() - true.double())[known].square().mean())
         return {

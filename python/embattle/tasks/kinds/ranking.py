@@ -64,13 +64,13 @@ class Ranking(Kind):
 
     def weighted(self, outputs: Tensor, labels: Tensor) -> Mapping[str, Measure]:
         """Give hit rate, NDCG, MRR and the loss."""
-        rank = _ranks(outputs.float(), labels).double()
+        rank = _ranks(losses.wide(outputs), labels).double()
         hit = rank < self.k
         return {
             "hit_rate": Mean(hit),
             "ndcg": Mean(hit / (rank + 2).log2()),
             "mrr": Mean(hit / (rank + 1)),
-            "loss": Mean(self.losses(outputs.float(), labels)),
+            "loss": Mean(self.losses(losses.wide(outputs), labels)),
         }
 
     def describe(self, outputs: Tensor) -> list[dict[str, Any]]:

@@ -50,11 +50,12 @@ class Regression(Kind):
 
     def _scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Share that is close enough, mean absolute error, coefficient of determination, RMSE."""
+        right = self.right(outputs, labels)
         off, labels = (outputs - labels).double(), labels.double()
         squares = off.square()
         spread = float((labels - labels.mean()).square().sum())
         return {
-            "within": float(self.right(outputs, labels.to(outputs)).float().mean()),
+            "within": float(right.double().mean()),
             "mae": float(off.abs().mean()),
             "r2": 1 - float(squares.sum()) / spread if spread else float("nan"),
             "rmse": float(squares.mean().sqrt()),
@@ -62,14 +63,13 @@ class Regression(Kind):
 
     def weighted(self, outputs: Tensor, labels: Tensor) -> Mapping[str, Measure]:
         """Give the share that is close enough, MAE, R2, RMSE and the loss."""
-        outputs, labels = outputs.float(), labels.float()
         off = outputs.double() - labels.double()
         return {
             "within": Mean(self.right(outputs, labels)),
             "mae": Mean(off.abs()),
             "r2": Determination(off, labels),
             "rmse": Root(off.square()),
-            "loss": Mean(self.losses(outputs, labels)),
+            "loss": Mean(self.losses(losses.wide(outputs), labels)),
         }
 
     def describe(self, outputs: Tensor) -> list[dict[str, Any]]:
