@@ -44,6 +44,17 @@ class Value(Linear):
         return super().forward(tokens)[:, 1]
 
 
+class Wrapped(Linear):
+    """Its outputs under a key of a dict."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.key = key
+
+    def forward(self, tokens: Tensor) -> Any:
+        return {self.key: super().forward(tokens)}
+
+
 TOKENS = torch.tensor([[0, 0], [1, 1], [2, 2], [0, 2]])
 
 
@@ -189,6 +200,34 @@ def test_what_is_refused() -> None:
         audit_model(model, batch(), site, kind=Classification(), evaluator=Evaluator())
     with pytest.raises(ValueError, match="no model is given"):
         audit_models({}, batch())
+    with pytest.raises(ValueError, match="attacks is empty"):
+        audit_model(model, batch(), site, attacks={})
+    with pytest.raises(ValueError, match="model by a text, got 3"):
+        audit_model(model, batch(), site, name=3)  # type: ignore[arg-type]
+    for name in (CLEAN, WORST):
+        with pytest.raises(ValueError, match=f"can be called '{name}'"):
+            audit_model(model, batch(), site, attacks={name: PGD(norm="l2", eps=0.2)})
+    with pytest.raises(ValueError, match=r"2 of 4 samples have no label that counts \(-100\)"):
+        audit_model(model, batch(torch.tensor([1, -100, 1, -100])), site)
+    with pytest.raises(ValueError, match="got k=10 for outputs"):
+        audit_model(model, batch(), site, kind=Ranking())
+    with pytest.raises(TypeError, match="returned a dict with scores"):
+        audit_model(Wrapped("scores"), batch(), Site(Wrapped("scores").embedding))
+
+
+def test_a_model_that_returns_a_dict_and_batches_without_samples() -> None:
+    model = Wrapped("logits")
+    found = audited(model, batch=[batch(), batch().take(torch.arange(0))])
+    assert found.facts["models"]["model"]["worst"]["accuracy"] == 0.75
+    assert found.facts["examples"] == 4
+
+
+@pytest.mark.parametrize("eps", [0.35, 0.5, 0.7, 1.1])
+def test_the_curve_has_the_eps_of_the_threat(eps: float) -> None:
+    """Where an attack of the table alone turned a sample, its place there is eps itself."""
+    attack = {"PGD": PGD(norm="l2", eps=eps, step_size=eps / 4, steps=5, keep="best")}
+    sweep = audited(eps=eps, attacks=attack).facts["models"]["model"]["sweep"]
+    assert eps in sweep["eps"]
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf", "l1"])

@@ -17,6 +17,7 @@ from embattle.audit.outcomes import Attacked, success_rate, worst_of
 from embattle.audit.smallest import smallest, standing
 from embattle.audit.victim import Victim
 from embattle.data.batch import Batch
+from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.site import as_sites
 from embattle.perturb.strength import Strength, scaled
 from embattle.tasks.evaluator import Evaluator
@@ -59,6 +60,9 @@ class Examination:
         unit: what eps counts in, see `embattle.audit.audit_model`.
         go_on: attack what has fallen, too, where no measure of the kind asks for it.
 
+    Raises:
+        ValueError: outputs and labels do not fit, or samples have no label.
+
     Attributes:
         unit: what an eps of 1 is, for attacks to be made of.
         victim: the model, and what attacks achieved.
@@ -83,6 +87,7 @@ class Examination:
         size = measure(model, batches, sites, to=to, norm=norm, evaluator=evaluator)
         self.labels, self.vector_norm = labels_of(batches), size.vector_norm
         self.unit: Strength = 1.0 if to is None else size.unit
+        _check_labels(evaluator.kind, size.outputs, self.labels)
         right = evaluator.kind.right(size.outputs, self.labels)
         ball = scaled(self.unit, eps)
         self.victim = Victim(model, list(as_sites(sites)), size.outputs, right, norm, ball)
@@ -239,6 +244,23 @@ def note_of(kind: Kind, *, go_on: bool = False) -> str:
         f"{kind.note} Samples leave an attack as they fall: what depends on how wrong they are "
         "(AUC, loss, calibration) is that of each one's first success, and flatters the model."
     )
+
+
+def _check_labels(kind: Kind, outputs: Tensor, labels: Tensor) -> None:
+    """Check that the kind's goal can be judged on all samples.
+
+    Raises:
+        ValueError: outputs and labels do not fit, or samples have no label that counts.
+    """
+    goal, at = kind.criterion(labels), Evaluation(kind.losses(outputs, labels), outputs)
+    goal.check(at)
+    counted = goal.counted(at)
+    if counted is not None and not bool(counted.all()):
+        raise ValueError(
+            f"audit: {int((~counted).sum())} of {len(labels)} samples have no label that counts "
+            f"({labels[~counted][0].tolist()}), and are neither right nor wrong; leave them out, "
+            "as with batch.take(torch.nonzero(batch.labels != -100).flatten())"
+        )
 
 
 def labels_of(batches: Sequence[Batch]) -> Tensor:

@@ -19,7 +19,15 @@ from embattle.audit.evaluation import Sites, device_of
 from embattle.audit.examine import POINTS, Curve, Examination, Norm, Unit, labels_of, note_of
 from embattle.audit.outcomes import Attacked
 from embattle.audit.report import document
-from embattle.audit.scores import OUTCOMES, add_scores, outcomes_of, plain, write_outcomes
+from embattle.audit.scores import (
+    CLEAN,
+    OUTCOMES,
+    WORST,
+    add_scores,
+    outcomes_of,
+    plain,
+    write_outcomes,
+)
 from embattle.audit.summary import summary_lines
 from embattle.audit.trust import CHECKED, check_victims
 from embattle.data.batch import Batch, first_samples
@@ -103,12 +111,13 @@ def audit_model(
             a task. It brings the kind.
         attacks: name to attack, from the weakest to the strongest, in place of the usual ones:
             noise, FGM, PGD-20, and an ensemble on the samples that still stand. Their balls should
-            not be larger than eps.
+            not be larger than eps. None can be called `no attack` or `worst`.
         name: the model's.
         seed: decides all random numbers.
 
     Raises:
-        ValueError: there are no samples or no labels, or an argument is not as it should be.
+        ValueError: there are no samples, one has no label, or an argument is not as it should be.
+        TypeError: the model returns no outputs.
         InputError: a package is missing that the figures need: `pip install 'embattle[jobs]'`.
     """
     models = {name: (model, sites)}
@@ -156,8 +165,10 @@ def audit_models(
             f"audit_models: unit must be token_norm, mean_norm or absolute; got {unit!r}"
         )
     evaluator = evaluator or Evaluator(kind)
+    _check_names(models, attacks)
     parts = batches.split(_AT_ONCE) if isinstance(batches, Batch) else list(batches)
-    if not sum(map(len, parts)):
+    parts = [part for part in parts if len(part)]
+    if not parts:
         raise ValueError("audit_models: batches hold no samples; give at least one")
     labels = labels_of(parts)
     ones = {
@@ -203,6 +214,27 @@ def audit_models(
     return Audit(plain(facts), outcomes)
 
 
+def _check_names(
+    models: Mapping[str, tuple[nn.Module, Sites]], attacks: Mapping[str, Attack] | None
+) -> None:
+    """Check what models and attacks are called.
+
+    Raises:
+        ValueError: a name that is no text or is kept for other rows, or an empty table of attacks.
+    """
+    if attacks is not None and not attacks:
+        raise ValueError("audit_models: attacks is empty; give some, or None for the usual ones")
+    for kind, names in (("model", models), ("attack", attacks or {})):
+        for name in names:
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"audit_models: name each {kind} by a text, got {name!r}")
+            if kind == "attack" and name in (CLEAN, WORST):
+                raise ValueError(
+                    f"audit_models: no attack can be called {name!r}, which is a row of its own; "
+                    "give it another name"
+                )
+
+
 def usual_attacks(norm: Norm, eps: Strength, generator: torch.Generator) -> dict[str, Attack]:
     """The attacks of an audit if nothing else is said: those of a recipe that names none.
 
@@ -231,7 +263,8 @@ def _run(
     """Attack a model, and give its facts."""
     generator = torch.Generator().manual_seed(seed)
     given = attacks or usual_attacks(norm, one.victim.eps, generator)
-    eps = [FARTHEST * one.eps * k / POINTS for k in range(POINTS + 1)]
+    # The threat's eps is one of them, to the last digit.
+    eps = [FARTHEST * k / POINTS * one.eps for k in range(POINTS + 1)]
     curve = Curve(usual_search(norm, one.unit, generator), eps)
     return one.run({label: (attack, 1.0) for label, attack in given.items()}, curve)
 

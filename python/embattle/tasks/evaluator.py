@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ class Evaluator:
     """Runs a model on batches, and knows what an attack on a batch is for.
 
     As it is, it serves models that are called as `model(**batch.inputs)`, and return outputs, or
-    something that has them as `logits`.
+    something that has them as `logits`: an attribute, or a dict's key.
 
     Args:
         kind: what the model predicts; classes by default.
@@ -33,9 +34,20 @@ class Evaluator:
 
         Returns:
             Losses [B] (None if the batch has no labels), and outputs [B, ...] in float32 at least.
+
+        Raises:
+            TypeError: the model returns no outputs.
         """
         found: Any = model(**batch.inputs)
-        outputs: Tensor = getattr(found, "logits", found)
+        outputs = found.get("logits") if isinstance(found, Mapping) else found
+        outputs = getattr(outputs, "logits", outputs)
+        if not isinstance(outputs, Tensor):
+            has = f" with {', '.join(map(str, found))}" if isinstance(found, Mapping) else ""
+            raise TypeError(
+                f"the model returned a {type(found).__name__}{has}, and which are its outputs is "
+                "not known; let it return them, or something that has them as logits, or give an "
+                "Evaluator of your own"
+            )
         outputs = wide(outputs)
         losses = None if batch.labels is None else self.kind.losses(outputs, batch.labels)
         return Evaluation(losses, outputs)
