@@ -14,8 +14,12 @@ Facts = dict[str, Any]
 KINDS: dict[str, tuple[list[list[str]], str, str]] = {
     "Classification": ([["accuracy", "accuracy"], ["f1", "F1"], ["auc", "AUC"]], "review", "token"),
     "MultiLabelClassification": ([["all_right", "all right"], ["f1", "F1"]], "post", "token"),
-    "Regression": ([["within", "close enough"], ["mae", "MAE"], ["r2", "R2"]], "flat", "field"),
-    "Ranking": ([["hit_rate", "hit rate"], ["ndcg", "NDCG"]], "user", "history"),
+    "Regression": (
+        [["within", "close enough (0.5)"], ["mae", "MAE"], ["r2", "R2"]],
+        "flat",
+        "field",
+    ),
+    "Ranking": ([["hit_rate", "hit rate@10"], ["ndcg", "NDCG@10"]], "user", "history"),
 }
 ATTACKS = ("Noise x5", "FGM", "PGD-20 x2")
 EPS = [0.0, 0.075, 0.15, 0.3, 0.6, 1.2]

@@ -136,6 +136,50 @@ def test_models_are_compared_and_reported(tmp_path: Path) -> None:
     assert "both/strong" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("kinds", "titles", "labels"),
+    [
+        ([Ranking(1), Ranking(2)], ["hit rate@1", "hit rate@2"], [1, 0, 1, 1]),
+        (
+            [Regression(within=0.3), Regression(within=0.5)],
+            ["close enough (0.3)", "close enough (0.5)"],
+            [2.0, -2.0, 0.4, 1.0],
+        ),
+    ],
+)
+def test_what_is_right_by_another_measure_is_not_compared(
+    kinds: list[Any],
+    titles: list[str],
+    labels: list[float],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On the same samples, by the same model: what differs is what counts as right."""
+    pytest.importorskip("typer")
+    pytest.importorskip("yaml")
+    from embattle.jobs.report import report
+
+    class Scores(Linear):
+        """Three items."""
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            found = super().forward(tokens)
+            return torch.cat([found, found[:, :1] * 0.5 - 0.3], 1)
+
+    attack = {"PGD": PGD(norm="l2", eps=0.2, step_size=0.1, steps=2)}
+    model = Scores() if isinstance(kinds[0], Ranking) else Value()
+    for i, kind in enumerate((*kinds, kinds[0])):
+        given = batch(torch.tensor(labels))
+        found = audited(model, batch=given, kind=kind, attacks=attack)
+        assert found.facts["measures"][0][1] == titles[i % 2]
+        found.save(tmp_path / str(i))
+    report([tmp_path / "0", tmp_path / "1"], tmp_path / "other.json")
+    assert json.loads((tmp_path / "other.json").read_text())["comparisons"] == []
+    assert f"measured otherwise ({', '.join(titles)})" in capsys.readouterr().out
+    report([tmp_path / "0", tmp_path / "2"], tmp_path / "same.json")
+    assert len(json.loads((tmp_path / "same.json").read_text())["comparisons"]) == 2
+
+
 def test_other_kinds_and_attacks() -> None:
     values = torch.tensor([2.0, -2.0, 0.4, 1.0])
     attack = {"PGD": PGD(norm="l2", eps=0.2, step_size=0.1, steps=5, keep="best")}

@@ -190,7 +190,7 @@ def audit_models(
             "sample": getattr(evaluator, "sample", "sample"),
             "vector": getattr(evaluator, "vector", "vector"),
         },
-        "measures": [list(measure) for measure in evaluator.kind.measures],
+        "measures": evaluator.kind.titled(),
         "note": note_of(evaluator.kind),
         "shown": evaluator.kind.shown,
         "threat": {"norm": norm, "group": balls.group, "eps": eps, "unit": unit},
@@ -202,7 +202,7 @@ def audit_models(
         victims,
         first_samples(parts, CHECKED),
         evaluator=evaluator,
-        measure=evaluator.kind.measures[0][1],
+        measure=evaluator.kind.titled()[0][1],
         seed=seed,
     )
     facts |= {

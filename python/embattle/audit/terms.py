@@ -71,8 +71,14 @@ _ATTACKS: tuple[tuple[str, str], ...] = (
 
 def meaning(word: str) -> str | None:
     """What a term or an attack's label means; None: it explains itself, or is not known."""
-    known = TERMS.get(word) or TERMS.get(word[:1].lower() + word[1:])
+    bare = _bare(word)
+    known = TERMS.get(bare) or TERMS.get(bare[:1].lower() + bare[1:])
     return known or _attack_meaning(word)
+
+
+def _bare(word: str) -> str:
+    """A term without what it counts: of `hit rate@10` and `close enough (0.5)`."""
+    return re.sub(r"@\d+$| \([^()]*\)$", "", word)
 
 
 def _attack_meaning(label: str) -> str | None:
@@ -96,7 +102,7 @@ def term(word: str) -> str:
     said = meaning(word)
     if said is None:
         return escape(word)
-    name = f"term-{re.sub(r'[^a-z0-9]+', '-', word.lower()).strip('-')}"
+    name = f"term-{re.sub(r'[^a-z0-9]+', '-', _bare(word).lower()).strip('-')}"
     return f'<a class="term" href="#{name}" title="{escape(said)}">{escape(word)}</a>'
 
 

@@ -178,7 +178,7 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> d
         "examples": len(task.parts[part]),
         "task": recipe.task,
         "words": {"sample": task.sample, "vector": task.vector},
-        "measures": [list(measure) for measure in task.kind.measures],
+        "measures": task.kind.titled(),
         "note": note_of(task.kind, go_on=recipe.audit.go_on),
         "shown": task.kind.shown,
         "facts": run.facts,
@@ -213,7 +213,7 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> d
         victims,
         first_samples(batches, CHECKED),
         evaluator=task,
-        measure=task.kind.measures[0][1],
+        measure=task.kind.titled()[0][1],
         seed=recipe.seed,
     )
     facts["checks"] = [asdict(check) for check in checks]

@@ -128,7 +128,7 @@ def examine_columns(
 
 def column_lines(task: Task, models: dict[str, Any]) -> list[str]:
     """What the audit prints of the attacks on columns."""
-    key, title = task.kind.measures[0]
+    key, title = task.kind.titled()[0]
     return [
         f"{name}: {title} {figure(entry, key)} under {label}, which turns "
         f"{entry['success_rate']:.1%} "

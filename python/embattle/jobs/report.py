@@ -235,6 +235,12 @@ def _unpaired(runs: Sequence[Audited]) -> list[str]:
         )
     if len({run.part for run in runs if run.part is not None}) > 1:
         notes.append("runs with other test parts are not tested against each other")
+    titles = dict.fromkeys(run.facts["measures"][0][1] for run in runs)
+    if len(titles) > 1:
+        notes.append(
+            f"runs that are measured otherwise ({', '.join(titles)}) are not tested against each "
+            "other"
+        )
     threats = {json.dumps(run.facts["threat"], sort_keys=True) for run in runs}
     if len(threats) > 1:
         notes.append("runs whose attackers may do other things are not compared under attack")

@@ -55,6 +55,13 @@ class Kind(ABC):
     def show(self, output: Tensor, label: Tensor) -> str:
         """Show one sample's output beside its label, in a few characters."""
 
+    def titled(self) -> list[list[str]]:
+        """Give the keys of `measures` with titles that say what counts as right.
+
+        Figures are compared under equal titles alone.
+        """
+        return [list(measure) for measure in self.measures]
+
     def show_label(self, label: Tensor) -> str:
         """Show one sample's label."""
         return str(label.tolist())

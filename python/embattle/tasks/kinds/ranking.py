@@ -40,6 +40,10 @@ class Ranking(Kind):
     shown: ClassVar[str] = "rank of the right item"
     graded: ClassVar[bool] = False  # below the k-th place all ranks count for nothing
 
+    def titled(self) -> list[list[str]]:
+        """Give them with k: `hit rate@10`."""
+        return [[key, f"{title}@{self.k}"] for key, title in self.measures]
+
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Give the cross-entropy of the right item among all."""
         return losses.cross_entropy(outputs, labels)

@@ -35,6 +35,11 @@ class Regression(Kind):
     )
     shown: ClassVar[str] = "predicted value"
 
+    def titled(self) -> list[list[str]]:
+        """Give them with what is close enough: `close enough (0.5)`."""
+        (key, title), *others = super().titled()
+        return [[key, f"{title} ({self.within:g})"], *others]
+
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Give the squared error."""
         if outputs.shape != labels.shape:
