@@ -33,6 +33,21 @@ def test_collapse_and_inflation() -> None:
         monitor.check_tables()
 
 
+def test_every_table_is_watched_and_named() -> None:
+    """Those of all modules of a site, after a site that has none."""
+    users, items = nn.Embedding(5, 4), nn.Embedding(7, 4)
+    monitor = Monitor(sites=[eb.Site(nn.ReLU()), eb.Site([users, items])])
+    monitor.check_tables()
+    with torch.no_grad():
+        items.weight.mul_(0.1)
+    with pytest.warns(RobustTrainingWarning, match=r"table \[7, 4\] of .*Embedding.*collapse"):
+        assert len(monitor.check_tables()) == 1
+    with torch.no_grad():
+        users.weight.mul_(3)
+    with pytest.warns(RobustTrainingWarning, match=r"table \[5, 4\] of .*Embedding.*Relative"):
+        assert len(monitor.check_tables()) == 2
+
+
 def test_vanishing_gradients() -> None:
     monitor = Monitor(sites=eb.Site(nn.Embedding(3, 2)), window=3)
 

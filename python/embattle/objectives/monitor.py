@@ -134,27 +134,32 @@ class Monitor:
     def check_tables(self) -> list[str]:
         """Compare the tables' mean row norms with those at the first call."""
         sites = [self.sites] if isinstance(self.sites, Site) else list(self.sites)
-        weights = [getattr(site.module, "weight", None) for site in sites]
-        tables = [weight for weight in weights if isinstance(weight, Tensor) and weight.dim() == 2]
+        tables = [
+            (f"the table {list(weight.shape)} of {site!r}", weight)
+            for site in sites
+            for weight in (getattr(module, "weight", None) for module in site.modules)
+            if isinstance(weight, Tensor) and weight.dim() == 2
+        ]
         if not tables:
             return []
-        norms = torch.stack([table.norm(dim=1).mean().float() for table in tables]).tolist()
+        norms = torch.stack([table.norm(dim=1).mean().float() for _, table in tables]).tolist()
         if not self._first:
             self._first = norms
             return []
         found: list[str] = []
-        for number, (now, before) in enumerate(zip(norms, self._first, strict=True)):
+        rows = zip(tables, norms, self._first, strict=True)
+        for number, ((name, _), now, before) in enumerate(rows):
             ratio = now / max(before, 1e-30)
             found += self._warn_once(
                 f"collapse {number}",
                 ratio < self.collapse,
-                f"{sites[number]!r}: the mean row norm fell from {before:.3g} to {now:.3g}: the "
+                f"{name}: the mean row norm fell from {before:.3g} to {now:.3g}: the "
                 "embeddings collapse; use a smaller or relative eps, or a warm-up",
             )
             found += self._warn_once(
                 f"inflation {number}",
                 ratio > self.inflation,
-                f"{sites[number]!r}: the mean row norm grew from {before:.3g} to {now:.3g}: at a "
+                f"{name}: the mean row norm grew from {before:.3g} to {now:.3g}: at a "
                 "fixed eps that alone looks like robustness; use Relative(...)",
             )
         return found
