@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,14 @@ def test_the_one_token_that_matters_gets_all() -> None:
     one, two = parts.of_samples(found, named)
     assert [entry["name"] for entry in one] == ["t7", "t2", "t3"]
     assert [round(entry["share"], 9) for entry in two] == [0, 0, 1, 0]
+
+
+def test_what_parts_miss_of_several_samples_does_not_cancel() -> None:
+    """.2 too little of the first, .2 too much of the second, of 1 and 2 that the losses rose."""
+    part, true = torch.tensor([[0.8], [2.2]]), torch.ones(2, 1, dtype=torch.bool)
+    off = Carried(torch.zeros(2), torch.tensor([1.0, 2.0]), [part], [part], [true], "path")
+    assert parts.missed(off) == pytest.approx(0.4 / 3)
+    assert parts.missed(replace(off, attacked=torch.zeros(2))) == 0
 
 
 def test_names_that_are_missing_or_do_not_fit_are_numbers() -> None:

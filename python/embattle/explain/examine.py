@@ -242,13 +242,11 @@ def explain(
     """
     average = Examined(model, task, part, spread, sites, attack, seed)
     each, names = average.together()
-    rise = float(each.increase[each.increase.isfinite()].sum())
-    missed = float(each.gap[each.gap.isfinite()].sum())
     found: dict[str, Any] = {
         "averaged": len(spread),
         "carried": parts.averages(each, names),
         "positions": [],
-        "gap": abs(missed / rise) if rise else 0.0,
+        "gap": parts.missed(each),
         "samples": [],
         "swaps": [],
         "landscape": None,

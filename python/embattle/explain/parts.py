@@ -103,6 +103,18 @@ def averages(
     return _shortened(sorted(entries, key=lambda entry: -entry["share"]))
 
 
+def missed(carried: Carried) -> float:
+    """What the parts miss of the rise of the losses, as a share of it.
+
+    Both are summed without their signs: what is missed of one sample does not make up for what
+    another's parts have too much. Losses that are not finite are left out.
+    """
+    gap, rise = (
+        float(values[values.isfinite()].abs().sum()) for values in (carried.gap, carried.increase)
+    )
+    return gap / rise if rise else 0.0
+
+
 def _shortened(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The entries with the largest shares in their order, and one for the others together.
 
