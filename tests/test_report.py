@@ -176,6 +176,16 @@ def test_shares_as_counts(shares: list[float], count: int, expected: tuple[list[
     assert words.among(shares, count) == expected
 
 
+@pytest.mark.parametrize(
+    ("share", "figure"),
+    [(0.0, "0%"), (0.003, "<1%"), (0.006, "1%"), (0.994, "99%"), (0.997, ">99%"), (1.0, "100%")],
+)
+def test_the_verdicts_figure_is_none_or_all_only_where_it_is(share: float, figure: str) -> None:
+    facts = made_facts.facts({"standard": (1.0, share)})
+    assert verdict.verdict(facts).figure == figure
+    assert f"<b>{figure.replace('<', '&lt;').replace('>', '&gt;')}</b>" in document(facts)
+
+
 def test_cost_is_the_facts_or_the_seconds() -> None:
     facts = made_facts.facts(HELPED)
     facts["train_seconds"] = {"standard": 50.0, "hardened": 51.0}

@@ -12,6 +12,7 @@ from embattle.audit.words import (
     NONE,
     duration,
     finite,
+    in_percent,
     number,
     percent,
     plural,
@@ -195,7 +196,7 @@ def curve(facts: Facts) -> Chart:
         lines.append(Line(model, swept["eps"], swept[key], i, low=low, high=high, points=marked))
         kinds.append(str(swept.get("attack")))
     said = "; ".join(
-        f"{line.name}: " + ", ".join(f"{percent(y, 0)} at eps {x:g}" for x, y in line.known()[:12])
+        f"{line.name}: " + ", ".join(f"{in_percent(y)} at eps {x:g}" for x, y in line.known()[:12])
         for line in lines
     )
     chance = finite(facts.get("chance"))

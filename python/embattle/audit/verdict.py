@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from embattle.audit.words import NONE, among, finite, percent, plural
+from embattle.audit.words import NONE, among, finite, in_percent, plural
 
 #: The model that the others are compared with, where a run has it.
 STANDARD = "standard"
@@ -172,7 +172,7 @@ def verdict(facts: Mapping[str, Any]) -> Verdict:
             f"models may be weaker than they look. Taken at face value: {sentence}"
         )
         tone = "bad"
-    return Verdict(NONE if share is None else percent(share, 0), caption, sentence, tone)
+    return Verdict(NONE if share is None else in_percent(share), caption, sentence, tone)
 
 
 def _caption(facts: Mapping[str, Any], model: str) -> str:

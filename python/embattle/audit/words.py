@@ -51,6 +51,14 @@ def brief(value: Any) -> str:
     return str(value) if found is None else f"{found:.4g}"
 
 
+def in_percent(share: float) -> str:
+    """A share in whole percent, but never none or all where it is neither."""
+    rounded = percent(share, 0)
+    if rounded == "0%" and share > 0:
+        return "<1%"
+    return ">99%" if rounded == "100%" and share < 1 else rounded
+
+
 def duration(seconds: Any) -> str:
     """Seconds as a reader says them."""
     found = finite(seconds)
