@@ -102,6 +102,9 @@ def test_class_numbers_of_any_integers(dtype: torch.dtype) -> None:
     kind = Classification()
     assert kind.scores(logits, labels.to(dtype)) == kind.scores(logits, labels)
     assert kind.details(logits, labels.to(dtype)) == kind.details(logits, labels)
+    if dtype != torch.bool:  # which is no item number
+        assert Ranking(1).scores(logits, labels.to(dtype)) == Ranking(1).scores(logits, labels)
+        assert Ranking(1).show(logits[0], labels[0].to(dtype)) in ("1", "2")
 
 
 def test_labels_that_are_not_known_count_nowhere() -> None:

@@ -94,4 +94,4 @@ class Ranking(Kind):
 
 def _ranks(scores: Tensor, items: Tensor) -> Tensor:
     """How many items score higher than each row's own item, [B]; a NaN is higher, and the last."""
-    return (~(scores <= scores.gather(1, items[:, None]))).sum(1)
+    return (~(scores <= scores.gather(1, items[:, None].long()))).sum(1)
