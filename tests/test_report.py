@@ -222,6 +222,7 @@ def test_all_that_the_facts_have_is_shown_and_nothing_else() -> None:
         "an attack that it beats is broken": "reason",
         "passes, relative": "cost",
         "12.3 to 18.3%": "intervals",
+        "Half of those that were turned fell within eps 0.1 (": "median_eps",
     }
     full = text_of(document(made_facts.full(), samples=made_facts.samples()))
     plain = text_of(document(made_facts.facts(), samples=made_facts.samples()))

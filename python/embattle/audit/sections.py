@@ -239,7 +239,7 @@ def _medians(facts: Facts) -> str:
         for model, entry in facts["models"].items()
     }
     known = ", ".join(f"{value:.3g} ({name})" for name, value in found.items() if value is not None)
-    return f"Half of those that were turned needed less than eps {known}." if known else ""
+    return f"Half of those that were turned fell within eps {known}." if known else ""
 
 
 def _numbers(chart: Chart, x: str) -> str:
