@@ -277,7 +277,10 @@ def _origin(
 
     part = hashlib.sha256()
     for batch in batches:
-        _feed(part, {**batch.inputs, "labels": batch.known_labels()})
+        here = batch.to(torch.device("cpu"))
+        named = {**here.inputs, "labels": here.known_labels()}
+        for row in range(len(batch)):  # however they are divided into batches
+            _feed(part, {name: x[row] for name, x in named.items()})
     weights = {}
     for name, (model, _) in models.items():
         digest = hashlib.sha256()
