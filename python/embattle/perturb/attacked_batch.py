@@ -290,13 +290,9 @@ class AttackedBatch(Passes):
         return self._rescaled(self._completed(grads), scale)
 
     def _completed(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        found = [grad for grad in grads if grad is not None]
-        if len(found) == len(grads):
-            return found
-        refuse_unused(grads, self.perturbed)
         return [
             torch.zeros_like(p.delta) if grad is None else grad
-            for p, grad in zip(self.perturbations, grads, strict=True)
+            for p, grad in zip(self.perturbations, self._used(grads), strict=True)
         ]
 
     def rescale_at_outputs(self, grads: Sequence[Tensor | None], scale: float) -> list[Tensor]:
@@ -350,9 +346,10 @@ class AttackedBatch(Passes):
             perturbation.mark_gradients(grad)
         return grads
 
-    def _used(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def _used(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return gradients for a step, dense: a table that is looked up may have sparse ones."""
         refuse_unused(grads, self.perturbed)
-        return grads
+        return [grad.to_dense() if grad is not None and grad.is_sparse else grad for grad in grads]
 
     @property
     def plain(self) -> bool:
