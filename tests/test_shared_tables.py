@@ -54,3 +54,50 @@ def test_weights_that_are_looked_up_with_sparse_gradients(form: str, random: boo
         found.append([*result.deltas, loss.detach(), *grads(model)])
     for plain, other in zip(*found, strict=True):
         torch.testing.assert_close(other, plain)
+
+
+def sites_of(model: Pairs, kind: str) -> list[eb.Site]:
+    if kind == "weight":
+        return [eb.Site.weight(model.user), eb.Site.weight(model.item)]
+    if kind == "shared":
+        return [eb.Site(table, samples=None) for table in (model.user, model.item)]
+    return [eb.Site(table, scope="row", rows=kind) for table in (model.user, model.item)]
+
+
+@pytest.mark.parametrize("kind", ["batch", "table", "weight"])
+def test_free_training_keeps_the_deltas_of_rows(kind: str) -> None:
+    """By hand: three calls, the last one for a batch that has other rows, and fewer of them."""
+    model, attack = Pairs(), eb.FGM(eps=0.5)
+    objective = eb.AdversarialObjective(attack, sites_of(model, kind), form="freeat")
+    tables = [model.user.weight.detach(), model.item.weight.detach()]
+    deltas = [torch.zeros_like(table) for table in tables]
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randint(0, size, (3, 8), generator=generator) for size in (6, 5)]
+    for number, (users, one, two) in enumerate((batches[0], batches[0], batches[1])):
+        if number == 1:  # goes on from a state
+            state = objective.state_dict()
+            objective = eb.AdversarialObjective(attack, sites_of(model, kind), form="freeat")
+            objective.load_state_dict(state)
+        loss, _ = objective(
+            lambda u=users, i=one, j=two: F.softplus(model(u, j) - model(u, i))  # type: ignore[misc]
+        )
+        for delta in deltas:
+            delta.requires_grad_()
+        user, item = (table + delta for table, delta in zip(tables, deltas, strict=True))
+        expected = F.softplus((user[users] * (item[two] - item[one])).sum(-1)).mean()
+        torch.testing.assert_close(loss.detach(), expected.detach())
+        moved = torch.autograd.grad(expected, deltas)
+        deltas = [
+            eb.ops.project(delta.detach() + 0.5 * F.normalize(grad), eps=0.5, group="token")
+            for delta, grad in zip(deltas, moved, strict=True)
+        ]
+        if kind == "batch":  # what a batch does not read is forgotten
+            for delta, read in zip(deltas, (users, torch.cat([one, two])), strict=True):
+                delta[~torch.isin(torch.arange(len(delta)), read)] = 0
+
+
+def test_free_training_keeps_the_deltas_of_an_output_that_samples_share() -> None:
+    model = Pairs()
+    objective = eb.AdversarialObjective(eb.FGM(eps=0.5), sites_of(model, "shared"), form="freeat")
+    first, second = (objective(losses(model))[0].detach() for _ in range(2))
+    assert second > 1.2 * first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,35 +34,67 @@ class FreeAT:
     """Free adversarial training (Shafahi et al., NeurIPS 2019, algorithm 1).
 
     Every call is one replay: one pass gives the gradients of the weights and moves the delta, which
-    is kept for the next call (and the next batch, where shapes agree). Call the objective m times
-    for each batch, with an optimiser step after each. The attack's step size should be its eps, as
-    in the paper; `steps` is not used.
+    is kept for the next call (and the next batch, where shapes agree; rows of a table keep theirs
+    wherever they come again). Call the objective m times for each batch, with an optimiser step
+    after each. The attack's step size should be its eps, as in the paper; `steps` is not used.
     """
 
     def __init__(self) -> None:
-        self.deltas: list[Tensor] = []
+        self.kept: list[_Kept] = []
+
+    @property
+    def deltas(self) -> list[Tensor]:
+        """The deltas that the next call starts from."""
+        return [one.delta for one in self.kept]
 
     def __call__(self, batch: Batch) -> Tensor:
-        loss = _passes(batch, 1, self.deltas)
-        self.deltas = [p.delta.detach() for p in batch.attacked.perturbations]
+        loss = _passes(batch, 1, self.kept)
+        self.kept = [_Kept(p.delta.detach(), p.rows) for p in batch.attacked.perturbations]
         return loss
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state that a resumed run needs: the deltas, by number."""
-        return {str(number): delta.clone() for number, delta in enumerate(self.deltas)}
+        """Return the state that a resumed run needs: the deltas, by number, and their rows."""
+        state = {str(number): one.delta.clone() for number, one in enumerate(self.kept)}
+        for number, one in enumerate(self.kept):
+            if one.rows is not None:
+                state[f"{number}.rows"] = one.rows.clone()
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a state."""
-        self.deltas = [state[str(number)].clone() for number in range(len(state))]
+        rows = {name: value.clone() for name, value in state.items() if name.endswith(".rows")}
+        self.kept = [
+            _Kept(state[str(number)].clone(), rows.get(f"{number}.rows"))
+            for number in range(len(state) - len(rows))
+        ]
 
 
-def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
+class _Kept(NamedTuple):
+    """A delta that lives on, and which rows of a table it is of; None where it is of no rows."""
+
+    delta: Tensor
+    rows: Tensor | None
+
+    def taken_up(self, perturbation: Perturbation) -> Tensor | None:
+        """Return the delta of another pass that begins with this one; None where nothing fits."""
+        fresh, rows = perturbation.delta.detach(), perturbation.rows
+        old = self.delta.to(fresh.device, fresh.dtype)
+        if self.rows is None or rows is None:
+            return old if self.rows is rows and old.shape == fresh.shape else None
+        if old.shape[1:] != fresh.shape[1:] or not len(old):
+            return None
+        before = self.rows.to(rows.device)  # ascending
+        place = torch.searchsorted(before, rows).clamp(max=len(before) - 1)
+        return torch.where((before[place] == rows).unsqueeze(1), old[place], fresh)
+
+
+def _passes(batch: Batch, count: int, kept: list[_Kept] | None) -> Tensor:
     """Run `count` passes with gradients of weights and deltas, and step the deltas after each.
 
     Args:
         batch: the batch.
         count: passes.
-        kept: deltas to start from where the shapes agree; a step then follows the last pass, too.
+        kept: deltas to start from where they fit; a step then follows the last pass, too.
     """
     attacked, attack = batch.attacked, batch.attack
     if count < 1:
@@ -76,10 +108,8 @@ def _passes(batch: Batch, count: int, kept: list[Tensor] | None) -> Tensor:
         states.append(attack.begin(perturbation, batch.scale))
         attack.start(perturbation, states[-1], generator)
         place = len(states) - 1
-        if not kept or place >= len(kept) or perturbation.coupled:
-            return
-        old = kept[place].to(perturbation.delta.device, perturbation.delta.dtype)
-        if old.shape == perturbation.delta.shape:
+        old = kept[place].taken_up(perturbation) if kept and place < len(kept) else None
+        if old is not None:
             # Another batch has another mask, and perhaps another radius.
             eps = states[-1]["eps"]
             perturbation.set(

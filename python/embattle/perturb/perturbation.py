@@ -40,9 +40,11 @@ class Perturbation:
         coupled: whether the samples of the batch share the delta.
         nonfinite: int32 `[groups]`, how often a group's gradient was not finite.
         whole: whether the groups are all rows of a table, those that the batch does not read too.
+        rows: the numbers of the rows of a table that the groups are, ascending; None: of no table.
     """
 
     joined = False  # whether the delta spans several outputs
+    rows: Tensor | None = None
 
     def __init__(
         self,
