@@ -101,3 +101,26 @@ def test_free_training_keeps_the_deltas_of_an_output_that_samples_share() -> Non
     objective = eb.AdversarialObjective(eb.FGM(eps=0.5), sites_of(model, "shared"), form="freeat")
     first, second = (objective(losses(model))[0].detach() for _ in range(2))
     assert second > 1.2 * first
+
+
+def test_a_part_of_bags_with_as_many_indices_as_bags() -> None:
+    """The chosen two have an index each, but not those at the same places of the batch."""
+    torch.manual_seed(0)
+    bag, head = nn.EmbeddingBag(9, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    bags = [torch.tensor(one, dtype=torch.int64) for one in ([1, 2], [3], [4], [])]
+
+    def of(rows: Tensor) -> Callable[[], Tensor]:
+        some = [bags[row] for row in rows.tolist()]
+        starts = torch.tensor([0, *map(len, some)])[:-1].cumsum(0)
+        return lambda: (bag(torch.cat(some), starts) @ head + 1).square()
+
+    objective = eb.AdversarialObjective(
+        eb.FGM(eps=0.5), eb.Site(bag), form=eb.Partial(0.5, choose="loss"), lam=2.0
+    )
+    objective.form.load_state_dict({"last": torch.tensor([0.0, 9.0, 9.0, 0.0])})
+    every = of(torch.arange(4))
+    loss, _ = objective(every, subset=of, samples=[0, 1, 2, 3])
+    clean = every().detach()
+    under = (clean.sqrt() + 0.5 * head.norm()).square()  # away from zero
+    weighted = clean[0] + 2 * under[1] + 2 * under[2] + clean[3]
+    torch.testing.assert_close(loss.detach(), weighted / 6)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from embattle.perturb.calls import Call, Layout
 from embattle.perturb.evaluation import Evaluation
@@ -220,8 +220,10 @@ def _refuse_other_inputs(part: Call, whole: Call, rows: Tensor, offsets: Tensor 
     mine, theirs = whole.indices, part.indices
     if mine is None or theirs is None or not (mine.is_cpu and theirs.is_cpu):
         return
+    if isinstance(whole.module, nn.EmbeddingBag):
+        return  # as many indices as bags need not be one for each
     if mine.shape != whole.value.shape[:-1] or theirs.shape != part.value.shape[:-1]:
-        return  # bags
+        return
     if offsets is not None:
         mine, theirs = mine.reshape(-1)[packed(offsets, rows)], theirs.reshape(-1)
     else:
