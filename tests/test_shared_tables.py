@@ -124,3 +124,33 @@ def test_a_part_of_bags_with_as_many_indices_as_bags() -> None:
     under = (clean.sqrt() + 0.5 * head.norm()).square()  # away from zero
     weighted = clean[0] + 2 * under[1] + 2 * under[2] + clean[3]
     torch.testing.assert_close(loss.detach(), weighted / 6)
+
+
+@pytest.mark.parametrize("form", ["trades", "mart", "alp", "vat", "smart"])
+def test_items_that_are_ruled_out_count_nowhere(form: str) -> None:
+    """As if a ranker had no scores of them."""
+    model, users = Pairs(), torch.tensor([0, 1, 2, 3])
+    seen = torch.tensor([1, 4, 7])
+    left = torch.tensor([0, 2, 3, 5, 6, 8])
+    site, right = eb.Site(model.user), torch.tensor([0, 1, 2, 5])  # among those left
+    found = []
+    for labels, ruled_out in ((left[right], True), (right, False)):
+
+        def ranked(labels: Tensor = labels, ruled_out: bool = ruled_out) -> eb.Evaluation:
+            scores = model.user(users) @ model.item.weight.T
+            scores = scores.index_fill(1, seen, -torch.inf) if ruled_out else scores[:, left]
+            return eb.Evaluation(eb.losses.cross_entropy(scores, labels), scores)
+
+        start = eb.GaussianStart(0.1)
+        attack = eb.PGD(
+            eps=0.5, steps=2, random_start=start, generator=torch.Generator().manual_seed(3)
+        )
+        # The mean over logits has those of all items.
+        lam = 1.5 if form == "alp" and ruled_out else 1.0
+        objective = eb.AdversarialObjective(attack, site, form=form, lam=lam)
+        model.zero_grad()
+        loss, _ = objective(ranked, criterion=eb.Misclassify(labels))
+        loss.backward()
+        found.append([loss.detach(), *grads(model)])
+    for whole, part in zip(*found, strict=True):
+        torch.testing.assert_close(whole, part)

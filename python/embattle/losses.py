@@ -162,11 +162,15 @@ def dlr(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
 
 def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """`KL(p || q)` of two categorical distributions given by logits, `[B]`."""
-    p, q = _log_probabilities("kl", p_logits, q_logits)
+    return per_sample(kl_of_logs(*_log_probabilities("kl", p_logits, q_logits)))
+
+
+def kl_of_logs(p: Tensor, q: Tensor) -> Tensor:
+    """`KL(p || q)` of each pair of distributions given by log-probabilities, `[..., C]`."""
     mass = p.exp()
     # p log p is 0 at p = 0. Filling the difference keeps -inf out of the value and the gradient.
     ratio = (p - q).masked_fill(mass == 0, 0.0)
-    return per_sample((mass * ratio).sum(-1))
+    return (mass * ratio).sum(-1)
 
 
 def symmetric_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from embattle.criteria import Diverge
-from embattle.losses import DIVERGENCES, per_counted, per_sample, two_sided
+from embattle.losses import DIVERGENCES, kl_of_logs, per_counted, squared_distance, two_sided
 from embattle.objectives.batch import Batch
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ class Mart:
         rest = q.scatter(-1, others.argmax(-1, keepdim=True), -torch.inf).logsumexp(-1)
         bce = -q.gather(-1, where).squeeze(-1) - rest
         wrong = 1 - p.gather(-1, where).squeeze(-1).exp()
-        kl = (p.exp() * (p - q)).sum(-1)
-        values = per_counted(bce + batch.lam * kl * wrong, kept)
+        values = per_counted(bce + batch.lam * kl_of_logs(p, q) * wrong, kept)
         return batch.mean(values, batch.weights(perturbed, clean))
 
 
@@ -101,7 +100,7 @@ class Alp:
         clean = batch.clean()
         batch.ascend()
         perturbed = batch.perturbed()
-        distance = per_sample((batch.outputs(clean) - batch.outputs(perturbed)).square())
+        distance = squared_distance(batch.outputs(clean), batch.outputs(perturbed))
         weights = batch.weights(perturbed, clean)
         values = batch.losses(perturbed) / 2 + batch.lam * distance
         return batch.losses(clean).mean() / 2 + batch.mean(values, weights)
