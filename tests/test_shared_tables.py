@@ -154,3 +154,19 @@ def test_items_that_are_ruled_out_count_nowhere(form: str) -> None:
         found.append([loss.detach(), *grads(model)])
     for whole, part in zip(*found, strict=True):
         torch.testing.assert_close(whole, part)
+
+
+def test_personalised_ranking_moves_rows_wherever_they_are_read() -> None:
+    found = []
+    for kind in ("batch", "weight"):
+        model = Pairs()
+        objective = eb.AdversarialObjective(eb.FGM(eps=0.5), sites_of(model, kind), form="apr")
+        loss, _ = objective(losses(model))
+        loss.backward()
+        found.append([loss.detach(), *grads(model)])
+    for rows, weights in zip(*found, strict=True):
+        torch.testing.assert_close(weights, rows)
+    for site in (eb.Site(model.user), eb.Site.weight(model.user, group="table")):
+        objective = eb.AdversarialObjective(eb.FGM(eps=0.5), site, form="apr")
+        with pytest.raises(ValueError, match="perturbs table rows"):
+            objective(losses(model))

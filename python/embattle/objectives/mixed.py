@@ -31,11 +31,13 @@ def apr(batch: Batch) -> Tensor:
     One delta per distinct row of the batch, `eps * g / ||g||` with g summed over the row's
     occurrences: `FGM(eps=0.5)` on sites of scope "row", `lam=1`, a BPR loss. Other rows are not
     perturbed, and cost nothing; the authors' code holds a delta for the whole table, as
-    `Site(..., scope="row", rows="table")` does: the same numbers, at the table's cost.
+    `Site(..., scope="row", rows="table")` and `Site.weight(table)` do: the same numbers, at the
+    table's cost.
     """
     for site in batch.attacked.sites:
-        if site.scope != "row":
+        if site.scope == "output" or site.group != "token":
             raise ValueError(
-                f"form 'apr' perturbs table rows: Site(..., scope='row'), not {site!r}"
+                f"form 'apr' perturbs table rows: Site(..., scope='row') or Site.weight(table), "
+                f"not {site!r}; elsewhere the same loss is form 'mixed'"
             )
     return mixed(batch)
