@@ -40,12 +40,27 @@ def test_every_table_is_watched_and_named() -> None:
     monitor.check_tables()
     with torch.no_grad():
         items.weight.mul_(0.1)
-    with pytest.warns(RobustTrainingWarning, match=r"table \[7, 4\] of .*Embedding.*collapse"):
+    with pytest.warns(RobustTrainingWarning, match=r"Embedding.*table \(7, 4\).*collapse"):
         assert len(monitor.check_tables()) == 1
     with torch.no_grad():
         users.weight.mul_(3)
-    with pytest.warns(RobustTrainingWarning, match=r"table \[5, 4\] of .*Embedding.*Relative"):
+    with pytest.warns(RobustTrainingWarning, match=r"Embedding.*table \(5, 4\).*Relative"):
         assert len(monitor.check_tables()) == 2
+
+
+def test_all_tables_of_a_site_are_looked_at() -> None:
+    model = toys.factors()
+    model.position = nn.Parameter(torch.ones(3, 4))
+    sites = [eb.Site.embeddings(model), eb.Site.weight(model, "position")]
+    monitor = Monitor(sites=sites)
+    assert monitor.check_tables() == []
+    with torch.no_grad():
+        model.item.weight.mul_(0.1)
+        model.position.mul_(0.1)
+    with pytest.warns(RobustTrainingWarning):
+        found = monitor.check_tables()
+    assert len(found) == 2
+    assert str(tuple(model.item.weight.shape)) in found[0]
 
 
 def test_vanishing_gradients() -> None:

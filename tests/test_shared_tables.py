@@ -8,6 +8,7 @@ import embattle as eb
 import pytest
 import torch
 import torch.nn.functional as F
+from embattle.objectives.masking import Outcome
 from torch import Tensor, nn
 
 
@@ -170,3 +171,31 @@ def test_personalised_ranking_moves_rows_wherever_they_are_read() -> None:
         objective = eb.AdversarialObjective(eb.FGM(eps=0.5), site, form="apr")
         with pytest.raises(ValueError, match="perturbs table rows"):
             objective(losses(model))
+
+
+def test_the_nearest_row_is_looked_for_in_the_table_of_each_call() -> None:
+    """One site on all tables of a model, of different widths."""
+    torch.manual_seed(0)
+    tables = nn.ModuleList([nn.Embedding(5, 2), nn.Embedding(7, 3)]).double()
+    rows = torch.randint(0, 5, (6, 2))
+
+    def loss() -> Tensor:
+        return tables[0](rows[:, 0]).square().sum(1) + tables[1](rows[:, 1]).square().sum(1)
+
+    site, attack = eb.Site.embeddings(tables), eb.FGM(eps=1.0)
+    same = []
+    for table, row, delta in zip(tables, rows.T, attack.run(loss, site).deltas, strict=True):
+        moved = table(row).detach() + delta
+        same.append(torch.cdist(moved, table.weight.detach()).argmin(1) == row)
+    expected, found = torch.stack(same).double().mean(0), []
+
+    def policy(outcome: Outcome) -> Tensor:
+        assert outcome.agreement is not None
+        found.append(outcome.agreement())
+        return found[-1] >= 0.5
+
+    for sites in (site, [eb.Site(table) for table in tables]):
+        eb.AdversarialObjective(attack, sites, masking=policy)(loss)
+    assert 0 < expected.mean() < 1
+    for agreement in found:
+        torch.testing.assert_close(agreement.double(), expected)

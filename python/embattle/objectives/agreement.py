@@ -15,22 +15,30 @@ from embattle.perturb.perturbation import Perturbation
 
 def nearest_agreement(attacked: AttackedBatch) -> Callable[[], Tensor] | None:
     """Return a function that computes the agreement, `[B]` in [0, 1]; None without tables."""
-    fits = all(
-        isinstance(site.module, nn.Embedding) and site.scope == "output" for site in attacked.sites
-    )
     plain = all(layout.plain for p in attacked.perturbations for layout in p.layouts)
-    if not fits or not plain or attacked.joint or attacked.packed:
+    if not plain or attacked.joint or attacked.packed:
         return None
-    tables = [cast(Tensor, site.module.weight) for site in attacked.sites]
+    calls = attacked.perturbed.calls
+    modules = [calls[site][call].module for p in attacked.perturbations for site, call in p.places]
+    outputs = all(site.scope == "output" for site in attacked.sites)
+    if not outputs or not all(isinstance(module, nn.Embedding) for module in modules):
+        return None
+    # A site may look several tables up: each call has its own.
+    tables = [cast(Tensor, module.weight) for module in modules]
     return partial(_share_kept, attacked.perturbations, tables)
 
 
 def _share_kept(perturbations: Sequence[Perturbation], tables: Sequence[Tensor]) -> Tensor:
-    """Compute each sample's share of vectors whose nearest table row is the original, `[B]`."""
+    """Compute each sample's share of vectors whose nearest table row is the original, `[B]`.
+
+    Args:
+        perturbations: of one call each.
+        tables: what these calls look up.
+    """
     kept: Tensor | None = None
     count: Tensor | None = None
-    for perturbation in perturbations:
-        table = tables[perturbation.places[0][0]].detach()
+    for perturbation, parameter in zip(perturbations, tables, strict=True):
+        table = parameter.detach()
         base = perturbation.base.reshape(perturbation.samples, -1, perturbation.base.shape[-1])
         moved = base + perturbation.delta.detach().reshape(base.shape).to(base.dtype)
         sizes = table.float().square().sum(1)

@@ -134,32 +134,34 @@ class Monitor:
     def check_tables(self) -> list[str]:
         """Compare the tables' mean row norms with those at the first call."""
         sites = [self.sites] if isinstance(self.sites, Site) else list(self.sites)
-        tables = [
-            (f"the table {list(weight.shape)} of {site!r}", weight)
+        # A site may look several tables up, and several sites one.
+        tables = {
+            table: f"{site!r}, its table {tuple(table.shape)}"
+            if len(site.modules) > 1
+            else f"{site!r}"
             for site in sites
-            for weight in (getattr(module, "weight", None) for module in site.modules)
-            if isinstance(weight, Tensor) and weight.dim() == 2
-        ]
+            for table in _tables(site)
+        }
         if not tables:
             return []
-        norms = torch.stack([table.norm(dim=1).mean().float() for _, table in tables]).tolist()
+        names = list(tables.values())
+        norms = torch.stack([table.norm(dim=1).mean().float() for table in tables]).tolist()
         if not self._first:
             self._first = norms
             return []
         found: list[str] = []
-        rows = zip(tables, norms, self._first, strict=True)
-        for number, ((name, _), now, before) in enumerate(rows):
+        for number, (now, before) in enumerate(zip(norms, self._first, strict=True)):
             ratio = now / max(before, 1e-30)
             found += self._warn_once(
                 f"collapse {number}",
                 ratio < self.collapse,
-                f"{name}: the mean row norm fell from {before:.3g} to {now:.3g}: the "
+                f"{names[number]}: the mean row norm fell from {before:.3g} to {now:.3g}: the "
                 "embeddings collapse; use a smaller or relative eps, or a warm-up",
             )
             found += self._warn_once(
                 f"inflation {number}",
                 ratio > self.inflation,
-                f"{name}: the mean row norm grew from {before:.3g} to {now:.3g}: at a "
+                f"{names[number]}: the mean row norm grew from {before:.3g} to {now:.3g}: at a "
                 "fixed eps that alone looks like robustness; use Relative(...)",
             )
         return found
@@ -272,3 +274,10 @@ class Monitor:
             self._warned.add(key)
             warnings.warn(text, RobustTrainingWarning, stacklevel=3)
         return [text]
+
+
+def _tables(site: Site) -> list[Tensor]:
+    """Return the tables that a site perturbs, or whose look-ups it does."""
+    own = site.table
+    weights = [getattr(m, "weight", None) for m in site.modules] if own is None else [own]
+    return [weight for weight in weights if isinstance(weight, Tensor) and weight.dim() == 2]
