@@ -208,6 +208,43 @@ def test_schedules_without_a_ramp_or_an_accuracy() -> None:
         eb.schedules.Adaptive(target=0.5, start=torch.nan)
 
 
+@pytest.mark.parametrize("form", ["free", "freeat", eb.FreeAT()])
+def test_forms_in_the_passes_of_an_attack_have_no_masking(form: Any) -> None:
+    model = toys.encoder()
+    site, attack = eb.Site(model.embedding), eb.FGSM(eps=0.1)
+    with pytest.raises(ValueError, match="cannot have masking="):
+        eb.AdversarialObjective(attack, site, form=form, masking=LossQuantile(0.5))
+    in_eval = eb.FGSM(eps=0.1, mode="eval")
+    with pytest.raises(ValueError, match="cannot have mode='eval'"):
+        eb.AdversarialObjective(in_eval, site, form=form)
+    with pytest.raises(ValueError, match="moves its deltas while it trains"):
+        eb.AWP(eb.AdversarialObjective(attack, site, form=form), model)
+
+
+def test_a_share_that_follows_the_accuracy_is_told_of_it() -> None:
+    model = toys.encoder()
+    tokens, labels = toys.text_batch()
+
+    def made() -> eb.AdversarialObjective:
+        share = eb.schedules.Adaptive(target=0.999, start=1.0, shrink=0.5, every=2)
+        form = eb.Partial(1.0, schedule=share)
+        return eb.AdversarialObjective(eb.FGM(eps=50.0), eb.Site(model.embedding), form=form)
+
+    def perturbed(objective: eb.AdversarialObjective) -> int:
+        _, metrics = objective(
+            toys.classify(model, tokens, labels),
+            subset=lambda rows: toys.classify(model, tokens[rows], labels[rows]),
+            criterion=eb.Misclassify(labels),
+        )
+        return int(metrics["perturbed"])
+
+    objective = made()
+    assert [perturbed(objective) for _ in range(3)] == [6, 6, 3]
+    resumed = made()
+    resumed.load_state_dict(objective.state_dict())
+    assert [perturbed(resumed) for _ in range(2)] == [3, 2]
+
+
 def test_a_quantile_is_not_off_by_its_rounding() -> None:
     for share, count in ((0.55, 100), (0.07, 100), (0.14, 50), (0.28, 25)):
         outcome = Outcome(torch.arange(float(count)), None, None, None, None)

@@ -110,7 +110,7 @@ class AdversarialObjective:
         self.sites = as_sites(sites)
         self.form = FORMS[form]() if isinstance(form, str) else form
         self.name: str = form if isinstance(form, str) else _name(form)
-        _refuse_options(attack, self.name)
+        _refuse_options(attack, masking, self.name)
         self.lam = lam
         self.masking = masking
         self.eps_schedule: Schedule = Constant() if eps_schedule is None else eps_schedule
@@ -261,8 +261,8 @@ class AdversarialObjective:
             if self.step == 0:
                 warn_of_rounding(attacked.perturbed, batch.attack.norm)
         metrics["steps"] = torch.tensor(batch.attack.steps)
-        for name in _SCHEDULES:
-            update = getattr(getattr(self, name), "update", None)
+        for _, schedule in self._schedules():
+            update = getattr(schedule, "update", None)
             if update is not None:
                 update(metrics)
         self.step += 1
@@ -290,8 +290,13 @@ class AdversarialObjective:
         if self.attack.generator is not None and "generator" in state:
             self.attack.generator.set_state(state["generator"].cpu())
 
+    def _schedules(self) -> list[tuple[str, Any]]:
+        """Return the objective's schedules and the form's, with their names."""
+        own = [(name, getattr(self, name)) for name in _SCHEDULES]
+        return [*own, ("schedule", getattr(self.form, "schedule", None))]
+
     def _stateful(self) -> list[tuple[str, Any]]:
-        parts = [(name, getattr(self, name)) for name in _SCHEDULES]
+        parts = self._schedules()
         parts += [("form", self.form), ("bregman", getattr(self.form, "bregman", None))]
         return [(name, part) for name, part in parts if hasattr(part, "state_dict")]
 
@@ -301,12 +306,17 @@ def _name(form: Form) -> str:
     return str(getattr(form, "name", getattr(form, "__name__", repr(form))))
 
 
-def _refuse_options(attack: Attack, form: str) -> None:
+def _refuse_options(attack: Attack, masking: Masking | None, form: str) -> None:
     """Refuse options that a form would ignore."""
     if attack.stop_when_fooled:
         raise ValueError(
             "AdversarialObjective: stop_when_fooled=True: samples do not leave a training batch; "
             "leave samples out of the update by `masking`"
+        )
+    if masking is not None and form in ("free", "freeat"):
+        raise ValueError(
+            f"AdversarialObjective: form {form!r} trains on all samples of its passes and cannot "
+            f"have masking={masking!r}; use form='mixed', 'partial' or 'staggered'"
         )
     if form not in SHARED_PASSES:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def free(batch: Batch) -> Tensor:
     take K passes. Start with `random_start=BoxStart(PerDim(eps))`, mode "same" for the same dropout
     masks in all steps. The authors' code differs: a magnitude of its own for the start, no
     projection at eps = 0 (here: `eps=math.inf`), a shared norm over padding (here: give the mask).
-    `lam` and the masking are not used.
+    `lam` is not used.
     """
     return _passes(batch, batch.attack.steps, None)
 
@@ -36,8 +36,11 @@ class FreeAT:
     Every call is one replay: one pass gives the gradients of the weights and moves the delta, which
     is kept for the next call (and the next batch, where shapes agree; rows of a table keep theirs
     wherever they come again). Call the objective m times for each batch, with an optimiser step
-    after each. The attack's step size should be its eps, as in the paper; `steps` is not used.
+    after each. The attack's step size should be its eps, as in the paper; `steps` and `lam` are not
+    used.
     """
+
+    name: ClassVar[str] = "freeat"
 
     def __init__(self) -> None:
         self.kept: list[_Kept] = []
