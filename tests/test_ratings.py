@@ -14,6 +14,7 @@ pytest.importorskip("pyarrow")
 import pyarrow
 import pyarrow.parquet
 from embattle.data.account import Account
+from embattle.data.moments import Moments
 from embattle.data.ratings import Ratings, hold_out_latest, read_ratings
 from embattle.errors import InputError
 
@@ -122,6 +123,38 @@ def test_dates_become_seconds(tmp_path: Path) -> None:
     assert read_ratings(tmp_path / "a.parquet").times.tolist() == [86400.0, 30.0]
 
 
+@pytest.mark.parametrize(
+    ("cells", "days"),
+    [
+        (["10/18/2020", "1/2/2020", "12/31/20"], [18553, 18263, 18627]),
+        (["18/10/2020", "1/2/2020"], [18553, 18293]),
+        (["2.1.2020", "31.12.2020 12:00"], [18263, 18627.5]),
+        (["Jan 2, 2020", "31 December 2020", "2-Jan-20"], [18263, 18627, 18263]),
+        (["2020-01-02T00:00:00Z", "2020-01-02T06:00:00+06:00", "2020/1/2"], [18263] * 3),
+        (["1/2/2020 12:00 AM", "1/22/2020, 6:00:00 pm"], [18263, 18283.75]),
+        (["09 13, 2009"], [14500]),
+    ],
+)
+def test_dates_in_several_styles(cells: list[str], days: list[float], tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    rows = "".join(f'{i};x;"{cell}"\n' for i, cell in enumerate(cells))
+    path.write_text("user;item;date\n" + rows)
+    assert read_ratings(path).times.tolist() == [86400.0 * day for day in days]
+    blocks = Moments()
+    for cell in cells:  # the style is that of the whole column
+        blocks.add([cell])
+    assert blocks.seconds().tolist() == [86400.0 * day for day in days]
+
+
+def test_decimal_commas_and_words_for_no_value(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("user;item;rating;time\na;b;4,5;1\na;c;n/a;2\nb;NULL;3;3\nb;c;3;2,5\n")
+    found = read_ratings(path, missing=["n/a", "NULL"], drop_blank=True)
+    assert (found.values.tolist(), found.times.tolist()) == ([4.5, 3], [1, 2.5])
+    with pytest.raises(InputError, match="'n/a' is none"):
+        read_ratings(path)
+
+
 def test_rows_with_empty_cells_are_dropped_if_asked(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("user,item,rating,time\n7,b,1,1\n,b,1,1\n8,,2,2\n9,c, ,3\n10,d,4,4\n")
@@ -138,9 +171,20 @@ def test_rows_with_empty_cells_are_dropped_if_asked(tmp_path: Path) -> None:
         ("user,item,rating\n1,2,\n", "'rating' has empty cells", {}),
         ("user,item\n,\n", "no row without empty cells", {"drop_blank": True}),
         ("user;item;rating\n1;2;4,5\n3;4;nine\n", "'rating' must hold numbers", {}),
-        ("user,item,time\n1,2,yesterday\n", "'time' must hold numbers or ISO dates", {}),
-        ("user,item,time\n1,2,NaT\n", "'time' must hold numbers or ISO dates", {}),
+        (
+            "user,item,time\n1,2,yesterday\n",
+            "hold numbers or dates: 'yesterday' is neither",
+            {},
+        ),
+        ("user,item,time\n1,2,NaT\n", "'time' must hold numbers or dates: 'NaT' is neither", {}),
         ("user,item,time\n1,2,nan\n", "'time' has values that are not finite", {}),
+        (
+            "user,item,time\n1,2,3/4/2020\n1,3,4/5/2020\n",
+            "nothing tells the day from",
+            {},
+        ),
+        ("user,item,time\n1,2,3/14/2020\n1,3,14/5/2020\n", "some dates have the day first", {}),
+        ("user;item;rating\n1;2;1,250\n", "the comma of '1,250' may be decimal or of thou", {}),
     ],
 )
 def test_what_is_refused(

@@ -197,7 +197,7 @@ def test_categories_and_keys_of_joins_by_their_names(tmp_path: Path) -> None:
     options: dict[str, Any] = {"task": "click_through", "model": {"dim": 4, "kind": "dlrm"}}
     task, account = recipes.load(recipe_of(tmp_path, data=data, **options)).make_task(), Account()
     task.read(account)
-    assert task.known["grp"] == ["None", "a", "b"]
+    assert task.known["grp"] == ["", "a", "b"]
     assert any("have no 'user' in it" in line for line in account.lines())
     columns: dict[str, list[Any]] = {"item": [1, 1], "grp": ["a", "a"], "age": [1, 1]}
     values = task._numbered({"user": [2.0, "2"], **columns}, 2)[0]
@@ -210,3 +210,35 @@ def test_categories_and_keys_of_joins_by_their_names(tmp_path: Path) -> None:
     data.pop("join")
     with pytest.raises(InputError, match="column 'age' holds numbers that are not finite"):
         recipes.load(recipe_of(tmp_path, data=data, **options)).make_task().read(Account())
+
+
+def test_clicks_without_values_and_with_decimal_commas(tmp_path: Path) -> None:
+    rows = [[f"u{i % 9}", ("a", "NA", "")[i % 3], ("0", "1", "NA")[i % 4 % 3]] for i in range(120)]
+    rows = [[*row, "n/a" if i % 5 == 0 else f"{i % 7},5"] for i, row in enumerate(rows)]
+    table = tmp_path / "clicks.csv"
+    table.write_text("user;device;clicked;age\n" + "".join(";".join(r) + "\n" for r in rows))
+    data: dict[str, Any] = {
+        "path": str(table), "fields": ["user", "device"], "dense": ["age"], "label": "clicked",
+    }  # fmt: skip
+    options: dict[str, Any] = {"task": "click_through", "model": {"dim": 4, "kind": "dlrm"}}
+
+    def read() -> Any:
+        task = recipes.load(recipe_of(tmp_path, data=data, **options)).make_task()
+        account = Account()
+        task.read(account)
+        assert ("dropped", "30 rows without a label") in account.facts
+        return task
+
+    with pytest.raises(InputError, match=r"'NA' is none \(data.missing"):
+        read()
+    data["missing"] = ["NA", "n/a"]
+    with pytest.raises(InputError, match=r"empty cells; drop those rows \(data.blank_labels: drop"):
+        read()
+    data["blank_labels"] = "drop"
+    task = read()
+    assert sum(map(len, task.parts.values())) == 90
+    assert task.known["device"] == ["", "a"]
+    blank = [{"user": "u1", "device": cell, "age": 1.5} for cell in (None, "", "NA", float("nan"))]
+    values = task.encode(task.build(), [*blank, {"user": "u1", "device": "", "age": "1,5"}]).inputs
+    assert values["values"][:, 1].tolist() == [1] * 5
+    assert len(set(values["dense"].flatten().tolist())) == 1

@@ -9,13 +9,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from embattle.data.account import Account, listed
-from embattle.data.looks import is_number, number_of
+from embattle.data.looks import NO_VALUE, is_number, number_of
 from embattle.errors import InputError
 
 #: Words for yes and no, as numbers.
 TRUTH = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
-# Classes that are often meant as "no value". They are taken for what they are: names of classes.
-_ODD = {"na", "n/a", "nan", "null", "none", "nil", "-", "?", "unknown", "#n/a"}
 
 
 def is_blank(value: Any, missing: Collection[str] = ()) -> bool:
@@ -158,7 +156,7 @@ def check_classes(labels: Iterable[str], column: str, account: Account) -> None:
             f"column {column!r} holds {distinct} different values in {rows} rows, so it is "
             "no label (a text, a name, an identifier?); choose a column of classes"
         )
-    odd = [f"{label!r} ({n})" for label, n in counts.items() if label.strip().lower() in _ODD]
+    odd = [f"{label!r} ({n})" for label, n in counts.items() if label.strip().lower() in NO_VALUE]
     if odd:
         account.warn(
             f"taken as classes, not as missing: {listed(odd)}; data.missing: [...] names what "

@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from embattle.data.moments import is_date
 
 Kind = Literal["empty", "numbers", "dates", "prose", "words"]
 
 # A number whose commas may be of thousands.
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?")
-_DATE = re.compile(
-    r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}\S*)?"  # 2020-01-31, with or without a time
-    r"|\d{1,4}([./-])\d{1,2}\2\d{2,4}"  # 31.1.2020, 1/31/20
-    r"|([A-Z][a-z]{2,8} \d{1,2},|\d{1,2}[ -][A-Z][a-z]{2,8})[ -]\d{4}"  # May 3, 2020; 3-May-2020
-)
+#: Words that often stand for no value, in lower case. In a column of words they may be classes.
+NO_VALUE = {"na", "n/a", "nan", "null", "none", "nil", "-", "?", "unknown", "#n/a"}
+#: Words that are no finite number where all else in a column is one.
+NO_NUMBER = NO_VALUE | {"inf", "+inf", "-inf", "infinity", "-infinity", "#div/0!", "#value!"}
 _ROLES = {
     "user": r"user|customer|reviewer|member|account|visitor|session|buyer",
     "item": r"item|movie|film|product|article|song|track|artist|book|isbn|asin|business|sku|game",
@@ -77,6 +78,26 @@ def number_of(cell: str, *, thousands: bool) -> float | None:
     return float(cell.replace(",", ".")) if is_number(cell) else None
 
 
+def number_in(cell: Any) -> float:
+    """A cell as a number, known by itself: its comma is decimal.
+
+    Raises:
+        ValueError: it is none, or its comma may be of thousands.
+    """
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        text = str(cell).strip()
+    number = number_of(text, thousands=False)
+    if number is None:
+        raise ValueError(f"{text!r} is none")
+    if _THOUSANDS.fullmatch(text):
+        raise ValueError(
+            f"the comma of {text!r} may be decimal or of thousands; write a point, or no comma"
+        )
+    return number
+
+
 def is_number(text: str) -> bool:
     """Whether a cell is written as a number."""
     return _NUMBER.fullmatch(text.strip()) is not None
@@ -88,14 +109,15 @@ def look(values: Sequence[str]) -> Column:
     if not filled:
         return Column("empty", 1.0, 0, "")
     count = len(filled)
-    numbers = sum(is_number(value) for value in filled) / count
+    said = [value for value in filled if value.strip().lower() not in NO_NUMBER]
+    numbers = sum(map(is_number, said)) / max(1, len(said))
     words = sum(len(value.split()) for value in filled) / count
     # Chinese, Japanese and Thai have no spaces: several letters beyond Latin are prose as well.
     foreign = sum(sum(c.isalpha() and ord(c) > 0x0E00 for c in value) for value in filled) / count
     kind: Kind = "words"
     if numbers > 0.95:
         kind = "numbers"
-    elif sum(_DATE.fullmatch(value.strip()) is not None for value in filled) > 0.95 * count:
+    elif sum(map(is_date, filled)) > 0.95 * count:
         kind = "dates"
     elif words >= 3 or foreign >= 6:
         kind = "prose"

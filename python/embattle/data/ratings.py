@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from embattle.data.account import Account
 from embattle.data.divide import TEST, TRAIN, leave_one_out, pairs
 from embattle.data.labels import is_blank
-from embattle.data.looks import guess_events, look_all
+from embattle.data.looks import guess_events, look_all, number_in
+from embattle.data.moments import Moments
 from embattle.data.tables import Table
 from embattle.errors import InputError
 
@@ -66,6 +67,7 @@ def read_ratings(
     *,
     account: Account | None = None,
     drop_blank: bool = False,
+    missing: Collection[str] = (),
     **options: Any,
 ) -> Ratings:
     """Reads ratings from any table; users and items are numbered in natural order.
@@ -77,6 +79,7 @@ def read_ratings(
             time 0.
         account: is told what was read, dropped and guessed.
         drop_blank: leave rows with an empty cell out, instead of refusing the file.
+        missing: cells that are as good as empty, such as NA.
         options: of `embattle.data.tables.Table`: encoding, delimiter, header.
 
     Returns:
@@ -84,9 +87,11 @@ def read_ratings(
 
     Raises:
         InputError: if the file cannot be read, has no such columns, or a cell is empty or, for
-            rating and time, is no finite number.
+            rating and time, is no finite number (for time, no date either).
     """
-    return read_named_ratings(path, columns, account=account, drop_blank=drop_blank, **options)[0]
+    return read_named_ratings(
+        path, columns, account=account, drop_blank=drop_blank, missing=missing, **options
+    )[0]
 
 
 def read_named_ratings(
@@ -95,6 +100,7 @@ def read_named_ratings(
     *,
     account: Account | None = None,
     drop_blank: bool = False,
+    missing: Collection[str] = (),
     **options: Any,
 ) -> tuple[Ratings, list[str], list[str]]:
     """Reads ratings as `read_ratings` does, and the names of users and items by number, as text."""
@@ -114,25 +120,36 @@ def read_named_ratings(
     for role, name in roles.items():
         account.note(role, f"{name!r}" + (" (guessed)" if columns is None else ""))
     known: dict[str, dict[Any, int]] = {"user": {}, "item": {}}
-    parts: dict[str, list[NDArray[Any]]] = {role: [] for role in roles}
-    dropped = 0
+    codes: dict[str, list[NDArray[Any]]] = {role: [] for role in known}
+    numbers = {
+        role: _Numbers(path, name, role) for role, name in roles.items() if role not in known
+    }
+    dropped, none = 0, set(missing)
     for block in table:
         cells = [block[name] for name in roles.values()]
-        if any(map(_has_blank, cells)):
+        if any(_has_blank(column, none) for column in cells):
             if not drop_blank:
-                name = next(n for n in roles.values() if _has_blank(block[n]))
-                raise InputError(f"{path}: column {name!r} has empty cells; drop those rows")
-            rows = [row for row in zip(*cells, strict=True) if not any(map(is_blank, row))]
+                name = next(n for n in roles.values() if _has_blank(block[n], none))
+                raise InputError(
+                    f"{path}: column {name!r} has empty cells; drop those rows "
+                    "(data.blank_cells: drop)"
+                )
+            rows = [
+                row
+                for row in zip(*cells, strict=True)
+                if not any(is_blank(cell, none) for cell in row)
+            ]
             dropped += len(cells[0]) - len(rows)
             cells = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in cells]
-        for (role, name), column in zip(roles.items(), cells, strict=True):
+        for role, column in zip(roles, cells, strict=True):
             if role in known:
                 number = known[role]
-                codes = [number.setdefault(value, len(number)) for value in column]
-                parts[role].append(np.asarray(codes, dtype=np.int64))
+                found_codes = [number.setdefault(value, len(number)) for value in column]
+                codes[role].append(np.asarray(found_codes, dtype=np.int64))
             else:
-                parts[role].append(_numbers(path, name, column, dates=role == "time"))
-    found = {role: np.concatenate(blocks) for role, blocks in parts.items()}
+                numbers[role].add(column)
+    found = {role: np.concatenate(blocks) for role, blocks in codes.items()}
+    found |= {role: column.all() for role, column in numbers.items()}
     events = len(found["user"])
     if not events:
         raise InputError(f"{path} has no row without empty cells; choose other columns")
@@ -162,13 +179,14 @@ def read_named_ratings(
     return ratings, named["user"], named["item"]
 
 
-def _has_blank(column: list[Any]) -> bool:
+def _has_blank(column: list[Any], missing: set[str]) -> bool:
     """Whether a cell of a column of one kind is blank."""
     if None in column or "" in column:
         return True
     if column and isinstance(column[0], str):
-        return any(map(str.isspace, column))
-    return any(value != value for value in column)
+        known = missing and not missing.isdisjoint(map(str.strip, column))
+        return bool(known) or any(map(str.isspace, column))
+    return any(is_blank(value, missing) for value in column)
 
 
 def _in_natural_order(names: list[Any]) -> Ints:
@@ -210,21 +228,76 @@ def together(first: Ratings, second: Ratings) -> Ratings:
     )
 
 
-def _numbers(path: Path, name: str, column: list[Any], *, dates: bool) -> Floats:
-    """A column of numbers or, as seconds since 1970, of dates."""
-    try:
-        found = np.asarray(column, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+class _Numbers:
+    """A column of numbers, or of dates as seconds since 1970, a block of cells at a time.
+
+    Args:
+        path: the file, for messages.
+        name: of the column.
+        role: what it holds: a `time` may be given as dates.
+    """
+
+    def __init__(self, path: Path, name: str, role: str) -> None:
+        self._dates = role == "time"
+        self._where = f"{path}: column {name!r}"
+        self._blocks: list[Floats] = []
+        self._moments: Moments | None = None
+
+    def add(self, cells: list[Any]) -> None:
+        """Take further cells.
+
+        Raises:
+            InputError: one is no finite number, and no date where dates may be.
+        """
         try:
-            moments = np.asarray(column if dates else None, dtype="datetime64[us]")
+            self._add(cells)
+        except ValueError as error:
+            raise self._wrong(error) from error
+
+    def all(self) -> Floats:
+        """The numbers of all cells.
+
+        Raises:
+            InputError: see `Moments.seconds`.
+        """
+        if self._moments is None:
+            return np.concatenate([np.empty(0), *self._blocks])
+        try:
+            return self._moments.seconds()
+        except ValueError as error:
+            raise self._wrong(error) from error
+
+    def _add(self, cells: list[Any]) -> None:
+        if self._moments is None:
+            found = self._as_numbers(cells)
+            if found is not None:
+                if not np.isfinite(found).all():
+                    raise InputError(
+                        f"{self._where} has values that are not finite; drop those rows, or name "
+                        "them in data.missing"
+                    )
+                self._blocks.append(found)
+                return
+            if self._blocks:
+                raise ValueError("the first are numbers and later ones are not")
+            self._moments = Moments()
+        self._moments.add(cells)
+
+    def _as_numbers(self, cells: list[Any]) -> Floats | None:
+        """Cells as numbers; None where they may be dates."""
+        try:
+            return np.asarray(cells, dtype=np.float64)
         except (TypeError, ValueError):
-            moments = np.asarray(None, dtype="datetime64[us]")
-        if moments.shape != (len(column),) or np.isnat(moments).any():
-            raise InputError(
-                f"{path}: column {name!r} must hold numbers{' or ISO dates' * dates} (with a "
-                f"decimal point): {error}"
-            ) from error
-        found = moments.astype(np.int64) / 1e6
-    if not np.isfinite(found).all():
-        raise InputError(f"{path}: column {name!r} has values that are not finite; drop those rows")
-    return found
+            try:
+                return np.array([number_in(cell) for cell in cells], dtype=np.float64)
+            except ValueError:
+                if self._dates:
+                    return None
+                raise
+
+    def _wrong(self, error: ValueError) -> InputError:
+        what = "numbers or dates" if self._dates else "numbers"
+        return InputError(
+            f"{self._where} must hold {what}: {error} (data.missing: [...] names what stands for "
+            "no value)"
+        )

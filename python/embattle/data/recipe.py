@@ -69,6 +69,24 @@ class Place(Section):
         return Path(self.path).expanduser()
 
 
+class Events(Place):
+    """A table of events (see `Place`).
+
+    Attributes:
+        missing: cells that stand for no value, such as NA.
+        blank_cells: what happens to rows without a value in one of the columns that are read.
+    """
+
+    missing: list[str] = Field(default=[])
+    blank_cells: Remedy = "refuse"
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the file is written and read, as `read_ratings` wants it."""
+        drop = self.blank_cells == "drop"
+        return {**self.written, "missing": self.missing, "drop_blank": drop}
+
+
 def check_fractions(fractions: Sequence[float]) -> None:
     """Raise ValueError if the shares of the parts do not sum to 1."""
     if abs(sum(fractions) - 1) > 1e-6:

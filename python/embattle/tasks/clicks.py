@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +17,8 @@ from embattle.data.account import Account
 from embattle.data.batch import Batch
 from embattle.data.divide import random_parts
 from embattle.data.labels import TRUTH, is_blank
-from embattle.data.recipe import Place, check_fractions
+from embattle.data.looks import number_in
+from embattle.data.recipe import Place, Remedy, check_fractions
 from embattle.data.splits import PARTS
 from embattle.data.tables import read_columns
 from embattle.errors import InputError
@@ -56,6 +57,8 @@ class ClicksRecipe(Place):
         join: further tables that tell more of a category, such as of users and items.
         label: the column that is predicted.
         at_least: the label is positive from this value on.
+        missing: cells that stand for no value, such as NA.
+        blank_labels: what happens to rows without a label.
         fractions: shares of train, validation and test, drawn by the recipe's seed.
         rows: use the first so many rows; null uses all.
     """
@@ -65,6 +68,8 @@ class ClicksRecipe(Place):
     join: list[Joined] = Field(default=[])
     label: str
     at_least: float = 1.0
+    missing: list[str] = Field(default=[])
+    blank_labels: Remedy = "refuse"
     fractions: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.8, 0.1, 0.1)
     rows: PositiveInt | None = None
 
@@ -143,6 +148,8 @@ class ClickThrough(Task):
         wanted = (*options.fields, *options.dense, options.label)
         table = read_columns(options.table(), wanted, **options.written)
         columns = {name: column[: options.rows] for name, column in table.items()}
+        if options.blank_labels == "drop":
+            columns = _labelled(columns, options, account)
         count = len(columns[options.label])
         for other in options.join:
             columns |= _look_up(other, columns[other.key], account)
@@ -156,11 +163,12 @@ class ClickThrough(Task):
         self.kind = BinaryClassification(("no", "yes"))
         train = chosen["train"]
         self.known = {
-            name: sorted({_name(columns[name][i]) for i in train}) for name in options.categories()
+            name: sorted({self._name(columns[name][i]) for i in train})
+            for name in options.categories()
         }
         self.scales = {}
         for name in options.numbers():
-            found = _numbers(name, columns[name])[train]
+            found = _numbers(name, columns[name], options.missing)[train]
             if np.isnan(found).all():
                 raise InputError(
                     f"column {name!r} has no number in the training part; leave it out"
@@ -268,17 +276,22 @@ class ClickThrough(Task):
         super().restore(facts)
         self.known, self.scales = facts["known"], facts["scales"]
 
+    def _name(self, cell: Any) -> str:
+        """A category by its name; a cell without a value has an empty one."""
+        return "" if is_blank(cell, self.data_options.missing) else _name(cell)
+
     def _numbered(
         self, columns: Mapping[str, Sequence[Any]], count: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Values by number, 0 for one that is not known, and numbers on their scales."""
+        missing = self.data_options.missing
         values = np.zeros((count, len(self.known)), dtype=np.int64)
         for place, (name, known) in enumerate(self.known.items()):
             number = {value: i for i, value in enumerate(known, start=1)}
-            values[:, place] = [number.get(_name(value), 0) for value in columns[name]]
+            values[:, place] = [number.get(self._name(value), 0) for value in columns[name]]
         dense = np.zeros((count, len(self.scales)), dtype=np.float32)
         for place, (name, (mean, spread)) in enumerate(self.scales.items()):
-            found = (_numbers(name, columns[name]) - mean) / spread
+            found = (_numbers(name, columns[name], missing) - mean) / spread
             dense[:, place] = np.where(np.isnan(found), 0, found)
         return values, dense
 
@@ -299,26 +312,49 @@ class Rows:
         return len(self.label)
 
 
+def _labelled(
+    columns: dict[str, list[Any]], options: ClicksRecipe, account: Account
+) -> dict[str, list[Any]]:
+    """The rows that have a label."""
+    blank = [is_blank(cell, options.missing) for cell in columns[options.label]]
+    if any(blank):
+        account.note("dropped", f"{sum(blank):,} rows without a label")
+    return {
+        name: [cell for cell, none in zip(column, blank, strict=True) if not none]
+        for name, column in columns.items()
+    }
+
+
 def _liked(options: ClicksRecipe, column: Sequence[Any]) -> NDArray[np.bool_]:
-    values = _numbers(options.label, column)
+    values = _numbers(options.label, column, options.missing)
     if np.isnan(values).any():
-        raise InputError(f"data.label: column {options.label!r} has empty cells; drop those rows")
+        raise InputError(
+            f"data.label: column {options.label!r} has empty cells; drop those rows "
+            "(data.blank_labels: drop)"
+        )
     liked: NDArray[np.bool_] = values >= options.at_least
     return liked
 
 
-def _numbers(name: str, column: Sequence[Any]) -> NDArray[np.float64]:
-    """A column as numbers, true and yes as 1, false and no as 0; NaN where a cell is empty."""
+def _numbers(name: str, column: Sequence[Any], missing: Collection[str]) -> NDArray[np.float64]:
+    """A column as numbers, true and yes as 1, false and no as 0; NaN where there is no value."""
     try:
         found = [
-            math.nan if is_blank(value, ()) else float(TRUTH.get(str(value).strip().lower(), value))
+            math.nan
+            if is_blank(value, missing)
+            else number_in(TRUTH.get(str(value).strip().lower(), value))
             for value in column
         ]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"column {name!r} must hold numbers: {error}") from error
+    except ValueError as error:
+        raise InputError(
+            f"column {name!r} must hold numbers: {error} (data.missing: [...] names what stands "
+            "for no value)"
+        ) from error
     numbers = np.array(found, dtype=np.float64)
     if np.isinf(numbers).any():
-        raise InputError(f"column {name!r} holds numbers that are not finite")
+        raise InputError(
+            f"column {name!r} holds numbers that are not finite; name them in data.missing"
+        )
     return numbers
 
 

@@ -14,7 +14,7 @@ from embattle.data.batch import Batch
 from embattle.data.labels import is_blank
 from embattle.data.questions import Questions, ask, plain_title
 from embattle.data.ratings import Ratings, read_named_ratings
-from embattle.data.recipe import Limits, Place
+from embattle.data.recipe import Events, Limits, Place
 from embattle.data.splits import PARTS
 from embattle.data.tables import read_columns
 from embattle.errors import InputError, need
@@ -44,8 +44,8 @@ class Titles(Place):
     plain: bool = True
 
 
-class LikesRecipe(Place):
-    """Which table of ratings, which of its columns, and where the titles are.
+class LikesRecipe(Events):
+    """Which table of ratings (see `Events`), which of its columns, and where the titles are.
 
     Attributes:
         user, item, rating, time: the names of its columns; later times are larger.
@@ -119,7 +119,7 @@ class LLMRanking(Task):
         options = self.data_options
         columns = (options.user, options.item, options.rating, options.time)
         self.ratings, _, items = read_named_ratings(
-            options.table(), columns, account=account, **options.written
+            options.table(), columns, account=account, **options.reading
         )
         self.titles = _titles(options.titles, items)
         self.questions = ask(

@@ -12,7 +12,7 @@ from embattle.data.account import Account
 from embattle.data.batch import Batch
 from embattle.data.labels import is_blank
 from embattle.data.ratings import Ratings, hold_out_latest, read_named_ratings, together
-from embattle.data.recipe import Place
+from embattle.data.recipe import Events
 from embattle.errors import InputError
 from embattle.perturb.evaluation import Evaluation
 from embattle.sections import Section
@@ -23,8 +23,8 @@ from embattle.tasks.kinds import Ranking
 from pydantic import PositiveInt
 
 
-class RatingsRecipe(Place):
-    """Which table of ratings, and which of its columns.
+class RatingsRecipe(Events):
+    """Which table of ratings (see `Events`), and which of its columns.
 
     Each user's last item is the test part, the one before it the validation part, the rest the
     training part; all that was rated counts as liked.
@@ -66,7 +66,7 @@ class RatingsTask(Task):
         options = self.data_options
         columns = (options.user, options.item, options.rating, options.time)
         ratings, self.users, self.items = read_named_ratings(
-            options.table(), columns, account=account, **options.written
+            options.table(), columns, account=account, **options.reading
         )
         count = options.users
         if count is not None and count < ratings.user_count:
