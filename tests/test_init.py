@@ -143,6 +143,102 @@ def test_columns_are_seen_as_what_they_are(tmp_path: Path) -> None:
     assert {key: value for key, value, _ in draft.data}["label"] == "ill"
 
 
+def events(*, rating: str = "{}", time: str = "{}", rare: str = "") -> str:
+    """Ratings in a file of semicolons, every 50th one `rare`."""
+    lines = ["user_id;item_id;rating;timestamp"]
+    for i in range(240):
+        given = rare if i % 50 == 49 and rare else rating.format(1 + i % 5)
+        lines.append(f"{i % 12:03};{(i * 7 + i // 12) % 20};{given};{time.format(i, 1 + i % 28)}")
+    return "\n".join(lines) + "\n"
+
+
+def adults(*, label: str = "{}", rare: str = "", debt: str = "{}.5") -> str:
+    """A table of numbers and categories, every 20th label `rare`."""
+    lines = ["age\tjob\tdebt\tdefault"]
+    for i in range(200):
+        given = rare if i % 20 == 0 and rare else label.format(int(i % 50 > 25))
+        lines.append(
+            f"{18 + i % 50}\t{'abcd'[i % 4]}\t{debt.format(i) if i != 9 else 'n/a'}\t{given}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def opinions(*, rare: str = "") -> str:
+    """Texts with labels, the ones of the last rows `rare`."""
+    lines = ["review,label"]
+    lines += [f"well it is {'good' if i % 2 else 'bad'} {i},{i % 2}" for i in range(1200)]
+    return "\n".join([*lines, *(f"so it is {i},{rare}" for i in range(3))]) + "\n"
+
+
+DROP = {"blank_cells": "drop"}
+
+
+@pytest.mark.parametrize(
+    ("text", "task", "data"),
+    [
+        (events(rating="{},5"), "item_ranking", {"missing": []}),
+        (events(time="10/{1}/2020"), "item_ranking", {"blank_cells": "refuse"}),
+        (events(rare=" "), "item_ranking", DROP),
+        (events(rare="n/a"), "item_ranking", {"missing": ["n/a"], **DROP}),
+        (events(rare="inf"), "item_ranking", {"missing": ["inf"], **DROP}),
+        (events(rating="5"), "item_ranking", {}),
+        (
+            events(rating="{},5", time="", rare="NA").replace("timestamp", "z"),
+            "click_through",
+            {"at_least": 3.5, "missing": ["NA"], "blank_labels": "drop"},
+        ),
+        (adults(rare="NA"), "tabular", {"label": "default", "missing": ["?", "NA", "n/a"]}),
+        (adults(rare="null", label="0{}"), "tabular", {"missing": ["?", "NA", "n/a", "null"]}),
+        (adults().replace("debt", "job"), "tabular", {"ignore": ["job"]}),
+        (adults(debt="{},5").replace("job", "row"), "tabular", {"ignore": []}),
+        (opinions(), "text_classification", {"blank_labels": "drop", "min_per_class": 1}),
+        (opinions(rare="NA"), "text_classification", {"missing": ["NA"]}),
+        (opinions(rare="3"), "text_classification", {"min_per_class": 5, "rare_classes": "drop"}),
+    ],
+)
+def test_the_job_takes_the_recipe_for_a_table_as_tables_are(
+    text: str, task: str, data: dict[str, object], tmp_path: Path
+) -> None:
+    file, out = tmp_path / "a table.csv", tmp_path / "é.yaml"
+    file.write_text(text, encoding="utf-8-sig")
+    status, said = invoke("init", file, "--out", out)
+    assert status == 0, said
+    recipe = recipes.load(out)
+    assert recipe.task == task
+    assert {name: getattr(recipe.data, name) for name in data} == data
+    status, said = invoke("data", "inspect", out)
+    assert status == 0, said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (events(time="1/2/2020", rare="4").replace("1/2/2020", "2/1/2020", 1), "the day from the"),
+        (events(rating="1,250"), "the comma of '1,250' may be"),
+        (events().replace("rating", "user_id"), "several columns are called 'user_id'; give each"),
+        (adults(label="0").replace("\t0\n", "\t1\n", 1), "rows of one class only"),
+        ("review,label\nso it is so,0\nso it was so,1\n", "no recipe is written: the"),
+    ],
+)
+def test_no_recipe_is_written_that_the_job_refuses(text: str, message: str, tmp_path: Path) -> None:
+    file, out = tmp_path / "a.csv", tmp_path / "a.yaml"
+    file.write_text(text)
+    status, said = invoke("init", file, "--out", out)
+    assert status == 2
+    assert message in said
+    assert not out.exists()
+
+
+def test_how_a_file_is_written_is_in_its_recipe(tmp_path: Path) -> None:
+    file, out = tmp_path / "a.csv", tmp_path / "a.yaml"
+    file.write_text(adults().replace("a\t", "\xe9\t"), encoding="latin-1")
+    status, said = invoke("init", file, "--out", out)
+    assert status == 2
+    assert "name the file's encoding in --encoding" in said
+    assert invoke("init", file, "--out", out, "--encoding", "latin-1", "--delimiter", "tab")[0] == 0
+    assert (recipes.load(out).data.encoding, recipes.load(out).data.delimiter) == ("latin-1", "\t")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from types import ModuleType
 
@@ -18,6 +19,18 @@ class InputError(ValueError):
 
 class Interrupted(Exception):
     """A run was stopped on request and can be continued; the message says how."""
+
+
+@contextmanager
+def options_named() -> Iterator[None]:
+    """Name the options of a command where readers name a recipe's keys of the section `data`."""
+    try:
+        yield
+    except InputError as error:
+        said = str(error)
+        for name in ("encoding", "delimiter"):
+            said = said.replace(f"data.{name}", f"--{name}")
+        raise InputError(said) from error
 
 
 def closest(word: str, known: Iterable[str]) -> str:

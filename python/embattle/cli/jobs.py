@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from embattle.cli.common import Changes, Debug, Full, Overwrite, Resume, Trust, app, plain_errors
+from embattle.cli.common import (
+    Changes,
+    Debug,
+    Delimiter,
+    Encoding,
+    Full,
+    Overwrite,
+    Resume,
+    Trust,
+    app,
+    plain_errors,
+)
 
 
 @app.command()
@@ -18,13 +29,15 @@ def init(
     out: Annotated[
         Path | None, typer.Option("--out", help="The recipe to write [default: NAME.yaml].")
     ] = None,
+    encoding: Encoding = None,
+    delimiter: Delimiter = None,
     debug: Debug = False,
 ) -> None:
     """Look at a file and write a commented recipe for it, ready to train."""
     with plain_errors(debug):
         from embattle.jobs.init import init as run
 
-        run(path, out)
+        run(path, out, encoding=encoding, delimiter=delimiter)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from embattle.data.account import Account, listed, short
 from embattle.data.labels import is_blank
 from embattle.data.looks import READERS, TABLES, guess_events, guess_roles, kind_of_table, look_all
 from embattle.data.tables import Table, not_a_header
+from embattle.errors import options_named
 from embattle.progress import say
 
 
@@ -22,12 +23,13 @@ def inspect_file(path: Path, *, encoding: str | None, delimiter: str | None) -> 
     """
     account = Account()
     try:
-        section = describe(
-            path,
-            account,
-            encoding=encoding,
-            delimiter="\t" if delimiter in ("tab", "\\t") else delimiter,
-        )
+        with options_named():
+            section = describe(
+                path,
+                account,
+                encoding=encoding,
+                delimiter="\t" if delimiter in ("tab", "\\t") else delimiter,
+            )
     finally:
         for line in account.lines():
             say(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,29 +12,30 @@ from typing import Any
 
 import yaml
 
-from embattle.data.account import printable
-from embattle.data.labels import TRUTH, is_blank
+from embattle.data.account import Account, listed, printable
+from embattle.data.labels import TRUTH
 from embattle.data.looks import (
     TABLES,
-    Column,
     guess_events,
     guess_roles,
-    is_number,
     kind_of_table,
-    look_all,
+    number_of,
     with_role,
 )
 from embattle.data.mind import is_mind
 from embattle.data.tables import Table
-from embattle.errors import InputError
+from embattle.errors import InputError, options_named
 from embattle.files import write_text
+from embattle.jobs import recipe as recipes
 from embattle.jobs.init_sections import sections
+from embattle.jobs.init_table import COUNTED, Seen, whole
+from embattle.jobs.train import read
 from embattle.progress import say
 
-# Different values of a column that are counted at most.
-_COUNTED = 1000
 # Where the comments of the section `data` begin.
 _COMMENTS = 35
+# A class with fewer rows than this is left out: the parts could not all have it.
+_FEW = 5
 _IDENTIFIER = re.compile(r"(?:.*[_\s])?[iI][dD]|.*[a-z]I[dD]|[iI]ndex|Unnamed.*|")
 
 
@@ -56,12 +58,18 @@ class Draft:
     model: Mapping[str, str]
 
 
-def init(path: Path, out: Path | None) -> Path:
+def init(
+    path: Path, out: Path | None, *, encoding: str | None = None, delimiter: str | None = None
+) -> Path:
     """Write a recipe for a file, and say what it is.
+
+    The file is read as the job will read it before anything is written: no recipe is written that
+    the job would refuse.
 
     Args:
         path: a table, or a folder in the layout of MIND.
         out: the recipe's file; by default it is named after `path`, in the working directory.
+        encoding, delimiter: of a text file, see `embattle.data.tables.Table`.
 
     Returns:
         The recipe's path.
@@ -73,9 +81,19 @@ def init(path: Path, out: Path | None) -> Path:
     out = Path(f"{name}.yaml") if out is None else out
     if out.exists():
         raise InputError(f"{out} is there already; choose another file with --out")
-    draft = look(path)
-    write_text(out, recipe_of(draft, name))
+    draft = look(path, encoding=encoding, delimiter=delimiter)
+    text, account = recipe_of(draft, name), Account()
+    recipe = recipes.of_text(text, str(out))
+    try:
+        read(recipe.make_task(), account, "train", recipe.audit.part)
+    except InputError as error:
+        raise InputError(
+            f"{path} looks like {draft.looks}, and task {draft.task} cannot use it, so that no "
+            f"recipe is written: {error}"
+        ) from error
+    write_text(out, text)
     for line in (
+        *(f"warning: {warning}" for warning in account.warnings),
         f"{path} looks like {draft.looks}: task {draft.task}",
         f"wrote {out}; check its columns, then",
         f"  embattle data inspect {out}",
@@ -106,7 +124,7 @@ def recipe_of(draft: Draft, name: str) -> str:
     return "\n".join([head, data, sections(draft.task, draft.rows, **draft.model)])
 
 
-def look(path: Path) -> Draft:
+def look(path: Path, *, encoding: str | None = None, delimiter: str | None = None) -> Draft:
     """Look at a file, and choose what is predicted from what.
 
     Raises:
@@ -114,33 +132,40 @@ def look(path: Path) -> Draft:
     """
     if is_mind(path):
         return _news(path)
-    table = Table(path)
-    columns, rows = _whole(table)
+    delimiter = "\t" if delimiter in ("tab", "\\t") else delimiter
+    with options_named():
+        seen = whole(Table(path, encoding=encoding, delimiter=delimiter))
+    twice = f"several columns are called {listed([repr(name) for name in seen.twice])}"
+    try:
+        draft = _of_table(seen)
+    except InputError as error:
+        if seen.twice:
+            raise InputError(f"{path}: {twice}; give each its own name") from error
+        raise
+    if seen.twice:
+        say(f"warning: {twice}: they are left out")
+    given = [("encoding", encoding, "of the text"), ("delimiter", delimiter, "between cells")]
+    told = [line for line in given if line[1] is not None]
+    place = [("path", str(path), "from the working directory"), *told]
+    return replace(draft, data=[*place, *draft.data])
+
+
+def _of_table(seen: Seen) -> Draft:
+    """The same, of a table; the section `data` lacks its place."""
+    columns = seen.columns
     kind, why = kind_of_table(columns)
     events = guess_events(columns)
     if kind == "text" and why:
-        return _texts(path, columns, rows)
+        return _texts(seen)
     if kind == "ratings" and "time" in events:
-        return _events("item_ranking", path, columns, rows, events, TABLES["ratings"])
+        return _events("item_ranking", seen, events, TABLES["ratings"])
     if kind in ("ratings", "clicks"):
-        clicks = _clicks(path, columns, rows, events, table.sample(), TABLES[kind])
+        clicks = _clicks(seen, events, TABLES[kind])
         if clicks is not None:
             return clicks
         if {"user", "item", "time"} <= set(events):
-            return _events("next_item", path, columns, rows, events, "what users met and when")
-    return _tabular(path, columns, rows)
-
-
-def _whole(table: Table) -> tuple[dict[str, Column], int]:
-    """The columns as they look in the first rows, their values counted over the whole file."""
-    found: dict[str, set[str]] = {}
-    for block in table:
-        for name, values in block.items():
-            known = found.setdefault(name, set())
-            if len(known) <= _COUNTED:
-                known.update(str(value).strip() for value in values if not is_blank(value))
-    columns = look_all(table.sample())
-    return {name: replace(c, distinct=len(found[name])) for name, c in columns.items()}, table.rows
+            return _events("next_item", seen, events, "what users met and when")
+    return _tabular(seen)
 
 
 def _news(folder: Path) -> Draft:
@@ -155,111 +180,127 @@ def _news(folder: Path) -> Draft:
     return Draft("news_clicks", "news and clicks in the layout of MIND", data, 4000, {})
 
 
-def _texts(path: Path, columns: Mapping[str, Column], rows: int) -> Draft:
+def _texts(seen: Seen) -> Draft:
+    columns = seen.columns
     texts, label = guess_roles(columns)
     if label is None:
         raise InputError(
-            f"{path}: no column has 2 to 20 different values beside the texts "
+            f"{seen.path}: no column has 2 to 20 different values beside the texts "
             f"({', '.join(map(repr, texts))}), so nothing can be predicted; add a column of classes"
         )
+    text = [name for name in texts if name != label]
+    counts = [count for count in seen.counts[label].values() if count >= _FEW]
     data: list[tuple[str, Any, str]] = [
-        ("path", str(path), "from the working directory"),
-        ("text", [name for name in texts if name != label], "joined by a space"),
+        ("text", text, "joined by a space"),
         ("label", label, f"{columns[label].distinct} classes"),
+        *seen.without_value(label, *text),
     ]
-    if columns[label].blank:
+    if seen.has_blank(label):
         data.append(("blank_labels", "drop", "rows without a label are left out"))
+    if 2 <= len(counts) < columns[label].distinct:
+        data += [
+            ("min_per_class", _FEW, "smaller classes"),
+            ("rare_classes", "drop", "are left out; merge makes them one"),
+        ]
+    # Of a part that is cut at random, the smallest class must be sure to be in it.
+    share = min(counts, default=1) / max(1, sum(counts))
+    limits = {"train": 4000, "validation": 200, "test": 250}
+    kept = {part: None if count * share < 2 * _FEW else count for part, count in limits.items()}
     data += [
         ("stratify", True, "each part has the same share of each class"),
         ("fractions", [0.7, 0.1, 0.2], "train, validation, test"),
-        ("limits", {"train": 4000, "validation": 200, "test": 250}, "null uses all"),
+        ("limits", kept, "null uses all"),
     ]
-    return Draft("text_classification", "texts with classes", data, min(rows, 4000), {})
+    steps_for = seen.rows if kept["train"] is None else min(seen.rows, 4000)
+    return Draft("text_classification", "texts with classes", data, steps_for, {})
 
 
-def _events(
-    task: str,
-    path: Path,
-    columns: Mapping[str, Column],
-    rows: int,
-    events: Mapping[str, str],
-    looks: str,
-) -> Draft:
+def _events(task: str, seen: Seen, events: Mapping[str, str], looks: str) -> Draft:
+    used = list(events.values())
     data: list[tuple[str, Any, str]] = [
-        ("path", str(path), "from the working directory"),
         ("user", events["user"], ""),
         ("item", events["item"], ""),
         ("rating", events.get("rating"), "all that was met counts as liked"),
         ("time", events["time"], "each user's last two items are held out"),
-        ("k", max(1, min(10, columns[events["item"]].distinct // 2)), "items are recommended"),
+        *seen.without_value(*used),
     ]
-    return Draft(task, looks, data, rows, {})
+    if seen.has_blank(*used):
+        data.append(("blank_cells", "drop", "rows without one of these are left out"))
+    items = seen.columns[events["item"]].distinct
+    data.append(("k", max(1, min(10, items // 2)), "items are recommended"))
+    return Draft(task, looks, data, seen.rows, {})
 
 
-def _clicks(
-    path: Path,
-    columns: Mapping[str, Column],
-    rows: int,
-    events: Mapping[str, str],
-    sample: Mapping[str, Sequence[str]],
-    looks: str,
-) -> Draft | None:
+def _clicks(seen: Seen, events: Mapping[str, str], looks: str) -> Draft | None:
     """Yes or no for a user and an item, or for coded columns; None if nothing says yes or no."""
+    columns = seen.columns
     coded = [name for name in columns if re.fullmatch(r"[CI]\d+", name)]
     numeric = [name for name, column in columns.items() if column.kind == "numbers"]
     marks = [
         name
         for name in (*with_role("click", columns), *with_role("label", columns))
-        if columns[name].distinct == 2 and (name in numeric or _says_yes_or_no(sample[name]))
+        if columns[name].distinct == 2 and (name in numeric or _says_yes_or_no(seen.counts[name]))
     ]
     label = next(iter(marks), events.get("rating"))
-    if label is None:
+    if label is None or columns[label].distinct < 2:
         return None
-    cut = _middle(sample[label]) if label not in marks else _larger(sample[label])
+    cut = _middle(seen.counts[label]) if label not in marks else _larger(seen.counts[label])
     roles = {label, *events.values(), *with_role("time", columns)}
     words = [
         name
         for name, column in columns.items()
-        if name not in roles and column.kind == "words" and column.distinct <= _COUNTED
+        if name not in roles and column.kind == "words" and column.distinct <= COUNTED
     ]
     fields = [events[role] for role in ("user", "item") if role in events] + words
     dense = [name for name in coded if name.startswith("I") and name in numeric]
+    fields += [name for name in coded if name not in {*dense, *fields}]
     data: list[tuple[str, Any, str]] = [
-        ("path", str(path), "from the working directory"),
-        ("fields", [*fields, *(n for n in coded if n not in {*dense, *fields})], "categories"),
+        ("fields", fields, "categories"),
+        *([("dense", dense, "numbers")] if dense else []),
         ("label", label, ""),
         ("at_least", cut, "yes from this value on"),
+        *seen.without_value(label, *fields, *dense),
         ("fractions", [0.8, 0.1, 0.1], "train, validation, test"),
     ]
-    if dense:
-        data.insert(2, ("dense", dense, "numbers"))
+    if seen.has_blank(label):
+        data.append(("blank_labels", "drop", "rows without a label are left out"))
     kind = f"  kind: {'dlrm' if dense else 'deepfm'}\n"
-    return Draft("click_through", looks, data, rows, {"kind": kind})
+    return Draft("click_through", looks, data, seen.rows, {"kind": kind})
 
 
-def _says_yes_or_no(cells: Sequence[str]) -> bool:
-    return all(cell.strip().lower() in TRUTH for cell in cells if cell.strip())
+def _says_yes_or_no(counts: Mapping[str, int]) -> bool:
+    return all(cell.lower() in TRUTH for cell in counts)
 
 
-def _larger(cells: Sequence[str]) -> float:
-    """The larger of two numbers; 1 if there is but one."""
-    numbers = {float(cell.replace(",", ".")) for cell in cells if is_number(cell)}
-    return max(numbers) if len(numbers) > 1 else 1.0
+def _larger(counts: Mapping[str, int]) -> float:
+    """The larger of two numbers; 1 for words."""
+    return max(_numbers(counts), default=1.0)
 
 
-def _middle(cells: Sequence[str]) -> float:
+def _middle(counts: Mapping[str, int]) -> float:
     """A value that about half of the numbers reach, and not all."""
-    numbers = sorted(float(cell.replace(",", ".")) for cell in cells if is_number(cell))
+    numbers = sorted(_numbers(counts).elements())
     middle = numbers[len(numbers) // 2]
     return next((x for x in numbers if x > numbers[0]), middle) if middle == numbers[0] else middle
 
 
-def _tabular(path: Path, columns: Mapping[str, Column], rows: int) -> Draft:
+def _numbers(counts: Mapping[str, int]) -> Counter[float]:
+    found: Counter[float] = Counter()
+    for cell, count in counts.items():
+        number = number_of(cell, thousands=False)
+        if number is not None:
+            found[number] += count
+    return found
+
+
+def _tabular(seen: Seen) -> Draft:
+    columns, rows = seen.columns, seen.rows
     two = [name for name, column in columns.items() if column.distinct == 2]
     if not two or len(columns) < 2:
         raise InputError(
-            f"{path}: no column of sentences, no users and items, and no column of two classes: "
-            f"nothing here is a task that embattle knows; see `embattle data inspect {path}`"
+            f"{seen.path}: no column of sentences, no users and items with times or opinions, and "
+            "no column of two classes: nothing here is a task that embattle knows; see "
+            f"`embattle data inspect {seen.path}`"
         )
     named = with_role("label", columns)
     ends = [name for name in (list(columns)[-1], next(iter(columns))) if name in two]
@@ -277,18 +318,18 @@ def _tabular(path: Path, columns: Mapping[str, Column], rows: int) -> Draft:
             name in many
             or column.kind in ("empty", "dates", "prose")
             or _IDENTIFIER.fullmatch(name)
-            or (column.kind == "words" and column.distinct > min(_COUNTED, rows // 2))
+            or (column.kind == "words" and column.distinct > min(COUNTED, rows // 2))
         )
     ]
+    ignore += seen.twice
+    read = [name for name in columns if name not in ignore]
     data: list[tuple[str, Any, str]] = [
-        ("path", str(path), "from the working directory"),
         ("label", label, about),
-        ("missing", ["?", "NA"], "cells that stand for no value"),
+        *([("ignore", ignore, "left out: names, dates, other labels")] if ignore else []),
+        *seen.without_value(*read, also=["?", "NA"]),
         ("ranges", 16, "of a column of numbers, as many rows in each"),
         ("fractions", [0.7, 0.1, 0.2], "train, validation, test"),
     ]
-    if ignore:
-        data.insert(2, ("ignore", ignore, "left out: names, dates, other labels"))
     return Draft("tabular", TABLES["tabular"], data, rows, {})
 
 

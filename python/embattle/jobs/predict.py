@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +22,7 @@ from embattle import checks
 from embattle.data.batch import Batch
 from embattle.data.formats import parquet_files
 from embattle.data.rows import Row, Rows
-from embattle.errors import InputError, Interrupted
+from embattle.errors import InputError, Interrupted, options_named
 from embattle.files import sha256
 from embattle.jobs.parts import SUFFIXES, Bad, Parts, bad_rows_file, parts_folder
 from embattle.jobs.trained import TrainedModel, chosen_device, load_trained, model_files
@@ -101,7 +100,7 @@ def predict(
     if top is not None:
         task.kind = _with_top(task, top)
     kept = list(dict.fromkeys([*task.keys(), *keep]))
-    with _options_named():
+    with options_named():
         read = task.columns_read()
         rows = Rows(
             table,
@@ -153,18 +152,6 @@ def _with_top(task: Task, top: int) -> Ranking:
     if top < 1:
         raise InputError(f"--top: {top} items cannot be recommended; give 1 or more")
     return replace(task.kind, k=top)
-
-
-@contextmanager
-def _options_named() -> Iterator[None]:
-    """Names the options of this command where readers name those of a recipe."""
-    try:
-        yield
-    except InputError as error:
-        said = str(error)
-        for name in ("encoding", "delimiter"):
-            said = said.replace(f"data.{name}", f"--{name}")
-        raise InputError(said) from error
 
 
 def _hash(files: Sequence[Path], folder: Path) -> str:

@@ -174,6 +174,19 @@ def load(
     return _check(chosen, str(path), trust)
 
 
+def of_text(text: str, origin: str) -> Recipe:
+    """The recipe that a text of YAML is, of a task that embattle has.
+
+    Args:
+        text: the YAML.
+        origin: where it comes from, for messages.
+
+    Raises:
+        InputError: see `load`.
+    """
+    return _check(_parsed(text, origin), origin, trust=False)
+
+
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """The recipe with other values at some dotted keys; a mapping replaces what is there.
 
@@ -236,20 +249,26 @@ class _Loader(yaml.SafeLoader):
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"the recipe {path} is not UTF-8 text; give a YAML file") from error
+    return _parsed(text, str(path))
+
+
+def _parsed(text: str, origin: str) -> dict[str, Any]:
+    try:
+        raw = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:  # a date that is none, a number too long
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or f"not YAML ({first_line(error)})"
-        raise InputError(f"{path}{where}: {what}; correct the YAML") from error
+        raise InputError(f"{origin}{where}: {what}; correct the YAML") from error
     except RecursionError as error:
-        raise InputError(f"{path} is nested too deeply; correct the YAML") from error
+        raise InputError(f"{origin} is nested too deeply; correct the YAML") from error
     if not isinstance(raw, dict):
-        raise InputError(f"{path} holds no recipe: it must be a YAML mapping with name, data, ...")
+        raise InputError(f"{origin} holds no recipe: write a YAML mapping with name, data, ...")
     return raw
 
 
