@@ -242,3 +242,25 @@ def test_clicks_without_values_and_with_decimal_commas(tmp_path: Path) -> None:
     values = task.encode(task.build(), [*blank, {"user": "u1", "device": "", "age": "1,5"}]).inputs
     assert values["values"][:, 1].tolist() == [1] * 5
     assert len(set(values["dense"].flatten().tolist())) == 1
+
+
+@pytest.mark.parametrize("task", ["tabular", "click_through", "item_ranking"])
+def test_every_table_may_lose_ragged_rows(task: str, tmp_path: Path) -> None:
+    rows = [[f"u{i % 9}", f"i{i * 5 % 17}", i % 2, i] for i in range(90)]
+    names = ("user", "item", "clicked", "time")
+    table = made_tables.table(tmp_path / "a.csv", names, [*rows, ["u1", "i1", 1]])
+    roles = {"user": "user", "item": "item", "rating": "clicked", "time": "time", "k": 3}
+    label = {"label": "clicked"}
+    of = {"click_through": {"fields": ["user", "item"], **label}, "item_ranking": roles}
+    data: dict[str, Any] = {"path": str(table), **of.get(task, label)}
+
+    def read(account: Account) -> None:
+        recipe = recipe_of(tmp_path, task=task, data=data, model={})
+        recipes.load(recipe).make_task().read(account)
+
+    with pytest.raises(InputError, match=r"repair them, .* or set data\.ragged_rows: drop"):
+        read(Account())
+    data["ragged_rows"] = "drop"
+    account = Account()
+    read(account)
+    assert ("dropped", "1 rows with too few or too many cells") in account.facts

@@ -108,6 +108,6 @@ def _count(table: Table, account: Account) -> None:
     account.note("rows", f"{table.rows:,} of {len(table.names)} columns")
     if empty:
         account.note("dropped", f"{empty:,} empty rows")
+    table.tell_ragged(account)
     if table.ragged:
-        account.note("dropped", f"{table.ragged:,} rows with too few or too many cells")
         account.warn("a job refuses such rows unless data.ragged_rows: drop is set")

@@ -161,8 +161,7 @@ def read_named_ratings(
     account.note("rows", f"{table.rows:,} of {len(table.names)} columns")
     if dropped:
         account.note("dropped", f"{dropped:,} rows with empty cells")
-    if table.ragged:
-        account.note("dropped", f"{table.ragged:,} rows with too few or too many cells")
+    table.tell_ragged(account)
     account.note("users", f"{len(known['user']):,}")
     account.note("items", f"{len(known['item']):,}")
     again = events - len(np.unique(pairs(found["user"], found["item"])))

@@ -34,6 +34,7 @@ class Place(Section):
         encoding: of a text file; null takes UTF-8 (or UTF-16 with its mark).
         delimiter: of a CSV file, one character or `tab`; null guesses among `,` `;` `|` and tab.
         header: names of the columns of a CSV file without a header line.
+        ragged_rows: what happens to rows of a CSV file with too few or too many cells.
     """
 
     source: str | None = None
@@ -41,6 +42,7 @@ class Place(Section):
     encoding: str | None = None
     delimiter: str | None = None
     header: list[str] | None = None
+    ragged_rows: Remedy = "refuse"
 
     @field_validator("delimiter")
     @classmethod
@@ -59,7 +61,12 @@ class Place(Section):
     @property
     def written(self) -> dict[str, Any]:
         """How the file is written, as `Table` wants it."""
-        return {"encoding": self.encoding, "delimiter": self.delimiter, "header": self.header}
+        return {
+            "encoding": self.encoding,
+            "delimiter": self.delimiter,
+            "header": self.header,
+            "drop_ragged": self.ragged_rows == "drop",
+        }
 
     def table(self) -> Path:
         """The file, fetched where needed."""
@@ -101,7 +108,6 @@ class DataRecipe(Place):
         label: the column to predict: any two or more classes; or several columns of counts, such as
             of reactions, of which the name of that with the largest is the class. A row in which
             two share the largest, or all are 0, has no label.
-        ragged_rows: what happens to rows of a CSV file with too few or too many cells.
         missing: cells that stand for no value, such as NA; without it, NA is a class or a word.
         blank_labels: what happens to rows that have a text and no label.
         normalize_labels: make labels one that differ only in spaces, case or form.
@@ -115,7 +121,6 @@ class DataRecipe(Place):
 
     text: list[str] = Field(min_length=1)
     label: str | list[str]
-    ragged_rows: Remedy = "refuse"
     missing: list[str] = Field(default=[])
     blank_labels: Remedy = "refuse"
     normalize_labels: bool = False

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from embattle.data.account import printable
+from embattle.data.account import Account, printable
 from embattle.data.formats import Format, line_of, parquet_files, recognise, unclosed_quote
 from embattle.data.jsonlines import Objects, OnBad
 from embattle.errors import InputError, closest, first_line, need
@@ -109,6 +109,11 @@ class Table:
             )
         if self.rows == 0:
             raise InputError(f"{self.path} has no rows; give a file with data in it")
+
+    def tell_ragged(self, account: Account) -> None:
+        """Note the rows that were left out so far."""
+        if self.ragged:
+            account.note("dropped", f"{self.ragged:,} rows with too few or too many cells")
 
     def place(self, row: int) -> str:
         """Where a row (from 0) is in the file."""
@@ -360,12 +365,18 @@ class _Plain(io.RawIOBase):
         super().close()
 
 
-def read_columns(path: Path, columns: Sequence[str], **options: Any) -> dict[str, list[Any]]:
-    """The wanted columns whole, for small files; see `Table`."""
+def read_columns(
+    path: Path, columns: Sequence[str], account: Account | None = None, **options: Any
+) -> dict[str, list[Any]]:
+    """The wanted columns whole, for small files; see `Table`. The account is told what it is."""
     found: dict[str, list[Any]] = {name: [] for name in columns}
-    for block in Table(path, columns, **options):
+    table = Table(path, columns, **options)
+    account = Account() if account is None else account
+    account.note("file", f"{path}: {table.form.words()}")
+    for block in table:
         for name in found:
             found[name] += block[name]
+    table.tell_ragged(account)
     return found
 
 

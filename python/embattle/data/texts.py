@@ -49,7 +49,6 @@ class Reading:
             path,
             [*recipe.text, *recipe.label_columns],
             **recipe.written,
-            drop_ragged=recipe.ragged_rows == "drop",
         )
         account.note("file", f"{path}: {self.table.form.words()}")
         self.kept: Ints = np.empty(0, dtype=np.int64)

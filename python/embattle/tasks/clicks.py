@@ -146,7 +146,7 @@ class ClickThrough(Task):
         """Read and join the tables, and divide the rows by seed."""
         options = self.data_options
         wanted = (*options.fields, *options.dense, options.label)
-        table = read_columns(options.table(), wanted, **options.written)
+        table = read_columns(options.table(), wanted, account, **options.written)
         columns = {name: column[: options.rows] for name, column in table.items()}
         if options.blank_labels == "drop":
             columns = _labelled(columns, options, account)
@@ -366,7 +366,7 @@ def _name(cell: Any) -> str:
 def _look_up(other: Joined, keys: Sequence[Any], account: Account) -> dict[str, list[Any]]:
     """The columns of a further table for each key, None where it has none."""
     path, names = other.table(), [*other.fields, *other.dense]
-    table = read_columns(path, (other.key, *names), **other.written)
+    table = read_columns(path, (other.key, *names), account, **other.written)
     place = {_name(key): row for row, key in enumerate(table[other.key])}
     if len(place) < len(table[other.key]):
         raise InputError(f"{path}: column {other.key!r} names a value twice; give one row for each")

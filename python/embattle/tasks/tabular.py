@@ -246,6 +246,7 @@ class Tabular(Task):
                 column += [
                     None if is_blank(found[i], missing) else str(found[i]).strip() for i in kept
                 ]
+        table.tell_ragged(account)
         account.note("rows", f"{table.rows:,}")
         account.note("label", repr(options.label))
         if len(labels) < table.rows:
