@@ -322,6 +322,26 @@ def test_rows_of_a_file_that_say_too_little_are_refused(films: Path, tmp_path: P
     few.write_text("\n".join(lacking.read_text().splitlines()[:-1]) + "\n")
     with pytest.raises(InputError, match="has no title of movie_id '19', which was rated; 1 of"):
         made(films, tmp_path, f"data.titles.path={few}")
+    few.write_text(lacking.read_text() + "19,Another Horse\n,\n")
+    with pytest.raises(InputError, match="column 'movie_id' names '19' twice; give one row for ea"):
+        made(films, tmp_path, f"data.titles.path={few}")
+
+
+def test_of_who_rated_everything_nothing_is_asked(films: Path, tmp_path: Path) -> None:
+    rows = (films / "ratings.csv").read_text()
+    every = "".join(f"amy,{film},5,{film}\n" for film in range(20))
+    table = tmp_path / "ratings.csv"
+    table.write_text(rows + every)
+    task, account = (
+        recipes.load(recipe_for(films, tmp_path), changes=[f"data.path={table}"]).make_task(),
+        Account(),
+    )
+    task.read(account)
+    assert "1 users have rated all 20 items, such as 'amy'" in "\n".join(account.lines())
+    assert task.counts() == made(films, tmp_path).counts()
+    table.write_text(rows.splitlines()[0] + "\n" + every)
+    with pytest.raises(InputError, match="all users have rated all 20 items, such as 'amy'"):
+        made(films, tmp_path, f"data.path={table}")
 
 
 def test_titles_of_a_file_are_said_as_in_training(films: Path, tmp_path: Path) -> None:

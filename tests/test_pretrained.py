@@ -121,7 +121,8 @@ def test_a_gguf_file_is_converted_once(
     monkeypatch.setenv("EMBATTLE_CACHE", str(tmp_path / "cache"))
     place = tmp_path / "model"
     place.mkdir()
-    made = tiny_models.write_gguf(place / "tiny.gguf", tied)
+    file = place / ("tiny.GGUF" if tied else "tiny.gguf")
+    made = tiny_models.write_gguf(file, tied)
     found, tokenizer = load_causal(str(place), None)
     assert tokenizer.convert_ids_to_tokens(tokenizer("b a")["input_ids"]) == ["b", "Ġa"]
     theirs = found.state_dict()
@@ -135,7 +136,7 @@ def test_a_gguf_file_is_converted_once(
         raise AssertionError("it was converted before")
 
     monkeypatch.setattr(gguf, "_convert", unwanted)
-    assert Path(locate(str(place))) == Path(locate(str(place / "tiny.gguf")))
+    assert Path(locate(str(place))) == Path(locate(str(file)))
     model = classifier(place, layers=1)
     assert model.pooling == "last"
     torch.testing.assert_close(model.embedding.weight, made.get_input_embeddings().weight)

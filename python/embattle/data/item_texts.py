@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from embattle.data.account import Account
+from embattle.data.keyed import Keyed
 from embattle.data.labels import is_blank
 from embattle.data.recipe import Place
-from embattle.data.tables import read_columns
 from embattle.errors import InputError
 
 # isort: split
@@ -41,17 +41,16 @@ class ItemTexts(Place):
             InputError: the table cannot be read, names an item twice, or has no text of any.
         """
         path = self.table()
-        found = read_columns(path, [self.key, *self.text, *self.flags], **self.written)
-        texts: dict[str, str] = {}
-        for row, name in enumerate(found[self.key]):
-            if str(name) in texts:
-                raise InputError(
-                    f"{path}: column {self.key!r} names {str(name)!r} twice; give one row for each"
-                )
+        table = Keyed(path, self.key, [*self.text, *self.flags], account, **self.written)
+        found = table.columns
+
+        def text(row: int | None) -> str:
+            if row is None:
+                return ""
             words = [str(found[c][row]).strip() for c in self.text if not is_blank(found[c][row])]
-            words += [c for c in self.flags if _is_set(found[c][row])]
-            texts[str(name)] = " ".join(words)
-        known = [texts.get(name, "") for name in items]
+            return " ".join([*words, *(c for c in self.flags if _is_set(found[c][row]))])
+
+        known = [text(table.row(name)) for name in items]
         lacking = known.count("")
         if lacking == len(known):
             raise InputError(

@@ -35,7 +35,7 @@ def find_gguf(place: Path) -> Path | None:
         return place
     if not place.is_dir() or (place / "config.json").is_file():
         return None
-    files = sorted(place.glob("*.gguf"))
+    files = sorted(file for file in place.iterdir() if file.suffix.lower() == ".gguf")
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise InputError(
@@ -97,15 +97,19 @@ def _convert(file: Path, folder: Path) -> None:
         OSError: the folder cannot be written to.
     """
     transformers, safetensors = need("transformers"), need("safetensors.torch")
-    given = {"gguf_file": file.name, "local_files_only": True}
     say(f"converting {file.name}, once")
+    read = file
+    if file.suffix != ".gguf":  # transformers takes no other for one of these files
+        read = folder / "model.gguf"
+        read.symlink_to(file.resolve())
+    given = {"gguf_file": read.name, "local_files_only": True}
     try:
         with redirect_stderr(io.StringIO()):  # its bar knows no other way to be off
-            config = transformers.AutoConfig.from_pretrained(file.parent, **given)
+            config = transformers.AutoConfig.from_pretrained(read.parent, **given)
             two = getattr(config, "is_encoder_decoder", False)
             auto = transformers.AutoModelForSeq2SeqLM if two else transformers.AutoModelForCausalLM
-            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **given)
-            model = auto.from_pretrained(file.parent, **given)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(read.parent, **given)
+            model = auto.from_pretrained(read.parent, **given)
     except Exception as error:
         # The reader of a damaged or unknown file may raise anything.
         first = first_line(error)
@@ -113,6 +117,8 @@ def _convert(file: Path, folder: Path) -> None:
             f"model.pretrained: transformers cannot read {file}: {first}; give a model that it "
             "reads, or a folder with config.json, model.safetensors and a tokenizer"
         ) from error
+    if read != file:
+        read.unlink()
     # The weights are plain numbers now: what says they are quantised would keep them from loading.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from embattle.data.account import Account
 from embattle.data.batch import Batch
 from embattle.data.divide import random_parts
+from embattle.data.keyed import Keyed, plain_name
 from embattle.data.labels import TRUTH, is_blank
 from embattle.data.looks import number_in
 from embattle.data.recipe import Place, Remedy, check_fractions
@@ -278,7 +278,7 @@ class ClickThrough(Task):
 
     def _name(self, cell: Any) -> str:
         """A category by its name; a cell without a value has an empty one."""
-        return "" if is_blank(cell, self.data_options.missing) else _name(cell)
+        return "" if is_blank(cell, self.data_options.missing) else plain_name(cell)
 
     def _numbered(
         self, columns: Mapping[str, Sequence[Any]], count: int
@@ -294,10 +294,6 @@ class ClickThrough(Task):
             found = (_numbers(name, columns[name], missing) - mean) / spread
             dense[:, place] = np.where(np.isnan(found), 0, found)
         return values, dense
-
-
-# A whole number that was once a float.
-_WHOLE = re.compile(r"^([+-]?\d+)\.0+$")
 
 
 @dataclass(frozen=True)
@@ -358,19 +354,11 @@ def _numbers(name: str, column: Sequence[Any], missing: Collection[str]) -> NDAr
     return numbers
 
 
-def _name(cell: Any) -> str:
-    """A category by its name: whole numbers are the same with and without a point."""
-    return _WHOLE.sub(r"\1", str(cell).strip())
-
-
 def _look_up(other: Joined, keys: Sequence[Any], account: Account) -> dict[str, list[Any]]:
     """The columns of a further table for each key, None where it has none."""
     path, names = other.table(), [*other.fields, *other.dense]
-    table = read_columns(path, (other.key, *names), account, **other.written)
-    place = {_name(key): row for row, key in enumerate(table[other.key])}
-    if len(place) < len(table[other.key]):
-        raise InputError(f"{path}: column {other.key!r} names a value twice; give one row for each")
-    rows = [place.get(_name(key)) for key in keys]
+    table = Keyed(path, other.key, names, account, **other.written)
+    rows = [table.row(key) for key in keys]
     lacking = rows.count(None)
     if lacking == len(rows):
         raise InputError(
@@ -381,4 +369,5 @@ def _look_up(other: Joined, keys: Sequence[Any], account: Account) -> dict[str, 
         account.note(
             "joined", f"{path}: {lacking:,} of {len(rows):,} rows have no {other.key!r} in it"
         )
-    return {name: [None if row is None else table[name][row] for row in rows] for name in names}
+    found = table.columns
+    return {name: [None if row is None else found[name][row] for row in rows] for name in names}

@@ -6,17 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import nn
 
 from embattle.data.account import COUNTED, Account
 from embattle.data.batch import Batch
+from embattle.data.divide import pairs
+from embattle.data.keyed import Keyed
 from embattle.data.labels import is_blank
 from embattle.data.questions import Questions, ask, plain_title
 from embattle.data.ratings import Ratings, read_named_ratings
 from embattle.data.recipe import Events, Limits, Place
 from embattle.data.splits import PARTS
-from embattle.data.tables import read_columns
 from embattle.errors import InputError, need
 from embattle.files import save_tensors
 from embattle.models.llm import LanguageRecommender, build
@@ -118,10 +120,11 @@ class LLMRanking(Task):
         """
         options = self.data_options
         columns = (options.user, options.item, options.rating, options.time)
-        self.ratings, _, items = read_named_ratings(
+        ratings, users, items = read_named_ratings(
             options.table(), columns, account=account, **options.reading
         )
-        self.titles = _titles(options.titles, items)
+        self.ratings = _asked(ratings, users, account)
+        self.titles = _titles(options.titles, items, account)
         self.questions = ask(
             self.ratings,
             at_least=options.at_least,
@@ -243,18 +246,33 @@ class LLMRanking(Task):
         ]
 
 
-def _titles(options: Titles, items: Sequence[str]) -> list[str]:
+def _asked(ratings: Ratings, users: Sequence[str], account: Account) -> Ratings:
+    """The ratings of users who have not rated everything: of others there is nothing to ask."""
+    known = np.unique(pairs(ratings.users, ratings.items), return_index=True)[1]
+    rated = np.bincount(ratings.users[known], minlength=ratings.user_count)
+    full = np.flatnonzero(rated == ratings.item_count)
+    if not len(full):
+        return ratings
+    said = f"users have rated all {ratings.item_count:,} items, such as {users[full[0]]!r}"
+    if len(full) == ratings.user_count:
+        raise InputError(f"all {said}: there is nothing to ask of them; give more items")
+    account.note("dropped", f"{len(full):,} {said}: there is nothing to ask of them")
+    return ratings.take(~np.isin(ratings.users, full))
+
+
+def _titles(options: Titles, items: Sequence[str], account: Account) -> list[str]:
     """The title of each item, by number."""
     path = options.table()
-    table = read_columns(path, (options.key, options.title), **options.written)
-    known = dict(zip(map(str, table[options.key]), table[options.title], strict=True))
-    untitled = [name for name in items if is_blank(known.get(name))]
+    table = Keyed(path, options.key, [options.title], account, **options.written)
+    rows = [table.row(name) for name in items]
+    cells = [None if row is None else table.columns[options.title][row] for row in rows]
+    untitled = [name for name, cell in zip(items, cells, strict=True) if is_blank(cell)]
     if untitled:
         raise InputError(
             f"data.titles: {path} has no title of {options.key} {untitled[0]!r}, which was rated; "
             f"{len(untitled)} of {len(items)} items lack one"
         )
-    titles = [str(known[name]).strip() for name in items]
+    titles = [str(cell).strip() for cell in cells]
     return [plain_title(title) for title in titles] if options.plain else titles
 
 

@@ -1,0 +1,57 @@
+"""Tables with one row for each value of a column, such as of items."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from embattle.data.account import Account
+from embattle.data.labels import is_blank
+from embattle.data.tables import read_columns
+from embattle.errors import InputError
+
+# A whole number that was once a float.
+_WHOLE = re.compile(r"^([+-]?\d+)\.0+$")
+
+
+def plain_name(cell: Any) -> str:
+    """A value by its name: whole numbers are the same with and without a point."""
+    return _WHOLE.sub(r"\1", str(cell).strip())
+
+
+class Keyed:
+    """Some columns of a table, whose rows are found by the value of one.
+
+    Args:
+        path: the table.
+        key: the column that says what a row is about; a row without it is about nothing.
+        columns: the others.
+        account: is told what was read.
+        written: see `Table`.
+
+    Attributes:
+        columns: the values of each column, by row.
+
+    Raises:
+        InputError: the table cannot be read, or names a value of `key` twice.
+    """
+
+    def __init__(
+        self, path: Path, key: str, columns: Sequence[str], account: Account, **written: Any
+    ) -> None:
+        self.columns = read_columns(path, [key, *columns], account, **written)
+        self._rows: dict[str, int] = {}
+        for row, cell in enumerate(self.columns[key]):
+            if is_blank(cell):
+                continue
+            if plain_name(cell) in self._rows:
+                raise InputError(
+                    f"{path}: column {key!r} names {str(cell)!r} twice; give one row for each"
+                )
+            self._rows[plain_name(cell)] = row
+
+    def row(self, value: Any) -> int | None:
+        """The row that is about a value of the key; None if there is none."""
+        return self._rows.get(plain_name(value))
