@@ -285,7 +285,7 @@ def test_parts_of_another_job_are_not_gone_on_with(
     middle.write_bytes(content)
     with locked(parts, "predict elsewhere"), pytest.raises(InputError, match="is in use by"):
         predict(model, table, out, batch_size=4, resume=True)
-    assert predict(model, table, out, batch_size=4, resume=True) == Predicted(12, 0)
+    assert predict(model, table, out, batch_size=4, resume=True) == Predicted(12, 0, {"job": 5})
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
@@ -379,7 +379,7 @@ def test_what_cannot_be_is_one_clear_line(
         predict(model, table, out, keep=keep)
     assert sorted(tmp_path.rglob("*")) == before
     if case == "encoding":
-        assert predict(model, table, out, encoding="latin-1") == Predicted(1, 0)
+        assert predict(model, table, out, encoding="latin-1") == Predicted(1, 0, {"job": 1})
 
 
 OWN = """

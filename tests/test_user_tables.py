@@ -22,6 +22,7 @@ from embattle.data.account import Account
 from embattle.data.labels import most
 from embattle.data.looks import has_thousands
 from embattle.errors import InputError
+from embattle.jobs import predict as predicting
 from embattle.jobs import recipe as recipes
 from embattle.jobs.init import look
 from embattle.jobs.predict import predict
@@ -30,6 +31,7 @@ from embattle.perturb.evaluation import Evaluation
 from embattle.tasks.kinds import BinaryClassification, Classification, Ranking
 from embattle.tasks.tabular import Column
 from test_variants import recipe_of
+from tiny_job import invoke
 
 models = deployed.models
 
@@ -264,3 +266,63 @@ def test_every_table_may_lose_ragged_rows(task: str, tmp_path: Path) -> None:
     account = Account()
     read(account)
     assert ("dropped", "1 rows with too few or too many cells") in account.facts
+
+
+@pytest.mark.parametrize("task", ["tabular", "click_through"])
+def test_values_that_the_model_does_not_know_are_counted(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predicting, "PART", 4)
+    rows = [["abc"[i % 3], "xy"[i % 2], i % 20, i % 7 % 2] for i in range(360)]
+    table = made_tables.table(tmp_path / "a.csv", ("job", "sex", "age", "rich"), rows)
+    data: dict[str, Any] = {"path": str(table), "label": "rich", "missing": ["NA"]}
+    if task == "click_through":
+        data["fields"] = ["job", "sex", "age"]
+    recipe = recipe_of(tmp_path, task=task, data=data, model={"dim": 2, "hidden": [4]})
+    status, said = invoke("train", recipe, "--out", tmp_path / "run", "--set", "train.steps=2")
+    assert status == 0, said
+    new = [["a", "x"], ["new", "x"], ["b", "z"], ["", "NA"], ["other", "y"], ["", "y"], ["c", ""]]
+    made_tables.table(tmp_path / "new.csv", ("job", "sex", "age"), [[*row, 9] for row in new])
+    model, out = tmp_path / "run" / "standard", tmp_path / "out.csv"
+    status, said = invoke("predict", model, tmp_path / "new.csv", "--out", out)
+    assert status == 0, said
+    assert "column 'job': 2 of 7 rows have a value that the model does not know" in said
+    assert "column 'sex': 1 of 7 rows have a value that the model does not know" in said
+    score, calls = predicting._Scorer.score, 0
+
+    def stopping(self: Any, some: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return score(self, some)
+
+    monkeypatch.setattr(predicting._Scorer, "score", stopping)
+    words = ("predict", model, tmp_path / "new.csv", "--out", tmp_path / "more.csv")
+    assert invoke(*words)[0] == 130
+    found = predicting.predict(model, tmp_path / "new.csv", tmp_path / "more.csv", resume=True)
+    assert (found.rows, found.unknown) == (7, {"job": 2, "sex": 1})
+
+
+def test_columns_that_say_little_are_told_of(tmp_path: Path) -> None:
+    rows = [
+        [i % 50, "inf" if i == 7 else f"{i}.5", f"${i}", "abc"[i % 3], int(i % 50 > 20)]
+        for i in range(200)
+    ]
+    names = ("age", "debt", "price", "job", "ill")
+    table = made_tables.table(tmp_path / "a.csv", names, rows)
+    data: dict[str, Any] = {"path": str(table), "label": "ill"}
+
+    def warnings() -> list[str]:
+        task, account = (
+            recipes.load(recipe_of(tmp_path, task="tabular", data=data, model={})).make_task(),
+            Account(),
+        )
+        task.read(account)
+        return account.warnings
+
+    one, two = warnings()
+    assert one.startswith("column 'debt' holds numbers but for 'inf' (1), so that ")
+    assert two.startswith("column 'price': 200 of 200 values are in fewer than 5 rows of the trai")
+    data |= {"missing": ["inf"], "ignore": ["price"]}
+    assert warnings() == []

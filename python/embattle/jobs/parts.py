@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,11 +37,13 @@ class Parts:
     Attributes:
         done: rows of the input that the parts are about.
         bad: of those, how many are bad.
+        unknown: values that the model does not know, by column of the input.
     """
 
     def __init__(self, out: Path, job: Mapping[str, Any]) -> None:
         self.out, self.job = out, json.loads(json.dumps(job))
         self.folder, self.done, self.bad = parts_folder(out), 0, 0
+        self.unknown: Counter[str] = Counter()
 
     @contextmanager
     def open(self, *, resume: bool, overwrite: bool) -> Iterator[None]:
@@ -74,16 +77,23 @@ class Parts:
         with suppress(OSError):  # there is something in it
             self.folder.rmdir()
 
-    def add(self, rows: Sequence[Mapping[str, Any]], after: int, bad: Sequence[Bad]) -> None:
+    def add(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        after: int,
+        bad: Sequence[Bad],
+        unknown: Mapping[str, int],
+    ) -> None:
         """Keeps the next part.
 
         Args:
             rows: of the table, each with the same columns.
             after: the number of the input's row that comes next.
             bad: numbers of the input's rows that are bad, ascending, and what is wrong with each.
+            unknown: values of the rows that the model does not know, by column.
         """
         arrow = need("pyarrow")
-        facts = {"first": self.done, "after": after, "bad": bad}
+        facts = {"first": self.done, "after": after, "bad": bad, "unknown": unknown}
         table = arrow.Table.from_pylist([dict(row) for row in rows])
         table = table.replace_schema_metadata({"embattle": json.dumps(facts)})
         with (
@@ -93,6 +103,7 @@ class Parts:
         ):
             writer.write_table(table)
         self.done, self.bad = after, self.bad + len(bad)
+        self.unknown.update(unknown)
 
     def write(self, rows: Rows) -> int:
         """Writes the whole table, and beside it the bad rows if there are any; the parts go.
@@ -159,6 +170,7 @@ class Parts:
                 if facts["first"] != self.done:
                     raise ValueError(f"the part from row {self.done + 1} is missing")
                 self.done, self.bad = facts["after"], self.bad + len(facts["bad"])
+                self.unknown.update(facts["unknown"])
         except InputError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from embattle import checks
+from embattle.data.account import printable
 from embattle.data.batch import Batch
 from embattle.data.formats import parquet_files
 from embattle.data.rows import Row, Rows
@@ -45,10 +47,13 @@ class Predicted:
     Attributes:
         rows: how many have a prediction.
         bad: how many were left out.
+        unknown: of the rows with a prediction, how many have a value that the model does not know,
+            by column; those without such are left out.
     """
 
     rows: int
     bad: int
+    unknown: Mapping[str, int] = field(default_factory=dict)
 
 
 def predict(
@@ -127,8 +132,9 @@ def predict(
             _score(rows, parts, scorer, size=batch_size, skip=on_bad_row == "skip")
             first = list(islice(parts.bad_rows(), _SHOWN))
             count = parts.write(rows)
-    _tell(Predicted(count, parts.bad), rows, first, out)
-    return Predicted(count, parts.bad)
+    found = Predicted(count, parts.bad, dict(+parts.unknown))
+    _tell(found, rows, first, out)
+    return found
 
 
 def _wanted(table: Path, out: Path, *, resume: bool, overwrite: bool) -> bool:
@@ -177,8 +183,9 @@ def _score(rows: Rows, parts: Parts, scorer: _Scorer, *, size: int, skip: bool) 
             while part := list(islice(left, PART)):
                 found: list[dict[str, Any]] = []
                 bad: list[Bad] = []
+                unknown: Counter[str] = Counter()
                 for start in range(0, len(part), size):
-                    scored, wrong = scorer.score(part[start : start + size])
+                    scored, wrong, strange = scorer.score(part[start : start + size])
                     if wrong and not skip:
                         number, reason = wrong[0]
                         raise InputError(
@@ -186,7 +193,8 @@ def _score(rows: Rows, parts: Parts, scorer: _Scorer, *, size: int, skip: bool) 
                             "out with --on-bad-row skip"
                         )
                     found, bad = [*found, *scored], [*bad, *wrong]
-                parts.add(found, part[-1].number + 1, bad)
+                    unknown += strange
+                parts.add(found, part[-1].number + 1, bad, unknown)
                 done += 1
                 show(min(done, total), {})
     except KeyboardInterrupt as stop:
@@ -209,18 +217,18 @@ class _Scorer:
         self.model: nn.Module = self.task.for_scoring(trained.model.to(device))
         self.read = self.task.columns_read()
 
-    def score(self, rows: Sequence[Row]) -> tuple[list[dict[str, Any]], list[Bad]]:
-        """Gives rows of the output, and which rows are bad, both in order."""
+    def score(self, rows: Sequence[Row]) -> tuple[list[dict[str, Any]], list[Bad], Counter[str]]:
+        """Gives rows of the output, which rows are bad, both in order, and what is not known."""
         bad = [(row.number, row.wrong) for row in rows if row.wrong]
         usable, batch = self._encode([row for row in rows if not row.wrong], bad)
         if batch is None:
-            return [], sorted(bad)
+            return [], sorted(bad), Counter()
         with torch.inference_mode():
             outputs = self.task.evaluate(self.model, batch.to(self.device)).outputs
         if outputs is None:
             raise InputError(f"task {type(self.task).__name__}: evaluate gives no outputs")
         wrong = (outputs.isnan() | outputs.isposinf()).reshape(len(usable), -1).any(1)
-        found = []
+        found, scored = [], []
         described = self.task.describe(outputs.cpu())
         for row, none, columns in zip(usable, wrong.tolist(), described, strict=True):
             if none:
@@ -233,7 +241,8 @@ class _Scorer:
                 )
             kept = {name: row.cells.get(name) for name in self.keep}
             found.append({"row": row.number + 1, **kept, **columns})
-        return found, sorted(bad)
+            scored.append(self._cells(row))
+        return found, sorted(bad), self.task.unknown(scored)
 
     def _encode(self, rows: Sequence[Row], bad: list[Bad]) -> tuple[Sequence[Row], Batch | None]:
         """The rows that can be used, and a batch of them if there are any."""
@@ -273,4 +282,7 @@ def _tell(found: Predicted, rows: Rows, first: Sequence[Bad], out: Path) -> None
         more = found.bad - len(first)
         also = f", {more:,} more" if more else ""
         say(f"{found.bad:,} rows are left out{also}; all are in {bad_rows_file(out)}")
+    for name, count in found.unknown.items():
+        among = f"{count:,} of {found.rows:,} rows"
+        say(printable(f"column {name!r}: {among} have a value that the model does not know"))
     say(f"{found.rows:,} predictions: {out}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import date
@@ -96,6 +97,14 @@ class Task(Evaluator, ABC):
     def keys(self) -> list[str]:
         """Give those of them that name what a row is about, such as a user."""
         return []
+
+    def unknown(self, rows: Sequence[Mapping[str, Any]]) -> Counter[str]:
+        """Count for each column the values that say nothing to the model, as it never met them.
+
+        Args:
+            rows: of a file, which `encode` takes.
+        """
+        return Counter()
 
     def batch(self, model: nn.Module, part: str, rows: Tensor, *, seed: int = 0) -> Batch:
         """Give some samples of a part.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -225,6 +226,14 @@ class ClickThrough(Task):
     def columns_read(self) -> list[str]:
         """Give the columns of categories and of numbers, those of joined tables too."""
         return [*self.known, *self.scales]
+
+    def unknown(self, rows: Sequence[Mapping[str, Any]]) -> Counter[str]:
+        """Count the values of categories that are not known."""
+        found: Counter[str] = Counter()
+        for name, known in self.known.items():
+            names, held = [self._name(row.get(name)) for row in rows], set(known)
+            found[name] = sum(value != "" and value not in held for value in names)
+        return found
 
     def encode(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Rows of a file that has all columns, those of joined tables too."""

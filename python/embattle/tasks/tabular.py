@@ -15,7 +15,7 @@ from embattle.data.account import Account, listed
 from embattle.data.batch import Batch
 from embattle.data.divide import stratified_parts
 from embattle.data.labels import is_blank
-from embattle.data.looks import has_thousands, number_of
+from embattle.data.looks import has_thousands, look, number_of
 from embattle.data.recipe import Limits, Place, check_fractions
 from embattle.data.splits import PARTS, number_labels
 from embattle.data.tables import Table
@@ -140,6 +140,12 @@ class Column:
         found = np.searchsorted(self.edges, [number or 0.0 for number in numbers], side="left") + 1
         return np.where(usable, found, 0).astype(np.int64)
 
+    def unknown(self, cells: Sequence[str | None]) -> int:
+        """How many cells hold a category that is not known."""
+        if self.values is None:
+            return 0
+        return sum(cell is not None and cell not in self.values for cell in cells)
+
     def refuse(self, cells: Sequence[str | None]) -> None:
         """Raises InputError about a cell of a column of numbers that is filled, and no number."""
         if self.values is None:
@@ -243,15 +249,17 @@ class Tabular(Task):
             labels += [str(block[options.label][i]).strip() for i in kept]
             for name, column in cells.items():
                 found = block[name]
-                column += [
-                    None if is_blank(found[i], missing) else str(found[i]).strip() for i in kept
-                ]
+                column += [self._cell(found[i]) for i in kept]
         table.tell_ragged(account)
         account.note("rows", f"{table.rows:,}")
         account.note("label", repr(options.label))
         if len(labels) < table.rows:
             account.note("dropped", f"{table.rows - len(labels):,} rows without a label")
         return cells, labels
+
+    def _cell(self, value: Any) -> str | None:
+        """A cell as text; None where it stands for no value."""
+        return None if is_blank(value, self.data_options.missing) else str(value).strip()
 
     def _part(self, rows: list[int], numbers: Sequence[int]) -> Rows:
         """The rows at these places, whose classes are `numbers`."""
@@ -267,6 +275,8 @@ class Tabular(Task):
         words = [f"{c.name!r} ({c.size - 1})" for c in self.columns if c.values is not None]
         account.note("numbers in ranges", listed(ranges) or "none")
         account.note("categories", listed(words) or "none")
+        for column in self.columns:
+            self._warn(column, account)
         grouped = [repr(c.name) for c in self.columns if c.thousands]
         if grouped:
             account.note("commas of thousands", listed(grouped))
@@ -286,6 +296,32 @@ class Tabular(Task):
                     f"data.limits.{name} or its share in data.fractions"
                 )
 
+    def _warn(self, column: Column, account: Account) -> None:
+        """Warn of a column whose cells say less to the model than they seem to."""
+        cells = [cell for cell in self._shown[column.name] if cell is not None]
+        if look(cells).kind == "numbers":
+            odd = Counter(x for x in cells if number_of(x, thousands=column.thousands) is None)
+            if odd:
+                read = "they are unknown" if column.values is None else "it is read as categories"
+                shown = listed([f"{x!r} ({n:,})" for x, n in odd.most_common()], 3)
+                account.warn(
+                    f"column {column.name!r} holds numbers but for {shown}, so that {read}; "
+                    "data.missing: [...] names what stands for no value"
+                )
+        elif column.values is not None:
+            unknown = column.unknown(cells)
+            if unknown * 2 > len(cells):
+                account.warn(
+                    f"column {column.name!r}: {unknown:,} of {len(cells):,} values are in fewer "
+                    f"than {self.data_options.min_count} rows of the training part, and unknown to "
+                    "the model; leave the column out, or write it in a few categories or as numbers"
+                )
+
+    def unknown(self, rows: Sequence[Mapping[str, Any]]) -> Counter[str]:
+        """Count the values of categories that are not known."""
+        cells = {c.name: [self._cell(row.get(c.name)) for row in rows] for c in self.columns}
+        return Counter({c.name: c.unknown(cells[c.name]) for c in self.columns})
+
     def columns_read(self) -> list[str]:
         """Give the columns that are predicted from."""
         return [column.name for column in self.columns]
@@ -296,20 +332,13 @@ class Tabular(Task):
         Raises:
             InputError: a cell of a column of numbers is filled, and no number.
         """
-        options = self.data_options
-        missing = set(options.missing)
-
-        def cell(row: Mapping[str, Any], name: str) -> str | None:
-            value = row.get(name)
-            return None if is_blank(value, missing) else str(value).strip()
-
         fields = []
         for column in self.columns:
-            cells = [cell(row, column.name) for row in rows]
+            cells = [self._cell(row.get(column.name)) for row in rows]
             column.refuse(cells)
             fields.append(column.encode(cells))
         inputs = {"values": torch.from_numpy(np.stack(fields, 1))}
-        names = [cell(row, options.label) for row in rows]
+        names = [self._cell(row.get(self.data_options.label)) for row in rows]
         if not all(name in self.kind.classes for name in names):
             return Batch(inputs)
         return Batch(inputs, torch.tensor([self.kind.classes.index(name or "") for name in names]))
