@@ -26,7 +26,7 @@ from embattle.audit.victim import Victim
 from embattle.data.account import Account
 from embattle.data.batch import Batch, first_samples
 from embattle.errors import InputError, closest, need
-from embattle.files import remove_unfinished, sha256, write_text
+from embattle.files import remove_unfinished, sha256
 from embattle.jobs import explain, provenance
 from embattle.jobs import recipe as recipes
 from embattle.jobs.bounds import Bound, check_names, unmet
@@ -34,7 +34,7 @@ from embattle.jobs.certificates import certificate_lines, certificates, check_fa
 from embattle.jobs.column_recipe import check_columns, column_lines, examine_columns
 from embattle.jobs.examine import examine
 from embattle.jobs.recipe import STANDARD, Recipe
-from embattle.jobs.run_folder import Run, locked
+from embattle.jobs.run_folder import Run, locked, put, put_picture
 from embattle.jobs.train import read
 from embattle.jobs.trained import chosen_device
 from embattle.progress import say
@@ -240,9 +240,9 @@ def _audit(folder: Path, chosen: Sequence[str], trust: bool, certify: bool) -> d
     write_outcomes(folder / OUTCOMES, outcomes, part=found["part"])
     found["outcomes"] = sha256(folder / OUTCOMES)
     facts = plain(facts)
-    write_text(folder / "metrics.json", json.dumps(facts, indent=2) + "\n")
-    write_text(folder / "curves.svg", curve(facts).file())
-    write_text(folder / "report.html", html)
+    put(folder, "metrics.json", json.dumps(facts, indent=2) + "\n")
+    put_picture(folder, "curves", curve(facts).file())
+    put(folder, "report.html", html)
     explain.write(folder, recipe, facts["models"])
     for line in summary_lines(facts):
         say(line)

@@ -20,12 +20,12 @@ from embattle.data.batch import Batch
 from embattle.errors import InputError, closest, first_line
 from embattle.explain import pictures
 from embattle.explain.examine import explain as explain_model
-from embattle.files import remove_unfinished, write_text
+from embattle.files import remove_unfinished
 from embattle.jobs import recipe as recipes
 from embattle.jobs.attack_recipe import AttackRecipe, attack_recipe
 from embattle.jobs.explain_recipe import ExplainRecipe
 from embattle.jobs.recipe import Recipe
-from embattle.jobs.run_folder import Run, locked
+from embattle.jobs.run_folder import Run, locked, put, put_picture
 from embattle.jobs.threat import make_attack
 from embattle.jobs.train import read
 from embattle.jobs.trained import chosen_device
@@ -76,7 +76,7 @@ def explain(
             found[name] = _of_model(recipe, options, task, made)
             say(f"explained {name}")
         write(folder, recipe, {name: {"explanations": one} for name, one in found.items()})
-        write_text(folder / "explanations.html", page(recipe, task, found))
+        put(folder, "explanations.html", page(recipe, task, found))
         say(f"explanations: {folder / 'explanations.html'}")
 
 
@@ -218,10 +218,10 @@ def write(folder: Path, recipe: Recipe, models: Mapping[str, Mapping[str, Any]])
     if not found:
         return
     facts = {"name": recipe.name, "part": recipe.audit.part, "models": found}
-    write_text(folder / "explanations.json", json.dumps(plain(facts), indent=2) + "\n")
+    put(folder, "explanations.json", json.dumps(plain(facts), indent=2) + "\n")
     for name, one in found.items():
         for what, svg in drawn(name, one).items():
-            write_text(folder / f"{name}.{what}.svg", svg)
+            put_picture(folder, f"{name}.{what}", svg)
 
 
 def drawn(name: str, found: Mapping[str, Any]) -> dict[str, str]:

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from embattle.audit.scores import OUTCOMES
 from embattle.data.account import Account, listed
 from embattle.errors import InputError
 from embattle.files import UNFINISHED, write_text
@@ -23,16 +24,18 @@ from embattle.jobs.recipe import TRACKED, Recipe
 from embattle.tasks.base import Task
 
 LOCK = ".lock"
-# What jobs write into a run's folder, beside pictures and the models' folders; and into these.
-_WRITTEN = {
+# The texts that jobs write into a run's folder, all of them by `put`.
+Name = Literal[
     "run.json",
     "recipe.yaml",
     "metrics.json",
-    "outcomes.safetensors",
     "report.html",
     "explanations.html",
     "explanations.json",
-}
+]
+_PICTURE = ".svg"
+# What a run's folder may hold beside pictures and the models' folders; and what these may.
+_WRITTEN = {*get_args(Name), OUTCOMES}
 _OF_MODELS = {"recipe.yaml", "model.safetensors", "checkpoint.safetensors"}
 
 
@@ -93,7 +96,7 @@ class Run(BaseModel):
 
     def write(self, folder: Path) -> None:
         """Writes `run.json`, all of it or nothing."""
-        write_text(folder / "run.json", json.dumps(self.model_dump(), indent=2) + "\n")
+        put(folder, "run.json", json.dumps(self.model_dump(), indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -259,7 +262,17 @@ def begin(run: Run, recipe: Recipe, folder: Path) -> None:
     (folder / "recipe.yaml").unlink(missing_ok=True)
     run.write(folder)
     clear(folder, keep={"run.json"})
-    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    put(folder, "recipe.yaml", recipe.to_yaml())
+
+
+def put(folder: Path, name: Name, text: str) -> None:
+    """Writes a file into a run's folder, whole or not at all; `--overwrite` may remove it."""
+    write_text(folder / name, text)
+
+
+def put_picture(folder: Path, stem: str, svg: str) -> None:
+    """Writes a picture into a run's folder; else as `put`."""
+    write_text(folder / f"{stem}{_PICTURE}", svg)
 
 
 def contents(folder: Path) -> list[Path]:
@@ -277,7 +290,7 @@ def _others(folder: Path, recipe: Recipe) -> list[str]:
     """The names in a run's folder of what is not a run's."""
     found = []
     for path in contents(folder):
-        known = path.name in _WRITTEN or path.suffix == ".svg"
+        known = path.name in _WRITTEN or path.suffix == _PICTURE
         if path.is_dir() and not path.is_symlink():
             held = {one.name for one in path.iterdir() if not one.name.startswith(UNFINISHED)}
             known = path.name in {TRACKED, *recipe.variants} or not held or bool(held & _OF_MODELS)
