@@ -18,7 +18,8 @@ pytest.importorskip("typer")
 
 from embattle.errors import InputError
 from embattle.tasks import Account, Tabular
-from embattle.tasks.tabular import Column, TabularData, TabularModel
+from embattle.tasks.learned_column import Column
+from embattle.tasks.tabular import TabularData, TabularModel
 from tiny_job import invoke
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "adult_income.yaml"
@@ -60,6 +61,13 @@ def test_cells_become_numbers() -> None:
     assert numbers.encode([str(n) for n in range(1, 9)]).tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
     assert numbers.encode(["-5", "1e9", "2,5", None, "x"]).tolist() == [1, 4, 2, 0, 0]
     assert numbers.size == 5
+    # A comma is what the training part says; where it says nothing, only what is sure is read.
+    assert numbers.encode(["1,250", "1,2505"]).tolist() == [0, 1]
+    with pytest.raises(InputError, match="'1,250' is no number for sure: its comma may be decimal"):
+        numbers.refuse(["1,250"])
+    for cells, number in ((["1,5", "2,5", "3,5", "4"], 1), (["1,000", "2,000", "3,000", "9"], 3)):
+        told = Column.learn("n", cells, 4, 2)
+        assert told.encode(["1,250"]).tolist() == [number], cells
     mostly_zero = Column.learn("z", ["0"] * 9 + ["7"], 10, 1)
     assert mostly_zero.encode(["0", "7"]).tolist() == [1, 2]
     assert Column.learn("e", [None, None], 4, 1).encode([None, "1"]).tolist() == [0, 0]

@@ -29,7 +29,7 @@ from embattle.jobs.predict import predict
 from embattle.jobs.run_folder import find_run
 from embattle.perturb.evaluation import Evaluation
 from embattle.tasks.kinds import BinaryClassification, Classification, Ranking
-from embattle.tasks.tabular import Column
+from embattle.tasks.learned_column import Column
 from test_variants import recipe_of
 from tiny_job import invoke
 

@@ -66,10 +66,15 @@ def has_thousands(cells: Sequence[str]) -> bool:
     two, or with a point. Decimals that are all written with three digits have none of these.
     """
     commas = [cell for cell in cells if "," in cell]
-    if not commas or not all(_THOUSANDS.fullmatch(cell) for cell in commas):
+    if not commas or not all(map(may_be_thousands, commas)):
         return False
     shown = any(cell.count(",") > 1 or "." in cell for cell in commas)
     return shown or any("," not in cell and "." not in cell for cell in cells)
+
+
+def may_be_thousands(cell: str) -> bool:
+    """Whether a cell has commas that can be of thousands: 1,250 is 1250, or 1.25."""
+    return "," in cell and _THOUSANDS.fullmatch(cell) is not None
 
 
 def number_of(cell: str, *, thousands: bool) -> float | None:
@@ -91,7 +96,7 @@ def number_in(cell: Any) -> float:
     number = number_of(text, thousands=False)
     if number is None:
         raise ValueError(f"{text!r} is none")
-    if _THOUSANDS.fullmatch(text):
+    if may_be_thousands(text):
         raise ValueError(
             f"the comma of {text!r} may be decimal or of thousands; write a point, or no comma"
         )

@@ -15,7 +15,7 @@ from embattle.data.account import Account, listed
 from embattle.data.batch import Batch
 from embattle.data.divide import stratified_parts
 from embattle.data.labels import is_blank
-from embattle.data.looks import has_thousands, look, number_of
+from embattle.data.looks import look
 from embattle.data.recipe import Limits, Place, check_fractions
 from embattle.data.splits import PARTS, number_labels
 from embattle.data.tables import Table
@@ -26,6 +26,7 @@ from embattle.sections import Section
 from embattle.tasks.base import Task
 from embattle.tasks.columns import Columns
 from embattle.tasks.kinds import BinaryClassification
+from embattle.tasks.learned_column import Column
 
 # isort: split
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -83,75 +84,6 @@ class TabularModel(Section):
     dim: PositiveInt = 16
     hidden: list[PositiveInt] = Field(default=[64, 64])
     dropout: NonNegativeFloat = Field(default=0.0, lt=1)
-
-
-@dataclass(frozen=True)
-class Column:
-    """How the cells of a column become numbers from 0; 0 is unknown: missing, rare, not seen.
-
-    Attributes:
-        name: of the column.
-        values: the known ones, numbered from 1; None for a column of numbers.
-        edges: of a column of numbers: range k (from 1) reaches from edge k - 2, which is not in
-            it, to edge k - 1.
-        thousands: commas in its numbers are of thousands; else decimal.
-    """
-
-    name: str
-    values: dict[str, int] | None
-    edges: list[float]
-    thousands: bool = False
-
-    @classmethod
-    def learn(cls, name: str, cells: Sequence[str | None], ranges: int, least: int) -> Column:
-        """Learn from the cells of the training rows; None is a missing one."""
-        known = [cell for cell in cells if cell is not None]
-        thousands = has_thousands(known)
-        numbers = [number_of(cell, thousands=thousands) for cell in known]
-        if known and None not in numbers:
-            shares = np.linspace(0, 1, ranges + 1)[1:-1]
-            edges = np.unique(np.quantile(np.array(numbers, float), shares, method="inverted_cdf"))
-            return cls(name, None, edges.tolist(), thousands)
-        often = sorted(value for value, count in Counter(known).items() if count >= least)
-        return cls(name, {value: k for k, value in enumerate(often, 1)}, [])
-
-    @property
-    def size(self) -> int:
-        """How many numbers there are."""
-        return len(self.edges) + 2 if self.values is None else len(self.values) + 1
-
-    def show(self, number: int) -> str:
-        """A value, or the bounds of a range, by number."""
-        if number == 0:
-            return "?"
-        if self.values is not None:
-            return list(self.values)[number - 1]
-        low = f"above {self.edges[number - 2]:g}" if number > 1 else ""
-        high = f"up to {self.edges[number - 1]:g}" if number <= len(self.edges) else ""
-        return ", ".join(part for part in (low, high) if part) or "any"
-
-    def encode(self, cells: Sequence[str | None]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The numbers [N] of cells."""
-        if self.values is not None:
-            known = self.values
-            return np.array([known.get(cell or "", 0) for cell in cells], dtype=np.int64)
-        numbers = [number_of(cell or "", thousands=self.thousands) for cell in cells]
-        usable = [number is not None for number in numbers]
-        found = np.searchsorted(self.edges, [number or 0.0 for number in numbers], side="left") + 1
-        return np.where(usable, found, 0).astype(np.int64)
-
-    def unknown(self, cells: Sequence[str | None]) -> int:
-        """How many cells hold a category that is not known."""
-        if self.values is None:
-            return 0
-        return sum(cell is not None and cell not in self.values for cell in cells)
-
-    def refuse(self, cells: Sequence[str | None]) -> None:
-        """Raises InputError about a cell of a column of numbers that is filled, and no number."""
-        if self.values is None:
-            for cell in cells:
-                if cell is not None and number_of(cell, thousands=self.thousands) is None:
-                    raise InputError(f"column {self.name!r}: {cell!r} is no number")
 
 
 @dataclass(frozen=True)
@@ -300,7 +232,7 @@ class Tabular(Task):
         """Warn of a column whose cells say less to the model than they seem to."""
         cells = [cell for cell in self._shown[column.name] if cell is not None]
         if look(cells).kind == "numbers":
-            odd = Counter(x for x in cells if number_of(x, thousands=column.thousands) is None)
+            odd = Counter(x for x in cells if column.number(x) is None)
             if odd:
                 read = "they are unknown" if column.values is None else "it is read as categories"
                 shown = listed([f"{x!r} ({n:,})" for x, n in odd.most_common()], 3)
