@@ -202,3 +202,29 @@ def test_encoders_in_half_precision_and_alone_are_read_back(tmp_path: Path, kind
     if kind == "roberta":
         assert (fitting(31, found), fitting(64, found)) == (31, 32)
         assert TextEncoder(found, tokens, pooling=None, max_tokens=64).max_tokens == 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "options"),
+    [("BartModel", 16, {}), ("OPTModel", 8, {"word_embed_proj_dim": 8})],
+)
+def test_texts_are_cut_where_learned_positions_begin_with_spare_rows(
+    kind: str, width: int, options: dict[str, int], tmp_path: Path
+) -> None:
+    import transformers
+    from embattle.models.encoder import TextEncoder
+
+    make_encoder(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    made = getattr(transformers, kind)
+    config = made.config_class(
+        vocab_size=60, d_model=16, hidden_size=16, ffn_dim=32, num_hidden_layers=1,
+        num_attention_heads=2, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        max_position_embeddings=20, **options,
+    )  # fmt: skip
+    text = TextEncoder(made(config), tokenizer, pooling="mean", max_tokens=64)
+    inputs = text.tokenize(["dress " * 50]).inputs
+    assert inputs["input_ids"].shape == (1, 20)
+    vectors = text.pooled(inputs["attention_mask"], input_ids=inputs["input_ids"])
+    assert vectors.shape == (1, text.width) == (1, width)

@@ -39,7 +39,8 @@ class TextEncoder(nn.Module):
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None
         self.encoder = encoder
-        self.width: int = encoder.config.hidden_size
+        # OPT's may project its last layer to the width of its embeddings.
+        self.width = int(getattr(encoder.config, "word_embed_proj_dim", encoder.config.hidden_size))
         self.pooling = pooling or ("last" if is_causal(self._config) else "mean")
         self.max_tokens = fitting(max_tokens, encoder)
         self._tokenizer = padded_right(tokenizer)

@@ -159,7 +159,7 @@ def fitting(max_tokens: int, model: nn.Module) -> int:
     """The most tokens that a model is given: no more than it has learned positions for."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and re.search(r"(^|\.)(wpe|\w*position\w*)$", name):
-            most = module.num_embeddings
+            most = module.num_embeddings - int(getattr(module, "offset", 0))  # as in BART and OPT
             if module.padding_idx is not None:  # RoBERTa's begin behind it
                 most -= module.padding_idx + 1
             max_tokens = min(max_tokens, most)
