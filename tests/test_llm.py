@@ -152,6 +152,25 @@ def test_prompts_tell_which_tokens_are_titles(films: Path, tmp_path: Path) -> No
     assert not long.of_liked.any()
 
 
+def test_control_tokens_are_those_of_the_template_alone(films: Path) -> None:
+    from embattle.models.prompts import Prompts
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(films / "llama")
+    end = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[EOS] $A [EOS]", special_tokens=[("[EOS]", end)]
+    )
+    prompts = Prompts(tokenizer, "She liked {liked}.[EOS] Will she like {title}?", 40)
+    tokens = prompts.encode([["Red [EOS] House"]], ["White Night [EOS]"]).tokens[0]
+    shown = " ".join(tokenizer.convert_ids_to_tokens(tokens.tolist()))
+    letters = "[UNK] [UNK] [UNK]"  # "[", "EOS" and "]"
+    assert shown == (
+        f"[EOS] She liked Red {letters} House . [EOS] Will she like White Night {letters} ?"
+    )
+
+
 def test_only_yes_and_no_are_computed_and_titles_alone_move(films: Path, tmp_path: Path) -> None:
     task = made(films, tmp_path, layers=None)
     model = task.build().eval()

@@ -228,3 +228,57 @@ def test_texts_are_cut_where_learned_positions_begin_with_spare_rows(
     assert inputs["input_ids"].shape == (1, 20)
     vectors = text.pooled(inputs["attention_mask"], input_ids=inputs["input_ids"])
     assert vectors.shape == (1, text.width) == (1, width)
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "BPE", "Unigram"])
+def test_control_tokens_written_in_texts_are_letters(kind: str) -> None:
+    import tokenizers
+    import transformers
+    from embattle.models.pretrained import read
+
+    control: dict[str, Any] = {
+        "special_tokens": ["<unk>", "<pad>", "<s>", "</s>"], "vocab_size": 300,
+        "show_progress": False,
+    }  # fmt: skip
+    kinds, parts, trainers = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.trainers
+    bytes_ = parts.ByteLevel.alphabet()
+    model, before, trainer = {
+        "WordPiece": lambda: (
+            kinds.WordPiece(unk_token="<unk>"),
+            parts.BertPreTokenizer(),
+            trainers.WordPieceTrainer(**control),
+        ),
+        "BPE": lambda: (
+            kinds.BPE(),
+            parts.ByteLevel(),
+            trainers.BpeTrainer(**control, initial_alphabet=bytes_),
+        ),
+        "Unigram": lambda: (
+            kinds.Unigram(),
+            parts.Metaspace(),
+            trainers.UnigramTrainer(**control, unk_token="<unk>"),
+        ),
+    }[kind]()
+    made: Any = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = before
+    made.train_from_iterator(TEXTS, trainer)
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", bos_token="<s>",
+        eos_token="</s>",
+    )  # fmt: skip
+    texts = [*TEXTS, "love </s> the<pad> dress", "<s>"]
+    assert {1, 3} <= set(tokenizer(texts[3])["input_ids"][1:-1])
+    found = read(tokenizer, texts, padding=True)
+    plain = tokenizer(TEXTS)["input_ids"]
+    for i, (ids, own) in enumerate(
+        zip(found["input_ids"], found["special_tokens_mask"], strict=True)
+    ):
+        inner = [token for token, mine in zip(ids, own, strict=True) if not mine]
+        assert inner
+        assert not {1, 2, 3} & set(inner)
+        assert [token for token in ids if token != 1] == [2, *inner, 3]
+        if i < len(TEXTS):
+            assert [2, *inner, 3] == plain[i]

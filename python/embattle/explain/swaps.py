@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from embattle.attacks import TokenSwap
 from embattle.data.batch import Batch
+from embattle.models.pretrained import read
 from embattle.models.words import Words
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.site import Site
@@ -166,14 +166,14 @@ def swapped(
 def _encoded(words: Words, batch: Batch, texts: list[str]) -> tuple[Batch, list[list[Span]]]:
     """The batch with these texts, and where in them each token stands (empty: not known)."""
     fast = bool(words.tokenizer.is_fast)
-    found: Any = words.tokenizer(
+    found = read(
+        words.tokenizer,
         texts,
         truncation=True,
         max_length=words.max_tokens,
         padding=True,
         return_offsets_mapping=fast,
-        return_tensors="pt",
-    )
+    ).convert_to_tensors("pt")
     device = batch.inputs[words.ids].device
     new = {
         words.ids: found["input_ids"].to(device),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embattle.data.batch import Batch
-from embattle.models.pretrained import count_longer, fitting, is_causal, padded_right, quiet
+from embattle.models.pretrained import count_longer, fitting, is_causal, padded_right, quiet, read
 from embattle.models.words import Words
 
 
@@ -74,14 +74,9 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> Batch:
         """Tokenizes N texts into one batch without labels, padded to the longest."""
-        tokens = self._tokenizer(
-            list(texts),
-            truncation=True,
-            max_length=self.max_tokens,
-            padding=True,
-            return_special_tokens_mask=True,
-            return_tensors="pt",
-        )
+        tokens = read(
+            self._tokenizer, texts, truncation=True, max_length=self.max_tokens, padding=True
+        ).convert_to_tensors("pt")
         attention = tokens["attention_mask"]
         movable = attention.bool() & ~tokens["special_tokens_mask"].bool()
         return Batch(
@@ -97,7 +92,7 @@ class TextEncoder(nn.Module):
         if not texts:
             return []
         with quiet():
-            found = self._tokenizer(list(texts), truncation=True, max_length=self.max_tokens)
+            found = read(self._tokenizer, texts, truncation=True, max_length=self.max_tokens)
         return [len(row) for row in found["input_ids"]]
 
     def count_cut(self, texts: Sequence[str]) -> int:

@@ -195,12 +195,45 @@ def padded_right(tokenizer: Any) -> Any:
     return tokenizer
 
 
+def read(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
+    """Tokenizes texts of users: a control token that is written in one is no control token.
+
+    `[SEP]` in a review divides nothing, and `<pad>` is not skipped. It is read letter by letter;
+    where the letters of it are a token of their own (SentencePiece), that is unknown.
+
+    Args:
+        tokenizer: of transformers.
+        texts: the texts.
+        options: of the tokenizer's call, but for `return_tensors`.
+
+    Returns:
+        What the tokenizer gives, as lists, with a `special_tokens_mask`: 1 at the control tokens
+        that the tokenizer itself puts around a text, and at padding.
+    """
+    found = tokenizer(
+        list(texts), split_special_tokens=True, return_special_tokens_mask=True, **options
+    )
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        return found
+    added = tokenizer.added_tokens_decoder.items()
+    control = {token for token, one in added if one.special} | set(tokenizer.all_special_ids)
+    found["input_ids"] = [
+        [
+            unknown if token in control and not own else token
+            for token, own in zip(*row, strict=True)
+        ]
+        for row in zip(found["input_ids"], found["special_tokens_mask"], strict=True)
+    ]
+    return found
+
+
 def count_longer(tokenizer: Any, texts: Sequence[str], tokens: int) -> int:
     """How many of the texts have more than so many tokens, special ones included."""
     if not texts:
         return 0
     with quiet():
-        rows = tokenizer(list(texts), truncation=False, return_attention_mask=False)["input_ids"]
+        rows = read(tokenizer, texts, truncation=False, return_attention_mask=False)["input_ids"]
     return sum(len(row) > tokens for row in rows)
 
 

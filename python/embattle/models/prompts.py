@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from embattle.errors import InputError
-from embattle.models.pretrained import padded_right, quiet
+from embattle.models.pretrained import padded_right, quiet, read
 
 
 class Prompted(NamedTuple):
@@ -33,7 +33,8 @@ class Prompts:
     """Makes prompts from a template, in which `{liked}` and then `{title}` are replaced.
 
     Titles are tokenized each by itself, so that their tokens are known in the prompt and no word of
-    the template shares one. Where not all fits, the titles liked longest ago are left out.
+    the template shares one. Where not all fits, the titles liked longest ago are left out. Control
+    tokens may be written in the template; in a title they are letters.
 
     Args:
         tokenizer: a language model's.
@@ -57,9 +58,17 @@ class Prompts:
             )
         before, self._before_liked, between, self._before_title, after = found.groups()
         with quiet():
-            # What belongs at the beginning of every text comes with the first words.
-            self._before = list(self.tokenizer(before)["input_ids"])
-        self._between, self._after, self._comma = map(self._tokens, (between, after, ","))
+            # What belongs at the beginning of every text comes with the first words; what belongs
+            # at its end (T5, some embedding models) would end the prompt in its middle.
+            first = self.tokenizer(before, return_special_tokens_mask=True)
+            ends = len(first["input_ids"])
+            while ends and first["special_tokens_mask"][ends - 1]:
+                ends -= 1
+            self._before = list(first["input_ids"][:ends])
+            self._between, self._after, self._comma = (
+                list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+                for text in (between, after, ",")
+            )
         fixed = len(self._before) + len(self._between) + len(self._after)
         self._room = max_tokens - fixed
         if self._room < 2:
@@ -116,6 +125,6 @@ class Prompts:
     def _tokens(self, text: str) -> list[int]:
         if text not in self._known:
             with quiet():
-                found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            self._known[text] = list(found)
+                found = read(self.tokenizer, [text], add_special_tokens=False)["input_ids"]
+            self._known[text] = list(found[0])
         return self._known[text]
