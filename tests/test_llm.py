@@ -198,6 +198,39 @@ def test_only_yes_and_no_are_computed_and_titles_alone_move(films: Path, tmp_pat
     assert not delta[~mask].any()
 
 
+def another(films: Path, tmp_path: Path, kind: str, **sizes: Any) -> tuple[Any, Any]:
+    """A causal model of another kind, with biases if it has any, and the recipe's task on it."""
+    torch.manual_seed(0)
+    tokenizer = tiny_models.transformers.AutoTokenizer.from_pretrained(films / "llama")
+    class_ = getattr(tiny_models.transformers, f"{kind}ForCausalLM")
+    whole = class_(class_.config_class(vocab_size=len(tokenizer), **sizes)).eval()
+    if whole.lm_head.bias is not None:
+        torch.nn.init.normal_(whole.lm_head.bias)
+    for part in (whole, tokenizer):
+        part.save_pretrained(tmp_path / kind)
+    return whole, made(films, tmp_path, pretrained=str(tmp_path / kind), layers=None)
+
+
+def test_a_head_with_biases_keeps_those_of_the_answers(films: Path, tmp_path: Path) -> None:
+    whole, task = another(films, tmp_path, "GPTJ", n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
+    model = task.build().eval()
+    batch = task.batch(model, "test", torch.arange(4))
+    last = batch.inputs["attention_mask"].sum(1) - 1
+    with torch.no_grad():
+        logits = whole(**batch.inputs).logits[torch.arange(4), last]
+    answers = model.prompts.tokenizer.convert_tokens_to_ids(["no", "yes"])
+    torch.testing.assert_close(model(**batch.inputs), logits[:, answers])
+    torch.nn.init.normal_(model.answers.bias)
+    task.save(model, tmp_path / "saved")
+    assert torch.equal(task.load(tmp_path / "saved").answers.bias, model.answers.bias)
+
+
+def test_a_model_that_cannot_be_adapted_is_refused(films: Path, tmp_path: Path) -> None:
+    _, task = another(films, tmp_path, "Mamba", hidden_size=16, num_hidden_layers=1, state_size=2)
+    with pytest.raises(InputError, match=r"peft has no adapters for a mamba: .*out_proj"):
+        task.build()
+
+
 def test_adapters_and_answers_alone_are_trained_and_saved(films: Path, tmp_path: Path) -> None:
     task = made(films, tmp_path)
     model = task.build()

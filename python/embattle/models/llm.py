@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embattle.errors import InputError, need
+from embattle.errors import InputError, first_line, need
 from embattle.models.pretrained import fitting, load_causal
 from embattle.models.prompts import Prompts
 
@@ -18,27 +18,36 @@ class LanguageRecommender(nn.Module):
     """A causal language model with low-rank adapters (LoRA: Hu et al., ICLR 2022).
 
     The prompts and the yes or no at their ends follow TALLRec (Bao et al., RecSys 2023). Of the
-    head's rows only those of the two answers are kept, and read at the last token alone: the other
-    logits are never computed. Adapters and these two rows are trained; all else stays as it was.
+    head's rows (and biases, if it has any) only those of the two answers are kept, and read at the
+    last token alone: the other logits are never computed. Adapters and these two rows are trained;
+    all else stays as it was.
 
     Args:
         body: a transformers causal model without its head; adapters are put into its linear layers.
-        answers: [2, width], the head's rows of the answers no and yes.
+        answers: the head's two rows of the answers no and yes.
         prompts: makes the prompts.
         rank: of the adapters.
         alpha: the adapters' product is scaled by alpha / rank.
+
+    Raises:
+        InputError: peft cannot adapt such a body.
     """
 
     def __init__(
-        self, body: Any, answers: Tensor, prompts: Prompts, *, rank: int, alpha: float
+        self, body: Any, answers: nn.Linear, prompts: Prompts, *, rank: int, alpha: float
     ) -> None:
         super().__init__()
         self._peft = need("peft", "llm")
         body.requires_grad_(False)
         config = self._peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
-        self.body = self._peft.inject_adapter_in_model(config, body)
-        self.answers = nn.Linear(answers.shape[1], 2, bias=False)
-        self.answers.weight.data.copy_(answers)
+        try:
+            self.body = self._peft.inject_adapter_in_model(config, body)
+        except ValueError as error:
+            raise InputError(
+                f"model.pretrained: peft has no adapters for a {body.config.model_type}: "
+                f"{first_line(error)}"
+            ) from error
+        self.answers = answers
         self.prompts = prompts
 
     @property
@@ -59,7 +68,7 @@ class LanguageRecommender(nn.Module):
         """What training changes: the adapters' weights, and the rows of the answers."""
         adapters = self._peft.get_peft_model_state_dict(self.body)
         return {f"adapters.{name}": x for name, x in adapters.items()} | {
-            "answers.weight": self.answers.weight
+            f"answers.{name}": x for name, x in self.answers.named_parameters()
         }
 
     def set_trained(self, tensors: dict[str, Tensor]) -> None:
@@ -77,7 +86,8 @@ class LanguageRecommender(nn.Module):
             if name.startswith("adapters.")
         }
         self._peft.set_peft_model_state_dict(self.body, adapters)
-        self.answers.weight.data.copy_(tensors["answers.weight"])
+        for name, weight in self.answers.named_parameters():
+            weight.data.copy_(tensors[f"answers.{name}"])
 
     def base_hash(self) -> str:
         """A hash of the weights that are not trained: adapters are of use on these alone."""
@@ -113,7 +123,7 @@ def build(
         max_tokens: longest prompt.
 
     Raises:
-        InputError: it cannot be had, or the answers begin with the same token.
+        InputError: it cannot be had or adapted, or the answers begin with the same token.
     """
     model, tokenizer = load_causal(pretrained, layers)
     prompts = Prompts(tokenizer, prompt, fitting(max_tokens, model))
@@ -123,7 +133,10 @@ def build(
             f"model.answers: {list(answers)} do not begin with two different tokens of "
             f"{pretrained!r}; choose other words"
         )
-    head = model.get_output_embeddings().weight.detach()[[row[0] for row in rows]]
-    if layers is not None:
-        head = torch.zeros_like(head)
-    return LanguageRecommender(model.base_model, head, prompts, rank=rank, alpha=alpha)
+    head, chosen = model.get_output_embeddings(), [row[0] for row in rows]
+    biased = getattr(head, "bias", None) is not None
+    kept = nn.Linear(head.weight.shape[1], 2, bias=biased, device="meta")
+    kept = kept.to_empty(device=head.weight.device)  # without drawing random numbers
+    for mine, whole in zip(kept.parameters(), head.parameters(), strict=True):
+        mine.data.copy_(whole.detach()[chosen] if layers is None else torch.zeros_like(mine))
+    return LanguageRecommender(model.base_model, kept, prompts, rank=rank, alpha=alpha)

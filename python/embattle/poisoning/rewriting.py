@@ -258,7 +258,8 @@ def whole_words(tokenizer: Any, count: int, *, least: int = 4) -> Tensor:
         count: rows of the table of tokens.
         least: letters of a word.
     """
-    names = [str(name) for name in tokenizer.convert_ids_to_tokens(list(range(count)))]
+    # A table may have rows beyond the vocabulary, which have no name.
+    names = [name or "" for name in tokenizer.convert_ids_to_tokens(list(range(count)))]
     # Where a mark says that a word begins, pieces of words have none.
     marked = any(name[:1] in _MARKS for name in names)
     words = [
