@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import devices
 import embattle as eb
 import pytest
 import ranks
@@ -93,6 +94,33 @@ def test_peft(targets: list[str]) -> None:
     assert found[0].keys() == found[1].keys()
     for name, grad in found[0].items():
         assert torch.allclose(grad, found[1][name], atol=1e-6), name
+
+
+def test_virtual_tokens_before_the_text_have_no_labels(tmp_path: Path) -> None:
+    from embattle.integrations.transformers import AdversarialTrainer
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = peft.get_peft_model(
+        transformers.LlamaForCausalLM(config),
+        peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    ).train()
+    tokens, mask = torch.randint(5, 60, (4, 8)), torch.ones(4, 8, dtype=torch.long)
+    mask[1, 5:] = 0
+    labels = tokens.masked_fill(mask == 0, -100)
+    batch = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path), report_to=[], use_cpu=devices.kind == "cpu"
+    )
+    own = transformers.Trainer(model=model, args=args).compute_loss(model, dict(batch))
+    run = AdversarialTrainer(model=model, args=args, attack=eb.PGD(eps=0.5, steps=2))
+    run.compute_loss(model, dict(batch))
+    (metrics,) = run._seen
+    torch.testing.assert_close(metrics["clean_loss"], own.detach())
+    assert metrics["adversarial_loss"] > metrics["clean_loss"]
 
 
 def objective(site: eb.Site, form: str, early: bool) -> eb.AdversarialObjective:

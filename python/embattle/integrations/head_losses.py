@@ -62,10 +62,12 @@ class Classes(HeadLoss):
     Args:
         shift: the logits at a place predict the label of the next one.
         smoothing: the share of the uniform distribution in the targets.
+        before: how many places of the logits come before the first label: peft's virtual tokens.
     """
 
     shift: bool = False
     smoothing: float = 0.0
+    before: int = 0
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -103,6 +105,8 @@ class Classes(HeadLoss):
 
     def _labels(self, inputs: Inputs) -> Tensor:
         labels: Tensor = inputs["labels"]
+        if self.before:
+            labels = F.pad(labels, (self.before, 0), value=IGNORED)
         return labels[:, 1:] if self.shift else labels
 
 
@@ -222,8 +226,11 @@ def head_loss_of(
         shift = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         return Classes(shift, smoothing) if integers else None
     if logits.dim() > 2:
-        places = integers and labels.shape == logits.shape[:-1]
-        return Classes(_shifts(model)) if places else None
+        if not integers or labels.dim() != logits.dim() - 1:
+            return None
+        before = logits.shape[-2] - labels.shape[-1]
+        places = before >= 0 and labels.shape[:-1] == logits.shape[:-2]
+        return Classes(_shifts(model), before=before) if places else None
     problem = _problem(model, logits, labels, inputs)
     if problem == "regression" and labels.numel() == logits.numel():
         return Values()
