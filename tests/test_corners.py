@@ -94,6 +94,17 @@ def test_a_table_has_one_site_whoever_looks_it_up(first: str) -> None:
             eb.FGM(eps=0.1).run(lambda: (one(rows) * two(rows)).sum(1), sites)
 
 
+def test_a_model_of_several_inputs_says_which_part_to_name() -> None:
+    class Pair(nn.Module):
+        """Names no table, as CLIP of transformers does."""
+
+        def get_input_embeddings(self) -> nn.Module:
+            raise NotImplementedError("please override in the subclass")
+
+    with pytest.raises(ValueError, match=r"Pair does not say .* Site\.embeddings\(model\.text"):
+        eb.Site.embeddings(Pair())
+
+
 def test_padding_stays_where_indices_are_named() -> None:
     """Outputs that all samples share; the call has no positional argument."""
     table = nn.Embedding(9, 4, padding_idx=0)

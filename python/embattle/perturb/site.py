@@ -148,12 +148,19 @@ class Site:
 
         Raises:
             TypeError: not a module.
-            ValueError: the model looks nothing up.
+            ValueError: the model looks nothing up, or has several kinds of inputs (CLIP).
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"Site.embeddings: needs a torch.nn.Module, got {type(model).__name__}")
         getter = getattr(model, "get_input_embeddings", None)
-        table = getter() if callable(getter) else None
+        try:
+            table = getter() if callable(getter) else None
+        except NotImplementedError as error:  # transformers: models of several inputs, such as CLIP
+            raise ValueError(
+                f"Site.embeddings: {type(model).__name__} does not say which of its modules makes "
+                "the input embeddings. Take a part of it, Site.embeddings(model.text_model), or "
+                "name the module: Site.output(module)"
+            ) from error
         if isinstance(table, nn.Module):
             weight = getattr(table, "weight", None)
             tied = [m for m in model.modules() if is_lookup(m) and _shares(m, weight)]
