@@ -364,6 +364,39 @@ def test_swaps_are_whole_words_and_judged_as_printed(tmp_path: Path) -> None:
     assert swapped(model, fixed, words, Evaluator(), allowed=allowed, similarity=None) == []
 
 
+@pytest.mark.parametrize("kind", ["bytes", "spaces"])
+def test_words_are_found_as_each_tokenizer_marks_them(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    from embattle.models.words import Words
+
+    kinds, before, trainers = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.trainers
+    texts = ["She wouldn't like red dress", "She saw red night"]
+    if kind == "bytes":  # of GPT-2's kind, which knows no unknown token, and has "'t" as a token
+        made, marks, trainer = (
+            tokenizers.Tokenizer(kinds.BPE()),
+            before.ByteLevel(add_prefix_space=False),
+            trainers.BpeTrainer(show_progress=False, vocab_size=400),
+        )
+    else:  # as Llama 2's, which puts a space before every text
+        made, marks, trainer = (
+            tokenizers.Tokenizer(kinds.WordLevel(unk_token="<unk>")),
+            before.Sequence([before.Split("'", "isolated"), before.Metaspace()]),
+            trainers.WordLevelTrainer(special_tokens=["<unk>"], show_progress=False),
+        )
+    made.pre_tokenizer = marks
+    decoders = tokenizers.decoders
+    made.decoder = decoders.ByteLevel() if kind == "bytes" else decoders.Metaspace()
+    made.train_from_iterator(texts, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+    ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
+    words = Words(tokenizer, nn.Embedding(400, 2), "input_ids", "attention_mask", 20)
+    allowed = content_words(words, ids, 400, most=0.5)
+    names = words.shown(torch.nonzero(allowed).flatten()[None])[0]
+    # "She" and "red" are in all texts.
+    assert sorted(names) == ["dress", "like", "night", "saw"]
+
+
 def test_pictures_escape_what_comes_from_outside() -> None:
     evil = "<script>alert('x')</script>\"&\x00\x1b[31m\u202e\ud800"
     entries = [{"name": evil, "share": 0.7}, {"name": "b" * 500, "share": -0.3}]

@@ -49,7 +49,7 @@ def content_words(
     A word has letters alone, three at least, and is read back as the same token. It stands in the
     texts, so that no odd word comes in, but not in many of them: what many texts share are words
     such as `the` and `not`, without which a text cannot be read or says the opposite. What stands
-    beside an apostrophe is part of a contraction (`wouldn ' t`), and no word.
+    beside an apostrophe is part of a contraction (`wouldn ' t`, `wouldn 't`), and no word.
 
     Args:
         words: brings the tokenizer.
@@ -73,22 +73,35 @@ def content_words(
         if name.isalpha() and len(name) >= 3 and token not in parts
     ]
     allowed = torch.zeros(vocabulary, dtype=torch.bool)
-    if known:
-        read = words.tokenizer([f" {name}" for _, name in known], add_special_tokens=False)
-        ids = zip(known, read["input_ids"], strict=True)
-        allowed[[token for (token, _), one in ids if list(one) == [token]]] = True
+    for space in (" ", ""):
+        # SentencePiece may put the space before a word itself, and a second one would be a token.
+        some = known if space else [one for one in known if _begins(words, one[0])]
+        if some:
+            texts_of = [space + name for _, name in some]
+            ids = words.tokenizer(texts_of, add_special_tokens=False)["input_ids"]
+            same = zip(some, ids, strict=True)
+            allowed[[token for (token, _), one in same if list(one) == [token]]] = True
     return allowed
 
 
+def _begins(words: Words, token: int) -> bool:
+    """Whether a token of SentencePiece begins a word."""
+    return str(words.tokenizer.convert_ids_to_tokens(token)).startswith("\u2581")
+
+
 def _in_contractions(words: Words, tokens: Sequence[Tensor]) -> set[int]:
-    """The tokens that stand beside an apostrophe somewhere."""
-    marks = torch.tensor(words.tokenizer.convert_tokens_to_ids(["'", "\u2019"]))
+    """The tokens before one that begins with an apostrophe, or after one that ends with one."""
+    known = torch.unique(torch.cat([one.cpu().flatten() for one in tokens]))
+    names = words.shown(known[None])[0]
+    begins, ends = (
+        known[torch.tensor([has(name, ("'", "\u2019")) for name in names], dtype=torch.bool)]
+        for has in (str.startswith, str.endswith)
+    )
     found: set[int] = set()
     for one in tokens:
         text = one.cpu()
-        marked = torch.isin(text, marks)
-        found |= set(text[:, :-1][marked[:, 1:]].tolist())
-        found |= set(text[:, 1:][marked[:, :-1]].tolist())
+        found |= set(text[:, :-1][torch.isin(text[:, 1:], begins)].tolist())
+        found |= set(text[:, 1:][torch.isin(text[:, :-1], ends)].tolist())
     return found
 
 
