@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from clipping_cases import Apply, assert_close, clipped_sum, gradients
 from embattle.clipping import PerSampleClipper, RowSelection, grad_sample, layers
-from embattle.clipping.context import Layout
+from embattle.clipping.context import Layout, alike
 from embattle.clipping.context import layouts as layouts_of
 from embattle.clipping.grad_sample import ConvGradSample, LinearGradSample
 from embattle.clipping.norms import _order, merge, parameter_norms
 from embattle.clipping.table_grad_sample import EmbeddingGradSample
 from embattle.clipping.users import Users
 from embattle.clipping.verify import Known, Verifier, find_layouts
-from embattle.clipping.vmapped import _alike
 from test_clipping_verify import _float64, exact, per_sample, reference, refused
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -354,8 +353,8 @@ def test_non_finite_samples_have_no_say_in_which_rows_are_selected() -> None:
 
 def test_values_that_differ_beside_an_infinite_one() -> None:
     tiny = torch.tensor([1e-12, math.inf])
-    assert _alike(tiny, tiny)
-    assert not _alike(tiny * 2, tiny)
+    assert alike(tiny, tiny, 1e-9)
+    assert not alike(tiny * 2, tiny, 1e-9)
 
 
 def test_what_is_known_after_two_batches() -> None:

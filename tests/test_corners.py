@@ -366,30 +366,6 @@ def test_what_is_written_does_not_share_a_part_of_its_memory() -> None:
         assert torch.equal(eb.ops.pgd_step_(x, g, **step), expected)
 
 
-@pytest.mark.parametrize("kind", ["linear", "grouped", "embedding"])
-def test_samples_in_one_row_are_not_copied_for_each(kind: str) -> None:
-    """The layer would be given as many copies of the batch: another function."""
-
-    class Folded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer: nn.Module = nn.Linear(5, 3)
-            if kind == "grouped":
-                self.layer = nn.Conv1d(24, 24, 3, groups=24)
-            if kind == "embedding":
-                self.layer = nn.Embedding(9, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            one = x.reshape(1, -1, 5) if kind != "embedding" else x.reshape(1, -1)
-            return self.layer(one).reshape(len(x), -1)
-
-    model = Folded()
-    x = torch.randint(0, 9, (6, 4)) if kind == "embedding" else torch.randn(6, 4, 5)
-    clipper = eb.PerSampleClipper(model, 1.0)
-    with clipper, pytest.raises(RuntimeError, match="'layer' is given all samples in one row"):
-        model(x)
-
-
 def test_starts_have_the_strengths_of_their_places() -> None:
     one, two = nn.Embedding(9, 4), nn.Embedding(9, 3)
     tokens = torch.arange(8).reshape(4, 2)

@@ -134,7 +134,6 @@ def differentiate(
     seeds = torch.full_like(losses, loss_scale)
     if samples == 1:
         # The gradient of one loss is autograd's, whatever the model does.
-        _refuse_spread(context)
         _, grads = graph.gradients(
             losses, seeds, [*parameters, *leaves], retain_graph=retain_graph, edges=False
         )
@@ -203,16 +202,6 @@ def _refuse_changes(model: nn.Module, graph: Graph) -> None:
                 f"PerSampleClipper: parameter '{name}' was not the model's, or not trained, when "
                 "the with block was entered; change the model outside of the block"
             )
-
-
-def _refuse_spread(context: Context) -> None:
-    """A single loss cannot tell whether several rows for one have changed it."""
-    if context.spread:
-        raise ValueError(
-            f"PerSampleClipper: inputs of {sorted(context.spread)} were given a row for each of "
-            "several samples, but there is a single loss. Call clipper.expect(1) before the model, "
-            "or say by batch_dim where samples are"
-        )
 
 
 def _refuse_stray(context: Context, stray: Parameter | None) -> None:

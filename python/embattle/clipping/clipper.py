@@ -54,10 +54,10 @@ class PerSampleClipper:
     not changed: forwards are exchanged for the duration of the ``with`` block.
 
     Where the samples are in each layer, that no loss depends on another sample, that sums and norms
-    are right, is checked against autograd (see verify); what fails raises, and leaves ``.grad`` as
-    it was. docs/clipping.md says which layers have rules, and which go through torch.func with
-    per-sample gradients of that module in memory. What is computed in the block must be
-    differentiated once only, and by `backward` alone as far as parameters go.
+    are right, is checked against autograd, and outputs against the model's own (see verify); what
+    fails raises, and leaves ``.grad`` as it was. docs/clipping.md says which layers have rules, and
+    which go through torch.func with per-sample gradients of that module in memory. What is computed
+    in the block must be differentiated once only, and by `backward` alone as far as parameters go.
     """
 
     def __init__(
@@ -142,10 +142,10 @@ class PerSampleClipper:
         self.row_selection = row_selection
         self.generator = generator
         self._context = Context()
-        self._installer = Installer(model, self._context, batch_dim, broadcast)
+        self._verifier = Verifier(verify)
+        self._installer = Installer(model, self._context, batch_dim, broadcast, self._verifier)
         ddp = self._installer.ddp
         self._group = process_group if ddp is None else ddp.process_group
-        self._verifier = Verifier(verify)
         self._stack: ExitStack | None = None
         self._store = Store(self._group)
         self._sensitivity = 0.0
@@ -176,7 +176,7 @@ class PerSampleClipper:
         stack, self._stack = self._stack, None
         context = self._context
         context.batch_size, context.declared = None, False
-        context.ran_without_grad, context.inputs = False, None
+        context.ran_without_grad = context.running = False
         spread, context.spread = context.spread, set()
         if stack is not None:
             stack.close()

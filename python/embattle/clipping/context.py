@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._pytree import tree_leaves
 
 
 class Context:
@@ -24,7 +23,9 @@ class Context:
         collected: what that pass has delivered where it starts others; else None.
         ran_without_grad: whether a layer ran where no graph was built.
         spread: layers whose input has been given a row for every sample in this block.
-        inputs: what the model was called with last in this block.
+        running: whether the model itself runs, not only parts of it.
+        plain: whether it runs without rules.
+        redrawn: whether a rule has drawn random numbers in another order than the operator does.
         probed: whether what is delivered now is checked.
     """
 
@@ -37,24 +38,10 @@ class Context:
         self.collected: list[tuple[object, Tensor]] | None = None
         self.ran_without_grad = False
         self.spread: set[str] = set()
-        self.inputs: object = None
+        self.running = False
+        self.plain = False
+        self.redrawn = False
         self.probed = False
-
-    def holds_samples(self, x: Tensor) -> bool:
-        """Whether a layer's input is another view of all of an input of the model's."""
-        samples = self.batch_size
-        if torch.compiler.is_compiling() or samples is None or samples < 2:
-            return False
-        if type(x) is not Tensor or not x.numel():  # others may have no storage
-            return False
-        memory = x.untyped_storage().data_ptr()
-        return any(
-            type(one) is Tensor
-            and one.numel() == x.numel()
-            and samples in one.shape
-            and one.untyped_storage().data_ptr() == memory
-            for one in tree_leaves(self.inputs)
-        )
 
 
 class Layout(NamedTuple):
@@ -129,3 +116,11 @@ def tolerance(dtype: torch.dtype) -> float:
     if dtype in (torch.float16, torch.bfloat16):
         return 5e-2
     return 1e-4 if dtype == torch.float32 else 1e-9
+
+
+def alike(found: Tensor, wanted: Tensor, limit: float, floor: float = 0.0) -> bool:
+    """Whether two tensors are equal up to limit, relative to the largest number, or to floor."""
+    wanted = wanted.expand_as(found).double()
+    scale = float(wanted.abs().nan_to_num(posinf=0).max()) if wanted.numel() else 0.0
+    scale = max(scale, floor)
+    return torch.allclose(found.double(), wanted, rtol=limit, atol=limit * scale, equal_nan=True)

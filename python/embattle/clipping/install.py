@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from embattle.clipping.context import Context
 from embattle.clipping.layers import Layer, in_use, watched
+from embattle.clipping.plain import Comparison
+from embattle.clipping.verify import Verifier
 
 
 class Installer:
@@ -33,6 +35,7 @@ class Installer:
         context: Context,
         batch_dim: int | Mapping[str, int],
         broadcast: Iterable[str],
+        verifier: Verifier,
     ) -> None:
         """As PerSampleClipper.
 
@@ -53,6 +56,7 @@ class Installer:
         for name in (*self._batch_dims, *self._broadcast):
             if name not in known:
                 raise ValueError(f"PerSampleClipper: the model has no module named {name!r}")
+        self._comparison = Comparison(self.core, context, verifier)
         self._layers: list[Layer] = []
         self._seen: list[object] | None = None
         self._guard: Any = OrderedDict({0: partial(_refuse_other_passes, context)})
@@ -98,8 +102,10 @@ class Installer:
             p._backward_hooks = self._guard
         for layer in self._layers:
             layer.put_in()
-        hook = self.core.register_forward_pre_hook(self._note_batch, prepend=True, with_kwargs=True)
-        stack.callback(hook.remove)
+        before = self.core.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
+        stack.callback(before.remove)
+        stack.callback(self.core.register_forward_hook(self._after).remove)
+        stack.callback(self._comparison.forget)
 
     @staticmethod
     def _take_out(parameters: list[Parameter], layers: list[Layer]) -> None:
@@ -108,9 +114,26 @@ class Installer:
         for p in parameters:
             p._backward_hooks = None
 
-    def _note_batch(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+    def _before(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        context = self._context
+        if context.plain:
+            return
+        context.running = True
+        self._note_batch(args, kwargs)
+        # What is computed again in a backward pass has been compared.
+        if not context.backward:
+            _outside_of_graphs(self._comparison.before)(args, kwargs, self.version)
+
+    def _after(self, _: nn.Module, args: Any, output: Any) -> None:
+        context = self._context
+        if context.plain:
+            return
+        context.running = False
+        if not context.backward:
+            _outside_of_graphs(self._comparison.after)(output)
+
+    def _note_batch(self, args: Any, kwargs: Any) -> None:
         context, dim = self._context, self._batch_dims.get("", 0)
-        context.inputs = args, kwargs
         if context.declared:
             return
         plain = not kwargs and all(isinstance(x, Tensor) for x in args)  # quicker
@@ -128,6 +151,12 @@ def _refuse_other_passes(context: Context, _: Tensor) -> None:
             "the model inside the with block, where its gradient would not be clipped. Ask for "
             "other gradients by torch.autograd.grad(loss, inputs), or do it outside of the block"
         )
+
+
+def _outside_of_graphs(function: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return function
 
 
 def _modules(root: nn.Module) -> list[nn.Module]:

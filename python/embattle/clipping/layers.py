@@ -132,6 +132,8 @@ class Layer:
             self._own = kind
             self.original = functools.partial(kind.forward, module)
             _set_class(module, _stand_in_class(kind, "torch._dynamo" in sys.modules))
+        if self.context.plain:
+            return self.original(*args, **kwargs)
         if self._kept is None and not kwargs and len(args) == 1:
             plain = _PLAIN.get(self._own.forward)
             weight = module._parameters.get("weight")
@@ -156,7 +158,7 @@ class Layer:
             features: how many of the last dims are the layer's own.
 
         Raises:
-            RuntimeError: the number of samples is needed and unknown; or they lie in one row.
+            RuntimeError: the number of samples is needed and unknown, or see note_spread.
         """
         self.spread_dim = None
         outer = x.dim() - features
@@ -172,12 +174,6 @@ class Layer:
             # Where floats have the samples' number elsewhere, these are the samples.
             if samples == 1 or (not self.broadcast and features and samples in x.shape[:outer]):
                 return x
-            if not self.broadcast and self.context.holds_samples(x):
-                raise RuntimeError(
-                    f"PerSampleClipper: layer '{self.name}' is given all samples in one row, "
-                    f"{tuple(x.shape)}, and would be given copies of it for each. Give it a row "
-                    "for each sample; or name it in broadcast, if its input is the same for all"
-                )
         else:
             if outer > 1 and x.shape[dim] == samples:
                 return x
@@ -186,8 +182,24 @@ class Layer:
         sizes = list(x.shape)
         sizes[dim] = samples
         self.spread_dim = dim
-        self.context.spread.add(self.name)
+        self.note_spread(x)
         return x.expand(sizes)
+
+    def note_spread(self, *inputs: Tensor) -> None:
+        """Notes that inputs are taken to be the same for all samples.
+
+        Raises:
+            RuntimeError: nobody says so, and no output of the model can show it.
+        """
+        context = self.context
+        context.spread.add(self.name)
+        if not (self.broadcast or context.running or context.backward):
+            raise RuntimeError(
+                f"PerSampleClipper: layer '{self.name}' is given one row for all samples, "
+                f"{[tuple(x.shape) for x in inputs]}, outside of a call of the model itself, whose "
+                "output would show whether it is the same for all. Call the model itself, give the "
+                "layer a row for each sample, or name it in broadcast"
+            )
 
     def unknown_size(self) -> RuntimeError:
         """The error for a layer that needs the number of samples."""

@@ -138,6 +138,7 @@ def _unrolled(
             finals.append(final)
         x = torch.cat(outs, -1) if directions == 2 else outs[0]
         if dropout and level + 1 < layers:
+            ops.layer.context.redrawn |= training
             x = F.dropout(x, dropout, training)
     states = [torch.stack(part) for part in zip(*finals, strict=True)]
     if packed:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from embattle.clipping.context import tolerance
+from embattle.clipping.context import alike, tolerance
 from embattle.clipping.derived import tensors
 from embattle.clipping.expand import expand
 
@@ -91,7 +91,7 @@ def vmapped(ops: Operators, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
             "Build it from known layers, or freeze its parameters"
         ) from error
     outs = [x.movedim(0, place) for x, place in zip(outs, places, strict=True)]
-    if not all(_alike(x, w.detach()) for x, w in zip(outs, wanted, strict=True)):
+    if not all(alike(x, w.detach(), tolerance(w.dtype)) for x, w in zip(outs, wanted, strict=True)):
         raise ValueError(
             f"PerSampleClipper: in layer '{layer.name}' ({type(layer.module).__name__}) {name} "
             "gives other values for single samples than for the batch: it couples samples, one of "
@@ -127,7 +127,7 @@ def _samples(layer: Layer, inputs: list[Tensor]) -> tuple[int, bool]:
         return known, False
     same = all(size == 1 for size in sizes) and not any(x.requires_grad for x in inputs)
     if known is not None and (same or layer.broadcast):
-        layer.context.spread.add(layer.name)
+        layer.note_spread(*inputs)
         return known, True
     if sizes and not layer.broadcast:
         return sizes[0], False
@@ -150,9 +150,3 @@ def _place(layer: Layer, x: Tensor, whole: Tensor, samples: int) -> int:
         f"for one sample it returned a tensor of shape {tuple(x.shape)}, for the batch "
         f"{tuple(whole.shape)}"
     )
-
-
-def _alike(found: Tensor, wanted: Tensor) -> bool:
-    limit, wanted = tolerance(wanted.dtype), wanted.expand_as(found).double()
-    scale = float(wanted.abs().nan_to_num(posinf=0).max()) if wanted.numel() else 0.0
-    return torch.allclose(found.double(), wanted, rtol=limit, atol=limit * scale, equal_nan=True)

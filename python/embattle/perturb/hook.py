@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import get_ident
 from typing import Any, Protocol, TypeAlias
 
@@ -342,6 +343,19 @@ class Perturb(_SiteCalls):
         if self.known == "detached":
             return call.value.detach()
         return other if call.source is None else call.source
+
+
+@contextmanager
+def kept_places(model: nn.Module) -> Iterator[None]:
+    """Expect the same call next after the block, in which the model runs once more."""
+    hooks = [hook for m in model.modules() for hook in m._forward_hooks.values()]
+    uses = [hook.use for hook in hooks if type(hook) is Hook and type(hook.use) is Perturb]
+    places = [use.index for use in uses]
+    try:
+        yield
+    finally:
+        for use, place in zip(uses, places, strict=True):
+            use.index = place
 
 
 def _is_plain(output: Any) -> bool:

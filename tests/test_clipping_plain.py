@@ -1,0 +1,154 @@
+"""The rules leave the model's function as it is: a plain pass beside the watched one tells.
+
+That pass leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import embattle as eb
+import pytest
+import torch
+import torch.nn.functional as F
+from clipping_cases import Apply, gradients
+from embattle.clipping import PerSampleClipper, operators
+from test_clipping_verify import _float64, exact, per_sample, refused
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+B = 4
+assert _float64  # a fixture, for every test here
+OTHER = "another function inside the with block"
+
+
+def _layer(kind: str) -> nn.Module:
+    if kind == "grouped":
+        return nn.Conv1d(B * 6, B * 6, 3, groups=B * 6)
+    return nn.Embedding(9, 5) if kind == "embedding" else nn.Linear(5, 3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "grouped", "embedding", "without a rule"])
+@pytest.mark.parametrize("computed", [True, False])
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_samples_in_one_row_are_not_copied_for_each(
+    kind: str, computed: bool, pooled: bool, training: bool
+) -> None:
+    """The layer would be given as many copies of the batch."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if computed:  # without a gradient
+            x = x + 1 if kind == "embedding" else F.dropout(x, 0.1, m.training) * 2
+        one = x.reshape(1, -1) if kind == "embedding" else x.reshape(1, -1, 5)
+        out = torch.einsum("bti,ji->btj", one, m.p) if kind == "without a rule" else m.layer(one)
+        return out.reshape(len(x), -1, out.shape[-1]).mean(1) if pooled else out.reshape(len(x), -1)
+
+    own: dict[str, Any] = {"layer": _layer(kind)}
+    if kind == "without a rule":
+        own = {"p": nn.Parameter(torch.randn(3, 5))}
+    model = Apply(forward, **own).train(training)
+    x = torch.randint(0, 8, (B, 6)) if kind == "embedding" else torch.randn(B, 6, 5)
+    for verify in ("first", "sampled", "always"):
+        refused(model, lambda: per_sample(model(x)), OTHER, verify=verify)
+
+
+def test_a_part_of_the_model_does_not_show_what_copies_do() -> None:
+    model = Apply(lambda m, x: m.a(x), a=nn.Linear(5, 3))
+    x = torch.randn(B, 6, 5)
+    with PerSampleClipper(model, 1.0) as clipper:
+        clipper.expect(B)
+        with pytest.raises(RuntimeError, match="outside of a call of the model itself"):
+            model.a((x * 2).reshape(1, -1, 5))
+
+
+def test_a_rule_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.GroupNorm(2, 4))
+    right = operators.RULES[F.group_norm]
+
+    def wrong(ops: Any, x: Tensor, groups: int, *args: Any, **kwargs: Any) -> Any:
+        return right(ops, x, 1, *args, **kwargs)
+
+    monkeypatch.setitem(operators.RULES, F.group_norm, wrong)
+    refused(model, lambda: per_sample(model(torch.randn(B, 5))), OTHER)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_positions_are_still_given_a_row_for_each(length: int) -> None:
+    model = Apply(
+        lambda m, x: m.a(x) + m.p(torch.arange(x.shape[1])[None]),
+        a=nn.Linear(5, 3),
+        p=nn.Embedding(3, 3),
+    )
+    x = torch.randn(B, length, 5)
+    exact(model, lambda: per_sample(model(x)), verify="always")
+
+
+class Stateful(nn.Module):
+    """Keeps a count, an average, its last features, and a generator."""
+
+    average: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop = nn.Linear(5, 5), nn.Dropout(0.5)
+        self.calls = 0
+        self.generator = torch.Generator().manual_seed(0)
+        self.register_buffer("average", torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.average.mul_(0.9).add_(x.mean(0))
+        x -= self.average.detach().clone()
+        self.features = self.layer(x) * self.calls
+        noise = torch.randn(x.shape, generator=self.generator, device="cpu").to(x.device)
+        return self.drop(self.features) + noise
+
+
+def test_the_plain_pass_leaves_nothing_behind() -> None:
+    def run(model: Stateful, x: Tensor, model_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        torch.manual_seed(1)
+        model_of(x)
+        own = [x, model.average, torch.tensor(model.calls), model.generator.get_state()]
+        return [t.clone() for t in [*own, model.features.detach(), torch.rand(3)]]
+
+    torch.manual_seed(0)
+    states = []
+    for clipped in (False, True):
+        torch.manual_seed(0)
+        model, x = Stateful(), torch.randn(B, 5)
+        if not clipped:
+            states.append(run(model, x, model))
+            continue
+        kept: dict[str, Tensor] = {}
+        model.layer.register_forward_hook(lambda _, __, out, kept=kept: kept.update(out=out))
+        with PerSampleClipper(model, 1.0, verify="always") as clipper:
+            states.append(run(model, x, model))
+            clipper.backward(kept["out"].square().sum(1))
+    for plain, watched in zip(*states, strict=True):
+        assert torch.equal(plain, watched)
+
+
+def test_checkpoints_count_what_they_save_without_the_plain_pass() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    x = torch.randn(B, 5)
+    exact(model, lambda: per_sample(checkpoint(model, x, use_reentrant=False)), verify="always")
+
+
+def test_perturbed_calls_keep_their_places() -> None:
+    """Two calls of the model, with a perturbation each, and no call more for the site."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    one, two = torch.randn(2, B, 5)
+
+    def losses() -> Tensor:
+        return per_sample(model(one)) + per_sample(model(two)) + per_sample(model(one))
+
+    result = eb.PGD(eps=0.5, steps=2).run(losses, eb.Site(model[0], model=model))
+    with result.applied():
+        wanted = losses().detach()
+    with PerSampleClipper(model, 1.0, verify="always") as clipper, result.applied():
+        found = losses()
+        clipper.backward(found)
+    torch.testing.assert_close(found.detach(), wanted)
+    assert len(gradients(model)) == 4
