@@ -61,7 +61,7 @@ def densify(grad: Tensor, name: str) -> Tensor:
 
 
 def _touched(found: Sequence[GradSample], users: Users, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """The (user, row) pairs of a table, each once, of the users that count: two [pairs] tensors."""
+    """The (user, row) pairs of a table, each once, of samples that count: two [pairs] tensors."""
     owners, rows = [], []
     for each in found:
         if isinstance(each, BagGradSample):
@@ -72,13 +72,14 @@ def _touched(found: Sequence[GradSample], users: Users, counted: Tensor) -> tupl
             samples = samples.repeat_interleave(each.indices.shape[1])
         else:
             continue
+        keep = counted[samples]
         if each.padding_idx is not None:
-            keep = ids != each.padding_idx
-            ids, samples = ids[keep], samples[keep]
+            keep = keep & (ids != each.padding_idx)
+        ids, samples = ids[keep], samples[keep]
         owners.append(samples if users.of_sample is None else users.of_sample[samples])
         rows.append(ids.long())
     pairs = torch.stack([torch.cat(owners), torch.cat(rows)])
-    pairs = torch.unique(pairs[:, counted[pairs[0]]], dim=1)
+    pairs = torch.unique(pairs, dim=1)
     return pairs[0], pairs[1]
 
 
@@ -97,7 +98,7 @@ def select_rows(
         tables: the grad samples of each sparse table.
         sizes: number of rows of each table.
         users: the samples' users.
-        counted: [U], bool: those that take part.
+        counted: [B], bool: the samples that take part.
         generator: source of the noise.
 
     Returns:

@@ -66,7 +66,7 @@ class Store:
         """
         selected = {}
         if noise is not None and noise.rows is not None:
-            selected = self._selected_rows(gradients, factors, noise.rows, noise.generator, last)
+            selected = self._selected_rows(gradients, factors, weights, noise, noise.rows, last)
         named = gradients.named
         grads = gradients.weighted(factors, weights, scale)
         if self._group is not None:
@@ -92,8 +92,9 @@ class Store:
         self,
         gradients: Gradients,
         factors: Tensor,
+        weights: Tensor | None,
+        noise: Noise,
         selection: dp.RowSelection,
-        generator: torch.Generator | None,
         last: bool,
     ) -> dict[Parameter, Tensor]:
         if self._group is not None or not last or factors.dim() == 2:
@@ -108,13 +109,15 @@ class Store:
             for _, p in gradients.named
             if p in of and all(getattr(each, "sparse", False) for each in of[p])
         ]
+        share = gradients.users.sample_factors(factors)
+        share = share if weights is None else share * weights
         rows = dp.select_rows(
             selection,
             [of[p] for p in tables],
             [len(p) for p in tables],
             gradients.users,
-            factors > 0,
-            generator,
+            share.abs() > 0,  # a sample that adds nothing has no vote
+            noise.generator,
         )
         return dict(zip(tables, rows, strict=True))
 
