@@ -195,6 +195,15 @@ class PerSampleClipper:
         """
         self._context.batch_size, self._context.declared = batch_size, True
 
+    def discard(self) -> None:
+        """Forgets the batches of a step that is given up before its last one.
+
+        Call it beside ``optimizer.zero_grad()``, which forgets what they left in ``.grad``: with a
+        process group it is kept here until ranks are reduced, and noise is made for all batches.
+        """
+        self._store.discard()
+        self._sensitivity = 0.0
+
     # --- the backward pass ------------------------------------------------------------------------
 
     def backward(

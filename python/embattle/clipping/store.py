@@ -41,6 +41,10 @@ class Store:
         self._group = group
         self._pending: dict[Parameter, Tensor] = {}
 
+    def discard(self) -> None:
+        """Forgets gradients that wait for the last pass."""
+        self._pending = {}
+
     def add(
         self,
         gradients: Gradients,
