@@ -467,6 +467,15 @@ def test_lengths_that_become_the_batch_size() -> None:
 # --- a model that changes -------------------------------------------------------------------------
 
 
+def test_graphs_that_differ_in_dims_alone() -> None:
+    layer, x = nn.Linear(3, 2), torch.randn(B, B, 3)
+    clipper = PerSampleClipper(layer, 1.0, verify="first", reduction="sum")
+    for dim in (1, 0, 1):
+        exact(layer, lambda dim=dim: layer(x).square().sum((dim, 2)), clipper)
+    for out in (lambda h: h, lambda h: h.permute(1, 0, 2), lambda h: h.permute(0, 1, 2)):
+        exact(layer, lambda out=out: per_sample(out(layer(x))), clipper)
+
+
 def test_changes_inside_of_the_block_are_refused() -> None:
     x = torch.randn(B, 3)
 

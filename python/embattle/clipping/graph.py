@@ -10,7 +10,7 @@ the parameter was used where it cannot be followed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,7 +125,7 @@ class Graph:
         leaves: the nodes of the other leaves.
         nested: whether a backward pass through the graph may start others whose outputs it cannot
             know of: torch.utils.checkpoint with use_reentrant=True.
-        structure: a hash of the nodes' kinds and the records' layers.
+        structure: a hash of the nodes' kinds, the dims that they work on, and the records' layers.
         signature: the same with the records' sizes.
     """
 
@@ -141,6 +141,7 @@ class Graph:
         while stack:
             node = stack.pop()
             kinds.append(type(node))
+            kinds += [getattr(node, name) for name in _dims_of(type(node))]
             record = _metadata(node).get(_KEY)
             below: Iterable[Node | None]
             if record is not None and record.layer.context is context:
@@ -237,6 +238,12 @@ class Graph:
         """Lets go of what the records hold: the graph may live on with the losses."""
         for _, record in self.records:
             record.x = None
+
+
+@cache
+def _dims_of(kind: type) -> list[str]:
+    """The attributes of a node that say which dims were summed, moved, joined or picked from."""
+    return [name for name in dir(kind) if name.startswith("_saved_dim")]
 
 
 def _is_foreign(node: Node) -> bool:
