@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
 
+from embattle.clipping.context import body_of
 from embattle.clipping.operators import Operators, rule
 
-# Torch's body without the look at who else would run it, which is what has led here.
-_body = FunctionType(
-    F.multi_head_attention_forward.__code__,
-    F.multi_head_attention_forward.__globals__ | {"has_torch_function": lambda _: False},
-    argdefs=F.multi_head_attention_forward.__defaults__,
-)
+# The look at who else would run it is what has led here.
+_body = body_of(F.multi_head_attention_forward)
 
 
 @rule(F.multi_head_attention_forward)

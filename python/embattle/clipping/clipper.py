@@ -177,7 +177,7 @@ class PerSampleClipper:
         context = self._context
         context.batch_size, context.declared = None, False
         context.ran_without_grad = context.running = False
-        spread, context.spread = context.spread, set()
+        spread, context.spread, context.again = context.spread, set(), {}
         if stack is not None:
             stack.close()
         if spread and type(error) is RuntimeError and "PerSampleClipper" not in str(error):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class Context:
         collected: what that pass has delivered where it starts others; else None.
         ran_without_grad: whether a layer ran where no graph was built.
         spread: layers whose input has been given a row for every sample in this block.
+        again: layers that use parameters in checkpoints, and what watches these in backward passes.
         running: whether the model itself runs, not only parts of it.
         plain: whether it runs without rules.
         redrawn: whether a rule has drawn random numbers in another order than the operator does.
@@ -38,10 +40,20 @@ class Context:
         self.collected: list[tuple[object, Tensor]] | None = None
         self.ran_without_grad = False
         self.spread: set[str] = set()
+        self.again: dict[str, Any] = {}
         self.running = False
         self.plain = False
         self.redrawn = False
         self.probed = False
+
+
+def body_of(function: Any) -> Any:
+    """A function of torch's that does not look for modes: one that does turns them off inside."""
+    return FunctionType(
+        function.__code__,
+        function.__globals__ | {"has_torch_function": lambda _: False},
+        argdefs=function.__defaults__,
+    )
 
 
 class Layout(NamedTuple):

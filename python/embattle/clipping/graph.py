@@ -10,6 +10,7 @@ the parameter was used where it cannot be followed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,13 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Parameter
 
-from embattle.clipping.context import Context, Layout, layouts
+from embattle.clipping.context import Context, Layout, body_of, layouts
 
 if TYPE_CHECKING:
     from embattle.clipping.grad_sample import GradSample
     from embattle.clipping.layers import Layer
 
+_grad, _backward = body_of(torch.autograd.grad), body_of(torch.autograd.backward)
 # Names a record in a node's metadata.
 _KEY = "_embattle_clipping"
 # Takes in the per-sample gradient of a parameter.
@@ -200,9 +202,10 @@ class Graph:
             asked: list[Any] = [GradientEdge(node, 0) for node, _ in records]
             if not asked and not wanted:
                 return [], []
-            grads = torch.autograd.grad(
-                losses, [*asked, *wanted], seeds, retain_graph=retain_graph, allow_unused=True
-            )
+            with self._watching():
+                grads = _grad(
+                    losses, [*asked, *wanted], seeds, retain_graph=retain_graph, allow_unused=True
+                )
         finally:
             context.backward = False
         found: Entries = []
@@ -224,7 +227,8 @@ class Graph:
         try:
             for leaf in leaves:
                 leaf.grad = None
-            torch.autograd.backward(losses, seeds, retain_graph=retain_graph)
+            with self._watching():
+                _backward(losses, seeds, retain_graph=retain_graph)
             found = [leaf.grad for leaf in wanted]
         finally:
             self.context.collected = None
@@ -233,6 +237,13 @@ class Graph:
             for leaf, grad in zip(leaves, before, strict=True):
                 leaf.grad = grad
         return collected, found
+
+    def _watching(self) -> ExitStack:
+        """What watches checkpoints that use parameters outside of a module's forward."""
+        stack = ExitStack()
+        for again in self.context.again.values():
+            stack.enter_context(again)
+        return stack
 
     def forget_inputs(self) -> None:
         """Lets go of what the records hold: the graph may live on with the losses."""

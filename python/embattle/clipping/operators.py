@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 from embattle.clipping.derived import Derived, Source, tensors
 from embattle.clipping.expand import expand
 from embattle.clipping.vmapped import vmapped
+from embattle.perturb.surroundings import in_checkpoint
 
 if TYPE_CHECKING:
     from embattle.clipping.layers import Layer
@@ -73,9 +74,12 @@ class Operators(TorchFunctionMode):
         self.layer = layer
         self.packed = input if isinstance(input, PackedSequence) else None
         self.names = layer.context.names
-        held = [*layer.module.buffers(), *layer.module.parameters()]
-        self.constants: dict[int, Tensor] = {id(t): t for t in held}
+        self.constants = self._held()
         self.derived: dict[int, Derived] = {}
+
+    def _held(self) -> dict[int, Tensor]:
+        module = self.layer.module
+        return {id(t): t for t in (*module.buffers(), *module.parameters())}
 
     def source(self, t: Any) -> Source:
         """What t is: a trained parameter, derived from one, or None."""
@@ -102,6 +106,13 @@ class Operators(TorchFunctionMode):
             if func in _CONSTANT or all(id(t) in self.constants for t in given):
                 self.constants.update({id(t): t for t in tensors(out)})
             return out
+        if not context.backward and in_checkpoint():
+            context.ran_without_grad |= not torch.is_grad_enabled()
+            again = context.again.get(self.layer.name)
+            if again is None:
+                again = context.again[self.layer.name] = Recomputed(self.layer)
+            own = [t for t in given if isinstance(t, Parameter) and t in self.names]
+            again.names.update((t, self.names[t]) for t in own)
         # Modules around this one may watch too.
         context.silent += 1
         try:
@@ -144,6 +155,26 @@ class Operators(TorchFunctionMode):
             elif isinstance(part, Tensor):  # of parameters, without a gradient: a norm, a mask
                 self.constants[id(part)] = part
         return out
+
+
+class Recomputed(Operators):
+    """The same for what a checkpoint runs again in a backward pass, outside of the forward."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(layer)
+        self.names: dict[Any, str] = {}
+
+    def __enter__(self) -> Recomputed:
+        self.constants, self.derived = self._held(), {}
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if torch.is_grad_enabled():
+            return super().__torch_function__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))  # an operator's own backward
 
 
 @rule(Tensor.expand, torch.broadcast_to, Tensor.broadcast_to)

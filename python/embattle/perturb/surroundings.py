@@ -23,15 +23,21 @@ def refuse_checkpoints(module: nn.Module) -> None:
     Raises:
         RuntimeError: the call is inside one.
     """
-    hooks = saved_tensors_hooks(False)
-    inside = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
-    # A reentrant checkpoint runs its segment without a graph, and has no hooks.
-    if inside or (not torch.is_grad_enabled() and _called_by_checkpoint()):
+    if in_checkpoint():
         raise RuntimeError(
             f"Site: {type(module).__name__} is called inside a gradient checkpoint, which runs it "
             "again in the backward pass, without the perturbation: put the site's module outside "
             "the checkpointed part"
         )
+
+
+def in_checkpoint() -> bool:
+    """Return whether the caller runs inside a gradient checkpoint's first pass."""
+    hooks = saved_tensors_hooks(False)
+    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
+        return True
+    # A reentrant checkpoint runs its segment without a graph, and has no hooks.
+    return not torch.is_grad_enabled() and _called_by_checkpoint()
 
 
 def _called_by_checkpoint() -> bool:
