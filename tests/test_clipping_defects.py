@@ -171,9 +171,9 @@ def test_wrong_calls_raise() -> None:
     clipper = PerSampleClipper(model, 1.0)
     with pytest.raises(RuntimeError, match="inside 'with clipper:'"):
         clipper.backward(losses(model, x))
-    with pytest.raises(ValueError, match="max_norm must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="max_norm must be at least 0, got -1"):
         PerSampleClipper(model, -1)
-    with pytest.raises(ValueError, match="max_norm must be >= 0, got nan"):
+    with pytest.raises(ValueError, match="max_norm must be at least 0, got nan"):
         PerSampleClipper(model, math.nan)
     with pytest.raises(ValueError, match="no module named 'nowhere'"):
         PerSampleClipper(model, 1.0, broadcast=["nowhere"])

@@ -178,7 +178,7 @@ def differentiate(
                 losses, share, parameters, retain_graph=retain_graph, edges=whole
             )
         finite = _finite(entries) and _finite(probed)
-        found.r, found.limit = r, precision(named, entries)
+        found.r, found.limit = r, precision(named, entries, losses)
         if whole:
             known = find_layouts(entries, probed, r, found.limit, finite)
             places = known.layouts

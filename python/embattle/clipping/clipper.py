@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,17 +13,23 @@ from torch import Tensor, nn
 
 from embattle.clipping import noise as dp
 from embattle.clipping import parallel
+from embattle.clipping.arguments import (
+    Weights,
+    check_losses,
+    checked_users,
+    checked_weights,
+    number,
+)
+from embattle.clipping.arguments import bound as checked_bound
 from embattle.clipping.backward import differentiate
 from embattle.clipping.context import Context
-from embattle.clipping.factors import Mode, Rule, checked_bound, noticeable
+from embattle.clipping.factors import Mode, Rule, noticeable
 from embattle.clipping.install import Installer
 from embattle.clipping.norms import Gradients
 from embattle.clipping.store import Noise, Store
 from embattle.clipping.users import Users
 from embattle.clipping.verify import Verifier, Verify
 from embattle.perturb.evaluation import Evaluation
-
-Weights = Tensor | Callable[[Tensor], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class PerSampleClipper:
             model: any module, also one wrapped in DistributedDataParallel or torch.compile.
             max_norm: C, the largest l2 norm of a sample's gradient; for "per_layer" also one number
                 for each trained parameter, in the order of ``model.parameters()``. 0 lets nothing
-                through, inf clips nothing.
+                through, inf clips nothing (not with noise).
             mode: "flat": factor ``min(1, C / ||g_b||)`` over all parameters together; "per_layer":
                 the same for each parameter by itself; "automatic": ``C / (||g_b|| + gamma)``.
             weights: [B] factors w_b of the samples, or a function from the losses to them; 0
@@ -112,6 +118,7 @@ class PerSampleClipper:
                 DistributedDataParallel if model is wrapped in it, else no reduction.
 
         Raises:
+            TypeError: an option that is not a number.
             ValueError: an option out of range.
         """
         for name, given, known in (
@@ -123,22 +130,21 @@ class PerSampleClipper:
                 raise ValueError(
                     f"PerSampleClipper: {name} must be one of {', '.join(known)}; got {given!r}"
                 )
-        for name, value in (("gamma", gamma), ("noise_multiplier", noise_multiplier)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"PerSampleClipper: {name} must be finite and >= 0, got {value}")
-        if expected_batch_size is not None and not 0 < expected_batch_size < math.inf:
-            raise ValueError(
-                "PerSampleClipper: expected_batch_size must be finite and above 0, got "
-                f"{expected_batch_size}"
-            )
+        if expected_batch_size is not None:
+            expected_batch_size = number("expected_batch_size", expected_batch_size)
+            if not expected_batch_size > 0:
+                raise ValueError(
+                    f"PerSampleClipper: expected_batch_size must be above 0, got "
+                    f"{expected_batch_size:g}"
+                )
         self.model = model
         self.mode: Mode = mode
-        self.max_norm = checked_bound(max_norm, mode)
+        self.noise_multiplier = number("noise_multiplier", noise_multiplier, 0)
+        self.max_norm = checked_bound(max_norm, mode, self.noise_multiplier)
         self.weights = weights
-        self.gamma = gamma
+        self.gamma = number("gamma", gamma, 0)
         self.reduction = reduction
         self.expected_batch_size = expected_batch_size
-        self.noise_multiplier = noise_multiplier
         self.row_selection = row_selection
         self.generator = generator
         self._context = Context()
@@ -211,7 +217,7 @@ class PerSampleClipper:
         losses: Tensor | Evaluation,
         *,
         weights: Weights = None,
-        users: Tensor | None = None,
+        users: Tensor | Sequence[int] | None = None,
         scale: float = 1.0,
         max_norm: float | Sequence[float] | None = None,
         scaler: Any = None,
@@ -251,13 +257,18 @@ class PerSampleClipper:
             if losses.losses is None:
                 raise ValueError("PerSampleClipper: the Evaluation holds no losses [B]")
             losses = losses.losses
-        self._check_losses(losses)
-        weights = self._resolve_weights(self.weights if weights is None else weights, losses)
-        own_users = self._users(losses, users, weights)
+        check_losses(losses)
+        scale = number("scale", scale)
+        given = self.weights if weights is None else weights
+        weights = checked_weights(given, losses, noise=self.noise_multiplier > 0)
+        ids = checked_users(users, losses)
+        own_users = Users(len(losses), ids, weights if ids is not None else None)
         # scale, unlike get_scale, readies a fresh scaler for its step.
         loss_scale = 1.0 if scaler is None else float(scaler.scale(losses.new_ones(())))
         named = self._installer.named
-        bound = self.max_norm if max_norm is None else checked_bound(max_norm, self.mode)
+        bound = self.max_norm
+        if max_norm is not None:
+            bound = checked_bound(max_norm, self.mode, self.noise_multiplier)
         if not isinstance(bound, float) and len(bound) != len(named):
             raise ValueError(
                 f"PerSampleClipper: max_norm has {len(bound)} numbers for {len(named)} trained "
@@ -293,7 +304,7 @@ class PerSampleClipper:
             divisor, count = self._divisor(own_users.count, device)
             share = scale / divisor
             if count:
-                most = rule.sensitivity(len(named)) * share * loss_scale
+                most = rule.sensitivity(len(named)) * abs(share) * loss_scale
                 self._sensitivity = max(self._sensitivity, most)
             self._store.add(
                 gradients,
@@ -301,7 +312,7 @@ class PerSampleClipper:
                 weights if users is None else None,
                 share,
                 noise=self._noise(
-                    self._sensitivity or rule.sensitivity(len(named)) * share * loss_scale
+                    self._sensitivity or rule.sensitivity(len(named)) * abs(share) * loss_scale
                 ),
                 last=last,
             )
@@ -311,52 +322,6 @@ class PerSampleClipper:
                 self._sensitivity = 0.0
         names = tuple(self._context.names.values())
         return ClipResult(norms, factors, own_users.ids, names)
-
-    @staticmethod
-    def _check_losses(losses: Tensor) -> None:
-        if losses.dim() != 1:
-            raise ValueError(
-                f"PerSampleClipper: losses must have shape [B], got {tuple(losses.shape)}; use "
-                "reduction='none' and average over whatever is not the batch"
-            )
-        if not losses.requires_grad and len(losses):
-            raise ValueError(
-                "PerSampleClipper: losses depend on no trained parameter; compute them inside the "
-                "with "
-                "block, with gradients enabled"
-            )
-
-    def _resolve_weights(self, weights: Weights, losses: Tensor) -> Tensor | None:
-        if weights is None:
-            return None
-        found = weights(losses.detach()) if callable(weights) else weights
-        if found.shape != losses.shape:
-            raise ValueError(
-                f"PerSampleClipper: weights must have the losses' shape {tuple(losses.shape)}, got "
-                f"{tuple(found.shape)}"
-            )
-        found = found.detach().to(losses.device, torch.float64)
-        if self.noise_multiplier:
-            beyond = (found.abs() <= 1).logical_not()  # a NaN too
-            if bool(beyond.any()):
-                raise ValueError(
-                    f"PerSampleClipper: with noise, weights must lie in [-1, 1], got "
-                    f"{float(found[beyond][0])}: larger ones would exceed the bound that the noise "
-                    "is made for"
-                )
-        return found
-
-    @staticmethod
-    def _users(losses: Tensor, users: Tensor | None, weights: Tensor | None) -> Users:
-        samples = len(losses)
-        if users is None:
-            return Users(samples)
-        if users.shape != (samples,) or users.is_floating_point():
-            raise ValueError(
-                f"PerSampleClipper: users must be {samples} integers, got {users.dtype} of shape "
-                f"{tuple(users.shape)}"
-            )
-        return Users(samples, users.to(losses.device), weights)
 
     def _divisor(self, count: int, device: torch.device) -> tuple[float, int]:
         """What sums are divided by, and whether there is anything to sum."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,25 +11,6 @@ from torch import Tensor
 
 Mode = Literal["flat", "per_layer", "automatic"]
 Bound = float | tuple[float, ...]
-
-
-def checked_bound(max_norm: float | Sequence[float], mode: Mode) -> Bound:
-    """max_norm as one number, or one for each parameter.
-
-    Raises:
-        ValueError: a number is negative or NaN, or there are several where one bound holds.
-    """
-    values = [max_norm] if isinstance(max_norm, (int, float)) else list(max_norm)
-    for value in values:
-        if not value >= 0:
-            raise ValueError(f"PerSampleClipper: max_norm must be >= 0, got {value}")
-    if isinstance(max_norm, (int, float)):
-        return float(max_norm)
-    if mode != "per_layer":
-        raise ValueError(
-            f"PerSampleClipper: max_norm must be one number for mode {mode!r}, got {len(values)}"
-        )
-    return tuple(float(value) for value in values)
 
 
 @dataclass(frozen=True)

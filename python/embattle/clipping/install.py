@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
+from embattle import checks
 from embattle.clipping.context import Context
 from embattle.clipping.layers import Layer, in_use, watched
 from embattle.clipping.plain import Comparison
@@ -40,7 +41,8 @@ class Installer:
         """As PerSampleClipper.
 
         Raises:
-            ValueError: batch_dim or broadcast name a module that the model does not have.
+            TypeError: a dim that is no integer.
+            ValueError: one below 0; or a name of a module that the model does not have.
         """
         self.named: list[tuple[str, Parameter]] = []
         self.version = 0
@@ -50,8 +52,12 @@ class Installer:
         self.core: nn.Module = core if compiled is None else compiled
         self._compiled = compiled is not None
         self._context = context
-        self._batch_dims = {"": batch_dim} if isinstance(batch_dim, int) else dict(batch_dim)
-        self._broadcast = tuple(broadcast)
+        dims = batch_dim if isinstance(batch_dim, Mapping) else {"": batch_dim}
+        self._batch_dims = {
+            name: checks.integer("PerSampleClipper", "batch_dim", dim, 0)
+            for name, dim in dims.items()
+        }
+        self._broadcast = (broadcast,) if isinstance(broadcast, str) else tuple(broadcast)
         known = dict(self.core.named_modules())
         for name in (*self._batch_dims, *self._broadcast):
             if name not in known:

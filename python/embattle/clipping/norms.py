@@ -210,7 +210,11 @@ class Gradients:
 
         def final(factor: Tensor, dtype: torch.dtype) -> Tensor:
             own = self.users.sample_factors(factor) * scale
-            return (own if weights is None else own * weights).to(dtype)
+            if weights is None and self.users.weights is None:
+                return own.to(dtype)
+            own = own if weights is None else own * weights
+            # Of a sample that adds nothing a weight may be infinite or NaN.
+            return own.where(self.users.each(factor) != 0, 0.0).to(dtype)
 
         if factors.dim() == 2:
             columns = {p: column for column, (_, p) in enumerate(self.named)}

@@ -97,9 +97,11 @@ class Users:
             found[chosen] = norms(*joined).double()
         return found
 
+    def each(self, factor: Tensor) -> Tensor:
+        """[U] factors of users -> [B] of each sample's."""
+        return factor if self.of_sample is None else factor[self.of_sample]
+
     def sample_factors(self, factor: Tensor) -> Tensor:
         """[U] factors -> [B] factors of the samples."""
-        if self.of_sample is None:
-            return factor
-        assert self.weights is not None
-        return factor[self.of_sample] * self.weights.to(factor.dtype)
+        each = self.each(factor)
+        return each if self.weights is None else each * self.weights.to(factor.dtype)

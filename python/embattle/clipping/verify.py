@@ -173,9 +173,10 @@ def _fitting(
     return fits
 
 
-def precision(named: Named, entries: Entries) -> float:
+def precision(named: Named, entries: Entries, losses: Tensor) -> float:
     """How far rounding may take the probes' two sides apart: that of the least exact dtype."""
-    dtypes = {p.dtype for _, p in named} | {grad.dtype for _, grad in entries if grad is not None}
+    dtypes = {losses.dtype, *(p.dtype for _, p in named)}
+    dtypes |= {grad.dtype for _, grad in entries if grad is not None}
     return max(map(tolerance, dtypes))
 
 
