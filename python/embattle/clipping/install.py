@@ -125,10 +125,12 @@ class Installer:
         if context.plain:
             return
         context.running = True
-        self._note_batch(args, kwargs)
+        plain = not kwargs and all(isinstance(x, Tensor) for x in args)  # quicker
+        leaves = list(args) if plain else tree_leaves((args, kwargs))
+        self._note_batch(leaves)
         # What is computed again in a backward pass has been compared.
         if not context.backward:
-            _outside_of_graphs(self._comparison.before)(args, kwargs, self.version)
+            _outside_of_graphs(self._comparison.before)(args, kwargs, leaves, self.version)
 
     def _after(self, _: nn.Module, args: Any, output: Any) -> None:
         context = self._context
@@ -138,12 +140,11 @@ class Installer:
         if not context.backward:
             _outside_of_graphs(self._comparison.after)(output)
 
-    def _note_batch(self, args: Any, kwargs: Any) -> None:
+    def _note_batch(self, leaves: list[Any]) -> None:
         context, dim = self._context, self._batch_dims.get("", 0)
         if context.declared:
             return
-        plain = not kwargs and all(isinstance(x, Tensor) for x in args)  # quicker
-        for leaf in args if plain else tree_leaves((args, kwargs)):
+        for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.dim() > dim:
                 context.batch_size = leaf.shape[dim]
                 return

@@ -40,11 +40,12 @@ class Comparison:
         self._known: set[object] = set()
         self._due: tuple[object, list[Tensor]] | None = None
 
-    def before(self, args: Any, kwargs: Any, version: int) -> None:
+    def before(self, args: Any, kwargs: Any, leaves: list[Any], version: int) -> None:
         """Runs the model plainly if what it is called with is new, or by the verifier's choice.
 
         Args:
             args, kwargs: what the model is about to be called with.
+            leaves: what these hold.
             version: counts the model's changes.
         """
         self._due = None
@@ -53,7 +54,7 @@ class Comparison:
             return
         context = self._context
         how = (version, context.batch_size, torch.is_grad_enabled(), _in_halves())
-        key = (*how, *map(_kind, tree_leaves((args, kwargs))))
+        key = (*how, *map(_kind, leaves))
         if key in self._known and not self._verifier.chosen():
             return
         given, named = tree_map_only(Tensor, _copied, (args, kwargs))
