@@ -144,11 +144,15 @@ def test_perturbed_calls_keep_their_places() -> None:
     def losses() -> Tensor:
         return per_sample(model(one)) + per_sample(model(two)) + per_sample(model(one))
 
-    result = eb.PGD(eps=0.5, steps=2).run(losses, eb.Site(model[0], model=model))
+    attack, site = eb.PGD(eps=0.5, steps=2), eb.Site(model[0])
+    result = attack.run(losses, site)
+    with PerSampleClipper(model, 1.0, verify="always"):
+        inside = attack.run(losses, site)
+    torch.testing.assert_close(inside.deltas, result.deltas)
     with result.applied():
         wanted = losses().detach()
     with PerSampleClipper(model, 1.0, verify="always") as clipper, result.applied():
         found = losses()
         clipper.backward(found)
     torch.testing.assert_close(found.detach(), wanted)
-    assert len(gradients(model)) == 4
+    assert all(bool(g.any()) for g in gradients(model))

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from embattle.clipping.context import Context, alike, tolerance
 from embattle.clipping.verify import Verifier
-from embattle.perturb.hook import kept_places
+from embattle.perturb.hook import kept_places, records
 from embattle.perturb.model_state import kept_state
 from embattle.perturb.random_state import preserved_random_state
 
@@ -56,6 +56,8 @@ class Comparison:
         how = (version, context.batch_size, torch.is_grad_enabled(), _in_halves())
         key = (*how, *map(_kind, leaves))
         if key in self._known and not self._verifier.chosen():
+            return
+        if records(self._model):
             return
         given, named = tree_map_only(Tensor, _copied, (args, kwargs))
         context.plain = True

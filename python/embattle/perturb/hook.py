@@ -345,11 +345,21 @@ class Perturb(_SiteCalls):
         return other if call.source is None else call.source
 
 
+def _uses(model: nn.Module) -> list[Use]:
+    hooks = [hook for m in model.modules() for hook in m._forward_hooks.values()]
+    found = [hook.use for hook in hooks if type(hook) is Hook]
+    return [use for use in found if use is not None]
+
+
+def records(model: nn.Module) -> bool:
+    """Return whether an attack's first pass is running, which counts the calls of modules."""
+    return any(type(use) is Recorder for use in _uses(model))
+
+
 @contextmanager
 def kept_places(model: nn.Module) -> Iterator[None]:
     """Expect the same call next after the block, in which the model runs once more."""
-    hooks = [hook for m in model.modules() for hook in m._forward_hooks.values()]
-    uses = [hook.use for hook in hooks if type(hook) is Hook and type(hook.use) is Perturb]
+    uses = [use for use in _uses(model) if isinstance(use, Perturb)]
     places = [use.index for use in uses]
     try:
         yield
