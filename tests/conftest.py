@@ -106,6 +106,7 @@ NOT_ON_PRETEND = {
     "test_autoattack.py": _SLOW,
     "test_certified_ranks.py": _SLOW,
     "test_minimum_norm.py": _SLOW,
+    "test_ops_torch.py::test_tangents_are_refused_and_not_lost": "its tensors have no tangents",
     "test_options.py::test_attacks_run_where_gradients_are_off": "it has no inference tensors",
     "test_results.py::test_results_are_pickled_and_copied_without_model_and_graph": _NO_STORAGE,
     "test_results.py::test_what_numpy_and_python_draw_is_never_success": "it takes no numpy arrays",

@@ -395,7 +395,12 @@ def test_starts_have_the_strengths_of_their_places() -> None:
 @pytest.mark.filterwarnings("ignore:.*had no gradient")
 @pytest.mark.parametrize("group", ["row", "table"])
 @pytest.mark.parametrize(
-    "attack", [eb.APGD(eps=1.0, steps=4), eb.Square(eps=1.0, steps=4), eb.AutoAttack(eps=1.0)]
+    "attack",
+    [
+        eb.APGD(eps=1.0, steps=4),
+        eb.Square(eps=1.0, steps=4),
+        eb.AutoAttack(eps=1.0, steps=2, queries=4),
+    ],
 )
 def test_a_shared_delta_of_no_samples(attack: eb.Attack, group: Any) -> None:
     table, labels = nn.Embedding(6, 3), torch.zeros(0, dtype=torch.long)
