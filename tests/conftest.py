@@ -141,7 +141,6 @@ NOT_ON_PRETEND = {
     "test_objective.py::"
     "test_mixed_looks_up_once_and_makes_no_extra_pass_from_a_random_start": _SUBCLASS,
     "test_corners.py::test_ops_refuse_tensors_without_numbers_beside_others": _KERNELS,
-    "test_corners.py::test_samples_in_one_row_are_not_copied_for_each": _NO_STORAGE,
     "test_corners.py::test_what_is_written_does_not_share_a_part_of_its_memory": _KERNELS,
     "test_ops_big.py": _KERNELS,
     "test_ops_hostile.py": _KERNELS,

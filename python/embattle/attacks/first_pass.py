@@ -131,4 +131,6 @@ def _check_without_steps(
     attack: Attack, batch: AttackedBatch, goal: Criterion, clean: Evaluation | None
 ) -> None:
     if not (attack.uses_gradient and attack.steps):
-        batch.check_without_steps(lambda at: ascended(goal, at, clean))
+        batch.check_without_steps(
+            lambda at: ascended(goal, at, at.detach() if clean is None else clean)
+        )

@@ -255,7 +255,7 @@ class Fit:
                 f"train.learning_rate or variants.{self.variant}.rate, or raise train.steps"
             )
         return {
-            kind.measures[0][0]: float(kind.right(outputs, labels).float().mean()),
+            kind.measures[0][0]: float(kind.right(outputs, labels).double().mean()),
             "loss": float(kind.losses(outputs, labels).mean()),
         }
 
