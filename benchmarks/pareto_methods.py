@@ -32,7 +32,8 @@ KINDS: dict[str, tuple[str, list[str], str]] = {
 }
 #: What the variants "tuned" have beside their method, by kind and objective: steps for which plain
 #: training's time has room, as `--time` finds it; and what was chosen on the validation part of
-#: other seeds: a rate, a ball, the share of the steps in which it grows (`ramp`).
+#: other seeds: a rate, a ball, the share of the steps in which it grows (`ramp`), a weight of what
+#: is perturbed (`lam`).
 TUNED: dict[str, dict[str, dict[str, float]]] = {
     "reviews": {"staggered": {"rate": 1.5, "scale": 1.2}},
     "deep": {
@@ -41,7 +42,10 @@ TUNED: dict[str, dict[str, dict[str, float]]] = {
     },
     "clicks": {"staggered": {"duration": 0.78, "rate": 1.5}},
     "income": {"staggered": {"duration": 0.72, "rate": 2.0}},
-    "ranking": {"staggered": {"duration": 0.61, "rate": 1.5}},
+    "ranking": {
+        "staggered": {"duration": 0.61, "rate": 1.5},
+        "half of every fourth batch": {"duration": 0.82, "rate": 2.0, "scale": 4.0, "lam": 2.0},
+    },
     "language": {
         "partial": {"duration": 0.86, "scale": 2.0, "ramp": 0.1},
         "every fourth batch": {"duration": 0.95, "scale": 4.0, "ramp": 0.1},
@@ -88,6 +92,9 @@ METHODS = {
     "quarter of every fourth batch": Method(
         25 / 24, "{objective: partial, share: 0.25, every: 4, attack: {kind: fgm}}"
     ),
+    "half of every fourth batch": Method(
+        13 / 12, "{objective: partial, share: 0.5, every: 4, attack: {kind: fgm}}"
+    ),
     "quarter by loss": Method(
         7 / 6, "{objective: partial, share: 0.25, choose: loss, attack: {kind: fgm}}"
     ),
@@ -116,6 +123,11 @@ METHODS["eighth by FGM, tuned"] = replace(
 METHODS["quarter of every fourth batch, tuned"] = replace(
     METHODS["quarter of every fourth batch"], tuned=("duration", "scale"), of="every fourth batch"
 )
+METHODS["half of every fourth batch, tuned"] = replace(
+    METHODS["half of every fourth batch"],
+    tuned=("duration", "rate", "scale"),
+    of="half of every fourth batch",
+)
 METHODS[f"{GOAL}, at that rate"] = replace(METHODS[GOAL], tuned=("rate",))
 
 
@@ -142,7 +154,7 @@ def recipe_of(kind: str, method: str, seed: int) -> tuple[Recipe, str]:
     variant = chosen.variant[:-1] + f", eps_schedule: {{share: {share}}}}}"
     for key in chosen.tuned:
         variant = f"{variant[:-1]}, {key}: {tuned.get(key, 1.0)}}}"
-    lam = hardened.get("lam", 1.0)
+    lam = tuned.get("lam", hardened.get("lam", 1.0))
     if lam != 1 and not any(f"objective: {name}" in variant for name in UNWEIGHTED):
         variant = variant[:-1] + f", lam: {lam}}}"
     changes += [f"train.batch_size={size}", f"variants={{tried: {variant}}}"]
