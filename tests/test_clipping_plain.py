@@ -5,7 +5,10 @@ That pass leaves nothing behind.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import embattle as eb
@@ -86,7 +89,7 @@ def test_positions_are_still_given_a_row_for_each(length: int) -> None:
 
 
 class Stateful(nn.Module):
-    """Keeps a count, an average, its last features, and a generator."""
+    """Keeps a count, an average, its features, and a generator."""
 
     average: Tensor
 
@@ -94,6 +97,7 @@ class Stateful(nn.Module):
         super().__init__()
         self.layer, self.drop = nn.Linear(5, 5), nn.Dropout(0.5)
         self.calls = 0
+        self.all: list[Tensor] = []
         self.generator = torch.Generator().manual_seed(0)
         self.register_buffer("average", torch.zeros(5))
 
@@ -102,6 +106,7 @@ class Stateful(nn.Module):
         self.average.mul_(0.9).add_(x.mean(0))
         x -= self.average.detach().clone()
         self.features = self.layer(x) * self.calls
+        self.all.append(self.features)
         noise = torch.randn(x.shape, generator=self.generator, device="cpu").to(x.device)
         return self.drop(self.features) + noise
 
@@ -110,7 +115,8 @@ def test_the_plain_pass_leaves_nothing_behind() -> None:
     def run(model: Stateful, x: Tensor, model_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
         torch.manual_seed(1)
         model_of(x)
-        own = [x, model.average, torch.tensor(model.calls), model.generator.get_state()]
+        counts = torch.tensor([model.calls, len(model.all)])
+        own = [x, model.average, counts, model.generator.get_state()]
         return [t.clone() for t in [*own, model.features.detach(), torch.rand(3)]]
 
     torch.manual_seed(0)
@@ -156,3 +162,88 @@ def test_perturbed_calls_keep_their_places() -> None:
         clipper.backward(found)
     torch.testing.assert_close(found.detach(), wanted)
     assert all(bool(g.any()) for g in gradients(model))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_numbers_that_nobody_resets_are_no_fault_of_the_rules(own: bool) -> None:
+    """As a sampler of negative items draws them."""
+    sampler = random.Random(0)
+    model = Apply(lambda m, x: m.a(x) * sampler.random(), a=nn.Linear(5, 3))
+    if own:
+        model.sampler = sampler
+    x = torch.randn(B, 5)
+    for _ in range(3):
+        with PerSampleClipper(model, 1.0, verify="always") as clipper:
+            clipper.backward(per_sample(model(x)))
+
+
+@dataclass
+class Answer:
+    """A class that torch does not know."""
+
+    logits: Tensor
+
+
+def test_outputs_in_a_class_of_the_users() -> None:
+    model = Apply(
+        lambda m, x: Answer(m.a(x.reshape(1, -1, 5) * 2).reshape(len(x), -1)), a=nn.Linear(5, 3)
+    )
+    x = torch.randn(B, 6, 5)
+    refused(model, lambda: per_sample(model(x).logits), OTHER)
+
+
+def test_a_row_for_every_sample_that_no_output_can_show() -> None:
+    def forward(m: Any, x: Tensor, positions: Tensor) -> None:
+        m.out = m.a(x) + m.p(positions)
+
+    def losses() -> Tensor:
+        model(x, torch.arange(6)[None])
+        return per_sample(model.out)
+
+    model = Apply(forward, a=nn.Linear(5, 3), p=nn.Embedding(6, 3))
+    x = torch.randn(B, 6, 5)
+    refused(model, losses, "returns no floats")
+    exact(model, losses, broadcast="p")
+
+
+class Memory:
+    """A cache that a model is given, and writes into."""
+
+    def __init__(self, *, whole: bool = True) -> None:
+        self.seen: list[Tensor] = []
+        self.whole = whole
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
+        if not self.whole:
+            raise TypeError("it cannot be copied")
+        other = copy(self)
+        other.seen = list(self.seen)
+        return other
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_caches_that_are_inputs_hold_one_pass(whole: bool) -> None:
+    def forward(m: Any, x: Tensor, memory: Memory) -> Tensor:
+        memory.seen.append(m.a(x))
+        return torch.stack(memory.seen).sum(0)
+
+    model = Apply(forward, a=nn.Linear(5, 3))
+    x = torch.randn(2, B, 5)
+
+    def losses() -> Tensor:
+        memory = Memory(whole=whole)
+        out = model(x[0], memory) * model(x[1], memory)
+        assert len(memory.seen) == 2
+        return per_sample(out)
+
+    exact(model, losses, verify="always")
+    positions = Apply(
+        lambda m, x, memory: m.a(x) + m.p(torch.arange(3)[None]),
+        a=nn.Linear(5, 3),
+        p=nn.Embedding(3, 3),
+    )
+    y, memory = torch.randn(B, 3, 5), Memory(whole=whole)
+    if whole:
+        exact(positions, lambda: per_sample(positions(y, memory)))
+    else:
+        refused(positions, lambda: per_sample(positions(y, memory)), "cannot be copied")

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+# How many numbers are compared at a time.
+_PART = 1 << 22
+
 
 class Context:
     """State of one clipper.
@@ -24,6 +27,7 @@ class Context:
         collected: what that pass has delivered where it starts others; else None.
         ran_without_grad: whether a layer ran where no graph was built.
         spread: layers whose input has been given a row for every sample in this block.
+        guessed: whether the model's call has done so without being told, in a pass to compare.
         again: layers that use parameters in checkpoints, and what watches these in backward passes.
         running: whether the model itself runs, not only parts of it.
         plain: whether it runs without rules.
@@ -40,6 +44,7 @@ class Context:
         self.collected: list[tuple[object, Tensor]] | None = None
         self.ran_without_grad = False
         self.spread: set[str] = set()
+        self.guessed = False
         self.again: dict[str, Any] = {}
         self.running = False
         self.plain = False
@@ -132,7 +137,12 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def alike(found: Tensor, wanted: Tensor, limit: float, floor: float = 0.0) -> bool:
     """Whether two tensors are equal up to limit, relative to the largest number, or to floor."""
-    wanted = wanted.expand_as(found).double()
-    scale = float(wanted.abs().nan_to_num(posinf=0).max()) if wanted.numel() else 0.0
-    scale = max(scale, floor)
-    return torch.allclose(found.double(), wanted, rtol=limit, atol=limit * scale, equal_nan=True)
+    ours, wanted = found.flatten(), wanted.expand_as(found).flatten()
+    # In parts: copies of a language model's logits in float64 would not fit beside its graph.
+    pairs = zip(torch.split(ours, _PART), torch.split(wanted, _PART), strict=True)
+    parts = list(pairs) if len(ours) else []
+    scale = max([floor, *[float(w.abs().nan_to_num(posinf=0).max()) for _, w in parts]])
+    return all(
+        torch.allclose(x.double(), w.double(), rtol=limit, atol=limit * scale, equal_nan=True)
+        for x, w in parts
+    )

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from copy import deepcopy
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 from embattle.clipping.context import Context, alike, tolerance
 from embattle.clipping.verify import Verifier
@@ -26,6 +27,16 @@ _KNOWN = 4096
 _FLOOR = 0.1
 # What a module may count, or draw from.
 _NUMBERS = (bool, int, float)
+# Attributes of every module, which `kept_state` looks after as far as a pass may change them.
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+class _Due(NamedTuple):
+    """A plain pass: what it is known by, copies of its inputs, and what it returned."""
+
+    key: object
+    inputs: tuple[Any, Any]
+    outputs: list[Tensor]
 
 
 class Comparison:
@@ -38,7 +49,8 @@ class Comparison:
     def __init__(self, model: nn.Module, context: Context, verifier: Verifier) -> None:
         self._model, self._context, self._verifier = model, context, verifier
         self._known: set[object] = set()
-        self._due: tuple[object, list[Tensor]] | None = None
+        self._due: _Due | None = None
+        self._blind = False
 
     def before(self, args: Any, kwargs: Any, leaves: list[Any], version: int) -> None:
         """Runs the model plainly if what it is called with is new, or by the verifier's choice.
@@ -48,7 +60,7 @@ class Comparison:
             leaves: what these hold.
             version: counts the model's changes.
         """
-        self._due = None
+        self._due, self._blind = None, False
         # Weights that are frozen, as an attack does it, have no rules.
         if not any(p.requires_grad for p in self._context.names):
             return
@@ -59,47 +71,84 @@ class Comparison:
             return
         if records(self._model):
             return
-        given, named = tree_map_only(Tensor, _copied, (args, kwargs))
+        context.guessed = False
+        try:
+            inputs = tree_map(_copied, (args, kwargs))
+        except Exception:  # whatever a user's class raises: a cache that holds a graph
+            self._blind = True
+            return
+        self._due = _Due(key, inputs, self._outputs(inputs))
+        context.redrawn = False
+
+    def _outputs(self, inputs: tuple[Any, Any]) -> list[Tensor]:
+        """What the model returns without rules for copies of inputs."""
+        given, named = tree_map(_copied, inputs)
+        context = self._context
         context.plain = True
         try:
             with (
                 preserved_random_state(),
                 kept_state([self._model]),
-                _kept_numbers(self._model),
+                _kept_values(self._model),
                 kept_places(self._model),
                 saved_tensors_hooks(torch.detach, lambda x: x),  # a checkpoint's own count
             ):
-                out = self._model(*given, **named)
+                return [t.detach() for t in _floats(self._model(*given, **named))]
         finally:
             context.plain = False
-        self._due = key, [t.detach() for t in _floats(out)]
-        context.redrawn = False
 
     def after(self, output: Any) -> None:
         """Compares what the model returned.
 
         Raises:
-            RuntimeError: it is something else than without rules.
+            RuntimeError: it is something else than without rules; or nothing tells.
         """
-        if self._due is None:
-            return
-        (key, wanted), self._due = self._due, None
+        due, self._due = self._due, None
         context = self._context
-        coarse = max([tolerance(p.dtype) for p in context.names])
-        for ours, plain in zip(_floats(output), wanted, strict=False):
-            limit = max(coarse, tolerance(plain.dtype))
-            if _in_halves() or (plain.is_cuda and torch.backends.cudnn.allow_tf32):
-                limit = tolerance(torch.bfloat16)
-            same = ours.shape == plain.shape
-            if not same or not (context.redrawn or alike(ours.detach(), plain, limit, _FLOOR)):
-                raise self._differs(ours, plain)
+        if due is None:
+            if self._blind and context.guessed:
+                raise self._cannot_tell("its inputs cannot be copied for a second pass")
+            return
+        ours = _floats(output)
+        if context.guessed and not ours:
+            raise self._cannot_tell("it returns no floats")
+        for one, plain in zip(ours, due.outputs, strict=False):
+            same = one.shape == plain.shape
+            if same and (context.redrawn or self._alike(one.detach(), plain)):
+                continue
+            if not context.guessed and self._varies(due.inputs):
+                break
+            raise self._differs(one, plain)
         if len(self._known) > _KNOWN:
             self._known.clear()
-        self._known.add(key)
+        self._known.add(due.key)
+
+    def _alike(self, ours: Tensor, plain: Tensor) -> bool:
+        limit = max([tolerance(plain.dtype), *[tolerance(p.dtype) for p in self._context.names]])
+        # GPUs may compute float32 in TF32.
+        if _in_halves() or (plain.is_cuda and plain.dtype != torch.float64):
+            limit = tolerance(torch.bfloat16)
+        return alike(ours, plain, limit, _FLOOR)
+
+    def _varies(self, inputs: tuple[Any, Any]) -> bool:
+        """Whether two passes without rules differ: the model draws numbers that nobody resets."""
+        passes = self._outputs(inputs), self._outputs(inputs)
+        return not all(
+            one.shape == two.shape and self._alike(one, two)
+            for one, two in zip(*passes, strict=False)
+        )
 
     def forget(self) -> None:
         """Lets go of outputs that nothing was compared with."""
         self._due = None
+
+    def _cannot_tell(self, why: str) -> RuntimeError:
+        return RuntimeError(
+            f"PerSampleClipper: inputs of {sorted(self._context.spread)} have size 1 where samples "
+            "are taken to be, and were given a row for every sample. The model's outputs would "
+            f"show whether that is right, but {why}. Give these layers a row for each sample, or "
+            "name them in broadcast if their input is the same for all samples"
+        )
 
     def _differs(self, ours: Tensor, plain: Tensor) -> RuntimeError:
         what = f"{tuple(ours.shape)} instead of {tuple(plain.shape)}"
@@ -116,8 +165,8 @@ class Comparison:
             )
         return RuntimeError(
             "PerSampleClipper: the model is another function inside the with block: it returns "
-            f"{what}. Either two passes over the same batch differ without a clipper too (numbers "
-            "from a generator of its own), or this is a defect of the rules: please report it"
+            f"{what}. Without a clipper two passes over the same batch agree, so this is a defect "
+            "of the rules: please report it"
         )
 
 
@@ -131,25 +180,38 @@ def _kind(leaf: Any) -> object:
     return leaf if isinstance(leaf, (*_NUMBERS, str, type(None))) else type(leaf)
 
 
-def _copied(x: Tensor) -> Tensor:
+def _copied(x: Any) -> Any:
     """What the pass may write into."""
-    return x.detach().clone().requires_grad_(x.requires_grad)
+    if isinstance(x, Tensor):
+        return x.detach().clone().requires_grad_(x.requires_grad)
+    return x if isinstance(x, nn.Module) else deepcopy(x)
 
 
 def _floats(output: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    """The tensors of floats in an output, also in objects of a class that torch does not know."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found += [leaf] if leaf.is_floating_point() else []
+        elif not isinstance(leaf, nn.Module) and hasattr(leaf, "__dict__"):
+            held = [x for x in tree_leaves(vars(leaf)) if isinstance(x, Tensor)]
+            found += [x for x in held if x.is_floating_point()]
+    return found
 
 
 @contextmanager
-def _kept_numbers(model: nn.Module) -> Iterator[None]:
-    """Puts back what modules count, and the generators that they own."""
+def _kept_values(model: nn.Module) -> Iterator[None]:
+    """Puts back what modules count and collect, and the generators that they own."""
     numbers: list[tuple[dict[str, Any], str, Any]] = []
+    collections: list[tuple[Any, Any]] = []
     generators: list[tuple[torch.Generator, Tensor]] = []
     for module in model.modules():
         held = vars(module)
         for name, value in held.items():
             if isinstance(value, _NUMBERS):
                 numbers.append((held, name, value))
+            elif type(value) in (list, set, dict) and name not in _OF_MODULES:
+                collections.append((value, value.copy()))
             elif isinstance(value, torch.Generator):
                 generators.append((value, value.get_state()))
     try:
@@ -157,5 +219,8 @@ def _kept_numbers(model: nn.Module) -> Iterator[None]:
     finally:
         for held, name, value in numbers:
             held[name] = value
+        for value, before in collections:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(before)
         for generator, state in generators:
             generator.set_state(state)
