@@ -229,7 +229,7 @@ def test_fingerprints_are_of_samples_and_weights() -> None:
     assert other["weights"] != first["weights"]
     assert other["all"] != first["all"]
     assert print_of(batch=batch(torch.tensor([1, 0, 1, 0])))["part"] != first["part"]
-    assert print_of(batch=batch().split(3)) == first
+    assert print_of(batch=batch().split(3)) == print_of(batch=batch().split(1)) == first
     assert print_of(batch=batch().take(torch.tensor([1, 0, 2, 3])))["part"] != first["part"]
 
 

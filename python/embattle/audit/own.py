@@ -275,18 +275,13 @@ def _origin(
     """The schema, the command, and fingerprints of samples and weights."""
     from embattle.audit.schema import SCHEMA  # needs pydantic
 
-    part = hashlib.sha256()
-    for batch in batches:
-        here = batch.to(torch.device("cpu"))
-        named = {**here.inputs, "labels": here.known_labels()}
-        for row in range(len(batch)):  # however they are divided into batches
-            _feed(part, {name: x[row] for name, x in named.items()})
+    part = _print_of_samples(batches)
     weights = {}
     for name, (model, _) in models.items():
         digest = hashlib.sha256()
         _feed(digest, {key: x for key, x in model.state_dict().items() if isinstance(x, Tensor)})
         weights[name] = digest.hexdigest()
-    prints: dict[str, Any] = {"part": part.hexdigest(), "weights": weights}
+    prints: dict[str, Any] = {"part": part, "weights": weights}
     lines = [prints["part"], *(f"{name} {value}" for name, value in weights.items())]
     return {
         "schema": SCHEMA,
@@ -296,9 +291,31 @@ def _origin(
     }
 
 
+def _print_of_samples(batches: Sequence[Batch]) -> str:
+    """A hash of inputs and labels, however they are divided into batches of one width."""
+    columns: dict[str, Any] = {}
+    kinds: dict[str, str] = {}
+    rows = 0
+    for batch in batches:
+        for name, x in {**batch.inputs, "labels": batch.known_labels()}.items():
+            digest = columns.setdefault(name, hashlib.sha256())
+            kind = f"{x.dtype} {tuple(x.shape[1:])}"
+            if kinds.get(name) != kind:
+                digest.update(f"{rows} {kind}\n".encode())
+                kinds[name] = kind
+            digest.update(_raw(x))
+        rows += len(batch)
+    lines = [f"{name} {digest.hexdigest()}" for name, digest in columns.items()]
+    return hashlib.sha256("\n".join([str(rows), *lines]).encode()).hexdigest()
+
+
 def _feed(digest: Any, tensors: Mapping[str, Tensor]) -> None:
     """Feed tensors with their names to a hash."""
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy().tobytes())
+        digest.update(_raw(tensor))
+
+
+def _raw(tensor: Tensor) -> bytes:
+    """The bytes of a tensor's elements."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
