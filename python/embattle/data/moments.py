@@ -27,6 +27,7 @@ _DATES = [
         r"(?P<word>[A-Za-z]{3,9})\.? (?P<day>\d{1,2}),? (?P<year>\d{4})",  # May 3, 2020
         r"(?P<day>\d{1,2})(?P<mark>[ -])(?P<word>[A-Za-z]{3,9})\.?(?P=mark)(?P<year>\d{4}|\d{2})",
         r"(?P<month>\d{1,2}) (?P<day>\d{1,2}), (?P<year>\d{4})",  # 05 3, 2020
+        r"(?P<year>\d{4})-(?P<month>\d{2})(?=$)",  # 2020-01: its first day
     )
 ]
 _MONTHS = (
@@ -34,6 +35,7 @@ _MONTHS = (
     *("october", "november", "december"),
 )
 _START = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_NAIVE_START = _START.replace(tzinfo=None)
 # What a pair of numbers before a year may be: the day first, or the month.
 _DAY_FIRST, _MONTH_FIRST = 0, 1
 
@@ -94,7 +96,7 @@ def _both(cell: Any) -> tuple[float, float]:
         if found is not None:
             given = found.groupdict()
             if "one" not in given:
-                moment = _moment(given, given.get("month"), given["day"])
+                moment = _moment(given, given.get("month"), given.get("day", "1"))
                 return moment, moment
             first = _moment(given, given["two"], given["one"])
             # With points between, the day is first everywhere.
@@ -135,6 +137,4 @@ def _moment(given: dict[str, str | None], month: str | None, day: str | None) ->
 
 
 def _seconds(moment: datetime) -> float:
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=timezone.utc)
-    return (moment - _START).total_seconds()
+    return (moment - (_NAIVE_START if moment.tzinfo is None else _START)).total_seconds()

@@ -31,6 +31,9 @@ from embattle.tasks.learned_column import Column
 # isort: split
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+# Cells that tell what kind of column theirs is.
+_LOOKED_AT = 1000
+
 
 class TabularData(Place):
     """Which table and columns, and how they become fields of numbered values.
@@ -231,7 +234,7 @@ class Tabular(Task):
     def _warn(self, column: Column, account: Account) -> None:
         """Warn of a column whose cells say less to the model than they seem to."""
         cells = [cell for cell in self._shown[column.name] if cell is not None]
-        if look(cells).kind == "numbers":
+        if look(cells[:_LOOKED_AT]).kind == "numbers":
             odd = Counter(x for x in cells if column.number(x) is None)
             if odd:
                 read = "they are unknown" if column.values is None else "it is read as categories"
