@@ -267,3 +267,22 @@ def test_what_has_no_smallest_eps_is_refused() -> None:
 def test_arguments_are_checked(make: Callable[[], object], match: str) -> None:
     with pytest.raises((TypeError, ValueError), match=match):
         make()
+
+
+@pytest.mark.parametrize("attack", [eb.FMN(steps=2), eb.AutoAttack(eps=0.5, steps=2)])
+@pytest.mark.parametrize(
+    "goal",
+    [
+        lambda: eb.Target(torch.zeros(0, dtype=torch.int64)),
+        lambda: eb.MultiLabel(torch.zeros(0, 3)),
+        lambda: eb.Deviate(torch.zeros(0, 3), 0.5),
+    ],
+)
+def test_margins_of_no_samples(attack: Any, goal: Callable[[], eb.Criterion]) -> None:
+    model, x = nn.Linear(4, 3), torch.randn(0, 4)
+    result = attack.run(lambda: seen(model(x)), eb.Site(model), criterion=goal())
+    assert result.deltas[0].shape == (0, 3)
+
+
+def seen(outputs: Tensor) -> eb.Evaluation:
+    return eb.Evaluation(outputs.square().sum(1), outputs)

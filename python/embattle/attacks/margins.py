@@ -119,7 +119,7 @@ class _LabelMargins(Margins):
         beyond = self.logits(now) - math.log(threshold / (1 - threshold))
         wrong = torch.where(labels == 1, -beyond, beyond)
         wrong = wrong.masked_fill(labels == self.goal.ignore_index, -_FAR)
-        return wrong.reshape(now.batch, -1)
+        return wrong.unsqueeze(-1).flatten(1)
 
 
 class _ValueMargins(Margins):
@@ -128,7 +128,7 @@ class _ValueMargins(Margins):
     goal: Deviate
 
     def per_alternative(self, now: Evaluation) -> Tensor:
-        off = (self.logits(now) - self.goal.targets).reshape(now.batch, -1)
+        off = (self.logits(now) - self.goal.targets).unsqueeze(-1).flatten(1)
         by = self.goal.by
         if isinstance(by, Tensor):
             by = by.unsqueeze(1)
@@ -149,7 +149,7 @@ class _GoalMargin(Margins):
         index = torch.where(kept, classes, torch.zeros_like(classes)).unsqueeze(-1)
         lead = outputs.gather(-1, index).squeeze(-1) - outputs.scatter(-1, index, -_FAR).amax(-1)
         lead = lead.masked_fill(~kept, _FAR)
-        return lead.reshape(now.batch, -1).amin(1, keepdim=True)
+        return lead.unsqueeze(-1).flatten(1).amin(1, keepdim=True)
 
 
 class SmoothMargin(Criterion):
