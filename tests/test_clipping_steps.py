@@ -127,6 +127,17 @@ def test_a_weight_that_is_not_finite_goes_with_its_sample() -> None:
     assert all(bool(g.isfinite().all()) for g in found[0])
 
 
+def test_weights_on_a_device_are_not_waited_for() -> None:
+    model, x, weights = nn.Linear(3, 2), torch.randn(B, 3), torch.tensor([1, math.nan, 1, 1])
+    with PerSampleClipper(model, 1.0, weights=weights) as clipper:
+        losses = model(x).square().sum(1)
+        if weights.is_cpu:
+            with pytest.raises(ValueError, match="weights must be finite, got nan"):
+                clipper.backward(losses)
+        else:
+            assert bool(clipper.backward(losses).norms.isfinite().all())
+
+
 def test_noise_for_a_bound_that_is_infinite_is_refused() -> None:
     model, x = nn.Linear(3, 2), torch.randn(B, 3)
     words = "with noise, max_norm must be finite"

@@ -67,8 +67,9 @@ def check_losses(losses: Any) -> None:
 
 
 def _tensor(name: str, given: Any, losses: Tensor) -> Tensor:
+    """What was given, on the CPU if it was no tensor."""
     try:
-        return torch.as_tensor(given, device=losses.device).detach()
+        return torch.as_tensor(given, device=None if isinstance(given, Tensor) else "cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{_WHO}: {name} must be numbers, one for each of the {len(losses)} losses, got "
@@ -94,10 +95,12 @@ def checked_weights(weights: Weights, losses: Tensor, *, noise: bool) -> Tensor 
             f"{tuple(found.shape)}"
         )
     found = found.double()
-    # Weights that follow from a loss that is not finite go with that sample's gradient.
-    wrong = found.isfinite().logical_not() & losses.detach().isfinite()
-    if noise:
-        wrong = (found.abs() <= 1).logical_not()  # a NaN too
+    if not (noise or found.is_cpu):
+        return found.to(losses.device)  # looking at it would wait for the device
+    wrong = (found.abs() <= 1 if noise else found.isfinite()).logical_not()  # a NaN too
+    if not noise and bool(wrong.any()):
+        # Weights that follow from a loss that is not finite go with that sample's gradient.
+        wrong &= losses.detach().isfinite().to(found.device)
     if bool(wrong.any()):
         value = float(found[wrong][0])
         if not noise:
@@ -106,7 +109,7 @@ def checked_weights(weights: Weights, losses: Tensor, *, noise: bool) -> Tensor 
             f"{_WHO}: with noise, weights must lie in [-1, 1], got {value}: larger ones would "
             "exceed the bound that the noise is made for"
         )
-    return found
+    return found.to(losses.device)
 
 
 def checked_users(users: Any, losses: Tensor) -> Tensor | None:
@@ -119,4 +122,4 @@ def checked_users(users: Any, losses: Tensor) -> Tensor | None:
             f"{_WHO}: users must be {len(losses)} integers, got {found.dtype} of shape "
             f"{tuple(found.shape)}"
         )
-    return found
+    return found.to(losses.device)
