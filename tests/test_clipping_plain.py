@@ -247,3 +247,18 @@ def test_caches_that_are_inputs_hold_one_pass(whole: bool) -> None:
         exact(positions, lambda: per_sample(positions(y, memory)))
     else:
         refused(positions, lambda: per_sample(positions(y, memory)), "cannot be copied")
+
+
+def test_a_number_of_another_step_is_no_new_kind_of_call() -> None:
+    calls: list[float] = []
+
+    def forward(m: Any, x: Tensor, beta: float) -> Tensor:
+        calls.append(beta)
+        return m.a(x) * beta
+
+    model, x = Apply(forward, a=nn.Linear(5, 3)), torch.randn(B, 5)
+    clipper = PerSampleClipper(model, 1.0, verify="first")
+    for beta in (0.0, 0.1, 0.2, 0.3):
+        with clipper:
+            clipper.backward(per_sample(model(x, beta)))
+    assert calls == [0.0, 0.0, 0.1, 0.1, 0.2, 0.3]

@@ -177,7 +177,9 @@ def _in_halves() -> bool:
 def _kind(leaf: Any) -> object:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.device.type, leaf.requires_grad
-    return leaf if isinstance(leaf, (*_NUMBERS, str, type(None))) else type(leaf)
+    if isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
+        return type(leaf), leaf == 0  # schedules give another one in every step
+    return leaf if isinstance(leaf, (bool, str, type(None))) else type(leaf)
 
 
 def _copied(x: Any) -> Any:
