@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from embattle.criteria import Criterion, Misclassify, MultiLabel
-from embattle.losses import per_sample
+from embattle.losses import per_sample, wide
 from embattle.perturb.evaluation import Evaluation
 
 IGNORED = -100
@@ -84,7 +84,7 @@ class Classes(HeadLoss):
         labels = self._labels(inputs)
         labels = labels.reshape(logits.shape[:-1]).to(logits.device)
         values = F.cross_entropy(
-            _wide(logits).flatten(0, -2),
+            wide(logits).flatten(0, -2),
             labels.reshape(-1),
             reduction="none",
             ignore_index=IGNORED,
@@ -120,7 +120,7 @@ class Labels(HeadLoss):
         """Average over each sample's labels."""
         logits, labels = outputs.logits, inputs["labels"].to(outputs.logits.device)
         values = F.binary_cross_entropy_with_logits(
-            _wide(logits), labels.to(_wide(logits).dtype), reduction="none"
+            wide(logits), labels.to(wide(logits).dtype), reduction="none"
         )
         return Evaluation(per_sample(values), logits)
 
@@ -139,7 +139,7 @@ class Values(HeadLoss):
         """Average over each sample's values."""
         labels = inputs["labels"].to(outputs.logits.device)
         values = outputs.logits.reshape(labels.shape)
-        return Evaluation(per_sample((_wide(values) - labels).square()), values)
+        return Evaluation(per_sample((wide(values) - labels).square()), values)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Spans(HeadLoss):
         logits = torch.stack([outputs.start_logits, outputs.end_logits], dim=1)
         labels = self._labels(inputs, logits.shape[-1]).to(logits.device)
         values = F.cross_entropy(
-            _wide(logits).flatten(0, 1),
+            wide(logits).flatten(0, 1),
             labels.flatten(),
             reduction="none",
             ignore_index=IGNORED,
@@ -267,11 +267,6 @@ def _shifts(model: Any) -> bool:
 def _is_one_of(model: Any, names: Any) -> bool:
     known = set(names.values())
     return any(kind.__name__ in known for kind in type(model).__mro__)
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Give values in float32 at least, in which the models compute their losses."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _shares(values: Tensor, kept: Tensor) -> Tensor:
