@@ -185,6 +185,8 @@ def _has_blank(column: list[Any], missing: set[str]) -> bool:
     if column and isinstance(column[0], str):
         known = missing and not missing.isdisjoint(map(str.strip, column))
         return bool(known) or any(map(str.isspace, column))
+    if not missing:
+        return any(value != value for value in column)
     return any(is_blank(value, missing) for value in column)
 
 
