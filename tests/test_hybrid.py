@@ -202,7 +202,7 @@ def test_texts_of_items_are_joined_and_looked_up(films: Path, tmp_path: Path) ->
     task = made(films)
     assert task.texts[4] == f"{made_tables.mood(5)} Comedy"  # the sixth of the genres
     path = tmp_path / "items.csv"
-    path.write_text("movie_id,movie_title\n1,first\n3,\n99,other\n")
+    path.write_text("movie_id,movie_title\n1,first\n3,\n99,other\n1.0,first\n")  # said again
     account = Account()
     changes = [f"data.items.path={path}", "data.items.flags=[]"]
     task = recipes.load(films / "recipe.yaml", changes=changes).make_task()
@@ -211,7 +211,10 @@ def test_texts_of_items_are_joined_and_looked_up(films: Path, tmp_path: Path) ->
     assert any("1 of 30 items" in line for line in account.lines())
     assert any("29 items have no text" in warning for warning in account.warnings)
     for text, message in (
-        ("movie_id,movie_title\n1,a\n1,b\n", "names '1' twice"),
+        (
+            "movie_id,movie_title\n1,a\n1,b\n",
+            "names '1' twice, with different values of 'movie_title'",
+        ),
         ("movie_id,movie_title\nx,a\n", "no text for any of the 30 items"),
         ("movie_id,title\nx,a\n", "no column 'movie_title'"),
     ):

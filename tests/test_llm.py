@@ -375,7 +375,7 @@ def test_rows_of_a_file_that_say_too_little_are_refused(films: Path, tmp_path: P
     with pytest.raises(InputError, match="has no title of movie_id '19', which was rated; 1 of"):
         made(films, tmp_path, f"data.titles.path={few}")
     few.write_text(lacking.read_text() + "19,Another Horse\n,\n")
-    with pytest.raises(InputError, match="column 'movie_id' names '19' twice; give one row for ea"):
+    with pytest.raises(InputError, match="'19' twice, with different values of 'movie_title'"):
         made(films, tmp_path, f"data.titles.path={few}")
 
 

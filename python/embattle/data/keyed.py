@@ -1,4 +1,4 @@
-"""Tables with one row for each value of a column, such as of items."""
+"""Tables that say one thing about each value of a column, such as of items."""
 
 from __future__ import annotations
 
@@ -35,22 +35,29 @@ class Keyed:
         columns: the values of each column, by row.
 
     Raises:
-        InputError: the table cannot be read, or names a value of `key` twice.
+        InputError: the table cannot be read, or says two things about a value of `key`.
     """
 
     def __init__(
         self, path: Path, key: str, columns: Sequence[str], account: Account, **written: Any
     ) -> None:
         self.columns = read_columns(path, [key, *columns], account, **written)
+        others = [(name, self.columns[name]) for name in columns if name != key]
         self._rows: dict[str, int] = {}
         for row, cell in enumerate(self.columns[key]):
             if is_blank(cell):
                 continue
-            if plain_name(cell) in self._rows:
+            first = self._rows.setdefault(plain_name(cell), row)
+            if first == row:
+                continue
+            # The same once more is nothing new: the table may be that of the events themselves.
+            values = ((name, str(found[row]), str(found[first])) for name, found in others)
+            other = next((name for name, one, two in values if one != two), None)
+            if other is not None:
                 raise InputError(
-                    f"{path}: column {key!r} names {str(cell)!r} twice; give one row for each"
+                    f"{path}: column {key!r} names {str(cell)!r} twice, with different values of "
+                    f"{other!r}; give one row for each"
                 )
-            self._rows[plain_name(cell)] = row
 
     def row(self, value: Any) -> int | None:
         """The row that is about a value of the key; None if there is none."""
