@@ -176,6 +176,13 @@ def test_numbers_that_nobody_resets_are_no_fault_of_the_rules(own: bool) -> None
         with PerSampleClipper(model, 1.0, verify="always") as clipper:
             clipper.backward(per_sample(model(x)))
 
+    model = Apply(
+        lambda m, x: m.p(torch.arange(5)[None]) + x * sampler.random(), p=nn.Embedding(5, 5)
+    )
+    refused(model, lambda: per_sample(model(x[:, None])), "two passes without a clipper differ")
+    with PerSampleClipper(model, 1.0, broadcast="p") as clipper:
+        clipper.backward(per_sample(model(x[:, None])))
+
 
 @dataclass
 class Answer:
