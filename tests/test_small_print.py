@@ -787,15 +787,16 @@ def test_the_parts_of_an_objective_make_its_loss(form: str, masked: bool) -> Non
     with torch.no_grad():
         bound = float(loss_fn().losses.median())  # type: ignore[union-attr]
     site = eb.Site(model.embedding, scope="row" if form == "apr" else "output")
+    lam = 1.0 if form == "adversarial" else 0.5
     objective = eb.AdversarialObjective(
-        eb.FGM(eps=0.3), site, form=form, lam=0.5, early_backward=False,
+        eb.FGM(eps=0.3), site, form=form, lam=lam, early_backward=False,
         masking=eb.masking.LossBound(bound) if masked else None,
     )  # fmt: skip
     whole, metrics = objective(loss_fn)
     parts, again = objective.parts(loss_fn)
     torch.testing.assert_close(parts.summed.mean(), whole)
     assert parts.summed.shape == (6,)
-    assert parts.lam == 0.5
+    assert parts.lam == lam
     assert (parts.clean is None) == (form == "adversarial")
     assert (parts.kept is None) == (not masked)
     assert again.keys() == metrics.keys()

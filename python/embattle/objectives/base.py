@@ -51,6 +51,9 @@ SHARED_PASSES = ("free", "freeat", "staggered")
 # The forms that add a clean and an adversarial loss of each sample, or take the latter alone.
 _ADDITIVE = ("mixed", "adversarial", "apr", "staggered", "partial")
 
+# The forms of an adversarial part alone, which lam has nothing to weigh against.
+_ONE_PART = ("adversarial", "free", "freeat")
+
 _SCHEDULES = ("eps_schedule", "lam_schedule", "steps_schedule")
 
 
@@ -68,7 +71,8 @@ class AdversarialObjective:
         sites: where.
         form: one of `FORMS`, or a callable that takes a `Batch` and returns the loss, such as
             `Trades(divergence="squared_distance")`.
-        lam: weight of the adversarial part.
+        lam: weight of the adversarial part; it stays 1 for "adversarial", "free" and "freeat",
+            which have that part alone.
         masking: leaves samples out of the adversarial part (see `embattle.objectives.masking`).
         eps_schedule: factor on eps and step size at each step.
         lam_schedule: factor on `lam` at each step.
@@ -82,7 +86,7 @@ class AdversarialObjective:
             know their model.
 
     Raises:
-        ValueError: unknown form, or negative lam.
+        ValueError: unknown form, negative lam, or an option that the form would pass over.
     """
 
     def __init__(
@@ -111,6 +115,12 @@ class AdversarialObjective:
         self.form = FORMS[form]() if isinstance(form, str) else form
         self.name: str = form if isinstance(form, str) else _name(form)
         _refuse_options(attack, masking, self.name)
+        if self.name in _ONE_PART and (lam != 1 or lam_schedule not in (None, Constant())):
+            raise ValueError(
+                f"AdversarialObjective: form {self.name!r} has the adversarial part alone, which "
+                f"lam={lam:g}, lam_schedule={lam_schedule!r} would not weigh; leave them out, or "
+                "use form='mixed', or 'partial' for a clean part within the same pass"
+            )
         self.lam = lam
         self.masking = masking
         self.eps_schedule: Schedule = Constant() if eps_schedule is None else eps_schedule

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from embattle import ops
+from embattle.attacks.base import Attack
 from embattle.attacks.box import box
 from embattle.criteria import Criterion
 from embattle.criteria.base import ascended
@@ -25,9 +26,8 @@ def free(batch: Batch) -> Tensor:
     take K passes. Start with `random_start=BoxStart(PerDim(eps))`, mode "same" for the same dropout
     masks in all steps. The authors' code differs: a magnitude of its own for the start, no
     projection at eps = 0 (here: `eps=math.inf`), a shared norm over padding (here: give the mask).
-    `lam` is not used.
     """
-    return _passes(batch, batch.attack.steps, None)
+    return _passes(batch, batch.attack.steps, None)[0]
 
 
 class FreeAT:
@@ -35,9 +35,9 @@ class FreeAT:
 
     Every call is one replay: one pass gives the gradients of the weights and moves the delta, which
     is kept for the next call (and the next batch, where shapes agree; rows of a table keep theirs
-    wherever they come again). Call the objective m times for each batch, with an optimiser step
-    after each. The attack's step size should be its eps, as in the paper; `steps` and `lam` are not
-    used.
+    wherever they come again), with the velocity of an attack that has one. Call the objective m
+    times for each batch, with an optimiser step after each. The attack's step size should be its
+    eps, as in the paper; `steps` is not used.
     """
 
     name: ClassVar[str] = "freeat"
@@ -51,37 +51,74 @@ class FreeAT:
         return [one.delta for one in self.kept]
 
     def __call__(self, batch: Batch) -> Tensor:
-        loss = _passes(batch, 1, self.kept)
-        self.kept = [_Kept(p.delta.detach(), p.rows) for p in batch.attacked.perturbations]
+        if batch.attack.carries is None:
+            raise ValueError(
+                f"form 'freeat' makes one step of the attack in each call, and {batch.attack!r} is "
+                "more than single steps along gradients: use PGD or MIFGSM, or form='mixed'. An "
+                "attack of your own names what its steps keep from one to the next: carries = ()"
+            )
+        loss, self.kept = _passes(batch, 1, self.kept)
         return loss
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state that a resumed run needs: the deltas, by number, and their rows."""
-        state = {str(number): one.delta.clone() for number, one in enumerate(self.kept)}
-        for number, one in enumerate(self.kept):
-            if one.rows is not None:
-                state[f"{number}.rows"] = one.rows.clone()
+        """Return the state that a resumed run needs: what is kept, by number."""
+        state: dict[str, Tensor] = {}
+        for number, (delta, carried, rows) in enumerate(self.kept):
+            parts = {f"{number}.{name}": value for name, value in carried.items()}
+            if rows is not None:
+                parts[f"{number}.rows"] = rows
+            state |= {name: value.clone() for name, value in {str(number): delta, **parts}.items()}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a state."""
-        rows = {name: value.clone() for name, value in state.items() if name.endswith(".rows")}
-        self.kept = [
-            _Kept(state[str(number)].clone(), rows.get(f"{number}.rows"))
-            for number in range(len(state) - len(rows))
-        ]
+        found: list[dict[str, Tensor]] = [{} for name in state if "." not in name]
+        for name, value in state.items():
+            number, _, part = name.partition(".")
+            found[int(number)][part] = value.clone()
+        self.kept = [_Kept(one.pop(""), one, one.pop("rows", None)) for one in found]
 
 
 class _Kept(NamedTuple):
-    """A delta that lives on, and which rows of a table it is of; None where it is of no rows."""
+    """What lives on of a perturbation.
+
+    Attributes:
+        delta: the delta.
+        carried: what the attack's steps keep beside it, of its shape.
+        rows: which rows of a table they are of; None where they are of no rows.
+    """
 
     delta: Tensor
+    carried: dict[str, Tensor]
     rows: Tensor | None
 
-    def taken_up(self, perturbation: Perturbation) -> Tensor | None:
-        """Return the delta of another pass that begins with this one; None where nothing fits."""
-        fresh, rows = perturbation.delta.detach(), perturbation.rows
-        old = self.delta.to(fresh.device, fresh.dtype)
+    @classmethod
+    def of(cls, perturbation: Perturbation, attack: Attack, state: dict[str, Any]) -> _Kept:
+        """Return what lives on after a step."""
+        carried = {name: state[name] for name in attack.carries or ()}
+        return cls(perturbation.delta.detach(), carried, perturbation.rows)
+
+    def take_up(self, perturbation: Perturbation, attack: Attack, state: dict[str, Any]) -> None:
+        """Give another pass, that begins with this one, what fits it."""
+        delta = self._fitted(self.delta, perturbation.delta.detach(), perturbation.rows)
+        if delta is None:
+            return
+        # Another batch has another mask, and perhaps another radius.
+        perturbation.set(
+            ops.project(
+                delta, eps=state["eps"], norm=attack.ball, **perturbation.geometry, **box(state)
+            )
+        )
+        for name in attack.carries or ():
+            fitted = self._fitted(self.carried.get(name), state[name], perturbation.rows)
+            if fitted is not None:
+                state[name] = fitted
+
+    def _fitted(self, kept: Tensor | None, fresh: Tensor, rows: Tensor | None) -> Tensor | None:
+        """Return what is kept, with the fresh values where there is none; None: nothing fits."""
+        if kept is None:
+            return None
+        old = kept.to(fresh.device, fresh.dtype)
         if self.rows is None or rows is None:
             return old if self.rows is rows and old.shape == fresh.shape else None
         if old.shape[1:] != fresh.shape[1:] or not len(old):
@@ -91,13 +128,16 @@ class _Kept(NamedTuple):
         return torch.where((before[place] == rows).unsqueeze(1), old[place], fresh)
 
 
-def _passes(batch: Batch, count: int, kept: list[_Kept] | None) -> Tensor:
+def _passes(batch: Batch, count: int, kept: list[_Kept] | None) -> tuple[Tensor, list[_Kept]]:
     """Run `count` passes with gradients of weights and deltas, and step the deltas after each.
 
     Args:
         batch: the batch.
         count: passes.
-        kept: deltas to start from where they fit; a step then follows the last pass, too.
+        kept: what to start from where it fits; a step then follows the last pass, too.
+
+    Returns:
+        The loss, and what may live on.
     """
     attacked, attack = batch.attacked, batch.attack
     if count < 1:
@@ -111,15 +151,8 @@ def _passes(batch: Batch, count: int, kept: list[_Kept] | None) -> Tensor:
         states.append(attack.begin(perturbation, batch.scale))
         attack.start(perturbation, states[-1], generator)
         place = len(states) - 1
-        old = kept[place].taken_up(perturbation) if kept and place < len(kept) else None
-        if old is not None:
-            # Another batch has another mask, and perhaps another radius.
-            eps = states[-1]["eps"]
-            perturbation.set(
-                ops.project(
-                    old, eps=eps, norm=attack.ball, **perturbation.geometry, **box(states[-1])
-                )
-            )
+        if kept and place < len(kept):
+            kept[place].take_up(perturbation, attack, states[-1])
 
     total: list[Tensor | None] = []
     params: list[Tensor] = []
@@ -181,9 +214,11 @@ def _passes(batch: Batch, count: int, kept: list[_Kept] | None) -> Tensor:
                 sources.append(source)
                 places.append(grad.to(source.dtype))
     value = torch.stack(losses).mean()
-    return attach_gradients(
+    loss = attach_gradients(
         value, [*sources, *params], [*places, *total[len(attacked.perturbations) :]]
     )
+    pairs = zip(attacked.perturbations, states, strict=True)
+    return loss, [_Kept.of(perturbation, attack, state) for perturbation, state in pairs]
 
 
 def ascended_losses(goal: Criterion, batch: Batch, evaluation: Evaluation) -> Tensor:

@@ -306,21 +306,27 @@ def _refuse(batch: Batch) -> None:
     attacked, attack = batch.attacked, batch.attack
     if not torch.is_grad_enabled():
         raise RuntimeError("StaggeredReplays: computes gradients: not under torch.no_grad()")
-    for wrong, words in (
-        (attack.carries is None, f"{attack!r}, which is more than steps along gradients"),
+    for wrong, words, instead in (
+        (
+            attack.carries is None,
+            f"{attack!r}, which is more than steps along gradients",
+            "'mixed'",
+        ),
         (
             attack.goal(batch.criterion).needs_clean,
             f"{batch.criterion!r}, which measures from clean outputs",
+            "'mixed'",
         ),
-        (attacked.joint, "joint=True"),
-        (attacked.compile, "compile=True"),
+        (attacked.joint, "joint=True", "'freeat' or 'mixed'"),
+        (attacked.compile, "compile=True", "'freeat' or 'mixed'"),
         (
             any(site.scope != "output" for site in attacked.sites),
             "a site of scope 'row' or 'weight', whose deltas the samples share",
+            "'freeat' or 'mixed'",
         ),
     ):
         if wrong:
-            raise InputError(f"StaggeredReplays: cannot have {words}; use form='freeat' or 'mixed'")
+            raise InputError(f"StaggeredReplays: cannot have {words}; use form={instead}")
 
 
 def _refuse_perturbation(perturbation: Perturbation, count: int) -> None:

@@ -1,0 +1,68 @@
+"""Options of forms: what a form would pass over is refused, and what it keeps is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import embattle as eb
+import pytest
+import torch
+import torch.nn.functional as F
+import toys
+
+
+@pytest.mark.parametrize("form", ["adversarial", "free", "freeat", eb.FreeAT()])
+def test_a_form_of_one_part_has_no_weight(form: Any) -> None:
+    site, attack = eb.Site(toys.encoder().embedding), eb.PGD(eps=0.1, steps=2)
+    for options, words in (
+        ({"lam": 0.5}, r"lam=0\.5, lam_schedule=None would not weigh; .*form='mixed'"),
+        ({"lam_schedule": eb.schedules.WarmUp(3)}, r"lam_schedule=WarmUp\(steps=3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            eb.AdversarialObjective(attack, site, form=form, **options)
+    constant = eb.schedules.Constant()
+    eb.AdversarialObjective(attack, site, form=form, lam=1, lam_schedule=constant)
+
+
+@pytest.mark.parametrize("scope", ["output", "row"])
+def test_free_training_keeps_the_velocity(scope: Any) -> None:
+    """By hand: MI-FGSM's steps, one in each call, the last ones of a run that was resumed."""
+    model = toys.encoder()
+    tokens, labels = toys.text_batch()
+    mask = (tokens != 0).unsqueeze(-1)
+    attack = eb.MIFGSM(norm="l2", eps=0.5, step_size=0.2, decay=0.7)
+
+    def made() -> eb.AdversarialObjective:
+        return eb.AdversarialObjective(attack, eb.Site(model.embedding, scope=scope), form="freeat")
+
+    objective, loss_fn = made(), toys.classify(model, tokens, labels)
+    table = model.embedding.weight.detach()
+    delta = torch.zeros_like(table if scope == "row" else table[tokens])
+    velocity = torch.zeros_like(delta)
+    for number in range(4):
+        if number == 2:
+            state = objective.state_dict()
+            objective = made()
+            objective.load_state_dict(state)
+        loss, _ = objective(loss_fn, mask=tokens != 0)
+        delta.requires_grad_()
+        addition = delta[tokens] if scope == "row" else delta
+        with_delta = model.embedding.register_forward_hook(
+            lambda module, args, out, more=addition: out + more * mask
+        )
+        losses = loss_fn().losses
+        with_delta.remove()
+        torch.testing.assert_close(loss.detach(), losses.mean().detach())
+        (grad,) = torch.autograd.grad(losses.sum(), delta)
+        grad, delta = grad.flatten(1), delta.detach()
+        velocity = 0.7 * velocity + F.normalize(grad, p=1).view_as(delta)
+        step = delta.flatten(1) + 0.2 * F.normalize(velocity.flatten(1))
+        delta = (step * (0.5 / step.norm(dim=1, keepdim=True).clamp(min=0.5))).view_as(delta)
+
+
+def test_free_training_makes_single_steps_alone() -> None:
+    model = toys.encoder()
+    site, attack = eb.Site(model.embedding), eb.APGD(eps=0.1, keep="last")
+    objective = eb.AdversarialObjective(attack, site, form="freeat")
+    with pytest.raises(ValueError, match=r"APGD\(.*more than single steps.*PGD or MIFGSM"):
+        objective(toys.classify(model, *toys.text_batch()))
