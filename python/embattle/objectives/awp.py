@@ -12,7 +12,7 @@ from embattle import checks
 from embattle.criteria import Criterion
 from embattle.objectives.base import SHARED_PASSES, AdversarialObjective
 from embattle.objectives.batch import Samples
-from embattle.objectives.precomputed import attach_gradients, leaves
+from embattle.objectives.precomputed import attach_gradients, reached
 from embattle.perturb.attacked_batch import Masks, Subset
 from embattle.perturb.evaluation import LossFn
 from embattle.perturb.guard import fresh_autocast_cache
@@ -94,7 +94,7 @@ class AWP:
                         _move(weight, grad, self.gamma)
             with fresh_autocast_cache():
                 loss = objective.form(batch)
-            params = leaves(loss)
+            params = reached(loss).leaves
             found = torch.autograd.grad(loss, params, allow_unused=True)
         finally:
             with torch.no_grad():

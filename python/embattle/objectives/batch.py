@@ -17,7 +17,7 @@ from embattle.criteria import Criterion, Misclassify
 from embattle.criteria.base import ascended
 from embattle.objectives.agreement import nearest_agreement
 from embattle.objectives.masking import Agreement, Masking, Outcome
-from embattle.objectives.precomputed import attach_gradients, leaves
+from embattle.objectives.precomputed import attach_gradients, next_number, reached
 from embattle.objectives.rows import Key
 from embattle.perturb.attacked_batch import AttackedBatch
 from embattle.perturb.evaluation import Evaluation
@@ -137,6 +137,7 @@ class Batch:
                 return evaluation.outputs.new_zeros(()), evaluation.detach(), None
             return self.losses(evaluation).mean(), evaluation.detach(), None
         attacked.save_random_state()
+        before = next_number()
         if known:
             recorded = attacked.record(attach=True)
             evaluation, values = recorded.evaluation, attacked.perturbed.values()
@@ -153,11 +154,18 @@ class Batch:
         shared = shared and ascent is losses
         mean = losses.mean()
         places = values or []
-        params = [p for p in leaves(mean) if not any(p is place for place in places)]
+        graph = reached(mean)
+        params = [p for p in graph.leaves if not any(p is place for place in places)]
         if values is not None:
             attacked.check_graph(losses, places)
         wanted = [*places, *params]
-        grads = torch.autograd.grad(mean, wanted, allow_unused=True) if wanted else ()
+        # What was made before the pass, outside of the loss function, is in later passes, too.
+        shares = graph.oldest < before
+        grads = (
+            torch.autograd.grad(mean, wanted, retain_graph=shares, allow_unused=True)
+            if wanted
+            else ()
+        )
         first_pass, sources = None, []
         if values is not None:
             if shared:

@@ -13,7 +13,7 @@ from embattle.attacks.box import box
 from embattle.criteria import Criterion
 from embattle.criteria.base import ascended
 from embattle.objectives.batch import Batch
-from embattle.objectives.precomputed import accumulate, attach_gradients, leaves
+from embattle.objectives.precomputed import accumulate, attach_gradients, next_number, reached
 from embattle.perturb.attacked_batch import AttackedBatch
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.perturbation import Perturbation
@@ -158,6 +158,7 @@ def _passes(batch: Batch, count: int, kept: list[_Kept] | None) -> tuple[Tensor,
     params: list[Tensor] = []
     losses: list[Tensor] = []
     evaluation: Evaluation | None = None
+    shares, before = False, next_number()
     attacked.save_random_state()
     # The weights of a plain lookup get their gradient in one go, from the sum over the passes.
     plain = attacked.plain
@@ -176,11 +177,16 @@ def _passes(batch: Batch, count: int, kept: list[_Kept] | None) -> tuple[Tensor,
             mean = losses_now.mean()
             if not params:
                 deltas = [p.delta for p in attacked.perturbations]
-                params = [p for p in leaves(mean) if not any(p is d for d in deltas)]
+                graph = reached(mean)
+                params = [p for p in graph.leaves if not any(p is d for d in deltas)]
+                # What was made outside of the loss function is in all passes.
+                shares = graph.oldest < before
             deltas = [p.delta for p in attacked.perturbations]
             attacked.check_graph(losses_now, deltas)
             # A share of the mean is differentiated, so that the sum is the average as it is.
-            grads = torch.autograd.grad(mean / count, [*deltas, *params], allow_unused=True)
+            grads = torch.autograd.grad(
+                mean / count, [*deltas, *params], retain_graph=shares, allow_unused=True
+            )
             moves = number < count - 1 or kept is not None
             # Each sample's own gradient is count * B times that of its share of the mean.
             own = attacked.rescale_at_deltas(

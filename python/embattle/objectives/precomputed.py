@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,10 +91,28 @@ def attach_gradients(
     return result
 
 
-def leaves(loss: Tensor) -> list[Tensor]:
-    """Find the leaf tensors that `loss.backward()` would give a gradient to."""
+class Reached(NamedTuple):
+    """What a backward pass reaches.
+
+    Attributes:
+        leaves: the leaf tensors that it would give a gradient to.
+        oldest: the least number of a node, which are numbered as they are made in a thread.
+    """
+
+    leaves: list[Tensor]
+    oldest: int
+
+
+def next_number() -> int:
+    """Return the number that the next node of a graph will have, in this thread."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+
+
+def reached(loss: Tensor) -> Reached:
+    """Find what `loss.backward()` would reach."""
     found: list[Tensor] = []
     seen: set[Node] = set()
+    oldest = sys.maxsize
     todo = [loss.grad_fn] if loss.grad_fn is not None else []
     while todo:
         node = todo.pop()
@@ -103,5 +122,7 @@ def leaves(loss: Tensor) -> list[Tensor]:
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor) and variable.is_leaf:
             found.append(variable)
+        else:
+            oldest = min(oldest, node._sequence_nr())
         todo.extend(after for after, _ in node.next_functions if after is not None)
-    return found
+    return Reached(found, oldest)
