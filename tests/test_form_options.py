@@ -66,3 +66,54 @@ def test_free_training_makes_single_steps_alone() -> None:
     objective = eb.AdversarialObjective(attack, site, form="freeat")
     with pytest.raises(ValueError, match=r"APGD\(.*more than single steps.*PGD or MIFGSM"):
         objective(toys.classify(model, *toys.text_batch()))
+
+
+
+def test_labels_that_number_the_batch_have_no_part() -> None:
+    model, (users, items, _) = toys.factors(), toys.triplets(6)
+
+    def of(rows: Any) -> Any:
+        def loss_fn() -> eb.Evaluation:
+            scores = model.user(users[rows]) @ model.item(items[rows]).T
+            labels = torch.arange(len(scores))
+            return eb.Evaluation(eb.losses.cross_entropy(scores, labels), scores)
+
+        return loss_fn
+
+    form = eb.Partial(0.5, choose="loss")
+    objective = eb.AdversarialObjective(eb.FGM(eps=0.1), eb.Site(model.user), form=form)
+    form.load_state_dict({"last": torch.arange(6.0)})  # the last three are chosen
+    with pytest.raises(ValueError, match=r"negatives of the batch.*whole batches \(form='mixed'"):
+        objective(
+            of(slice(None)), subset=of, samples=range(6), criterion=eb.Misclassify(torch.arange(6))
+        )
+
+
+@pytest.mark.parametrize("form", ["mixed", "vat", "free", "freeat"])
+def test_passes_share_a_graph_that_was_made_outside(form: str) -> None:
+    """Encoded items, say: their weights' gradients are those of items encoded in each pass."""
+    torch.manual_seed(0)
+    model, (users, items, _) = toys.factors(), toys.triplets()
+    encode = torch.nn.Linear(6, 6).double()
+    attack = eb.PGD(
+        eps=0.3, steps=2, random_start=form == "vat", generator=torch.Generator().manual_seed(0)
+    )
+    found = []
+    for outside in (False, True):
+        attack.generator.manual_seed(0)  # type: ignore[union-attr]
+        encoded = encode(model.item.weight).tanh()
+
+        def loss_fn(encoded: Any = encoded, outside: bool = outside) -> eb.Evaluation:
+            if not outside:
+                encoded = encode(model.item.weight).tanh()
+            scores = model.user(users) @ encoded.T
+            return eb.Evaluation(eb.losses.cross_entropy(scores, items), scores)
+
+        objective = eb.AdversarialObjective(attack, eb.Site(model.user), form=form)
+        loss, _ = objective(loss_fn)
+        (loss + encoded.square().mean()).backward()  # a penalty besides
+        weights = [*model.parameters(), *encode.parameters()]
+        found.append([loss.detach(), *[weight.grad for weight in weights]])
+        model.zero_grad()
+        encode.zero_grad()
+    torch.testing.assert_close(*found)

@@ -109,9 +109,15 @@ class Misclassify(_Labelled):
                 f"{tuple(outputs.shape)}; use ascend='margin'"
             )
         labels = self.labels
-        hint = (
-            "; ratings and other values are a matter for embattle.Deviate" if classes == 2 else ""
-        )
+        hint = ""
+        if classes == 2:
+            hint = "; ratings and other values are a matter for embattle.Deviate"
+        if outputs.shape == (classes, classes):
+            hint += (
+                "; where the classes are the batch's own samples (negatives of the batch), the "
+                "labels of a part of it are other numbers: attack whole batches (form='mixed', not "
+                "'partial'; no subset=)"
+            )
         require(
             ((labels >= 0) & (labels < classes)) | (labels == self.ignore_index),
             labels,
