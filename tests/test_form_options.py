@@ -117,3 +117,21 @@ def test_passes_share_a_graph_that_was_made_outside(form: str) -> None:
         model.zero_grad()
         encode.zero_grad()
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("form", ["mixed", "vat", "free"])
+def test_carried_gradients_are_not_differentiated_again(form: str) -> None:
+    model = toys.encoder()
+    attack = eb.PGD(eps=0.3, steps=2, random_start=form == "vat")
+    loss_fn = toys.classify(model, *toys.text_batch())
+    for early in (True, False):
+        objective = eb.AdversarialObjective(
+            attack, eb.Site(model.embedding), form=form, early_backward=early
+        )
+        loss, _ = objective(loss_fn)
+        if early or form == "free":
+            with pytest.raises(RuntimeError, match=r"create_graph=True.*early_backward=False"):
+                torch.autograd.grad(loss, model.head.weight, create_graph=True)
+        else:
+            (grad,) = torch.autograd.grad(loss, model.head.weight, create_graph=True)
+            assert grad.requires_grad

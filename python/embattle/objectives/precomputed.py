@@ -20,6 +20,13 @@ class _PrecomputedGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True: the gradients of this loss were computed in the call of the "
+                "objective, and have no graph to be differentiated again; use "
+                "AdversarialObjective(..., early_backward=False), a form other than 'free' and "
+                "'freeat', and no AWP"
+            )
         held: list[Tensor | None] | None = ctx.held
         if held is None:
             raise RuntimeError("this loss was backpropagated before; call the objective again")
