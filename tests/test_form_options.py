@@ -135,3 +135,25 @@ def test_carried_gradients_are_not_differentiated_again(form: str) -> None:
         else:
             (grad,) = torch.autograd.grad(loss, model.head.weight, create_graph=True)
             assert grad.requires_grad
+
+
+@pytest.mark.parametrize("attack", [eb.AutoAttack(eps=0.1), eb.FMN()])
+def test_attacks_with_a_run_of_their_own_do_not_train(attack: Any) -> None:
+    with pytest.raises(ValueError, match=r"(AutoAttack|FMN)\(.*is for audits: train against PGD"):
+        eb.AdversarialObjective(attack, eb.Site(toys.encoder().embedding))
+
+
+def test_a_form_of_ones_own_is_not_taken_for_another_by_its_name() -> None:
+    model = toys.encoder()
+    loss_fn = toys.classify(model, *toys.text_batch())
+
+    def adversarial(batch: Any) -> torch.Tensor:
+        batch.ascend()
+        return batch.lam * batch.losses(batch.perturbed()).sum()
+
+    site, attack = eb.Site(model.embedding), eb.FGM(eps=0.1)
+    objective = eb.AdversarialObjective(attack, site, form=adversarial, lam=2.0)
+    known = eb.AdversarialObjective(attack, site, form="adversarial")
+    torch.testing.assert_close(objective(loss_fn)[0], 12 * known(loss_fn)[0])
+    with pytest.raises(ValueError, match=r"got '<function .*adversarial.*no losses to add"):
+        objective.parts(loss_fn)

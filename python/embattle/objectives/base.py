@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -110,6 +111,11 @@ class AdversarialObjective:
         lam = checks.real("AdversarialObjective", "lam", lam, 0)
         if not isinstance(attack, Attack):
             raise TypeError(f"AdversarialObjective: attack must be an Attack, got {attack!r}")
+        if type(attack).run is not Attack.run:
+            raise ValueError(
+                f"AdversarialObjective: {attack!r} has a run of its own, and is for audits: train "
+                "against PGD, APGD or another attack by steps"
+            )
         self.attack = attack
         self.sites = as_sites(sites)
         self.form = FORMS[form]() if isinstance(form, str) else form
@@ -312,8 +318,16 @@ class AdversarialObjective:
 
 
 def _name(form: Form) -> str:
-    """Return what a form that was given as an object is called."""
-    return str(getattr(form, "name", getattr(form, "__name__", repr(form))))
+    """Return what a form that was given as an object is called.
+
+    The names of `FORMS` say what a form can do, and are those of the forms here alone.
+    """
+    name = str(getattr(form, "name", getattr(form, "__name__", repr(form))))
+    if name not in FORMS:
+        return name
+    known = FORMS[name]()
+    own = form is known if isinstance(known, FunctionType) else isinstance(form, type(known))
+    return name if own else repr(form)
 
 
 def _refuse_options(attack: Attack, masking: Masking | None, form: str) -> None:
