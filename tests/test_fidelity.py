@@ -676,7 +676,8 @@ def test_awp(text: Problem, form: str) -> None:
         random_start=eb.GaussianStart(0.01) if form == "trades" else False,
         generator=seeded(),
     )
-    inner = eb.AdversarialObjective(attack, text.sites, form=form, lam=2.0)
+    lam = 2.0 if form == "trades" else 1.0
+    inner = eb.AdversarialObjective(attack, text.sites, form=form, lam=lam)
     objective = eb.AWP(inner, text.model, gamma=0.05)
     before = {n: p.detach().clone() for n, p in text.model.named_parameters()}
 
@@ -694,7 +695,7 @@ def test_awp(text: Problem, form: str) -> None:
             if form == "adversarial":
                 return text.losses([d]).mean()
             clean = text.logits()
-            return F.cross_entropy(clean, text.labels) + 2.0 * kl(clean, text.logits(d)).mean()
+            return F.cross_entropy(clean, text.labels) + lam * kl(clean, text.logits(d)).mean()
 
         weights = [p for p in text.model.parameters() if p.dim() > 1]
         grads = torch.autograd.grad(loss(), weights)

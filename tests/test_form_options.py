@@ -119,6 +119,18 @@ def test_passes_share_a_graph_that_was_made_outside(form: str) -> None:
     torch.testing.assert_close(*found)
 
 
+def test_perturbed_weights_do_not_reach_what_was_made_outside() -> None:
+    model, (users, items, _) = toys.factors(), toys.triplets()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    encoded = model.item.weight.tanh()
+    objective = eb.AdversarialObjective(eb.FGM(eps=0.3), eb.Site(model.user))
+    with pytest.raises(RuntimeError, match="AWP: what loss_fn takes from outside"):
+        eb.AWP(objective, model)(
+            lambda: eb.losses.cross_entropy(model.user(users) @ encoded.T, items)
+        )
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("form", ["mixed", "vat", "free"])
 def test_carried_gradients_are_not_differentiated_again(form: str) -> None:
     model = toys.encoder()

@@ -12,7 +12,7 @@ from embattle import checks
 from embattle.criteria import Criterion
 from embattle.objectives.base import SHARED_PASSES, AdversarialObjective
 from embattle.objectives.batch import Samples
-from embattle.objectives.precomputed import attach_gradients, reached
+from embattle.objectives.precomputed import Reached, attach_gradients, next_number, reached
 from embattle.perturb.attacked_batch import Masks, Subset
 from embattle.perturb.evaluation import LossFn
 from embattle.perturb.guard import fresh_autocast_cache
@@ -81,12 +81,14 @@ class AWP:
         weights = [p for p in self._candidates if p.requires_grad]
         if not weights:
             raise ValueError("AWP: no parameter of two dims or more is trained")
+        before = next_number()
         # The passes at w are no training passes: statistics move with those at w + v alone.
         with kept_state(self._models):
             loss = objective.form(batch)
         grads = torch.autograd.grad(loss, weights, allow_unused=True)
         batch.frozen = True
         kept = [weight.detach().clone() for weight in weights]
+        graph: Reached | None = None
         try:
             with torch.no_grad():
                 for weight, grad in zip(weights, grads, strict=True):
@@ -94,12 +96,20 @@ class AWP:
                         _move(weight, grad, self.gamma)
             with fresh_autocast_cache():
                 loss = objective.form(batch)
-            params = reached(loss).leaves
+            graph = reached(loss)
+            params = graph.leaves
             found = torch.autograd.grad(loss, params, allow_unused=True)
+        except RuntimeError as error:
+            if graph is None or graph.oldest >= before:
+                raise
+            raise RuntimeError(
+                "AWP: what loss_fn takes from outside with its graph was computed with the "
+                "weights as they are, not as they are perturbed: compute it in loss_fn"
+            ) from error
         finally:
             with torch.no_grad():
-                for weight, before in zip(weights, kept, strict=True):
-                    weight.copy_(before)
+                for weight, value in zip(weights, kept, strict=True):
+                    weight.copy_(value)
         return objective.finish(batch, attach_gradients(loss.detach(), params, found))
 
     @property
