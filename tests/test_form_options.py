@@ -68,7 +68,6 @@ def test_free_training_makes_single_steps_alone() -> None:
         objective(toys.classify(model, *toys.text_batch()))
 
 
-
 def test_labels_that_number_the_batch_have_no_part() -> None:
     model, (users, items, _) = toys.factors(), toys.triplets(6)
 
@@ -169,3 +168,22 @@ def test_a_form_of_ones_own_is_not_taken_for_another_by_its_name() -> None:
     torch.testing.assert_close(objective(loss_fn)[0], 12 * known(loss_fn)[0])
     with pytest.raises(ValueError, match=r"got '<function .*adversarial.*no losses to add"):
         objective.parts(loss_fn)
+
+
+@pytest.mark.parametrize("form", ["mixed", "adversarial"])
+@pytest.mark.parametrize("early", [True, False])
+def test_the_masks_of_the_pass_under_the_deltas(form: str, early: bool) -> None:
+    """Ascent steps draw their own; this pass has those of the first that the attack made itself."""
+    model = toys.encoder(dropout=0.5)
+    losses = []
+
+    def loss_fn() -> eb.Evaluation:
+        found = toys.classify(model, *toys.text_batch())()
+        losses.append(found.losses.detach())  # type: ignore[union-attr]
+        return found
+
+    attack = eb.PGD(eps=0.0, step_size=0.1, steps=3)
+    site = eb.Site(model.embedding)
+    eb.AdversarialObjective(attack, site, form=form, early_backward=early)(loss_fn)
+    masks = [next(i for i, x in enumerate(losses) if torch.equal(x, one)) for one in losses]
+    assert masks == [*range(len(losses) - 1), 0 if form == "adversarial" else 1]

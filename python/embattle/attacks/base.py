@@ -51,9 +51,10 @@ class Attack:
         stop_when_fooled: samples that reach the criterion's goal leave the batch, and cost nothing
             in later steps. `run` then needs `subset`; the model must draw no random numbers, and
             samples must not depend on each other. Waits for the device at every step.
-        mode: the model in the attack's passes. "as_is": as it is, each pass draws its own dropout
-            masks. "same": as it is, all passes have the same random numbers, so the same dropout
-            masks (drawn only once on a CPU). "eval": in eval mode (the site must know its model).
+        mode: the model in the attack's passes. "as_is": as it is, each of them draws its own
+            dropout masks. "same": as it is, all passes have the same random numbers, so the same
+            dropout masks (drawn only once on a CPU). "eval": in eval mode (the site must know its
+            model).
             Iterates are compared (`keep="best"`, `restarts`) and evaluated under the same random
             numbers in any mode. State of the model other than its weights never changes during an
             attack, and the global random state is put back.
