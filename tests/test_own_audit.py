@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +241,17 @@ def test_what_is_refused() -> None:
         audit_model(model, Batch({"tokens": TOKENS}), site)
     with pytest.raises(ValueError, match="hold no samples"):
         audit_model(model, [], site)
-    with pytest.raises(ValueError, match="got 'absurd'"):
-        audit_model(model, batch(), site, unit="absurd")  # type: ignore[arg-type]
+    for wrong in ({"unit": "absurd"}, {"norm": "l7"}, {"eps": -1.0}, {"eps": math.nan}):
+        (key,) = wrong
+        with pytest.raises(ValueError, match=f"audit_models: {key} must be"):
+            audit_model(model, batch(), site, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="seed must be an integer"):
+        audit_model(model, batch(), site, seed=0.5)  # type: ignore[arg-type]
+    for label in (2, -1):
+        with pytest.raises(ValueError, match=rf"must lie in \[0, 2\) .* got {label}"):
+            audit_model(model, batch(torch.tensor([1, 0, label, 1])), site)
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        audit_model(model, batch(), site, name="a\ud800")
     with pytest.raises(ValueError, match="give one"):
         audit_model(model, batch(), site, kind=Classification(), evaluator=Evaluator())
     with pytest.raises(ValueError, match="no model is given"):

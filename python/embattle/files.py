@@ -101,6 +101,11 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def writable(text: str) -> bool:
+    """Whether a text can be written as UTF-8; a lone surrogate cannot."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def save_tensors(path: Path, save: Callable[[str], None]) -> None:
     """Has `save` write a safetensors file, all of it or nothing.
 

@@ -99,12 +99,20 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
     """Cross-entropy of each sample, `[B]`, averaged over its labels that are not `ignore_index`."""
     check_labels("cross_entropy", logits, labels)
     labels = labels.long()
-    losses = F.cross_entropy(
-        two_sided(logits).flatten(0, -2),
-        labels.reshape(-1),
-        reduction="none",
-        ignore_index=ignore_index,
-    ).reshape(labels.shape)
+    try:
+        losses = F.cross_entropy(
+            two_sided(logits).flatten(0, -2),
+            labels.reshape(-1),
+            reduction="none",
+            ignore_index=ignore_index,
+        ).reshape(labels.shape)
+    except IndexError as error:  # of the CPU, which looks at each label; a GPU does not say which
+        count = classes(logits)
+        wrong = ((labels < 0) | (labels >= count)) & (labels != ignore_index)
+        raise ValueError(
+            f"cross_entropy: labels must lie in [0, {count}) for logits {tuple(logits.shape)}, or "
+            f"be ignore_index={ignore_index}; got {labels[wrong][0].item()}"
+        ) from error
     return losses if labels.dim() == 1 else per_counted(losses, labels != ignore_index)
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,9 @@ from embattle.audit.scores import (
 )
 from embattle.audit.summary import summary_lines
 from embattle.audit.trust import CHECKED, check_victims
+from embattle.checks import integer, one_of, real
 from embattle.data.batch import Batch, first_samples
-from embattle.files import sha256, write_text
+from embattle.files import sha256, writable, write_text
 from embattle.perturb.site import as_sites
 from embattle.perturb.strength import Strength, scaled
 from embattle.tasks.evaluator import Evaluator
@@ -117,7 +118,7 @@ def audit_model(
 
     Raises:
         ValueError: there are no samples, one has no label, or an argument is not as it should be.
-        TypeError: the model returns no outputs.
+        TypeError: the model returns no outputs, or an argument is of another type.
         InputError: a package is missing that the figures need: `pip install 'embattle[jobs]'`.
     """
     models = {name: (model, sites)}
@@ -153,17 +154,17 @@ def audit_models(
         batches, eps, norm, unit, kind, evaluator, attacks, seed: see `audit_model`.
 
     Raises:
-        ValueError, InputError: see `audit_model`.
+        ValueError, TypeError, InputError: see `audit_model`.
     """
     began = time.monotonic()
     if not models:
         raise ValueError("audit_models: no model is given; give at least one")
     if kind is not None and evaluator is not None:
         raise ValueError("audit_models: kind is the evaluator's where there is one; give one")
-    if unit not in ("token_norm", "mean_norm", "absolute"):
-        raise ValueError(
-            f"audit_models: unit must be token_norm, mean_norm or absolute; got {unit!r}"
-        )
+    one_of("audit_models", "unit", unit, get_args(Unit))
+    one_of("audit_models", "norm", norm, get_args(Norm))
+    eps = real("audit_models", "eps", eps, 0)
+    seed = integer("audit_models", "seed", seed, -(2**63))
     evaluator = evaluator or Evaluator(kind)
     _check_names(models, attacks)
     parts = batches.split(_AT_ONCE) if isinstance(batches, Batch) else list(batches)
@@ -228,6 +229,11 @@ def _check_names(
         for name in names:
             if not isinstance(name, str) or not name:
                 raise ValueError(f"audit_models: name each {kind} by a text, got {name!r}")
+            if not writable(name):
+                raise ValueError(
+                    f"audit_models: {name!r} cannot be written into a file (half of a surrogate "
+                    f"pair); give the {kind} another name"
+                )
             if kind == "attack" and name in (CLEAN, WORST):
                 raise ValueError(
                     f"audit_models: no attack can be called {name!r}, which is a row of its own; "
