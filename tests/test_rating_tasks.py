@@ -203,6 +203,8 @@ def test_histories_are_those_before_the_part(films: Path) -> None:
     for name, value in batch.inputs.items():
         assert torch.equal(encoded.inputs[name], value), name
     assert torch.equal(encoded.labels, batch.labels)
+    floats = {"history": list(map(float, row["history"])), "movie_id": float(row["movie_id"])}
+    assert torch.equal(task.encode(model, [floats]).inputs["sequences"], batch.inputs["sequences"])
     train = task.batch(model, "train", torch.arange(3))
     assert torch.equal(task.mask(train), train.inputs["sequences"] != 30)
     assert task.evaluate(model, train).losses.shape == (3,)

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 from embattle.data.account import Account
 from embattle.data.moments import Moments
-from embattle.data.ratings import Ratings, hold_out_latest, read_ratings
+from embattle.data.ratings import Ratings, hold_out_latest, read_named_ratings, read_ratings
 from embattle.errors import InputError
 
 
@@ -109,6 +109,18 @@ def test_clicks_have_neither_ratings_nor_times(tmp_path: Path) -> None:
         [0, 0, 0],
     )
     assert ("duplicates", "1 events repeat a user and an item") in account.facts
+
+
+def test_whole_numbers_name_the_same_with_and_without_a_point(tmp_path: Path) -> None:
+    """Columns of Parquet are floats as soon as pandas has met a row without a value."""
+    floats = {"user": [10.0, 9.0, 10.0, 2.5], "item": [1.0, 2.0, 3.0, 1.0], "rating": [1, 2, 3, 4]}
+    pyarrow.parquet.write_table(pyarrow.table(floats), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("user,item,rating\n10,1,1\n9,2,2\n10.0,3,3\n2.5,1,4\n")
+    for name in ("a.parquet", "a.csv"):
+        ratings, users, items = read_named_ratings(tmp_path / name)
+        assert (users, items) == (["10", "2.5", "9"], ["1", "2", "3"])
+        assert [users[i] for i in ratings.users] == ["10", "9", "10", "2.5"]
+        assert (ratings.user_count, ratings.item_count) == (3, 3)
 
 
 def test_dates_become_seconds(tmp_path: Path) -> None:

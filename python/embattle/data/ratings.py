@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from embattle.data.account import Account
 from embattle.data.divide import TEST, TRAIN, leave_one_out, pairs
+from embattle.data.keyed import plain_name
 from embattle.data.labels import is_blank
 from embattle.data.looks import guess_events, look_all, number_in
 from embattle.data.moments import Moments
@@ -103,7 +104,10 @@ def read_named_ratings(
     missing: Collection[str] = (),
     **options: Any,
 ) -> tuple[Ratings, list[str], list[str]]:
-    """Reads ratings as `read_ratings` does, and the names of users and items by number, as text."""
+    """Reads ratings as `read_ratings` does, and the names of users and items by number, as text.
+
+    Names are as `plain_name` has them: 5 and 5.0 are one user.
+    """
     account = Account() if account is None else account
     if columns is None:
         roles = guess_events(look_all(Table(path, **options).sample()))
@@ -155,15 +159,17 @@ def read_named_ratings(
         raise InputError(f"{path} has no row without empty cells; choose other columns")
     named: dict[str, list[str]] = {}
     for role, number in known.items():
-        rank = _in_natural_order(list(number))
-        found[role] = rank[found[role]]
-        named[role] = [str(name) for _, name in sorted(zip(rank, number, strict=True))]
+        plain: dict[str, int] = {}
+        codes_of = [plain.setdefault(plain_name(cell), len(plain)) for cell in number]
+        rank = _in_natural_order(list(plain))
+        found[role] = rank[np.asarray(codes_of, dtype=np.int64)[found[role]]]
+        named[role] = [name for _, name in sorted(zip(rank, plain, strict=True))]
     account.note("rows", f"{table.rows:,} of {len(table.names)} columns")
     if dropped:
         account.note("dropped", f"{dropped:,} rows with empty cells")
     table.tell_ragged(account)
-    account.note("users", f"{len(known['user']):,}")
-    account.note("items", f"{len(known['item']):,}")
+    account.note("users", f"{len(named['user']):,}")
+    account.note("items", f"{len(named['item']):,}")
     again = events - len(np.unique(pairs(found["user"], found["item"])))
     if again:
         account.note("duplicates", f"{again:,} events repeat a user and an item")
@@ -172,8 +178,8 @@ def read_named_ratings(
         found["item"],
         found.get("rating", np.ones(events)),
         found.get("time", np.zeros(events)),
-        len(known["user"]),
-        len(known["item"]),
+        len(named["user"]),
+        len(named["item"]),
     )
     return ratings, named["user"], named["item"]
 
@@ -190,12 +196,12 @@ def _has_blank(column: list[Any], missing: set[str]) -> bool:
     return any(is_blank(value, missing) for value in column)
 
 
-def _in_natural_order(names: list[Any]) -> Ints:
+def _in_natural_order(names: list[str]) -> Ints:
     """[names] rank of each name: by value where all are whole numbers, else as text."""
     try:
-        order = sorted(range(len(names)), key=lambda i: (int(names[i]), str(names[i])))
-    except (TypeError, ValueError):
-        order = sorted(range(len(names)), key=lambda i: str(names[i]))
+        order = sorted(range(len(names)), key=lambda i: (int(names[i]), names[i]))
+    except ValueError:
+        order = sorted(range(len(names)), key=lambda i: names[i])
     rank = np.empty(len(names), dtype=np.int64)
     rank[order] = np.arange(len(names))
     return rank

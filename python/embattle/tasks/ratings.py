@@ -10,6 +10,7 @@ import torch
 
 from embattle.data.account import Account
 from embattle.data.batch import Batch
+from embattle.data.keyed import plain_name
 from embattle.data.labels import is_blank
 from embattle.data.ratings import Ratings, hold_out_latest, read_named_ratings, together
 from embattle.data.recipe import Events
@@ -126,10 +127,10 @@ class RatingsTask(Task):
         Raises:
             InputError: one was not in the table that was trained on.
         """
-        known = {name: i for i, name in enumerate(getattr(self, what))}
+        known = {plain_name(name): i for i, name in enumerate(getattr(self, what))}
         column = self.data_options.user if what == "users" else self.data_options.item
         found = []
-        for name in map(str, names):
+        for name in map(plain_name, names):
             if name not in known:
                 raise InputError(
                     f"column {column!r}: the model knows no {name!r}; it knows the "
