@@ -143,6 +143,16 @@ def test_columns_are_seen_as_what_they_are(tmp_path: Path) -> None:
     assert {key: value for key, value, _ in draft.data}["label"] == "ill"
 
 
+def test_numbers_that_name_something_are_categories(tmp_path: Path) -> None:
+    names = ("user_id", "item_id", "ad_id", "row_id", "price", "clicked", "timestamp")
+    rows = [(i % 12, i % 20, i % 50, i, f"{i / 7:.2f}", i % 3 // 2, 1000 + i) for i in range(240)]
+    file, out = table(tmp_path / "a.csv", names, rows), tmp_path / "a.yaml"
+    assert invoke("init", file, "--out", out)[0] == 0
+    text = out.read_text()
+    assert "# categories; left out: 'row_id', 'price', 'timestamp'\n" in text
+    assert "  fields: [user_id, item_id, ad_id]\n" in text
+
+
 def events(*, rating: str = "{}", time: str = "{}", rare: str = "") -> str:
     """Ratings in a file of semicolons, every 50th one `rare`."""
     lines = ["user_id;item_id;rating;timestamp"]
@@ -181,7 +191,10 @@ DROP = {"blank_cells": "drop"}
         (events(rare=" "), "item_ranking", DROP),
         (events(rare="n/a"), "item_ranking", {"missing": ["n/a"], **DROP}),
         (events(rare="inf"), "item_ranking", {"missing": ["inf"], **DROP}),
-        (events(rating="5"), "item_ranking", {}),
+        (events(rating="5"), "item_ranking", {"ragged_rows": "refuse"}),
+        (events() + "7;3\n1;2;3;4;5\n", "item_ranking", {"ragged_rows": "drop"}),
+        (adults() + "50\tclerk\n", "tabular", {"ragged_rows": "drop"}),
+        (opinions() + "so, it is,1\n", "text_classification", {"ragged_rows": "drop"}),
         (
             events(rating="{},5", time="", rare="NA").replace("timestamp", "z"),
             "click_through",
@@ -247,7 +260,10 @@ def test_how_a_file_is_written_is_in_its_recipe(tmp_path: Path) -> None:
             "nothing can be pre",
         ),
         ("a,b\n" + "".join(f"{i},{i * i}\n" for i in range(40)), "no column of two classes"),
-        ("a,b\n1,2\n3,4\n1,2,3\n", "do not have the header's 2 cells"),
+        (
+            "a,b\n1,2\n3,4\n5,6\n1,2,3\n",
+            r"\(1 rows with too few or too many cells are not looked at",
+        ),
         ("", "is empty"),
     ],
 )

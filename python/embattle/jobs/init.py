@@ -134,18 +134,25 @@ def look(path: Path, *, encoding: str | None = None, delimiter: str | None = Non
         return _news(path)
     delimiter = "\t" if delimiter in ("tab", "\\t") else delimiter
     with options_named():
-        seen = whole(Table(path, encoding=encoding, delimiter=delimiter))
+        table = Table(path, encoding=encoding, delimiter=delimiter, drop_ragged=True)
+        seen = whole(table)
+    ragged = f"{table.ragged:,} rows with too few or too many cells"
     twice = f"several columns are called {listed([repr(name) for name in seen.twice])}"
     try:
         draft = _of_table(seen)
     except InputError as error:
         if seen.twice:
             raise InputError(f"{path}: {twice}; give each its own name") from error
+        if table.ragged:
+            raise InputError(f"{error} ({ragged} are not looked at; check --delimiter)") from error
         raise
     if seen.twice:
         say(f"warning: {twice}: they are left out")
     given = [("encoding", encoding, "of the text"), ("delimiter", delimiter, "between cells")]
-    told = [line for line in given if line[1] is not None]
+    told: list[tuple[str, Any, str]] = [line for line in given if line[1] is not None]
+    if table.ragged:
+        say(f"warning: {ragged} are left out: check whether the delimiter is right")
+        told.append(("ragged_rows", "drop", f"{ragged} are left out"))
     place = [("path", str(path), "from the working directory"), *told]
     return replace(draft, data=[*place, *draft.data])
 
@@ -251,11 +258,21 @@ def _clicks(seen: Seen, events: Mapping[str, str], looks: str) -> Draft | None:
         for name, column in columns.items()
         if name not in roles and column.kind == "words" and column.distinct <= COUNTED
     ]
-    fields = [events[role] for role in ("user", "item") if role in events] + words
+    ids = [
+        name
+        for name in numeric
+        if name not in roles
+        and _IDENTIFIER.fullmatch(name)
+        and 1 < columns[name].distinct <= COUNTED
+        and columns[name].distinct < seen.rows
+    ]
+    fields = [events[role] for role in ("user", "item") if role in events] + words + ids
     dense = [name for name in coded if name.startswith("I") and name in numeric]
     fields += [name for name in coded if name not in {*dense, *fields}]
+    unread = [repr(name) for name in columns if name not in {label, *fields, *dense}]
+    left_out = f"; left out: {listed(unread)}" if unread else ""
     data: list[tuple[str, Any, str]] = [
-        ("fields", fields, "categories"),
+        ("fields", fields, f"categories{left_out}"),
         *([("dense", dense, "numbers")] if dense else []),
         ("label", label, ""),
         ("at_least", cut, "yes from this value on"),
