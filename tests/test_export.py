@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -231,6 +232,21 @@ def test_without_a_package_it_says_so(
     what = "left out" if missing == "onnxscript" else "whose outputs were not compared"
     assert what in text
     assert (tmp_path / "out" / "model.onnx").exists() == (missing == "onnxruntime")
+
+
+def test_a_full_disk(
+    models: Callable[[str], Path], tmp_path: Path, small_disk: Callable[[int], None]
+) -> None:
+    """The writer of torch's archives would end the process."""
+    model = models("tabular")
+    sizes = [path.stat().st_size for path in model.iterdir()]
+    for room in (max(sizes), 2 * max(sizes)):  # between that of a copy and that of a program
+        small_disk(room)
+        status, text = invoke("export", model, "--out", tmp_path / "out")
+        small_disk(resource.RLIM_INFINITY)
+        assert status == 2, text
+        assert "--out: cannot write the export: File too large; make room or choose" in text
+        assert not list(tmp_path.iterdir())
 
 
 def test_only_an_export_is_replaced(

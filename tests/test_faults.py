@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -303,18 +303,6 @@ def test_overwriting_replaces_all(finished: Path, copy: Callable[[Path], Path]) 
         "standard",
     ]
     assert len(Run.read(out).variants["hardened"].history) == 2
-
-
-@pytest.fixture
-def small_disk() -> Iterator[Callable[[int], None]]:
-    """No file may grow beyond a size, as on a full disk; the system says it with another number."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(size: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [0, 100, 3000, 9000])

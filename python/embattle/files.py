@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import tempfile
@@ -86,6 +87,40 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(before, ignore_errors=True)
+
+
+class _Patient(io.BufferedWriter):
+    """A file whose first failure is kept, and after which nothing more is written."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.failure is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.failure = error
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        if self.failure is None:
+            try:
+                super().flush()
+            except OSError as error:
+                self.failure = error
+
+
+@contextmanager
+def patient(path: Path) -> Iterator[io.BufferedWriter]:
+    """Gives a file to writers that do not survive a failure: torch's of archives ends the process.
+
+    Raises:
+        OSError: at the end of the block, if the file could not be written.
+    """
+    with _Patient(io.FileIO(path, "w")) as stream:
+        yield stream
+    if stream.failure is not None:
+        raise stream.failure
 
 
 def _mask() -> int:

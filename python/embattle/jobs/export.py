@@ -24,7 +24,7 @@ from embattle.data.account import Account, printable
 from embattle.data.batch import Batch
 from embattle.data.rows import Rows
 from embattle.errors import InputError, need, version_of
-from embattle.files import replacing_folder, sha256, write_text
+from embattle.files import patient, replacing_folder, sha256, write_text
 from embattle.jobs.run_folder import contents
 from embattle.jobs.train import read
 from embattle.jobs.trained import TrainedModel, load_trained, model_files
@@ -276,9 +276,10 @@ def _write_program(module: nn.Module, samples: Samples, path: Path) -> tuple[Any
             program = torch.export.export(
                 module, (samples.batches[_TRACED],), dynamic_shapes=(dims,)
             )
-        torch.export.save(program, path)
+        with _writing(), patient(path) as stream:
+            torch.export.save(program, stream)
         off = samples.furthest(PROGRAM, torch.export.load(path).module())
-    except Differs:
+    except (Differs, _Unwritten):
         raise
     except Exception as error:  # exporters, and what they make, raise whatever they meet
         path.unlink(missing_ok=True)
@@ -301,9 +302,10 @@ def _write_onnx(program: Any, samples: Samples, path: Path) -> dict[str, Any]:
         made: Any = torch.onnx.export(
             program, dynamo=True, verbose=False, input_names=names, output_names=["outputs"]
         )
-        made.save(path, external_data=large)
+        with _writing():
+            made.save(path, external_data=large)
         return {"file": ONNX, **_compare_onnx(samples, path)}
-    except Differs:
+    except (Differs, _Unwritten):
         raise
     except Exception as error:  # exporters, and what they make, raise whatever they meet
         for left in path.parent.glob(f"{path.name}*"):
@@ -340,6 +342,21 @@ def _tell(name: str, facts: dict[str, Any], *, required: bool) -> None:
     else:
         off = facts["max_difference"]
         say(f"{name}: {facts['file']}, its outputs differ from the model's by {off:.2g} at most")
+
+
+class _Unwritten(InputError):
+    """A file could not be written, which says nothing of the model."""
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _Unwritten(
+            f"--out: cannot write the export: {error.strerror or error}; make room or choose "
+            "another folder"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
