@@ -119,6 +119,15 @@ def test_a_study_goes_on_in_the_middle_of_a_trial(
     assert rows_of(broken) == rows_of(whole)
     assert (broken / "best.yaml").read_text() == (whole / "best.yaml").read_text()
 
+    # Another study takes its place, also of one that was stopped in the middle of a trial.
+    made.clear()
+    assert invoke("tune", recipe, "--trials", 1, "--out", broken, "--overwrite")[0] == 130
+    made.extend(range(9))
+    assert (broken / "trial").is_dir()
+    status, text = invoke("tune", recipe, "--trials", 1, "--out", broken, "--overwrite")
+    assert status == 0, text
+    assert rows_of(broken) == rows_of(whole)
+
     # More trials are added to those that are there.
     status, text = invoke("tune", recipe, "--trials", 2, "--out", broken, "--resume")
     assert status == 0, text

@@ -32,10 +32,14 @@ Name = Literal[
     "report.html",
     "explanations.html",
     "explanations.json",
+    "trials.json",
+    "best.yaml",
 ]
+# What Optuna writes into a study's folder, and the trial that is under way.
+STUDY, TRIAL = "study.log", "trial"
 _PICTURE = ".svg"
 # What a run's folder may hold beside pictures and the models' folders; and what these may.
-_WRITTEN = {*get_args(Name), OUTCOMES}
+_WRITTEN = {*get_args(Name), OUTCOMES, STUDY, f"{STUDY}.lock"}
 _OF_MODELS = {"recipe.yaml", "model.safetensors", "checkpoint.safetensors"}
 
 
@@ -293,7 +297,11 @@ def _others(folder: Path, recipe: Recipe) -> list[str]:
         known = path.name in _WRITTEN or path.suffix == _PICTURE
         if path.is_dir() and not path.is_symlink():
             held = {one.name for one in path.iterdir() if not one.name.startswith(UNFINISHED)}
-            known = path.name in {TRACKED, *recipe.variants} or not held or bool(held & _OF_MODELS)
+            known = (
+                path.name in {TRACKED, TRIAL, *recipe.variants}
+                or not held
+                or bool(held & _OF_MODELS)
+            )
         if not known:
             found.append(repr(path.name))
     return sorted(found)

@@ -17,19 +17,16 @@ from torch import nn
 
 from embattle.data.account import Account
 from embattle.errors import InputError, closest, need
-from embattle.files import remove_unfinished, write_text
+from embattle.files import remove_unfinished
 from embattle.jobs import recipe as recipes
 from embattle.jobs.fit import Diverged, Fit, first_model
 from embattle.jobs.loss import rehearse
 from embattle.jobs.recipe import STANDARD, Recipe
-from embattle.jobs.run_folder import Run, begin, check_place, find_run, locked
+from embattle.jobs.run_folder import STUDY, TRIAL, Run, begin, check_place, find_run, locked, put
 from embattle.jobs.train import make_accelerator, read
 from embattle.jobs.tune_recipe import TuneRecipe
 from embattle.progress import say
 from embattle.tasks.base import Task
-
-STUDY = "study.log"
-BEST = "best.yaml"
 
 
 def tune(
@@ -178,7 +175,7 @@ class _Study:
     def go(self, count: int) -> None:
         """Makes trials until there are so many."""
         state = self.optuna.trial.TrialState
-        folder = self.out / "trial"
+        folder = self.out / TRIAL
         # Nobody else works in the folder: a trial that runs was stopped. It goes on as a new one
         # with the same values, from its checkpoint.
         stopped = self.study.get_trials(deepcopy=False, states=(state.RUNNING,))
@@ -261,7 +258,7 @@ class _Study:
                 if kept and (best is None or look[self.robust] > best["look"][self.robust]):
                     best = row
             rows.append(row)
-        write_text(self.out / "trials.json", json.dumps(rows, indent=2) + "\n")
+        put(self.out, "trials.json", json.dumps(rows, indent=2) + "\n")
         self._print(rows, best)
         if not any("look" in row for row in rows):
             raise InputError(
@@ -274,8 +271,8 @@ class _Study:
                 "allow more, add weaker values to tune.space, or make more --trials"
             )
         chosen = _with(self.recipe, self.options, best["values"])
-        write_text(self.out / BEST, chosen.to_yaml())
-        say(f"best: {_words(best['values'])}: {self.out / BEST}")
+        put(self.out, "best.yaml", chosen.to_yaml())
+        say(f"best: {_words(best['values'])}: {self.out / 'best.yaml'}")
 
     def _print(self, rows: list[dict[str, Any]], best: dict[str, Any] | None) -> None:
         plain = [f"{self.plain[self.robust]:.3f}", f"{self.plain[self.measure]:.3f}"]
