@@ -165,8 +165,9 @@ def adversarial(folder: Path, model: Any, kind: Any = AdversarialTrainer, **opti
 
 
 def metrics_of(run: Any, batch: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    run._seen.clear()
     run.compute_loss(run.model, dict(batch), **options)
-    return run._seen[-1]
+    return {name: total for name, (total, _) in run._seen.items()}
 
 
 @pytest.mark.parametrize("items", [None, 40], ids=["mean", "items"])
@@ -185,7 +186,7 @@ def test_the_clean_loss_is_the_trainers_own(
     expected = plain.compute_loss(model, dict(batch), num_items_in_batch=count)
     run = adversarial(tmp_path, model, label_smoothing_factor=smoothing)
     loss = run.compute_loss(run.model, dict(batch), num_items_in_batch=count).detach()
-    metrics = run._seen[-1]
+    metrics = {name: total for name, (total, _) in run._seen.items()}
     clean, perturbed = metrics["clean_loss"], metrics["adversarial_loss"]
     assert perturbed > clean
     # Both are means over this batch, and their sum is scaled to its share of all items.
@@ -514,6 +515,35 @@ def test_every_training_begins_anew(tmp_path: Path) -> None:
             states.append(str(run.objective.state_dict()))
         assert states[0] == states[1], name
         adaptive.load_state_dict(run._first_state["eps_schedule"])
+
+
+class OutOfMemory(transformers.TrainerCallback):
+    """Once, after two steps."""
+
+    steps = 0
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.steps += 1
+        if self.steps == 2:
+            raise RuntimeError("CUDA out of memory.")
+
+
+def test_a_training_with_smaller_batches_begins_anew(tmp_path: Path) -> None:
+    """And no log has metrics of an earlier training."""
+    run = training(
+        tmp_path,
+        toys.tiny_bert(**DRY),
+        max_steps=3,
+        auto_find_batch_size=True,
+        objective={"eps_schedule": eb.schedules.WarmUp(8)},
+        callbacks=[OutOfMemory()],
+    )
+    for _ in range(2):  # the second one has what the first one's last step left
+        run.train()
+        assert run._train_batch_size < 8
+        assert run.objective.step == 3
+        scales = [entry["eps_scale"] for entry in run.state.log_history if "eps_scale" in entry]
+        assert scales == [1 / 16]
 
 
 class Sentences(Rows):

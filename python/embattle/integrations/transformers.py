@@ -131,7 +131,8 @@ class AdversarialTrainerMixin:
         self._site = site
         self._loss_per_sample, self._criterion = loss_per_sample, criterion
         self._known: dict[tuple[Any, ...], _Known] = {}
-        self._seen: list[dict[str, Tensor]] = []
+        # The sum of each metric since the last log, and of how many batches.
+        self._seen: dict[str, tuple[Tensor, Tensor]] = {}
         self._inputs: Inputs = {}
         self._first_state: dict[str, Any] | None = None  # the objective's, before any training
         self._place(self.model)
@@ -157,13 +158,17 @@ class AdversarialTrainerMixin:
             sites = site(model) if callable(site) else site
         self.objective = AdversarialObjective(self._attack, sites, **self._options)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does, with the objective as it was before the first training."""
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does, with the objective as it was before the first training.
+
+        The Trainer calls this once more for each batch size that it tries (auto_find_batch_size).
+        """
+        self._seen.clear()
         if self._first_state is None:
             self._first_state = deepcopy(self.objective.state_dict())
         else:
             self.objective.load_state_dict(deepcopy(self._first_state))
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         """Give the Trainer's batches; with the samples' numbers for forms that need them."""
@@ -223,7 +228,7 @@ class AdversarialTrainerMixin:
             )
         finally:
             self._inputs = {}
-        self._seen.append(metrics)
+        self._note(metrics)
         # Not the losses of the samples, by which some may be chosen: they are those of any batch.
         loss = loss if scale is None else loss * scale
         return (loss, last[0]) if return_outputs else loss
@@ -364,14 +369,20 @@ class AdversarialTrainerMixin:
 
     # --- logs and checkpoints --------------------------------------------------------------------
 
+    def _note(self, metrics: dict[str, Tensor]) -> None:
+        """Add a batch's metrics to those of the next log."""
+        for name, values in metrics.items():
+            if name == "loss":
+                continue
+            value = values.detach().float().mean()
+            known = (~value.isnan()).float()
+            total, batches = self._seen.get(name, (0.0, 0.0))
+            self._seen[name] = (total + torch.where(value.isnan(), 0, value), batches + known)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the objective's metrics to the training logs."""
-        if self._seen and "loss" in logs:
-            for name in dict.fromkeys(name for seen in self._seen for name in seen):
-                if name == "loss":
-                    continue
-                values = [seen[name].float().mean().cpu() for seen in self._seen if name in seen]
-                logs[name] = float(torch.stack(values).nanmean())
+        if "loss" in logs:
+            logs |= {name: float(total / known) for name, (total, known) in self._seen.items()}
             self._seen.clear()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
