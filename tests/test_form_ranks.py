@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ import ranks
 import torch
 import toys
 from embattle.data.account import Account
+from embattle.integrations.lightning import AdversarialModule
 from embattle.jobs import fit
 from embattle.jobs import recipe as recipes
 from embattle.jobs.train import make_accelerator
@@ -178,6 +180,38 @@ def of_rank(rank: int, folder: Path) -> None:
     train_wrapped(rank, folder)
     train_twice(rank, folder)
     train_in_trainer(rank, folder)
+
+
+def keep_in_lightning(rank: int, folder: Path) -> None:
+    """A step on samples of one's own; then each takes its state from the first one's checkpoint."""
+    tokens, labels = toys.text_batch(batch=12)
+
+    model = toys.encoder(dtype=torch.float32)
+
+    def module() -> AdversarialModule:
+        made = AdversarialModule()
+        site = eb.Site(model.embedding)
+        made.objective = eb.AdversarialObjective(eb.FGM(eps=0.3), site, form="staggered")
+        return made
+
+    begun = module()
+    rows = torch.tensor(next(iter(eb.StaggeredBatches(12, 4, visits=2, rank=rank, ranks=2))))
+    loss, _ = begun.objective(toys.classify(model, tokens[rows], labels[rows]), samples=rows)
+    loss.backward()
+    checkpoint: dict[str, Any] = {}
+    begun.on_save_checkpoint(checkpoint)
+    if rank == 0:
+        torch.save(checkpoint, folder / "first.ckpt")
+    torch.distributed.barrier()
+    resumed = module()
+    resumed.on_load_checkpoint(torch.load(folder / "first.ckpt", weights_only=True))
+    state = str(resumed.objective.state_dict())
+    assert state == str(begun.objective.state_dict())
+    assert (state == str(checkpoint["embattle_objective"])) == (rank == 0)
+
+
+def test_each_process_of_lightning_resumes_its_own_samples(tmp_path: Path) -> None:
+    ranks.run(keep_in_lightning, tmp_path)
 
 
 def test_two_processes_give_what_one_does_and_resume_with_the_same_bits(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, distributed
 
 from embattle.data.staggered_batches import StaggeredBatches
 from embattle.integrations.trainer_batches import count, take
@@ -95,13 +97,38 @@ class AdversarialModule:
             self.batches.load_state_dict({"epoch": epoch, "position": position})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the objective's state."""
-        checkpoint["embattle_objective"] = self.objective.state_dict()
+        """Keep the objective's state, of several processes each one's."""
+        states = _of_all_processes(self.objective.state_dict())
+        checkpoint["embattle_objective"] = states[0]
+        if len(states) > 1:
+            checkpoint["embattle_objectives"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the objective's state back."""
-        if "embattle_objective" in checkpoint:
-            self.objective.load_state_dict(checkpoint["embattle_objective"])
+        """Take the objective's state back, the first process's where others wrote it."""
+        if "embattle_objective" not in checkpoint:
+            return
+        states = checkpoint.get("embattle_objectives", [checkpoint["embattle_objective"]])
+        rank, ranks = _place()
+        self.objective.load_state_dict(states[rank if len(states) == ranks else 0])
+
+
+def _place() -> tuple[int, int]:
+    """This process, and how many there are."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _of_all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The state of each process, in the order of ranks; all must ask for it. Tensors on the CPU."""
+    _, ranks = _place()
+    if ranks == 1:
+        return [state]
+    mine = io.BytesIO()
+    torch.save(state, mine)
+    found: list[Any] = [None] * ranks
+    distributed.all_gather_object(found, mine.getvalue())
+    return [torch.load(io.BytesIO(one), map_location="cpu", weights_only=True) for one in found]
 
 
 def _scales_or_shards(trainer: Any) -> bool:
