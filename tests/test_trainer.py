@@ -517,6 +517,34 @@ def test_every_training_begins_anew(tmp_path: Path) -> None:
         adaptive.load_state_dict(run._first_state["eps_schedule"])
 
 
+def test_a_search_over_hyperparameters(tmp_path: Path) -> None:
+    """The Trainer keeps what it searches for in an attribute `objective`, too."""
+    pytest.importorskip("optuna")
+    run = training(
+        tmp_path,
+        None,
+        model_init=lambda: toys.tiny_bert(**DRY),
+        eval_strategy="steps",
+        eval_steps=2,
+        attack=eb.FGM(eps=0.1),
+        objective={"form": "staggered", "eps_schedule": eb.schedules.WarmUp(8)},
+    )
+    tried: list[float] = []
+
+    def measure(metrics: dict[str, float]) -> float:
+        tried.append(metrics["eval_loss"])
+        return tried[-1]
+
+    best = run.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-3)},
+        compute_objective=measure,
+        backend="optuna",
+        n_trials=2,
+    )
+    assert best.objective == tried[1] == tried[3]  # equal trials, each begun anew
+    assert run.objective.step == 4
+
+
 class OutOfMemory(transformers.TrainerCallback):
     """Once, after two steps."""
 

@@ -98,7 +98,9 @@ class AdversarialTrainerMixin:
     model_accepts_loss_kwargs: bool
     model_init: Any
     loss_is_scaled_for_ga: bool | None
-    objective: AdversarialObjective
+    hp_search_backend: Any
+    _adversarial: AdversarialObjective
+    _searched: Any
 
     def __init__(
         self,
@@ -138,15 +140,24 @@ class AdversarialTrainerMixin:
         self._place(self.model)
 
     @property
+    def objective(self) -> Any:
+        """What is trained on; during a search over hyperparameters what the Trainer has there."""
+        return self._adversarial if self.hp_search_backend is None else self._searched
+
+    @objective.setter
+    def objective(self, value: Any) -> None:
+        self._searched = value
+
+    @property
     def site(self) -> Sites:
         """Where the model is perturbed."""
-        sites = self.objective.sites
+        sites = self._adversarial.sites
         return sites[0] if len(sites) == 1 else sites
 
     def call_model_init(self, *args: Any) -> Any:
         """Make a new model, and an objective for it."""
         model = super().call_model_init(*args)  # type: ignore[misc]
-        if hasattr(self, "objective"):  # the first model is there before the attack
+        if hasattr(self, "_adversarial"):  # the first model is there before the attack
             self._place(model)
         return model
 
@@ -156,7 +167,7 @@ class AdversarialTrainerMixin:
             sites: Sites = Site.embeddings(model, per_sample=self._choices)
         else:
             sites = site(model) if callable(site) else site
-        self.objective = AdversarialObjective(self._attack, sites, **self._options)
+        self._adversarial = AdversarialObjective(self._attack, sites, **self._options)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does, with the objective as it was before the first training.
@@ -165,14 +176,14 @@ class AdversarialTrainerMixin:
         """
         self._seen.clear()
         if self._first_state is None:
-            self._first_state = deepcopy(self.objective.state_dict())
+            self._first_state = deepcopy(self._adversarial.state_dict())
         else:
-            self.objective.load_state_dict(deepcopy(self._first_state))
+            self._adversarial.load_state_dict(deepcopy(self._first_state))
         return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         """Give the Trainer's batches; with the samples' numbers for forms that need them."""
-        form = self.objective.form
+        form = self._adversarial.form
         if needs_numbers(form):
             return numbered_loader(self, form)  # type: ignore[arg-type]
         return super().get_train_dataloader()  # type: ignore[misc]
@@ -215,12 +226,12 @@ class AdversarialTrainerMixin:
             return loss_fn
 
         more: dict[str, Any] = {"samples": samples}
-        if isinstance(self.objective.form, Partial):
+        if isinstance(self._adversarial.form, Partial):
             more["samples"] = count(inputs) if samples is None else samples
             more["subset"] = lambda rows: loss_of(take(inputs, rows))
         try:
-            masks = [self._mask if site.mask is None else None for site in self.objective.sites]
-            loss, metrics = self.objective(
+            masks = [self._mask if site.mask is None else None for site in self._adversarial.sites]
+            loss, metrics = self._adversarial(
                 loss_of(inputs),
                 criterion=(self._criterion or head.criterion)(inputs),
                 mask=masks if len(masks) > 1 else masks[0],
@@ -390,7 +401,7 @@ class AdversarialTrainerMixin:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self.args.should_save or self.args.process_index:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            torch.save(self.objective.state_dict(), Path(output_dir) / self._state_file())
+            torch.save(self._adversarial.state_dict(), Path(output_dir) / self._state_file())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
@@ -398,7 +409,7 @@ class AdversarialTrainerMixin:
             return
         path = Path(checkpoint) / self._state_file()
         if path.exists():
-            self.objective.load_state_dict(torch.load(path, weights_only=True))
+            self._adversarial.load_state_dict(torch.load(path, weights_only=True))
 
     def _state_file(self) -> str:
         """Name the file of this process: what is kept of samples is of its own share."""
