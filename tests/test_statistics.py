@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -265,3 +267,10 @@ def test_outcomes_are_read_back(tmp_path: Path) -> None:
         CLEAN: [True, False, True],
         "PGD-3, step 0.5": [False, True, False],
     }
+    old, once = tmp_path / "old.safetensors", (tmp_path / "o.safetensors").read_bytes()
+    for _ in range(20):  # an order of keys would be drawn anew each time
+        write_outcomes(tmp_path / "o.safetensors", wanted, part="abc")
+        assert (tmp_path / "o.safetensors").read_bytes() == once
+    about = {"part": "abc", "names": json.dumps([["m", CLEAN]])}  # as it was written once
+    safetensors.torch.save_file({"0": right}, old, metadata=about)
+    assert read_outcomes(old)[1]["m"][CLEAN].tolist() == right.tolist()

@@ -213,7 +213,8 @@ def write_outcomes(
     torch_file = need("safetensors.torch")
     names = [[model, row] for model, rows in outcomes.items() for row in rows]
     tensors = {str(i): outcomes[model][row].right.clone() for i, (model, row) in enumerate(names)}
-    about = {"part": part, "names": json.dumps(names)}
+    # One key: safetensors writes several in an order that changes from call to call.
+    about = {"embattle": json.dumps({"part": part, "names": names})}
     save_tensors(path, lambda file: torch_file.save_file(tensors, file, metadata=about))
 
 
@@ -225,8 +226,12 @@ def read_outcomes(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]]:
     """
     found: dict[str, dict[str, Tensor]] = {}
     with need("safetensors").safe_open(str(path), framework="pt") as file:
-        about = file.metadata()
-        for i, (model, row) in enumerate(json.loads(about["names"])):
+        said = file.metadata()
+        if "embattle" in said:
+            about = json.loads(said["embattle"])
+        else:  # before 2026-12
+            about = {"part": said["part"], "names": json.loads(said["names"])}
+        for i, (model, row) in enumerate(about["names"]):
             right = file.get_tensor(str(i))
             if right.dtype != torch.bool or right.dim() != 1:
                 raise ValueError(f"{path} does not hold truth values of samples")
