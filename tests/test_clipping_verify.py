@@ -367,7 +367,8 @@ def test_couplings_of_all_kinds() -> None:
             return out + torch.eye(B)[last] * out.flip(0)
 
         refused(scores, leak, COUPLED)
-    refused(fc, lambda: F.cross_entropy(fc(x) @ fc(x).t(), torch.arange(B), reduction="none"), "")
+    labels = torch.arange(B)
+    refused(fc, lambda: F.cross_entropy(fc(x) @ fc(x).t(), labels, reduction="none"), COUPLED)
     # A head of zeros lets nothing through: there is nothing wrong until it has been trained.
     body = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4, affine=False)))
     model = nn.Sequential(body, nn.Linear(4, 1))

@@ -14,7 +14,7 @@ from embattle.data.labels import check_classes
 from embattle.data.splits import Examples, number_labels, split
 from embattle.data.tables import read_columns
 from embattle.errors import InputError
-from embattle.files import replacing
+from embattle.files import replacing, replacing_folder
 
 
 def divided(count: int, seed: int, **changes: Any) -> Any:
@@ -117,4 +117,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         part.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    path.mkdir()
+    (path / "old.txt").write_text("old")
+    rename, seen = Path.rename, []
+
+    def failing(self: Path, target: Path) -> Path:
+        seen.append(target)
+        if len(seen) == 2:  # the first puts the old one aside
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(InputError, match="No space left"), replacing_folder(path) as part:
+        (part / "new.txt").write_text("new")
+    assert [one.name for one in path.iterdir()] == ["old.txt"]
     assert list(tmp_path.iterdir()) == [path]

@@ -79,7 +79,12 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         part.chmod(0o777 & ~_mask())
         if path.exists():
             path.rename(before)
-        part.rename(path)
+        try:
+            part.rename(path)
+        except OSError:
+            if before.exists():
+                before.rename(path)
+            raise
     except OSError as error:
         raise InputError(
             f"cannot write {path}: {error.strerror or error}; make room or choose another folder"
