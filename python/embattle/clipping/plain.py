@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from embattle.clipping.context import Context, alike, tolerance
 from embattle.clipping.verify import Verifier
-from embattle.perturb.hook import kept_places, records
+from embattle.perturb.hooked import kept_places, records
 from embattle.perturb.model_state import kept_state
 from embattle.perturb.random_state import preserved_random_state
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from embattle.perturb.hook import Hook, only_sites_look
+from embattle.perturb.hook import Hook
+from embattle.perturb.hooked import only_sites_look
 
 
 def is_fresh(module: nn.Module, value: Tensor) -> bool:

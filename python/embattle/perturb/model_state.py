@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from embattle.perturb.hook import only_sites_look
+from embattle.perturb.hooked import only_sites_look
 
 # What modules have in their __dict__, mostly.
 _TENSORLESS = frozenset({bool, dict, float, int, set, str, type(None), OrderedDict})

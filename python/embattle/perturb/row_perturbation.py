@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from embattle import ops
 from embattle.perturb.calls import Call, is_plain
-from embattle.perturb.hook import OfCall, PassAddition, only_sites_look
+from embattle.perturb.hook import OfCall, PassAddition
+from embattle.perturb.hooked import only_sites_look
 from embattle.perturb.perturbation import Perturbation
 
 

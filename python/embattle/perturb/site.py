@@ -18,10 +18,10 @@ from embattle.perturb.hook import (
     Perturb,
     Recorder,
     Use,
-    cached_forward,
-    can_cache_forward,
 )
+from embattle.perturb.hooked import cached_forward, can_cache_forward
 from embattle.perturb.outputs import Key
+from embattle.perturb.shared_tables import shares, with_tied
 
 Group = Literal["sample", "token"]
 Scope = Literal["output", "row", "weight"]
@@ -114,7 +114,7 @@ class Site:
         if not callable(per_sample):
             checks.integer("Site", "per_sample", per_sample, 1)
         if scope == "row":
-            modules = _with_tied(modules, model)
+            modules = with_tied(modules, model)
         self.modules = modules
         self.group: Group = "token" if scope == "row" else group
         self.scope: Scope = scope
@@ -163,7 +163,7 @@ class Site:
             ) from error
         if isinstance(table, nn.Module):
             weight = getattr(table, "weight", None)
-            tied = [m for m in model.modules() if is_lookup(m) and _shares(m, weight)]
+            tied = [m for m in model.modules() if is_lookup(m) and shares(m, weight)]
             found = tied or [table]
         else:
             found = [module for module in model.modules() if is_lookup(module)]
@@ -364,7 +364,7 @@ def _both(one: Site, other: Site) -> nn.Module | None:
         return one.module
     for table, modules in ((one.table, other.modules), (other.table, one.modules)):
         # A look-up of the table in another module that shares it is a use of it.
-        tied = [m for m in modules if is_lookup(m) and _shares(m, table)]
+        tied = [m for m in modules if is_lookup(m) and shares(m, table)]
         if tied:
             return tied[0]
     shared = [m for m in one.modules if any(m is n for n in other.modules)]
@@ -383,41 +383,6 @@ def _sequence(modules: Any) -> Sequence[nn.Module]:
         if not isinstance(one, nn.Module):
             raise TypeError(f"Site: module must be a torch.nn.Module, got {type(one).__name__}")
     return modules
-
-
-def _with_tied(modules: list[nn.Module], model: nn.Module | None) -> list[nn.Module]:
-    """Check the modules of scope "row", and add those of the model that look the same table up."""
-    for module in modules:
-        if not is_lookup(module):
-            raise TypeError(
-                f"Site: scope='row' needs an nn.Embedding or nn.EmbeddingBag, got "
-                f"{type(module).__name__}; use scope='output'"
-            )
-        _refuse_scaled_rows(module)
-    weight = modules[0].weight
-    if any(not _shares(module, weight) for module in modules):
-        raise ValueError("Site: scope='row' needs modules of one table; make a site of each")
-    others = [] if model is None else [m for m in model.modules() if is_lookup(m)]
-    for module in others:
-        if _shares(module, weight) and not any(module is one for one in modules):
-            _refuse_scaled_rows(module)
-            modules = [*modules, module]
-    return modules
-
-
-def _refuse_scaled_rows(module: nn.Module) -> None:
-    if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
-        raise ValueError("Site: scope='row' needs a bag of mode 'sum' or 'mean', got 'max'")
-    if type(module) not in (nn.Embedding, nn.EmbeddingBag) or module.max_norm is not None:
-        raise TypeError(
-            f"Site: scope='row' adds deltas to the rows that a plain look-up gives; "
-            f"{type(module).__name__} may scale or renormalise its rows. Perturb the table "
-            "itself, Site.weight(module), or what the module returns, scope='output'"
-        )
-
-
-def _shares(module: nn.Module, weight: Any) -> bool:
-    return weight is not None and getattr(module, "weight", None) is weight
 
 
 def _remove(handles: list[Any]) -> None:
