@@ -10,7 +10,7 @@ the parameter was used where it cannot be followed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _grad, _backward = body_of(torch.autograd.grad), body_of(torch.autograd.backward)
 # Names a record in a node's metadata.
 _KEY = "_embattle_clipping"
+_NOTHING: AbstractContextManager[None] = nullcontext()
 # Takes in the per-sample gradient of a parameter.
 Add = Callable[[Parameter, "GradSample"], None]
 
@@ -238,8 +239,10 @@ class Graph:
                 leaf.grad = grad
         return collected, found
 
-    def _watching(self) -> ExitStack:
+    def _watching(self) -> AbstractContextManager[object]:
         """What watches checkpoints that use parameters outside of a module's forward."""
+        if not self.context.again:
+            return _NOTHING
         stack = ExitStack()
         for again in self.context.again.values():
             stack.enter_context(again)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from embattle import checks
 from embattle.clipping.context import Context
@@ -109,9 +110,8 @@ class Installer:
         for layer in self._layers:
             layer.put_in()
         before = self.core.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
-        stack.callback(before.remove)
-        stack.callback(self.core.register_forward_hook(self._after).remove)
-        stack.callback(self._comparison.forget)
+        after = self.core.register_forward_hook(self._after)
+        stack.callback(self._end, before, after)
 
     @staticmethod
     def _take_out(parameters: list[Parameter], layers: list[Layer]) -> None:
@@ -119,6 +119,11 @@ class Installer:
             layer.take_out()
         for p in parameters:
             p._backward_hooks = None
+
+    def _end(self, *hooks: RemovableHandle) -> None:
+        for hook in hooks:
+            hook.remove()
+        self._comparison.forget()
 
     def _before(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         context = self._context
