@@ -269,3 +269,19 @@ def test_a_number_of_another_step_is_no_new_kind_of_call() -> None:
         with clipper:
             clipper.backward(per_sample(model(x, beta)))
     assert calls == [0.0, 0.0, 0.1, 0.1, 0.2, 0.3]
+
+
+def test_a_list_that_a_forward_hook_appends_to_ends_with_the_watched_pass() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.ones(B, 3)
+    seen: list[Tensor] = []
+    model[0].register_forward_hook(lambda m, given, out: seen.append(out))
+
+    def losses(place: int) -> Tensor:
+        seen.clear()
+        return per_sample(model(x)) + per_sample(seen[place])
+
+    exact(model, lambda: losses(-1))
+    clipper = PerSampleClipper(model, 1.0)
+    with clipper, pytest.raises(RuntimeError, match=r"hook appends to .* the last"):
+        clipper.backward(losses(0))

@@ -48,9 +48,11 @@ def bound(max_norm: Any, mode: Mode, noise_multiplier: float) -> Bound:
 
 
 def check_losses(losses: Any) -> None:
-    """Raises:
-    TypeError: not a tensor.
-    ValueError: not [B], or without a gradient.
+    """Check the losses of a batch.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: not [B], or without a gradient.
     """
     if not isinstance(losses, Tensor):
         raise TypeError(f"{_WHO}: losses must be a tensor [B], got {type(losses).__name__}")

@@ -209,9 +209,11 @@ def _refuse_stray(context: Context, stray: Parameter | None) -> None:
         raise RuntimeError(
             f"PerSampleClipper: parameter '{context.names[stray]}' is used where its per-sample "
             "gradients cannot be followed: outside of its module's forward, through a tensor that "
-            "stands in for it (functional_call), in a forward compiled before the with block, or "
-            "in a gradient that is itself differentiated. Use it through a module (for tied "
-            "weights, an nn.Linear whose weight is the table's), or freeze it"
+            "stands in for it (functional_call), in a forward compiled before the with block, "
+            "in a gradient that is itself differentiated, or in the clipper's own pass without "
+            "rules, of which a list that a forward hook appends to holds the first output: take "
+            "the last. Use it through a module (for tied weights, an nn.Linear whose weight is the "
+            "table's), or freeze it"
         )
 
 
