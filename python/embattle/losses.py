@@ -37,6 +37,11 @@ def classes(logits: Tensor) -> int:
     return 2 if _is_binary(logits) else logits.shape[-1]
 
 
+def one_hot(numbers: Tensor, count: int) -> Tensor:
+    """Bool `[N, count]`, True at each number; a number that is no class is in no column."""
+    return numbers[:, None] == torch.arange(count, device=numbers.device)
+
+
 def per_sample(values: Tensor) -> Tensor:
     """Average over all dims but the first."""
     return values if values.dim() == 1 else values.flatten(1).mean(1)

@@ -87,8 +87,8 @@ class Smoothed:
             if outputs is None or outputs.dim() not in (1, 2):
                 raise ValueError("Smoothed: the model must give logits [B, C] or [B]")
             # Outputs that are no numbers vote for no class.
-            classes = torch.arange(losses.classes(outputs), device=outputs.device)
-            found.append((losses.predict(outputs)[:, None] == classes).long().cpu())
+            voted = losses.one_hot(losses.predict(outputs), losses.classes(outputs))
+            found.append(voted.long().cpu())
         votes = torch.cat(found)
         return votes.reshape(len(batch), n, -1).sum(1)
 

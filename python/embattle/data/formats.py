@@ -72,6 +72,11 @@ _OTHERS = (
 )
 
 
+def delimiter_of(word: str | None) -> str | None:
+    """A delimiter as it is given: a tab also by its name."""
+    return "\t" if word in ("tab", "\\t") else word
+
+
 @dataclass(frozen=True)
 class Format:
     """How a file is written.

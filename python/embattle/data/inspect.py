@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from embattle.data.account import Account, listed, short
+from embattle.data.formats import delimiter_of
 from embattle.data.labels import is_blank
 from embattle.data.looks import READERS, TABLES, guess_events, guess_roles, kind_of_table, look_all
 from embattle.data.tables import Table, not_a_header
@@ -28,7 +29,7 @@ def inspect_file(path: Path, *, encoding: str | None, delimiter: str | None) -> 
                 path,
                 account,
                 encoding=encoding,
-                delimiter="\t" if delimiter in ("tab", "\\t") else delimiter,
+                delimiter=delimiter_of(delimiter),
             )
     finally:
         for line in account.lines():

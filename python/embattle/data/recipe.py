@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from embattle.data.formats import delimiter_of
 from embattle.data.labels import most
 from embattle.data.sources import find
 from embattle.sections import Section  # pydantic is optional: this says so where it is missing
@@ -47,7 +48,7 @@ class Place(Section):
     @field_validator("delimiter")
     @classmethod
     def _one_character(cls, value: str | None) -> str | None:
-        value = "\t" if value in ("tab", "\\t") else value
+        value = delimiter_of(value)
         if value is not None and (len(value) != 1 or value in '\r\n"' or not value.isascii()):
             raise ValueError("must be one ASCII character that is no quote, or 'tab'")
         return value

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from embattle.data.account import Account, listed, printable
+from embattle.data.formats import delimiter_of
 from embattle.data.labels import TRUTH
 from embattle.data.looks import (
     TABLES,
@@ -132,7 +133,7 @@ def look(path: Path, *, encoding: str | None = None, delimiter: str | None = Non
     """
     if is_mind(path):
         return _news(path)
-    delimiter = "\t" if delimiter in ("tab", "\\t") else delimiter
+    delimiter = delimiter_of(delimiter)
     with options_named():
         table = Table(path, encoding=encoding, delimiter=delimiter, drop_ragged=True)
         seen = whole(table)

@@ -22,7 +22,7 @@ from torch import nn
 from embattle import checks
 from embattle.data.account import printable
 from embattle.data.batch import Batch
-from embattle.data.formats import parquet_files
+from embattle.data.formats import delimiter_of, parquet_files
 from embattle.data.rows import Row, Rows
 from embattle.errors import InputError, Interrupted, options_named
 from embattle.files import sha256
@@ -112,7 +112,7 @@ def predict(
             None if read is None else list(dict.fromkeys([*read, *kept])),
             lists=task.list_columns,
             encoding=encoding,
-            delimiter="\t" if delimiter in ("tab", "\\t") else delimiter,
+            delimiter=delimiter_of(delimiter),
         )
         device = chosen_device()
         job = {

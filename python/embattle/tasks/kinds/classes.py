@@ -37,11 +37,6 @@ def _areas(logits: Tensor, true: Tensor) -> list[Area]:
     return areas[1:] if len(areas) == 2 else areas
 
 
-def _one_of(numbers: Tensor, count: int) -> Tensor:
-    """Bool [N, count], True at each number; a number outside is in no column."""
-    return numbers[:, None] == torch.arange(count, device=numbers.device)
-
-
 @dataclass(frozen=True)
 class Classification(Kind):
     """One of several classes: logits [B, C], or one logit [B] or [B, 1] of a binary decision.
@@ -143,7 +138,8 @@ class Classification(Kind):
         """Logits [N, C], and whether each class is predicted, and true, bool [N, C]."""
         logits = losses.two_sided(losses.wide(outputs))
         count = logits.shape[1]
-        return logits, _one_of(losses.predict(logits), count), _one_of(labels, count)
+        predicted = losses.one_hot(losses.predict(logits), count)
+        return logits, predicted, losses.one_hot(labels, count)
 
     def _name(self, number: int) -> str:
         return self.classes[number] if self.classes else str(number)
