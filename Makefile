@@ -83,9 +83,12 @@ demo: setup-build
 	$(RUN) -m embattle train recipes/womens_reviews.yaml --out runs/demo --overwrite $(DEMO)
 	$(RUN) -m embattle audit runs/demo
 
-# A process for each core, each with one thread; tests of threads ask for more by themselves.
+# A process for each core, each with one thread; tests of threads ask for more by themselves. A test
+# that takes so many seconds hangs: it fails, and says where each of its threads is.
+TEST_LIMIT ?= 500
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -o faulthandler_timeout=$(TEST_LIMIT) -o faulthandler_exit_on_timeout=true
 test: dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(TESTS)
+	$(PYTEST) -n $(JOBS) $(TESTS)
 
 # They are part of make test as well, where there is a Chromium.
 browser: dev
@@ -103,8 +106,7 @@ fuzz-nightly: dev
 
 # The tests that run on any device, on one that needs no hardware; random cases are make test's.
 device-test: dev
-	OMP_NUM_THREADS=1 EMBATTLE_PROPERTY_CASES=200 EMBATTLE_CLIPPING_CASES=200 \
-		$(RUN) -m pytest --device pretend -n $(JOBS) tests
+	EMBATTLE_PROPERTY_CASES=200 EMBATTLE_CLIPPING_CASES=200 $(PYTEST) --device pretend -n $(JOBS) tests
 
 # The same binary, in an environment of its own.
 torch-min: dev
@@ -151,7 +153,8 @@ sanitize: setup
 emulator-asan: dev
 	@PYTHON=$(PY) JOBS=$(JOBS) SHORT=$(SHORT) bash tools/emulator_asan.sh
 
-# For the night: more property cases than CI's 1,000 are EMBATTLE_PROPERTY_CASES=20000 make test.
+# For the night: more property cases than CI's 1,000 are
+# EMBATTLE_PROPERTY_CASES=20000 make test TEST_LIMIT=7200.
 mutation: dev
 	@$(PY) -c "import cosmic_ray, coverage" 2>/dev/null || \
 		$(PY) -m pip install --quiet $$($(PY) tools/requirements.py mutation)
