@@ -187,3 +187,33 @@ def test_the_masks_of_the_pass_under_the_deltas(form: str, early: bool) -> None:
     eb.AdversarialObjective(attack, site, form=form, early_backward=early)(loss_fn)
     masks = [next(i for i, x in enumerate(losses) if torch.equal(x, one)) for one in losses]
     assert masks == [*range(len(losses) - 1), 0 if form == "adversarial" else 1]
+
+
+def test_weights_that_awp_perturbs_are_in_no_average() -> None:
+    """The proximal point is that of the weights as they are trained, once for each call."""
+    model = toys.encoder()
+    tokens, labels = toys.text_batch()
+    bregman = eb.Bregman(model, weight=0.5, momentum=0.5)
+    inner = eb.AdversarialObjective(
+        eb.SMARTStep(eps=0.05, sigma=0.02),
+        eb.Site(model.embedding),
+        form=eb.Smart(bregman=bregman),
+    )
+    objective = eb.AWP(inner, model, gamma=0.2)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(3):
+        with torch.no_grad():
+            old = torch.func.functional_call(model, average, (tokens,))
+        seen: list[torch.Tensor] = []
+        with model.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out.detach())):
+            loss, metrics = objective(toys.classify(model, tokens, labels), mask=tokens != 0)
+        clean = seen[-2]  # of the passes at w + v, the first of two
+        torch.testing.assert_close(metrics["bregman"], eb.losses.symmetric_kl(clean, old).mean())
+        average = {n: (average[n] + p.detach()) / 2 for n, p in model.named_parameters()}
+        kept = bregman.state_dict().values()
+        for one, expected in zip(kept, average.values(), strict=True):
+            torch.testing.assert_close(one, expected)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

@@ -45,6 +45,7 @@ class Batch:
         reuse: the first pass was a training pass, whose look-ups the later ones can reuse.
         frozen: the deltas are found: `ascend` leaves them as they are.
         part: the chosen samples, int64 `[n]`, and their batch, for forms that attack a part.
+        old: outputs of the averaged model, found once for all calls of a form on this batch.
         metrics: what the forms report, detached.
     """
 
@@ -60,6 +61,7 @@ class Batch:
     reuse: bool = False
     frozen: bool = False
     part: tuple[Tensor, Batch] | None = None
+    old: Tensor | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @property

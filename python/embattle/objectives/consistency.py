@@ -121,9 +121,8 @@ class Smart:
     bregman: Bregman | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
-        old = None
-        if self.bregman is not None:
-            old = batch.outputs(self.bregman.evaluate_average(batch.attacked.loss_fn))
+        if self.bregman is not None and batch.old is None:  # once: AWP calls again at w + v
+            batch.old = batch.outputs(self.bregman.evaluate_average(batch.attacked.loss_fn))
         clean = batch.clean()
         batch.ascend(toward=Diverge(self.divergence), clean=clean)
         perturbed = batch.perturbed()
@@ -132,9 +131,9 @@ class Smart:
         loss = batch.losses(clean).mean() + batch.lam * batch.mean(
             distance, batch.weights(perturbed, clean)
         )
-        if self.bregman is None or old is None:
+        if self.bregman is None or batch.old is None:
             return loss
-        proximal = measure(batch.outputs(clean), old).mean()
+        proximal = measure(batch.outputs(clean), batch.old).mean()
         batch.metrics["bregman"] = proximal.detach()
         return loss + self.bregman.weight * proximal
 
