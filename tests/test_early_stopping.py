@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import embattle as eb
 import pytest
@@ -64,9 +65,8 @@ def test_fooled_samples_cost_nothing_more(keep: str, joint: bool) -> None:
     assert torch.equal(early.success, ~wrong & (early.predictions != labels))
 
 
-@pytest.mark.parametrize("keep", ["last", "best"])
-def test_who_is_never_fooled_has_what_the_whole_batch_would_have(keep: str) -> None:
-    """The last iterate is not the worst one here; and no group is said to lack a gradient."""
+def waves() -> tuple[Callable[[Tensor], Callable[[], eb.Evaluation]], Tensor, eb.Site]:
+    """Losses that rise and fall, labels, and the site: the last iterate is mostly not the worst."""
     embedding = torch.nn.Embedding(6, 1).double()
     with torch.no_grad():
         embedding.weight.copy_(torch.tensor([[-0.5], [-0.3], [-0.1], [0.1], [-0.05], [0.5]]))
@@ -81,8 +81,15 @@ def test_who_is_never_fooled_has_what_the_whole_batch_would_have(keep: str) -> N
 
         return loss
 
+    return of, labels, eb.Site(embedding)
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_who_is_never_fooled_has_what_the_whole_batch_would_have(keep: str) -> None:
+    """The last iterate is not the worst one here; and no group is said to lack a gradient."""
+    of, labels, site = waves()
     options = {"norm": "linf", "eps": 1.0, "step_size": 0.45, "steps": 5}
-    whole, goal, site = of(torch.arange(6)), eb.Misclassify(labels), eb.Site(embedding)
+    whole, goal = of(torch.arange(6)), eb.Misclassify(labels)
     early = eb.PGD(**options, keep=keep, stop_when_fooled=True).run(
         whole, site, criterion=goal, subset=of
     )
@@ -99,6 +106,22 @@ def test_who_is_never_fooled_has_what_the_whole_batch_would_have(keep: str) -> N
     assert int(early.zero_gradient) == 0
     random = eb.PGD(**options, keep=keep, stop_when_fooled=True, random_start=True)
     assert int(random.run(whole, site, criterion=goal, subset=of).zero_gradient) == 0
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_of_restarts_the_same_iterates_count_whether_samples_leave_or_not(keep: Any) -> None:
+    of, labels, site = waves()
+    found = {}
+    for stop in (True, False):
+        attack = eb.PGD(
+            norm="linf", eps=1.0, step_size=0.45, steps=5, random_start=True, restarts=3, keep=keep,
+            generator=torch.Generator().manual_seed(0), stop_when_fooled=stop,
+        )  # fmt: skip
+        found[stop] = attack.run(
+            of(torch.arange(6)), site, criterion=eb.Misclassify(labels), subset=of
+        )
+    assert not found[True].reached[:4].any()
+    torch.testing.assert_close(found[True].delta[:4], found[False].delta[:4])
 
 
 @pytest.mark.parametrize("attack", ["apgd", "mi", "restarts", "token"])

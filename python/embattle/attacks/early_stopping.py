@@ -99,11 +99,11 @@ def search_early_stopping(
                 at = at.detach()
             fooled = reached(some, at, known.clean)
             assert fooled is not None
-            kept = attack.keep == "best" or attack.restarts > 1
-            worst.write(
-                rows, perturbations, at, values,
-                fooled | (values > worst.values[rows] if kept else torch.full_like(fooled, over)),
-            )  # fmt: skip
+            wins = fooled
+            if over or attack.keep == "best":
+                worse = values > worst.values[rows]
+                wins = fooled | worse if attack.compares else torch.ones_like(fooled)
+            worst.write(rows, perturbations, at, values, wins)
             worst.reached[rows[fooled]] = True
             stay = (~fooled).nonzero().squeeze(1)
             if stay.numel() < rows.numel():
