@@ -136,6 +136,22 @@ def test_size_of_embeddings_and_of_logits_does_not_matter() -> None:
         assert torch.allclose(got / factor, plain, rtol=0.03)
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
+@pytest.mark.parametrize("factor", [0.0, 1e-3, "some"])
+def test_embeddings_far_smaller_than_their_perturbation(norm: str, factor: float | str) -> None:
+    """Rows that were never trained, beside others or not: the border is no less found."""
+    model, x, _, _ = linear()
+    few = torch.arange(len(x)) < 4
+    x = torch.where(few[:, None], 1e-5 * x, x) if isinstance(factor, str) else factor * x
+    x[0] = 0
+    with torch.no_grad():
+        labels = model(x).argmax(1)
+    slopes = model[1].weight.detach()[None] - model[1].weight.detach()[labels][:, None]
+    expected = nearest(model, x, labels, slopes, norm)
+    found = smallest(model, x, eb.Misclassify(labels), norm=norm).eps
+    assert torch.all((found >= expected * 0.999) & (found <= expected * 1.5))
+
+
 def test_masks_boxes_and_relative_units() -> None:
     model, x, labels, _ = linear()
     mask = torch.arange(12) != 5

@@ -221,15 +221,14 @@ class _Search:
             state["unit"] = torch.as_tensor(
                 state["eps"], dtype=perturbation.delta.dtype, device=clean.device
             ).expand(perturbation.groups)
-            state["diagonal"] = (
-                group_sizes(perturbation.base, perturbation.geometry)
-                .to(perturbation.delta.dtype)
-                .sqrt()
-            )
-        # The largest radius that is tried first: the embeddings' own size.
-        self.far = self._sample_norms(
+            sizes = group_sizes(perturbation.base, perturbation.geometry)
+            state["diagonal"] = sizes.to(perturbation.delta.dtype).sqrt()
+        # The largest radius that is tried first: the embeddings' own size, but at least the mean
+        # one, as rows that were never trained are next to nothing; 1 where all are zero.
+        own = self._sample_norms(
             [ops.group_norm(b.base, norm=attack.norm, **b.geometry) for b in batch.perturbations]
         )
+        self.far = own.maximum(own.mean()) + (own.mean() == 0)
         self.eps = torch.full_like(self.far, math.inf)
         self.best = torch.full_like(self.far, math.inf)
         self.deltas = [torch.zeros_like(p.delta.detach()) for p in batch.perturbations]
@@ -294,7 +293,9 @@ class _Search:
             norms = ops.group_norm(grad, norm=dual, **perturbation.geometry) * state["unit"]
             slope = slope + _of_samples(perturbation, norms).sum(1).to(slope.dtype)
         distance = self.margins.largest(at).abs().to(slope.dtype) / slope
-        return torch.where(slope > 0, torch.minimum(distance, self.far), torch.zeros_like(slope))
+        # Beyond the embeddings' size a radius is doubled at most.
+        most = torch.where(self.eps.isfinite(), self.eps.maximum(self.far), self.far)
+        return torch.where(slope > 0, torch.minimum(distance, most), torch.zeros_like(slope))
 
     def _with_random_directions(self, grads: list[Tensor]) -> list[Tensor]:
         """Replace the gradients of samples that have none by random directions."""
@@ -312,11 +313,8 @@ class _Search:
         for perturbation, grad, state in zip(
             self.batch.perturbations, grads, self.states, strict=True
         ):
-            radius = (
-                (perturbation.per_group(self.eps) * state["unit"])
-                .to(perturbation.delta.dtype)
-                .contiguous()
-            )
+            radius = perturbation.per_group(self.eps) * state["unit"]
+            radius = radius.to(perturbation.delta.dtype).contiguous()
             length = radius * share
             if norm == "linf":  # of the ball's diagonal
                 length = length * state["diagonal"]
