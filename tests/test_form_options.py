@@ -217,3 +217,78 @@ def test_weights_that_awp_perturbs_are_in_no_average() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("group", ["sample", "token"])
+def test_strengths_of_groups_are_those_of_the_chosen_samples(group: Any, start: bool) -> None:
+    """Where the chosen samples' pass has less padding than the batch, too."""
+    model = toys.encoder()
+    tokens, labels = toys.text_batch(batch=8)
+    there = tokens != 0
+    shape = (8, 1) if group == "sample" else tuple(tokens.shape)
+    each = torch.rand(shape, dtype=torch.float64) + 0.5
+    attack: eb.Attack = eb.FGM(eps=each.flatten())
+    if start:  # of which only the size is known beforehand
+        attack = eb.PGD(norm="linf", eps=9.0, steps=0, random_start=eb.BoxStart(each.flatten()))
+    chosen: list[torch.Tensor] = []
+
+    def some(rows: torch.Tensor) -> Any:
+        chosen.append(rows)
+        longest = int(there[rows].sum(1).max())
+        return toys.classify(model, tokens[rows, :longest], labels[rows])
+
+    seen: list[torch.Tensor] = []
+    model.layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+    objective = eb.AdversarialObjective(
+        attack, eb.Site(model.embedding, group=group), form=eb.Partial(0.25)
+    )
+    for _ in range(4):
+        objective(toys.classify(model, tokens, labels), subset=some, samples=8, mask=there)
+        deltas = (seen[-1] - model.embedding.weight[tokens].detach())[chosen[-1]]
+        moved, expected = there[chosen[-1]], each[chosen[-1]]
+        if start:
+            size = deltas.abs().amax(-1)[moved]
+            assert torch.all(size <= (expected * moved)[moved])
+            assert torch.all(size > 0.2 * (expected * moved)[moved])
+        else:
+            norms = deltas.norm(dim=-1) if group == "token" else deltas.flatten(1).norm(dim=1)
+            wanted = expected * moved if group == "token" else expected.flatten()
+            torch.testing.assert_close(norms, wanted)
+    assert any(there[rows].sum(1).max() < tokens.shape[1] for rows in chosen)
+
+
+@pytest.mark.parametrize("rows", ["batch", "table"])
+def test_strengths_of_rows_are_those_of_the_table(rows: Any) -> None:
+    model, batch = toys.factors(), toys.triplets()
+    each = torch.linspace(0.1, 1.2, 12, dtype=torch.float64)  # of the users
+    site = eb.Site(model.user, scope="row", rows=rows)
+    objective = eb.AdversarialObjective(eb.FGM(eps=each), site, form=eb.Partial(0.5))
+    seen: list[torch.Tensor] = []
+    model.user.register_forward_hook(lambda m, args, out: seen.append(out.detach()))
+
+    def some(rows: torch.Tensor) -> Any:
+        return toys.rank(model, tuple(part[rows] for part in batch))  # type: ignore[arg-type]
+
+    if rows == "batch":
+        with pytest.raises(ValueError, match=r"12 strengths, one for each row.*rows='table'"):
+            objective(toys.rank(model, batch), subset=some, samples=9)
+        return
+    objective(toys.rank(model, batch), subset=some, samples=9)
+    norms = (seen[-1] - model.user.weight[batch[0]].detach()).norm(dim=1)
+    moved = norms > 0
+    assert moved.sum() >= 5
+    torch.testing.assert_close(norms[moved], each[batch[0]][moved])
+
+
+def test_strengths_of_another_batch_are_refused() -> None:
+    model = toys.encoder()
+    tokens, labels = toys.text_batch()
+    attack = eb.FGM(eps=torch.ones(5))
+    objective = eb.AdversarialObjective(attack, eb.Site(model.embedding), form=eb.Partial(0.5))
+    with pytest.raises(ValueError, match=r"5 strengths, one for each group, do not belong to .* 6"):
+        objective(
+            toys.classify(model, tokens, labels),
+            subset=lambda rows: toys.classify(model, tokens[rows], labels[rows]),
+            samples=6,
+        )

@@ -13,8 +13,10 @@ from torch import Tensor
 from embattle.attacks.base import Attack
 from embattle.attacks.box import ChosenBound
 from embattle.attacks.first_pass import FirstPass, Iterate, run_first_pass
+from embattle.attacks.starts import BoxStart, GaussianStart
 from embattle.criteria import Criterion, Misclassify
 from embattle.criteria.base import ascended
+from embattle.errors import InputError
 from embattle.objectives.agreement import nearest_agreement
 from embattle.objectives.masking import Agreement, Masking, Outcome
 from embattle.objectives.precomputed import attach_gradients, next_number, reached
@@ -22,6 +24,7 @@ from embattle.objectives.rows import Key
 from embattle.perturb.attacked_batch import AttackedBatch
 from embattle.perturb.evaluation import Evaluation
 from embattle.perturb.perturbed_sites import Lookups
+from embattle.perturb.strength import OfChosen
 
 # Indices of a batch's samples in the data, `[B]`; or how many they are.
 Samples: TypeAlias = "Sequence[int] | Tensor | int | None"
@@ -234,13 +237,17 @@ class Batch:
 
     def choose(self, rows: Tensor) -> Batch:
         """Return the batch of some of the samples, int64 `[n]` ascending, to be attacked alone."""
-        size = self.size
-        attack = self.attack
-        given = {
-            name: _of_samples(getattr(attack, name, None), size, rows)
-            for name in ("eps", "step_size")
-        }
-        changed: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
+        size, attack = self.size, self.attack
+        changed: dict[str, Any] = {}
+        for name in ("eps", "step_size", "xi", "std"):
+            value = self._of_chosen(getattr(attack, name, None), rows)
+            if value is not None:
+                changed[name] = value
+        for kind, name in ((GaussianStart, "std"), (BoxStart, "size")):
+            if isinstance(attack.random_start, kind):
+                value = self._of_chosen(getattr(attack.random_start, name), rows)
+                if value is not None:
+                    changed["random_start"] = kind(value)
         for name in ("lower", "upper"):
             bound = getattr(attack, name)
             if isinstance(bound, Tensor) and bound.dim():
@@ -255,6 +262,18 @@ class Batch:
             self.masking,
             step=self.step,
         )
+
+    def _of_chosen(self, value: Any, rows: Tensor) -> OfChosen | None:
+        """Return the chosen samples' part of strengths per group; None where it is one for all."""
+        if not isinstance(value, Tensor) or value.numel() == 1:
+            return None
+        if any(site.scope == "row" and site.rows == "batch" for site in self.attacked.sites):
+            raise InputError(
+                f"{len(value)} strengths, one for each row that a batch reads: which of them are "
+                "those of the chosen samples' rows is not known; use Site(..., scope='row', "
+                "rows='table') and a strength for each row of the table, or form='mixed'"
+            )
+        return OfChosen(value, self.size, rows)
 
     @property
     def size(self) -> int:
@@ -362,12 +381,3 @@ def sample_norms(attacked: AttackedBatch) -> Tensor:
 
 def _rows_of(agreement: Agreement, rows: Tensor) -> Tensor:
     return agreement()[rows]
-
-
-def _of_samples(value: Any, size: int, rows: Tensor) -> Tensor | None:
-    """Return the chosen samples' entries of a strength per group; None where it is one for all."""
-    if not isinstance(value, Tensor) or value.numel() == 1:
-        return None
-    if len(value) == size or not size:
-        return value[rows.to(value.device)]
-    return value.reshape(size, -1)[rows.to(value.device)].reshape(-1)

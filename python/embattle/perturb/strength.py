@@ -174,6 +174,43 @@ class Measured:
         return " or ".join(f"{self.factor * value:g}" for value in self.values.values())
 
 
+@dataclass(frozen=True)
+class OfChosen:
+    """The strengths of a batch's groups, for an attack on some of its samples.
+
+    Args:
+        values: `[groups]`, of the whole batch; or one for each row of a table.
+        size: samples of the batch.
+        rows: int64 `[n]`, which of them are attacked.
+    """
+
+    values: Tensor
+    size: int
+    rows: Tensor
+
+    def resolve(self, base: Tensor, *, norm: Any, geometry: dict[str, Any]) -> Tensor:
+        """Return those of the chosen samples' groups, whose padding may be cut on the right.
+
+        Raises:
+            ValueError: there are not as many for each sample.
+        """
+        values, count = self.values.to(base.device), group_count(base, geometry)
+        if base.dim() == 2 and len(values) == count:  # of a table, whichever rows are read
+            return values
+        each, of_sample = divmod(count, max(len(self.rows), 1))
+        lead = base.shape[1:-2].numel() if each > 1 else 1
+        if of_sample or len(values) % (max(self.size, 1) * lead) or len(values) < self.size * each:
+            raise ValueError(
+                f"{len(values)} strengths, one for each group, do not belong to the {count} groups "
+                f"of {len(self.rows)} samples out of {self.size}"
+            )
+        chosen = values.reshape(self.size, lead, -1)[self.rows.to(values.device)]
+        return chosen[..., : each // lead].reshape(-1)
+
+    def __str__(self) -> str:
+        return words(self.values)
+
+
 def scaled(value: Strength, factor: float) -> Strength:
     """Return a strength times a factor.
 
