@@ -292,3 +292,37 @@ def test_strengths_of_another_batch_are_refused() -> None:
             subset=lambda rows: toys.classify(model, tokens[rows], labels[rows]),
             samples=6,
         )
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_evaluation_is_no_step(wrapped: bool) -> None:
+    """It sees what a step would, and leaves the state of schedules, averages and choices alone."""
+    model = toys.encoder()
+    tokens, labels = toys.text_batch()
+    site, loss_fn = eb.Site(model.embedding), toys.classify(model, tokens, labels)
+    accuracy = eb.schedules.Adaptive(target=0.01, start=0.2, every=1)
+    for form in (eb.Smart(bregman=eb.Bregman(model, momentum=0.5)), eb.Partial(choose="loss")):
+        attack = eb.PGD(eps=0.3, steps=2, random_start=True)
+        inner = eb.AdversarialObjective(attack, site, form=form, eps_schedule=accuracy)
+        objective: Any = eb.AWP(inner, model, gamma=0.01) if wrapped else inner
+
+        def step(objective: Any = objective) -> torch.Tensor:
+            return objective(
+                loss_fn,
+                criterion=eb.Misclassify(labels),
+                mask=tokens != 0,
+                samples=range(6),
+                subset=lambda rows: toys.classify(model, tokens[rows], labels[rows]),
+            )[0]
+
+        step().backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.01
+        before = objective.state_dict()
+        with torch.no_grad():
+            assert not step().requires_grad
+        after = objective.state_dict()
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+        step()
+        assert objective.step == before["step"] + 1 == 2

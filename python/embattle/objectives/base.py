@@ -150,7 +150,7 @@ class AdversarialObjective:
         samples: Samples = None,
         subset: Subset | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of one batch.
+        """Compute the loss of one batch; under `torch.no_grad` that is an evaluation, and no step.
 
         Args:
             loss_fn: as for `Attack.run`: returns losses `[B]`, or an `Evaluation`.
@@ -262,7 +262,7 @@ class AdversarialObjective:
         )
 
     def finish(self, batch: Batch, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Complete the metrics, and advance by one step."""
+        """Complete the metrics, and advance by one step, unless under `torch.no_grad`."""
         attacked = batch.attacked if batch.part is None else batch.part[1].attacked
         metrics = batch.metrics
         metrics["loss"] = loss.detach()
@@ -277,11 +277,12 @@ class AdversarialObjective:
             if self.step == 0:
                 warn_of_rounding(attacked.perturbed, batch.attack.norm)
         metrics["steps"] = torch.tensor(batch.attack.steps)
-        for _, schedule in self._schedules():
-            update = getattr(schedule, "update", None)
-            if update is not None:
-                update(metrics)
-        self.step += 1
+        if torch.is_grad_enabled():  # an evaluation is no step
+            for _, schedule in self._schedules():
+                update = getattr(schedule, "update", None)
+                if update is not None:
+                    update(metrics)
+            self.step += 1
         return loss, metrics
 
     def state_dict(self) -> dict[str, Any]:

@@ -36,19 +36,24 @@ class Bregman:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._average: list[Tensor] = []
 
-    @torch.no_grad()
     def evaluate_average(self, loss_fn: LossFn) -> Evaluation:
-        """Update the average, and evaluate the batch with the one before.
+        """Update the average, and evaluate the batch with the one before; without a graph.
 
         The average takes in the parameters *before* the coming update, so that the term acts from
-        the second step on.
+        the second step on. It stays where it is under `torch.no_grad`, where nothing is trained.
         """
         now = [p.detach() for p in self._parameters]
         if not self._average:
             self._average = [p.clone() for p in now]
-        with self._exchanged(), preserved_random_state(), kept_state([self._model]):
+        with (
+            torch.no_grad(),
+            self._exchanged(),
+            preserved_random_state(),
+            kept_state([self._model]),
+        ):
             evaluation = call(loss_fn)
-        torch._foreach_lerp_(self._average, now, 1 - self.momentum)
+        if torch.is_grad_enabled():
+            torch._foreach_lerp_(self._average, now, 1 - self.momentum)
         return evaluation
 
     @contextmanager

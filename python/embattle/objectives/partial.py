@@ -135,8 +135,7 @@ class Partial:
         kept = part.weights(evaluation.select(rows), clean)
         if "masked" in part.metrics:
             batch.metrics["masked"] = part.metrics["masked"]
-        if not batch.frozen:
-            self._note(batch, evaluation, rows, clean)
+        self._note(batch, evaluation, rows, clean)
         return losses, rows, kept
 
     # --- which samples ---------------------------------------------------------------------------
@@ -184,10 +183,9 @@ class Partial:
         self, batch: Batch, evaluation: Evaluation, rows: Tensor | None, clean: Evaluation | None
     ) -> None:
         """Keep what the samples' next batch chooses them by."""
-        if self.choose == "random":
-            return
-        samples = _indices(batch)
-        if samples is None:
+        samples = None if self.choose == "random" else _indices(batch)
+        # What is measured at other weights, or in an evaluation, is no batch of the training.
+        if samples is None or batch.frozen or not torch.is_grad_enabled():
             return
         keys = self._key(batch, evaluation)
         if rows is not None and clean is not None and batch.part is not None:
