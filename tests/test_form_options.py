@@ -294,6 +294,24 @@ def test_strengths_of_another_batch_are_refused() -> None:
         )
 
 
+def test_a_schedule_of_eps_and_lam_is_told_of_a_step_once() -> None:
+    model = toys.encoder()
+    tokens, _ = toys.text_batch()
+    with torch.no_grad():
+        predicted = model(tokens).argmax(1)
+    schedule = eb.schedules.Adaptive(target=0.01, start=0.1, grow=0.1, every=2)
+    objective = eb.AdversarialObjective(
+        eb.FGM(eps=0.01), eb.Site(model.embedding), eps_schedule=schedule, lam_schedule=schedule
+    )
+    loss_fn = toys.classify(model, tokens, predicted)
+    factors = []
+    for _ in range(4):
+        _, metrics = objective(loss_fn, criterion=eb.Misclassify(predicted))
+        assert float(metrics["lam"]) == pytest.approx(float(metrics["eps_scale"]))
+        factors.append(schedule(0))
+    assert factors == pytest.approx([0.1, 0.2, 0.2, 0.3])
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_an_evaluation_is_no_step(wrapped: bool) -> None:
     """It sees what a step would, and leaves the state of schedules, averages and choices alone."""

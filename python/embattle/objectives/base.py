@@ -75,7 +75,7 @@ class AdversarialObjective:
         lam: weight of the adversarial part; it stays 1 for "adversarial", "free" and "freeat",
             which have that part alone.
         masking: leaves samples out of the adversarial part (see `embattle.objectives.masking`).
-        eps_schedule: factor on eps and step size at each step.
+        eps_schedule: factor on eps and step size at each step; one object may be several schedules.
         lam_schedule: factor on `lam` at each step.
         steps_schedule: share of the attack's steps that is made (rounded up, one at least).
         early_backward: differentiate the clean loss right away, share that pass with the first
@@ -278,7 +278,8 @@ class AdversarialObjective:
                 warn_of_rounding(attacked.perturbed, batch.attack.norm)
         metrics["steps"] = torch.tensor(batch.attack.steps)
         if torch.is_grad_enabled():  # an evaluation is no step
-            for _, schedule in self._schedules():
+            # One that serves as several, of eps and lam, say, is told once.
+            for schedule in {id(one): one for _, one in self._schedules()}.values():
                 update = getattr(schedule, "update", None)
                 if update is not None:
                     update(metrics)
