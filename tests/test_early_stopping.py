@@ -169,6 +169,10 @@ def test_early_stopping_says_what_it_needs() -> None:
         attack.run(whole, site, criterion=goal)
     with pytest.raises(ValueError, match="outputs"):
         attack.run(lambda: whole().losses, site, criterion=goal, subset=subset)
+    longer = torch.nn.functional.pad(tokens, (0, 2))
+    padded = toys.classify(model, longer, labels)
+    with pytest.raises(RuntimeError, match=r"subset\(rows\) has the padding of the whole batch"):
+        attack.run(padded, site, mask=longer != 0, criterion=goal, subset=subset)
     rows = eb.Site(model.embedding, scope="row")
     with pytest.raises(ValueError, match="'row'"):
         attack.run(whole, rows, criterion=goal, subset=subset)

@@ -332,7 +332,8 @@ class Perturb(_SiteCalls):
             f"Site: {type(module).__name__} was called with other inputs than those of the "
             "attacked batch. The perturbation belongs to that batch alone: leave `applied()` to "
             "run another one (or `generate`), and let the loss function run the same batch in "
-            "every pass (draw negatives before it, or use mode='same')"
+            "every pass (draw negatives before it, or use mode='same'); that of subset(rows) has "
+            "the padding of the whole batch"
         )
 
     def _first_output(self, index: int, other: Any) -> Any:
