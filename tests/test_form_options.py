@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import embattle as eb
@@ -292,6 +293,35 @@ def test_strengths_of_another_batch_are_refused() -> None:
             subset=lambda rows: toys.classify(model, tokens[rows], labels[rows]),
             samples=6,
         )
+
+
+@pytest.mark.parametrize("kind", ["eps_schedule", "lam_schedule", "steps_schedule", "schedule"])
+def test_factors_of_schedules_are_checked(kind: str) -> None:
+    """A negative one would train towards the perturbed losses."""
+    model = toys.encoder()
+    tokens, labels = toys.text_batch()
+
+    def step(value: Any) -> torch.Tensor:
+        torch.manual_seed(0)  # which samples are chosen
+        schedule = {kind: lambda step: value}
+        form = eb.Partial(1.0, **schedule) if kind == "schedule" else "mixed"  # type: ignore[arg-type]
+        objective = eb.AdversarialObjective(
+            eb.PGD(eps=0.3, steps=2),
+            eb.Site(model.embedding),
+            form=form,
+            **({} if kind == "schedule" else schedule),  # type: ignore[arg-type]
+        )
+        return objective(
+            toys.classify(model, tokens, labels),
+            mask=tokens != 0,
+            samples=6,
+            subset=lambda rows: toys.classify(model, tokens[rows], labels[rows]),
+        )[0]
+
+    for wrong, kinds in ((-0.5, ValueError), (math.nan, ValueError), (None, TypeError)):
+        with pytest.raises(kinds, match=f"factor of {kind} at step 0 must be"):
+            step(wrong)
+    torch.testing.assert_close(step(torch.tensor(0.5)), step(0.5))
 
 
 def test_a_schedule_of_eps_and_lam_is_told_of_a_step_once() -> None:

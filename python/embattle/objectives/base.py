@@ -20,7 +20,7 @@ from embattle.objectives.masking import Masking
 from embattle.objectives.mixed import adversarial, apr, mixed
 from embattle.objectives.partial import Partial
 from embattle.objectives.parts import Parts
-from embattle.objectives.schedules import Constant, Schedule
+from embattle.objectives.schedules import Constant, Schedule, factor_at
 from embattle.objectives.staggered import StaggeredReplays
 from embattle.perturb.attacked_batch import AttackedBatch, Masks, Subset
 from embattle.perturb.evaluation import LossFn
@@ -238,7 +238,7 @@ class AdversarialObjective:
         """Prepare a batch for `form` (a call of the objective does this, and `finish`)."""
         # In an autocast block around several steps its copies of weights are of the step before.
         torch.clear_autocast_cache()
-        attack = self.attack.with_steps(self.steps_schedule(self.step))
+        attack = self.attack.with_steps(self._factor("steps_schedule"))
         attacked = AttackedBatch(
             loss_fn,
             self.sites,
@@ -253,8 +253,8 @@ class AdversarialObjective:
             attacked,
             attack,
             criterion,
-            self.eps_schedule(self.step),
-            self.lam * self.lam_schedule(self.step),
+            self._factor("eps_schedule"),
+            self.lam * self._factor("lam_schedule"),
             self.early_backward,
             self.masking,
             samples,
@@ -307,6 +307,10 @@ class AdversarialObjective:
                 part.load_state_dict(state[name])
         if self.attack.generator is not None and "generator" in state:
             self.attack.generator.set_state(state["generator"].cpu())
+
+    def _factor(self, name: str) -> float:
+        """Return the factor of a schedule at this step."""
+        return factor_at("AdversarialObjective", name, getattr(self, name), self.step)
 
     def _schedules(self) -> list[tuple[str, Any]]:
         """Return the objective's schedules and the form's, with their names."""

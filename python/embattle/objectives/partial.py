@@ -13,7 +13,7 @@ from embattle.errors import InputError
 from embattle.losses import margin
 from embattle.objectives.batch import Batch
 from embattle.objectives.parts import Parts, mean_of_rows
-from embattle.objectives.schedules import Constant, Schedule
+from embattle.objectives.schedules import Constant, Schedule, factor_at
 from embattle.perturb.chosen import run_with_chosen
 from embattle.perturb.evaluation import Evaluation
 
@@ -143,7 +143,9 @@ class Partial:
     def _chosen(self, batch: Batch) -> Tensor:
         """Return the rows of the samples to attack, int64 `[n]`, ascending."""
         attacks = batch.step >= self.delay and (batch.step - self.delay) % self.every == 0
-        share = min(self.share * self.schedule(batch.step), 1.0) if attacks else 0.0
+        share = 0.0
+        if attacks:
+            share = min(self.share * factor_at("Partial", "schedule", self.schedule, batch.step), 1)
         # Where a schedule has taken eps or lam to zero there is nothing to look for.
         if share <= 0 or batch.scale == 0 or batch.lam == 0:
             return torch.empty(0, dtype=torch.int64, device="cpu")

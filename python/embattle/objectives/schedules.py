@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from embattle import checks
+
 
 class Schedule(Protocol):
     """A factor for each step; with a method `update` it gets the metrics, too."""
@@ -15,6 +17,19 @@ class Schedule(Protocol):
     def __call__(self, step: int) -> float:
         """Return the factor at a step, counted from 0."""
         ...
+
+
+def factor_at(who: str, name: str, schedule: Schedule, step: int) -> float:
+    """Ask a schedule for its factor at a step.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is negative, or not finite.
+    """
+    found: Any = schedule(step)
+    if isinstance(found, Tensor) and found.numel() == 1:
+        found = found.item()
+    return checks.real(who, f"the factor of {name} at step {step}", found, 0)
 
 
 def _at_least(name: str, value: float, least: float) -> None:
