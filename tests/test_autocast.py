@@ -71,3 +71,27 @@ def test_an_autocast_block_of_the_users_own(form: str, dtype: torch.dtype) -> No
         found.append([*values, *(p.grad for p in model.parameters())])
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= 0.05 * one.norm()  # the types round to 0.4 %
+
+
+def test_samples_whose_gradient_float16_rounds_away_are_perturbed() -> None:
+    """The training pass has no factor that keeps the gradients of confident samples."""
+    torch.manual_seed(0)
+    model = Plain()
+    with torch.no_grad():
+        model.head.weight.mul_(60)
+    tokens = torch.randint(0, 40, (128, 6))
+    with torch.no_grad():
+        labels = model(tokens).argmax(1)
+    plain = toys.classify(model, tokens, labels)
+
+    def loss_fn() -> Any:
+        with torch.autocast(devices.kind, dtype=torch.float16):
+            return plain()
+
+    site, attack = eb.Site(model.embedding), eb.FGM(eps=0.5)
+    assert int(attack.run(loss_fn, site).zero_gradient) == 0
+    for early in (True, False):
+        objective = eb.AdversarialObjective(attack, site, early_backward=early)
+        loss, metrics = objective(loss_fn)
+        loss.backward()
+        assert int(metrics["zero_gradient"]) == 0

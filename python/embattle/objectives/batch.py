@@ -155,8 +155,9 @@ class Batch:
             return clean.outputs.new_zeros(()), clean, None  # type: ignore[union-attr]
         losses = self.losses(evaluation)
         ascent = ascended(goal, evaluation, clean) if shared else losses
-        # Another objective than the losses needs a backward pass of its own.
-        shared = shared and ascent is losses
+        # Another objective than the losses needs a backward pass of its own, and so do gradients
+        # through float16, in which those of confident samples vanish without a factor.
+        shared = shared and ascent is losses and not attacked.through_half
         mean = losses.mean()
         places = values or []
         graph = reached(mean)

@@ -81,7 +81,7 @@ class AttackedBatch(Passes):
         self.geometry = Geometry(self.sites, mask, offsets)
         self.joint, self.subset, self.size = joint, subset, 0
         self._checked = False  # whether the graph was checked
-        self._through_half = False  # whether gradients pass through float16
+        self.through_half = False  # whether gradients pass through float16
         self._leaves: bool | None = None  # whether later passes give the model leaves
 
     @property
@@ -178,7 +178,7 @@ class AttackedBatch(Passes):
             )
             perturbed = False
         self.size, self._checked = evaluation.batch, False
-        self._through_half = any(call.through_half for recorded in calls for call in recorded)
+        self.through_half = any(call.through_half for recorded in calls for call in recorded)
         self._check_samples()
         if start is not None and not perturbed:
             for perturbation in self.perturbations:
@@ -261,7 +261,7 @@ class AttackedBatch(Passes):
         leaves = [p.delta for p in self.perturbed.perturbations] if places is None else places
         if not self._checked or not values.requires_grad:
             self.check_graph(values, leaves)
-        found = differentiate(values, leaves, self._through_half)
+        found = differentiate(values, leaves, self.through_half)
         if places is None:
             grads = self._completed(found)
         else:
@@ -282,7 +282,7 @@ class AttackedBatch(Passes):
             return None
         self.check_graph(values, places)
         return self.mark_gradients(
-            self.perturbed.gather(self._used(differentiate(values, places, self._through_half)))
+            self.perturbed.gather(self._used(differentiate(values, places, self.through_half)))
         )
 
     def rescale_at_deltas(self, grads: Sequence[Tensor | None], scale: float) -> list[Tensor]:
