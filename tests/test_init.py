@@ -115,6 +115,14 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert invoke("init", file, "--out", tmp_path / "new.yaml")[0] == 0
 
 
+@pytest.mark.parametrize("name", ["2024", "on", "null", "2020-01-31"])
+def test_a_file_may_be_called_by_what_yaml_reads_as_no_text(name: str, tmp_path: Path) -> None:
+    file, out = made_tables.holders(tmp_path / f"{name}.csv"), tmp_path / "a.yaml"
+    status, said = invoke("init", file, "--out", out)
+    assert status == 0, said
+    assert recipes.load(out).name == name
+
+
 def test_columns_are_seen_as_what_they_are(tmp_path: Path) -> None:
     rows = [
         (i, f"c{i}", f"2024-01-{1 + i % 28:02}", "", i % 7, "xyz"[i % 3], "ab"[i % 2], i % 5)

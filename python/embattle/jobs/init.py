@@ -117,7 +117,7 @@ def recipe_of(draft: Draft, name: str) -> str:
     head = (
         f"# {looks}. Written by `embattle init`: what it says of\n"
         "# the columns is a guess by their names and values, so check it.\n"
-        f"name: {name}\n"
+        f"name: {_flow(name)}\n"
         "seed: 0                            # of the division and the first weights\n"
         f"task: {draft.task}\n"
     )
