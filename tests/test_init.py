@@ -236,6 +236,10 @@ def test_the_job_takes_the_recipe_for_a_table_as_tables_are(
     [
         (events(time="1/2/2020", rare="4").replace("1/2/2020", "2/1/2020", 1), "the day from the"),
         (events(rating="1,250"), "the comma of '1,250' may be"),
+        (events(time="Wed, {1:02} Jan 2020 00:00:00"), "Jan 2020 00:00:00' is neither"),
+        (events(time="Mon Apr {1:02} 22:19:45 PDT 2009"), "PDT 2009' is neither"),
+        (events(time="Friday, May {1}, 2020 at 10:30 AM"), "at 10:30 AM' is neither"),
+        (events(time="{1}. Januar 2020"), "Januar 2020' is neither"),
         (events().replace("rating", "user_id"), "several columns are called 'user_id'; give each"),
         (adults(label="0").replace("\t0\n", "\t1\n", 1), "rows of one class only"),
         ("review,label\nso it is so,0\nso it was so,1\n", "no recipe is written: the"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from embattle.data.moments import is_date
@@ -18,6 +18,7 @@ _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?")
 NO_VALUE = {"na", "n/a", "nan", "null", "none", "nil", "-", "?", "unknown", "#n/a"}
 #: Words that are no finite number where all else in a column is one.
 NO_NUMBER = NO_VALUE | {"inf", "+inf", "-inf", "infinity", "-infinity", "#div/0!", "#value!"}
+_CLOCK = re.compile(r"\b\d{1,2}:\d{2}\b")
 _ROLES = {
     "user": r"user|customer|reviewer|member|account|visitor|session|buyer",
     "item": r"item|movie|film|product|article|song|track|artist|book|isbn|asin|business|sku|game",
@@ -125,13 +126,21 @@ def look(values: Sequence[str]) -> Column:
     elif sum(map(is_date, filled)) > 0.95 * count:
         kind = "dates"
     elif words >= 3 or foreign >= 6:
-        kind = "prose"
+        # Dates in a form that is not known are no sentences.
+        clocks = sum(_CLOCK.search(value) is not None for value in filled)
+        kind = "prose" if clocks < 0.95 * count else "words"
     return Column(kind, 1 - count / len(values), len(set(filled)), filled[0])
 
 
 def look_all(sample: Mapping[str, Sequence[str]]) -> dict[str, Column]:
     """Looks at every column."""
-    return {name: look(values) for name, values in sample.items()}
+    found = {name: look(values) for name, values in sample.items()}
+    for name in with_role("time", found):
+        filled = [value for value in sample[name] if value.strip()]
+        # What is called a date, and has a number in each cell, is no text either.
+        if found[name].kind == "prose" and all(any(map(str.isdigit, v)) for v in filled):
+            found[name] = replace(found[name], kind="words")
+    return found
 
 
 def kind_of_table(columns: Mapping[str, Column]) -> tuple[str, list[str]]:
