@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 import made_tables
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from embattle.errors import InputError
 from embattle.jobs import recipe as recipes
@@ -252,6 +256,28 @@ def test_no_recipe_is_written_that_the_job_refuses(text: str, message: str, tmp_
     assert status == 2
     assert message in said
     assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_columns_that_no_task_reads_are_left_out(kind: str, tmp_path: Path) -> None:
+    """And a job does not read them where it is told to ignore them."""
+    file, out = tmp_path / f"a.{kind}", tmp_path / "a.yaml"
+    rows: list[dict[str, Any]] = [
+        {"age": 18 + i % 50, "job": "abcd"[i % 4], "tags": ["x", "y"], "default": int(i % 50 > 25)}
+        for i in range(200)
+    ]
+    if kind == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        rows = [{**row, "face": b"\xff\xd8"} for row in rows]
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    status, said = invoke("init", file, "--out", out)
+    assert status == 0, said
+    left = ["tags"] if kind == "jsonl" else ["tags", "face"]
+    shown = ", ".join(map(repr, left))
+    assert f"bytes that are no utf-8 text are left out: {shown}" in " ".join(said.split())
+    assert recipes.load(out).data.ignore == left
+    assert invoke("data", "inspect", file)[0] == 0
 
 
 def test_how_a_file_is_written_is_in_its_recipe(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ class Objects:
     Attributes:
         names: keys seen so far, in order of appearance.
         rows: objects read so far.
+        nested: keys seen so far that hold lists or objects; of all keys, where none are wanted.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Objects:
         self.path, self.encoding, self.columns, self.longest = path, encoding, columns, longest
         self.lists, self.on_bad = lists, on_bad
         self.names: dict[str, None] = {}
+        self.nested: set[str] = set()
         self.rows = 0
         self._kinds: dict[str, tuple[str, int]] = {}
         self._line = 0
@@ -145,6 +147,7 @@ class Objects:
             return [self._whole(name, item) for item in value]
         elif isinstance(value, (dict, list)):
             if self.columns is None:
+                self.nested.add(name)
                 return json.dumps(value)
             what = "an object" if isinstance(value, dict) else "a list"
             self._refuse(f"holds {what} in {name!r}; give a column of text or numbers")

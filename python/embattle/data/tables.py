@@ -45,6 +45,8 @@ class Table:
         names: all columns that it has; of JSON lines, those of the lines read so far.
         rows: rows read so far.
         ragged: rows left out so far because they have too few or too many cells.
+        nested: where all columns are read, those seen so far that a job refuses: lists, objects,
+            bytes that are no text.
 
     Raises:
         InputError: if the file is no table, or lacks a column or has it twice.
@@ -71,6 +73,7 @@ class Table:
             path, columns or (), encoding=encoding, delimiter=delimiter, header=header
         )
         self.rows = self.ragged = 0
+        self.nested: set[str] = set()
         self._closed = False  # whether all quotes are, which is looked for once
         self._first_ragged: tuple[int, int] | None = None
         with self._errors():
@@ -180,7 +183,7 @@ class Table:
     def _json(self) -> Iterator[dict[str, list[Any]]]:
         objects = self._objects(self.columns, self._on_bad)
         for block in objects.blocks(self.block):
-            self.names = list(objects.names)
+            self.names, self.nested = list(objects.names), objects.nested
             yield block
         if objects.rows:
             self._require(self.names)
@@ -272,26 +275,27 @@ class Table:
         if types.is_temporal(kind) and getattr(kind, "unit", "us") == "ns":
             column = column.cast("string")  # finer than Python's dates
         values: list[Any] = column.to_pylist()
+        wanted = plain and self.columns is not None
         encoding = self._encoding or "utf-8"
         if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
             for row, value in enumerate(values):
                 try:
                     values[row] = None if value is None else value.decode(encoding)
                 except (UnicodeError, LookupError) as error:
+                    if not wanted:
+                        self.nested.add(name)
+                        continue
                     raise InputError(
                         f"{self.path}, row {self.rows + row + 1}: column {name!r} holds bytes that "
                         f"are not {encoding}; name the encoding in data.encoding"
                     ) from error
-        elif (
-            types.is_nested(kind)
-            and plain
-            and self.columns is not None
-            and not (name in self._lists and _is_list(types, kind))
-        ):
-            raise InputError(
-                f"{self.path}: column {name!r} holds {kind} values; give a column of text or "
-                "numbers"
-            )
+        elif types.is_nested(kind) and not (name in self._lists and _is_list(types, kind)):
+            if wanted:
+                raise InputError(
+                    f"{self.path}: column {name!r} holds {kind} values; give a column of text or "
+                    "numbers"
+                )
+            self.nested.add(name)
         return values
 
 

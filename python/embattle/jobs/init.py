@@ -138,6 +138,10 @@ def look(path: Path, *, encoding: str | None = None, delimiter: str | None = Non
         table = Table(path, encoding=encoding, delimiter=delimiter, drop_ragged=True)
         seen = whole(table)
     ragged = f"{table.ragged:,} rows with too few or too many cells"
+    if seen.nested:
+        names = listed([repr(name) for name in seen.nested])
+        held = f"lists, objects, or bytes that are no {encoding or 'utf-8'} text"
+        say(f"warning: columns with {held} are left out: {names}")
     twice = f"several columns are called {listed([repr(name) for name in seen.twice])}"
     try:
         draft = _of_table(seen)
@@ -339,7 +343,7 @@ def _tabular(seen: Seen) -> Draft:
             or (column.kind == "words" and column.distinct > min(COUNTED, rows // 2))
         )
     ]
-    ignore += seen.twice
+    ignore += [*seen.twice, *seen.nested]
     read = [name for name in columns if name not in ignore]
     data: list[tuple[str, Any, str]] = [
         ("label", label, about),

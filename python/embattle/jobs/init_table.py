@@ -25,12 +25,13 @@ class Seen:
     Attributes:
         path: of it.
         columns: as they look in the first rows; how much is blank and how many values there are
-            is counted over the whole file. Those whose name is there twice are left out.
+            is counted over the whole file. Those of `twice` and `nested` are left out.
         counts: how often there is each value of a column that stands for one; of columns with more
             than `COUNTED` different ones not of all.
         words: those of a column that stand for no value.
         rows: of the file.
         twice: names that several columns have.
+        nested: columns that no task reads, see `Table`.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Seen:
     words: Mapping[str, list[str]]
     rows: int
     twice: list[str]
+    nested: list[str]
 
     def without_value(self, *names: str, also: Sequence[str] = ()) -> list[tuple[str, Any, str]]:
         """The line of the section `data` that says which cells of columns stand for no value."""
@@ -62,10 +64,11 @@ def whole(table: Table) -> Seen:
                     known[text] += 1
     looks, columns, words = look_all(table.sample()), {}, {}
     twice = [name for name, count in Counter(table.names).items() if count > 1]
-    for name in [name for name in looks if name not in twice]:
+    nested = [name for name in looks if name in table.nested]
+    for name in [name for name in looks if name not in {*twice, *nested}]:
         known = counts[name]
         unsaid = _NEVER if looks[name].kind in ("words", "prose") else NO_NUMBER
         words[name] = [text for text in known if text.lower() in unsaid]
         blank = sum(known.pop(text) for text in ["", *words[name]] if text in known)
         columns[name] = replace(looks[name], distinct=len(known), blank=blank / table.rows)
-    return Seen(table.path, columns, counts, words, table.rows, twice)
+    return Seen(table.path, columns, counts, words, table.rows, twice, nested)
