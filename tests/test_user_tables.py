@@ -62,6 +62,42 @@ def test_commas_are_of_thousands_where_something_shows_it(
         column.refuse([None, cells[0], "abc"])
 
 
+def test_numbers_among_commas_that_may_be_either_are_unknown() -> None:
+    """Within such numbers the order is sure; one without a comma may be anywhere among them."""
+    column = Column.learn("income", ["1,250", "2,500", "52,000"], ranges=3, least=1)
+    assert column.encode(["1,250", "2,500", "52,000", "950", "1250", "1,5"]).tolist() == [
+        *(1, 2, 3), *(0, 0, 0)
+    ]  # fmt: skip
+    for cell in ("950", "1,5"):
+        with pytest.raises(InputError, match=f"'{cell}' is no number for sure: the column's comm"):
+            column.refuse([cell])
+    sure = Column.learn("income", ["0,950", "2,500", "52,000"], ranges=3, least=1)
+    assert sure.number("1,5") == 1.5
+
+
+@pytest.mark.parametrize(
+    ("cells", "warning"),
+    [
+        (["1,250", "52,000"], "column 'income': nothing tells whether the commas of its numbers"),
+        (["950", "1.250", "12.500"], "column 'income': the points of its numbers, such as '1.250'"),
+        (["950", "1.25", "12.500"], None),
+        (["0.950", "1.250", "2"], None),
+        (["1.250", "12.500"], None),
+    ],
+)
+def test_numbers_that_may_be_thousands_are_told_of(
+    cells: list[str], warning: str | None, tmp_path: Path
+) -> None:
+    rows = [[cells[i % len(cells)], "abc"[i % 3], int(i % 50 > 20)] for i in range(200)]
+    table = made_tables.table(tmp_path / "a.csv", ("income", "job", "ill"), rows)
+    data = {"path": str(table), "label": "ill"}
+    task = recipes.load(recipe_of(tmp_path, task="tabular", data=data, model={})).make_task()
+    account = Account()
+    task.read(account)
+    assert len(account.warnings) == (warning is not None)
+    assert warning is None or account.warnings[0].startswith(warning)
+
+
 def test_the_larger_count_wins_whatever_its_commas() -> None:
     assert most(["like", "love"], ["1,200", "900"], ()) == "like"
     assert most(["like", "love"], ["1,234,567", "900"], ()) == "like"

@@ -73,6 +73,13 @@ def has_thousands(cells: Sequence[str]) -> bool:
     return shown or any("," not in cell and "." not in cell for cell in cells)
 
 
+def has_points_of_thousands(cells: Sequence[str]) -> bool:
+    """Whether the points in a column's cells may well be of thousands; there are no commas then."""
+    if any("," in cell for cell in cells):
+        return False
+    return has_thousands([cell.replace(".", ",") for cell in cells])
+
+
 def may_be_thousands(cell: str) -> bool:
     """Whether a cell has commas that can be of thousands: 1,250 is 1250, or 1.25."""
     return "," in cell and _THOUSANDS.fullmatch(cell) is not None

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from embattle.data.looks import has_thousands, may_be_thousands, number_of
+from embattle.data.looks import has_thousands, is_number, may_be_thousands, number_of
 from embattle.errors import InputError
 
 
@@ -25,6 +25,9 @@ class Column:
         thousands: commas in its numbers are of thousands.
         decimal: they are decimal. Where the training part has none, a later comma is decimal if it
             cannot be of thousands.
+        unsure: all numbers have a comma that may be either. Their order is the same by both
+            readings, and they are read as decimal; a number without such a comma is none, as it
+            may be far above them or far below.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Column:
     edges: list[float]
     thousands: bool = False
     decimal: bool = False
+    unsure: bool = False
 
     @classmethod
     def learn(cls, name: str, cells: Sequence[str | None], ranges: int, least: int) -> Column:
@@ -43,7 +47,8 @@ class Column:
             shares = np.linspace(0, 1, ranges + 1)[1:-1]
             edges = np.unique(np.quantile(np.array(numbers, float), shares, method="inverted_cdf"))
             decimal = not thousands and any("," in cell for cell in known)
-            return cls(name, None, edges.tolist(), thousands, decimal)
+            unsure = decimal and all(map(may_be_thousands, known))
+            return cls(name, None, edges.tolist(), thousands, decimal, unsure)
         often = sorted(value for value, count in Counter(known).items() if count >= least)
         return cls(name, {value: k for k, value in enumerate(often, 1)}, [])
 
@@ -83,12 +88,17 @@ class Column:
         if self.values is None:
             for cell in cells:
                 if cell is not None and self.number(cell) is None:
-                    unsure = " for sure: its comma may be decimal or of thousands"
-                    why = unsure if may_be_thousands(cell) else ""
+                    whose = "the column's commas" if self.unsure else "its comma"
+                    unsure = f" for sure: {whose} may be decimal or of thousands"
+                    why = unsure if is_number(cell) or may_be_thousands(cell) else ""
                     raise InputError(f"column {self.name!r}: {cell!r} is no number{why}")
 
     def number(self, cell: str) -> float | None:
         """A cell as a number; None where it is none, or may be two."""
-        if not self.thousands and not self.decimal and may_be_thousands(cell):
+        if self.unsure:
+            sure = may_be_thousands(cell)
+        else:
+            sure = self.thousands or self.decimal or not may_be_thousands(cell)
+        if not sure:
             return None
         return number_of(cell, thousands=self.thousands)

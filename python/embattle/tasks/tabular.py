@@ -15,7 +15,7 @@ from embattle.data.account import Account, listed
 from embattle.data.batch import Batch
 from embattle.data.divide import stratified_parts
 from embattle.data.labels import is_blank
-from embattle.data.looks import look
+from embattle.data.looks import has_points_of_thousands, look
 from embattle.data.recipe import Limits, Place, check_fractions
 from embattle.data.splits import PARTS, number_labels
 from embattle.data.tables import Table
@@ -234,7 +234,19 @@ class Tabular(Task):
     def _warn(self, column: Column, account: Account) -> None:
         """Warn of a column whose cells say less to the model than they seem to."""
         cells = [cell for cell in self._shown[column.name] if cell is not None]
-        if look(cells[:_LOOKED_AT]).kind == "numbers":
+        if column.unsure:
+            account.warn(
+                f"column {column.name!r}: nothing tells whether the commas of its numbers, such as "
+                f"{cells[0]!r}, are decimal or of thousands, so that numbers without such a comma "
+                "are unknown; write them with a point, or without commas"
+            )
+        elif look(cells[:_LOOKED_AT]).kind == "numbers":
+            if column.values is None and has_points_of_thousands(cells):
+                pointed = next(cell for cell in cells if "." in cell)
+                account.warn(
+                    f"column {column.name!r}: the points of its numbers, such as {pointed!r}, may "
+                    "be of thousands, and are read as decimal; leave such points out of the file"
+                )
             odd = Counter(x for x in cells if column.number(x) is None)
             if odd:
                 read = "they are unknown" if column.values is None else "it is read as categories"
