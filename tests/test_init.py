@@ -215,6 +215,11 @@ DROP = {"blank_cells": "drop"}
         (adults(rare="NA"), "tabular", {"label": "default", "missing": ["?", "NA", "n/a"]}),
         (adults(rare="null", label="0{}"), "tabular", {"missing": ["?", "NA", "n/a", "null"]}),
         (adults().replace("debt", "job"), "tabular", {"ignore": ["job"]}),
+        (
+            adults(label="x{}").replace("x0", "none").replace("n/a", "none"),
+            "tabular",
+            {"label": "default", "missing": ["?", "NA"]},
+        ),
         (adults(debt="{},5").replace("job", "row"), "tabular", {"ignore": []}),
         (opinions(), "text_classification", {"blank_labels": "drop", "min_per_class": 1}),
         (opinions(rare="NA"), "text_classification", {"missing": ["NA"]}),

@@ -348,7 +348,7 @@ def _tabular(seen: Seen) -> Draft:
     data: list[tuple[str, Any, str]] = [
         ("label", label, about),
         *([("ignore", ignore, "left out: names, dates, other labels")] if ignore else []),
-        *seen.without_value(*read, also=["?", "NA"]),
+        *seen.without_value(*read, also=["?", "NA"], keep=seen.counts[label]),
         ("ranges", 16, "of a column of numbers, as many rows in each"),
         ("fractions", [0.7, 0.1, 0.2], "train, validation, test"),
     ]

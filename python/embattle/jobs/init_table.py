@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,21 @@ class Seen:
     twice: list[str]
     nested: list[str]
 
-    def without_value(self, *names: str, also: Sequence[str] = ()) -> list[tuple[str, Any, str]]:
-        """The line of the section `data` that says which cells of columns stand for no value."""
-        found = dict.fromkeys([*also, *(word for name in names for word in self.words[name])])
-        return [("missing", list(found), "cells that stand for no value")] if found else []
+    def without_value(
+        self, *names: str, also: Sequence[str] = (), keep: Collection[str] = ()
+    ) -> list[tuple[str, Any, str]]:
+        """The line of the section `data` that says which cells of columns stand for no value.
+
+        It is about all columns alike, and so leaves out what stands for a value in the label.
+
+        Args:
+            names: the columns.
+            also: words that stand for no value anyway.
+            keep: the label's values.
+        """
+        words = [*also, *(word for name in names for word in self.words[name])]
+        found = [word for word in dict.fromkeys(words) if word not in keep]
+        return [("missing", found, "cells that stand for no value")] if found else []
 
     def has_blank(self, *names: str) -> bool:
         """Whether a row has no value in one of the columns."""
