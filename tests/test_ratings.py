@@ -146,6 +146,8 @@ def test_dates_become_seconds(tmp_path: Path) -> None:
         (["2020-01-02T00:00:00Z", "2020-01-02T06:00:00+06:00", "2020/1/2"], [18263] * 3),
         (["1/2/2020 12:00 AM", "1/22/2020, 6:00:00 pm"], [18263, 18283.75]),
         (["09 13, 2009"], [14500]),
+        (["70-01-02", "97-12-31"], [1, 10226]),
+        (["02-01-70", "31-12-97"], [1, 10226]),
     ],
 )
 def test_dates_in_several_styles(cells: list[str], days: list[float], tmp_path: Path) -> None:
@@ -197,6 +199,7 @@ def test_rows_with_empty_cells_are_dropped_if_asked(tmp_path: Path) -> None:
             {},
         ),
         ("user,item,time\n1,2,3/14/2020\n1,3,14/5/2020\n", "some dates have the day first", {}),
+        ("user,item,time\n1,2,20-01-30\n1,3,20-02-01\n", "begin with years of two digits", {}),
         ("user;item;rating\n1;2;1,250\n", "the comma of '1,250' may be decimal or of thou", {}),
     ],
 )

@@ -36,13 +36,13 @@ _MONTHS = (
 )
 _START = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _NAIVE_START = _START.replace(tzinfo=None)
-# What a pair of numbers before a year may be: the day first, or the month.
-_DAY_FIRST, _MONTH_FIRST = 0, 1
+# What three numbers may begin with; with the year only where that has two digits.
+_DAY_FIRST, _MONTH_FIRST, _YEAR_FIRST = range(3)
 
 
 def is_date(cell: str) -> bool:
     """Whether a cell is written as a date, with or without a time."""
-    return any(map(math.isfinite, _both(cell.strip())))
+    return any(map(math.isfinite, _readings(cell.strip())))
 
 
 class Moments:
@@ -60,7 +60,7 @@ class Moments:
         Raises:
             ValueError: one is no date.
         """
-        found = np.array([_both(cell) for cell in cells], dtype=np.float64).reshape(-1, 2)
+        found = np.array([_readings(cell) for cell in cells], dtype=np.float64).reshape(-1, 3)
         wrong = np.flatnonzero(np.isnan(found).all(1))
         if len(wrong):
             raise ValueError(f"{str(cells[wrong[0]])!r} is neither")
@@ -71,10 +71,22 @@ class Moments:
 
         Raises:
             ValueError: nothing tells which number is the day, or some dates have it first and
-                others the month.
+                others the month; or years of two digits seem to be first.
         """
-        found = np.concatenate([np.empty((0, 2)), *self._blocks])
+        found = np.concatenate([np.empty((0, 3)), *self._blocks])
         possible = np.isfinite(found).all(0)
+        days, years = found[:, _DAY_FIRST], found[:, _YEAR_FIRST]
+        if possible[_YEAR_FIRST] and not possible[:_YEAR_FIRST].any():
+            return years
+        # Of what are years there are fewer different ones than of what are days.
+        if possible[_YEAR_FIRST] and possible[_DAY_FIRST] and (days != years).any():
+            several = [len(np.unique(x.astype("M8[s]").astype("M8[Y]"))) for x in (days, years)]
+            if several[1] < several[0]:
+                raise ValueError(
+                    "the dates seem to begin with years of two digits, and may begin with days; "
+                    "write 2020-01-31 for the last day of January 2020"
+                )
+        possible = possible[:_YEAR_FIRST]
         if not possible.any():
             raise ValueError("some dates have the day first and others the month; write all alike")
         if possible.all() and (found[:, _DAY_FIRST] != found[:, _MONTH_FIRST]).any():
@@ -85,24 +97,27 @@ class Moments:
         return found[:, _DAY_FIRST if possible[_DAY_FIRST] else _MONTH_FIRST]
 
 
-def _both(cell: Any) -> tuple[float, float]:
-    """Seconds since 1970 with the day first and with the month first; NaN where there is none."""
+def _readings(cell: Any) -> tuple[float, float, float]:
+    """Seconds since 1970 with day, month or year first; NaN where there is no such date."""
     text = cell.isoformat() if isinstance(cell, date) else str(cell).strip()
     with suppress(ValueError):
         moment = _seconds(datetime.fromisoformat(text))  # the fastest, for what it knows
-        return moment, moment
+        return moment, moment, moment
     for pattern in _DATES:
         found = pattern.fullmatch(text)
         if found is not None:
             given = found.groupdict()
             if "one" not in given:
                 moment = _moment(given, given.get("month"), given.get("day", "1"))
-                return moment, moment
+                return moment, moment, moment
             first = _moment(given, given["two"], given["one"])
             # With points between, the day is first everywhere.
             other = first if given["mark"] == "." else _moment(given, given["one"], given["two"])
-            return first, other
-    return math.nan, math.nan
+            turned = math.nan
+            if given["mark"] != "." and len(given["one"] or "") == len(given["year"] or "") == 2:
+                turned = _moment({**given, "year": given["one"]}, given["two"], given["year"])
+            return first, other, turned
+    return math.nan, math.nan, math.nan
 
 
 def _moment(given: dict[str, str | None], month: str | None, day: str | None) -> float:
