@@ -26,7 +26,7 @@ from embattle.jobs import predict as predicting
 from embattle.jobs import recipe as recipes
 from embattle.jobs.init import look
 from embattle.jobs.predict import predict
-from embattle.jobs.run_folder import find_run
+from embattle.jobs.run_folder import Run, find_run
 from embattle.perturb.evaluation import Evaluation
 from embattle.tasks.kinds import BinaryClassification, Classification, Ranking
 from embattle.tasks.learned_column import Column
@@ -280,6 +280,24 @@ def test_clicks_without_values_and_with_decimal_commas(tmp_path: Path) -> None:
     values = task.encode(task.build(), [*blank, {"user": "u1", "device": "", "age": "1,5"}]).inputs
     assert values["values"][:, 1].tolist() == [1] * 5
     assert len(set(values["dense"].flatten().tolist())) == 1
+
+
+def test_data_with_other_values_is_told_of(tmp_path: Path) -> None:
+    """Whose numbers are the same, so that the fingerprint is."""
+    table, runs = tmp_path / "a.csv", []
+    for job in "bB":
+        rows = [[(job, "c")[i % 2], int(i % 50 > 20)] for i in range(200)]
+        made_tables.table(table, ("job", "ill"), rows)
+        data = {"path": str(table), "label": "ill"}
+        task = recipes.load(recipe_of(tmp_path, task="tabular", data=data, model={})).make_task()
+        task.read(Account())
+        runs.append(Run.of(task, Account()))
+    runs[0].require(runs[0], tmp_path)
+    assert runs[0].fingerprint == runs[1].fingerprint
+    with pytest.raises(
+        InputError, match=r"the data has other classes, values or counts than .*run"
+    ):
+        runs[0].require(runs[1], tmp_path)
 
 
 @pytest.mark.parametrize("task", ["tabular", "click_through", "item_ranking"])

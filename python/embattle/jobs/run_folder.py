@@ -134,8 +134,8 @@ class Run(BaseModel):
             )
         if (now.facts, now.counts) != (self.facts, self.counts):
             raise InputError(
-                f"{folder / 'run.json'} was changed: its facts or counts are not those of the "
-                "data; restore it, or train again with --overwrite"
+                f"the data has other classes, values or counts than {folder / 'run.json'} says, so "
+                "that one of them was changed; restore it, or train again (--overwrite)"
             )
 
 
