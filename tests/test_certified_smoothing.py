@@ -122,6 +122,9 @@ def test_predictions_abstain_where_two_classes_are_as_frequent() -> None:
         model.words.weight.zero_()
     undecided = smoothed_predictions(smoothed, batch(), n=200, generator=draw())
     assert ABSTAIN in undecided.tolist()
+    with torch.no_grad():
+        model.weight.fill_(torch.nan)  # what is no number votes for no class
+    assert smoothed_predictions(smoothed, batch(), n=9, generator=draw()).eq(ABSTAIN).all()
 
 
 def test_accuracy_counts_what_is_right_and_far_enough() -> None:

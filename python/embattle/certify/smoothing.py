@@ -204,7 +204,7 @@ def smoothed_predictions(
     binomtest = need("scipy.stats", "certify").binomtest
     best = smoothed.counts(batch, n, generator).topk(2, dim=1)
     pairs = best.values.tolist()
-    sure = [binomtest(one, one + two, 0.5).pvalue <= alpha for one, two in pairs]
+    sure = [bool(one) and binomtest(one, one + two, 0.5).pvalue <= alpha for one, two in pairs]
     return torch.where(torch.tensor(sure), best.indices[:, 0], ABSTAIN)
 
 
