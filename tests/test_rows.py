@@ -96,6 +96,14 @@ def test_rows_of_parquet_have_no_lines(tmp_path: Path) -> None:
         list(Rows(path, ["n"], lists=["h"]))
 
 
+def test_lines_that_are_bad_without_exception_are_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": [1]}\n{"a": {}}\n')
+    rows = list(Rows(path, ["a"]))
+    assert [row.number for row in rows] == [0, 1]
+    assert rows[0].wrong.startswith("holds a list in 'a'")
+
+
 def test_a_column_that_no_line_has(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"age": 1}) + "\n{\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ pytest.importorskip("yaml")
 
 import deployed
 import made_tables
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from deployed import rows_of, write_csv
 from embattle.criteria import Deviate
@@ -171,6 +175,20 @@ def test_what_is_kept_is_not_read(models: Any, tmp_path: Path) -> None:
         write_csv(table, rows)
         found = predict(models(name), table, tmp_path / f"{name}.jsonl", keep=[label])
         assert (found.rows, found.bad) == (len(rows), 0)
+
+
+def test_what_is_kept_may_be_large_or_nothing(models: Any, tmp_path: Path) -> None:
+    """Such as a hash of 64 bits, and NaN, which JSON has not."""
+    added = {"hash": pa.array([2**63, 5], pa.uint64()), "price": [math.nan, 1.5]}
+    table = pa.Table.from_pylist(rows_of("click_through", 2))
+    for name, cells in added.items():
+        table = table.append_column(name, [cells])
+    pq.write_table(table, tmp_path / "a.parquet")
+    out = tmp_path / "a.jsonl"
+    predict(models("click_through"), tmp_path / "a.parquet", out, keep=list(added))
+    found = [json.loads(line, parse_constant=pytest.fail) for line in out.open()]
+    kept = [(row["hash"], row["price"]) for row in found]
+    assert kept == [("9223372036854775808", None), ("5", 1.5)]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ class Objects:
     Attributes:
         names: keys seen so far, in order of appearance.
         rows: objects read so far.
+        bad: lines left out so far.
         nested: keys seen so far that hold lists or objects; of all keys, where none are wanted.
     """
 
@@ -64,7 +65,7 @@ class Objects:
         self.lists, self.on_bad = lists, on_bad
         self.names: dict[str, None] = {}
         self.nested: set[str] = set()
-        self.rows = 0
+        self.rows = self.bad = 0
         self._kinds: dict[str, tuple[str, int]] = {}
         self._line = 0
 
@@ -76,7 +77,7 @@ class Objects:
                 in a wanted key, or a number where a line before has a text.
         """
         found: list[dict[str, Any]] = []
-        held = bad = 0
+        held = 0
         with self.path.open(encoding=self.encoding, newline="\n") as stream:
             while line := stream.readline(self.longest + 1):
                 self._line += 1
@@ -89,8 +90,8 @@ class Objects:
                 except _Refused as error:
                     if self.on_bad is None:
                         raise
-                    self.on_bad(self.rows + len(found) + bad, error.what)
-                    bad += 1
+                    self.on_bad(self.rows + len(found) + self.bad, error.what)
+                    self.bad += 1
                     continue
                 held += len(line)
                 if held >= size:

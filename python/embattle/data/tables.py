@@ -99,7 +99,7 @@ class Table:
             InputError: if the file cannot be read or has no rows, or a wanted column holds what is
                 neither text nor number, date or truth value.
         """
-        self.rows = self.ragged = 0
+        self.rows = self.ragged = self._objects_bad = 0
         read = {"parquet": self._parquet, "jsonl": self._json, "csv": self._csv}[self.form.kind]
         with self._errors():
             for block in read():
@@ -110,7 +110,7 @@ class Table:
                 f"{self.path}: none of {self.ragged} rows has the header's {len(self.names)} "
                 f"cells; it was read as {self.form.words()}; check data.delimiter"
             )
-        if self.rows == 0:
+        if self.rows == 0 and not self._objects_bad:
             raise InputError(f"{self.path} has no rows; give a file with data in it")
 
     def tell_ragged(self, account: Account) -> None:
@@ -185,6 +185,7 @@ class Table:
         for block in objects.blocks(self.block):
             self.names, self.nested = list(objects.names), objects.nested
             yield block
+        self._objects_bad = objects.bad
         if objects.rows:
             self._require(self.names)
 
@@ -274,6 +275,8 @@ class Table:
             kind = kind.value_type
         if types.is_temporal(kind) and getattr(kind, "unit", "us") == "ns":
             column = column.cast("string")  # finer than Python's dates
+        if types.is_uint64(kind):
+            column = column.cast("string")  # Arrow takes no such number back as Python's
         values: list[Any] = column.to_pylist()
         wanted = plain and self.columns is not None
         encoding = self._encoding or "utf-8"

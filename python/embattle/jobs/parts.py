@@ -219,6 +219,8 @@ class _Lines:
     def write_table(self, table: Any) -> None:
         """Writes a line for each row."""
         for row in table.to_pylist():
+            # JSON has no NaN.
+            row = {name: None if cell != cell else cell for name, cell in row.items()}
             self.file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
