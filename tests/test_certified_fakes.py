@@ -158,6 +158,16 @@ def test_what_is_certified_is_what_no_attack_gets_below(each: int, seed: int) ->
     assert tight >= 4  # the bound is what an attacker reaches, but for how she reaches others
 
 
+@pytest.mark.parametrize("voters", [17, 18])
+def test_the_confidence_is_for_lists_of_the_votes_too(voters: int) -> None:
+    """Of an item that all submodels name or none, either side's bound may be the wrong one."""
+    wanted = torch.zeros(50, 2, dtype=torch.bool)
+    wanted[0, 0] = True
+    level = 0.001 / (2 * wanted.numel())  # then it is sure where level ** (1 / voters) > 1 / 2
+    found = int(certified_overlap(votes_of([1.0, 0.0], voters, 1), wanted, [0], k=1)[0, 0])
+    assert found == (voters > math.log2(1 / level))
+
+
 def test_fewer_submodels_certify_less_and_nothing_is_certified_without_any() -> None:
     shares = [0.5, 0.3, 0.1, 0.05, 0.05]
     wanted = torch.zeros(50, 5, dtype=torch.bool)

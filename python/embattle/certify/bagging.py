@@ -18,8 +18,9 @@ Of a set I of items (those that the user likes, or her list without attack) fewe
 the N recommended only if one of the r best of I is not, with `p'` of at least `L = q p_(r)`, and
 N - r + 1 others are: each must gain `max(0, L - q p_j)`, at most 1 - q of it, N' (1 - q) in sum.
 Where that cannot be, r of I stay. Bounds of Clopper and Pearson stand for the `p`, all at once with
-a confidence of 1 - alpha (Bonferroni), lower ones in I and upper ones outside; moreover the `p` of
-the others sum to at most N' less those of I.
+a confidence of 1 - alpha (Bonferroni), lower ones in I and upper ones outside; both count for each
+item, as I may itself depend on the votes. Moreover the `p` of the others sum to at most N' less
+those of I.
 
 The derivation here is ours from the paper's idea; it conditions on the user being in the submodel,
 and counts ties against the certificate. What is proven is of the ensemble of all submodels there
@@ -127,7 +128,8 @@ def certified_overlap(
 
     Args:
         votes: of submodels, without attack.
-        wanted: bool `[U, N]`, each user's set of items; what she has seen is not counted.
+        wanted: bool `[U, N]`, each user's set of items, of the votes or not; what she has seen is
+            not counted.
         fakes: numbers of fake users.
         k: length of a list of recommendations.
         alpha: probability that any of the certificates (of all users) is wrong.
@@ -153,7 +155,7 @@ def certified_overlap(
     seen = votes.seen.cpu()
     inside = wanted.cpu() & ~seen
     users, items = counts.shape
-    level = alpha / (users * items)
+    level = alpha / (2 * users * items)  # either bound of an item may be the wrong one
     times = voters[:, None].expand_as(counts)
     # A user without a submodel has no bounds but 0 and 1.
     drawn = times.clamp(min=1)
