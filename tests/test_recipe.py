@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,3 +95,61 @@ def test_a_merged_mapping_may_be_changed(tmp_path: Path) -> None:
         "audit: {attacks: [{<<: *one, steps: 7}]}\n"
     )
     assert recipes.load(path).audit.attacks[0].steps == 7
+
+
+KINDS = """
+name: x
+data: {source: y, text: [a], label: b}
+variants:
+  hardened:
+    objective: partial
+    attack: {kind: pgd, steps: 3, step_size: 0.5}
+    eps_schedule: {share: 0.1, start: 0.5}
+    masking: {kind: loss_quantile, quantile: 0.9}
+    every: 4
+    scale: 4.0
+"""
+
+
+def hardened(tmp_path: Path, full: str, *changes: str) -> dict[str, Any]:
+    """What the variant says after the section `full` and some `--set`."""
+    path = tmp_path / "kinds.yaml"
+    path.write_text(KINDS + (f"full: {{variants: {{hardened: {full}}}}}" if full else ""))
+    recipe = recipes.load(path, full=bool(full), changes=changes)
+    return recipe.variants["hardened"].model_dump(exclude_unset=True)
+
+
+def test_a_section_of_another_kind_begins_anew(tmp_path: Path) -> None:
+    before = hardened(tmp_path, "")
+    assert hardened(tmp_path, "{objective: partial, every: 2}") == before | {"every": 2}
+    assert hardened(tmp_path, "{objective: apr, lam: 8}") == {"objective": "apr", "lam": 8}
+    assert hardened(tmp_path, "{objective: mixed}") == {"objective": "mixed"}
+    for key, value in (
+        ("attack", {"kind": "apgd", "momentum": 0.5}),
+        ("eps_schedule", {"kind": "cosine", "end": 0.5}),
+        ("masking", {"kind": "confidence", "highest": 0.5}),
+    ):
+        assert hardened(tmp_path, f"{{{key}: {value}}}") == before | {key: value}
+    # What is meant where none is named is no other.
+    for key, value in (("attack", "{kind: pgd}"), ("eps_schedule", "{kind: warm_up}")):
+        kept = dict(hardened(tmp_path, f"{{{key}: {value}}}")[key])
+        assert kept | before[key] == kept
+    bare = "{hardened: {lam: 3.0}}"
+    path = tmp_path / "bare.yaml"
+    path.write_text(f"{KINDS.split('variants')[0]}variants: {bare}")
+    same = recipes.load(path, changes=["variants.hardened.objective=mixed"])
+    assert same.variants["hardened"].lam == 3.0
+
+
+def test_changes_of_one_variant_may_come_in_any_order(tmp_path: Path) -> None:
+    changes = ["variants.hardened.lam=3.0", "variants.hardened.objective=trades"]
+    for some in (changes, changes[::-1]):
+        assert hardened(tmp_path, "", *some) == {"objective": "trades", "lam": 3.0}
+    with pytest.raises(InputError, match=r"unknown key variants\.hardened\.every in trades"):
+        hardened(tmp_path, "", "variants.hardened.every=2", changes[1])
+
+
+def test_a_model_of_another_kind_keeps_its_keys() -> None:
+    films = next(path for path in SHIPPED if path.stem == "films_ranking")
+    recipe = recipes.load(films, changes=["model.dim=16", "model.kind=lightgcn"])
+    assert (recipe.model.dim, recipe.model.l2) == (16, 0.02)

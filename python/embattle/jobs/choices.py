@@ -86,6 +86,32 @@ def choice(members: Mapping[str, type[Any]], key: str, default: str | None = Non
     return Annotated[Union[tagged], Discriminator(tag)]  # noqa: UP007
 
 
+def laid_over(kind: Any, base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, mapping by mapping; lists are replaced.
+
+    A section that is one of several begins anew where `changes` name another one than `base` is:
+    what was written for the one is not meant for the other.
+
+    Args:
+        kind: the type that both are of.
+        base: what is changed.
+        changes: what changes it.
+    """
+    told = _discriminator(kind)
+    if told is not None:
+        which = told(base)
+        if told.__name__ in changes and told(changes) != which:
+            return dict(changes)
+        kind, _ = _inside(kind, str(which))
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = laid_over(_inside(kind, key)[0], old, value)
+        merged[key] = value
+    return merged
+
+
 def locate(kind: Any, spot: Sequence[int | str]) -> tuple[str, list[str], str]:
     """Where in a recipe one of pydantic's errors is.
 
@@ -115,7 +141,11 @@ def _inside(kind: Any, step: int | str) -> tuple[Any, bool]:
     inner = typing.get_args(kind)
     if _is_section(kind):
         field = kind.model_fields.get(step)
-        return (None if field is None else field.annotation), True
+        if field is None:
+            return None, True
+        # Pydantic keeps what tells several sections apart beside the field's type.
+        whole: Any = (field.annotation, None, *field.metadata)
+        return Annotated[whole], True
     for member in inner:
         if any(isinstance(x, Tag) and x.tag == step for x in getattr(member, "__metadata__", ())):
             return member, False
@@ -123,14 +153,28 @@ def _inside(kind: Any, step: int | str) -> tuple[Any, bool]:
     return (inner[-1] if inner and not _is_union(kind) else kind), True
 
 
+def _discriminator(kind: Any) -> Any:
+    """What tells the sections apart of which a type is one; None where it is not one of several."""
+    while kind is not None:
+        for said in getattr(kind, "__metadata__", ()):
+            if isinstance(said, Discriminator):
+                return said.discriminator
+        kind = _within(kind)
+    return None
+
+
 def _plain(kind: Any) -> Any:
     """A type without annotations, and without None."""
-    while True:
-        inner = [x for x in typing.get_args(kind) if x is not types.NoneType]
-        if typing.get_origin(kind) is Annotated or (_is_union(kind) and len(inner) == 1):
-            kind = inner[0]
-        else:
-            return kind
+    while (within := _within(kind)) is not None:
+        kind = within
+    return kind
+
+
+def _within(kind: Any) -> Any:
+    """The type in a type's outermost annotation, or beside its None; None where there is none."""
+    inner = [x for x in typing.get_args(kind) if x is not types.NoneType]
+    annotated = typing.get_origin(kind) is Annotated
+    return inner[0] if annotated or (_is_union(kind) and len(inner) == 1) else None
 
 
 def _is_union(kind: Any) -> bool:

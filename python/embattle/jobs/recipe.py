@@ -32,7 +32,7 @@ from pydantic import (
 
 from embattle.jobs.attack_recipe import ThreatRecipe
 from embattle.jobs.audit_recipe import AuditRecipe
-from embattle.jobs.choices import locate
+from embattle.jobs.choices import laid_over, locate
 from embattle.jobs.threat import check_attack
 from embattle.jobs.train_recipe import TrainRecipe
 from embattle.jobs.tune_recipe import TuneRecipe
@@ -147,7 +147,8 @@ def load(
     Args:
         path: the YAML file.
         full: whether the recipe's `full` section is applied.
-        changes: assignments `section.key=value`, the value in YAML; applied last.
+        changes: assignments `section.key=value`, the value in YAML; applied last, and together: in
+            whatever order they come, none undoes another key's.
         trust: whether a task that is code of one's own may be run (see `embattle.tasks.find`).
 
     Returns:
@@ -166,8 +167,10 @@ def load(
             f"{path}: --full needs a section 'full' that says what it changes; add one"
         )
     chosen = {**(merged if full else raw), "full": {} if full else extended}
+    before, together = chosen, dict[str, Any]()
     for change in changes:
-        chosen = _merge(chosen, _assignment(change))
+        together = laid_over(Any, together, _assignment(change))
+        chosen = _merge(before, together)
         _check(chosen, f"--set {change}", trust)
     if changes:
         _check(_merge(chosen, chosen["full"] or {}), "--set, with the section full", trust)
@@ -273,13 +276,8 @@ def _parsed(text: str, origin: str) -> dict[str, Any]:
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` laid over it, mapping by mapping; lists are replaced."""
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
-    return merged
+    # The sections of a task are merged key by key, whatever they hold.
+    return laid_over(Recipe, base, changes)
 
 
 def _assignment(change: str) -> dict[str, Any]:
