@@ -78,10 +78,23 @@ def test_a_recipe_trains_hardens_and_audits(name: str, films: Path, tmp_path: Pa
     for model in facts["models"].values():
         assert model["attacks"]["PGD-3"]["loss"] > model["clean"]["loss"]
     history = json.loads((run / "run.json").read_text())["variants"]["hardened"]["history"]
-    assert history[-1]["robust_loss"] > history[-1]["loss"]
+    moved = [figures for figures in history if "robust_loss" in figures]
+    assert moved[-1]["robust_loss"] > moved[-1]["loss"]
 
 
-@pytest.mark.parametrize("objective", ["staggered", "partial"])
+ENDS = "{kind: cosine, start: 1, end: 0}"
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "staggered",
+        "partial",
+        "partial, every: 8",  # the last step attacks nothing, here and in the next two
+        f"partial, share_schedule: {ENDS}",
+        f"partial, lam_schedule: {ENDS}",
+    ],
+)
 def test_what_triplets_look_up_is_perturbed_sample_by_sample(
     objective: str, films: Path, tmp_path: Path
 ) -> None:
@@ -96,12 +109,30 @@ def test_what_triplets_look_up_is_perturbed_sample_by_sample(
         "history"
     ]
     assert history[-1]["eps"] > 0
-    assert "robust_loss" in history[-1]
+    # Of a step without an attack no loss under attack is told.
+    moved = [figures for figures in history if "robust_loss" in figures]
+    assert all(figures["robust_loss"] != figures["loss"] for figures in moved)
+    assert (moved == history[:1]) if "every" in objective else (len(moved) > 1)
     # LightGCN reads whole tables: its samples share what is perturbed.
-    graph = ("--overwrite", "--set", "model={kind: lightgcn, layers: 1}")
-    status, said = invoke(*words, *graph)
+    changes = ("model={kind: lightgcn, layers: 1}", "variants.hardened.objective=apr")
+    graph = [word for change in changes for word in ("--set", change)]
+    status, said = invoke(*words, "--overwrite", *graph)
     assert status == 2, said
-    assert "variants.tried" in said
+    assert "variants.tried: " in said
+    assert "mixed" in said
+    assert "trained in" not in said
+
+
+def test_a_step_s_loss_under_attack_is_of_the_passes_that_have_one(
+    films: Path, tmp_path: Path
+) -> None:
+    variant = "variants={tried: {objective: staggered, eps_schedule: {share: 0}}}"
+    words = ("--set", variant, "--set", "train.accumulate=2", "--out", tmp_path / "run")
+    status, said = invoke("train", small("films_ranking", films), *words)
+    assert status == 0, said
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    first = run["variants"]["tried"]["history"][0]  # whose first pass has new samples alone
+    assert first["robust_loss"] > 0.9 * first["loss"]
 
 
 @pytest.mark.parametrize("name", NAMES)

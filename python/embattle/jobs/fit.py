@@ -179,7 +179,7 @@ class Fit:
         rate *= self._decay(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        figures: dict[str, float] = {}
+        figures: dict[str, list[float]] = {}
         places = self.order.places(step)
         parts = self._batches_of(step, places)
         for number, (batch, mine) in enumerate(zip(parts, places, strict=True), 1):
@@ -194,13 +194,13 @@ class Fit:
                 last = number == len(parts)
                 self.loss.backward(loss, self.accelerator, share=1 / len(parts), last=last)
             for name, value in found.items():
-                figures[name] = figures.get(name, 0.0) + value / len(parts)
+                figures.setdefault(name, []).append(value)
         bound = self.recipe.train.max_grad_norm
         if bound is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), bound)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return figures
+        return {name: sum(values) / len(values) for name, values in figures.items()}
 
     def _decay(self, step: int) -> float:
         """Linear growth over the warm-up, then linear decay; the last step's rate is above 0."""

@@ -16,6 +16,7 @@ from embattle.clipping import PerSampleClipper
 from embattle.data.batch import Batch
 from embattle.errors import InputError
 from embattle.jobs.recipe import Recipe
+from embattle.jobs.schedule_recipe import constant
 from embattle.jobs.threat import make_attack
 from embattle.jobs.variant_recipe import (
     AttackedVariant,
@@ -24,6 +25,7 @@ from embattle.jobs.variant_recipe import (
     PlainVariant,
     SmartVariant,
     StaggeredVariant,
+    VariantRecipe,
     WeightedVariant,
 )
 from embattle.objectives import (
@@ -204,7 +206,10 @@ class Loss:
         found = {}
         if "clean_loss" in metrics:
             found["loss"] = float(metrics["clean_loss"])
-        under = metrics.get("adversarial_loss", metrics.get("clean_loss"))
+        # In a ball of no size the clean loss is the robust one; elsewhere a pass without an attack
+        # (a schedule of `lam` or `share`, `every`) says nothing of it.
+        still = metrics.get("clean_loss") if metrics["eps_scale"] == 0 else None
+        under = metrics.get("adversarial_loss", still)
         if under is not None:
             found["robust_loss"] = float(under)
         found["eps"] = self.eps * float(metrics["eps_scale"])
@@ -326,6 +331,22 @@ def _form(variant: AttackedVariant, model: nn.Module, steps: int) -> str | Form:
     return variant.objective
 
 
+def _without_pauses(recipe: Recipe) -> Recipe:
+    """The recipe, but that its variants attack in every step, and with full strength."""
+    always = constant()
+    variants: dict[str, VariantRecipe] = {}
+    for name, variant in recipe.variants.items():
+        changes: dict[str, Any] = {
+            key: always
+            for key in ("eps_schedule", "lam_schedule", "share_schedule")
+            if getattr(getattr(variant, key, None), "kind", "adaptive") != "adaptive"
+        }
+        if isinstance(variant, PartialVariant):
+            changes |= {"delay": 0.0, "every": 1}
+        variants[name] = variant.model_copy(update=changes)
+    return recipe.model_copy(update={"variants": variants})
+
+
 def rehearse(recipe: Recipe, task: Task, model: nn.Module, *, processes: int = 1) -> None:
     """Computes the loss of every variant on two samples, so that what cannot work fails at once.
 
@@ -338,6 +359,7 @@ def rehearse(recipe: Recipe, task: Task, model: nn.Module, *, processes: int = 1
     Raises:
         InputError: it names the variant, and what is wrong.
     """
+    recipe = _without_pauses(recipe)
     rows = torch.arange(min(2, len(task.parts["train"])))
     sites = task.sites(model, recipe.threat.group)
     for name, variant in recipe.variants.items():

@@ -95,7 +95,7 @@ def run_with_chosen(batch: AttackedBatch, part: AttackedBatch, rows: Tensor) -> 
     ):
         raise ValueError(
             "a part of the batch cannot be perturbed where all samples share what is perturbed "
-            "(Site.weight, samples=None): use form='mixed'"
+            "(Site.weight, samples=None): use mixed, which attacks whole batches"
         )
     additions = part.perturbed.additions()
 
