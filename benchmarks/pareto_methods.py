@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[str, list[str], str]] = {
     "clicks": ("films_ctr", [], "auc"),
     "income": ("adult_income", [], "auc"),
     "sequences": ("films_sequential", [], "ndcg"),
-    "ranking": ("films_ranking", [], "ndcg"),
+    "ranking": ("films_ranking", ["variants.hardened.lam=8.0"], "ndcg"),
     "language": ("llm_movies", [f"audit.attacks={SHORTER}"], "auc"),
 }
 #: What the variants "tuned" have beside their method, by kind and objective: steps for which plain
