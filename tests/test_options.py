@@ -99,6 +99,8 @@ def test_what_run_takes_is_checked() -> None:
         attack.run(loss, [site, site])
     with pytest.raises(ValueError, match=r"one loss per sample.*\(6, 3\)"):
         attack.run(lambda: model(tokens), site)
+    with pytest.raises(TypeError, match=r"outputs must be a tensor, got dict; give .*logits"):
+        attack.run(lambda: eb.Evaluation(outputs={"logits": model(tokens)}), site)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="loss_fn must be a function"):
         attack.run(loss(), site)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Diverge.*no gradient at zero.*GaussianStart"):

@@ -41,7 +41,10 @@ class Evaluation:
         if outputs is None:
             return
         if not isinstance(outputs, Tensor):
-            raise TypeError(f"Evaluation: outputs must be a tensor, got {_kind(outputs)}")
+            raise TypeError(
+                f"Evaluation: outputs must be a tensor, got {_kind(outputs)}; give the one that "
+                "the criterion is about, such as its logits"
+            )
         if outputs.dim() < 1 or (losses is not None and outputs.shape[0] != losses.shape[0]):
             count = "no samples" if losses is None else f"losses {tuple(losses.shape)}"
             raise ValueError(
