@@ -320,6 +320,10 @@ def _check(raw: Mapping[str, Any], origin: str, trust: bool) -> Recipe:
             raise InputError(f"{origin}: {key}.{of}: {tag!r}; {closest(tag, tags)}") from errors
         if first["type"] == "union_tag_not_found":
             of = first["ctx"]["discriminator"].removesuffix("()")
+            if not isinstance(first["input"], dict):
+                raise InputError(
+                    f"{origin}: {key}: write a mapping, {{{of}: ...}} (given: {first['input']!r})"
+                ) from errors
             raise InputError(f"{origin}: {key}.{of} is missing; add it") from errors
         what = first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
