@@ -25,7 +25,7 @@ pytest.importorskip("typer")
 from embattle.errors import InputError
 from embattle.files import UNFINISHED, remove_unfinished, replacing
 from embattle.jobs import audit as auditing
-from embattle.jobs import run_folder
+from embattle.jobs import provenance, run_folder
 from embattle.jobs import train as training
 from embattle.jobs.run_folder import Run, locked
 from safetensors.torch import load_file, save_file
@@ -192,6 +192,31 @@ def test_a_broken_model_is_noticed_before_the_first_attack(
     monkeypatch.setattr(auditing, "examine", lambda *a: attacked.append(a[1]))
     refused("hardened does not hold a trained model", "audit", out)
     assert not attacked
+
+
+@pytest.mark.parametrize("command", ["audit", "explain"])
+def test_exchanged_weights_are_noticed_before_the_first_attack(
+    command: str, finished: Path, copy: Callable[[Path], Path]
+) -> None:
+    out = copy(finished)
+    standard, hardened = (out / name / "model.safetensors" for name in ("standard", "hardened"))
+    mine = hardened.read_bytes()
+    shutil.copyfile(standard, hardened)
+    refused(
+        "hardened are not those that `embattle train` wrote (they are those of 'st", command, out
+    )
+    save_file({name: x * 1.01 for name, x in load_file(standard).items()}, hardened)
+    refused("restore them", command, out)
+    assert not (out / "metrics.json").exists()
+    hardened.write_bytes(mine)
+    run = Run.read(out)
+    assert provenance.trained_weights(out, run, ["hardened"]) == {
+        "hardened": run.variants["hardened"].weights
+    }
+    # Of a run that an older version trained nothing is known.
+    shutil.copyfile(standard, hardened)
+    run.variants["hardened"].weights = None
+    assert provenance.trained_weights(out, run, ["hardened"])
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from embattle.files import remove_unfinished
 from embattle.jobs import recipe as recipes
 from embattle.jobs.attack_recipe import AttackRecipe, attack_recipe
 from embattle.jobs.explain_recipe import ExplainRecipe
+from embattle.jobs.provenance import trained_weights
 from embattle.jobs.recipe import Recipe
 from embattle.jobs.run_folder import Run, locked, put, put_picture
 from embattle.jobs.threat import make_attack
@@ -71,7 +72,9 @@ def explain(
         if samples is not None:
             options = options.model_copy(update={"samples": samples})
         found = {}
-        for name in names if model is None else [model]:
+        chosen = names if model is None else [model]
+        trained_weights(folder, run, chosen)
+        for name in chosen:
             made = task.load(folder / name).to(chosen_device())
             found[name] = _of_model(recipe, options, task, made)
             say(f"explained {name}")

@@ -32,6 +32,7 @@ from embattle.jobs.checkpoint import (
 )
 from embattle.jobs.loss import Loss
 from embattle.jobs.order import Order
+from embattle.jobs.provenance import weights_of
 from embattle.jobs.recipe import Recipe
 from embattle.jobs.run_folder import Trained
 from embattle.jobs.validation import Validation
@@ -132,6 +133,7 @@ class Fit:
             self.task.save(self.bare, folder)
             write_text(folder / "recipe.yaml", self.recipe.to_yaml())
             self.checkpoint.unlink(missing_ok=True)
+            trained = trained.model_copy(update={"weights": weights_of(folder)})
         return trained
 
     def fit(self) -> Trained:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from embattle.errors import InputError
 from embattle.files import sha256
 from embattle.jobs.run_folder import Run
 from embattle.jobs.trained import model_files
@@ -22,12 +23,39 @@ def fingerprints(folder: Path, run: Run, task: Task, part: str, models: list[str
         task: which has read the data.
         part: the part that is attacked.
         models: the names of the models.
+
+    Raises:
+        InputError: see `trained_weights`.
     """
     return {
         "data": run.fingerprint,
         "part": task.part_fingerprint(part),
-        "weights": {name: _weights(folder / name) for name in models},
+        "weights": trained_weights(folder, run, models),
     }
+
+
+def trained_weights(folder: Path, run: Run, models: Sequence[str]) -> dict[str, str]:
+    """Check that weights are those that the training wrote; give their hashes, by model.
+
+    Args:
+        folder, run, models: see `fingerprints`.
+
+    Raises:
+        InputError: they are others, or another model's.
+    """
+    found = {name: weights_of(folder / name) for name in models}
+    for name, digest in found.items():
+        written = run.variants[name].weights
+        if written in (None, digest):  # not known before 2026-12
+            continue
+        owners = [other for other, one in run.variants.items() if one.weights == digest]
+        which = f" (they are those of {owners[0]!r})" if owners else ""
+        raise InputError(
+            f"the weights in {folder / name} are not those that `embattle train` wrote{which}; "
+            "restore them, train again with --overwrite, or audit weights of your own with "
+            "embattle.audit.audit_model"
+        )
+    return found
 
 
 def together(found: Mapping[str, Any]) -> str:
@@ -36,7 +64,7 @@ def together(found: Mapping[str, Any]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _weights(folder: Path) -> str:
+def weights_of(folder: Path) -> str:
     """A hash of a model's safetensors files, with their names."""
     digest = hashlib.sha256()
     for file in model_files(folder):

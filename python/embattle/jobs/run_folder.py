@@ -52,6 +52,7 @@ class Trained(BaseModel):
         history: the figures of each step.
         looks: the figures of each look at the validation part (`train.validation`).
         chosen: the step whose weights were taken; None: the last.
+        weights: SHA-256 of the weights that were written; an audit is of these. None: not known.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -61,6 +62,7 @@ class Trained(BaseModel):
     history: list[dict[str, float]]
     looks: list[dict[str, float]] = []
     chosen: int | None = None
+    weights: str | None = None
 
     @property
     def chosen_look(self) -> dict[str, float]:
