@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
 import resource
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ pytest.importorskip("yaml")
 
 import deployed
 from deployed import NAMES, rows_of, write_csv
+from embattle.data.batch import Batch
 from embattle.errors import InputError
 from embattle.files import UNFINISHED, sha256
 from embattle.jobs import export as exporting
@@ -95,6 +98,17 @@ def test_a_program_gives_what_the_model_gives(
     for path in model.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes()
     assert facts["files"] == {p.name: sha256(p) for p in out.iterdir() if p.name != "export.json"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_are_copied_and_pickled(name: str, models: Callable[[str], Path]) -> None:
+    """As for averages of weights, or a process of its own."""
+    trained = load_trained(models(name))
+    inputs, outputs = samples(models(name), name, 5)
+    for copy in (deepcopy(trained.model), pickle.loads(pickle.dumps(trained.model))):
+        with torch.no_grad():
+            found = trained.task.evaluate(copy, Batch(inputs)).outputs
+        torch.testing.assert_close(found, outputs, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(not HAS_ONNX, reason="onnx, onnxscript and onnxruntime are not all installed")

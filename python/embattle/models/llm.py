@@ -37,11 +37,11 @@ class LanguageRecommender(nn.Module):
         self, body: Any, answers: nn.Linear, prompts: Prompts, *, rank: int, alpha: float
     ) -> None:
         super().__init__()
-        self._peft = need("peft", "llm")
+        peft = need("peft", "llm")
         body.requires_grad_(False)
-        config = self._peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
         try:
-            self.body = self._peft.inject_adapter_in_model(config, body)
+            self.body = peft.inject_adapter_in_model(config, body)
         except ValueError as error:
             raise InputError(
                 f"model.pretrained: peft has no adapters for a {body.config.model_type}: "
@@ -66,7 +66,7 @@ class LanguageRecommender(nn.Module):
 
     def trained(self) -> dict[str, Tensor]:
         """What training changes: the adapters' weights, and the rows of the answers."""
-        adapters = self._peft.get_peft_model_state_dict(self.body)
+        adapters = need("peft", "llm").get_peft_model_state_dict(self.body)
         return {f"adapters.{name}": x for name, x in adapters.items()} | {
             f"answers.{name}": x for name, x in self.answers.named_parameters()
         }
@@ -85,7 +85,7 @@ class LanguageRecommender(nn.Module):
             for name, x in tensors.items()
             if name.startswith("adapters.")
         }
-        self._peft.set_peft_model_state_dict(self.body, adapters)
+        need("peft", "llm").set_peft_model_state_dict(self.body, adapters)
         for name, weight in self.answers.named_parameters():
             weight.data.copy_(tensors[f"answers.{name}"])
 
