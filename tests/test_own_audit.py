@@ -45,6 +45,13 @@ class Value(Linear):
         return super().forward(tokens)[:, 1]
 
 
+class OfTokens(Linear):
+    """A class for each token."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.embedding(tokens)
+
+
 class Wrapped(Linear):
     """Its outputs under a key of a dict."""
 
@@ -235,7 +242,7 @@ def test_fingerprints_are_of_samples_and_weights() -> None:
 
 
 def test_what_is_refused() -> None:
-    model = Linear()
+    model, tokens = Linear(), OfTokens()
     site = Site(model.embedding)
     with pytest.raises(ValueError, match="no labels"):
         audit_model(model, Batch({"tokens": TOKENS}), site)
@@ -265,6 +272,8 @@ def test_what_is_refused() -> None:
             audit_model(model, batch(), site, attacks={name: PGD(norm="l2", eps=0.2)})
     with pytest.raises(ValueError, match=r"2 of 4 samples have no label that counts \(-100\)"):
         audit_model(model, batch(torch.tensor([1, -100, 1, -100])), site)
+    with pytest.raises(ValueError, match=r"a sample has one class, and labels are \(4, 2\)"):
+        audit_model(tokens, batch(torch.ones(4, 2, dtype=torch.int64)), Site(tokens.embedding))
     with pytest.raises(ValueError, match="got k=10 for outputs"):
         audit_model(model, batch(), site, kind=Ranking())
     with pytest.raises(TypeError, match="returned a dict with scores"):

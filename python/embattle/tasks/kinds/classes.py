@@ -61,7 +61,18 @@ class Classification(Kind):
         return losses.cross_entropy(outputs, labels)
 
     def criterion(self, labels: Tensor) -> Criterion:
-        """Give the goal of a wrong class."""
+        """Give the goal of a wrong class.
+
+        Raises:
+            ValueError: a sample has several labels, which the measures do not count.
+        """
+        if labels.dim() > 1 and labels.shape[-1] > 1:
+            raise ValueError(
+                f"{type(self).__name__}: a sample has one class, and labels are "
+                f"{tuple(labels.shape)}. Where each token has one, an attack tells the share of "
+                "tokens that are right: "
+                "attack.run(..., criterion=Misclassify(labels)).robust_accuracy"
+            )
         return Misclassify(labels)
 
     def _scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
