@@ -211,8 +211,10 @@ def test_rows_of_a_file_are_those_of_a_part(mind: Path, tmp_path: Path) -> None:
     assert task.encode(model, [{"news": "N1"}]).labels is None
     for row, message in (
         ({"news": "N99"}, "column 'news': the model knows no news 'N99'"),
-        ({"history": "N1"}, "no single news in row 1"),
+        ({"history": "N1"}, "no single news; name one"),
         ({"news": "N1", "history": "N1 X"}, "column 'history': the model knows no news 'X'"),
     ):
         with pytest.raises(InputError, match=message):
             task.encode(model, [row])
+    with pytest.raises(InputError, match="no single news in row 2; name one"):
+        task.encode(model, [{"news": "N1"}, {"news": "N1 N2"}])

@@ -197,7 +197,8 @@ class ClicksOnNews(EncodedTexts):
         shown = [numbers(row.get("news"), "news") for row in rows]
         for place, found in enumerate(shown, 1):
             if len(found) != 1:
-                raise InputError(f"column 'news' names no single news in row {place}; name one")
+                where = f" in row {place}" if len(rows) > 1 else ""
+                raise InputError(f"column 'news' names no single news{where}; name one")
         words = cast(NewsClicks, model).texts.tokens([found[0] for found in shown])
         history = self._padded([numbers(row.get("history"), "history") for row in rows])
         marks = [str(row.get("clicked")) for row in rows]
