@@ -46,7 +46,7 @@ def trained_weights(folder: Path, run: Run, models: Sequence[str]) -> dict[str, 
     found = {name: weights_of(folder / name) for name in models}
     for name, digest in found.items():
         written = run.variants[name].weights
-        if written in (None, digest):  # not known before 2026-12
+        if written in (None, digest):  # runs of older versions have none
             continue
         owners = [other for other, one in run.variants.items() if one.weights == digest]
         which = f" (they are those of {owners[0]!r})" if owners else ""
