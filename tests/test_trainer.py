@@ -665,7 +665,7 @@ def test_forms_that_know_samples_resume_in_the_middle_of_an_epoch(
         assert torch.equal(one, two)
 
 
-def test_a_stream_has_no_samples_to_know_again(tmp_path: Path) -> None:
+def test_batches_that_cannot_know_samples_again_are_refused(tmp_path: Path) -> None:
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self) -> Any:
             return iter([Rows()[0]])
@@ -673,6 +673,9 @@ def test_a_stream_has_no_samples_to_know_again(tmp_path: Path) -> None:
     options = {"attack": eb.FGM(eps=0.3), "objective": {"form": "staggered"}}
     run = training(tmp_path, toys.tiny_bert(**DRY), train_dataset=Stream(), **options)
     with pytest.raises(ValueError, match="the train_dataset has no length"):
+        run.train()
+    run = training(tmp_path, toys.tiny_bert(**DRY), dataloader_drop_last=True, **options)
+    with pytest.raises(ValueError, match="dataloader_drop_last=True would leave out visits"):
         run.train()
 
 

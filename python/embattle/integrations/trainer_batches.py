@@ -59,7 +59,8 @@ def numbered_loader(trainer: Any, form: StaggeredReplays | Partial) -> Any:
     sample, and each process its share of the samples. The Trainer's grouping by length is kept.
 
     Raises:
-        ValueError: the data set has no length, or the batch size does not divide by the visits.
+        ValueError: the data set has no length, the batch size does not divide by the visits, or
+            batches that are not full are to be dropped.
     """
     dataset, args = trainer.train_dataset, trainer.args
     if dataset is None or not hasattr(dataset, "__len__"):
@@ -82,6 +83,11 @@ def numbered_loader(trainer: Any, form: StaggeredReplays | Partial) -> Any:
         "prefetch_factor": args.dataloader_prefetch_factor,
     }
     if isinstance(form, StaggeredReplays):
+        if args.dataloader_drop_last:
+            raise ValueError(
+                "AdversarialTrainer: dataloader_drop_last=True would leave out visits of staggered "
+                "replays, whose first and last batches of an epoch are not full; leave it out"
+            )
         options["batch_sampler"] = StaggeredBatches(
             len(dataset),
             trainer._train_batch_size,
