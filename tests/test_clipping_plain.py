@@ -6,17 +6,20 @@ That pass leaves nothing behind.
 from __future__ import annotations
 
 import random
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import embattle as eb
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from clipping_cases import Apply, gradients
 from embattle.clipping import PerSampleClipper, operators
+from embattle.perturb import model_state
 from test_clipping_verify import _float64, exact, per_sample, refused
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -134,6 +137,79 @@ def test_the_plain_pass_leaves_nothing_behind() -> None:
             clipper.backward(kept["out"].square().sum(1))
     for plain, watched in zip(*states, strict=True):
         assert torch.equal(plain, watched)
+
+
+class Counting(nn.Module):
+    """Counts its passes in all kinds of attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.last: int | None = None
+        self.text, self.steps, self.number = "", (), np.int64(0)
+        self.by_name: dict[str, list[int]] = {"steps": []}
+        self.recent: deque[int] = deque(maxlen=2)
+        self.sums: defaultdict[str, int] = defaultdict(int)
+        self.counts: Counter[str] = Counter()
+        self.ordered: OrderedDict[int, int] = OrderedDict()
+        self.python, self.numpy = random.Random(0), np.random.default_rng(0)
+        self.old = np.random.RandomState(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.added = (self.last or 0) + 1
+        self.text, self.number = self.text + "a", self.number + 1
+        self.steps = (*self.steps, 1)
+        self.by_name["steps"].append(self.last)
+        self.recent.append(self.last)
+        self.sums["a"] += 1
+        self.counts["a"] += 1
+        self.ordered[len(self.ordered)] = self.last
+        drawn = self.python.random() + self.numpy.random() + self.old.random()
+        return self.layer(x) * drawn
+
+    def state(self) -> list[object]:
+        held = [self.last, self.added, self.text, self.steps, self.number, self.by_name]
+        draws = [self.python.random(), self.numpy.random(), self.old.random()]
+        return [*held, self.recent, self.sums, self.counts, list(self.ordered.items()), *draws]
+
+
+def test_the_plain_pass_counts_nowhere() -> None:
+    model = Counting()
+    other, x = deepcopy(model), torch.randn(B, 5)
+    with PerSampleClipper(model, 1.0, verify="always") as clipper:
+        for _ in range(3):
+            clipper.backward(per_sample(model(x)))
+            other(x)
+    assert model.state() == other.state()
+
+
+@pytest.mark.parametrize("how", ["in place", "behind autograd", "other memory"])
+@pytest.mark.parametrize("large", [True, False])
+def test_weights_that_follow_others_move_once(
+    how: str, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a momentum encoder's, or the codes of a quantiser."""
+    if large:  # such are copied when they are written
+        monkeypatch.setattr(model_state, "_TOTAL_BYTES", 0)
+        monkeypatch.setattr(model_state, "_LARGE_BYTES", 0)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if how == "in place":
+                m.slow.weight.lerp_(m.fast.weight, 0.1)
+            elif how == "behind autograd":
+                m.slow.weight.data.lerp_(m.fast.weight, 0.1)
+            else:
+                m.slow.weight.data = m.slow.weight.lerp(m.fast.weight, 0.1)
+        return m.fast(x) * m.slow(x)
+
+    model = Apply(forward, fast=nn.Linear(5, 3), slow=nn.Linear(5, 3).requires_grad_(False))
+    other, x = deepcopy(model), torch.randn(B, 5)
+    with PerSampleClipper(model, 1.0, verify="always") as clipper:
+        for _ in range(3):
+            clipper.backward(per_sample(model(x)))
+            other(x)
+    assert torch.equal(model.slow.weight, other.slow.weight)
 
 
 def test_checkpoints_count_what_they_save_without_the_plain_pass() -> None:

@@ -571,6 +571,7 @@ def test_lazy_layers_that_first_run_inside_of_the_block() -> None:
         second = clipper.backward(per_sample(model(x)))
     assert_close([first.norms], [second.norms], 1e-12)
     assert type(model[0]) is nn.Linear
+    assert model[0].in_features == 3
     assert type(model[2]) is nn.Conv1d
     exact(model, lambda: per_sample(model(x)))
 

@@ -6,8 +6,6 @@ one that is the same for all, is another input where all samples lie in that one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from embattle.clipping.context import Context, alike, tolerance
+from embattle.clipping.kept import kept_values
 from embattle.clipping.verify import Verifier
 from embattle.perturb.hooked import kept_places, records
 from embattle.perturb.model_state import kept_state
@@ -25,10 +24,6 @@ from embattle.perturb.random_state import preserved_random_state
 _KNOWN = 4096
 # Outputs below are taken for what is left of larger numbers.
 _FLOOR = 0.1
-# What a module may count, or draw from.
-_NUMBERS = (bool, int, float)
-# Attributes of every module, which `kept_state` looks after as far as a pass may change them.
-_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 class _Due(NamedTuple):
@@ -88,8 +83,8 @@ class Comparison:
         try:
             with (
                 preserved_random_state(),
-                kept_state([self._model]),
-                _kept_values(self._model),
+                kept_state([self._model], frozen=True),
+                kept_values(self._model),
                 kept_places(self._model),
                 saved_tensors_hooks(torch.detach, lambda x: x),  # a checkpoint's own count
             ):
@@ -201,30 +196,3 @@ def _floats(output: Any) -> list[Tensor]:
             held = [x for x in tree_leaves(vars(leaf)) if isinstance(x, Tensor)]
             found += [x for x in held if x.is_floating_point()]
     return found
-
-
-@contextmanager
-def _kept_values(model: nn.Module) -> Iterator[None]:
-    """Puts back what modules count and collect, and the generators that they own."""
-    numbers: list[tuple[dict[str, Any], str, Any]] = []
-    collections: list[tuple[Any, Any]] = []
-    generators: list[tuple[torch.Generator, Tensor]] = []
-    for module in model.modules():
-        held = vars(module)
-        for name, value in held.items():
-            if isinstance(value, _NUMBERS):
-                numbers.append((held, name, value))
-            elif type(value) in (list, set, dict) and name not in _OF_MODULES:
-                collections.append((value, value.copy()))
-            elif isinstance(value, torch.Generator):
-                generators.append((value, value.get_state()))
-    try:
-        yield
-    finally:
-        for held, name, value in numbers:
-            held[name] = value
-        for value, before in collections:
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(before)
-        for generator, state in generators:
-            generator.set_state(state)

@@ -20,6 +20,8 @@ from embattle.perturb.hooked import only_sites_look
 
 # What modules have in their __dict__, mostly.
 _TENSORLESS = frozenset({bool, dict, float, int, set, str, type(None), OrderedDict})
+# Those without methods of their own.
+_PLAIN = (Tensor, nn.Parameter)
 # Where buffers of more than _LARGE_BYTES hold more than _TOTAL_BYTES together, they are not copied
 # before something is about to write them.
 _TOTAL_BYTES = 64 << 20
@@ -38,7 +40,7 @@ class _Tensor:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         whole = tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta
-        self.plain = type(tensor) is Tensor and not whole
+        self.plain = type(tensor) in _PLAIN and not whole
         self.version = None if tensor.is_inference() else tensor._version
         self.data = tensor.data
         # One that is not strided has more than its memory; a write through `.data` would miss it.
@@ -219,7 +221,7 @@ class _CopyOnWrite(TorchDispatchMode):
 
 def _storage_id(tensor: Tensor | None) -> int:
     """Return an id of the memory a tensor is in (of the tensor itself, if it is no plain one)."""
-    if type(tensor) is Tensor and tensor.layout is torch.strided:
+    if tensor is not None and type(tensor) in _PLAIN and tensor.layout is torch.strided:
         return int(tensor.untyped_storage()._cdata)
     return id(tensor)
 
@@ -232,7 +234,9 @@ class KeptState:
         parameters: of these modules.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, frozen: bool = False) -> None:
+        """Record nothing yet; frozen: whether weights that are not trained belong to it."""
+        self._frozen = frozen
         self.modules: dict[int, nn.Module] = {}
         self.parameters: list[nn.Parameter] = []
         self._held: list[_Module] = []
@@ -254,14 +258,16 @@ class KeptState:
             if not _is_stateless(module):
                 held.append(_Module(module))
         self.parameters += parameters
-        if not held:
-            return []
         self._held += held
         found = {id(tensor): tensor for one in held for tensor in one.tensors()}
+        weighty = [p for p in parameters if type(p) is nn.Parameter]
+        if self._frozen:
+            found |= {id(p): p for p in weighty if not p.requires_grad}
+            weighty = [p for p in weighty if p.requires_grad]
         if not found:
             return []
         # What requires a gradient or is a parameter's memory is a weight; the lazy has no values.
-        weights = {p.data_ptr() for p in parameters if type(p) is nn.Parameter}
+        weights = {p.data_ptr() for p in weighty}
         new = {
             key: _Tensor(tensor)
             for key, tensor in found.items()
@@ -306,15 +312,15 @@ class kept_state:
     That is every buffer (statistics of norms, vectors of `spectral_norm`, averages and counters of
     the user's own) and every attribute that is a tensor: afterwards they are the same objects with
     the same bits and the same version, and what the block has added is gone. Passes inside run as
-    always: a batch norm in train mode normalises by the batch. Plain numbers in Python and weights,
-    frozen ones included, are not kept.
+    always: a batch norm in train mode normalises by the batch. Plain numbers in Python and weights
+    are not kept; of the weights those that are not trained are where `frozen`.
 
     With no model given, modules are found as they are called, which one that is compiled with the
     loss function does not show: give the model there.
     """
 
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        self._models, self._state = models, KeptState()
+    def __init__(self, models: Sequence[nn.Module], *, frozen: bool = False) -> None:
+        self._models, self._state = models, KeptState(frozen=frozen)
         self._on_write: _CopyOnWrite | None = None
         self._handle: RemovableHandle | None = None
         self._thread = get_ident()
