@@ -63,7 +63,7 @@ class Installer:
         for name in (*self._batch_dims, *self._broadcast):
             if name not in known:
                 raise ValueError(f"PerSampleClipper: the model has no module named {name!r}")
-        self._comparison = Comparison(self.core, context, verifier)
+        self._comparison = Comparison(self.core, context, verifier, compiled=self._compiled)
         self._layers: list[Layer] = []
         self._seen: list[object] | None = None
         self._guard: Any = OrderedDict({0: partial(_refuse_other_passes, context)})
@@ -82,7 +82,7 @@ class Installer:
                 raise RuntimeError(
                     "PerSampleClipper: the model is inside another clipper's with block"
                 )
-            current += (module, type(module), held["training"], "forward" in held)
+            current += (module, type(module), module.training, "forward" in held)
             current += (len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]))
             for p in held["_parameters"].values():
                 current += (id(p), p is not None and p.requires_grad)

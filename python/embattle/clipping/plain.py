@@ -6,6 +6,7 @@ one that is the same for all, is another input where all samples lie in that one
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from embattle.clipping.kept import kept_values
 from embattle.clipping.verify import Verifier
 from embattle.perturb.hooked import kept_places, records
 from embattle.perturb.model_state import kept_state
-from embattle.perturb.random_state import preserved_random_state
+from embattle.perturb.random_state import RandomState, preserved_random_state
 
 _KNOWN = 4096
 # Outputs below are taken for what is left of larger numbers.
@@ -27,11 +28,19 @@ _FLOOR = 0.1
 
 
 class _Due(NamedTuple):
-    """A plain pass: what it is known by, copies of its inputs, and what it returned."""
+    """A plain pass.
+
+    Attributes:
+        key: what it is known by.
+        inputs: copies of what the model was given.
+        outputs: what it returned.
+        drew: whether it drew from the global generators.
+    """
 
     key: object
     inputs: tuple[Any, Any]
     outputs: list[Tensor]
+    drew: bool
 
 
 class Comparison:
@@ -41,8 +50,18 @@ class Comparison:
     whose graph is clipped.
     """
 
-    def __init__(self, model: nn.Module, context: Context, verifier: Verifier) -> None:
+    def __init__(
+        self, model: nn.Module, context: Context, verifier: Verifier, *, compiled: bool
+    ) -> None:
+        """Has compared nothing yet.
+
+        Args:
+            model: runs plainly.
+            context, verifier: the clipper's.
+            compiled: whether other code runs where the model is called.
+        """
         self._model, self._context, self._verifier = model, context, verifier
+        self._compiled = compiled
         self._known: set[object] = set()
         self._due: _Due | None = None
         self._blind = False
@@ -72,23 +91,24 @@ class Comparison:
         except Exception:  # whatever a user's class raises: a cache that holds a graph
             self._blind = True
             return
-        self._due = _Due(key, inputs, self._outputs(inputs))
+        self._due = _Due(key, inputs, *self._outputs(inputs))
         context.redrawn = False
 
-    def _outputs(self, inputs: tuple[Any, Any]) -> list[Tensor]:
-        """What the model returns without rules for copies of inputs."""
+    def _outputs(self, inputs: tuple[Any, Any]) -> tuple[list[Tensor], bool]:
+        """What the model returns without rules for copies of inputs; whether it drew for it."""
         given, named = tree_map(_copied, inputs)
         context = self._context
         context.plain = True
         try:
             with (
-                preserved_random_state(),
+                preserved_random_state() as before,
                 kept_state([self._model], frozen=True),
                 kept_values(self._model),
                 kept_places(self._model),
-                saved_tensors_hooks(torch.detach, lambda x: x),  # a checkpoint's own count
+                _own_hooks(),
             ):
-                return [t.detach() for t in _floats(self._model(*given, **named))]
+                found = [t.detach() for t in _floats(self._model(*given, **named))]
+                return found, not before.same(RandomState.capture())
         finally:
             context.plain = False
 
@@ -111,11 +131,12 @@ class Comparison:
             same = one.shape == plain.shape
             if same and (context.redrawn or self._alike(one.detach(), plain)):
                 continue
-            if self._varies(due.inputs):
-                if context.guessed:
-                    raise self._cannot_tell("two passes without a clipper differ, too")
-                break
-            raise self._differs(one, plain)
+            excuse = self._excuse(due, same)
+            if excuse is None:
+                raise self._differs(one, plain)
+            if context.guessed:
+                raise self._cannot_tell(excuse)
+            break
         if len(self._known) > _KNOWN:
             self._known.clear()
         self._known.add(due.key)
@@ -127,13 +148,17 @@ class Comparison:
             limit = tolerance(torch.bfloat16)
         return alike(ours, plain, limit, _FLOOR)
 
-    def _varies(self, inputs: tuple[Any, Any]) -> bool:
-        """Whether two passes without rules differ: the model draws numbers that nobody resets."""
-        passes = self._outputs(inputs), self._outputs(inputs)
-        return not all(
+    def _excuse(self, due: _Due, same: bool) -> str | None:
+        """Why outputs that differ, of the same shape or not, say nothing against the rules."""
+        if self._compiled and due.drew and same:
+            return "compiled code draws other random numbers"
+        passes = [self._outputs(due.inputs)[0] for _ in range(2)]
+        agree = all(
             one.shape == two.shape and self._alike(one, two)
             for one, two in zip(*passes, strict=False)
         )
+        # Otherwise the model draws numbers that nobody resets.
+        return None if agree else "two passes without a clipper differ, too"
 
     def forget(self) -> None:
         """Lets go of outputs that nothing was compared with."""
@@ -167,6 +192,13 @@ class Comparison:
         )
 
 
+def _own_hooks() -> AbstractContextManager[object]:
+    """Keeps what the pass saves from hooks around it: a checkpoint counts its own."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return nullcontext()  # torch.func.grad takes no hooks, not even these
+    return saved_tensors_hooks(torch.detach, lambda x: x)
+
+
 def _in_halves() -> bool:
     return torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
 
@@ -187,12 +219,10 @@ def _copied(x: Any) -> Any:
 
 
 def _floats(output: Any) -> list[Tensor]:
-    """The tensors of floats in an output, also in objects of a class that torch does not know."""
-    found: list[Tensor] = []
+    """The dense tensors of floats in an output, also in objects of a class unknown to torch."""
+    found: list[Any] = []
     for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            found += [leaf] if leaf.is_floating_point() else []
-        elif not isinstance(leaf, nn.Module) and hasattr(leaf, "__dict__"):
-            held = [x for x in tree_leaves(vars(leaf)) if isinstance(x, Tensor)]
-            found += [x for x in held if x.is_floating_point()]
-    return found
+        whole = isinstance(leaf, (Tensor, nn.Module)) or not hasattr(leaf, "__dict__")
+        found += [leaf] if whole else tree_leaves(vars(leaf))
+    floats = [x for x in found if isinstance(x, Tensor) and x.is_floating_point()]
+    return [x for x in floats if x.layout is torch.strided and not x.is_nested]
