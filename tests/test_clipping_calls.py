@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from clipping_cases import Apply, gradients
 from embattle.clipping import PerSampleClipper
-from test_clipping_verify import _float64, exact, per_sample
+from embattle.clipping.verify import Verifier
+from test_clipping_verify import _float64, exact, per_sample, refused
 from torch import Tensor, nn
 
 B = 4
@@ -68,3 +69,58 @@ def test_outputs_that_are_not_dense(kind: str) -> None:
 
     model, x = Apply(forward, a=nn.Linear(5, 3)), torch.randn(B, 5)
     exact(model, lambda: per_sample(model(x)[0]), verify="always")
+
+
+@pytest.mark.parametrize("verify", ["first", "always"])
+def test_texts_and_bags_of_other_sizes_are_not_run_twice_forever(verify: Any) -> None:
+    calls: list[int] = []
+
+    def forward(m: Any, texts: list[str], ids: Tensor, offsets: Tensor) -> Tensor:
+        calls.append(len(ids))
+        lengths = torch.tensor([len(text) for text in texts], device=ids.device)
+        return m.bag(ids, offsets) * lengths[:, None]
+
+    model = Apply(forward, bag=nn.EmbeddingBag(9, 3))
+    clipper = PerSampleClipper(model, 1.0, verify=verify)
+    offsets = torch.arange(B)
+    for step in range(30):
+        with clipper:
+            clipper.expect(B)
+            texts = ["a" * (step + sample + 1) for sample in range(B)]
+            clipper.backward(per_sample(model(texts, torch.arange(B + step) % 9, offsets)))
+    assert len(calls) == 30 + (16 if verify == "first" else 30)
+
+
+def test_bags_are_probed_once_whatever_their_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Tensor] = []
+    weights = Verifier.weights
+
+    def counted(verifier: Verifier, like: Tensor) -> Tensor:
+        drawn.append(like)
+        return weights(verifier, like)
+
+    monkeypatch.setattr(Verifier, "weights", counted)
+    model = nn.Sequential(nn.EmbeddingBag(9, 3, mode="sum", sparse=True), nn.Linear(3, 2))
+    table, head = model
+    clipper = PerSampleClipper(model, 1.0, verify="first")
+    for step in range(20):
+        with clipper:
+            clipper.expect(B)
+            found = table(torch.arange(B + step) % 9, torch.arange(B))
+            clipper.backward(per_sample(head(found)))
+    assert len(drawn) == 1
+
+
+def test_a_guess_at_a_size_that_is_not_compared() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        out = m.a(x)
+        return out + m.p(torch.arange(1, device=x.device)[None]) if x.shape[1] == 30 else out
+
+    model = Apply(forward, a=nn.Linear(5, 3), p=nn.Embedding(1, 3))
+    clipper = PerSampleClipper(model, 1.0, verify="first")
+    for length in range(1, 18):
+        with clipper:
+            clipper.backward(per_sample(model(torch.randn(B, length, 5))))
+    x = torch.randn(B, 30, 5)
+    refused(model, lambda: per_sample(model(x)), "16 sizes of its inputs", clipper)
+    exact(model, lambda: per_sample(model(x)), broadcast="p")

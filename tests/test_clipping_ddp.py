@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from embattle.clipping import PerSampleClipper
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -44,6 +46,41 @@ def of_rank(rank: int, where: Path) -> None:
         summing.backward(model(own[:1]), last=False)
         summing.backward(model(own[1:]))
     torch.save(dense(model), f"{where}/sum{rank}.pt")
+
+
+class Talking(Model):
+    """Averages over all ranks how often each row is used."""
+
+    usage: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("usage", torch.zeros(9))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        used = ids.flatten().bincount(minlength=9).float()
+        dist.all_reduce(used)
+        self.usage.mul_(0.9).add_(used)
+        return super().forward(ids)
+
+
+def talking(rank: int, where: Path) -> None:
+    model, plain = DistributedDataParallel(Talking()), Talking()
+    clipper = PerSampleClipper(model, 0.3, verify="always" if rank else "first")
+    for step in range(4):
+        # A new size on one rank alone.
+        ids = batch()[: 3 + step] if rank else batch()
+        with clipper:
+            clipper.backward(model(ids))
+        plain(ids)
+    assert torch.equal(model.module.usage, plain.usage)
+    with pytest.raises(ValueError, match="static_graph"):
+        PerSampleClipper(DistributedDataParallel(Model(), static_graph=True), 0.3)
+
+
+def test_a_forward_that_talks_to_other_ranks(tmp_path: Path) -> None:
+    """It is compared in the first step alone, in which all ranks do so."""
+    ranks.run(talking, tmp_path)
 
 
 def test_two_ranks(tmp_path: Path) -> None:

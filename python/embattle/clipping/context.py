@@ -27,7 +27,7 @@ class Context:
         collected: what that pass has delivered where it starts others; else None.
         ran_without_grad: whether a layer ran where no graph was built.
         spread: layers whose input has been given a row for every sample in this block.
-        guessed: whether the model's call has done so without being told, in a pass to compare.
+        guessed: those that the model's call has given it without being told.
         again: layers that use parameters in checkpoints, and what watches these in backward passes.
         running: whether the model itself runs, not only parts of it.
         plain: whether it runs without rules.
@@ -44,7 +44,7 @@ class Context:
         self.collected: list[tuple[object, Tensor]] | None = None
         self.ran_without_grad = False
         self.spread: set[str] = set()
-        self.guessed = False
+        self.guessed: set[str] = set()
         self.again: dict[str, Any] = {}
         self.running = False
         self.plain = False

@@ -90,6 +90,11 @@ class _BagLookUp(Record):
     padding_idx: int | None
     sparse: bool
 
+    @property
+    def size(self) -> object:
+        """The number of bags, whatever is in them."""
+        return self.ends.shape
+
     def sample_dims(self, dims: int) -> Sequence[int]:
         return [0]
 

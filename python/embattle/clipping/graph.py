@@ -53,6 +53,11 @@ class Record:
         self.version = x._version
         self.spread_dim, layer.spread_dim = layer.spread_dim, None
 
+    @property
+    def size(self) -> object:
+        """What says how large the output is; another one is another graph."""
+        return None if self.x is None else self.x.shape
+
     def shaped(self, grad: Tensor) -> Tensor:
         """The gradient of the output in the shape that `sample_dims` speaks of."""
         return grad
@@ -150,7 +155,7 @@ class Graph:
             if record is not None and record.layer.context is context:
                 self.records.append((node, record))
                 kinds.append(id(record.layer))
-                sizes.append(None if record.x is None else record.x.shape)
+                sizes.append(record.size)
                 below = [get_gradient_edge(x).node for x in record.inputs]
             else:
                 below = [after for after, _ in node.next_functions]

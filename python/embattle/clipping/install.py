@@ -43,11 +43,17 @@ class Installer:
 
         Raises:
             TypeError: a dim that is no integer.
-            ValueError: one below 0; or a name of a module that the model does not have.
+            ValueError: one below 0; or a name of a module that the model does not have; or a
+                wrapper that takes part in backward passes.
         """
         self.named: list[tuple[str, Parameter]] = []
         self.version = 0
         self.ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        if self.ddp is not None and self.ddp.static_graph:
+            raise ValueError(
+                "PerSampleClipper: DistributedDataParallel(static_graph=True) waits in its first "
+                "backward pass for gradients of the batch, which are never made; leave it out"
+            )
         core: Any = model.module if self.ddp is not None else model
         compiled: Any = getattr(core, "_orig_mod", None)
         self.core: nn.Module = core if compiled is None else compiled

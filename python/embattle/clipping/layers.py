@@ -193,7 +193,8 @@ class Layer:
         """
         context = self.context
         context.spread.add(self.name)
-        context.guessed |= not self.broadcast
+        if not self.broadcast:
+            context.guessed.add(self.name)
         if not (self.broadcast or context.running or context.backward):
             raise RuntimeError(
                 f"PerSampleClipper: layer '{self.name}' is given one row for all samples, "

@@ -11,8 +11,10 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from embattle.clipping.context import Context, alike, tolerance
@@ -23,6 +25,8 @@ from embattle.perturb.model_state import kept_state
 from embattle.perturb.random_state import RandomState, preserved_random_state
 
 _KNOWN = 4096
+# How many sizes of inputs of one form are compared: texts and bags have others in every step.
+_SIZES = 16
 # Outputs below are taken for what is left of larger numbers.
 _FLOOR = 0.1
 
@@ -63,8 +67,13 @@ class Comparison:
         self._model, self._context, self._verifier = model, context, verifier
         self._compiled = compiled
         self._known: set[object] = set()
+        self._sizes: dict[object, int] = {}
         self._due: _Due | None = None
-        self._blind = False
+        # Why a call is not compared; and layers whose guess an output has confirmed.
+        self._blind: str | None = None
+        self._right: set[object] = set()
+        self._version = 0
+        self._talks = False
 
     def before(self, args: Any, kwargs: Any, leaves: list[Any], version: int) -> None:
         """Runs the model plainly if what it is called with is new, or by the verifier's choice.
@@ -74,23 +83,32 @@ class Comparison:
             leaves: what these hold.
             version: counts the model's changes.
         """
-        self._due, self._blind = None, False
+        self._due, self._blind, self._version = None, None, version
         # Weights that are frozen, as an attack does it, have no rules.
         if not any(p.requires_grad for p in self._context.names):
             return
         context = self._context
-        how = (version, context.batch_size, torch.is_grad_enabled(), _in_halves())
-        key = (*how, *map(_kind, leaves))
-        if key in self._known and not self._verifier.chosen():
+        context.guessed.clear()
+        how = (version, torch.is_grad_enabled(), _in_halves())
+        form = (*how, *dict.fromkeys(map(_form, leaves)))
+        key = (*form, context.batch_size, *map(_size, leaves))
+        new = key not in self._known
+        if self._talks:
+            # Whether a call is new differs from rank to rank, and all must take part.
+            self._blind = "its forward exchanges tensors with other ranks" if new else None
+            return
+        often = self._sizes.get(form, 0) >= _SIZES
+        if (often or not new) and not self._verifier.chosen():
+            self._blind = f"{_SIZES} sizes of its inputs have been compared" if new else None
             return
         if records(self._model):
             return
-        context.guessed = False
         try:
             inputs = tree_map(_copied, (args, kwargs))
         except Exception:  # whatever a user's class raises: a cache that holds a graph
-            self._blind = True
+            self._blind = "its inputs cannot be copied for a second pass"
             return
+        self._sizes[form] = self._sizes.get(form, 0) + new
         self._due = _Due(key, inputs, *self._outputs(inputs))
         context.redrawn = False
 
@@ -106,8 +124,10 @@ class Comparison:
                 kept_values(self._model),
                 kept_places(self._model),
                 _own_hooks(),
+                _exchanges() as exchanges,
             ):
                 found = [t.detach() for t in _floats(self._model(*given, **named))]
+                self._talks |= exchanges is not None and exchanges.seen
                 return found, not before.same(RandomState.capture())
         finally:
             context.plain = False
@@ -121,8 +141,8 @@ class Comparison:
         due, self._due = self._due, None
         context = self._context
         if due is None:
-            if self._blind and context.guessed:
-                raise self._cannot_tell("its inputs cannot be copied for a second pass")
+            if self._blind is not None and not self._guesses() <= self._right:
+                raise self._cannot_tell(self._blind)
             return
         ours = _floats(output)
         if context.guessed and not ours:
@@ -140,6 +160,10 @@ class Comparison:
         if len(self._known) > _KNOWN:
             self._known.clear()
         self._known.add(due.key)
+        self._right |= self._guesses()
+
+    def _guesses(self) -> set[object]:
+        return {(self._version, name) for name in self._context.guessed}
 
     def _alike(self, ours: Tensor, plain: Tensor) -> bool:
         limit = max([tolerance(plain.dtype), *[tolerance(p.dtype) for p in self._context.names]])
@@ -152,6 +176,8 @@ class Comparison:
         """Why outputs that differ, of the same shape or not, say nothing against the rules."""
         if self._compiled and due.drew and same:
             return "compiled code draws other random numbers"
+        if self._talks:
+            return "its forward exchanges tensors with other ranks"
         passes = [self._outputs(due.inputs)[0] for _ in range(2)]
         agree = all(
             one.shape == two.shape and self._alike(one, two)
@@ -203,12 +229,38 @@ def _in_halves() -> bool:
     return torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
 
 
-def _kind(leaf: Any) -> object:
+class _Exchanges(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees whether ranks exchange tensors."""
+
+    seen = False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let `torch.compile` work as if this were not there."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= func.namespace in ("c10d", "_c10d_functional")
+        return func(*args, **(kwargs or {}))
+
+
+def _exchanges() -> AbstractContextManager[_Exchanges | None]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return nullcontext()
+    return _Exchanges()  # type: ignore[no-untyped-call]
+
+
+def _form(leaf: Any) -> object:
+    """What kind of thing a model is called with."""
     if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype, leaf.device.type, leaf.requires_grad
+        return leaf.dim(), leaf.dtype, leaf.device.type, leaf.requires_grad
     if isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
         return type(leaf), leaf == 0  # schedules give another one in every step
-    return leaf if isinstance(leaf, (bool, str, type(None))) else type(leaf)
+    return leaf if isinstance(leaf, (bool, type(None))) else type(leaf)
+
+
+def _size(leaf: Any) -> object:
+    return leaf.shape if isinstance(leaf, Tensor) else leaf if isinstance(leaf, str) else None
 
 
 def _copied(x: Any) -> Any:
