@@ -61,6 +61,39 @@ def test_a_frozen_part_that_is_differentiated_by_torch_func() -> None:
     exact(model, lambda: per_sample(model(x)), verify="always")
 
 
+@pytest.mark.parametrize(
+    ("fill", "added"),
+    [
+        (-1e4, False),
+        (-1e9, False),
+        (-3e38, False),
+        (-torch.inf, False),
+        (-1e9, True),
+        (-3e38, True),
+    ],
+)
+def test_masks_in_the_outputs_hide_nothing(fill: float, added: bool) -> None:
+    """All samples lie in one row, and one class is masked."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        found = m.a((x * 2).reshape(1, -1, 5)).reshape(len(x), -1, 3).mean(1)
+        mask = torch.tensor([False, False, True], device=x.device).expand_as(found)
+        return found + mask * fill if added else found.masked_fill(mask, fill)
+
+    for kind in (torch.float32, torch.float64):
+        model = Apply(forward, a=nn.Conv1d(B * 6, B * 6, 3, groups=B * 6)).to(kind)
+        x = torch.randn(B, 6, 5, dtype=kind)
+        refused(model, lambda: per_sample(model(x)[:, :2]), "another function .* instead of")  # noqa: B023
+
+
+def test_what_is_given_twice_is_one_thing() -> None:
+    def forward(m: Any, query: Tensor, key: Tensor) -> Tensor:
+        return m.a(query) * (2 if query is key else 3)
+
+    model, x = Apply(forward, a=nn.Linear(5, 3)), torch.randn(B, 5)
+    exact(model, lambda: per_sample(model(x, x)), verify="always")
+
+
 @pytest.mark.parametrize("kind", ["sparse", "nested"])
 def test_outputs_that_are_not_dense(kind: str) -> None:
     def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
