@@ -157,3 +157,27 @@ def test_a_guess_at_a_size_that_is_not_compared() -> None:
     x = torch.randn(B, 30, 5)
     refused(model, lambda: per_sample(model(x)), "16 sizes of its inputs", clipper)
     exact(model, lambda: per_sample(model(x)), broadcast="p")
+
+
+@pytest.mark.parametrize("what", ["trained", "mode", "hooks"])
+def test_states_that_a_model_alternates_between_are_known(what: str) -> None:
+    calls: list[int] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return m.b(m.a(x).tanh())
+
+    model, x = Apply(forward, a=nn.Linear(5, 4), b=nn.Linear(4, 3)), torch.randn(B, 5)
+    clipper = PerSampleClipper(model, 1.0, reduction="sum", verify="first")
+    for step in range(6):
+        if what == "trained":
+            model.a.requires_grad_(step % 2 == 0)
+        elif what == "mode":
+            model.train(step % 2 == 0)
+        elif step % 2:
+            handle = model.a.register_forward_hook(lambda m, given, out: None)
+        exact(model, lambda: per_sample(model(x)), clipper)
+        if what == "hooks" and step % 2:
+            handle.remove()
+    # The reference's, the clipper's, and one more for each of the two states.
+    assert len(calls) == 6 * 2 + 2

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,31 @@ from embattle.clipping.layers import Layer, in_use, watched
 from embattle.clipping.plain import Comparison
 from embattle.clipping.verify import Verifier
 
+# How many states of a model are remembered: those that it alternates between.
+_STATES = 8
+
+
+class _State(NamedTuple):
+    """A model as it was once, and what was found out about it.
+
+    Attributes:
+        seen, named: its modules and trained parameters; what is held keeps its id.
+        layers: those that are watched.
+        version: its number.
+    """
+
+    seen: list[object]
+    named: list[tuple[str, Parameter]]
+    layers: list[Layer]
+    version: int
+
 
 class Installer:
     """Watches a model's layers, and puts its own forwards back.
 
     Attributes:
         named: the trained parameters and their names, as of the last `put_in`.
-        version: counts the model's changes.
+        version: tells the model's states apart.
         ddp: the model, if it is wrapped in DistributedDataParallel.
         core: the module inside of that and of torch.compile.
     """
@@ -72,6 +90,8 @@ class Installer:
         self._comparison = Comparison(self.core, context, verifier, compiled=self._compiled)
         self._layers: list[Layer] = []
         self._seen: list[object] | None = None
+        self._states: dict[object, _State] = {}
+        self._versions = 0
         self._guard: Any = OrderedDict({0: partial(_refuse_other_passes, context)})
 
     def put_in(self, stack: ExitStack) -> None:
@@ -93,11 +113,7 @@ class Installer:
             for p in held["_parameters"].values():
                 current += (id(p), p is not None and p.requires_grad)
         if current != self._seen:
-            self.named = [(n, p) for n, p in self.core.named_parameters() if p.requires_grad]
-            self._context.names = {p: name for name, p in self.named}
-            self._layers = watched(self.core, self._context, self._batch_dims, self._broadcast)
-            self._seen = current
-            self.version += 1
+            self._enter(current)
         if self.ddp is not None:
             stack.enter_context(self.ddp.no_sync())
         if self._compiled:
@@ -118,6 +134,22 @@ class Installer:
         before = self.core.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
         after = self.core.register_forward_hook(self._after)
         stack.callback(self._end, before, after)
+
+    def _enter(self, current: list[object]) -> None:
+        """Looks the model up in a state that it was not in the last time, but may have been in."""
+        key = tuple(id(x) if isinstance(x, nn.Module) else x for x in current)
+        state = self._states.get(key)
+        self._seen = None  # if it is refused
+        named = [(n, p) for n, p in self.core.named_parameters() if p.requires_grad]
+        self._context.names = {p: name for name, p in named}
+        if state is None:
+            layers = watched(self.core, self._context, self._batch_dims, self._broadcast)
+            if len(self._states) == _STATES:
+                self._states.clear()
+            self._versions += 1
+            state = self._states[key] = _State(current, named, layers, self._versions)
+        self.named, self._layers, self.version = named, state.layers, state.version
+        self._seen = current
 
     @staticmethod
     def _take_out(parameters: list[Parameter], layers: list[Layer]) -> None:
