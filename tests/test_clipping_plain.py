@@ -148,6 +148,7 @@ class Counting(nn.Module):
         self.last: int | None = None
         self.text, self.steps, self.number = "", (), np.int64(0)
         self.by_name: dict[str, list[int]] = {"steps": []}
+        self.averages = [{"x": torch.zeros(5)}]
         self.recent: deque[int] = deque(maxlen=2)
         self.sums: defaultdict[str, int] = defaultdict(int)
         self.counts: Counter[str] = Counter()
@@ -160,6 +161,7 @@ class Counting(nn.Module):
         self.text, self.number = self.text + "a", self.number + 1
         self.steps = (*self.steps, 1)
         self.by_name["steps"].append(self.last)
+        self.averages[0]["x"].lerp_(x.mean(0), 0.1)
         self.recent.append(self.last)
         self.sums["a"] += 1
         self.counts["a"] += 1
@@ -168,7 +170,8 @@ class Counting(nn.Module):
         return self.layer(x) * drawn
 
     def state(self) -> list[object]:
-        held = [self.last, self.added, self.text, self.steps, self.number, self.by_name]
+        average = self.averages[0]["x"].tolist()
+        held = [average, self.last, self.added, self.text, self.steps, self.number, self.by_name]
         draws = [self.python.random(), self.numpy.random(), self.old.random()]
         return [*held, self.recent, self.sums, self.counts, list(self.ordered.items()), *draws]
 

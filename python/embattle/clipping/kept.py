@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Attributes of every module, which `kept_state` looks after as far as a pass may change them.
 _OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
@@ -22,13 +22,15 @@ def _own(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
 
 
-def _note(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
-    """Copies a collection, and those in it."""
-    if type(value) not in _COLLECTIONS or id(value) in found:
-        return
+def _note(value: Any, found: dict[int, tuple[Any, Any]], tensors: list[Tensor]) -> None:
+    """Copies a collection, and those in it; lists the tensors that are not trained."""
     found[id(value)] = value, value.copy()
     for one in value.values() if isinstance(value, dict) else value:
-        _note(one, found)
+        kind = type(one)
+        if kind is Tensor and not one.requires_grad:
+            tensors.append(one)
+        elif kind in _COLLECTIONS and id(one) not in found:
+            _note(one, found, tensors)
 
 
 def _refill(value: Any, before: Any) -> None:
@@ -57,19 +59,27 @@ def _rewound(value: Any) -> Callable[[], object] | None:
 
 
 @contextmanager
-def kept_values(model: nn.Module) -> Iterator[None]:
-    """Puts back what modules hold and collect, and the generators that they own."""
+def kept_values(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Puts back what modules hold and collect, and the generators that they own.
+
+    Yields:
+        The frozen weights, and the tensors in collections: whose values are left to `kept_state`.
+    """
     held = [(module, type(module), _own(module)) for module in model.modules()]
     collections: dict[int, tuple[Any, Any]] = {}
     generators: list[Callable[[], object]] = []
+    tensors: list[Tensor] = [
+        p for p in model.parameters() if type(p) is nn.Parameter and not p.requires_grad
+    ]
     for _, _, own in held:
         for value in own.values():
-            _note(value, collections)
+            if type(value) in _COLLECTIONS and id(value) not in collections:
+                _note(value, collections, tensors)
             rewound = _rewound(value)
             if rewound is not None:
                 generators.append(rewound)
     try:
-        yield
+        yield tensors
     finally:
         for module, kind, before in held:
             if type(module) is not kind:  # a lazy one, which has its sizes now

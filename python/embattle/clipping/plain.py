@@ -122,8 +122,8 @@ class Comparison:
         try:
             with (
                 preserved_random_state() as before,
-                kept_state([self._model], frozen=True),
-                kept_values(self._model),
+                kept_values(self._model) as tensors,
+                kept_state([self._model], tensors),
                 kept_places(self._model),
                 _own_hooks(),
                 _exchanges() as exchanges,

@@ -234,9 +234,9 @@ class KeptState:
         parameters: of these modules.
     """
 
-    def __init__(self, *, frozen: bool = False) -> None:
-        """Record nothing yet; frozen: whether weights that are not trained belong to it."""
-        self._frozen = frozen
+    def __init__(self, also: Sequence[Tensor] = ()) -> None:
+        """Record nothing yet; also: tensors, weights among them, that belong to it as well."""
+        self._also = {id(tensor): tensor for tensor in also}
         self.modules: dict[int, nn.Module] = {}
         self.parameters: list[nn.Parameter] = []
         self._held: list[_Module] = []
@@ -259,15 +259,12 @@ class KeptState:
                 held.append(_Module(module))
         self.parameters += parameters
         self._held += held
-        found = {id(tensor): tensor for one in held for tensor in one.tensors()}
-        weighty = [p for p in parameters if type(p) is nn.Parameter]
-        if self._frozen:
-            found |= {id(p): p for p in weighty if not p.requires_grad}
-            weighty = [p for p in weighty if p.requires_grad]
+        found = {id(tensor): tensor for one in held for tensor in one.tensors()} | self._also
         if not found:
             return []
         # What requires a gradient or is a parameter's memory is a weight; the lazy has no values.
-        weights = {p.data_ptr() for p in weighty}
+        own = [p for p in parameters if type(p) is nn.Parameter and id(p) not in self._also]
+        weights = {p.data_ptr() for p in own}
         new = {
             key: _Tensor(tensor)
             for key, tensor in found.items()
@@ -313,14 +310,14 @@ class kept_state:
     the user's own) and every attribute that is a tensor: afterwards they are the same objects with
     the same bits and the same version, and what the block has added is gone. Passes inside run as
     always: a batch norm in train mode normalises by the batch. Plain numbers in Python and weights
-    are not kept; of the weights those that are not trained are where `frozen`.
+    are not kept, but for those that are given in `also`.
 
     With no model given, modules are found as they are called, which one that is compiled with the
     loss function does not show: give the model there.
     """
 
-    def __init__(self, models: Sequence[nn.Module], *, frozen: bool = False) -> None:
-        self._models, self._state = models, KeptState(frozen=frozen)
+    def __init__(self, models: Sequence[nn.Module], also: Sequence[Tensor] = ()) -> None:
+        self._models, self._state = models, KeptState(also)
         self._on_write: _CopyOnWrite | None = None
         self._handle: RemovableHandle | None = None
         self._thread = get_ident()
