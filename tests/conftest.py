@@ -118,6 +118,7 @@ NOT_ON_PRETEND = {
     "test_clipping.py::test_float32": "test_equals_loop_over_samples takes the same way",
     "test_clipping_defects.py::test_autocast": _AUTOCAST,
     "test_clipping_defects.py::test_compiled_model": _COMPILE,
+    "test_clipping_calls.py::test_a_frozen_part_that_is_scripted": "scripts do not know the device",
     "test_clipping_calls.py::test_a_part_of_the_model_is_compiled": _COMPILE,
     "test_clipping_calls.py::test_compiled_code_that_draws_its_own_numbers": _COMPILE,
     "test_clipping_calls.py::test_outputs_that_are_not_dense": "it nests no tensors",

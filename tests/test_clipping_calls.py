@@ -52,6 +52,13 @@ def test_a_part_of_the_model_is_compiled() -> None:
         exact(model, lambda: per_sample(model(x)), verify="always")
 
 
+def test_a_frozen_part_that_is_scripted() -> None:
+    part = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).eval().requires_grad_(False)
+    model = nn.Sequential(torch.jit.script(part), nn.Linear(5, 3))
+    x = torch.randn(B, 5)
+    exact(model, lambda: per_sample(model(x)), verify="always")
+
+
 def test_a_frozen_part_that_is_differentiated_by_torch_func() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.a(torch.func.grad(lambda y: m.score(y).sin().sum())(x))

@@ -275,6 +275,12 @@ def refuse_batch_statistics(module: nn.Module, name: str) -> None:
 _HOLDERS = (nn.ParameterList, nn.ParameterDict)
 
 
+def _parametrizations(module: nn.Module) -> nn.Module | None:
+    # Scripted modules keep their parts in something that is no dict.
+    found = getattr(module, "parametrizations", None)
+    return found if isinstance(found, nn.Module) else None
+
+
 def _uses_parameters(module: nn.Module) -> bool:
     own = list(module._parameters.values())
     if isinstance(module, nn.MultiheadAttention):
@@ -282,7 +288,7 @@ def _uses_parameters(module: nn.Module) -> bool:
     for child in module.children():
         if isinstance(child, _HOLDERS):
             own += child.parameters()
-    parametrizations = module._modules.get("parametrizations")
+    parametrizations = _parametrizations(module)
     if parametrizations is not None:
         own += parametrizations.parameters()
     return any(p is not None and p.requires_grad for p in own)
@@ -305,7 +311,7 @@ def watched(
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         refuse_batch_statistics(module, name)
-        held = module._modules.get("parametrizations")
+        held = _parametrizations(module)
         if held is not None:
             inside.update(held.modules())
         if module in inside or isinstance(module, _HOLDERS) or not _uses_parameters(module):
