@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -188,3 +190,17 @@ def test_states_that_a_model_alternates_between_are_known(what: str) -> None:
             handle.remove()
     # The reference's, the clipper's, and one more for each of the two states.
     assert len(calls) == 6 * 2 + 2
+
+
+def test_weights_that_were_exchanged_are_let_go() -> None:
+    model = Apply(lambda m, x: m.a(x), a=nn.Linear(5, 3))
+    clipper, gone = PerSampleClipper(model, 1.0), []
+    for _ in range(3):
+        with clipper:
+            clipper.backward(per_sample(model(torch.randn(B, 5))))
+        gone.append(weakref.ref(model.a.weight))
+        model.a.weight = nn.Parameter(torch.randn(3, 5))
+    with clipper:
+        clipper.backward(per_sample(model(torch.randn(B, 5))))
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3

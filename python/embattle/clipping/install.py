@@ -144,8 +144,10 @@ class Installer:
         self._context.names = {p: name for name, p in named}
         if state is None:
             layers = watched(self.core, self._context, self._batch_dims, self._broadcast)
-            if len(self._states) == _STATES:
-                self._states.clear()
+            # A state holds its weights: those that the model has no more are let go.
+            own = set(self.core.parameters())
+            kept = {k: s for k, s in self._states.items() if own.issuperset(p for _, p in s.named)}
+            self._states = {} if len(kept) == _STATES else kept
             self._versions += 1
             state = self._states[key] = _State(current, named, layers, self._versions)
         self.named, self._layers, self.version = named, state.layers, state.version
