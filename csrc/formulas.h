@@ -113,7 +113,15 @@ struct Bracket {
   return newton > low && newton < high && b.round < 1000;
 }
 
-// ---- Per-sample clipping ----
+// ---- Per-sample gradients ----
+
+// A power of two that brings numbers up to `largest` near 1.
+[[maybe_unused]] EMBATTLE_HD double scale_for(double largest) {
+  double scale = 1;
+  while (largest * scale > 0x1p20 && scale > 0x1p-1000) scale *= 0x1p-40;
+  while (largest * scale < 0x1p-20 && scale < 0x1p1000) scale *= 0x1p40;
+  return scale;
+}
 
 // What a sample of this norm counts: clipped to `bound`, or scaled by bound / (norm + gamma). A
 // sample that is not finite counts nothing, and a zero one adds nothing whatever its factor.

@@ -105,6 +105,10 @@ def test_linear_norms_where_tokens_cancel_are_taken_again(
         call = samples.Call([a, b], {"method": method, "bias": bias})
         results = run("linear_grad_norm", call.clone(), emulated)
         assert_matches_reference("linear_grad_norm", call, results)
+    far = [x.double() * 2.0**300 for x in (a[:1], b[:1])]
+    near = run("linear_grad_norm", samples.Call([a[:1], b[:1]], {}))[0]
+    norm = emulated.linear_grad_norm(*far, method=method) / 2.0**600
+    assert torch.allclose(norm.float(), near)
     b[1, 20:] = -b[1, :20]  # nothing is left
     assert emulated.linear_grad_norm(a, b, method=method)[1] < 1e-10
 

@@ -2,6 +2,7 @@
 // where these do.
 #pragma once
 
+#include "../formulas.h"
 #include "sums.h"
 
 namespace embattle {
@@ -106,11 +107,6 @@ inline double largest(const T* x, int64_t n, double so_far) {
     if (size > so_far || size != size) so_far = size;
   }
   return so_far;
-}
-
-// A power of two by which numbers up to `largest`, squared, stay in the range of doubles.
-inline double scale_for(double largest) {
-  return largest > 0x1p400 ? 0x1p-600 : largest < 0x1p-400 ? 0x1p600 : 1;
 }
 
 // The norm whose square is square_at(1), and with all elements times s square_at(s). Squares of

@@ -8,6 +8,7 @@
 // sum_t ||a_t||^2 ||g_t||^2, which a first kernel takes in double: where the result is far smaller,
 // tokens cancel, and two more launches, in which all other samples return at once, take the direct
 // form in double.
+#include "../formulas.h"
 #include "launching.h"
 #include "rows.cuh"
 #include "team.cuh"
@@ -172,8 +173,7 @@ __device__ EMBATTLE_NOINLINE double scale_of(const Lanes& team, const ConstData&
   double most = least;
   for (int64_t i = team.rank; i < n; i += team.size)
     most = larger(most, magnitude(load_one<double>(x.data, x.dtype, begin + i)));
-  most = team.max(most);
-  return most > 0x1p400 ? 0x1p-600 : most < 0x1p-400 ? 0x1p600 : 1;
+  return scale_for(team.max(most));
 }
 
 // A warp for each sample.
