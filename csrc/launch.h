@@ -58,41 +58,30 @@ struct StepRule {
   bool apgd = false;        // momentum_step only
 };
 
-struct StepArgs {
+// What project is told, and of their results steps and noise too.
+struct ProjectArgs {
   Groups groups;
   Norm norm = Norm::l2;
-  ConstData delta;     // [rows, dim]
+  ConstData x{};   // [rows, dim]; absent for random_start
+  Data out{};      // [rows, dim], dtype of x; may be x itself
+  PerGroup eps{};  // infinite: no ball
+  Box box{};
+};
+
+struct StepArgs : ProjectArgs {
   ConstData velocity;  // [rows, dim], of any dtype; momentum_step only
   ConstData grad;      // [rows, dim]
-  Data out;            // [rows, dim]; may be delta itself
   Data velocity_out;   // [rows, dim], dtype of velocity; momentum_step only; may be velocity itself
   PerGroup step_size;
-  PerGroup eps;
-  Box box;
   StepRule rule;
   int64_t groups_per_sample = 1;
   int32_t* nonfinite = nullptr;  // [groups] or null
 };
 
-struct ProjectArgs {
-  Groups groups;
-  Norm norm = Norm::l2;
-  ConstData delta;  // [rows, dim]
-  Data out;         // [rows, dim]; may be delta itself
-  PerGroup eps;
-  Box box;
-};
-
-struct NoiseArgs {
-  Groups groups;
-  Norm norm = Norm::l2;
-  ConstData x;  // [rows, dim]; absent for random_start
-  Data out;
+struct NoiseArgs : ProjectArgs {
   const int64_t* key = nullptr;  // [2]; on the device, or:
   bool key_on_host = false;      // where the CUDA launcher reads it, before it returns
   PerGroup std;
-  PerGroup eps;  // infinite: no ball
-  Box box;
 };
 
 struct NormArgs {

@@ -9,7 +9,7 @@ template <Norm kNorm>
 void step(const Cut& cut, const StepArgs& args, const Place<Any>& place) {
   const double step_size = of_group(args.step_size, cut.index), decay = args.rule.decay;
   const double eps = of_group(args.eps, cut.index), top = args.rule.top;
-  const Elements<Any> x(args.delta), velocity(args.velocity), gradient(args.grad);
+  const Elements<Any> x(args.x), velocity(args.velocity), gradient(args.grad);
   const Elements<Any> memory(args.velocity_out);
   const auto given = [=](int64_t i, auto n) { return x.load(i, n); };
   const auto delta = [=, &place](int64_t i, auto n) { return given(i, n) - place.origin(i, n); };
@@ -19,7 +19,7 @@ void step(const Cut& cut, const StepArgs& args, const Place<Any>& place) {
     if (args.nonfinite) ++args.nonfinite[cut.index];
     const Elements<Any>& kept = args.rule.apgd ? x : velocity;
     for_elements(cut, [&](int64_t i, auto n) { memory.store(i, n, kept.load(i, n)); });
-    project_group(cut, kNorm, args.delta, args.out, eps, args.box);
+    project_group(cut, args, args.x, eps);
   } else if (args.rule.apgd) {
     // z1 = P(delta + step_size u(g)), then delta + decay (z1 - delta) + (1 - decay) (delta - v).
     const Ascent ascent = steepest<kNorm>(cut, step_size, top, grad);

@@ -172,8 +172,7 @@ inline bool add_in_floats(const Cut& cut, const NoiseArgs& args, const Keys& key
       [=](int64_t i, auto n, F number)
           EMBATTLE_INLINE { out.store(i, n, fused(factor, number, fetch(x + i, n))); },
       [&] { out.settle(); });
-  if (eps < kInfinity)
-    project_group(cut, args.norm, {args.out.data, args.out.dtype}, args.out, eps, {});
+  if (eps < kInfinity) project_group(cut, args, {args.out.data, args.out.dtype}, eps);
   return true;
 }
 
@@ -273,7 +272,7 @@ void add_in_double(const Cut& cut, const NoiseArgs& args, const Keys& keys) {
   for_numbers<T, Draw::gaussian>(cut, args, keys, [&](int64_t i, auto n, V number) {
     to.store(i, n, x.load(i, n) + std * number);
   });
-  project_group(cut, args.norm, {sum.data, sum.dtype}, args.out, eps, args.box);
+  project_group(cut, args, {sum.data, sum.dtype}, eps);
 }
 
 template <class T>

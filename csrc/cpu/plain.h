@@ -159,7 +159,7 @@ inline bool step_l2(const Batch& batch, V step_size, V eps, const T* x, const T*
 template <Norm kNorm, class T, class D>
 inline bool project_in_floats(const Batch& batch, const ProjectArgs& args, const Sink<T>& out,
                               const D& in_double) {
-  const T* const x = static_cast<const T*>(args.delta.data);
+  const T* const x = static_cast<const T*>(args.x.data);
   const double eps = of_group(args.eps, batch.first);
   if (kNorm == Norm::linf) return project_linf(batch.joined(), eps, x, out);
   if (kNorm == Norm::l2) return project_l2(batch, batch.numbers(args.eps), x, out, in_double);
@@ -169,7 +169,7 @@ inline bool project_in_floats(const Batch& batch, const ProjectArgs& args, const
 template <Norm kNorm, class T, class D>
 inline bool step_in_floats(const Batch& batch, const StepArgs& args, const Sink<T>& out,
                            const D& in_double) {
-  const T* const x = static_cast<const T*>(args.delta.data);
+  const T* const x = static_cast<const T*>(args.x.data);
   const T* const grad = static_cast<const T*>(args.grad.data);
   const double step_size = of_group(args.step_size, batch.first);
   const double eps = of_group(args.eps, batch.first);

@@ -11,26 +11,21 @@ void EMBATTLE_AT_LEVEL(project)(const ProjectArgs& args, ParallelFor parallel_fo
 
 namespace {
 
-// Projects the group of `delta`, which may be `out` itself or float64, on the ball and the box.
-inline void project_group(const Cut& cut, Norm norm, const ConstData& delta, const Data& out,
-                          double eps, const Box& box) {
+// Projects the group of `x`, which may be `args.out` itself or float64, on the ball and the box.
+inline void project_group(const Cut& cut, ProjectArgs args, const ConstData& x, double eps) {
   const auto from_here = [&](const ConstData& x, bool broadcast = false) {
     if (!x.data || broadcast) return x;
     return ConstData{static_cast<const char*>(x.data) + cut.begin() * bytes_of(x.dtype), x.dtype};
   };
-  ProjectArgs args;
-  args.groups.rows = args.groups.rows_per_group = cut.last - cut.first;
-  args.groups.dim = cut.groups.dim;
-  args.groups.groups = 1;
-  args.groups.mask = cut.groups.mask ? cut.groups.mask + cut.first : nullptr;
-  args.norm = norm;
-  args.delta = from_here(delta);
-  args.out = {static_cast<char*>(out.data) + cut.begin() * bytes_of(out.dtype), out.dtype};
-  args.eps.value = eps;
-  args.box = box;
-  args.box.x0 = from_here(box.x0);
-  args.box.lower = from_here(box.lower, box.lower_broadcast);
-  args.box.upper = from_here(box.upper, box.upper_broadcast);
+  const int64_t rows = cut.last - cut.first;
+  const bool* const mask = cut.groups.mask ? cut.groups.mask + cut.first : nullptr;
+  args.groups = {rows, cut.groups.dim, 1, rows, nullptr, mask};
+  args.x = from_here(x);
+  args.out.data = static_cast<char*>(args.out.data) + cut.begin() * bytes_of(args.out.dtype);
+  args.eps = {.value = eps};
+  args.box.x0 = from_here(args.box.x0);
+  args.box.lower = from_here(args.box.lower, args.box.lower_broadcast);
+  args.box.upper = from_here(args.box.upper, args.box.upper_broadcast);
   EMBATTLE_AT_LEVEL(project)(args, cut.parallel_for);
 }
 

@@ -20,7 +20,7 @@ inline bool square_of_step(double dd, double dg, double gg, double a, Dtype dtyp
 template <Norm kNorm, class T>
 void step_in_double(const Cut& cut, const StepArgs& args, const Place<T>& place,
                     const Elements<T>& gradient, int32_t* nonfinite) {
-  const Elements<T> x(args.delta);
+  const Elements<T> x(args.x);
   const auto given = [=](int64_t i, auto n) { return x.load(i, n); };
   const auto delta = [=, &place](int64_t i, auto n) { return given(i, n) - place.origin(i, n); };
   const auto grad = [=](int64_t i, auto n) { return gradient.load(i, n); };
@@ -42,8 +42,7 @@ void step_in_double(const Cut& cut, const StepArgs& args, const Place<T>& place,
       ascent = along(cut, length_of_square(cut, gg, grad), step_size, grad);
       double square;
       if (ascent.unit == 1 && sums.v[2] < 0x1p900 && sums.v[2] > 0x1p-900 && gg > 0x1p-900 &&
-          gg < 0x1p900 &&
-          square_of_step(sums.v[2], sums.v[1], gg, ascent.a, args.delta.dtype, &square))
+          gg < 0x1p900 && square_of_step(sums.v[2], sums.v[1], gg, ascent.a, args.x.dtype, &square))
         known = __builtin_sqrt(square);
     }
   } else {
@@ -52,7 +51,7 @@ void step_in_double(const Cut& cut, const StepArgs& args, const Place<T>& place,
   }
   if (!finite) {
     if (nonfinite) ++nonfinite[cut.index];
-    return project_group(cut, kNorm, args.delta, args.out, eps, args.box);
+    return project_group(cut, args, args.x, eps);
   }
   finish<kNorm>(cut, eps, place, Source{given, ascent.of<kNorm>(delta, grad)}, known);
 }
@@ -118,7 +117,7 @@ void run(const StepArgs& args, ParallelFor parallel_for) {
   const Elements<T> grad(args.grad);
   const bool all_move = args.rule.max_groups < 0;
   const bool alike = is_one_number(args.eps) && is_one_number(args.step_size);
-  const bool plain = place.plain && args.delta.dtype == args.grad.dtype;
+  const bool plain = place.plain && args.x.dtype == args.grad.dtype;
   const int64_t size = !plain ? 0 : all_move ? batch_size(groups, args.norm, alike) : 1;
   with_norm(args.norm, [&]<Norm kNorm>(Of<kNorm>) {
     Scratch<int64_t> keys(all_move ? 0 : groups.groups);
@@ -133,7 +132,7 @@ void run(const StepArgs& args, ParallelFor parallel_for) {
       return moves(batch.first) && step_in_floats<kNorm>(batch, args, out, in_double);
     };
     for_shares(groups, parallel_for, [&](const Share& share) {
-      take_share<T>(share, size, args.out, args.delta.data, in_floats, in_double);
+      take_share<T>(share, size, args.out, args.x.data, in_floats, in_double);
     });
   });
 }
@@ -141,7 +140,7 @@ void run(const StepArgs& args, ParallelFor parallel_for) {
 }  // namespace
 
 void EMBATTLE_AT_LEVEL(pgd_step)(const StepArgs& args, ParallelFor parallel_for) {
-  const bool floats = args.delta.dtype == Dtype::f32 && args.grad.dtype == Dtype::f32;
+  const bool floats = args.x.dtype == Dtype::f32 && args.grad.dtype == Dtype::f32;
   floats ? run<float>(args, parallel_for) : run<Any>(args, parallel_for);
 }
 

@@ -135,7 +135,7 @@ int run(const NoiseArgs& args, bool start, const Context& context) {
     queue.note(cudaStreamIsCapturing(queue.stream(), &capturing));
     if (capturing != cudaStreamCaptureStatusNone) queue.note(cudaErrorStreamCaptureUnsupported);
   }
-  GroupParams p = params_of(args.groups, args.x, args.out, args.eps, args.box);
+  GroupParams p = params_of(args);
   p.std = args.std;
   p.start = start;
   if (!args.key_on_host) p.key = args.key;

@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kMomentumThreads<kNorm, kFull>, 1)
 }  // namespace
 
 int momentum_step(const StepArgs& args, const Context& context) {
-  const bool plain = args.grad.dtype == args.delta.dtype &&
-                     args.velocity.dtype == args.delta.dtype && !any(args.box);
+  const bool plain =
+      args.grad.dtype == args.x.dtype && args.velocity.dtype == args.x.dtype && !any(args.box);
   const auto kernels = [](auto type, auto norm, auto full) {
     return GroupKernel{momentum_kernel<decltype(type), norm, full>, kMomentumThreads<norm, full>};
   };

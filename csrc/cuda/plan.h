@@ -163,13 +163,13 @@ GroupCall group_call(Queue& queue, const GroupParams& p, Norm norm, bool plain, 
 inline bool any(const Box& box) { return box.x0.data || is_boxed(box); }
 
 // What every group op says of its input, its output, its ball and its box.
-inline GroupParams params_of(const Groups& groups, const ConstData& x, const Data& out,
-                             const PerGroup& eps, const Box& box) {
+inline GroupParams params_of(const ProjectArgs& args) {
+  const Box& box = args.box;
   GroupParams p;
-  p.groups = groups;
-  p.x = {x.data, out.dtype};
-  p.out = out;
-  p.eps = eps;
+  p.groups = args.groups;
+  p.x = {args.x.data, args.out.dtype};
+  p.out = args.out;
+  p.eps = args.eps;
   p.x0 = {box.x0};
   p.lower = {box.lower, box.lower_broadcast};
   p.upper = {box.upper, box.upper_broadcast};
@@ -181,7 +181,7 @@ inline GroupParams params_of(const Groups& groups, const ConstData& x, const Dat
 
 // The same of a step.
 inline GroupParams params_of(const StepArgs& args) {
-  GroupParams p = params_of(args.groups, args.delta, args.out, args.eps, args.box);
+  GroupParams p = params_of(static_cast<const ProjectArgs&>(args));
   p.grad = {args.grad};
   p.velocity = {args.velocity};
   p.velocity_out = args.velocity_out;

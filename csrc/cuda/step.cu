@@ -44,16 +44,15 @@ constexpr auto kKernels = [](auto type, auto norm, auto full) {
 }  // namespace
 
 int pgd_step(const StepArgs& args, const Context& context) {
-  const bool plain = args.grad.dtype == args.delta.dtype && !any(args.box);
+  const bool plain = args.grad.dtype == args.x.dtype && !any(args.box);
   Queue queue(context);
   GroupCall step = group_call(queue, params_of(args), args.norm, plain, kKernels);
   return args.rule.max_groups < 0 ? step.run(queue) : run_chosen(queue, step, args);
 }
 
 int project(const ProjectArgs& args, const Context& context) {
-  const GroupParams p = params_of(args.groups, args.delta, args.out, args.eps, args.box);
   Queue queue(context);
-  return group_call(queue, p, args.norm, !any(args.box), kKernels).run(queue);
+  return group_call(queue, params_of(args), args.norm, !any(args.box), kKernels).run(queue);
 }
 
 }  // namespace embattle::cuda

@@ -40,17 +40,11 @@ struct GroupOps {
   }
 
   static Tensor project(const Project& a) {
-    const Placed placed(a, "delta", a.delta);
+    Placed placed(a, "delta", a.delta);
     Written out(a, "delta", a.delta, placed.x);
     placed.apart(a, "delta", out);
-    ProjectArgs args;
-    args.groups = placed.groups;
-    args.norm = placed.norm;
-    args.delta = {placed.x.const_data_ptr(), placed.dtype};
-    args.out = out.data(placed.dtype);
-    args.eps = placed.eps.value;
-    args.box = placed.box;
-    Launch::project(a.op, args, placed.x);
+    placed.args.out = out.data(placed.args.x.dtype);
+    Launch::project(a.op, placed.args, placed.x);
     return out.finish();
   }
 
@@ -59,19 +53,20 @@ struct GroupOps {
     placed.eps.require(a.op, "eps", "be finite", is_finite);
     const Tensor key = checked_key(placed, a.key);
     Written out(a, "like", a.like, placed.x);
-    Launch::random_start(a.op, noise_args(placed, out, key), placed.x);
+    NoiseArgs args = noise_args(placed, out, key);
+    args.x = {};
+    Launch::random_start(a.op, args, placed.x);
     return out.finish();
   }
 
   static Tensor gaussian_noise(const GaussianNoise& a) {
     const Placed placed(a, "x", a.x);
-    const Strength std(a.op, "std", a.std, a.std_per_group, placed.x, placed.groups.groups);
+    const Strength std(a.op, "std", a.std, a.std_per_group, placed.x, placed.args.groups.groups);
     std.require(a.op, "std", "not be negative", not_negative);
     const Tensor key = checked_key(placed, a.key);
     Written out(a, "x", a.x, placed.x);
     placed.apart(a, "x", out);
     NoiseArgs args = noise_args(placed, out, key);
-    args.x = {placed.x.const_data_ptr(), placed.dtype};
     args.std = std.value;
     Launch::gaussian_noise(a.op, args, placed.x);
     return out.finish();
@@ -102,13 +97,10 @@ struct GroupOps {
 
   static NoiseArgs noise_args(const Placed& placed, Written& out, const Tensor& key) {
     NoiseArgs args;
-    args.groups = placed.groups;
-    args.norm = placed.norm;
-    args.out = out.data(placed.dtype);
+    static_cast<ProjectArgs&>(args) = placed.args;
+    args.out = out.data(args.x.dtype);
     args.key = static_cast<const int64_t*>(key.const_data_ptr());
     args.key_on_host = key.is_cpu();
-    args.eps = placed.eps.value;
-    args.box = placed.box;
     return args;
   }
 };

@@ -74,13 +74,10 @@ inline bool is_finite(double x) { return std::isfinite(x); }
 struct Placed {
   const char* op;
   Tensor x;
-  Dtype dtype;
   OptionalTensor offsets, mask;
-  Norm norm;
-  Groups groups;
+  ProjectArgs args;  // without `out`
   Strength eps;
   OptionalTensor x0, lower, upper;
-  Box box;
 
   // name, given: the argument that is placed.
   template <class Args>
@@ -89,15 +86,17 @@ struct Placed {
         x(checked_packed(op, name, given)),
         offsets(packed(a.offsets)),
         mask(packed(a.mask)),
-        norm(checked_norm(op, a.norm)),
-        groups(checked_groups(op, name, x, a.token, offsets, mask)),
-        eps(op, "eps", a.eps, a.eps_per_group, x, groups.groups) {
+        args{.groups = checked_groups(op, name, x, a.token, offsets, mask),
+             .norm = checked_norm(op, a.norm)},
+        eps(op, "eps", a.eps, a.eps_per_group, x, args.groups.groups) {
     eps.require(op, "eps", "not be negative", not_negative);
-    dtype = float_dtype(op, name, x);
+    args.eps = eps.value;
+    args.x = {x.const_data_ptr(), float_dtype(op, name, x)};
+    Box& box = args.box;
     if (a.x0) {
       check_same_shape(op, "x0", *a.x0, name, x);
       x0 = of_type(*a.x0, "x0", name);
-      box.x0 = {x0->const_data_ptr(), dtype};
+      box.x0 = {x0->const_data_ptr(), args.x.dtype};
     }
     bound(a.lower, a.lower_per_element, "lower", name, &box.lower_value, &lower, &box.lower,
           &box.lower_broadcast);
@@ -132,7 +131,7 @@ struct Placed {
     *broadcast = t->numel() == 1 && t->dim() <= 1 && !same_shape(*t, x);
     if (!*broadcast) check_same_shape(op, what, *t, name, x);
     *held = of_type(*t, what, name);
-    *data = {(*held)->const_data_ptr(), dtype};
+    *data = {(*held)->const_data_ptr(), args.x.dtype};
   }
 };
 

@@ -50,17 +50,13 @@ struct Step {
       : placed(a, "delta", a.delta),
         grad(checked_packed(a.op, "grad", a.grad)),
         step_size(a.op, "step_size", a.step_size, a.step_size_per_group, placed.x,
-                  placed.groups.groups) {
+                  placed.args.groups.groups) {
+    static_cast<ProjectArgs&>(args) = placed.args;
     check_same_shape(a.op, "grad", grad, "delta", placed.x);
     check_device(a.op, "grad", grad, "delta", placed.x);
     step_size.require(a.op, "step_size", "be finite", is_finite);
-    args.groups = placed.groups;
-    args.norm = placed.norm;
-    args.delta = {placed.x.const_data_ptr(), placed.dtype};
     args.grad = {grad.const_data_ptr(), float_dtype(a.op, "grad", grad)};
     args.step_size = step_size.value;
-    args.eps = placed.eps.value;
-    args.box = placed.box;
     args.rule.top = a.top;
     if (!(a.top > 0) || (a.top > 1 && a.top != std::floor(a.top)))
       refuse(a.op, "top must be a whole number from 1 on, or a fraction below 1, got ", a.top);
@@ -103,7 +99,7 @@ struct StepOps {
     }
     Written out(a, "delta", a.delta, step.placed.x);
     step.apart(a, "delta", out);
-    args.out = out.data(args.delta.dtype);
+    args.out = out.data(args.x.dtype);
     Launch::pgd_step(a.op, args, step.placed.x);
     return out.finish();
   }
@@ -123,7 +119,7 @@ struct StepOps {
     step.apart(a, "delta", out);
     step.apart(a, "velocity", velocity_out);
     out.apart(a, "delta", "velocity", velocity, false);
-    args.out = out.data(args.delta.dtype);
+    args.out = out.data(args.x.dtype);
     args.velocity_out = velocity_out.data(args.velocity.dtype);
     Launch::momentum_step(a.op, args, x);
     return {out.finish(), velocity_out.finish()};
