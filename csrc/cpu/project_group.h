@@ -19,7 +19,8 @@ inline void project_group(const Cut& cut, ProjectArgs args, const ConstData& x, 
   };
   const int64_t rows = cut.last - cut.first;
   const bool* const mask = cut.groups.mask ? cut.groups.mask + cut.first : nullptr;
-  args.groups = {rows, cut.groups.dim, 1, rows, nullptr, mask};
+  args.groups = {
+      .rows = rows, .dim = cut.groups.dim, .groups = 1, .rows_per_group = rows, .mask = mask};
   args.x = from_here(x);
   args.out.data = static_cast<char*>(args.out.data) + cut.begin() * bytes_of(args.out.dtype);
   args.eps = {.value = eps};
