@@ -152,6 +152,14 @@ def test_embeddings_far_smaller_than_their_perturbation(norm: str, factor: float
     assert torch.all((found >= expected * 0.999) & (found <= expected * 1.5))
 
 
+def test_an_infinite_embedding_is_no_other_samples_size() -> None:
+    model, x, labels, _ = linear()
+    labels[0] = (labels[0] + 1) % 4  # it is not predicted without attack
+    alone = smallest(model, x[1:], eb.Misclassify(labels[1:])).eps
+    x[0, 0] = math.inf
+    assert torch.allclose(smallest(model, x, eb.Misclassify(labels)).eps[1:], alone, rtol=1e-3)
+
+
 def test_masks_boxes_and_relative_units() -> None:
     model, x, labels, _ = linear()
     mask = torch.arange(12) != 5

@@ -228,7 +228,8 @@ class _Search:
         own = self._sample_norms(
             [ops.group_norm(b.base, norm=attack.norm, **b.geometry) for b in batch.perturbations]
         )
-        self.far = own.maximum(own.mean()) + (own.mean() == 0)
+        mean = own.where(own.isfinite(), math.nan).nanmean().nan_to_num()
+        self.far = own.maximum(mean) + (mean == 0)
         self.eps = torch.full_like(self.far, math.inf)
         self.best = torch.full_like(self.far, math.inf)
         self.deltas = [torch.zeros_like(p.delta.detach()) for p in batch.perturbations]
