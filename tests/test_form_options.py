@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import embattle as eb
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -321,7 +322,10 @@ def test_factors_of_schedules_are_checked(kind: str) -> None:
     for wrong, kinds in ((-0.5, ValueError), (math.nan, ValueError), (None, TypeError)):
         with pytest.raises(kinds, match=f"factor of {kind} at step 0 must be"):
             step(wrong)
-    torch.testing.assert_close(step(torch.tensor(0.5)), step(0.5))
+    for one in (torch.tensor(0.5), np.array(0.5), np.float32(0.5)):
+        torch.testing.assert_close(step(one), step(0.5))
+    for one in (False, np.False_, torch.tensor(False)):  # such as `lambda step: step % 4 == 0`
+        torch.testing.assert_close(step(one), step(0.0))
 
 
 def test_a_schedule_of_eps_and_lam_is_told_of_a_step_once() -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from embattle import checks
@@ -20,15 +21,17 @@ class Schedule(Protocol):
 
 
 def factor_at(who: str, name: str, schedule: Schedule, step: int) -> float:
-    """Ask a schedule for its factor at a step.
+    """Ask a schedule for its factor at a step; True and False are 1 and 0.
 
     Raises:
         TypeError: it is no number.
         ValueError: it is negative, or not finite.
     """
     found: Any = schedule(step)
-    if isinstance(found, Tensor) and found.numel() == 1:
+    if isinstance(found, (Tensor, np.ndarray, np.generic)) and math.prod(found.shape) == 1:
         found = found.item()
+    if isinstance(found, bool):
+        found = float(found)
     return checks.real(who, f"the factor of {name} at step {step}", found, 0)
 
 
