@@ -178,9 +178,9 @@ def test_what_is_kept_is_not_read(models: Any, tmp_path: Path) -> None:
 
 
 def test_what_is_kept_may_be_large_or_nothing(models: Any, tmp_path: Path) -> None:
-    """Such as a hash of 64 bits, and NaN, which JSON has not."""
-    added = {"hash": pa.array([2**63, 5], pa.uint64()), "price": [math.nan, 1.5]}
-    table = pa.Table.from_pylist(rows_of("click_through", 2))
+    """Such as a hash of 64 bits, NaN, and what is infinite; JSON has none but the first."""
+    added = {"hash": pa.array([2**63, 5, 1], pa.uint64()), "price": [math.nan, 1.5, -math.inf]}
+    table = pa.Table.from_pylist(rows_of("click_through", 3))
     for name, cells in added.items():
         table = table.append_column(name, [cells])
     pq.write_table(table, tmp_path / "a.parquet")
@@ -188,7 +188,7 @@ def test_what_is_kept_may_be_large_or_nothing(models: Any, tmp_path: Path) -> No
     predict(models("click_through"), tmp_path / "a.parquet", out, keep=list(added))
     found = [json.loads(line, parse_constant=pytest.fail) for line in out.open()]
     kept = [(row["hash"], row["price"]) for row in found]
-    assert kept == [("9223372036854775808", None), ("5", 1.5)]
+    assert kept == [("9223372036854775808", None), ("5", 1.5), ("1", None)]
 
 
 @pytest.mark.parametrize(

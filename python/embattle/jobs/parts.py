@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from embattle.audit.scores import plain
 from embattle.data.rows import Rows
 from embattle.errors import InputError, need
 from embattle.files import remove_unfinished, replacing, write_text
@@ -219,9 +220,7 @@ class _Lines:
     def write_table(self, table: Any) -> None:
         """Writes a line for each row."""
         for row in table.to_pylist():
-            # JSON has no NaN.
-            row = {name: None if cell != cell else cell for name, cell in row.items()}
-            self.file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            self.file.write(json.dumps(plain(row), ensure_ascii=False, default=str) + "\n")
 
 
 class _Csv:
