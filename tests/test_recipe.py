@@ -148,6 +148,10 @@ def test_changes_of_one_variant_may_come_in_any_order(tmp_path: Path) -> None:
     changes = ["variants.hardened.lam=3.0", "variants.hardened.objective=trades"]
     for some in (changes, changes[::-1]):
         assert hardened(tmp_path, "", *some) == {"objective": "trades", "lam": 3.0}
+    steps = ["variants.hardened.attack.momentum=0.5", "variants.hardened.attack.kind=apgd"]
+    one, other = (hardened(tmp_path, "", *some) for some in (steps, steps[::-1]))
+    assert one == other
+    assert one["attack"] == {"kind": "apgd", "momentum": 0.5}
     with pytest.raises(InputError, match=r"unknown key variants\.hardened\.every in trades"):
         hardened(tmp_path, "", "variants.hardened.every=2", changes[1])
 

@@ -167,12 +167,12 @@ def load(
             f"{path}: --full needs a section 'full' that says what it changes; add one"
         )
     chosen = {**(merged if full else raw), "full": {} if full else extended}
-    before, together = chosen, dict[str, Any]()
+    together: dict[str, Any] = {}
     for change in changes:
         together = laid_over(Any, together, _assignment(change))
-        chosen = _merge(before, together)
-        _check(chosen, f"--set {change}", trust)
     if changes:
+        chosen = _merge(chosen, together)
+        _check(chosen, " ".join(f"--set {change}" for change in changes), trust)
         _check(_merge(chosen, chosen["full"] or {}), "--set, with the section full", trust)
     return _check(chosen, str(path), trust)
 
