@@ -120,6 +120,7 @@ def test_what_triplets_look_up_is_perturbed_sample_by_sample(
     assert status == 2, said
     assert "variants.tried: " in said
     assert "mixed" in said
+    assert "form=" not in said  # which recipes do not have
     assert "trained in" not in said
 
 

@@ -310,23 +310,23 @@ def _refuse(batch: Batch) -> None:
         (
             attack.carries is None,
             f"{attack!r}, which is more than steps along gradients",
-            "'mixed'",
+            "mixed",
         ),
         (
             attack.goal(batch.criterion).needs_clean,
             f"{batch.criterion!r}, which measures from clean outputs",
-            "'mixed'",
+            "mixed",
         ),
-        (attacked.joint, "joint=True", "'freeat' or 'mixed'"),
-        (attacked.compile, "compile=True", "'freeat' or 'mixed'"),
+        (attacked.joint, "joint=True", "freeat or mixed"),
+        (attacked.compile, "compile=True", "freeat or mixed"),
         (
             any(site.scope != "output" for site in attacked.sites),
             "a site of scope 'row' or 'weight', whose deltas the samples share",
-            "'freeat' or 'mixed'",
+            "freeat or mixed",
         ),
     ):
         if wrong:
-            raise InputError(f"StaggeredReplays: cannot have {words}; use form={instead}")
+            raise InputError(f"StaggeredReplays: cannot have {words}; use {instead}")
 
 
 def _refuse_perturbation(perturbation: Perturbation, count: int) -> None:
