@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("pyarrow")
+pytest.importorskip("pydantic")
 
 import pyarrow
 import pyarrow.parquet
@@ -17,6 +18,7 @@ from embattle.data.account import Account
 from embattle.data.moments import Moments
 from embattle.data.ratings import Ratings, hold_out_latest, read_named_ratings, read_ratings
 from embattle.errors import InputError
+from embattle.tasks import ClickThrough
 
 
 def test_the_latest_event_of_each_user_is_held_out() -> None:
@@ -168,6 +170,34 @@ def test_decimal_commas_and_words_for_no_value(tmp_path: Path) -> None:
     assert (found.values.tolist(), found.times.tolist()) == ([4.5, 3], [1, 2.5])
     with pytest.raises(InputError, match="'n/a' is none"):
         read_ratings(path)
+
+
+@pytest.mark.parametrize(
+    ("cells", "told"),
+    [
+        (["950", "1.250", "12.500"], True),
+        (["950", "1.25", "12.500"], False),
+        (["1.250", "12.500"], False),
+        (["950", "0.950"], False),
+    ],
+)
+def test_points_that_may_be_of_thousands_are_told_of(
+    cells: list[str], told: bool, tmp_path: Path
+) -> None:
+    """In clicks, too, where the label is such a number or a column of numbers is."""
+    lines = [f"{i},{i},{cells[i % len(cells)]},ad" for i in range(60)]
+    path = tmp_path / "a.csv"
+    path.write_text("user,item,rating,banner\n" + "\n".join(lines) + "\n")
+    warning = "column 'rating': the points of its numbers, such as '1.250', may be of thousands"
+    account = Account()
+    read_ratings(path, account=account, block=64)
+    assert any(line.startswith(warning) for line in account.warnings) == told
+    data = {"path": str(path), "fields": ["item", "banner"], "label": "user", "at_least": 30}
+    for some in (data | {"dense": ["rating"]}, data | {"label": "rating", "at_least": 2}):
+        account = Account()
+        model = {"kind": "dlrm" if "dense" in some else "fm"}
+        ClickThrough(ClickThrough.Data(**some), ClickThrough.Model(**model)).read(account)
+        assert any(line.startswith(warning) for line in account.warnings) == told
 
 
 def test_rows_with_empty_cells_are_dropped_if_asked(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from embattle.data.account import Account
 from embattle.data.moments import is_date
 
 Kind = Literal["empty", "numbers", "dates", "prose", "words"]
@@ -73,11 +74,38 @@ def has_thousands(cells: Sequence[str]) -> bool:
     return shown or any("," not in cell and "." not in cell for cell in cells)
 
 
-def has_points_of_thousands(cells: Sequence[str]) -> bool:
-    """Whether the points in a column's cells may well be of thousands; there are no commas then."""
-    if any("," in cell for cell in cells):
-        return False
-    return has_thousands([cell.replace(".", ",") for cell in cells])
+class Points:
+    """Whether the points in a column's numbers may well be of thousands, as its cells come.
+
+    All of them can be (950, 1.250, 12.500), and there is a number without one beside them.
+    """
+
+    def __init__(self) -> None:
+        self._plain = self._decimal = False
+        self._pointed = ""
+
+    def add(self, cells: Sequence[Any]) -> None:
+        """Look at further cells. What is no text has been a number before, and is sure."""
+        if self._decimal:
+            return
+        for cell in dict.fromkeys(cells):
+            if not isinstance(cell, str):
+                continue
+            if "." not in cell and "," not in cell:
+                self._plain = self._plain or is_number(cell)
+            elif "," not in cell and may_be_thousands(cell.strip().replace(".", ",")):
+                self._pointed = self._pointed or cell.strip()
+            elif is_number(cell):
+                self._decimal = True
+                return
+
+    def warn(self, name: str, account: Account) -> None:
+        """Warn of the column, if so."""
+        if self._plain and self._pointed and not self._decimal:
+            account.warn(
+                f"column {name!r}: the points of its numbers, such as {self._pointed!r}, may be of "
+                "thousands, and are read as decimal; leave such points out of the file"
+            )
 
 
 def may_be_thousands(cell: str) -> bool:

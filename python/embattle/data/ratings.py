@@ -14,7 +14,7 @@ from embattle.data.account import Account
 from embattle.data.divide import TEST, TRAIN, leave_one_out, pairs
 from embattle.data.keyed import plain_name
 from embattle.data.labels import is_blank
-from embattle.data.looks import guess_events, look_all, number_in
+from embattle.data.looks import Points, guess_events, look_all, number_in
 from embattle.data.moments import Moments
 from embattle.data.tables import Table
 from embattle.errors import InputError
@@ -128,7 +128,7 @@ def read_named_ratings(
     numbers = {
         role: _Numbers(path, name, role) for role, name in roles.items() if role not in known
     }
-    dropped, none = 0, set(missing)
+    dropped, none, points = 0, set(missing), Points()
     for block in table:
         cells = [block[name] for name in roles.values()]
         if any(_has_blank(column, none) for column in cells):
@@ -152,6 +152,8 @@ def read_named_ratings(
                 codes[role].append(np.asarray(found_codes, dtype=np.int64))
             else:
                 numbers[role].add(column)
+                if role == "rating":
+                    points.add(column)
     found = {role: np.concatenate(blocks) for role, blocks in codes.items()}
     found |= {role: column.all() for role, column in numbers.items()}
     events = len(found["user"])
@@ -167,6 +169,8 @@ def read_named_ratings(
     account.note("rows", f"{table.rows:,} of {len(table.names)} columns")
     if dropped:
         account.note("dropped", f"{dropped:,} rows with empty cells")
+    if "rating" in roles:
+        points.warn(roles["rating"], account)
     table.tell_ragged(account)
     account.note("users", f"{len(named['user']):,}")
     account.note("items", f"{len(named['item']):,}")

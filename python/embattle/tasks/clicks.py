@@ -18,7 +18,7 @@ from embattle.data.batch import Batch
 from embattle.data.divide import random_parts
 from embattle.data.keyed import Keyed, plain_name
 from embattle.data.labels import TRUTH, is_blank
-from embattle.data.looks import number_in
+from embattle.data.looks import Points, number_in
 from embattle.data.recipe import Place, Remedy, check_fractions
 from embattle.data.splits import PARTS
 from embattle.data.tables import read_columns
@@ -154,6 +154,10 @@ class ClickThrough(Task):
         count = len(columns[options.label])
         for other in options.join:
             columns |= _look_up(other, columns[other.key], account)
+        for name in (*options.numbers(), options.label):
+            points = Points()
+            points.add(columns[name])
+            points.warn(name, account)
         liked = _liked(options, columns.pop(options.label))
         if not 0 < liked.sum() < count:
             raise InputError(

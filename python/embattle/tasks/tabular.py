@@ -15,7 +15,7 @@ from embattle.data.account import Account, listed
 from embattle.data.batch import Batch
 from embattle.data.divide import stratified_parts
 from embattle.data.labels import is_blank
-from embattle.data.looks import has_points_of_thousands, look
+from embattle.data.looks import Points, look
 from embattle.data.recipe import Limits, Place, check_fractions
 from embattle.data.splits import PARTS, number_labels
 from embattle.data.tables import Table
@@ -241,12 +241,10 @@ class Tabular(Task):
                 "are unknown; write them with a point, or without commas"
             )
         elif look(cells[:_LOOKED_AT]).kind == "numbers":
-            if column.values is None and has_points_of_thousands(cells):
-                pointed = next(cell for cell in cells if "." in cell)
-                account.warn(
-                    f"column {column.name!r}: the points of its numbers, such as {pointed!r}, may "
-                    "be of thousands, and are read as decimal; leave such points out of the file"
-                )
+            if column.values is None:
+                points = Points()
+                points.add(cells)
+                points.warn(column.name, account)
             odd = Counter(x for x in cells if column.number(x) is None)
             if odd:
                 read = "they are unknown" if column.values is None else "it is read as categories"
