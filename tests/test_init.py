@@ -19,6 +19,7 @@ import made_tables
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from embattle.data.account import Account
 from embattle.errors import InputError
 from embattle.jobs import recipe as recipes
 from embattle.jobs.init import Draft, look, recipe_of
@@ -304,6 +305,14 @@ def test_how_a_file_is_written_is_in_its_recipe(tmp_path: Path) -> None:
         ),
         ("a,b\n" + "".join(f"{i},{i * i}\n" for i in range(40)), "no column of two classes"),
         (
+            "a,b\n" + "".join(f"{i},{('Yes', 'yes', 'no')[i % 3]}\n" for i in range(40)),
+            r"column 'b' has two classes.*'Yes' \(14\) = 'yes' \(13\)\): write each in one",
+        ),
+        (
+            "a,b\n" + "".join(f"{i},{('1', '1.0', '0')[i % 3]}\n" for i in range(40)),
+            r"column 'b' has two classes.*'1' \(14\) = '1\.0' \(13\)\): write each in one",
+        ),
+        (
             "a,b\n1,2\n3,4\n5,6\n1,2,3\n",
             r"\(1 rows with too few or too many cells are not looked at",
         ),
@@ -317,3 +326,17 @@ def test_what_no_task_reads_is_refused(text: str, message: str, tmp_path: Path) 
         look(path)
     with pytest.raises(InputError, match="cannot read"):
         look(tmp_path / "absent.csv")
+
+
+def test_a_label_that_is_spelled_in_several_ways_is_told_of(tmp_path: Path) -> None:
+    """Where another column has two values, and is predicted in its place."""
+    file, out = tmp_path / "a.csv", tmp_path / "a.yaml"
+    rows = [f"{i},{'mf'[i % 2]},{('Yes', 'yes', 'no')[i % 3]}" for i in range(90)]
+    file.write_text("\n".join(["income,sex,churn", *rows]))
+    status, said = invoke("init", file, "--out", out)
+    assert status == 0, said
+    assert "warning: column 'churn' has two classes, of which some are spelled in sev" in said
+    assert recipes.load(out).data.label == "sex"
+    changed = recipes.load(out, changes=["data.label=churn", "data.ignore=[]"])
+    with pytest.raises(InputError, match=r"predicts two; write each in one way: 'Yes' \(30\) ="):
+        changed.make_task().read(Account())

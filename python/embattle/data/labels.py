@@ -53,6 +53,20 @@ def spelling(label: str) -> str:
     return re.sub(r"\.0*$", "", text) if is_number(text) else text
 
 
+def spellings(counts: Mapping[str, int]) -> list[list[str]]:
+    """The labels in groups that differ only in spelling, the most frequent first."""
+    spelled: dict[str, list[str]] = {}
+    for label in sorted(counts, key=lambda label: (-counts[label], label)):
+        spelled.setdefault(spelling(label), []).append(label)
+    return list(spelled.values())
+
+
+def alike(counts: Mapping[str, int]) -> str:
+    """Which labels differ only in spelling, and how often there is each, in words."""
+    several = [group for group in spellings(counts) if len(group) > 1]
+    return listed([" = ".join(f"{x!r} ({counts[x]})" for x in group) for group in several])
+
+
 def unify(counts: Mapping[str, int], account: Account, *, normalize: bool) -> dict[str, str]:
     """Reports labels that differ only in spelling, and makes them one if asked to.
 
@@ -64,16 +78,12 @@ def unify(counts: Mapping[str, int], account: Account, *, normalize: bool) -> di
     Returns:
         What each label becomes.
     """
-    spelled: dict[str, list[str]] = {}
-    for label in sorted(counts, key=lambda label: (-counts[label], label)):
-        spelled.setdefault(spelling(label), []).append(label)
-    several = [group for group in spelled.values() if len(group) > 1]
-    if not several:
+    shown = alike(counts)
+    if not shown:
         return {label: label for label in counts}
-    shown = listed([" = ".join(f"{x!r} ({counts[x]})" for x in group) for group in several])
     if normalize:
         account.note("labels made one", shown)
-        return {label: group[0].strip() for group in spelled.values() for label in group}
+        return {label: group[0].strip() for group in spellings(counts) for label in group}
     account.warn(
         f"labels that differ only in spaces, case or form are different classes: {shown}; "
         "data.normalize_labels: true makes them one"

@@ -14,7 +14,7 @@ import yaml
 
 from embattle.data.account import Account, listed, printable
 from embattle.data.formats import delimiter_of
-from embattle.data.labels import TRUTH
+from embattle.data.labels import TRUTH, alike, spellings
 from embattle.data.looks import (
     TABLES,
     guess_events,
@@ -318,6 +318,14 @@ def _numbers(counts: Mapping[str, int]) -> Counter[float]:
 def _tabular(seen: Seen) -> Draft:
     columns, rows = seen.columns, seen.rows
     two = [name for name, column in columns.items() if column.distinct == 2]
+    spelled = {
+        name: f"column {name!r} has two classes, of which some are spelled in several ways "
+        f"({alike(seen.counts[name])}): write each in one, to predict it"
+        for name, column in columns.items()
+        if 2 < column.distinct <= 20 and len(spellings(seen.counts[name])) == 2
+    }
+    if spelled and not two:
+        raise InputError(f"{seen.path}: {'; '.join(spelled.values())}")
     if not two or len(columns) < 2:
         raise InputError(
             f"{seen.path}: no column of sentences, no users and items with times or opinions, and "
@@ -332,6 +340,9 @@ def _tabular(seen: Seen) -> Draft:
     many = [name for name in named if name not in two and label not in named]
     if many:
         about = f"two values, which {many[0]!r} has not"
+    for name in many:
+        if name in spelled:
+            say(f"warning: {spelled[name]}")
     ignore = [
         name
         for name, column in columns.items()

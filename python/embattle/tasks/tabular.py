@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from embattle.data.account import Account, listed
 from embattle.data.batch import Batch
 from embattle.data.divide import stratified_parts
-from embattle.data.labels import is_blank
+from embattle.data.labels import alike, is_blank
 from embattle.data.looks import Points, look
 from embattle.data.recipe import Limits, Place, check_fractions
 from embattle.data.splits import PARTS, number_labels
@@ -130,9 +130,11 @@ class Tabular(Task):
         cells, labels = self._cells(account)
         numbers, classes = number_labels(labels)
         if len(classes) != 2:
+            found = alike(Counter(labels))
+            spelled = f"; write each in one way: {found}" if found else ""
             raise InputError(
                 f"column {options.label!r} holds {len(classes)} classes "
-                f"({listed([repr(c) for c in classes])}); this task predicts two"
+                f"({listed([repr(c) for c in classes])}); this task predicts two{spelled}"
             )
         if options.positive is not None:
             if options.positive not in classes:
