@@ -165,6 +165,9 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 def test_columns_are_told_apart() -> None:
     assert look(["1", "2.5", "-3e4", ""]).kind == "numbers"
     assert look(["a red dress", "it does not fit"]).kind == "prose"
+    assert look(["[10:33] a red dress, said Anna", "[9:15] it does not fit me"]).kind == "prose"
+    assert look(["2020-01-05 10:33:11 the disk of node 3 is full again"]).kind == "prose"
+    assert look(["Fri, May 1, 2020 at 10:30 AM", "Mon Apr 06 22:19:45 PDT 2009"]).kind == "words"
     assert look(["这件衣服很好看", "不合身而且太贵"]).kind == "prose"
     assert look(["OWN", "RENT"]).kind == "words"
     for dates in (

@@ -19,7 +19,8 @@ _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?")
 NO_VALUE = {"na", "n/a", "nan", "null", "none", "nil", "-", "?", "unknown", "#n/a"}
 #: Words that are no finite number where all else in a column is one.
 NO_NUMBER = NO_VALUE | {"inf", "+inf", "-inf", "infinity", "-infinity", "#div/0!", "#value!"}
-_CLOCK = re.compile(r"\b\d{1,2}:\d{2}\b")
+_CLOCK = re.compile(r"\b\d{1,2}:\d{2}(:\d{2})?\b")
+_LETTERS = re.compile(r"[^\W\d_]+")
 _ROLES = {
     "user": r"user|customer|reviewer|member|account|visitor|session|buyer",
     "item": r"item|movie|film|product|article|song|track|artist|book|isbn|asin|business|sku|game",
@@ -162,9 +163,14 @@ def look(values: Sequence[str]) -> Column:
         kind = "dates"
     elif words >= 3 or foreign >= 6:
         # Dates in a form that is not known are no sentences.
-        clocks = sum(_CLOCK.search(value) is not None for value in filled)
-        kind = "prose" if clocks < 0.95 * count else "words"
+        kind = "words" if sum(map(_may_be_moment, filled)) > 0.95 * count else "prose"
     return Column(kind, 1 - count / len(values), len(set(filled)), filled[0])
+
+
+def _may_be_moment(cell: str) -> bool:
+    """Whether a cell may be a date with a time of day: further numbers, and few words."""
+    rest, clocks = _CLOCK.subn(" ", cell)
+    return clocks > 0 and any(map(str.isdigit, rest)) and len(_LETTERS.findall(rest)) <= 4
 
 
 def look_all(sample: Mapping[str, Sequence[str]]) -> dict[str, Column]:
