@@ -367,6 +367,9 @@ def test_an_evaluation_is_no_step(wrapped: bool) -> None:
                 subset=lambda rows: toys.classify(model, tokens[rows], labels[rows]),
             )[0]
 
+        with torch.no_grad():  # before there is anything to keep, too
+            step()
+        assert "0" not in getattr(form, "bregman", form).state_dict()
         step().backward()
         with torch.no_grad():
             for p in model.parameters():

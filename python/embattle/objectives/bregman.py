@@ -43,25 +43,25 @@ class Bregman:
         the second step on. It stays where it is under `torch.no_grad`, where nothing is trained.
         """
         now = [p.detach() for p in self._parameters]
-        if not self._average:
-            self._average = [p.clone() for p in now]
+        average = self._average or [p.clone() for p in now]
         with (
             torch.no_grad(),
-            self._exchanged(),
+            self._exchanged(average),
             preserved_random_state(),
             kept_state([self._model]),
         ):
             evaluation = call(loss_fn)
         if torch.is_grad_enabled():
-            torch._foreach_lerp_(self._average, now, 1 - self.momentum)
+            torch._foreach_lerp_(average, now, 1 - self.momentum)
+            self._average = average
         return evaluation
 
     @contextmanager
-    def _exchanged(self) -> Iterator[None]:
+    def _exchanged(self, average: list[Tensor]) -> Iterator[None]:
         kept = [p.data for p in self._parameters]
         with fresh_autocast_cache():
             try:
-                for parameter, old in zip(self._parameters, self._average, strict=True):
+                for parameter, old in zip(self._parameters, average, strict=True):
                     parameter.data = old
                 yield
             finally:
