@@ -144,6 +144,17 @@ def test_a_section_of_another_kind_begins_anew(tmp_path: Path) -> None:
     assert same.variants["hardened"].lam == 3.0
 
 
+def test_it_is_said_what_a_section_of_another_kind_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = hardened(tmp_path, "", "variants.hardened.lam=3.0")
+    assert not capsys.readouterr().out
+    hardened(tmp_path, "", "variants.hardened.objective=trades", "variants.hardened.lam=3.0")
+    said, gone = capsys.readouterr().out.strip().split(", without ")
+    assert said == "--set: variants.hardened begins anew as trades"
+    assert set(gone.split(", ")) == {repr(key) for key in before.keys() - {"objective", "lam"}}
+
+
 def test_changes_of_one_variant_may_come_in_any_order(tmp_path: Path) -> None:
     changes = ["variants.hardened.lam=3.0", "variants.hardened.objective=trades"]
     for some in (changes, changes[::-1]):

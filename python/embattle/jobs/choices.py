@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, Discriminator, Tag, create_model, model_validator
 
+from embattle.data.account import listed
 from embattle.sections import Section
 
 
@@ -86,7 +87,13 @@ def choice(members: Mapping[str, type[Any]], key: str, default: str | None = Non
     return Annotated[Union[tagged], Discriminator(tag)]  # noqa: UP007
 
 
-def laid_over(kind: Any, base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def laid_over(
+    kind: Any,
+    base: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    left: list[str] | None = None,
+    at: str = "",
+) -> dict[str, Any]:
     """`base` with `changes` laid over it, mapping by mapping; lists are replaced.
 
     A section that is one of several begins anew where `changes` name another one than `base` is:
@@ -96,18 +103,24 @@ def laid_over(kind: Any, base: Mapping[str, Any], changes: Mapping[str, Any]) ->
         kind: the type that both are of.
         base: what is changed.
         changes: what changes it.
+        left: gets a sentence about each section that begins anew and leaves keys out.
+        at: where in the recipe both are.
     """
     told = _discriminator(kind)
     if told is not None:
         which = told(base)
         if told.__name__ in changes and told(changes) != which:
+            gone = [repr(key) for key in base if key not in changes]
+            if left is not None and gone:
+                left.append(f"{at} begins anew as {told(changes)}, without {listed(gone)}")
             return dict(changes)
         kind, _ = _inside(kind, str(which))
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
-            value = laid_over(_inside(kind, key)[0], old, value)
+            inside = f"{at}.{key}" if at else key
+            value = laid_over(_inside(kind, key)[0], old, value, left, inside)
         merged[key] = value
     return merged
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from embattle.errors import InputError, closest, first_line, need
+from embattle.progress import say
 from embattle.sections import Section
 from embattle.tasks.base import Task
 from embattle.tasks.find import find
@@ -171,7 +172,10 @@ def load(
     for change in changes:
         together = laid_over(Any, together, _assignment(change))
     if changes:
-        chosen = _merge(chosen, together)
+        left: list[str] = []
+        chosen = _merge(chosen, together, left)
+        for sentence in left:
+            say(f"--set: {sentence}")
         _check(chosen, " ".join(f"--set {change}" for change in changes), trust)
         _check(_merge(chosen, chosen["full"] or {}), "--set, with the section full", trust)
     return _check(chosen, str(path), trust)
@@ -275,9 +279,11 @@ def _parsed(text: str, origin: str) -> dict[str, Any]:
     return raw
 
 
-def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(
+    base: Mapping[str, Any], changes: Mapping[str, Any], left: list[str] | None = None
+) -> dict[str, Any]:
     # The sections of a task are merged key by key, whatever they hold.
-    return laid_over(Recipe, base, changes)
+    return laid_over(Recipe, base, changes, left)
 
 
 def _assignment(change: str) -> dict[str, Any]:
