@@ -211,7 +211,9 @@ def test_places_in_a_ranking_are_their_definition(
         now = checked(criterion, outputs)
         lead = [sign * (plain.finite(a) - plain.finite(b)) for a, b in pairs]
         same(ascended(criterion, now, None), lead)
-        same(reached(criterion, now, None), [sign * a > sign * b for a, b in pairs])
+        gone = kind is eb.Demote  # what is ruled out is not recommended, whatever else is
+        expected = [sign * a > sign * b or (gone and a == -INF) for a, b in pairs]
+        same(reached(criterion, now, None), expected)
         assert criterion.accuracy(now) is None
         best = criterion.predict(outputs)
         assert best.shape == (12, k)
@@ -586,7 +588,9 @@ def test_masked_items_keep_gradients_finite() -> None:
             assert torch.autograd.grad(value.sum(), scores)[0].isfinite().all()
     promote, demote = eb.Promote(0, 2), eb.Demote(0, 2)
     assert promote.reached(seen(scores), None).tolist() == [False, False]
-    assert demote.reached(seen(scores), None).tolist() == [True, False]
+    # What is ruled out is not recommended, also where fewer than k others are left.
+    assert demote.reached(seen(scores), None).tolist() == [True, True]
+    assert eb.Demote(3, 2).reached(seen(scores), None).tolist() == [True, False]
 
 
 def test_targets_that_are_the_clean_outputs_have_a_gradient() -> None:

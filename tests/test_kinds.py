@@ -152,6 +152,22 @@ def test_outputs_that_are_nan_are_the_worst(
         assert math.isnan(kind.details(outputs, truth)["calibration"]["ece"])
 
 
+def test_a_right_item_that_is_ruled_out_is_no_hit() -> None:
+    """However few others are left; one that is not is a hit then, whatever its score."""
+    kind, scores = (
+        Ranking(3),
+        torch.tensor([[2.0, 1.0, -math.inf, -math.inf, -math.inf]]).repeat(2, 1),
+    )
+    labels = torch.tensor([3, 1])
+    found = kind.scores(scores, labels)
+    assert [found[key] for key in ("hit_rate", "ndcg", "mrr")] == [
+        0.5, pytest.approx(0.5 / math.log2(3)), 0.25
+    ]  # fmt: skip
+    assert kind.right(scores, labels).tolist() == [False, True]
+    assert kind.badness(scores, labels).tolist() == [5, 1]
+    assert Ranking(9).scores(scores, labels)["hit_rate"] == 0.5
+
+
 def test_the_area_counts_a_score_that_is_nan_against_the_model() -> None:
     area = Area(torch.tensor([math.nan, 1.0, 0.0, math.nan]), torch.tensor([1, 1, 0, 0]).bool())
     assert area(torch.ones(1, 4).double()).tolist() == [0.25]

@@ -146,9 +146,9 @@ class Demote(_TopK):
         return -_lead(*self._scores(now))
 
     def reached(self, now: Evaluation, clean: Evaluation | None) -> Tensor:
-        """Return True where at least k other items are better; a NaN is better, and the last."""
+        """Return True where at least k others are better, or it is ruled out; a NaN is the last."""
         own, bar = self._scores(now)
-        return (own >= bar).logical_not()
+        return (own >= bar).logical_not() | (own == -math.inf)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -12,14 +12,14 @@ from torch import Tensor
 from embattle import losses
 from embattle.criteria import Criterion, Outrank
 from embattle.tasks.kinds.base import Kind
-from embattle.tasks.kinds.weighted import Mean, Measure
+from embattle.tasks.kinds.weighted import Mean, Measure, at_once
 
 
 @dataclass(frozen=True)
 class Ranking(Kind):
     """An order of items: scores of all items [B, N], -inf for those ruled out; labels: one item.
 
-    An item that others equal is before them.
+    An item that others equal is before them. One that is ruled out is the last, and never a hit.
 
     Args:
         k: how many items are recommended.
@@ -58,18 +58,13 @@ class Ranking(Kind):
 
     def _scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Hit rate, NDCG and reciprocal rank, all cut at k; ranks are over all items."""
-        rank = _ranks(outputs, labels).double()
-        hit = (rank < self.k).double()
-        return {
-            "hit_rate": float(hit.mean()),
-            "ndcg": float((hit / (rank + 2).log2()).mean()),
-            "mrr": float((hit / (rank + 1)).mean()),
-        }
+        found = at_once(self.weighted(outputs, labels), labels)
+        return {key: found[key] for key, _ in self.measures}
 
     def weighted(self, outputs: Tensor, labels: Tensor) -> Mapping[str, Measure]:
         """Give hit rate, NDCG, MRR and the loss."""
         rank = _ranks(losses.wide(outputs), labels).double()
-        hit = rank < self.k
+        hit = rank < min(self.k, outputs.shape[1])
         return {
             "hit_rate": Mean(hit),
             "ndcg": Mean(hit / (rank + 2).log2()),
@@ -93,5 +88,6 @@ class Ranking(Kind):
 
 
 def _ranks(scores: Tensor, items: Tensor) -> Tensor:
-    """How many items score higher than each row's own item, [B]; a NaN is higher, and the last."""
-    return (~(scores <= scores.gather(1, items[:, None].long()))).sum(1)
+    """How many items score higher than each row's own, [B]; all N if that is a NaN or ruled out."""
+    own = scores.gather(1, items[:, None].long())
+    return (~(scores <= own) | (own == -torch.inf)).sum(1)
