@@ -30,6 +30,9 @@ class Square(Attack):
     paper's parts are squares of pixels; embeddings have no neighbourhoods, so here any coordinates
     of the group that may move are drawn.
 
+    With `stop_when_fooled` the steps are drawn for the samples that are left: where one leaves, the
+    draws of the others are other ones than without it, of the same distribution.
+
     Args:
         steps: queries, each a forward pass.
         share: of the coordinates that change at first, the paper's p; it is halved nine times on
