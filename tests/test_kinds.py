@@ -168,6 +168,29 @@ def test_a_right_item_that_is_ruled_out_is_no_hit() -> None:
     assert Ranking(9).scores(scores, labels)["hit_rate"] == 0.5
 
 
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_r2_does_not_depend_on_the_unit(size: float) -> None:
+    labels = precise([1.0, 2.0, 4.0, 5.0])
+    outputs = precise([1.5, 2.0, 4.0, 4.0])
+    kind = Regression(within=0.6)
+    once = torch.ones(1, 4).double()
+    for found in (
+        kind.scores(outputs * size, labels * size)["r2"],
+        float(kind.weighted(outputs * size, labels * size)["r2"](once)),
+    ):
+        assert found == pytest.approx(1 - 1.25 / 10)
+    # Drawn thrice, one label is all there is.
+    alone = torch.tensor([[0.0, 0.0, 3.0, 0.0]]).double()
+    assert kind.weighted(outputs * size, labels * size)["r2"](alone).isnan().all()
+
+
+@pytest.mark.parametrize("count", [3, 7, 10, 11])
+def test_r2_is_not_defined_where_all_labels_are_one(count: int) -> None:
+    """Although the mean of so many tenths is not a tenth."""
+    labels = precise([0.1] * count)
+    assert math.isnan(Regression(within=1.0).scores(labels + 1, labels)["r2"])
+
+
 def test_the_area_counts_a_score_that_is_nan_against_the_model() -> None:
     area = Area(torch.tensor([math.nan, 1.0, 0.0, math.nan]), torch.tensor([1, 1, 0, 0]).bool())
     assert area(torch.ones(1, 4).double()).tolist() == [0.25]

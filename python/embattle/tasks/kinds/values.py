@@ -11,7 +11,7 @@ from torch import Tensor
 from embattle import losses
 from embattle.criteria import Criterion, Deviate
 from embattle.tasks.kinds.base import Kind
-from embattle.tasks.kinds.weighted import Determination, Mean, Measure, Root
+from embattle.tasks.kinds.weighted import Determination, Mean, Measure, Root, at_once
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,8 @@ class Regression(Kind):
 
     def _scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Share that is close enough, mean absolute error, coefficient of determination, RMSE."""
-        right = self.right(outputs, labels)
-        off, labels = (outputs - labels).double(), labels.double()
-        squares = off.square()
-        spread = float((labels - labels.mean()).square().sum())
-        return {
-            "within": float(right.double().mean()),
-            "mae": float(off.abs().mean()),
-            "r2": 1 - float(squares.sum()) / spread if spread else float("nan"),
-            "rmse": float(squares.mean().sqrt()),
-        }
+        found = at_once(self.weighted(outputs, labels), labels)
+        return {key: found[key] for key in ("within", "mae", "r2", "rmse")}
 
     def weighted(self, outputs: Tensor, labels: Tensor) -> Mapping[str, Measure]:
         """Give the share that is close enough, MAE, R2, RMSE and the loss."""

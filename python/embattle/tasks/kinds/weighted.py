@@ -132,14 +132,18 @@ class Determination(Measure):
     def __init__(self, errors: Tensor, labels: Tensor) -> None:
         self._squares = errors.double().square()
         # About the mean of all: sums of squares of large numbers would lose their digits.
-        self._labels = labels.double() - labels.double().mean()
+        labels = labels.double()
+        self._labels = labels - labels.mean()
+        # What rounding leaves where all labels are one: of this sample, and of one drawn from it.
+        rounding = (1e-14 * labels.abs().amax()).square()
+        self._floor = (1e-12 * self._labels.square().mean()).clamp(min=rounding)
 
     def __call__(self, weights: Tensor) -> Tensor:
         """Give R2, NaN where all labels are one."""
         total = weights.sum(1)
         mean = weights @ self._labels / total
         spread = weights @ self._labels.square() - total * mean.square()
-        spread = torch.where(spread > 1e-12 * total, spread, float("nan"))
+        spread = torch.where(spread > self._floor * total, spread, float("nan"))
         return 1 - weights @ self._squares / spread
 
 
