@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ pytest.importorskip("pydantic")
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
+import embattle as eb
 import made_tables
 import yaml
 from embattle.attacks import PGD
@@ -25,6 +28,7 @@ from embattle.models.hybrid import HybridMF
 from embattle.models.pretrained import load_encoder
 from embattle.tasks import Account, Task
 from tiny_job import invoke, make_encoder
+from torch import Tensor
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "films_hybrid.yaml"
 
@@ -131,6 +135,67 @@ def test_a_frozen_text_is_encoded_once_and_a_trained_one_after_each_change(
     after = trained.eval().scores(users)
     assert seen == [4, 1, 4]
     assert not torch.allclose(before, after)
+
+
+@torch.no_grad()
+def shift(model: HybridMF) -> None:
+    """Trains, as it were: writes a weight of the encoder."""
+    weight = model.texts.encoder.embedding.weight
+    weight += 1.0 + torch.arange(len(weight))[:, None]
+
+
+@torch.no_grad()
+def encoded(model: HybridMF) -> Tensor:
+    encoder = model.texts.encoder
+    return torch.cat([encoder.pooled(**encoder.tokenize([text]).inputs) for text in TEXTS])
+
+
+def assign(model: HybridMF) -> HybridMF:
+    weights = {name: weight * 2 for name, weight in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def exchange(model: HybridMF) -> HybridMF:
+    weights = list(model.texts.encoder.parameters())
+    vector = torch.nn.utils.parameters_to_vector(weights).detach()
+    torch.nn.utils.vector_to_parameters(vector * 2, weights)
+    return model
+
+
+def test_an_attack_does_not_put_back_vectors_of_earlier_weights(films: Path) -> None:
+    model = hybrid(films, trained=True).eval()
+    model.texts.every()
+    shift(model)
+    users, criterion = torch.tensor([3, 0]), eb.Outrank(torch.tensor([1, 2]), 2)
+    PGD(eps=0.1, steps=2).run(
+        lambda: eb.Evaluation(outputs=model.scores(users)),
+        [eb.Site.weight(table, model=model) for table in (model.user, model.item)],
+        criterion=criterion,
+    )
+    torch.testing.assert_close(model.texts.every(), encoded(model))
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, assign, exchange, HybridMF.double])
+def test_vectors_are_those_of_the_weights_that_are_there(
+    films: Path, change: Callable[[HybridMF], HybridMF]
+) -> None:
+    """A copy counts the writes to its weights from 0 again, as do weights that take their place."""
+    model = copy.deepcopy(hybrid(films, trained=True)).eval()
+    model.texts.every()
+    if change is copy.deepcopy:
+        shift(model)
+    changed = change(model)
+    torch.testing.assert_close(changed.texts.every(), encoded(changed))
+
+
+def test_texts_that_were_first_read_in_inference_mode_can_be_trained_on(films: Path) -> None:
+    model = hybrid(films)
+    with torch.inference_mode():
+        model.texts(torch.tensor([1]))
+    model.scores(torch.tensor([0])).sum().backward()
+    assert model.projection.weight.grad is not None
+    torch.testing.assert_close(model.texts.every(), encoded(model))
 
 
 def test_what_an_attacker_of_texts_may_move(films: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,43 @@ from embattle.models.encoder import TextEncoder
 
 # Texts that are encoded at once where no gradient is wanted.
 _AT_ONCE = 256
+
+
+class _Known:
+    """Vectors of N texts, those that are known, of an encoder as it is now. A copy knows nothing.
+
+    It is no buffer: an attack puts buffers back as they were before it, and would put back vectors
+    of weights that have changed since.
+    """
+
+    vectors: Tensor
+    known: Tensor
+
+    def __init__(self) -> None:
+        self._of: list[tuple[ref[nn.Parameter], int, int]] = []
+
+    def __reduce__(self) -> tuple[type[_Known], tuple[()]]:
+        return _Known, ()
+
+    def keep_for(self, encoder: nn.Module, count: int, like: Tensor) -> None:
+        """Forget all, if the weights are other ones or lie elsewhere, or were written.
+
+        Args:
+            encoder: gives the vectors.
+            count: N.
+            like: [0, width], of the vectors' dtype and device.
+        """
+        weights = list(encoder.parameters())
+        same = len(weights) == len(self._of) and all(
+            before() is weight and (version, place) == (weight._version, weight.data_ptr())
+            for weight, (before, version, place) in zip(weights, self._of, strict=True)
+        )
+        if same and (self.vectors.dtype, self.vectors.device) == (like.dtype, like.device):
+            return
+        with torch.inference_mode(False):  # to be read where gradients are wanted, too
+            self.vectors = like.new_zeros(count, like.shape[1])
+            self.known = torch.zeros(count, dtype=torch.bool, device=like.device)
+        self._of = [(ref(weight), weight._version, weight.data_ptr()) for weight in weights]
 
 
 class TextTable(nn.Module):
@@ -28,18 +66,16 @@ class TextTable(nn.Module):
             in evaluation mode.
     """
 
-    kept: Tensor
-    known: Tensor
+    settled: Tensor
 
     def __init__(self, encoder: TextEncoder, texts: Sequence[str], *, trained: bool) -> None:
         super().__init__()
         self.encoder, self.texts, self.trained = encoder, list(texts), trained
         self.words = nn.Identity()
         encoder.requires_grad_(trained)
-        self.register_buffer("kept", torch.zeros(len(texts), encoder.width), persistent=False)
-        self.register_buffer("known", torch.zeros(len(texts), dtype=torch.bool), persistent=False)
-        self._versions: list[int] = []
-        self._settled = False
+        # One row for each text once the weights stay as they are; no rows before.
+        self.register_buffer("settled", torch.zeros(0, encoder.width), persistent=False)
+        self._known = _Known()
         self.train(self.training)
 
     def train(self, mode: bool = True) -> TextTable:
@@ -56,18 +92,16 @@ class TextTable(nn.Module):
             place: Tensor
             distinct, place = torch.unique(rows, return_inverse=True)
             return self._encode(distinct)[place]
-        self._learn(rows)
-        return self.kept[rows]
+        vectors: Tensor = self._learnt(rows)[rows]
+        return vectors
 
     def settle(self) -> None:
         """Encode all texts now: the weights stay as they are, and look-ups look up."""
-        self.every()
-        self._settled = True
+        self.settled = self.every()
 
     def every(self) -> Tensor:
         """Give the vectors [N, width] of all texts, without a graph."""
-        self._learn(torch.arange(len(self.texts), device=self.kept.device))
-        return self.kept
+        return self._learnt(torch.arange(len(self.texts), device=self.settled.device))
 
     def rewritten(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Give the vectors [B, width] of texts as an attacker has left them.
@@ -93,21 +127,23 @@ class TextTable(nn.Module):
         return self.encoder.pooled(inputs.pop("attention_mask"), **inputs)
 
     @torch.no_grad()
-    def _learn(self, rows: Tensor) -> None:
-        """Encode what is not known of these rows; texts of like length together, to pad little."""
-        if self._settled:
-            return
-        versions = [weight._version for weight in self.encoder.parameters()]
-        if versions != self._versions:
-            self.known.zero_()
-            self._versions = versions
-        new: Tensor = torch.unique(rows[~self.known[rows]])
+    def _learnt(self, rows: Tensor) -> Tensor:
+        """Give vectors [N, width] of which these rows are right.
+
+        What is not known is encoded; texts of like length together, to pad little.
+        """
+        if len(self.settled):
+            return self.settled
+        kept = self._known
+        kept.keep_for(self.encoder, len(self.texts), self.settled)
+        new: Tensor = torch.unique(rows[~kept.known[rows]])
         if not len(new):
-            return
+            return kept.vectors
         length = torch.tensor([len(self.texts[row]) for row in new.tolist()])
         mode = self.encoder.training
         self.encoder.eval()
         for some in torch.split(new[length.argsort().to(new.device)], _AT_ONCE):
-            self.kept[some] = self._encode(some).to(self.kept.dtype)
-            self.known[some] = True
+            kept.vectors[some] = self._encode(some).to(kept.vectors.dtype)
+            kept.known[some] = True
         self.encoder.train(mode)
+        return kept.vectors
