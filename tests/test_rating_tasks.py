@@ -275,6 +275,17 @@ def test_clicks_are_joined_scaled_and_numbered(films: Path) -> None:
     assert task.encode(model, [{**row, "rating": None}]).labels is None
 
 
+def test_a_number_that_does_not_vary_is_moved_alone(films: Path) -> None:
+    """The mean of many tenths is not quite a tenth: what is left is no spread."""
+    lines = (films / "ratings.csv").read_text().splitlines()
+    table = [f"{lines[0]},price", *(f"{line},0.1" for line in lines[1:])]
+    (films / "ratings.csv").write_text("\n".join(table))
+    task: Any = made("films_ctr", films, "data.dense=[price]", "model={kind: dlrm}", "data.join=[]")
+    assert task.scales["price"] == [pytest.approx(0.1), 1.0]
+    row = {"user_id": "1", "movie_id": "5", "price": 0.2}
+    assert task.encode(task.build(), [row]).inputs["dense"].item() == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

@@ -119,7 +119,7 @@ class ClickThrough(Task):
     """Predicts one logit, yes or no; the attacker moves the vectors of a sample's values.
 
     Values that the training part does not have share one vector; a column of numbers is brought to
-    mean 0 and variance 1 there, and what is absent to 0.
+    mean 0 and variance 1 there (of one number alone the variance stays 0), and what is absent to 0.
     """
 
     Data: ClassVar[type[Section]] = ClicksRecipe
@@ -178,7 +178,10 @@ class ClickThrough(Task):
                 raise InputError(
                     f"column {name!r} has no number in the training part; leave it out"
                 )
-            self.scales[name] = [float(np.nanmean(found)), float(np.nanstd(found)) or 1.0]
+            # Of one number alone rounding may leave a spread, by which another would be divided.
+            varies = np.nanmin(found) < np.nanmax(found)
+            spread = float(np.nanstd(found)) if varies else 0.0
+            self.scales[name] = [float(np.nanmean(found)), spread or 1.0]
             if not np.isfinite(self.scales[name]).all():
                 raise InputError(f"column {name!r} holds numbers that are too large to be scaled")
         values, dense = self._numbered(columns, count)
