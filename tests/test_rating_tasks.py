@@ -241,8 +241,10 @@ def test_histories_are_those_before_the_part(films: Path) -> None:
     assert torch.equal(task.mask(train), train.inputs["sequences"] != 30)
     assert task.evaluate(model, train).losses.shape == (3,)
     assert task.show("test", 7).endswith(f"; {task.items[own[8]]}")
-    with pytest.raises(InputError, match="column 'movie_id': the model knows no '77'"):
+    with pytest.raises(InputError, match="column 'history': the model knows no '77'"):
         task.encode(model, [{"history": "3 77"}])
+    with pytest.raises(InputError, match="column 'movie_id': the model knows no '77'"):
+        task.encode(model, [{"history": "3", "movie_id": "77"}])
     with pytest.raises(InputError, match="column 'history' is empty in row 2"):
         task.encode(model, [{"history": "3"}, {}])
 

@@ -111,7 +111,7 @@ class ItemRanking(RatingsTask):
     def encode(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Users by their names; what they met in training is not recommended."""
         column = self.data_options.user
-        users = torch.tensor(self.numbers(self.cells(rows, column), "users"))
+        users = torch.tensor(self.numbers(self.cells(rows, column), "users", column))
         return Batch({"users": users, "seen": self.graph.mask(users)}, self.labels_of(rows))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:

@@ -104,7 +104,8 @@ class NextItem(RatingsTask):
             raise InputError("column 'history' holds an empty list; give one item at least")
         seen = torch.zeros(len(rows), padding, dtype=torch.bool)
         sequences = torch.full((len(rows), length), padding)
-        known = torch.tensor(self.numbers(chain.from_iterable(names), "items"), dtype=torch.int64)
+        numbers = self.numbers(chain.from_iterable(names), "items", "history")
+        known = torch.tensor(numbers, dtype=torch.int64)
         for number, items in enumerate(torch.split(known, [len(history) for history in names])):
             seen[number, items] = True
             latest = items[-length:]

@@ -117,18 +117,18 @@ class RatingsTask(Task):
         found = self.kind.describe(outputs)
         return [row | {"prediction": [self.items[i] for i in row["prediction"]]} for row in found]
 
-    def numbers(self, names: Iterable[Any], what: str) -> list[int]:
+    def numbers(self, names: Iterable[Any], what: str, column: str) -> list[int]:
         """The numbers of users or items.
 
         Args:
             names: as they stand in the table.
             what: `users` or `items`.
+            column: where they stand, for errors.
 
         Raises:
             InputError: one was not in the table that was trained on.
         """
         known = {plain_name(name): i for i, name in enumerate(getattr(self, what))}
-        column = self.data_options.user if what == "users" else self.data_options.item
         found = []
         for name in map(plain_name, names):
             if name not in known:
@@ -156,4 +156,4 @@ class RatingsTask(Task):
         column = self.data_options.item
         if any(is_blank(row.get(column)) for row in rows):
             return None
-        return torch.tensor(self.numbers([row[column] for row in rows], "items"))
+        return torch.tensor(self.numbers([row[column] for row in rows], "items", column))
