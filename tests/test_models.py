@@ -276,6 +276,8 @@ def test_sasrec_never_looks_ahead_and_ignores_padding() -> None:
     padded[0, 4:] = ITEMS
     torch.testing.assert_close(model.scores(padded), model.scores(whole[:, :4]))
     torch.testing.assert_close(model.scores(padded)[0], model.item.weight[:ITEMS] @ states[0, 3])
+    with pytest.raises(ValueError, match=r"\(1, 8\).* length=7; give the latest 7"):
+        model.scores(torch.cat([whole, whole[:, :1]], 1))
 
 
 def test_sasrec_losses_are_means_over_the_targets() -> None:

@@ -60,8 +60,16 @@ class SASRec(nn.Module):
         """Give the states `[B, T, dim]` after each item of sequences `[B, T]`, T <= length.
 
         No mask is needed for padding: it comes last, and no state looks ahead.
+
+        Raises:
+            ValueError: sequences of more than `length` items.
         """
         steps = sequences.shape[1]
+        if steps > self.length:
+            raise ValueError(
+                f"SASRec: sequences {tuple(sequences.shape)} have more places than length="
+                f"{self.length}; give the latest {self.length} items of each, padded at the end"
+            )
         states = self.dropout(self.item(sequences) + self.position[:steps])
         ahead = torch.ones(steps, steps, dtype=torch.bool, device=states.device).triu(1)
         for block in self.blocks:
