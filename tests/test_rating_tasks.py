@@ -312,6 +312,23 @@ def test_what_makes_no_sense_is_refused_by_name(
         made(name, films, change)
 
 
+@pytest.mark.parametrize(
+    ("name", "met", "message"),
+    [
+        ("films_ranking", 1, r"no user has met two different items \('user_id', 'movie_id'\)"),
+        ("films_sequential", 1, "no user has met two different items"),
+        ("films_sequential", 3, "no user has met two items beside those held out"),
+    ],
+)
+def test_histories_that_are_too_short_are_told_of(
+    name: str, met: int, message: str, films: Path
+) -> None:
+    events = [f"{user},{user % 9 + turn},5,{turn}" for user in range(20) for turn in range(met)]
+    (films / "ratings.csv").write_text("\n".join([",".join(RATINGS), *events]))
+    with pytest.raises(InputError, match=message):
+        made(name, films)
+
+
 @pytest.mark.parametrize("name", ["films_ranking", "films_sequential"])
 def test_precision_that_the_losses_would_not_have_is_refused(
     name: str, films: Path, tmp_path: Path

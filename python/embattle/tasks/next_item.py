@@ -65,6 +65,12 @@ class NextItem(RatingsTask):
         super().read(account)
         length = self.model_options.length
         self.parts = {"train": torch.stack(windows(self.held["train"], length), dim=1)}
+        if not len(self.parts["train"]):
+            raise InputError(
+                f"{self.data_options.table()}: no user has met two items beside those held out, "
+                "and next_item learns from items that follow one another; give longer histories, "
+                "or choose task: item_ranking"
+            )
         self._met: dict[str, Interactions] = {}
         for name in ("validation", "test"):
             before, held = self.met_before(name), self.held[name]

@@ -76,6 +76,11 @@ class RatingsTask(Task):
             self.users = self.users[:count]
         self.kind = Ranking(options.k)
         rest, test = hold_out_latest(ratings)
+        if not len(test):
+            raise InputError(
+                f"{options.table()}: no user has met two different items ({options.user!r}, "
+                f"{options.item!r}), so that none can be held out; give longer histories"
+            )
         train, validation = hold_out_latest(rest)
         self.held = {"train": train, "validation": validation, "test": test}
         account.note(
