@@ -20,6 +20,7 @@ from embattle.models import gguf, text
 from embattle.models.pretrained import BUNDLED, load_causal, load_encoder, locate
 from embattle.models.recipe import ModelRecipe
 from tiny_job import BAD, GOOD, PLAIN, invoke, make_encoder, recipe_of
+from torch import Tensor
 
 WORDS = [*GOOD, *BAD, *PLAIN]
 TEXTS = ["love the dress", "hate", "the size is great and a perfect colour"]
@@ -228,6 +229,37 @@ def test_texts_are_cut_where_learned_positions_begin_with_spare_rows(
     assert inputs["input_ids"].shape == (1, 20)
     vectors = text.pooled(inputs["attention_mask"], input_ids=inputs["input_ids"])
     assert vectors.shape == (1, text.width) == (1, width)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+@pytest.mark.parametrize("kind", ["BertModel", "LlamaModel"])
+def test_a_text_without_a_token_has_one_vector_whatever_it_is_padded_to(
+    kind: str, pooling: str, tmp_path: Path
+) -> None:
+    """Such as an empty one, where the tokenizer puts nothing around a text."""
+    import transformers
+    from embattle.models.encoder import TextEncoder
+
+    vocabulary = tiny_models.save_tokenizer(tmp_path, ["love", "the", "dress"])
+    made = getattr(transformers, kind)
+    torch.manual_seed(0)
+    config = made.config_class(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=32, initializer_range=0.3,
+    )  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    encoder = TextEncoder(made(config).eval(), tokenizer, pooling=pooling, max_tokens=8)
+    assert encoder.lengths(["", "love"]) == [1, 1]
+
+    def vector(*texts: str) -> Tensor:
+        batch = encoder.tokenize(texts)
+        assert not batch.movable[0].any()
+        return encoder.pooled(**batch.inputs)[0]
+
+    alone = vector("")
+    assert alone.abs().max() > 0
+    for others in ([""], ["love"], ["love the dress"]):
+        torch.testing.assert_close(vector("", *others), alone)
 
 
 @pytest.mark.parametrize("kind", ["WordPiece", "BPE", "Unigram"])

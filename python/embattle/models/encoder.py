@@ -73,27 +73,37 @@ class TextEncoder(nn.Module):
         return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
     def tokenize(self, texts: Sequence[str]) -> Batch:
-        """Tokenizes N texts into one batch without labels, padded to the longest."""
+        """Tokenizes N texts into one batch without labels, padded to the longest.
+
+        Of a text without a token, such as an empty one where the tokenizer adds none, a padding
+        token is read: its vector would depend on the other texts' padding.
+        """
         tokens = read(
             self._tokenizer, texts, truncation=True, max_length=self.max_tokens, padding=True
-        ).convert_to_tensors("pt")
-        attention = tokens["attention_mask"]
-        movable = attention.bool() & ~tokens["special_tokens_mask"].bool()
-        return Batch(
-            {"input_ids": tokens["input_ids"], "attention_mask": attention}, movable=movable
         )
+        ids, attention, special = (
+            torch.tensor(tokens[name] if any(tokens[name]) else [[filled]] * len(texts))
+            for name, filled in (
+                ("input_ids", self._tokenizer.pad_token_id),
+                ("attention_mask", 0),
+                ("special_tokens_mask", 1),
+            )
+        )
+        attention[:, 0] |= attention.sum(1) == 0
+        movable = attention.bool() & ~special.bool()
+        return Batch({"input_ids": ids, "attention_mask": attention}, movable=movable)
 
     def words(self, ids: str, mask: str) -> Words:
         """Give where batches have texts: under the names of their inputs `ids` and `mask`."""
         return Words(self._tokenizer, self.embedding, ids, mask, self.max_tokens)
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens the model reads of each text, special ones included."""
+        """How many tokens the model reads of each text, special ones included; one at least."""
         if not texts:
             return []
         with quiet():
             found = read(self._tokenizer, texts, truncation=True, max_length=self.max_tokens)
-        return [len(row) for row in found["input_ids"]]
+        return [max(1, len(row)) for row in found["input_ids"]]
 
     def count_cut(self, texts: Sequence[str]) -> int:
         """How many of the texts have more tokens than the model reads."""
