@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -293,6 +294,13 @@ def test_sasrec_losses_are_means_over_the_targets() -> None:
     paper = -(right.sigmoid().log() + (1 - wrong.sigmoid()).log())
     both = model.losses(met, after, absent)
     torch.testing.assert_close(both, torch.stack([paper[0, :3].mean(), paper[1].mean()]))
+
+
+@pytest.mark.parametrize("wrong", [[3, 0, 0], [0, -1, 0], [0, 0, 2]])
+def test_a_value_that_its_field_does_not_have_is_not_read_in_another(wrong: list[int]) -> None:
+    model = DeepFM([3, 5, 2], dim=4, hidden=(4,))
+    with pytest.raises(IndexError, match=re.escape(f"[3, 5, 2]; got {wrong}")):
+        model(torch.tensor([[2, 4, 1], wrong]))
 
 
 # --- who met what ---------------------------------------------------------------------------------

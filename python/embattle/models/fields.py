@@ -21,6 +21,7 @@ class Fields(nn.Embedding):
     """
 
     offsets: Tensor
+    counts: Tensor
 
     def __init__(self, sizes: Sequence[int], dim: int, *, std: float = 0.01) -> None:
         sizes = [checks.integer("Fields", "sizes", size, 1) for size in sizes]
@@ -29,10 +30,24 @@ class Fields(nn.Embedding):
         self.sizes = sizes
         starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
         self.register_buffer("offsets", starts, persistent=False)
+        self.register_buffer("counts", torch.tensor(sizes), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Give the vectors `[B, fields, dim]` of values `[B, fields]` int64."""
-        return super().forward(values + self.offsets)
+        """Give the vectors `[B, fields, dim]` of values `[B, fields]` int64.
+
+        Raises:
+            IndexError: a value that its field does not have (on CUDA it is raised later).
+        """
+        # What a field does not have would be a value of another one: it is sent past the table.
+        there = (values >= 0) & (values < self.counts)
+        rows = torch.where(there, values + self.offsets, self.num_embeddings)
+        try:
+            return super().forward(rows)
+        except IndexError as error:
+            raise IndexError(
+                f"Fields: values must be numbers below the sizes of their fields, {self.sizes}; "
+                f"got {values[~there.all(1)][0].tolist()}"
+            ) from error
 
 
 def perceptron(widths: Sequence[int], *, dropout: float = 0.0) -> nn.Sequential:
