@@ -168,6 +168,39 @@ def test_a_guess_at_a_size_that_is_not_compared() -> None:
     exact(model, lambda: per_sample(model(x)), broadcast="p")
 
 
+def test_a_guess_that_is_right_at_some_sizes_alone() -> None:
+    """Positions of short texts, and the items of long ones in one row."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if x.shape[1] <= 16:
+            rows = m.p(torch.arange(x.shape[1], device=x.device)[None]).expand(len(x), -1, -1)
+        else:
+            rows = m.p((x > 0).long().reshape(1, -1)).reshape(len(x), -1, 3)
+        return rows.mean(1) * x.mean(1, keepdim=True)
+
+    model = Apply(forward, p=nn.Embedding(16, 3))
+    clipper = PerSampleClipper(model, 1.0, verify="first")
+    for length in range(1, 17):
+        with clipper:
+            clipper.backward(per_sample(model(torch.randn(B, length))))
+    x = torch.randn(B, 20)
+    refused(model, lambda: per_sample(model(x)), "another function", clipper)
+
+
+def test_flags_are_told_apart_by_their_places() -> None:
+    def forward(m: Any, x: Tensor, *flags: bool) -> Tensor:
+        if all(flags[1:]):
+            return m.b((x * 2).reshape(1, -1, 5)).reshape(len(x), -1, 3).mean(1)
+        return m.a(x).mean(1)
+
+    grouped = nn.Conv1d(B * 6, B * 6, 3, groups=B * 6)
+    model, x = Apply(forward, a=nn.Linear(5, 3), b=grouped), torch.randn(B, 6, 5)
+    clipper = PerSampleClipper(model, 1.0, verify="first")
+    with clipper:
+        clipper.backward(per_sample(model(x, False, True, False)))
+    refused(model, lambda: per_sample(model(x, False, True, True)), "another function", clipper)
+
+
 @pytest.mark.parametrize("what", ["trained", "mode", "hooks"])
 def test_states_that_a_model_alternates_between_are_known(what: str) -> None:
     calls: list[int] = []

@@ -37,12 +37,14 @@ class _Due(NamedTuple):
     """A plain pass.
 
     Attributes:
+        form: what calls of other sizes share.
         key: what it is known by.
         inputs: copies of what the model was given.
         outputs: what it returned.
         drew: whether it drew from the global generators.
     """
 
+    form: object
     key: object
     inputs: tuple[Any, Any]
     outputs: list[Tensor]
@@ -70,6 +72,8 @@ class Comparison:
         self._compiled = compiled
         self._known: set[object] = set()
         self._sizes: dict[object, int] = {}
+        # Forms in which layers were given a row for every sample, right or wrong by the sizes.
+        self._guessing: set[object] = set()
         self._due: _Due | None = None
         # Why a call is not compared; and layers whose guess an output has confirmed.
         self._blind: str | None = None
@@ -92,14 +96,15 @@ class Comparison:
         context = self._context
         context.guessed.clear()
         how = (version, torch.is_grad_enabled(), _in_halves())
-        form = (*how, *dict.fromkeys(map(_form, leaves)))
-        key = (*form, context.batch_size, *map(_size, leaves))
+        forms = tuple(map(_form, leaves))
+        form = (*how, *dict.fromkeys(forms))  # texts come in lists of any length
+        key = (*how, forms, context.batch_size, *map(_size, leaves))
         new = key not in self._known
         if self._talks:
             # Whether a call is new differs from rank to rank, and all must take part.
             self._blind = "its forward exchanges tensors with other ranks" if new else None
             return
-        often = self._sizes.get(form, 0) >= _SIZES
+        often = self._sizes.get(form, 0) >= _SIZES and form not in self._guessing
         if (often or not new) and not self._verifier.chosen():
             self._blind = f"{_SIZES} sizes of its inputs have been compared" if new else None
             return
@@ -111,7 +116,7 @@ class Comparison:
             self._blind = "its inputs cannot be copied for a second pass"
             return
         self._sizes[form] = self._sizes.get(form, 0) + new
-        self._due = _Due(key, inputs, *self._outputs(inputs))
+        self._due = _Due(form, key, inputs, *self._outputs(inputs))
         context.redrawn = False
 
     def _outputs(self, inputs: tuple[Any, Any]) -> tuple[list[Tensor], bool]:
@@ -147,6 +152,8 @@ class Comparison:
                 raise self._cannot_tell(self._blind)
             return
         ours = _floats(output)
+        if context.guessed:
+            self._guessing.add(due.form)
         if context.guessed and not ours:
             raise self._cannot_tell("it returns no floats")
         for one, plain in zip(ours, due.outputs, strict=False):
