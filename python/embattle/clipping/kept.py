@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -22,15 +25,62 @@ def _own(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
 
 
-def _note(value: Any, found: dict[int, tuple[Any, Any]], tensors: list[Tensor]) -> None:
-    """Copies a collection, and those in it; lists the tensors that are not trained."""
-    found[id(value)] = value, value.copy()
-    for one in value.values() if isinstance(value, dict) else value:
-        kind = type(one)
-        if kind is Tensor and not one.requires_grad:
-            tensors.append(one)
-        elif kind in _COLLECTIONS and id(one) not in found:
-            _note(one, found, tensors)
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Millions of copies are no garbage, and Python would look through all of them many times."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+def _inside(values: Iterable[Any]) -> Iterable[Any]:
+    return chain.from_iterable(x.values() if isinstance(x, dict) else x for x in values)
+
+
+class _Collections:
+    """Collections, and those in them and so on, level by level: there may be millions.
+
+    Attributes:
+        tensors: those in them that are not trained.
+    """
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        self.tensors: list[Tensor] = []
+        self._values: list[Any] = []
+        self._copies: list[Any] = []
+        known: set[int] = set()
+        level = {id(one): one for one in values if type(one) in _COLLECTIONS}
+        while level:
+            values = list(level.values())
+            self._values += values
+            self._copies += [one.copy() for one in values]
+            level = {}
+            kinds = set(map(type, _inside(values)))
+            if Tensor in kinds:
+                found = (x for x in _inside(values) if type(x) is Tensor)
+                self.tensors += [x for x in found if not x.requires_grad]
+            if not kinds.isdisjoint(_COLLECTIONS):
+                known.update(map(id, values))
+                found = (x for x in _inside(values) if type(x) in _COLLECTIONS)
+                level = {id(one): one for one in found if id(one) not in known}
+
+    def restore(self) -> None:
+        """Refills what has changed: what has not, others may be reading now."""
+        for value, before in zip(self._values, self._copies, strict=True):
+            if not _same(value, before):
+                _refill(value, before)
+
+
+def _same(value: Any, before: Any) -> bool:
+    if isinstance(value, set):
+        return bool(value == before)  # a copy has an order of its own
+    if len(value) != len(before) or not all(map(is_, value, before)):
+        return False
+    return not isinstance(value, dict) or all(map(is_, value.values(), before.values()))
 
 
 def _refill(value: Any, before: Any) -> None:
@@ -66,20 +116,15 @@ def kept_values(model: nn.Module) -> Iterator[list[Tensor]]:
         The frozen weights, and the tensors in collections: whose values are left to `kept_state`.
     """
     held = [(module, type(module), _own(module)) for module in model.modules()]
-    collections: dict[int, tuple[Any, Any]] = {}
-    generators: list[Callable[[], object]] = []
+    values = [value for _, _, own in held for value in own.values()]
+    with _no_collector():
+        collections = _Collections(values)
+    generators = [rewind for rewind in map(_rewound, values) if rewind is not None]
     tensors: list[Tensor] = [
         p for p in model.parameters() if type(p) is nn.Parameter and not p.requires_grad
     ]
-    for _, _, own in held:
-        for value in own.values():
-            if type(value) in _COLLECTIONS and id(value) not in collections:
-                _note(value, collections, tensors)
-            rewound = _rewound(value)
-            if rewound is not None:
-                generators.append(rewound)
     try:
-        yield tensors
+        yield tensors + collections.tensors
     finally:
         for module, kind, before in held:
             if type(module) is not kind:  # a lazy one, which has its sizes now
@@ -88,7 +133,6 @@ def kept_values(model: nn.Module) -> Iterator[list[Tensor]]:
             for name in now.keys() - before.keys() - _OF_MODULES:
                 del now[name]
             now.update(before)
-        for value, before in collections.values():
-            _refill(value, before)
+        collections.restore()
         for rewind in generators:
             rewind()

@@ -23,7 +23,7 @@ _TENSORLESS = frozenset({bool, dict, float, int, set, str, type(None), OrderedDi
 # Those without methods of their own.
 _PLAIN = (Tensor, nn.Parameter)
 # Where buffers of more than _LARGE_BYTES hold more than _TOTAL_BYTES together, they are not copied
-# before something is about to write them.
+# before something is about to write them (frozen weights: whatever they hold).
 _TOTAL_BYTES = 64 << 20
 _LARGE_BYTES = 1 << 20
 
@@ -242,6 +242,10 @@ class KeptState:
         self._held: list[_Module] = []
         self._tensors: dict[int, _Tensor] = {}
 
+    def given(self, kept: _Tensor) -> bool:
+        """Return whether a tensor is one of those that were named."""
+        return id(kept.tensor) in self._also
+
     def keep(self, model: nn.Module) -> list[_Tensor]:
         """Record what the model and its submodules hold, unless that was done.
 
@@ -298,8 +302,7 @@ class KeptState:
         if unseen:
             raise RuntimeError(
                 f"compiled code has written a buffer of shape {tuple(unseen[0].data.shape)}, which "
-                f"was not copied before: large buffers hold more than {_TOTAL_BYTES >> 20} MiB "
-                "together. Attack this model uncompiled"
+                "was not copied before, as it is large. Run this model uncompiled"
             )
 
 
@@ -332,7 +335,7 @@ class kept_state:
 
     def _keep(self, found: list[_Tensor]) -> None:
         large = [one for one in found if one.nbytes > _LARGE_BYTES]
-        much = sum(one.nbytes for one in large) > _TOTAL_BYTES
+        much = sum(one.nbytes for one in large) > _TOTAL_BYTES or any(map(self._state.given, large))
         for one in found:
             if not (much and one.nbytes > _LARGE_BYTES):
                 one.keep()
