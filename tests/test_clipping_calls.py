@@ -201,6 +201,33 @@ def test_flags_are_told_apart_by_their_places() -> None:
     refused(model, lambda: per_sample(model(x, False, True, True)), "another function", clipper)
 
 
+def test_a_guess_in_a_known_call_is_compared_the_next_time() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if m.packed:
+            return m.b((x * 2).reshape(1, -1, 5)).reshape(len(x), -1, 3).mean(1)
+        return m.a(x).mean(1)
+
+    grouped = nn.Conv1d(B * 6, B * 6, 3, groups=B * 6)
+    model, x = Apply(forward, a=nn.Linear(5, 3), b=grouped), torch.randn(B, 6, 5)
+    clipper = PerSampleClipper(model, 1.0, verify="first")
+    for packed in (False, True):
+        model.packed = packed
+        with clipper:
+            clipper.backward(per_sample(model(x)))
+    refused(model, lambda: per_sample(model(x)), "another function", clipper)
+
+
+def test_another_hook_is_another_state() -> None:
+    model = Apply(lambda m, x: m.a(x).reshape(len(x), -1, 3).mean(1), a=nn.Linear(5, 3))
+    x, clipper = torch.randn(B, 6, 5), PerSampleClipper(model, 1.0, verify="first")
+    hook = model.a.register_forward_pre_hook(lambda m, given: (given[0] * 2,))
+    with clipper:
+        clipper.backward(per_sample(model(x)))
+    hook.remove()
+    model.a.register_forward_pre_hook(lambda m, given: ((given[0] * 2).reshape(1, -1, 5),))
+    refused(model, lambda: per_sample(model(x)), "another function", clipper)
+
+
 @pytest.mark.parametrize("what", ["trained", "mode", "hooks"])
 def test_states_that_a_model_alternates_between_are_known(what: str) -> None:
     calls: list[int] = []

@@ -109,7 +109,10 @@ class Installer:
                     "PerSampleClipper: the model is inside another clipper's with block"
                 )
             current += (module, type(module), module.training, "forward" in held)
-            current += (len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]))
+            after, before = held["_forward_hooks"], held["_forward_pre_hooks"]
+            current += (len(after), len(before))
+            if after or before:
+                current += map(_code, (*after.values(), *before.values()))
             for p in held["_parameters"].values():
                 current += (id(p), p is not None and p.requires_grad)
         if current != self._seen:
@@ -131,9 +134,9 @@ class Installer:
             p._backward_hooks = self._guard
         for layer in self._layers:
             layer.put_in()
-        before = self.core.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
-        after = self.core.register_forward_hook(self._after)
-        stack.callback(self._end, before, after)
+        first = self.core.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
+        last = self.core.register_forward_hook(self._after)
+        stack.callback(self._end, first, last)
 
     def _enter(self, current: list[object]) -> None:
         """Looks the model up in a state that it was not in the last time, but may have been in."""
@@ -209,6 +212,11 @@ def _outside_of_graphs(function: Any) -> Any:
     if torch.compiler.is_compiling():
         return torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return function
+
+
+def _code(hook: Any) -> object:
+    """What tells a hook from another one, and not from one that is made anew in every step."""
+    return getattr(hook, "__code__", type(hook))
 
 
 def _modules(root: nn.Module) -> list[nn.Module]:

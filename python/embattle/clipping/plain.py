@@ -38,14 +38,12 @@ class _Due(NamedTuple):
 
     Attributes:
         form: what calls of other sizes share.
-        key: what it is known by.
         inputs: copies of what the model was given.
         outputs: what it returned.
         drew: whether it drew from the global generators.
     """
 
     form: object
-    key: object
     inputs: tuple[Any, Any]
     outputs: list[Tensor]
     drew: bool
@@ -74,6 +72,8 @@ class Comparison:
         self._sizes: dict[object, int] = {}
         # Forms in which layers were given a row for every sample, right or wrong by the sizes.
         self._guessing: set[object] = set()
+        # What the last call is known by.
+        self._key: object = None
         self._due: _Due | None = None
         # Why a call is not compared; and layers whose guess an output has confirmed.
         self._blind: str | None = None
@@ -99,7 +99,7 @@ class Comparison:
         forms = tuple(map(_form, leaves))
         form = (*how, *dict.fromkeys(forms))  # texts come in lists of any length
         key = (*how, forms, context.batch_size, *map(_size, leaves))
-        new = key not in self._known
+        self._key, new = key, key not in self._known
         if self._talks:
             # Whether a call is new differs from rank to rank, and all must take part.
             self._blind = "its forward exchanges tensors with other ranks" if new else None
@@ -116,7 +116,7 @@ class Comparison:
             self._blind = "its inputs cannot be copied for a second pass"
             return
         self._sizes[form] = self._sizes.get(form, 0) + new
-        self._due = _Due(form, key, inputs, *self._outputs(inputs))
+        self._due = _Due(form, inputs, *self._outputs(inputs))
         context.redrawn = False
 
     def _outputs(self, inputs: tuple[Any, Any]) -> tuple[list[Tensor], bool]:
@@ -148,8 +148,11 @@ class Comparison:
         due, self._due = self._due, None
         context = self._context
         if due is None:
-            if self._blind is not None and not self._guesses() <= self._right:
-                raise self._cannot_tell(self._blind)
+            if not self._guesses() <= self._right:
+                if self._blind is not None:
+                    raise self._cannot_tell(self._blind)
+                # The forward depends on more than what it is called with: compared the next time.
+                self._known.discard(self._key)
             return
         ours = _floats(output)
         if context.guessed:
@@ -168,7 +171,7 @@ class Comparison:
             break
         if len(self._known) > _KNOWN:
             self._known.clear()
-        self._known.add(due.key)
+        self._known.add(self._key)
         self._right |= self._guesses()
 
     def _guesses(self) -> set[object]:
