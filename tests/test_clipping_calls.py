@@ -252,14 +252,19 @@ def test_states_that_a_model_alternates_between_are_known(what: str) -> None:
     assert len(calls) == 6 * 2 + 2
 
 
-def test_weights_that_were_exchanged_are_let_go() -> None:
-    model = Apply(lambda m, x: m.a(x), a=nn.Linear(5, 3))
+@pytest.mark.parametrize("frozen", [True, False])
+def test_weights_that_were_exchanged_are_let_go(frozen: bool) -> None:
+    model = Apply(lambda m, x: m.a(x) + m.b(x), a=nn.Linear(5, 3), b=nn.Linear(5, 3))
+    model.b.requires_grad_(False)
     clipper, gone = PerSampleClipper(model, 1.0), []
     for _ in range(3):
         with clipper:
             clipper.backward(per_sample(model(torch.randn(B, 5))))
-        gone.append(weakref.ref(model.a.weight))
-        model.a.weight = nn.Parameter(torch.randn(3, 5))
+        gone.append(weakref.ref(model.b.weight if frozen else model.a.weight))
+        if frozen:
+            model.b = nn.Linear(5, 3).requires_grad_(False)
+        else:
+            model.a.weight = nn.Parameter(torch.randn(3, 5))
     with clipper:
         clipper.backward(per_sample(model(torch.randn(B, 5))))
     gc.collect()

@@ -38,6 +38,10 @@ class _State(NamedTuple):
     layers: list[Layer]
     version: int
 
+    def held(self) -> list[nn.Module | Parameter]:
+        """The modules, and the trained parameters."""
+        return [*(x for x in self.seen if isinstance(x, nn.Module)), *(p for _, p in self.named)]
+
 
 class Installer:
     """Watches a model's layers, and puts its own forwards back.
@@ -147,9 +151,9 @@ class Installer:
         self._context.names = {p: name for name, p in named}
         if state is None:
             layers = watched(self.core, self._context, self._batch_dims, self._broadcast)
-            # A state holds its weights: those that the model has no more are let go.
-            own = set(self.core.parameters())
-            kept = {k: s for k, s in self._states.items() if own.issuperset(p for _, p in s.named)}
+            # A state holds its modules and weights: those that the model has no more are let go.
+            own = {*self.core.modules(), *self.core.parameters()}
+            kept = {k: s for k, s in self._states.items() if own.issuperset(s.held())}
             self._states = {} if len(kept) == _STATES else kept
             self._versions += 1
             state = self._states[key] = _State(current, named, layers, self._versions)
