@@ -152,6 +152,7 @@ class Counting(nn.Module):
         self.recent: deque[int] = deque(maxlen=2)
         self.sums: defaultdict[str, int] = defaultdict(int)
         self.counts: Counter[str] = Counter()
+        self.seen: set[int] = set()
         self.ordered: OrderedDict[int, int] = OrderedDict()
         self.python, self.numpy = random.Random(0), np.random.default_rng(0)
         self.old = np.random.RandomState(0)
@@ -165,6 +166,8 @@ class Counting(nn.Module):
         self.recent.append(self.last)
         self.sums["a"] += 1
         self.counts["a"] += 1
+        self.seen.add(len(self.seen))
+        self.total = getattr(self, "total", 0) + 1
         self.ordered[len(self.ordered)] = self.last
         drawn = self.python.random() + self.numpy.random() + self.old.random()
         return self.layer(x) * drawn
@@ -173,6 +176,7 @@ class Counting(nn.Module):
         average = self.averages[0]["x"].tolist()
         held = [average, self.last, self.added, self.text, self.steps, self.number, self.by_name]
         draws = [self.python.random(), self.numpy.random(), self.old.random()]
+        held += [self.seen, self.total]
         return [*held, self.recent, self.sums, self.counts, list(self.ordered.items()), *draws]
 
 

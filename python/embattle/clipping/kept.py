@@ -85,10 +85,7 @@ def _same(value: Any, before: Any) -> bool:
 
 def _refill(value: Any, before: Any) -> None:
     value.clear()
-    if isinstance(value, dict):
-        for key, one in before.items():  # update would count in a Counter
-            value[key] = one
-    elif isinstance(value, set):
+    if isinstance(value, (dict, set)):
         value.update(before)
     else:
         value.extend(before)
