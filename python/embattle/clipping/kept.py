@@ -60,8 +60,8 @@ class _Collections:
             self._copies += [one.copy() for one in values]
             level = {}
             kinds = set(map(type, _inside(values)))
-            if Tensor in kinds:
-                found = (x for x in _inside(values) if type(x) is Tensor)
+            if any(issubclass(kind, Tensor) for kind in kinds):
+                found = (x for x in _inside(values) if isinstance(x, Tensor))
                 self.tensors += [x for x in found if not x.requires_grad]
             if not kinds.isdisjoint(_COLLECTIONS):
                 known.update(map(id, values))
