@@ -163,6 +163,22 @@ def exchange(model: HybridMF) -> HybridMF:
     return model
 
 
+def write_data(model: HybridMF) -> HybridMF:
+    for weight in model.texts.encoder.parameters():
+        weight.data.mul_(2)
+    return model
+
+
+def replicate(model: HybridMF) -> HybridMF:
+    """Gives what nn.DataParallel runs: a copy with plain tensors in place of parameters."""
+    model = copy.deepcopy(model)
+    for module in model.texts.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            setattr(module, name, weight.detach() * 2)
+    return model
+
+
 def test_an_attack_does_not_put_back_vectors_of_earlier_weights(films: Path) -> None:
     model = hybrid(films, trained=True).eval()
     model.texts.every()
@@ -176,7 +192,9 @@ def test_an_attack_does_not_put_back_vectors_of_earlier_weights(films: Path) -> 
     torch.testing.assert_close(model.texts.every(), encoded(model))
 
 
-@pytest.mark.parametrize("change", [copy.deepcopy, assign, exchange, HybridMF.double])
+@pytest.mark.parametrize(
+    "change", [copy.deepcopy, assign, exchange, HybridMF.double, write_data, replicate]
+)
 def test_vectors_are_those_of_the_weights_that_are_there(
     films: Path, change: Callable[[HybridMF], HybridMF]
 ) -> None:
@@ -187,6 +205,37 @@ def test_vectors_are_those_of_the_weights_that_are_there(
         shift(model)
     changed = change(model)
     torch.testing.assert_close(changed.texts.every(), encoded(changed))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_vectors_after_a_step_are_those_of_the_new_weights(films: Path, fused: bool) -> None:
+    """A fused optimizer counts no writes, and may write but few numbers."""
+    model = hybrid(films, trained=True)
+    model.texts.encoder.requires_grad_(False).embedding.requires_grad_(True)
+    optimizer = torch.optim.Adam(model.texts.encoder.embedding.parameters(), lr=0.1, fused=fused)
+    for _ in range(2):
+        model.eval().texts.every()
+        model.train().texts(torch.tensor([0, 3])).square().sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(model.eval().texts.every(), encoded(model))
+
+
+def test_reading_texts_leaves_the_modes_of_the_encoder_s_parts(films: Path) -> None:
+    model = hybrid(films, trained=True).train()
+    model.texts.encoder.embedding.eval()
+    modes = [module.training for module in model.modules()]
+    model.texts.every()
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_gradients_of_a_function_of_the_weights(films: Path) -> None:
+    model = hybrid(films).eval()
+    users, weights = torch.tensor([3, 0]), dict(model.named_parameters())
+    found = torch.func.grad(
+        lambda own: torch.func.functional_call(model, own, (users, users)).sum()
+    )(weights)
+    model(users, users).sum().backward()
+    torch.testing.assert_close(found["projection.weight"], model.projection.weight.grad)
 
 
 def test_texts_that_were_first_read_in_inference_mode_can_be_trained_on(films: Path) -> None:

@@ -10,46 +10,70 @@ from torch import Tensor, nn
 
 from embattle.data.batch import Batch
 from embattle.models.encoder import TextEncoder
+from embattle.perturb.guard import eval_mode
 
 # Texts that are encoded at once where no gradient is wanted.
 _AT_ONCE = 256
+# Numbers of each weight that are looked at to see whether it has changed.
+_SOME = 16
 
 
 class _Known:
-    """Vectors of N texts, those that are known, of an encoder as it is now. A copy knows nothing.
+    """Vectors of N texts, those that are known, of an encoder as it is now. A copy is None.
 
     It is no buffer: an attack puts buffers back as they were before it, and would put back vectors
     of weights that have changed since.
+
+    Args:
+        encoder: gives the vectors.
+        count: N.
+        like: [0, width], of the vectors' dtype and device.
     """
 
-    vectors: Tensor
-    known: Tensor
-
-    def __init__(self) -> None:
-        self._of: list[tuple[ref[nn.Parameter], int, int]] = []
-
-    def __reduce__(self) -> tuple[type[_Known], tuple[()]]:
-        return _Known, ()
-
-    def keep_for(self, encoder: nn.Module, count: int, like: Tensor) -> None:
-        """Forget all, if the weights are other ones or lie elsewhere, or were written.
-
-        Args:
-            encoder: gives the vectors.
-            count: N.
-            like: [0, width], of the vectors' dtype and device.
-        """
-        weights = list(encoder.parameters())
-        same = len(weights) == len(self._of) and all(
-            before() is weight and (version, place) == (weight._version, weight.data_ptr())
-            for weight, (before, version, place) in zip(weights, self._of, strict=True)
-        )
-        if same and (self.vectors.dtype, self.vectors.device) == (like.dtype, like.device):
-            return
+    def __init__(self, encoder: nn.Module, count: int, like: Tensor) -> None:
         with torch.inference_mode(False):  # to be read where gradients are wanted, too
             self.vectors = like.new_zeros(count, like.shape[1])
             self.known = torch.zeros(count, dtype=torch.bool, device=like.device)
-        self._of = [(ref(weight), weight._version, weight.data_ptr()) for weight in weights]
+        weights = list(encoder.parameters())
+        self._of = [(ref(weight), *_writes(weight)) for weight in weights]
+        self._some = _some(weights, like.device)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    def is_of(self, encoder: nn.Module, like: Tensor) -> bool:
+        """Return whether the weights are the same, lie where they lay, and were not written."""
+        weights = list(encoder.parameters())
+        return (
+            (self.vectors.dtype, self.vectors.device) == (like.dtype, like.device)
+            and len(weights) == len(self._of)
+            and all(
+                before() is weight and tuple(writes) == _writes(weight)
+                for weight, (before, *writes) in zip(weights, self._of, strict=True)
+            )
+            and torch.equal(_some(weights, like.device), self._some)
+        )
+
+
+def _writes(weight: Tensor) -> tuple[int | None, int | None]:
+    """How often a weight was written, and where it lies, as far as that is known."""
+    return (
+        None if weight.is_inference() else weight._version,
+        weight.data_ptr() if type(weight) is nn.Parameter else None,
+    )
+
+
+def _some(weights: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Some numbers of each weight: writes of fused optimizers, and those to `.data`, do not count.
+
+    Weights of special types, such as those that are sharded, have none.
+    """
+    found = [torch.zeros(0, device=device)]
+    for weight in weights:
+        if type(weight) is nn.Parameter:
+            step = max(1, weight.numel() // _SOME)
+            found.append(weight.reshape(-1)[::step].to(device))
+    return torch.cat(found)
 
 
 class TextTable(nn.Module):
@@ -75,7 +99,7 @@ class TextTable(nn.Module):
         encoder.requires_grad_(trained)
         # One row for each text once the weights stay as they are; no rows before.
         self.register_buffer("settled", torch.zeros(0, encoder.width), persistent=False)
-        self._known = _Known()
+        self._known: _Known | None = None
         self.train(self.training)
 
     def train(self, mode: bool = True) -> TextTable:
@@ -90,6 +114,7 @@ class TextTable(nn.Module):
         if self.trained and self.training and torch.is_grad_enabled():
             distinct: Tensor
             place: Tensor
+            self._known = None  # the weights are about to change
             distinct, place = torch.unique(rows, return_inverse=True)
             return self._encode(distinct)[place]
         vectors: Tensor = self._learnt(rows)[rows]
@@ -135,15 +160,14 @@ class TextTable(nn.Module):
         if len(self.settled):
             return self.settled
         kept = self._known
-        kept.keep_for(self.encoder, len(self.texts), self.settled)
+        if kept is None or not kept.is_of(self.encoder, self.settled):
+            kept = self._known = _Known(self.encoder, len(self.texts), self.settled)
         new: Tensor = torch.unique(rows[~kept.known[rows]])
         if not len(new):
             return kept.vectors
         length = torch.tensor([len(self.texts[row]) for row in new.tolist()])
-        mode = self.encoder.training
-        self.encoder.eval()
-        for some in torch.split(new[length.argsort().to(new.device)], _AT_ONCE):
-            kept.vectors[some] = self._encode(some).to(kept.vectors.dtype)
-            kept.known[some] = True
-        self.encoder.train(mode)
+        with eval_mode([self.encoder], self.encoder.modules()):
+            for some in torch.split(new[length.argsort().to(new.device)], _AT_ONCE):
+                kept.vectors[some] = self._encode(some).to(kept.vectors.dtype)
+                kept.known[some] = True
         return kept.vectors
