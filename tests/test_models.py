@@ -14,6 +14,7 @@ import pytest
 import torch
 from embattle.data.ratings import Ratings
 from embattle.models import DLRM, MF, DeepFM, Interactions, LightGCN, SASRec
+from embattle.models.fields import Fields
 from embattle.models.ranking import evaluate, measures, rank
 from embattle.models.sequences import histories, windows
 from torch import Tensor, nn
@@ -301,6 +302,9 @@ def test_a_value_that_its_field_does_not_have_is_not_read_in_another(wrong: list
     model = DeepFM([3, 5, 2], dim=4, hidden=(4,))
     with pytest.raises(IndexError, match=re.escape(f"[3, 5, 2]; got {wrong}")):
         model(torch.tensor([[2, 4, 1], wrong]))
+    for shape in ((3,), (1, 1, 3)):
+        with pytest.raises(IndexError, match=re.escape(f"[3, 5, 2]; got {wrong}")):
+            Fields([3, 5, 2], dim=4)(torch.tensor(wrong).view(shape))
 
 
 # --- who met what ---------------------------------------------------------------------------------

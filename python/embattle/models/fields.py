@@ -46,7 +46,7 @@ class Fields(nn.Embedding):
         except IndexError as error:
             raise IndexError(
                 f"Fields: values must be numbers below the sizes of their fields, {self.sizes}; "
-                f"got {values[~there.all(1)][0].tolist()}"
+                f"got {values[~there.all(-1)][0].tolist()}"
             ) from error
 
 
