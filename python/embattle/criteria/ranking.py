@@ -129,8 +129,7 @@ class Demote(_TopK):
 
     Outputs are scores of all items, `[B, N]`. What is ascended is the score of the k-th best other
     item minus the item's; equal scores do not count as reached. Scores of -inf are items that are
-    ruled out: an item that is itself ruled out is not recommended, and so reached, if k others are
-    left.
+    ruled out. An item that is itself ruled out is not recommended, and so reached.
 
     Args:
         items: the item for all samples, or `[B]` integers.
@@ -153,7 +152,7 @@ class Demote(_TopK):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Outrank(Demote):
-    """An item that is to be far down the list: reached, as by `Demote`, where k others are better.
+    """An item that is to be far down the list: reached as by `Demote`.
 
     What is ascended is minus the sum of the item's leads over those of the k best others that are
     not ahead of it yet; once all are, the lead of the k-th best other item over it. So all k are
