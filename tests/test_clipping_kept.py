@@ -45,6 +45,22 @@ def test_collections_lie_in_each_other_however_deep() -> None:
     assert tree["calls"] == 1
 
 
+def test_what_lies_in_tuples_is_put_back() -> None:
+    """As keys and values of a cache, by layer."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        for total, calls in (m.own, *m.layers):
+            total.add_(1)
+            calls.append(len(calls))
+        return m.a(x)
+
+    model, x = Apply(forward, a=nn.Linear(5, 3)), torch.randn(B, 5)
+    model.own, model.layers = (torch.zeros(()), []), [(torch.zeros(()), [])]
+    with PerSampleClipper(model, 1.0, verify="always") as clipper:
+        clipper.backward(per_sample(model(x)))
+    assert [(float(total), calls) for total, calls in (model.own, *model.layers)] == [(1, [0])] * 2
+
+
 def test_a_large_frozen_table_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_state, "_LARGE_BYTES", 0)
     kept: list[Any] = []

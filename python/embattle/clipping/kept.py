@@ -19,6 +19,8 @@ from torch import Tensor, nn
 # Attributes of every module, which `kept_state` looks after as far as a pass may change them.
 _OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
 _COLLECTIONS = frozenset({list, set, dict, deque, Counter, OrderedDict, defaultdict})
+# Those that others may lie in: a tuple stays as it is, not so what it holds.
+_HOLDERS = _COLLECTIONS | {tuple}
 
 
 def _own(module: nn.Module) -> dict[str, Any]:
@@ -53,19 +55,20 @@ class _Collections:
         self._values: list[Any] = []
         self._copies: list[Any] = []
         known: set[int] = set()
-        level = {id(one): one for one in values if type(one) in _COLLECTIONS}
+        level = {id(one): one for one in values if type(one) in _HOLDERS}
         while level:
             values = list(level.values())
-            self._values += values
-            self._copies += [one.copy() for one in values]
+            changeable = [one for one in values if type(one) is not tuple]
+            self._values += changeable
+            self._copies += [one.copy() for one in changeable]
             level = {}
             kinds = set(map(type, _inside(values)))
             if any(issubclass(kind, Tensor) for kind in kinds):
                 found = (x for x in _inside(values) if isinstance(x, Tensor))
                 self.tensors += [x for x in found if not x.requires_grad]
-            if not kinds.isdisjoint(_COLLECTIONS):
+            if not kinds.isdisjoint(_HOLDERS):
                 known.update(map(id, values))
-                found = (x for x in _inside(values) if type(x) in _COLLECTIONS)
+                found = (x for x in _inside(values) if type(x) in _HOLDERS)
                 level = {id(one): one for one in found if id(one) not in known}
 
     def restore(self) -> None:
