@@ -123,6 +123,12 @@ struct Bracket {
   return scale;
 }
 
+// What was found of two kinds of numbers that were scaled so. Where one went up and the other down
+// they are taken back at once: half of it may leave the range.
+[[maybe_unused]] EMBATTLE_HD double unscaled(double found, double one, double other) {
+  return (one > 1) == (other > 1) ? found / one / other : found / (one * other);
+}
+
 // What a sample of this norm counts: clipped to `bound`, or scaled by bound / (norm + gamma). A
 // sample that is not finite counts nothing, and a zero one adds nothing whatever its factor.
 [[maybe_unused]] EMBATTLE_HD double clip_factor(bool automatic, double norm, double bound,

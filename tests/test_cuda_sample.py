@@ -105,10 +105,12 @@ def test_linear_norms_where_tokens_cancel_are_taken_again(
         call = samples.Call([a, b], {"method": method, "bias": bias})
         results = run("linear_grad_norm", call.clone(), emulated)
         assert_matches_reference("linear_grad_norm", call, results)
-    far = [x.double() * 2.0**300 for x in (a[:1], b[:1])]
-    near = run("linear_grad_norm", samples.Call([a[:1], b[:1]], {}))[0]
-    norm = emulated.linear_grad_norm(*far, method=method) / 2.0**600
-    assert torch.allclose(norm.float(), near)
+    few = [(8 * x[:1]).round() / 8 for x in (a, b)]  # few digits, which denormal numbers have too
+    near = run("linear_grad_norm", samples.Call(few, {}))[0].double()
+    for left, right in ((300, 300), (-1030, 700)):
+        far = [x.double() * 2.0**by for x, by in zip(few, (left, right), strict=True)]
+        norm = emulated.linear_grad_norm(*far, method=method) / 2.0 ** (left + right)
+        assert torch.allclose(norm, near)
     b[1, 20:] = -b[1, :20]  # nothing is left
     assert emulated.linear_grad_norm(a, b, method=method)[1] < 1e-10
 

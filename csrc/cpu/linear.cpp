@@ -229,7 +229,7 @@ void run(const LinearNormArgs& args, ParallelFor parallel_for) {
           scales = {scale_for(largest(a, tokens * inputs, args.bias ? 1. : 0.)),
                     scale_for(largest(g, tokens * outputs, 0.))};
         const double wide_square = direct_square<double>(rows_a(), rows_g(), args, scales, wide);
-        norm = __builtin_sqrt(wide_square) / scales.input / scales.grad;
+        norm = unscaled(__builtin_sqrt(wide_square), scales.input, scales.grad);
       }
       put(args.norms, b, norm);
     }

@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(256)
       }
     }
     if (team.rank != 0) continue;
-    if (p.second && p.scales) norm = norm / p.scales[2 * sample] / p.scales[2 * sample + 1];
+    if (p.second && p.scales) norm = unscaled(norm, p.scales[2 * sample], p.scales[2 * sample + 1]);
     if (p.redo && !p.second) p.redo[sample] = redo;
     store_one(a.norms.data, a.norms.dtype, sample, norm);
   }
