@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from embattle.clipping.context import Context, alike, tolerance
 from embattle.clipping.kept import kept_values
 from embattle.clipping.verify import Verifier
+from embattle.perturb import surroundings
 from embattle.perturb.hooked import kept_places, records
 from embattle.perturb.model_state import kept_state
 from embattle.perturb.random_state import RandomState, preserved_random_state
@@ -238,7 +239,7 @@ class Comparison:
 
 def _own_hooks() -> AbstractContextManager[object]:
     """Keeps what the pass saves from hooks around it: a checkpoint counts its own."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+    if surroundings.saved_tensors_hooks(False) is None:
         return nullcontext()  # torch.func.grad takes no hooks, not even these
     return saved_tensors_hooks(torch.detach, lambda x: x)
 
